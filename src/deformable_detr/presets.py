@@ -1,0 +1,67 @@
+"""The variants: each a small function that says how it differs from the base.
+
+The functions return a `ModelConfig`; `config(name)` returns the whole `Config` that goes with a preset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .config import Config, ModelConfig, TrainConfig
+from .errors import UserError
+
+
+def multi_scale(**changes: Any) -> ModelConfig:
+    """The paper's base model: four levels at strides 8 to 64 (table 1, "Deformable DETR")."""
+    return ModelConfig.read(changes)
+
+
+def single_scale(**changes: Any) -> ModelConfig:
+    """One level, the backbone's last map at stride 32 (table 1, "single scale")."""
+    return multi_scale(**{"feature_levels": 1, **changes})
+
+
+def single_scale_dc5(**changes: Any) -> ModelConfig:
+    """One level at stride 16: the last stage is dilated instead of strided (table 1, "single scale, DC5")."""
+    return single_scale(**{"dilation": True, **changes})
+
+
+def refine(**changes: Any) -> ModelConfig:
+    """Multi-scale with iterative bounding box refinement (section 4.2, appendix A.4)."""
+    return multi_scale(**{"refine": True, **changes})
+
+
+def two_stage(**changes: Any) -> ModelConfig:
+    """Refinement, and queries that start from the encoder's own proposals (section 4.2, appendix A.4)."""
+    return refine(**{"two_stage": True, **changes})
+
+
+def small(**changes: Any) -> ModelConfig:
+    """For CPUs and small sets: a light backbone, half the width, three layers each, two-stage."""
+    base = dict(
+        backbone="tf_efficientnet_lite0", hidden_dim=128, num_heads=4, encoder_layers=2, decoder_layers=3,
+        ffn_dim=512, dropout=0.0, num_queries=100, image_size=480,
+    )  # fmt: skip
+    return two_stage(**{**base, **changes})
+
+
+MODELS: dict[str, Callable[..., ModelConfig]] = {
+    "single-scale": single_scale,
+    "single-scale-dc5": single_scale_dc5,
+    "multi-scale": multi_scale,
+    "refine": refine,
+    "two-stage": two_stage,
+    "small": small,
+}
+
+
+def config(name: str) -> Config:
+    """The whole config of a preset: its model with the image size and training that go with it."""
+    if name not in MODELS:
+        raise UserError(f"unknown preset '{name}'; choose from {', '.join(MODELS)}")
+    model = MODELS[name]()
+    if name == "small":
+        train = TrainConfig(epochs=30, warmup_steps=100, sampling_lr_factor=1.0)
+        return Config(preset=name, model=model, train=train)
+    return Config(preset=name, model=model)
