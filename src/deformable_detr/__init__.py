@@ -1,20 +1,10 @@
-"""Deformable DETR: train, evaluate and predict with multi-scale deformable attention. The public names, nothing else.
-
-Names that need torch are imported at first use, so that the command line can answer `--help` at once.
-"""
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+"""Deformable DETR: train, evaluate and predict with multi-scale deformable attention. Public names, nothing else."""
 
 from . import presets
 from .config import Config, DataConfig, ModelConfig, TrainConfig
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .evaluation import evaluate
-    from .model.detector import DeformableDETR
-    from .structures import Detections, ImageBatch, Target
-    from .training import train
+from .model.detector import DeformableDETR
+from .structures import ImageBatch, Target
 
 __version__ = "0.1.0"
 
@@ -22,34 +12,10 @@ __all__ = [
     "Config",
     "DataConfig",
     "DeformableDETR",
-    "Detections",
     "ImageBatch",
     "ModelConfig",
     "Target",
     "TrainConfig",
     "UserError",
-    "evaluate",
     "presets",
-    "train",
 ]
-
-_HOMES = {
-    "DeformableDETR": ".model.detector",
-    "Detections": ".structures",
-    "ImageBatch": ".structures",
-    "Target": ".structures",
-    "evaluate": ".evaluation",
-    "train": ".training",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    value = getattr(import_module(_HOMES[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

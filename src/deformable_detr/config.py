@@ -54,12 +54,13 @@ class ModelConfig(_Section):
         default="auto", description="batch norms of the backbone; auto: frozen where it starts from weights"
     )
     frozen_stages: NonNegative | None = Field(
-        default=None, description="leading backbone stages kept fixed; none given: 2 where it starts from weights, else 0"
+        default=None,
+        description="leading backbone stages kept fixed; none given: 2 where it starts from weights, else 0",
     )
     dilation: bool = Field(default=False, description="DC5: the last backbone stage keeps stride 16 by dilation")
     feature_levels: Positive = Field(default=4, description="1: the last feature map; more: strides 8, 16, 32, 64, …")
     image_size: Positive = Field(default=800, description="short side of the input in pixels")
-    max_size: Positive | None = Field(default=None, description="long side at most; none given: image_size × 1333 / 800")
+    max_size: Positive | None = Field(default=None, description="long side at most; none: image_size × 1333 / 800")
     pixel_mean: Triple | None = Field(default=None, description="RGB mean in 0..1; none given: the backbone's own")
     pixel_std: Triple | None = Field(default=None, description="RGB deviation in 0..1; none given: the backbone's own")
 
@@ -77,7 +78,7 @@ class ModelConfig(_Section):
     num_queries: Positive = 300
     refine: bool = Field(default=False, description="each decoder layer refines the boxes of the one before")
     two_stage: bool = Field(default=False, description="the encoder proposes the queries' boxes; needs refine")
-    gradient_checkpointing: bool = Field(default=False, description="recompute layers in the backward pass: less memory")
+    gradient_checkpointing: bool = Field(default=False, description="recompute layers in the backward pass, for memory")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -147,7 +148,7 @@ class TrainConfig(_Section):
     clip_norm: Weight = Field(default=0.1, description="limit of the gradient's norm; 0: none")
     warmup_steps: NonNegative = 0
     lr_schedule: Literal["step", "cosine", "constant"] = "step"
-    lr_drop: Fraction = Field(default=0.8, description="part of the training after which a step schedule divides lr by 10")
+    lr_drop: Fraction = Field(default=0.8, description="part of the training after which lr falls to a tenth")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = Field(default="auto", description="auto: cuda where there is one, then mps, else cpu")
     seed: NonNegative = 0

@@ -39,10 +39,8 @@ def two_stage(**changes: Any) -> ModelConfig:
 
 def small(**changes: Any) -> ModelConfig:
     """For CPUs and small sets: a light backbone, half the width, three layers each, two-stage."""
-    base = dict(
-        backbone="tf_efficientnet_lite0", hidden_dim=128, num_heads=4, encoder_layers=2, decoder_layers=3,
-        ffn_dim=512, dropout=0.0, num_queries=100, image_size=480,
-    )  # fmt: skip
+    base = {"backbone": "tf_efficientnet_lite0", "image_size": 480, "num_queries": 100, "dropout": 0.0}
+    base |= {"hidden_dim": 128, "num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512}
     return two_stage(**{**base, **changes})
 
 

@@ -1,5 +1,5 @@
 """Multi-scale deformable attention, on every machine."""
 
-from .reference import deformable_attention, sample_and_sum, sampling_locations
+from .reference import Shapes, deformable_attention, sample_and_sum, sampling_locations
 
-__all__ = ["deformable_attention", "sample_and_sum", "sampling_locations"]
+__all__ = ["Shapes", "deformable_attention", "sample_and_sum", "sampling_locations"]

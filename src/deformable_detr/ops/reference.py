@@ -38,6 +38,9 @@ def sample_and_sum(
     sampling_locations: (B, Q, M, L, P, 2), (x, y) in 0..1; outside there is zero.
     attention_weights: (B, Q, M, L, P).
     """
+    dtype = value.dtype
+    # Half precision would lose up to half a pixel of a location: values rise to the locations' precision instead.
+    value = value.to(sampling_locations.dtype)
     B, _, M, D = value.shape
     Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
     grids = (2 * sampling_locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B·M, Q, P, 2)
@@ -48,7 +51,7 @@ def sample_and_sum(
         pixels = pixels.permute(0, 2, 3, 1).reshape(B * M, D, h, w)
         samples = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         total = total + (samples * weight).sum(-1)
-    return total.view(B, M * D, Q).transpose(1, 2)
+    return total.view(B, M * D, Q).transpose(1, 2).to(dtype)
 
 
 def deformable_attention(
@@ -61,5 +64,4 @@ def deformable_attention(
     """`sample_and_sum` at the locations that references and offsets give, with weights from a softmax over L × P."""
     locations = sampling_locations(spatial_shapes, reference_points, sampling_offsets)
     weights = attention_logits.flatten(-2).softmax(-1).view_as(attention_logits)
-    # Locations stay in the references' precision (bf16 would lose half a pixel); sampling runs in the values'.
-    return sample_and_sum(value, spatial_shapes, locations.to(value.dtype), weights.to(value.dtype))
+    return sample_and_sum(value, spatial_shapes, locations, weights)

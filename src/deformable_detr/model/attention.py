@@ -1,0 +1,82 @@
+"""Multi-scale deformable attention as a module (section 4.1, equation 3)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class AttentionDetails(NamedTuple):
+    """Where one layer looked.
+
+    locations: (B, Q, M, L, P, 2), (x, y) in 0..1 of the padded canvas.
+    weights: (B, Q, M, L, P), over L × P they sum to 1.
+    """
+
+    locations: Tensor
+    weights: Tensor
+
+
+class DeformableAttention(nn.Module):
+    """Each query reads P points a head and level around its reference.
+
+    dim: C; heads: M; levels: L; points: P. C is M · D.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+
+    def reset_parameters(self) -> None:
+        """Offsets start as rings: head m looks in the direction 2π·m/M, point p at distance p + 1 (appendix A.4)."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)  # onto the unit square
+        distances = torch.arange(1, self.points + 1)
+        rings = directions[:, None, None, :] * distances[:, None]  # (M, 1, P, 2)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(rings.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        queries: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        spatial_shapes: ops.Shapes,
+        padding_mask: Tensor | None = None,
+        return_details: bool = False,
+    ) -> tuple[Tensor, AttentionDetails | None]:
+        """What the queries read, (B, Q, C), and on request where they read it.
+
+        queries: (B, Q, C). memory: (B, S, C). padding_mask: (B, S), True = padding, which reads as zero.
+        reference_points: (B, Q, L, 2) points or (B, Q, L, 4) boxes (cx, cy, w, h), 0..1 of the padded canvas, fp32.
+        """
+        B, Q, _ = queries.shape
+        M, L, P = self.heads, self.levels, self.points
+        value = self.value_proj(memory)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0.0)
+        value = value.unflatten(-1, (M, -1))
+        offsets = self.sampling_offsets(queries).view(B, Q, M, L, P, 2).to(reference_points.dtype)
+        logits = self.attention_weights(queries).view(B, Q, M, L, P).to(reference_points.dtype)
+        out = ops.deformable_attention(value, spatial_shapes, reference_points, offsets, logits)
+        details = None
+        if return_details:
+            locations = ops.sampling_locations(spatial_shapes, reference_points, offsets)
+            details = AttentionDetails(locations, logits.flatten(-2).softmax(-1).view_as(logits))
+        return self.output_proj(out), details

@@ -1,0 +1,147 @@
+"""The backbone, any timm model, and the feature maps of all levels made from it (appendix A.2)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..errors import UserError
+
+STRIDES = (8, 16, 32)  # the levels that the backbone itself gives; coarser ones are made by convolution
+
+
+class Backbone(nn.Module):
+    """Feature maps of a timm model: (B, 3, H, W) → a map (B, C_l, H_l, W_l) for each of `strides`.
+
+    Raises UserError for a model that timm does not know or that has no such maps, and for weights that cannot be had
+    or do not fit.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        levels = min(config.feature_levels, len(STRIDES))
+        self.body, chosen = _features(config, STRIDES[-levels:])
+        self.strides = tuple(self.body.feature_info.reduction())
+        self.channels = tuple(self.body.feature_info.channels())
+        pretrained = config.backbone_weights != "none"
+        norm = config.backbone_norm
+        if norm == "frozen" or (norm == "auto" and pretrained):
+            from timm.layers.norm_act import freeze_batch_norm_2d
+
+            self.body = freeze_batch_norm_2d(self.body)
+        stages = config.frozen_stages if config.frozen_stages is not None else (2 if pretrained else 0)
+        _freeze_stages(self.body, chosen, stages, config.backbone)
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        return self.body(pixels)
+
+
+class Projections(nn.Module):
+    """Backbone maps → `feature_levels` maps of C channels, the coarser ones by 3×3 convolutions of stride 2."""
+
+    def __init__(self, config: ModelConfig, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        C = config.hidden_dim
+        groups = math.gcd(32, C)  # 32 in the paper; widths that it does not divide take what does
+        layers = [nn.Sequential(nn.Conv2d(c, C, 1), nn.GroupNorm(groups, C)) for c in channels]
+        width = channels[-1]
+        for _ in range(config.feature_levels - len(layers)):
+            layers.append(nn.Sequential(nn.Conv2d(width, C, 3, stride=2, padding=1), nn.GroupNorm(groups, C)))
+            width = C
+        for layer in layers:
+            nn.init.xavier_uniform_(layer[0].weight)
+            nn.init.zeros_(layer[0].bias)
+        self.levels = nn.ModuleList(layers)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        maps = [project(x) for project, x in zip(self.levels, features, strict=False)]
+        x = features[-1]
+        for project in self.levels[len(features) :]:
+            x = project(x)
+            maps.append(x)
+        return maps
+
+
+def pixel_statistics(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """RGB mean and deviation in 0..1: the config's, else what the backbone was trained with, else ImageNet's."""
+    import timm
+
+    known = timm.get_pretrained_cfg(config.backbone)
+    mean = config.pixel_mean or (known.mean if known else (0.485, 0.456, 0.406))
+    std = config.pixel_std or (known.std if known else (0.229, 0.224, 0.225))
+    return tuple(mean), tuple(std)
+
+
+def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[nn.Module, list[dict]]:
+    """The timm model cut to its maps at `strides`, with weights, and timm's list of all its stages."""
+    import timm
+
+    name, source = config.backbone, config.backbone_weights
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+        raise UserError(f"backbone '{name}' is no timm model" + (f"; similar: {close}" if close else ""))
+    options = {"output_stride": 16} if config.dilation else {}
+    try:
+        stages = timm.create_model(name, features_only=True, **options).feature_info.info
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError, AssertionError) as error:
+        what = "dilated feature maps (DC5)" if config.dilation else "feature maps"
+        raise UserError(f"backbone '{name}' gives no {what}: {_line(error)}") from None
+    last = max(stage["reduction"] for stage in stages)
+    wanted = (last,) if len(strides) == 1 else strides
+    by_stride = {stage["reduction"]: index for index, stage in enumerate(stages)}  # the deepest of each stride
+    if any(stride not in by_stride for stride in wanted):
+        raise UserError(f"backbone '{name}' has maps at strides {sorted(by_stride)}, not all of {list(wanted)}")
+    options |= {"features_only": True, "out_indices": tuple(by_stride[stride] for stride in wanted)}
+    if source == "none":
+        return timm.create_model(name, **options), stages
+    if source == "hub":
+        try:
+            return timm.create_model(name, pretrained=True, **options), stages
+        except Exception as error:  # whatever the hub's client, the network or the file raise
+            raise UserError(
+                f"weights of backbone '{name}' could not be fetched ({_line(error)}); "
+                "give --backbone-weights PATH (safetensors in timm's names) or none"
+            ) from None
+    return _from_file(name, Path(source), options), stages
+
+
+def _from_file(name: str, path: Path, options: dict) -> nn.Module:
+    import timm
+
+    if not path.is_file():
+        raise UserError(f"backbone weights {path}: no such file")
+    fresh = timm.create_model(name, **options).state_dict()
+    try:
+        body = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **options)
+    except Exception as error:  # whatever the reader of the file raises: it is the file that is wrong
+        raise UserError(f"backbone weights {path} are not those of timm's '{name}': {_line(error)}") from None
+    # timm loads feature extractors leniently: a file of another model would leave the random start in place.
+    missed = [key for key, value in body.state_dict().items() if value.ndim > 1 and torch.equal(value, fresh[key])]
+    if missed:
+        raise UserError(f"backbone weights {path} are not those of timm's '{name}': no values for {missed[0]}")
+    return body
+
+
+def _freeze_stages(body: nn.Module, stages: list[dict], count: int, name: str) -> None:
+    """No gradient for the first `count` stages and all that comes before them."""
+    if not count:
+        return
+    if count > len(stages):
+        raise UserError(f"frozen_stages {count}: backbone '{name}' has {len(stages)} stages")
+    last = stages[count - 1]["module"]
+    names = [module_name for module_name, _ in body.named_modules()]
+    # A list of features renames nested modules: blocks.1 becomes blocks_1.
+    ends = [i for i, n in enumerate(names) if n == last or n.startswith((f"{last}.", last.replace(".", "_")))]
+    if not ends:
+        raise UserError(f"frozen_stages: backbone '{name}' has no module '{last}'; set frozen_stages to 0")
+    for module_name in names[: max(ends) + 1]:
+        for parameter in body.get_submodule(module_name).parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,126 @@
+"""The decoder: queries talk to each other, read the encoder's memory and refine their boxes (section 4.1, A.4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..config import ModelConfig
+from .attention import AttentionDetails, DeformableAttention
+from .heads import Heads, refined_boxes
+from .layers import FeedForward
+
+
+class DecoderOutput(NamedTuple):
+    """What each decoder layer says. N: layers.
+
+    logits: (N, B, Q, K). boxes: (N, B, Q, 4) cxcywh in 0..1.
+    reference_points: (N, B, Q, 2 or 4), what each layer started from, 0..1 of the unpadded image.
+    details: of each layer, empty unless asked for.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    reference_points: list[Tensor]
+    details: list[AttentionDetails]
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention among the queries, deformable attention to the memory, a feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C = config.hidden_dim
+        self.pre_norm = config.pre_norm
+        self.self_attn = nn.MultiheadAttention(C, config.num_heads, dropout=config.dropout, batch_first=True)
+        self.norm1 = nn.LayerNorm(C)
+        self.cross_attn = DeformableAttention(C, config.num_heads, config.feature_levels, config.decoder_points)
+        self.norm2 = nn.LayerNorm(C)
+        self.ffn = FeedForward(C, config.ffn_dim, config.activation, config.dropout)
+        self.norm3 = nn.LayerNorm(C)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_position: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        spatial_shapes: ops.Shapes,
+        padding_mask: Tensor | None,
+        self_attention_mask: Tensor | None = None,
+        return_details: bool = False,
+    ) -> tuple[Tensor, AttentionDetails | None]:
+        pre = self.pre_norm
+        x = self.norm1(queries) if pre else queries
+        together = x + query_position
+        spoken, _ = self.self_attn(together, together, x, attn_mask=self_attention_mask, need_weights=False)
+        queries = queries + self.dropout(spoken)
+        queries = queries if pre else self.norm1(queries)
+
+        x = self.norm2(queries) if pre else queries
+        read, details = self.cross_attn(
+            x + query_position, reference_points, memory, spatial_shapes, padding_mask, return_details
+        )
+        queries = queries + self.dropout(read)
+        queries = queries if pre else self.norm2(queries)
+
+        queries = queries + self.dropout(self.ffn(self.norm3(queries) if pre else queries))
+        return queries if pre else self.norm3(queries), details
+
+
+class Decoder(nn.Module):
+    """Layers that each feed the next, with the heads that read every one of them."""
+
+    def __init__(self, config: ModelConfig, heads: Heads) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm else nn.Identity()
+        self.heads = heads
+        self.refine = config.refine
+        self.gradient_checkpointing = config.gradient_checkpointing
+
+    def forward(
+        self,
+        queries: Tensor,
+        query_position: Tensor,
+        reference_points: Tensor,
+        memory: Tensor,
+        spatial_shapes: ops.Shapes,
+        valid_ratios: Tensor,
+        padding_mask: Tensor | None,
+        self_attention_mask: Tensor | None = None,
+        return_details: bool = False,
+    ) -> DecoderOutput:
+        """queries, query_position: (B, Q, C). reference_points: (B, Q, 2 or 4) in 0..1 of the unpadded image.
+
+        memory: (B, S, C). valid_ratios: (B, L, 2). padding_mask: (B, S). self_attention_mask: (Q, Q), True = unseen.
+        """
+        all_logits, all_boxes, all_references, every = [], [], [], []
+        for index, layer in enumerate(self.layers):
+            # On the padded canvas of each level; boxes scale in both corners alike.
+            ratios = valid_ratios if reference_points.shape[-1] == 2 else valid_ratios.repeat(1, 1, 2)
+            on_canvas = reference_points[:, :, None] * ratios[:, None]
+            inputs = (queries, query_position, on_canvas, memory, spatial_shapes, padding_mask)
+            if self.gradient_checkpointing and self.training:
+                queries, details = checkpoint(layer, *inputs, self_attention_mask, return_details, use_reentrant=False)
+            else:
+                queries, details = layer(*inputs, self_attention_mask, return_details)
+            logits, deltas = self.heads(self.norm(queries), index)
+            boxes = refined_boxes(deltas, reference_points)
+            all_logits.append(logits)
+            all_boxes.append(boxes)
+            all_references.append(reference_points)
+            every.append(details)
+            if self.refine:  # gradients stay inside a layer (appendix A.4)
+                reference_points = boxes.detach()
+        return DecoderOutput(
+            torch.stack(all_logits),
+            torch.stack(all_boxes),
+            all_references,
+            [item for item in every if item is not None],
+        )

@@ -1,0 +1,151 @@
+"""Deformable DETR, from pixels to class logits and boxes (figure 1 of the paper)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .attention import DeformableAttention
+from .backbone import Backbone, Projections, pixel_statistics
+from .decoder import Decoder
+from .encoder import Encoder
+from .heads import Heads
+from .position import LearnedPosition, SinePosition
+from .proposals import ProposalStage
+
+if TYPE_CHECKING:
+    from ..structures import Detections
+
+
+class DeformableDETR(nn.Module):
+    """The detector.
+
+    Raises UserError where the backbone or its weights cannot be had.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        C = config.hidden_dim
+        self.backbone = Backbone(config)
+        self.projections = Projections(config, self.backbone.channels)
+        self.position = SinePosition(C) if config.position_encoding == "sine" else LearnedPosition(C)
+        self.level_embedding = nn.Parameter(torch.empty(config.feature_levels, C))
+        self.encoder = Encoder(config)
+        heads = Heads(config)
+        if config.two_stage:
+            self.proposals = ProposalStage(config)
+        else:
+            self.query_embedding = nn.Embedding(config.num_queries, 2 * C)
+            self.reference_points = nn.Linear(C, 2)
+        self.decoder = Decoder(config, heads)
+        self._reset_parameters()
+        mean, std = pixel_statistics(config)
+        self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
+
+    def _reset_parameters(self) -> None:
+        """Xavier for all matrices of the transformer, then the parts that start in their own way."""
+        parts = [self.encoder, self.decoder.layers]
+        parts.append(self.proposals if self.config.two_stage else self.reference_points)
+        for part in parts:
+            for parameter in part.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.reset_parameters()
+        if not self.config.two_stage:
+            nn.init.zeros_(self.reference_points.bias)
+        nn.init.normal_(self.level_embedding)
+
+    def forward(
+        self, pixels: Tensor, padding_mask: Tensor | None = None, *, return_attention: bool = False
+    ) -> dict[str, Any]:
+        """Class logits and boxes of every query.
+
+        pixels: (B, 3, H, W), normalised RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
+        Returns a dict of
+            pred_logits (B, Q, K) and pred_boxes (B, Q, 4), cxcywh in 0..1 of the unpadded image;
+            layer_logits (N, B, Q, K) and layer_boxes (N, B, Q, 4), the same of all N decoder layers;
+            two-stage: encoder_logits (B, S, K), of which column 0 says "object", and encoder_boxes (B, S, 4);
+            with return_attention: encoder_attention and decoder_attention, lists of `AttentionDetails` a layer,
+            decoder_reference_points, what each layer started from, and spatial_shapes, (height, width) a level.
+        """
+        if padding_mask is None:
+            padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
+        pixels = pixels.masked_fill(padding_mask[:, None], 0.0)
+
+        maps = self.projections(self.backbone(pixels))
+        spatial_shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
+        masks = [F.interpolate(padding_mask[:, None].float(), size=shape)[:, 0].bool() for shape in spatial_shapes]
+        precision = torch.promote_types(pixels.dtype, torch.float32)
+        valid_ratios = torch.stack([_valid_ratio(mask, precision) for mask in masks], dim=1)  # (B, L, 2)
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # (B, S, C)
+        mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)  # (B, S)
+        position = torch.cat(
+            [
+                self.position(mask, tokens.dtype).flatten(2).transpose(1, 2) + level
+                for mask, level in zip(masks, self.level_embedding, strict=True)
+            ],
+            dim=1,
+        )
+
+        memory, encoder_attention = self.encoder(tokens, position, spatial_shapes, valid_ratios, mask, return_attention)
+
+        out: dict[str, Any] = {}
+        if self.config.two_stage:
+            proposed = self.proposals(memory, spatial_shapes, valid_ratios, mask, self.decoder.heads)
+            queries, query_position, references = proposed[:3]
+            out |= {"encoder_logits": proposed.logits, "encoder_boxes": proposed.boxes}
+        else:
+            query_position, queries = self.query_embedding.weight.expand(len(pixels), -1, -1).chunk(2, dim=-1)
+            references = self.reference_points(query_position).to(precision).sigmoid()
+
+        decoded = self.decoder(
+            queries, query_position, references, memory, spatial_shapes, valid_ratios, mask,
+            return_details=return_attention,
+        )  # fmt: skip
+        out |= {"pred_logits": decoded.logits[-1], "pred_boxes": decoded.boxes[-1]}
+        out |= {"layer_logits": decoded.logits, "layer_boxes": decoded.boxes}
+        if return_attention:
+            out |= {"encoder_attention": encoder_attention, "decoder_attention": decoded.details}
+            out |= {"decoder_reference_points": decoded.reference_points, "spatial_shapes": spatial_shapes}
+        return out
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> DeformableDETR:
+        """The model of a run folder or of a folder that `save_pretrained` wrote, in evaluation mode."""
+        from ..weights.folder import load  # weights knows the model, so the model asks for it late
+
+        return load(Path(source))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors, from which `from_pretrained` makes the same model again."""
+        from ..weights.folder import save
+
+        save(self, Path(folder))
+
+    def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
+        """`Detections` of one image (path, PIL image, HWC array, CHW tensor), or a list of them for a list.
+
+        See `inference.predictor.predict`.
+        """
+        from ..inference.predictor import predict
+
+        found: Detections | list[Detections] = predict(self, source, threshold, top_k, batch_size)
+        return found
+
+
+def _valid_ratio(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unpadded part (width, height) of maps, (B, H, W) mask → (B, 2) in 0..1."""
+    _, H, W = padding_mask.shape
+    height = (~padding_mask[:, :, 0]).sum(1).to(dtype) / H
+    width = (~padding_mask[:, 0, :]).sum(1).to(dtype) / W
+    return torch.stack((width, height), dim=-1)

@@ -1,0 +1,92 @@
+"""The encoder: every pixel of every level looks around itself, layer after layer (section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..config import ModelConfig
+from .attention import AttentionDetails, DeformableAttention
+from .layers import FeedForward
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and a feed-forward network, normalised after (post-norm) or before (pre-norm) each."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C = config.hidden_dim
+        self.pre_norm = config.pre_norm
+        self.self_attn = DeformableAttention(C, config.num_heads, config.feature_levels, config.encoder_points)
+        self.norm1 = nn.LayerNorm(C)
+        self.ffn = FeedForward(C, config.ffn_dim, config.activation, config.dropout)
+        self.norm2 = nn.LayerNorm(C)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: ops.Shapes,
+        padding_mask: Tensor | None,
+        return_details: bool = False,
+    ) -> tuple[Tensor, AttentionDetails | None]:
+        x = self.norm1(tokens) if self.pre_norm else tokens
+        read, details = self.self_attn(x + position, reference_points, x, spatial_shapes, padding_mask, return_details)
+        tokens = tokens + self.dropout(read)
+        if self.pre_norm:
+            return tokens + self.dropout(self.ffn(self.norm2(tokens))), details
+        tokens = self.norm1(tokens)
+        return self.norm2(tokens + self.dropout(self.ffn(tokens))), details
+
+
+class Encoder(nn.Module):
+    """Layers that each feed the next, over the tokens of all levels: (B, S, C) in and out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm and config.encoder_layers else nn.Identity()
+        self.gradient_checkpointing = config.gradient_checkpointing
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        spatial_shapes: ops.Shapes,
+        valid_ratios: Tensor,
+        padding_mask: Tensor | None,
+        return_details: bool = False,
+    ) -> tuple[Tensor, list[AttentionDetails]]:
+        """Refined tokens, and on request where each layer looked.
+
+        position: (B, S, C), position plus level encoding. valid_ratios: (B, L, 2). padding_mask: (B, S).
+        """
+        centres = pixel_centres(spatial_shapes, valid_ratios)
+        reference_points = centres[:, :, None] * valid_ratios[:, None]  # (B, S, L, 2)
+        every = []
+        for layer in self.layers:
+            inputs = (tokens, position, reference_points, spatial_shapes, padding_mask, return_details)
+            if self.gradient_checkpointing and self.training:
+                tokens, details = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                tokens, details = layer(*inputs)
+            every.append(details)
+        return self.norm(tokens), [details for details in every if details is not None]
+
+
+def pixel_centres(spatial_shapes: ops.Shapes, valid_ratios: Tensor) -> Tensor:
+    """Centre of each token's pixel, (x, y) in 0..1 of the unpadded image (beyond 1 in the padding): (B, S, 2).
+
+    valid_ratios: (B, L, 2), the unpadded part (width, height) of each level's map.
+    """
+    centres = []
+    for level, (h, w) in enumerate(spatial_shapes):
+        y = (torch.arange(h, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / h
+        x = (torch.arange(w, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / w
+        grid = torch.stack((x.expand(h, w), y[:, None].expand(h, w)), dim=-1).flatten(0, 1)
+        centres.append(grid / valid_ratios[:, level, None])
+    return torch.cat(centres, dim=1)

@@ -1,0 +1,52 @@
+"""The prediction heads: class logits and boxes of decoder queries and encoder proposals."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .layers import MLP, inverse_sigmoid
+
+
+class Heads(nn.Module):
+    """A class head and a box head: one pair for all layers, or a pair a layer with iterative refinement.
+
+    With two-stage there is one pair more, the last, for the encoder's proposals.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        pairs = config.decoder_layers + config.two_stage if config.refine else 1
+        class_head = nn.Linear(config.hidden_dim, config.num_classes)
+        # Focal prior: at the start every class has probability 1% (RetinaNet, section 4.1).
+        nn.init.constant_(class_head.bias, -math.log(99))
+        box_head = MLP(config.hidden_dim, config.hidden_dim, 4, layers=3)
+        nn.init.zeros_(box_head.layers[-1].weight)
+        nn.init.zeros_(box_head.layers[-1].bias)
+        self.classes = nn.ModuleList(copy.deepcopy(class_head) for _ in range(pairs))
+        self.boxes = nn.ModuleList(copy.deepcopy(box_head) for _ in range(pairs))
+        if not config.two_stage:
+            # Where the first box has no size yet, it starts at sigmoid(−2) ≈ 12% of the image.
+            nn.init.constant_(self.boxes[0].layers[-1].bias[2:], -2.0)
+
+    def forward(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """(…, C) → logits (…, K) and box deltas (…, 4) in logit space, both fp32 at least. layer −1: the encoder's."""
+        index = layer if len(self.classes) > 1 else 0
+        logits, deltas = self.classes[index](x), self.boxes[index](x)
+        precision = torch.promote_types(logits.dtype, torch.float32)
+        return logits.to(precision), deltas.to(precision)
+
+
+def refined_boxes(deltas: Tensor, reference_points: Tensor) -> Tensor:
+    """Boxes (…, 4) cxcywh in 0..1 from deltas in logit space and what they start from (equation in appendix A.4).
+
+    reference_points: (…, 2) points, to which only the centre is relative, or (…, 4) boxes.
+    """
+    start = inverse_sigmoid(reference_points)
+    if start.shape[-1] == 2:
+        return torch.cat((deltas[..., :2] + start, deltas[..., 2:]), dim=-1).sigmoid()
+    return (deltas + start).sigmoid()

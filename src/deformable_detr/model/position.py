@@ -1,0 +1,64 @@
+"""Position encodings of feature maps and of boxes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TEMPERATURE = 10000
+
+
+def sine_encoding(values: Tensor, channels: int) -> Tensor:
+    """Sines and cosines of positions in 0..1 at `channels` / 2 wavelengths, interleaved: (…,) → (…, channels)."""
+    index = torch.arange(channels, dtype=values.dtype, device=values.device)
+    wavelengths = TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / channels)
+    phases = values[..., None] * (2 * math.pi) / wavelengths
+    return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
+
+
+def box_encoding(boxes: Tensor, channels: int) -> Tensor:
+    """Sine encoding of each coordinate of boxes in 0..1: (…, 4) → (…, 4 · channels) (appendix A.4, two-stage)."""
+    return sine_encoding(boxes, channels).flatten(-2)
+
+
+class SinePosition(nn.Module):
+    """Sines of each pixel's centre, relative to the unpadded part of the map: (B, H, W) mask → (B, C, H, W)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        valid = (~padding_mask).to(torch.promote_types(dtype, torch.float32))
+        y, x = valid.cumsum(1), valid.cumsum(2)
+        y = (y - 0.5) / (y[:, -1:, :] + 1e-6)
+        x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
+        half = self.dim // 2
+        return torch.cat((sine_encoding(y, half), sine_encoding(x, half)), dim=-1).permute(0, 3, 1, 2).to(dtype)
+
+
+class LearnedPosition(nn.Module):
+    """A learned vector a column and a row: (B, H, W) mask → (B, C, H, W).
+
+    Maps larger than the table of 50 × 50 take linear interpolations of it.
+    """
+
+    def __init__(self, dim: int, size: int = 50) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.rand(size, dim // 2))
+        self.columns = nn.Parameter(torch.rand(size, dim // 2))
+
+    def forward(self, padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        B, H, W = padding_mask.shape
+        columns = _fitted(self.columns, W)[None].expand(H, -1, -1)
+        rows = _fitted(self.rows, H)[:, None].expand(-1, W, -1)
+        return torch.cat((columns, rows), dim=-1).permute(2, 0, 1).expand(B, -1, -1, -1).to(dtype)
+
+
+def _fitted(table: Tensor, length: int) -> Tensor:
+    if length <= len(table):
+        return table[:length]
+    return F.interpolate(table.t()[None], size=length, mode="linear", align_corners=True)[0].t()
