@@ -180,7 +180,7 @@ class Config(_Section):
 
     def merged(self, changes: Mapping[str, Any], where: str = "the config") -> Config:
         """A validated copy with nested `changes` laid over it."""
-        return Config.read(_merge(self.model_dump(), changes), where)
+        return Config.read(merge(self.model_dump(), changes), where)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -220,11 +220,12 @@ def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
     return nested
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested keys with `changes` laid over them: a section merges, anything else replaces."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 

@@ -1,0 +1,58 @@
+"""From a preset, a file, `--set` and options to one checked config; the later of these wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from . import presets
+from .config import Config, merge, parse_overrides, read_config_file
+from .errors import UserError
+
+
+def resolve(
+    preset: str | None = None,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    default_preset: str = "small",
+) -> Config:
+    """The config that a command runs with.
+
+    Args:
+        preset: Name of the preset to start from; none given: the file's `preset`, else `default_preset`.
+        file: YAML with some or all keys of a `Config`.
+        overrides: `section.key=value` strings, values read as YAML.
+        options: Values by dotted key, for example {"train.epochs": 3}; None means not given.
+        default_preset: The preset where nobody names one.
+
+    Raises:
+        UserError: For a key that does not exist or a value that cannot be; it names the key and where it stands.
+    """
+    in_file = {} if file is None else read_config_file(file)
+    in_overrides = parse_overrides(overrides)
+    named = preset or in_overrides.pop("preset", None) or in_file.get("preset") or default_preset
+    base = presets.config(named)
+    layers = [
+        (f"config file {file}", {**in_file, "preset": named}),
+        ("--set", in_overrides),
+        ("options", _nested(options or {})),
+    ]
+    try:
+        return base.merged(reduce(merge, [changes for _, changes in layers]))
+    except UserError as error:
+        # What is wrong only together is nobody's fault in particular; anything else is named by where it stands.
+        for where, changes in layers:
+            base.merged(changes, where)
+        raise UserError(f"the settings together: {str(error).removeprefix('the config: ')}") from None
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in options.items():
+        if value is not None:
+            section, name = key.split(".")
+            nested.setdefault(section, {})[name] = value
+    return nested
