@@ -1,10 +1,19 @@
-"""Deformable DETR: train, evaluate and predict with multi-scale deformable attention. Public names, nothing else."""
+"""Deformable DETR: train, evaluate and predict with multi-scale deformable attention. The public names, nothing else.
 
-from . import presets
-from .config import Config, DataConfig, ModelConfig, TrainConfig
-from .errors import UserError
-from .model.detector import DeformableDETR
-from .structures import ImageBatch, Target
+Each is imported at first use, so that the command line can answer `--help` at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import presets
+    from .config import Config, DataConfig, ModelConfig, TrainConfig
+    from .errors import UserError
+    from .evaluation import evaluate
+    from .model.detector import DeformableDETR
+    from .structures import Detections, ImageBatch, Target
+    from .training import train
 
 __version__ = "0.1.0"
 
@@ -12,10 +21,41 @@ __all__ = [
     "Config",
     "DataConfig",
     "DeformableDETR",
+    "Detections",
     "ImageBatch",
     "ModelConfig",
     "Target",
     "TrainConfig",
     "UserError",
+    "evaluate",
     "presets",
+    "train",
 ]
+
+_HOMES = {
+    "Config": ".config",
+    "DataConfig": ".config",
+    "DeformableDETR": ".model.detector",
+    "Detections": ".structures",
+    "ImageBatch": ".structures",
+    "ModelConfig": ".config",
+    "Target": ".structures",
+    "TrainConfig": ".config",
+    "UserError": ".errors",
+    "evaluate": ".evaluation",
+    "train": ".training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "presets":
+        return import_module(".presets", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
