@@ -1,5 +1,6 @@
 """Multi-scale deformable attention, on every machine."""
 
-from .reference import Shapes, deformable_attention, sample_and_sum, sampling_locations
+from .dispatch import Backend, backends, deformable_attention, sample_and_sum, use_backend
+from .reference import sampling_locations
 
-__all__ = ["Shapes", "deformable_attention", "sample_and_sum", "sampling_locations"]
+__all__ = ["Backend", "backends", "deformable_attention", "sample_and_sum", "sampling_locations", "use_backend"]

@@ -1,0 +1,1 @@
+"""The CPU kernels: C++ without torch, built by `build`, called by `library`."""

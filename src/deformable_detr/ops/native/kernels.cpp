@@ -1,0 +1,16 @@
+// Compiled once for each instruction set, -DMSDA_NS=msda_avx512 and so on. No torch, no C++ library.
+#include "backward.h"
+#include "forward.h"
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+
+extern "C" {
+__attribute__((visibility("hidden"))) void JOIN(MSDA_NS, forward)(const msda_call* c) {
+  if (c->value_bf16) MSDA_NS::forward<MSDA_NS::bfloat16>(c);
+  else MSDA_NS::forward<float>(c);
+}
+__attribute__((visibility("hidden"))) void JOIN(MSDA_NS, backward)(const msda_call* c) {
+  if (c->value_bf16) MSDA_NS::backward<MSDA_NS::bfloat16>(c);
+  else MSDA_NS::backward<float>(c);
+}
+}
