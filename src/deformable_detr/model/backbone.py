@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ STRIDES = (8, 16, 32)  # the levels that the backbone itself gives; coarser ones
 
 
 class Backbone(nn.Module):
-    """Feature maps of a timm model: (B, 3, H, W) → a map (B, C_l, H_l, W_l) for each of `strides`.
+    """Feature maps of a timm model: (B, 3, H, W) → a map (B, channels[l], H_l, W_l) for each level l.
 
     Raises UserError for a model that timm does not know or that has no such maps, and for weights that cannot be had
     or do not fit.
@@ -24,17 +25,17 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         levels = min(config.feature_levels, len(STRIDES))
-        self.body, chosen = _features(config, STRIDES[-levels:])
-        self.strides = tuple(self.body.feature_info.reduction())
-        self.channels = tuple(self.body.feature_info.channels())
+        body, stages = _features(config, STRIDES[-levels:])
+        self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         pretrained = config.backbone_weights != "none"
         norm = config.backbone_norm
         if norm == "frozen" or (norm == "auto" and pretrained):
             from timm.layers.norm_act import freeze_batch_norm_2d
 
-            self.body = freeze_batch_norm_2d(self.body)
-        stages = config.frozen_stages if config.frozen_stages is not None else (2 if pretrained else 0)
-        _freeze_stages(self.body, chosen, stages, config.backbone)
+            body = freeze_batch_norm_2d(body)
+        count = config.frozen_stages if config.frozen_stages is not None else (2 if pretrained else 0)
+        _freeze_stages(body, stages, count, config.backbone)
+        self.body = body
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         return self.body(pixels)
@@ -47,15 +48,15 @@ class Projections(nn.Module):
         super().__init__()
         C = config.hidden_dim
         groups = math.gcd(32, C)  # 32 in the paper; widths that it does not divide take what does
-        layers = [nn.Sequential(nn.Conv2d(c, C, 1), nn.GroupNorm(groups, C)) for c in channels]
+        convolutions = [nn.Conv2d(c, C, 1) for c in channels]
         width = channels[-1]
-        for _ in range(config.feature_levels - len(layers)):
-            layers.append(nn.Sequential(nn.Conv2d(width, C, 3, stride=2, padding=1), nn.GroupNorm(groups, C)))
+        for _ in range(config.feature_levels - len(channels)):
+            convolutions.append(nn.Conv2d(width, C, 3, stride=2, padding=1))
             width = C
-        for layer in layers:
-            nn.init.xavier_uniform_(layer[0].weight)
-            nn.init.zeros_(layer[0].bias)
-        self.levels = nn.ModuleList(layers)
+        for convolution in convolutions:
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.constant_(convolution.bias, 0.0)  # type: ignore[arg-type]  # there is one
+        self.levels = nn.ModuleList(nn.Sequential(layer, nn.GroupNorm(groups, C)) for layer in convolutions)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         maps = [project(x) for project, x in zip(self.levels, features, strict=False)]
@@ -76,7 +77,7 @@ def pixel_statistics(config: ModelConfig) -> tuple[tuple[float, ...], tuple[floa
     return tuple(mean), tuple(std)
 
 
-def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[nn.Module, list[dict]]:
+def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[dict[str, Any]]]:
     """The timm model cut to its maps at `strides`, with weights, and timm's list of all its stages."""
     import timm
 
@@ -84,9 +85,10 @@ def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[nn.Module,
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
         raise UserError(f"backbone '{name}' is no timm model" + (f"; similar: {close}" if close else ""))
-    options = {"output_stride": 16} if config.dilation else {}
+    options: dict[str, Any] = {"output_stride": 16} if config.dilation else {}
     try:
-        stages = timm.create_model(name, features_only=True, **options).feature_info.info
+        probe: Any = timm.create_model(name, features_only=True, **options)
+        stages = probe.feature_info.info
     except (RuntimeError, AttributeError, TypeError, NotImplementedError, AssertionError) as error:
         what = "dilated feature maps (DC5)" if config.dilation else "feature maps"
         raise UserError(f"backbone '{name}' gives no {what}: {_line(error)}") from None
@@ -109,7 +111,7 @@ def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[nn.Module,
     return _from_file(name, Path(source), options), stages
 
 
-def _from_file(name: str, path: Path, options: dict) -> nn.Module:
+def _from_file(name: str, path: Path, options: dict[str, Any]) -> Any:
     import timm
 
     if not path.is_file():

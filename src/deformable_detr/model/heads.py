@@ -25,13 +25,17 @@ class Heads(nn.Module):
         # Focal prior: at the start every class has probability 1% (RetinaNet, section 4.1).
         nn.init.constant_(class_head.bias, -math.log(99))
         box_head = MLP(config.hidden_dim, config.hidden_dim, 4, layers=3)
-        nn.init.zeros_(box_head.layers[-1].weight)
-        nn.init.zeros_(box_head.layers[-1].bias)
+        last = box_head.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        boxes = [copy.deepcopy(box_head) for _ in range(pairs)]
         self.classes = nn.ModuleList(copy.deepcopy(class_head) for _ in range(pairs))
-        self.boxes = nn.ModuleList(copy.deepcopy(box_head) for _ in range(pairs))
+        self.boxes = nn.ModuleList(boxes)
         if not config.two_stage:
-            # Where the first box has no size yet, it starts at sigmoid(−2) ≈ 12% of the image.
-            nn.init.constant_(self.boxes[0].layers[-1].bias[2:], -2.0)
+            # The first reference has no size yet: boxes start at sigmoid(−2) ≈ 12% of the image.
+            with torch.no_grad():
+                boxes[0].layers[-1].bias[2:] = -2.0  # type: ignore[index]
 
     def forward(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """(…, C) → logits (…, K) and box deltas (…, 4) in logit space, both fp32 at least. layer −1: the encoder's."""
