@@ -1,0 +1,158 @@
+"""A COCO JSON file, checked record by record: what is wrong is one line that names the record and the mend."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..errors import UserError
+from ..structures import Category
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's dict with its three lists; masks are dropped while reading, or they would fill the memory."""
+    try:
+        content = json.loads(path.read_bytes(), object_hook=_without_mask)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give a COCO JSON file that can be read") from None
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid JSON ({reason}); export the annotations again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not COCO JSON: a {type(content).__name__} instead of an object with 'images'")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list):
+            raise UserError(f"{path}: not COCO JSON: it has no list '{key}'; export the annotations as COCO detection")
+    return content
+
+
+def _without_mask(record: dict[str, Any]) -> dict[str, Any]:
+    record.pop("segmentation", None)
+    return record
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _positive(value: Any) -> bool:
+    return _whole(value) and value > 0
+
+
+def record_name(records: Sequence[Any], position: int) -> str:
+    """An annotation as error messages call it."""
+    record = records[position]
+    own = f" (id {brief(record['id'])})" if isinstance(record, dict) and "id" in record else ""
+    return f"annotations[{position}]{own}"
+
+
+def read_categories(content: dict[str, Any], path: Path) -> tuple[Category, ...]:
+    """Sorted by id, without an entry that has no objects and names only the group of the others (Roboflow's id 0)."""
+    records: dict[int, dict[str, Any]] = {}
+    for position, record in enumerate(content["categories"]):
+        place = f"{path}: categories[{position}]"
+        if not isinstance(record, dict) or not _whole(record.get("id")) or not isinstance(record.get("name"), str):
+            raise UserError(f"{place} needs a whole number 'id' and a text 'name'")
+        if record["id"] in records:
+            raise UserError(f"{place} ({record['name']!r}) has the id {record['id']} of another; give each its own")
+        records[record["id"]] = record
+    if not records:
+        raise UserError(f"{path}: 'categories' is empty; list the classes with their ids and names")
+
+    group = records.get(0)
+    others = [record for record in records.values() if record is not group]
+    if group and others and all(record.get("supercategory") == group["name"] for record in others):
+        used = any(isinstance(a, dict) and a.get("category_id") == 0 for a in content["annotations"])
+        if not used:
+            del records[0]
+    return tuple(Category(id=key, name=records[key]["name"]) for key in sorted(records))
+
+
+def read_images(content: dict[str, Any], path: Path) -> tuple[list[int], list[str], list[tuple[int, int]]]:
+    """Ids, file names and (height, width) of all images, 0 where a size is not given."""
+    if not content["images"]:
+        raise UserError(f"{path}: 'images' is empty; a set needs at least one image")
+    positions: dict[int, int] = {}
+    names: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    for position, record in enumerate(content["images"]):
+        place = f"{path}: images[{position}]"
+        if not isinstance(record, dict) or not _whole(record.get("id")):
+            raise UserError(f"{place} needs a whole number 'id'")
+        number, name = record["id"], record.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{place} (id {number}) needs the 'file_name' of its image")
+        if number in positions:
+            raise UserError(
+                f"{place} ({name!r}) has the id {number} of images[{positions[number]}] "
+                f"({names[positions[number]]!r}); give each image its own id"
+            )
+        positions[number] = position
+        names.append(name)
+        height: Any = record.get("height")
+        width: Any = record.get("width")
+        sizes.append((height, width) if _positive(height) and _positive(width) else (0, 0))
+    return list(positions), names, sizes
+
+
+def read_annotations(
+    content: dict[str, Any], path: Path, image_ids: np.ndarray, categories: Sequence[Category]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every annotation, checked: image positions (N,), category ids (N,), crowds (N,) bool, boxes (N, 4) xywh."""
+    records = content["annotations"]
+    image_at = {number: position for position, number in enumerate(image_ids.tolist())}
+    known = {category.id for category in categories}
+    images, labels, crowds, boxes = [], [], [], []
+
+    def fail(position: int, what: str) -> NoReturn:
+        raise UserError(f"{path}: {record_name(records, position)} {what}")
+
+    for position, record in enumerate(records):
+        if not isinstance(record, dict):
+            fail(position, "is no object; export the annotations again")
+        image, category, crowd = record.get("image_id"), record.get("category_id"), record.get("iscrowd")
+        if not _whole(image) or image not in image_at:
+            fail(
+                position,
+                f"has image_id {brief(image)}, which is not among the images; add the image or remove the record",
+            )
+        if not _whole(category) or category not in known:
+            fail(position, f"has category_id {brief(category)}, which is not among the categories; add or change it")
+        if crowd not in (None, 0, 1):
+            fail(position, f"has iscrowd {brief(crowd)}; write 0 or 1")
+        box = record.get("bbox")
+        if not _four_numbers(box):
+            fail(position, f"has bbox {brief(box)}; write four finite numbers, [x, y, width, height] in pixels")
+        images.append(image_at[image])
+        labels.append(category)
+        crowds.append(bool(crowd))
+        boxes.append(box)
+    return (
+        np.array(images, dtype=np.int64),
+        np.array(labels, dtype=np.int64),
+        np.array(crowds, dtype=bool),
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+    )
+
+
+def _four_numbers(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(_finite(value) for value in box)
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
+
+
+def area_of(annotation: dict[str, Any]) -> float:
+    """The record's area in square pixels; that of its box where it gives none."""
+    area: Any = annotation.get("area")
+    return area if _finite(area) else annotation["bbox"][2] * annotation["bbox"][3]

@@ -1,0 +1,180 @@
+"""Where a set keeps its files: the annotation file of a split, and the folder of its images."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from ..config import DataConfig
+from ..errors import UserError
+
+ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
+ROBOFLOW = "_annotations.coco.json"
+
+
+def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
+    """The COCO JSON of one split of the set at `root`.
+
+    In this order: `data.annotations` (`data.val_annotations` for the validation split); `root` itself where it is a
+    JSON file; `<split>/_annotations.coco.json`; `annotations/instances_*.json` or `<split>.json` whose name says the
+    split;    `_annotations.coco.json` in `root` itself. `val`, `valid` and `validation` are one split, and likewise
+    `train`/`training` and `test`/`testing`. A file or folder that names no split serves for any; one that names another
+    split for none. A folder's only JSON file counts as its `_annotations.coco.json`.
+    """
+    if not root.exists():
+        raise UserError(f"{root}: no such data set; give its folder or its COCO JSON file")
+    option = _option(split, data)
+    given = getattr(data, option) if option else None
+    if given is not None:
+        return _given(root, given, f"data.{option}")
+    if option and getattr(data, option.replace("annotations", "images")) is not None:
+        raise UserError(f"data.{option.replace('annotations', 'images')} is given without data.{option}; give both")
+
+    mend = f"; or give data.{option.replace('annotations', 'images')} and data.{option}" if option else ""
+    if root.is_file():
+        if _names_other_split(root, split):
+            raise UserError(
+                f"{root} is no '{split}' split by its name; give the folder that holds both, or another split{mend}"
+            )
+        return root
+
+    names = _aliases(split)
+    for name in names:
+        if found := _in_folder(root / name):
+            return found
+    for folder in (root / "annotations", root):
+        matches = sorted(path for path in folder.glob("instances_*.json") if _says(path.stem, names))
+        matches = matches or [path for name in names if (path := folder / f"{name}.json").is_file()]
+        if len(matches) > 1:
+            listed = ", ".join(path.name for path in matches)
+            raise UserError(f"{folder}: several files may be the '{split}' split: {listed}; keep one{mend}")
+        if matches:
+            return matches[0]
+    if (found := _in_folder(root)) and not _names_other_split(found, split):
+        return found
+    raise UserError(
+        f"{root}: no '{split}' split; looked for {'|'.join(names)}/{ROBOFLOW}, annotations/instances_{names[0]}*.json "
+        f"and {ROBOFLOW}; rename what you have{mend}"
+    )
+
+
+def find_images(annotations: Path, root: Path, split: str, data: DataConfig, names: Sequence[str]) -> Path:
+    """The folder to which the file names `names` of an annotation file are relative.
+
+    `data.images` (`data.val_images`) where given. Else, of the file's own folder and `images`, `images/<split>`,
+    `<split>` there or beside `annotations/`, the one that holds most of the images.
+
+    Folders are listed, files are not opened. Raises `UserError` where an image is in none of them.
+    """
+    option = (_option(split, data) or "").replace("annotations", "images")
+    given = getattr(data, option) if option else None
+    if given is not None:
+        folders = [_given(root, given, f"data.{option}")]
+        if not folders[0].is_dir():
+            raise UserError(f"data.{option}: {folders[0]} is no folder; give the folder of the images")
+    else:
+        folders = _image_folders(annotations, split)
+
+    listing = cache(_listing)  # each folder is listed once, however many files it is asked for
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        head, tail = os.path.split(name)
+        grouped.setdefault(head, []).append(tail)
+    counts = {folder: _present(grouped, folder, listing) for folder in folders}
+    best = max(folders, key=counts.__getitem__)
+    if counts[best] == len(names):
+        return best
+
+    missing = [name for name in names if os.path.basename(name) not in listing(best / os.path.dirname(name))]
+    # A file system that ignores case or spells accents otherwise finds files that its listing does not show.
+    missing = [name for name in missing if not os.path.isfile(best / name)]
+    if len(missing) == len(names):
+        looked = ", ".join(map(str, folders))
+        mend = f"; put the images there or give data.{option}" if option else "; put the images there"
+        raise UserError(f"{annotations}: image {missing[0]!r} and all others are missing; looked in {looked}{mend}")
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(
+            f"{annotations}: image {missing[0]!r}{more} is missing in {best}; add the file or remove its record"
+        )
+    return best
+
+
+def _option(split: str, data: DataConfig) -> str | None:
+    """The setting that names the annotation file of `split`, where there is one."""
+    if split in _aliases(data.train_split):
+        return "annotations"
+    return "val_annotations" if split in _aliases(data.val_split) else None
+
+
+def _given(root: Path, value: str, option: str) -> Path:
+    """A path from the settings: relative to the set, or to where we are."""
+    base = root if root.is_dir() else root.parent
+    for path in (base / Path(value).expanduser(), Path(value).expanduser()):
+        if path.exists():
+            return path
+    raise UserError(f"{option}: {value} is neither in {base} nor here; give a path that exists")
+
+
+def _aliases(split: str) -> tuple[str, ...]:
+    for names in ALIASES:
+        if split in names:
+            return (split, *(name for name in names if name != split))
+    return (split,)
+
+
+def _says(text: str, names: Iterable[str]) -> bool:
+    """Whether a name such as 'instances_val2017' holds one of the words; 'trainval' holds none."""
+    for name in names:
+        end = "(?![a-z0-9])" if name[-1:].isdigit() else "(?![a-z])"
+        if re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}{end}", text.lower()):
+            return True
+    return False
+
+
+def _names_other_split(path: Path, split: str) -> bool:
+    """Whether a file says by a word of its name, or else by its folder's whole name, that it is another split."""
+    folder = re.sub(r"\d+$", "", path.resolve().parent.name)
+    for text, says in ((path.stem, _says), (folder.lower(), lambda text, names: text in names)):
+        if says(text, _aliases(split)):
+            return False
+        if any(says(text, names) for names in ALIASES if split not in names):
+            return True
+    return False
+
+
+def _in_folder(folder: Path) -> Path | None:
+    if (folder / ROBOFLOW).is_file():
+        return folder / ROBOFLOW
+    files = list(folder.glob("*.json")) if folder.is_dir() else []
+    return files[0] if len(files) == 1 else None
+
+
+def _image_folders(annotations: Path, split: str) -> list[Path]:
+    own = annotations.parent
+    base = own.parent if own.name == "annotations" else own
+    stem = annotations.stem.removeprefix("instances_")
+    splits = (stem, *(name for name in _aliases(split) if name != stem))
+    folders = [own, own / "images"]
+    folders += [base / "images" / name for name in splits] + [base / name for name in splits] + [base / "images", base]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def _listing(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except PermissionError as error:
+        raise UserError(f"{folder}: {error.strerror}; make the folder readable") from None
+    except (OSError, ValueError):  # no such folder, or a name that can be none: nothing is in it
+        return frozenset()
+
+
+def _present(grouped: dict[str, list[str]], folder: Path, listing: Callable[[Path], frozenset[str]]) -> int:
+    count = 0
+    for head, tails in grouped.items():
+        names = listing(folder / head)
+        count += sum(tail in names for tail in tails)
+    return count

@@ -1,0 +1,129 @@
+"""How an image and its boxes change before the model sees them, as in the paper (appendix A.4, after DETR's).
+
+All images are uint8 (3, H, W). Boxes are (cx, cy, w, h) in 0..1 of the image, so a resize leaves them as they are.
+Random choices come from PyTorch's CPU generator: whoever seeds it decides them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..config import DataConfig
+from ..structures import Target
+
+SCALE_STEPS = 11  # short sides in training: 480, 512, … 800 for the paper's range
+CROP_SHORT_SIDES = (400 / 800, 500 / 800, 600 / 800)  # of image_size, before a crop
+CROP_SIDES = (384 / 800, 600 / 800)  # of image_size: smallest and largest side of a crop
+# A side below this is no box: single precision, in which boxes travel, cannot tell it from zero on a large image.
+MIN_SIDE = 1e-3  # pixels
+
+
+def training(image_size: int, long_side: int, data: DataConfig) -> Training:
+    """The paper's augmentation for a short side of `image_size` and a long side of at most `long_side` pixels."""
+    return Training(image_size, long_side, data.train_scales, data.flip, data.crop)
+
+
+def evaluation(image_size: int, long_side: int) -> Evaluation:
+    """`resize` alone."""
+    return Evaluation(image_size, long_side)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """(image, target) with the image resized to a short side of `image_size`, the long one at most `long_side`."""
+
+    image_size: int
+    long_side: int
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        return resize(image, self.image_size, self.long_side), target
+
+
+@dataclass(frozen=True)
+class Training:
+    """A flip by chance, a crop by chance, and a resize to one of 11 short sides in `scales` × `image_size`.
+
+    Before a crop the image is resized to a short side of 1/2, 5/8 or 3/4 `image_size`; the crop's sides are drawn from
+    0.48 to 0.75 `image_size`, or the image's own where that is smaller. Boxes without a visible part are dropped.
+    """
+
+    image_size: int
+    long_side: int
+    scales: tuple[float, float] = (0.6, 1.0)
+    flip: float = 0.5
+    crop: float = 0.5
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        if _happens(self.flip):
+            image, target = flip(image, target)
+        if _happens(self.crop):
+            short = CROP_SHORT_SIDES[_between(0, len(CROP_SHORT_SIDES) - 1)]
+            # The paper sets no limit here; this one keeps a needle of a picture from filling the memory.
+            image = resize(image, max(1, round(short * self.image_size)), 8 * self.long_side)
+            low, high = (max(1, round(side * self.image_size)) for side in CROP_SIDES)
+            height, width = image.shape[-2:]
+            crop_height = _between(min(low, height), min(high, height))
+            crop_width = _between(min(low, width), min(high, width))
+            top, left = _between(0, height - crop_height), _between(0, width - crop_width)
+            image, target = crop(image, target, top, left, crop_height, crop_width)
+        smallest, largest = self.scales
+        scale = smallest + (largest - smallest) * _between(0, SCALE_STEPS - 1) / (SCALE_STEPS - 1)
+        return resize(image, max(1, round(scale * self.image_size)), self.long_side), target
+
+
+def resized_size(height: int, width: int, image_size: int, long_side: int) -> tuple[int, int]:
+    """(height, width) after `resize`.
+
+    The short side becomes `image_size` and the long one keeps the proportions, rounded down. Where that is more than
+    `long_side`, the long side becomes `long_side` at most and the short one is rounded to the nearest. No side is
+    under 1.
+    """
+    short, long = min(height, width), max(height, width)
+    if long * image_size > long_side * short:
+        new_short = max(1, round(long_side * short / long))
+        new_long = min(long_side, max(1, new_short * long // short))
+    else:
+        new_short, new_long = image_size, image_size * long // short
+    return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+def resize(image: Tensor, image_size: int, long_side: int) -> Tensor:
+    """A uint8 image (3, H, W) at the size that `resized_size` gives: bilinear, antialiased."""
+    from torchvision.transforms.v2 import functional
+
+    height, width = image.shape[-2:]
+    size = resized_size(height, width, image_size, long_side)
+    return image if size == (height, width) else functional.resize(image, list(size), antialias=True)
+
+
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Left and right exchanged."""
+    from torchvision.transforms.v2 import functional
+
+    cx, cy, w, h = target.boxes.unbind(-1)
+    return functional.horizontal_flip(image), replace(target, boxes=torch.stack([1 - cx, cy, w, h], dim=-1))
+
+
+def crop(image: Tensor, target: Target, top: int, left: int, height: int, width: int) -> tuple[Tensor, Target]:
+    """The part of the image from (top, left), all in pixels; boxes are cut to it, those outside it dropped."""
+    from torchvision.ops import box_convert, clip_boxes_to_image
+    from torchvision.transforms.v2 import functional
+
+    old_height, old_width = image.shape[-2:]
+    corners = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([old_width, old_height] * 2)
+    corners = clip_boxes_to_image(corners - torch.tensor([left, top] * 2), (height, width))
+    visible = ((corners[:, 2:] - corners[:, :2]) >= MIN_SIDE).all(dim=1)
+    boxes = box_convert(corners[visible] / torch.tensor([width, height] * 2), "xyxy", "cxcywh")
+    return functional.crop(image, top, left, height, width), replace(target, labels=target.labels[visible], boxes=boxes)
+
+
+def _happens(chance: float) -> bool:
+    return torch.rand(()).item() < chance
+
+
+def _between(low: int, high: int) -> int:
+    """A whole number from `low` to `high`, both included."""
+    return int(torch.randint(low, high + 1, ()).item())
