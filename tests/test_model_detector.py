@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deformable_detr import DeformableDETR, UserError, presets
+from deformable_detr.model.decoder import ExtraQueries
 
 TINY = {
     "backbone": "resnet10t", "backbone_weights": "none", "hidden_dim": 64, "num_heads": 4, "ffn_dim": 48,
@@ -194,3 +195,51 @@ def test_model_folder_errors(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json"):
         DeformableDETR.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["proposal", "learned", "memory"])
+@pytest.mark.parametrize("positions", [False, True], ids=["fixed-positions", "box-positions"])
+def test_query_options_train_every_parameter(content, positions):
+    options = {
+        "query_content": content,
+        "box_positions": positions,
+        "class_proposals": True,
+        "look_forward_twice": True,
+    }
+    model = shaken(tiny(**options)).train()
+    out = model(*batch())
+    wanted = (out["layer_logits"], out["layer_boxes"], out["encoder_logits"], out["encoder_boxes"])
+    sum((x * torch.randn_like(x)).sum() for x in wanted).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_look_forward_twice_changes_gradients_only():
+    """The second layer's boxes train the first layer's box head, and nothing else is different."""
+    outs, grads = [], []
+    for flag in (False, True):
+        model = shaken(tiny(look_forward_twice=flag)).train()
+        out = model(*batch())
+        out["layer_boxes"][1].sum().backward()
+        outs.append(out["pred_boxes"].detach())
+        grads.append(model.decoder.heads.boxes[0].layers[-1].weight.grad)
+    assert torch.equal(outs[0], outs[1])
+    assert grads[0] is None or not grads[0].any()
+    assert grads[1].any()
+
+
+def test_extra_queries_unseen_by_the_models_own_change_nothing():
+    model = shaken(tiny(box_positions=True)).eval()
+    pixels, mask = batch()
+    extra, Q = 3, 12
+    unseen = torch.zeros(extra + Q, extra + Q, dtype=torch.bool)
+    unseen[extra:, :extra] = True
+    boxes = torch.rand(2, extra, 4)
+    with torch.no_grad():
+        plain = model(pixels, mask)
+        hidden = model(pixels, mask, extra=ExtraQueries(torch.randn(2, extra, 64), boxes, unseen))
+        seen = model(pixels, mask, extra=ExtraQueries(torch.randn(2, extra, 64), boxes, torch.zeros_like(unseen)))
+    assert hidden["extra_boxes"].shape == (2, 2, extra, 4)
+    assert torch.allclose(plain["pred_logits"], hidden["pred_logits"], atol=1e-5)
+    assert not torch.allclose(plain["pred_logits"], seen["pred_logits"], atol=1e-3)

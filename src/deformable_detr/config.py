@@ -78,6 +78,20 @@ class ModelConfig(_Section):
     num_queries: Positive = 300
     refine: bool = Field(default=False, description="each decoder layer refines the boxes of the one before")
     two_stage: bool = Field(default=False, description="the encoder proposes the queries' boxes; needs refine")
+    class_proposals: bool = Field(
+        default=False, description="two-stage: proposals scored by their best class, not by 'object' (DINO)"
+    )
+    query_content: Literal["proposal", "learned", "memory"] = Field(
+        default="proposal",
+        description="two-stage: queries start from the proposal's box (paper), from learned vectors (DINO's mixed "
+        "query selection) or from the encoder's token (RT-DETR)",
+    )
+    box_positions: bool = Field(
+        default=False, description="refine: query positions follow the refined boxes layer by layer (DAB-DETR)"
+    )
+    look_forward_twice: bool = Field(
+        default=False, description="refine: a layer's box loss also trains the layer before (DINO)"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute layers in the backward pass, for memory")
 
     @model_validator(mode="after")
@@ -90,6 +104,12 @@ class ModelConfig(_Section):
             raise ValueError("two_stage needs refine: true")
         if self.two_stage and not self.encoder_layers:
             raise ValueError("two_stage needs at least one encoder layer")
+        if not self.two_stage and (self.class_proposals or self.query_content != "proposal"):
+            raise ValueError("class_proposals and query_content are for two_stage: true")
+        if self.box_positions and not self.two_stage:
+            raise ValueError("box_positions needs two_stage: true, where queries have boxes from the start")
+        if self.look_forward_twice and not self.refine:
+            raise ValueError("look_forward_twice needs refine: true")
         if self.dilation and self.feature_levels != 1:
             raise ValueError("dilation (DC5) is for feature_levels: 1")
         for name in ("class_names", "category_ids"):
@@ -108,6 +128,15 @@ class ModelConfig(_Section):
     def long_side(self) -> int:
         """The long side's limit in pixels."""
         return self.max_size or round(self.image_size * 1333 / 800)
+
+    def without_download(self) -> ModelConfig:
+        """The same network for when its weights come from a file: nothing to fetch, and what was frozen stays so."""
+        pretrained = self.backbone_weights != "none"
+        return self.replace(
+            backbone_weights="none",
+            backbone_norm="frozen" if self.backbone_norm == "auto" and pretrained else self.backbone_norm,
+            frozen_stages=2 if self.frozen_stages is None and pretrained else self.frozen_stages,
+        )
 
 
 class DataConfig(_Section):
@@ -136,8 +165,10 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """The optimisation. Defaults are the paper's (section 5 and the published configurations)."""
 
-    epochs: Positive = 50
-    minutes: PositiveFloat | None = Field(default=None, description="stop after so many minutes of training")
+    epochs: Positive | None = Field(default=50, description="stop after so many epochs; none: as minutes say")
+    minutes: PositiveFloat | None = Field(
+        default=None, description="stop after so many minutes of training, evaluation and saving not counted"
+    )
     batch_size: Positive = 4
     lr: PositiveFloat = 2e-4
     backbone_lr_factor: Weight = Field(default=0.1, description="backbone's learning rate, relative to lr")
@@ -164,6 +195,12 @@ class TrainConfig(_Section):
     focal_alpha: Fraction = 0.25
     focal_gamma: Weight = 2.0
     auxiliary_loss: bool = True
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.epochs is None and self.minutes is None:
+            raise ValueError("give epochs or minutes, or the training would never end")
+        return self
 
 
 class Config(_Section):

@@ -12,7 +12,8 @@ from .. import ops
 from ..config import ModelConfig
 from .attention import AttentionDetails, DeformableAttention
 from .heads import Heads, refined_boxes
-from .layers import FeedForward
+from .layers import MLP, FeedForward
+from .position import box_encoding
 
 
 class DecoderOutput(NamedTuple):
@@ -27,6 +28,18 @@ class DecoderOutput(NamedTuple):
     boxes: Tensor
     reference_points: list[Tensor]
     details: list[AttentionDetails]
+
+
+class ExtraQueries(NamedTuple):
+    """Queries beside the model's own, for training only (denoising, more queries an object). N: their number.
+
+    queries: (B, N, C). boxes: (B, N, 4) cxcywh in 0..1, where they start.
+    mask: (N + Q, N + Q) bool, True = the row's query does not see the column's; the extra ones come first.
+    """
+
+    queries: Tensor
+    boxes: Tensor
+    mask: Tensor
 
 
 class DecoderLayer(nn.Module):
@@ -81,13 +94,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm else nn.Identity()
         self.heads = heads
-        self.refine = config.refine
+        self.refine, self.look_forward_twice = config.refine, config.look_forward_twice
+        C = config.hidden_dim
+        self.position_head = MLP(2 * C, C, C, layers=2) if config.box_positions else None
         self.gradient_checkpointing = config.gradient_checkpointing
 
     def forward(
         self,
         queries: Tensor,
-        query_position: Tensor,
+        query_position: Tensor | None,
         reference_points: Tensor,
         memory: Tensor,
         spatial_shapes: ops.Shapes,
@@ -99,24 +114,30 @@ class Decoder(nn.Module):
         """queries, query_position: (B, Q, C). reference_points: (B, Q, 2 or 4) in 0..1 of the unpadded image.
 
         memory: (B, S, C). valid_ratios: (B, L, 2). padding_mask: (B, S). self_attention_mask: (Q, Q), True = unseen.
+        query_position is not read with box_positions: it then follows from the reference boxes.
         """
         all_logits, all_boxes, all_references, every = [], [], [], []
+        start = reference_points  # what boxes are relative to; the same numbers, but with a gradient to look twice
         for index, layer in enumerate(self.layers):
             # On the padded canvas of each level; boxes scale in both corners alike.
             ratios = valid_ratios if reference_points.shape[-1] == 2 else valid_ratios.repeat(1, 1, 2)
             on_canvas = reference_points[:, :, None] * ratios[:, None]
+            if self.position_head is not None:
+                encoded = box_encoding(reference_points, queries.shape[-1] // 2)
+                query_position = self.position_head(encoded.to(queries.dtype))
             inputs = (queries, query_position, on_canvas, memory, spatial_shapes, padding_mask)
             if self.gradient_checkpointing and self.training:
                 queries, details = checkpoint(layer, *inputs, self_attention_mask, return_details, use_reentrant=False)
             else:
                 queries, details = layer(*inputs, self_attention_mask, return_details)
             logits, deltas = self.heads(self.norm(queries), index)
-            boxes = refined_boxes(deltas, reference_points)
+            boxes = refined_boxes(deltas, start)
             all_logits.append(logits)
             all_boxes.append(boxes)
             all_references.append(reference_points)
             every.append(details)
-            if self.refine:  # gradients stay inside a layer (appendix A.4)
+            if self.refine:  # gradients stay inside a layer (appendix A.4), or reach the one before (DINO, section 3.5)
+                start = refined_boxes(deltas, reference_points) if self.look_forward_twice else boxes.detach()
                 reference_points = boxes.detach()
         return DecoderOutput(
             torch.stack(all_logits),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .attention import DeformableAttention
 from .backbone import Backbone, Projections, pixel_statistics
-from .decoder import Decoder
+from .decoder import Decoder, ExtraQueries
 from .encoder import Encoder
 from .heads import Heads
 from .position import LearnedPosition, SinePosition
@@ -66,7 +66,12 @@ class DeformableDETR(nn.Module):
         nn.init.normal_(self.level_embedding)
 
     def forward(
-        self, pixels: Tensor, padding_mask: Tensor | None = None, *, return_attention: bool = False
+        self,
+        pixels: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        return_attention: bool = False,
+        extra: ExtraQueries | None = None,
     ) -> dict[str, Any]:
         """Class logits and boxes of every query.
 
@@ -74,12 +79,16 @@ class DeformableDETR(nn.Module):
         Returns a dict of
             pred_logits (B, Q, K) and pred_boxes (B, Q, 4), cxcywh in 0..1 of the unpadded image;
             layer_logits (N, B, Q, K) and layer_boxes (N, B, Q, 4), the same of all N decoder layers;
-            two-stage: encoder_logits (B, S, K), of which column 0 says "object", and encoder_boxes (B, S, 4);
+            two-stage: encoder_logits (B, S, K), of which column 0 says "object" (all columns their class with
+            class_proposals), and encoder_boxes (B, S, 4);
+            with extra queries (two-stage, training): extra_logits and extra_boxes, the layers' words on them;
             with return_attention: encoder_attention and decoder_attention, lists of `AttentionDetails` a layer,
             decoder_reference_points, what each layer started from, and spatial_shapes, (height, width) a level.
         """
         if padding_mask is None:
             padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
+        if extra is not None and not self.config.two_stage:
+            raise ValueError("extra queries start from boxes: they need a two-stage model")
         pixels = pixels.masked_fill(padding_mask[:, None], 0.0)
 
         maps = self.projections(self.backbone(pixels))
@@ -103,6 +112,12 @@ class DeformableDETR(nn.Module):
         if self.config.two_stage:
             proposed = self.proposals(memory, spatial_shapes, valid_ratios, mask, self.decoder.heads)
             queries, query_position, references = proposed[:3]
+            if extra is not None:
+                position, _ = self.proposals.encode(extra.boxes, memory)
+                queries = torch.cat((extra.queries.to(queries.dtype), queries), dim=1)
+                references = torch.cat((extra.boxes.to(references.dtype), references), dim=1)
+                if query_position is not None and position is not None:
+                    query_position = torch.cat((position, query_position), dim=1)
             out |= {"encoder_logits": proposed.logits, "encoder_boxes": proposed.boxes}
         else:
             query_position, queries = self.query_embedding.weight.expand(len(pixels), -1, -1).chunk(2, dim=-1)
@@ -110,10 +125,14 @@ class DeformableDETR(nn.Module):
 
         decoded = self.decoder(
             queries, query_position, references, memory, spatial_shapes, valid_ratios, mask,
-            return_details=return_attention,
+            extra.mask if extra is not None else None, return_attention,
         )  # fmt: skip
-        out |= {"pred_logits": decoded.logits[-1], "pred_boxes": decoded.boxes[-1]}
-        out |= {"layer_logits": decoded.logits, "layer_boxes": decoded.boxes}
+        logits, boxes = decoded.logits, decoded.boxes
+        if extra is not None:
+            count = extra.queries.shape[1]
+            out |= {"extra_logits": logits[:, :, :count], "extra_boxes": boxes[:, :, :count]}
+            logits, boxes = logits[:, :, count:], boxes[:, :, count:]
+        out |= {"pred_logits": logits[-1], "pred_boxes": boxes[-1], "layer_logits": logits, "layer_boxes": boxes}
         if return_attention:
             out |= {"encoder_attention": encoder_attention, "decoder_attention": decoded.details}
             out |= {"decoder_reference_points": decoded.reference_points, "spatial_shapes": spatial_shapes}

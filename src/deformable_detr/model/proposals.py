@@ -19,12 +19,14 @@ BASE_SIZE = 0.05  # side of a proposal at the finest level, relative to the imag
 class Proposals(NamedTuple):
     """The best Q tokens as queries, and what was said of all S tokens.
 
-    queries, query_position: (B, Q, C). reference_points: (B, Q, 4) cxcywh in 0..1.
-    logits: (B, S, K), of which column 0 says "object". boxes: (B, S, 4) cxcywh in 0..1.
+    queries, query_position: (B, Q, C); no position where it follows from the boxes.
+    reference_points: (B, Q, 4) cxcywh in 0..1.
+    logits: (B, S, K), of which column 0 says "object", or each its class with class_proposals.
+    boxes: (B, S, 4) cxcywh in 0..1.
     """
 
     queries: Tensor
-    query_position: Tensor
+    query_position: Tensor | None
     reference_points: Tensor
     logits: Tensor
     boxes: Tensor
@@ -37,10 +39,25 @@ class ProposalStage(nn.Module):
         super().__init__()
         C = config.hidden_dim
         self.num_queries = config.num_queries
+        self.class_proposals, self.content = config.class_proposals, config.query_content
         self.memory_proj = nn.Linear(C, C)
         self.memory_norm = nn.LayerNorm(C)
-        self.query_proj = nn.Linear(2 * C, 2 * C)
-        self.query_norm = nn.LayerNorm(2 * C)
+        # What is made from a proposal's box: the query's position, its content, or both (the paper).
+        self.parts = (not config.box_positions, self.content == "proposal")
+        if any(self.parts):
+            self.query_proj = nn.Linear(2 * C, sum(self.parts) * C)
+            self.query_norm = nn.LayerNorm(sum(self.parts) * C)
+        if self.content == "learned":
+            self.query_embedding = nn.Embedding(config.num_queries, C)
+
+    def encode(self, boxes: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Position and content, (B, Q, C) each or none, of queries that start at boxes (B, Q, 4) in 0..1."""
+        if not any(self.parts):
+            return None, None
+        encoded = box_encoding(boxes, like.shape[-1] // 2).to(like.dtype)
+        made = list(self.query_norm(self.query_proj(encoded)).split(like.shape[-1], dim=-1))
+        position = made.pop(0) if self.parts[0] else None
+        return position, made[0] if self.parts[1] else None
 
     def forward(
         self,
@@ -57,10 +74,15 @@ class ProposalStage(nn.Module):
         logits, deltas = heads(tokens, -1)
         unactivated = deltas + anchors
         count = min(self.num_queries, memory.shape[1])
-        best = logits[..., 0].topk(count, dim=1).indices  # (B, Q)
-        chosen = unactivated.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()
-        encoded = box_encoding(chosen, memory.shape[-1] // 2).to(memory.dtype)
-        query_position, queries = self.query_norm(self.query_proj(encoded)).chunk(2, dim=-1)
+        scores = logits.amax(-1) if self.class_proposals else logits[..., 0]
+        best = scores.topk(count, dim=1).indices[..., None]  # (B, Q, 1)
+        chosen = unactivated.gather(1, best.expand(-1, -1, 4)).detach().sigmoid()
+        query_position, queries = self.encode(chosen, memory)
+        if self.content == "memory":
+            queries = tokens.gather(1, best.expand(-1, -1, tokens.shape[-1])).detach()
+        elif self.content == "learned":
+            queries = self.query_embedding.weight[:count].expand(len(memory), -1, -1)
+        assert queries is not None
         return Proposals(queries, query_position, chosen, logits, unactivated.sigmoid())
 
 
