@@ -25,7 +25,8 @@ def resolve(
         preset: Name of the preset to start from; none given: the file's `preset`, else `default_preset`.
         file: YAML with some or all keys of a `Config`.
         overrides: `section.key=value` strings, values read as YAML.
-        options: Values by dotted key, for example {"train.epochs": 3}; None means not given.
+        options: Values by dotted key, for example {"train.epochs": 3}; None means not given. Of "train.epochs" and
+            "train.minutes", one alone ends the run: the preset's or the file's other one no longer counts.
         default_preset: The preset where nobody names one.
 
     Raises:
@@ -51,6 +52,8 @@ def resolve(
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
+    if options.get("train.epochs") is not None or options.get("train.minutes") is not None:
+        nested["train"] = {"epochs": None, "minutes": None}
     for key, value in options.items():
         if value is not None:
             section, name = key.split(".")

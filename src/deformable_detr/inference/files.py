@@ -10,8 +10,7 @@ from typing import Any
 from ..errors import UserError
 from ..model.detector import DeformableDETR
 from ..weights.folder import replace_file
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+from .predictor import folder_images
 
 
 def find_images(sources: Sequence[Path]) -> list[Path]:
@@ -21,15 +20,9 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for source in sources:
-        if source.is_dir():
-            inside = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise UserError(f"{source}: no images in this folder (folders inside it are not searched)")
-            found += inside
-        elif source.exists():
-            found.append(source)
-        else:
+        if not source.exists():
             raise UserError(f"{source}: no such image or folder")
+        found += folder_images(source) if source.is_dir() else [source]
     return list(dict.fromkeys(found))
 
 
@@ -43,6 +36,8 @@ def predict_files(
     complain: Callable[[str], None] = print,
 ) -> int:
     """Finds objects in each image, draws them into the folder `out`, writes all as a list to `json_file`.
+
+    A record of the list is what `Detections.to_dict` gives: {"image": path, "detections": [...], …}.
 
     An image that cannot be read or drawn is named through `complain` and left out; the others are done.
     `report` gets one line an image.
@@ -68,7 +63,7 @@ def predict_files(
             failures += 1
             complain(str(error))
             continue
-        records.append({"image": str(image), "detections": detections.to_dict()})
+        records.append(detections.to_dict())
         names = ", ".join(
             f"{name} {score:.2f}" for name, score in zip(detections.names, detections.scores, strict=True)
         )
@@ -79,7 +74,7 @@ def predict_files(
 
 
 def prepare_folder(folder: Path, option: str) -> Path:
-    """The folder, made where it was missing. Raises UserError, naming the option, where nothing can be written there."""
+    """The folder, made where missing. Raises UserError, naming the option, where nothing can be written there."""
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
