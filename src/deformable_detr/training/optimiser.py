@@ -1,0 +1,96 @@
+"""AdamW with the paper's groups of parameters, and the learning rate over the training (section 5)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import TrainConfig
+from ..errors import UserError
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Every trainable parameter in exactly one group: base, sampling (offsets and reference points) or backbone.
+
+    Each group has "name", "params", "names" (of the parameters), "factor" (of the learning rate) and "lr". All decay
+    alike, norms and biases too, as in the paper. Groups without parameters are left out.
+    """
+    factors = {"base": 1.0, "sampling": config.sampling_lr_factor, "backbone": config.backbone_lr_factor}
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in factors}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[group_of(name)].append((name, parameter))
+    if not any(members.values()):
+        raise UserError("the model has no trainable parameter: lower model.frozen_stages")
+    return [
+        {
+            "name": group,
+            "params": [parameter for _, parameter in members[group]],
+            "names": [name for name, _ in members[group]],
+            "factor": factor,
+            "lr": config.lr * factor,
+        }
+        for group, factor in factors.items()
+        if members[group]
+    ]
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter, by its name in the model."""
+    if name.startswith("backbone."):
+        return "backbone"
+    return "sampling" if "sampling_offsets" in name or "reference_points" in name else "base"
+
+
+def build_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, in its fused form, which can skip a step without asking the host."""
+    return torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=True)
+
+
+def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
+    """What the learning rates are multiplied by.
+
+    step: optimiser steps done; the first `warmup_steps` steps rise linearly from 1 / warmup_steps to 1.
+    progress: 0..1, part of the training done. "step" divides by 10 at lr_drop, "cosine" falls to 0 at 1.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.lr_schedule == "step":
+        return warmup * (0.1 if progress >= config.lr_drop else 1.0)
+    if config.lr_schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return warmup
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, step: int, progress: float) -> None:
+    """Gives every group the learning rate of this step."""
+    factor = lr_factor(config, step, progress)
+    for group in optimiser.param_groups:
+        group["lr"] = config.lr * group["factor"] * factor
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state by parameter: "NAME/exp_avg" and so on, so that it does not depend on their order."""
+    return {
+        f"{name}/{key}": value
+        for group in optimiser.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Takes back what `optimiser_tensors` gave; a state of unknown parameters or of other shapes is a `UserError`."""
+    parameters = {
+        name: parameter
+        for group in optimiser.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    for entry, value in tensors.items():
+        name, _, key = entry.rpartition("/")
+        parameter = parameters.get(name)
+        if parameter is None or (value.ndim and value.shape != parameter.shape):
+            raise UserError(f"the checkpoint's optimiser state does not fit the model: {entry}")
+        optimiser.state[parameter][key] = value.to(parameter.device, copy=True)
