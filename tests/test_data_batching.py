@@ -26,7 +26,9 @@ class Squares(Dataset):
             raise UserError(f"image-{index}.jpg: cannot be read")
         image = torch.randint(1, 256, (3, 4 + index, 20 - index), dtype=torch.uint8)
         objects = index % 3
-        return image, Target(torch.full((objects,), index), torch.rand(objects, 4), index + 100, (4 + index, 20 - index))
+        return image, Target(
+            torch.full((objects,), index), torch.rand(objects, 4), index + 100, (4 + index, 20 - index)
+        )
 
 
 class Crash(Squares):
@@ -36,7 +38,11 @@ class Crash(Squares):
 
 def contents(batches):
     return [
-        (images.pixels, images.padding_mask, [(t.image_id, t.original_size, t.labels.tolist(), t.boxes) for t in targets])
+        (
+            images.pixels,
+            images.padding_mask,
+            [(t.image_id, t.original_size, t.labels.tolist(), t.boxes) for t in targets],
+        )
         for images, targets in batches
     ]
 

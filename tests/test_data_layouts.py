@@ -115,9 +115,12 @@ def test_training_images_are_no_validation(tmp_path):
 def test_explicit_files(tmp_path, monkeypatch):
     put(tmp_path / "notes/a.json", tmp_path / "photos", ["a.png"])
     put(tmp_path / "notes/b.json", tmp_path / "more photos", ["b.png"])
-    given = dict(
-        images="photos", annotations="notes/a.json", val_images=str(tmp_path / "more photos"), val_annotations="notes/b.json"
-    )
+    given = {
+        "images": "photos",
+        "annotations": "notes/a.json",
+        "val_images": str(tmp_path / "more photos"),
+        "val_annotations": "notes/b.json",
+    }
     assert read(tmp_path, "train", **given) == ["a.png"]
     assert read(tmp_path, "val", **given) == ["b.png"]
     assert read(tmp_path, "holdout", **given, val_split="holdout") == ["b.png"]
@@ -179,14 +182,18 @@ def test_a_missing_image_is_named_before_training(tmp_path):
     put(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["a.png", "b.png", "c.png", "d.png"])
     assert len(read(tmp_path, "train")) == 4
     (tmp_path / "train/c.png").unlink()
-    with pytest.raises(UserError, match=r"_annotations\.coco\.json: image 'c\.png' is missing in .*train; add the file"):
+    with pytest.raises(
+        UserError, match=r"_annotations\.coco\.json: image 'c\.png' is missing in .*train; add the file"
+    ):
         open_dataset(tmp_path)
     (tmp_path / "train/d.png").unlink()
     with pytest.raises(UserError, match=r"image 'c\.png' \(and 1 more\) is missing"):
         open_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["nul\0.png", "nul\0/a.png", "x" * 3000 + "/a.png", "x" * 3000, "train", "a.png/b.png"])
+@pytest.mark.parametrize(
+    "name", ["nul\0.png", "nul\0/a.png", "x" * 3000 + "/a.png", "x" * 3000, "train", "a.png/b.png"]
+)
 def test_names_that_can_be_no_file(tmp_path, name):
     path = tmp_path / "train/_annotations.coco.json"
     put(path, tmp_path / "train", ["a.png"])

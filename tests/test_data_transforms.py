@@ -168,7 +168,9 @@ def test_same_seed_same_sample_and_nothing_changed_in_place():
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
         results.append([transform(image, target) for _ in range(5)])
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1].boxes, b[1].boxes) for a, b in zip(*results[:2], strict=True))
+    assert all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1].boxes, b[1].boxes) for a, b in zip(*results[:2], strict=True)
+    )
     assert any(a[0].shape != b[0].shape for a, b in zip(results[0], results[2], strict=True))
     assert torch.equal(image, before)
     assert torch.equal(target.boxes, boxes)
