@@ -196,6 +196,16 @@ class TrainConfig(_Section):
     focal_gamma: Weight = 2.0
     auxiliary_loss: bool = True
 
+    class_loss: Literal["focal", "varifocal", "matchability"] = Field(
+        default="focal", description="focal (paper), or targets that follow the overlap: VarifocalNet's, DEIM's"
+    )
+    denoising: NonNegative = Field(default=0, description="extra denoising queries, about; 0: none (DINO: 100)")
+    box_noise: Weight = Field(default=1.0, description="of denoising: how far sides move, relative to half a side")
+    label_noise: Fraction = Field(default=0.5, description="of denoising: twice the part of labels drawn anew")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="decay a step of the averaged weights that are evaluated and kept; 0: none"
+    )
+
     @model_validator(mode="after")
     def _ends(self) -> Self:
         if self.epochs is None and self.minutes is None:
