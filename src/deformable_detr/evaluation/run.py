@@ -1,0 +1,127 @@
+"""A model over a split of a data set."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..config import DataConfig, ModelConfig
+from ..errors import UserError
+from ..inference.postprocess import select
+from ..inference.predictor import evaluating, forward, model_categories
+from .coco import Metrics, coco_metrics
+
+if TYPE_CHECKING:
+    from ..data.coco import CocoDataset
+
+TOP_K = 100  # detections an image, as COCO counts
+
+
+def evaluate(
+    model: nn.Module | str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    split: str = "val",
+    data_config: DataConfig | None = None,
+    batch_size: int = 4,
+    workers: int = 2,
+    limit: int | None = None,
+    progress: bool = True,
+    device: str = "auto",
+) -> Metrics:
+    """The COCO figures of a model on one split of a data set.
+
+    model: a `DeformableDETR`, used where it is, or the folder of one, put on `device` (see `device.pick_device`).
+    data: the data set's folder; split and data_config as in `data.coco.open_dataset`.
+    batch_size, workers, limit, progress: see `evaluate_dataset`.
+
+    Returns the dict of `evaluate_dataset`.
+    Raises UserError for a data set that cannot be read or that does not fit the model's classes.
+    """
+    from ..data.coco import open_dataset
+    from ..data.transforms import evaluation
+
+    if not isinstance(model, nn.Module):
+        model = _from_folder(Path(model), device)
+    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
+    dataset = open_dataset(
+        data,
+        split=split,
+        data=data_config or DataConfig(),
+        categories=model_categories(config) if config.category_ids else None,
+        transform=evaluation(config.image_size, config.long_side),
+    )
+    return evaluate_dataset(model, dataset, batch_size, workers, limit, progress)
+
+
+def evaluate_dataset(
+    model: nn.Module,
+    dataset: CocoDataset,
+    batch_size: int = 4,
+    workers: int = 2,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Metrics:
+    """`evaluate` for a data set that is open already, with the evaluation transform.
+
+    workers: processes that load images; 0: none beside this one.
+    limit: only the first so many images, and the ground truth of these.
+    progress: a bar on standard error, where that is a terminal.
+
+    Returns the dict of `coco_metrics` with "images", how many, and "images_per_second", of loading and model together.
+    The model's modules end in the modes they were in.
+    """
+    for name, value in (("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value} is under 1")
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    start = time.perf_counter()
+    results, seen = _detect(model, dataset, count, batch_size, workers, progress)
+    seconds = time.perf_counter() - start
+
+    truth = dataset.ground_truth
+    if count < len(dataset):
+        truth = {**truth, "images": [image for image in truth["images"] if image["id"] in seen]}
+    return {**coco_metrics(truth, results), "images": count, "images_per_second": count / seconds}
+
+
+def _detect(
+    model: nn.Module, dataset: CocoDataset, count: int, batch_size: int, workers: int, progress: bool
+) -> tuple[list[dict[str, Any]], set[Any]]:
+    """COCO results of the first `count` images, and the ids of these."""
+    from torch.utils.data import Subset
+    from tqdm import tqdm
+
+    from ..data.batching import loader
+
+    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
+    ids = [category.id for category in dataset.categories]
+    if len(ids) > config.num_classes:
+        raise UserError(f"the data set has {len(ids)} classes, the model {config.num_classes}")
+    images = dataset if count == len(dataset) else Subset(dataset, range(count))
+    batches = loader(images, batch_size, workers, shuffle=False, seed=0)
+    results: list[dict[str, Any]] = []
+    seen: set[Any] = set()
+    with evaluating(model), tqdm(total=count, unit="image", desc="evaluate", disable=None if progress else True) as bar:
+        for batch, targets in batches:
+            found = select(forward(model, batch), [target.original_size for target in targets], TOP_K)
+            for target, (boxes, scores, labels) in zip(targets, found, strict=True):
+                seen.add(target.image_id)
+                boxes[:, 2:] -= boxes[:, :2]
+                results.extend(
+                    {"image_id": target.image_id, "category_id": ids[label], "bbox": box, "score": score}
+                    for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+                    if label < len(ids)  # a model with spare class logits
+                )
+            bar.update(len(targets))
+    return results, seen
+
+
+def _from_folder(folder: Path, device: str) -> nn.Module:
+    from ..device import pick_device
+    from ..model.detector import DeformableDETR
+
+    return DeformableDETR.from_pretrained(folder).to(pick_device(device))

@@ -1,0 +1,204 @@
+"""Pictures of detections: readable at any size, whole or not at all on disk."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deformable_detr.errors import UserError
+from deformable_detr.inference import draw as drawing
+from deformable_detr.inference.draw import PALETTE, draw, font_file, save
+from deformable_detr.structures import Detections
+
+
+def detections(image, boxes, names=None, scores=None, labels=None):
+    N = len(boxes)
+    labels = torch.tensor(labels if labels is not None else range(N), dtype=torch.int64)
+    scores = torch.tensor(scores if scores is not None else [0.9] * N)
+    size = image.shape[:2] if isinstance(image, np.ndarray) else Image.open(image).size[::-1]
+    names = tuple(names or ["cat"] * N)
+    return Detections(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), scores, labels, labels, names, size, image
+    )
+
+
+def grey(height=400, width=600):
+    return np.full((height, width, 3), 128, np.uint8)
+
+
+def labels_of(monkeypatch, found):
+    """The texts and rectangles that are handed over for drawing, and the picture."""
+    import supervision
+
+    seen = {}
+    original = supervision.RichLabelAnnotator.annotate
+
+    def spy(self, scene, detections, labels):
+        measured = self._get_label_properties(drawing.ImageDraw.Draw(scene), detections, labels)
+        seen["texts"], seen["places"] = list(labels), measured[:, :4].tolist()
+        return original(self, scene, detections, labels)
+
+    monkeypatch.setattr(supervision.RichLabelAnnotator, "annotate", spy)
+    picture = draw(found)
+    return seen["texts"], seen["places"], picture
+
+
+def overlap(a, b):
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+@pytest.mark.parametrize("size", [(20, 30), (400, 600)])
+def test_without_detections_the_image_is_as_it_was(tmp_path, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    save(detections(pixels, []), tmp_path / "same.png")
+    assert (np.asarray(Image.open(tmp_path / "same.png")) == pixels).all()
+
+
+def test_lines_lie_on_the_box_and_the_image_is_not_touched():
+    image = grey()
+    picture = np.asarray(draw(detections(image, [[100, 100, 300, 250]])))
+    assert (image == 128).all()
+    colour = [int(PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
+    for x, y in [(100, 180), (300, 180), (200, 100), (200, 250)]:
+        assert picture[y, x].tolist() == colour
+    changed = (picture != 128).any(-1)
+    assert not changed[130:240, 110:290].any()  # inside
+    assert not changed[260:].any()
+    assert not changed[:, 310:].any()
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"), [((16, 32), (320, 160)), ((100, 200), (400, 200)), ((320, 100), (100, 320))]
+)
+def test_small_images_are_enlarged_and_boxes_with_them(size, drawn):
+    height, width = size
+    found = detections(grey(height, width), [[width / 2, height / 2, width, height]])
+    picture = draw(found)
+    assert picture.size == drawn
+    row = np.asarray(picture)[round(drawn[1] * 0.9)]
+    colour = [int(PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
+    columns = (row == colour).all(-1).nonzero()[0]
+    assert columns.min() == pytest.approx(drawn[0] / 2, abs=2)
+    assert columns.max() == drawn[0] - 1  # the line on the border shows
+
+
+def test_line_and_text_grow_with_the_image(monkeypatch):
+    heights, lines = [], []
+    for scale in (1, 2, 4):
+        image = grey(600 * scale, 800 * scale)
+        box = [[100 * scale, 200 * scale, 700 * scale, 500 * scale]]
+        _, [place], picture = labels_of(monkeypatch, detections(image, box))
+        heights.append(place[3] - place[1])
+        lines.append((np.asarray(picture)[350 * scale, : 400 * scale] != 128).any(-1).sum())
+    assert heights[1] == pytest.approx(2 * heights[0], rel=0.15)
+    assert heights[2] == pytest.approx(4 * heights[0], rel=0.15)
+    assert lines[0] >= 3
+    assert lines[0] + 2 <= lines[1] <= lines[2] - 4
+
+
+def test_labels_keep_inside_and_apart(monkeypatch):
+    boxes = [
+        [0, 0, 60, 60],
+        [540, 0, 600, 60],
+        [560, 380, 600, 400],
+        [0, 350, 30, 400],
+        [0, 0, 600, 400],
+        [5, 5, 65, 65],
+    ]
+    texts, places, _ = labels_of(monkeypatch, detections(grey(), boxes, scores=[0.931, 0.9, 0.8, 0.7, 0.6, 0.5]))
+    assert texts[-1] == "cat 0.93"  # the best is drawn last
+    for left, top, right, bottom in places:
+        assert left >= 0
+        assert top >= 0
+        assert right <= 600
+        assert bottom <= 400
+    assert not any(overlap(a, b) for a, b in itertools.combinations(places, 2))
+
+
+def test_labels_of_one_place_find_room(monkeypatch):
+    _, places, _ = labels_of(monkeypatch, detections(grey(), [[200, 150, 400, 300]] * 6))
+    assert not any(overlap(a, b) for a, b in itertools.combinations(places, 2))
+
+
+@pytest.mark.parametrize("size", [(400, 330), (2000, 40), (40, 2000)])
+def test_long_names_are_shortened_to_the_image(monkeypatch, size):
+    found = detections(grey(*size), [[0, 0, 20, 20]], names=["a name that no image has the room for " * 20])
+    [text], [(left, _, right, _)], _ = labels_of(monkeypatch, found)
+    assert left >= 0
+    assert right <= size[1]
+    assert re.fullmatch(r"(a.*… )?0\.90", text)
+
+
+def test_many_boxes_are_drawn():
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 300, (300, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(1, 100, (300, 2))], axis=1)
+    assert draw(detections(grey(), boxes.tolist())).size == (600, 400)
+
+
+def test_fonts_know_the_letters():
+    from matplotlib.ft2font import FT2Font
+
+    for text in ("cat", "собака", "γάτα", "قطة", "ñandú"):
+        assert set(map(ord, text)) <= FT2Font(font_file(text)).get_charmap().keys()
+    assert "LastResort" not in font_file("猫")  # it would claim to know them
+    assert ord("0") in FT2Font(font_file("猫")).get_charmap()
+
+
+def test_text_reads_on_every_colour():
+    """Contrast of at least 4.5 to 1, as WCAG 2 asks of text; the other ink does not reach it everywhere."""
+
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(a, b):
+        high, low = sorted([luminance(a), luminance(b)], reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    assert min(contrast(colour, drawing._ink(colour)) for colour in PALETTE) >= 4.5
+    assert min(contrast(colour, "#FFFFFF") for colour in PALETTE) < 4.5
+    assert len(set(PALETTE)) == 7
+
+
+def test_sources_of_every_kind(tmp_path):
+    Image.fromarray(grey()).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(grey()).permute(2, 0, 1)
+    expected = np.asarray(draw(detections(grey(), [[10, 10, 50, 50]])))
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), tensor):
+        found = Detections(*vars(detections(grey(), [[10, 10, 50, 50]])).values())
+        picture = draw(Detections(**{**vars(found), "image": source}))
+        assert (np.asarray(picture) == expected).all()
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".JPEG", ".webp"])
+def test_formats(tmp_path, ending):
+    path = save(detections(grey(), [[10, 10, 50, 50]]), tmp_path / f"a{ending}")
+    assert Image.open(path).size == (600, 400)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no temporary file left
+
+
+def test_failures_are_named_and_lose_nothing(tmp_path):
+    found = detections(grey(), [[10, 10, 50, 50]])
+    with pytest.raises(UserError, match=re.escape("no picture format has the ending '.xyz'")):
+        save(found, tmp_path / "a.xyz")
+    with pytest.raises(UserError, match="no picture format has the ending ''"):
+        save(found, tmp_path / "a")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"b\.png cannot be written"):
+        save(found, tmp_path / "file" / "b.png")
+    assert (tmp_path / "file").read_text() == "mine"
+
+    Image.fromarray(grey()).save(tmp_path / "source.png")
+    from_file = detections(tmp_path / "source.png", [[10, 10, 50, 50]])
+    Image.fromarray(grey(50, 50)).save(tmp_path / "source.png")
+    with pytest.raises(UserError, match="has changed since"):
+        from_file.save(tmp_path / "c.png")
+    (tmp_path / "source.png").unlink()
+    with pytest.raises(UserError, match=r"source\.png"):
+        from_file.save(tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()

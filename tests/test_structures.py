@@ -1,0 +1,87 @@
+"""What travels between the parts: normalised batches, and detections in the forms that people use."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deformable_detr.structures import Detections, ImageBatch, Target
+
+
+def found(image=None, count=2):
+    boxes = torch.tensor([[10.0, 20.0, 60.5, 90.0], [0.0, 0.0, 5.0, 7.25]])[:count]
+    scores, labels = torch.tensor([0.875, 0.5])[:count], torch.tensor([1, 0])[:count]
+    names = ("犬", "cat")[:count]
+    return Detections(boxes, scores, labels, torch.tensor([17, 3])[:count], names, (100, 200), image)
+
+
+def test_normalise_is_the_formula_and_padding_is_zero():
+    pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 4, 5, dtype=torch.bool)
+    mask[1, :, 3:] = True
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
+    batch = ImageBatch(pixels, mask).normalise(mean, std)
+    expected = (pixels.double() / 255 - mean.double()[:, None, None]) / std.double()[:, None, None]
+    expected[1, :, :, 3:] = 0
+    torch.testing.assert_close(batch.pixels, expected.float(), atol=1e-6, rtol=1e-6)
+    assert batch.padding_mask is mask
+    assert len(batch) == 2
+    with pytest.raises(TypeError, match="uint8"):
+        batch.normalise(mean, std)
+
+
+def test_to_moves_all_tensors():
+    batch = ImageBatch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.bool))
+    assert batch.to("meta").pixels.device.type == batch.to("meta").padding_mask.device.type == "meta"
+    target = Target(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4), 7, (3, 4)).to("meta")
+    assert target.labels.device.type == target.boxes.device.type == "meta"
+    assert (target.image_id, target.original_size) == (7, (3, 4))
+
+
+def test_to_dict_survives_json(tmp_path):
+    path = tmp_path / "a.png"
+    expected = {
+        "image": str(path),
+        "height": 100,
+        "width": 200,
+        "detections": [
+            {"box": [10.0, 20.0, 60.5, 90.0], "score": 0.875, "label": 1, "category_id": 17, "name": "犬"},
+            {"box": [0.0, 0.0, 5.0, 7.25], "score": 0.5, "label": 0, "category_id": 3, "name": "cat"},
+        ],
+    }
+    assert json.loads(json.dumps(found(path).to_dict())) == expected
+    in_memory = found(np.zeros((100, 200, 3), np.uint8), count=0).to_dict()
+    assert in_memory == {"image": None, "height": 100, "width": 200, "detections": []}
+
+
+def test_to_coco_has_sizes_and_original_ids():
+    assert found().to_coco(42) == [
+        {"image_id": 42, "category_id": 17, "bbox": [10.0, 20.0, 50.5, 70.0], "score": 0.875},
+        {"image_id": 42, "category_id": 3, "bbox": [0.0, 0.0, 5.0, 7.25], "score": 0.5},
+    ]
+    assert json.loads(json.dumps(found().to_coco("x")))[0]["image_id"] == "x"
+    assert found(count=0).to_coco(1) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_to_supervision(count):
+    theirs = found(count=count).to_supervision()
+    assert len(theirs) == count
+    np.testing.assert_array_equal(theirs.xyxy, found(count=count).boxes.numpy())
+    np.testing.assert_array_equal(theirs.confidence, found(count=count).scores.numpy())
+    assert theirs.class_id.tolist() == [1, 0][:count]
+    assert theirs.data["class_name"].tolist() == ["犬", "cat"][:count]
+    assert theirs.data["category_id"].tolist() == [17, 3][:count]
+
+
+def test_repr_is_one_short_line():
+    assert repr(found("table.jpg")) == "Detections(2 in table.jpg: 犬 0.88, cat 0.50)"
+    assert repr(found(count=0)) == "Detections(0 in an image)"
+
+
+def test_save_gives_the_path_back(tmp_path):
+    drawn = found(np.full((100, 200, 3), 128, np.uint8)).save(tmp_path / "new" / "drawn.png")
+    assert drawn == tmp_path / "new" / "drawn.png"
+    assert Image.open(drawn).mode == "RGB"
