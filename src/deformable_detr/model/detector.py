@@ -123,9 +123,11 @@ class DeformableDETR(nn.Module):
             query_position, queries = self.query_embedding.weight.expand(len(pixels), -1, -1).chunk(2, dim=-1)
             references = self.reference_points(query_position).to(precision).sigmoid()
 
+        # With fewer tokens than queries there are fewer queries: the model's own come last in the mask.
+        unseen = extra.mask[: queries.shape[1], : queries.shape[1]] if extra is not None else None
         decoded = self.decoder(
             queries, query_position, references, memory, spatial_shapes, valid_ratios, mask,
-            extra.mask if extra is not None else None, return_attention,
+            unseen, return_attention,
         )  # fmt: skip
         logits, boxes = decoded.logits, decoded.boxes
         if extra is not None:

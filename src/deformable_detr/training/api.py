@@ -26,7 +26,7 @@ def train(
 
     preset: the variant to start from (`presets.MODELS`).
     settings: any keys of the config by their own names, `epochs=3, image_size=320, lr=1e-4`, or by section,
-        `train={"epochs": 3}, model={"num_queries": 50}`. With `minutes` and no `epochs`, the time alone ends the run.
+        `train={"epochs": 3}, model={"num_queries": 50}`. Of `epochs` and `minutes`, one alone ends the run.
     resume: go on with the run in `out`, with its own config (`preset` is not looked at) and these settings over it.
 
     Returns the figures of the last evaluation, as `training.loop.train_model` does; raises what it raises.
@@ -39,8 +39,8 @@ def train(
 
 def _config(out: str | os.PathLike[str], preset: str, resume: bool, settings: dict[str, Any]) -> Config:
     values = _by_section(settings)
-    if "minutes" in values.get("train", {}):
-        values["train"] = {"epochs": None, **values["train"]}
+    if values.get("train", {}).keys() & {"epochs", "minutes"}:
+        values["train"] = {"epochs": None, "minutes": None, **values["train"]}
     base = run_config(out) if resume else presets.config(preset)
     return base.merged(values, "train()")
 

@@ -22,6 +22,18 @@ def generalised_iou(boxes: Tensor, others: Tensor) -> Tensor:
     Returns (...) in −1..1. Areas below 1e-8 of the image divide as 1e-8, so boxes without area give a finite value and
     gradient: 0 for two equal points.
     """
+    intersection, union, hull = _areas(boxes, others)
+    return intersection / union.clamp(min=_SMALLEST_AREA) - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
+
+
+def overlap_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of each pair of boxes, in 0..1; shapes and small areas as in `generalised_iou`."""
+    intersection, union, _ = _areas(boxes, others)
+    return intersection / union.clamp(min=_SMALLEST_AREA)
+
+
+def _areas(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Intersection, union and hull of each pair."""
     from torchvision.ops import box_convert
 
     left, top, right, bottom = box_convert(in_float32(boxes), "cxcywh", "xyxy").unbind(-1)
@@ -32,5 +44,4 @@ def generalised_iou(boxes: Tensor, others: Tensor) -> Tensor:
     union = (right - left) * (bottom - top) + (right2 - left2) * (bottom2 - top2) - intersection
     hull_width = torch.maximum(right, right2) - torch.minimum(left, left2)
     hull_height = torch.maximum(bottom, bottom2) - torch.minimum(top, top2)
-    hull = hull_width * hull_height
-    return intersection / union.clamp(min=_SMALLEST_AREA) - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
+    return intersection, union, hull_width * hull_height

@@ -21,7 +21,6 @@ from ..errors import UserError
 from ..structures import ImageBatch, Target
 from .checkpoint import random_state, restore_random_state, save_checkpoint, update_state
 from .log import MetricsLog, Progress, duration
-from .optimiser import load_optimiser_tensors, optimiser_tensors
 from .run_folder import RunFolder, fingerprint
 from .step import StepFigures, Stepper
 from .stopping import StopSignals, TrainingInterrupted
@@ -135,11 +134,11 @@ class Trainer:
                 while True:
                     if self._evaluation_due():
                         self._evaluate()
-                    elif done.step:
-                        self._say_epoch()
                     if self.progress >= 1:
                         break
                     self._epoch()
+                    if not self._evaluation_due():
+                        self._say_epoch()
         return self._summary()
 
     def _evaluation_due(self) -> bool:
@@ -234,7 +233,7 @@ class Trainer:
             self.stop.at_once = True  # all is saved: a signal need not wait until the evaluation is over
             self.stop.check()
             metrics = evaluate_dataset(
-                self.model, self.validation, train.batch_size, self.config.data.workers, progress=False
+                self.stepper.learned, self.validation, train.batch_size, self.config.data.workers, progress=False
             )
         except TrainingInterrupted:
             self._say_interrupted()
@@ -246,7 +245,7 @@ class Trainer:
         done.metrics, done.evaluated_step = metrics, done.step
         if better:
             done.best = figure
-            self.folder.export(self.model)
+            self.folder.export(self.stepper.learned)
             self.save(best=True)
         update_state(self.folder.last, self._state())
         facts = {"step": done.step, "epoch": done.epoch, "images_seen": done.images_seen}
@@ -258,8 +257,7 @@ class Trainer:
     def save(self, best: bool = False) -> None:
         """Makes the present state the last (or the best) checkpoint, once the last step proved good."""
         self._account(self.stepper.settle())
-        tensors = {"model": self.model.state_dict(), "optimiser": optimiser_tensors(self.stepper.optimiser)}
-        save_checkpoint(self.folder.best if best else self.folder.last, tensors, self._state())
+        save_checkpoint(self.folder.best if best else self.folder.last, self.stepper.tensors(), self._state())
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -274,8 +272,7 @@ class Trainer:
 
     def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Goes back to where a checkpoint was saved."""
-        self.model.load_state_dict(tensors["model"])
-        load_optimiser_tensors(self.stepper.optimiser, tensors["optimiser"])
+        self.stepper.load(tensors)
         self.counters = done = Counters(**state["counters"])
         # With another batch size, as much of the epoch is done as before.
         done.batch = done.batch * self.batches // state["batches"]

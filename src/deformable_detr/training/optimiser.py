@@ -12,17 +12,20 @@ from ..config import TrainConfig
 from ..errors import UserError
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: TrainConfig, helpers: nn.Module | None = None) -> list[dict[str, Any]]:
     """Every trainable parameter in exactly one group: base, sampling (offsets and reference points) or backbone.
 
     Each group has "name", "params", "names" (of the parameters), "factor" (of the learning rate) and "lr". All decay
     alike, norms and biases too, as in the paper. Groups without parameters are left out.
+    helpers: what learns beside the model; its parameters join the base group, named "helpers.…".
     """
     factors = {"base": 1.0, "sampling": config.sampling_lr_factor, "backbone": config.backbone_lr_factor}
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[group_of(name)].append((name, parameter))
+    for name, parameter in helpers.named_parameters(prefix="helpers") if helpers is not None else ():
+        members["base"].append((name, parameter))
     if not any(members.values()):
         raise UserError("the model has no trainable parameter: lower model.frozen_stages")
     return [
@@ -45,9 +48,9 @@ def group_of(name: str) -> str:
     return "sampling" if "sampling_offsets" in name or "reference_points" in name else "base"
 
 
-def build_optimiser(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimiser(model: nn.Module, config: TrainConfig, helpers: nn.Module | None = None) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, in its fused form, which can skip a step without asking the host."""
-    return torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, config, helpers), weight_decay=config.weight_decay, fused=True)
 
 
 def lr_factor(config: TrainConfig, step: int, progress: float) -> float:

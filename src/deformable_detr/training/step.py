@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import TrainConfig
+from ..errors import UserError
 from ..structures import ImageBatch, Target
+from .average import average_of
+from .denoising import Denoising
 from .losses import DetectionLoss
-from .optimiser import build_optimiser, set_learning_rate
+from .optimiser import build_optimiser, load_optimiser_tensors, optimiser_tensors, set_learning_rate
 from .stopping import NonFiniteLoss
 
 if TYPE_CHECKING:
@@ -57,8 +60,15 @@ class Stepper:
         self.model, self.config = model, config
         self.mean, self.std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         self.device = self.mean.device
-        self.criterion = DetectionLoss(config)
-        self.optimiser = build_optimiser(model, config)
+        self.criterion = DetectionLoss(config, model.config.class_proposals)
+        self.helpers = nn.ModuleDict()  # what learns beside the model and is no part of it
+        if config.denoising:
+            if not model.config.two_stage:
+                raise UserError("train.denoising needs model.two_stage: true; set train.denoising=0")
+            self.helpers["denoising"] = Denoising(config, model.config.num_classes, model.config.hidden_dim)
+        self.helpers.to(self.device)
+        self.optimiser = build_optimiser(model, config, self.helpers)
+        self.average = None if not config.ema_decay else average_of(model, config.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._pending: _Pending | None = None
         self._overflows = 0
@@ -71,8 +81,11 @@ class Stepper:
         set_learning_rate(self.optimiser, self.config, done, progress)
         batch = batch.to(self.device, non_blocking=True).normalise(self.mean, self.std)
         with _autocast(self.device, self.config.precision):
-            outputs = self.model(batch.pixels, batch.padding_mask)
-        losses = self.criterion(outputs, targets)
+            noisy = None
+            if "denoising" in self.helpers:
+                noisy = self.helpers["denoising"](targets, self.model.config.num_queries)
+            outputs = self.model(batch.pixels, batch.padding_mask, extra=noisy and noisy[0])
+        losses = self.criterion(outputs, targets, known=noisy and noisy[1:])
         before = self.settle()
         names = ["loss", *losses.parts, "grad_norm"]
         values = [losses.total.detach(), *losses.parts.values()]
@@ -105,7 +118,32 @@ class Stepper:
             # Fused AdamW changes nothing where this is 1, as the scaler of fp16 has it do.
             self.optimiser.found_inf = (~torch.isfinite(norm + loss)).float()  # pyright: ignore[reportAttributeAccessIssue]
             self.optimiser.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return norm
+
+    @property
+    def learned(self) -> DeformableDETR:
+        """The model to evaluate and keep: the averaged one where there is an average."""
+        return self.model if self.average is None else cast("DeformableDETR", self.average.module)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint must hold to go on exactly here, by groups."""
+        groups = {"model": self.model.state_dict(), "optimiser": optimiser_tensors(self.optimiser)}
+        if self.helpers:
+            groups["helpers"] = self.helpers.state_dict()
+        if self.average is not None:
+            groups["average"] = self.average.state_dict()
+        return groups
+
+    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        """Goes back to what `tensors` gave."""
+        self.model.load_state_dict(tensors["model"])
+        load_optimiser_tensors(self.optimiser, tensors["optimiser"])
+        if self.helpers:
+            self.helpers.load_state_dict(tensors["helpers"])
+        if self.average is not None:
+            self.average.load_state_dict(tensors["average"])
 
     def settle(self) -> StepFigures | None:
         """The figures of the last step if nobody had them yet; `NonFiniteLoss` if they are not finite.
