@@ -1,6 +1,14 @@
 """Multi-scale deformable attention, on every machine."""
 
 from .dispatch import Backend, backends, deformable_attention, sample_and_sum, use_backend
-from .reference import sampling_locations
+from .reference import Shapes, sampling_locations
 
-__all__ = ["Backend", "backends", "deformable_attention", "sample_and_sum", "sampling_locations", "use_backend"]
+__all__ = [
+    "Backend",
+    "Shapes",
+    "backends",
+    "deformable_attention",
+    "sample_and_sum",
+    "sampling_locations",
+    "use_backend",
+]
