@@ -7,6 +7,7 @@ colour vision tell apart.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from functools import lru_cache
@@ -23,6 +24,8 @@ from ..structures import Detections
 
 if TYPE_CHECKING:
     from supervision import Detections as SupervisionDetections
+
+_log = logging.getLogger(__name__)
 
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 LEAST_SIDE = 320  # the long side of a drawn picture at least: smaller images are enlarged to have room for text
@@ -200,4 +203,6 @@ def font_file(text: str) -> str | None:
             best, most = path, known
         if most == len(wanted):
             break
+    if most < len(wanted):
+        _log.warning("no installed font has all letters of the class names; some are drawn as empty boxes")
     return best
