@@ -34,6 +34,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, this is " \
 	    + sys.version.split()[0] + "; name another by make PYTHON=python3.12")'
 	@test -x $(BIN)/uv || $(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear --without-pip .venv
-	@test -x $(BIN)/uv || $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check uv
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv 2>/dev/null \
+	    || $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --python $(BIN)/python --editable '.[demo,dev]' --constraint constraints.txt
 	@touch $@

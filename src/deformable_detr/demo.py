@@ -102,17 +102,17 @@ def make_data(folder: Path, train_images: int = 1500, val_images: int = 200, see
         photos = {name: _photo(name) for name in TRAIN_PHOTOS + VAL_PHOTOS}
     except ImportError as error:
         raise UserError(f"the demo needs {error.name}: pip install 'deformable-detr[demo]'") from None
-    digits = load_digits()
-    glyphs = digits.images / 16.0  # (1797, 8, 8), 0 paper to 1 ink
+    digits: Any = load_digits()
+    glyphs, values = digits.images / 16.0, digits.target  # (1797, 8, 8), 0 paper to 1 ink; (1797,)
     held_out = len(glyphs) * 4 // 5
     specimens = {
-        "train": (glyphs[:held_out], digits.target[:held_out], TRAIN_PHOTOS, train_images),
-        "valid": (glyphs[held_out:], digits.target[held_out:], VAL_PHOTOS, val_images),
+        "train": (glyphs[:held_out], values[:held_out], TRAIN_PHOTOS, train_images),
+        "valid": (glyphs[held_out:], values[held_out:], VAL_PHOTOS, val_images),
     }
-    for number, (split, (ink, values, names, count)) in enumerate(specimens.items()):
+    for number, (split, (ink, meant, names, count)) in enumerate(specimens.items()):
         try:
             (folder / split).mkdir(parents=True, exist_ok=True)
-            _write_split(folder / split, ink, values, [photos[name] for name in names], count, (seed, number))
+            _write_split(folder / split, ink, meant, [photos[name] for name in names], count, (seed, number))
         except OSError as error:
             raise UserError(f"{folder / split}: cannot be written: {error.strerror or error}") from None
 

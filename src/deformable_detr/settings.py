@@ -35,6 +35,8 @@ def resolve(
     in_file = {} if file is None else read_config_file(file)
     in_overrides = parse_overrides(overrides)
     named = preset or in_overrides.pop("preset", None) or in_file.get("preset") or default_preset
+    if not isinstance(named, str):
+        raise UserError(f"preset must be a name, not {named!r}; choose from {', '.join(presets.MODELS)}")
     base = presets.config(named)
     layers = [
         (f"config file {file}", {**in_file, "preset": named}),

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..model.detector import DeformableDETR
+from ..structures import Detections
 from ..weights.folder import replace_file
 from .predictor import folder_images
 
@@ -64,10 +65,7 @@ def predict_files(
             complain(str(error))
             continue
         records.append(detections.to_dict())
-        names = ", ".join(
-            f"{name} {score:.2f}" for name, score in zip(detections.names, detections.scores, strict=True)
-        )
-        report(f"{image}: {names or 'nothing found'}")
+        report(f"{image}: {_in_short(detections)}")
     if json_file is not None:
         write_json(json_file, records)
     return failures
@@ -102,6 +100,15 @@ def write_json(path: Path, value: Any) -> None:
         replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _in_short(detections: Detections, most: int = 5) -> str:
+    """Such as "3 found: cat 0.98, cat 0.91, dog 0.55"; of many, the best."""
+    if not len(detections):
+        return "nothing found"
+    best = zip(detections.names[:most], detections.scores.tolist()[:most], strict=True)
+    listed = ", ".join(f"{name} {score:.2f}" for name, score in best)
+    return f"{len(detections)} found: {listed}{', …' if len(detections) > most else ''}"
 
 
 def _drawing_paths(images: Sequence[Path], out: Path) -> dict[Path, Path]:
