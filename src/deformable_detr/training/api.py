@@ -25,8 +25,9 @@ def train(
     """Trains a detector on the data set at `data`; the run and the best model are then in the folder `out`.
 
     preset: the variant to start from (`presets.MODELS`).
-    settings: any keys of the config by their own names, `epochs=3, image_size=320, lr=1e-4`, or by section,
-        `train={"epochs": 3}, model={"num_queries": 50}`. Of `epochs` and `minutes`, one alone ends the run.
+    settings: any keys of the config by their own names, `epochs=3, image_size=320, flip=0.0`; those of the model and
+        the training also together, `train={"epochs": 3}, model={"num_queries": 50}`. Of `epochs` and `minutes`, one
+        alone ends the run.
     resume: go on with the run in `out`, with its own config (`preset` is not looked at) and these settings over it.
 
     Returns the figures of the last evaluation, as `training.loop.train_model` does; raises what it raises.
@@ -49,7 +50,7 @@ def _by_section(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Nested settings from a mixture of sections and single keys; every key is in one section only."""
     nested: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
-        if key in _SECTIONS:
+        if key in ("model", "train"):
             if not isinstance(value, dict):
                 raise UserError(f"train(): {key} must be a dict of settings, not {value!r}")
             nested.setdefault(key, {}).update(value)

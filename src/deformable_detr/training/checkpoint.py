@@ -152,8 +152,9 @@ def _write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         value = value.detach().cpu().contiguous()
         # Layers that share a head have its tensors twice; safetensors wants each in memory of its own.
-        separate[name] = value.clone() if value.data_ptr() in memory else value
-        memory.add(value.data_ptr())
+        place = value.untyped_storage().data_ptr()
+        separate[name] = value.clone() if place in memory else value
+        memory.add(place)
     try:
         save_file(separate, path)
     except SafetensorError as error:

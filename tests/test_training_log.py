@@ -1,0 +1,45 @@
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from deformable_detr.training.log import MetricsLog, Progress, duration
+
+
+def test_records_are_lines_and_curves(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log.write("train", {"step": 2, "loss": 1.5})
+        # Others may read it while it is open.
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"kind": "train", "step": 2, "loss": 1.5}
+        log.write("evaluation", {"step": 2, "AP": None, "AP50": 0.5, "per_class": {"a": 0.5}})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1] == {"kind": "evaluation", "step": 2, "AP": None, "AP50": 0.5, "per_class": {"a": 0.5}}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["train/loss", "evaluation/AP50"]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 1.5)]
+
+
+def test_going_on_removes_what_came_after_the_checkpoint(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 5):
+            log.write("train", {"step": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # the process was killed here
+    with MetricsLog(tmp_path, step=2) as log:
+        log.write("train", {"step": 3})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_without_a_terminal_only_the_lines_are_shown(capsys):
+    with Progress() as bar:
+        bar.show(0.5, {"loss": "1.0"})
+        bar.say("epoch 1")
+    captured = capsys.readouterr()
+    assert captured.err == "epoch 1\n"
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4, "0:04"), (65.4, "1:05"), (7420, "2:03:40")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
