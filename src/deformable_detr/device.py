@@ -8,7 +8,7 @@ from .errors import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; auto: cuda where there is one, then mps, else cpu. UserError where it cannot be used."""
+    """The device called `name`; auto: cuda where there is one, then mps, else cpu. UserError where unusable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
