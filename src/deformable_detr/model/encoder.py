@@ -85,8 +85,10 @@ def pixel_centres(spatial_shapes: ops.Shapes, valid_ratios: Tensor) -> Tensor:
     """
     centres = []
     for level, (h, w) in enumerate(spatial_shapes):
-        y = (torch.arange(h, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / h
-        x = (torch.arange(w, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / w
-        grid = torch.stack((x.expand(h, w), y[:, None].expand(h, w)), dim=-1).flatten(0, 1)
-        centres.append(grid / valid_ratios[:, level, None])
+        # Divided by the unpadded pixels as a whole number: proposals at exactly 1% of the image depend on it.
+        width, height = (valid_ratios[:, level, :1] * w).round(), (valid_ratios[:, level, 1:] * h).round()  # (B, 1)
+        y = (torch.arange(h, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / height  # (B, h)
+        x = (torch.arange(w, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / width  # (B, w)
+        grid = torch.stack((x[:, None].expand(-1, h, -1), y[:, :, None].expand(-1, -1, w)), dim=-1)
+        centres.append(grid.flatten(1, 2))
     return torch.cat(centres, dim=1)

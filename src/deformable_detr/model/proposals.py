@@ -54,7 +54,8 @@ class ProposalStage(nn.Module):
         """Position and content, (B, Q, C) each or none, of queries that start at boxes (B, Q, 4) in 0..1."""
         if not any(self.parts):
             return None, None
-        encoded = box_encoding(boxes, like.shape[-1] // 2).to(like.dtype)
+        # In fp32 whatever the model's own precision: so the published weights were trained, and half would not do.
+        encoded = box_encoding(boxes.float(), like.shape[-1] // 2).to(like.dtype)
         made = list(self.query_norm(self.query_proj(encoded)).split(like.shape[-1], dim=-1))
         position = made.pop(0) if self.parts[0] else None
         return position, made[0] if self.parts[1] else None
