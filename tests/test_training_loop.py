@@ -48,6 +48,13 @@ def test_a_run_folder_holds_everything(finished):
     assert set(metrics["per_class"]) == {"red", "green", "blue"}
 
 
+def test_who_may_read_the_folder_may_read_the_weights(data, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o755)
+    train_model(data, tmp_path / "run", tiny_config(epochs=1))
+    files = list((tmp_path / "run").rglob("*.safetensors"))
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
 def test_the_classes_of_the_set_travel_with_the_model(finished):
     out, _ = finished
     model = DeformableDETR.from_pretrained(out)

@@ -108,6 +108,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def share_as_folder(path: Path, folder: Path | None = None) -> None:
+    """Lets those read (write) a file who may read (write) its folder: safetensors makes files for the owner only."""
+    path.chmod((folder or path.parent).stat().st_mode & 0o666)
+
+
 def random_state() -> dict[str, Any]:
     """The state of all random generators of this process, as JSON holds it."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
@@ -159,6 +164,7 @@ def _write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
         save_file(separate, path)
     except SafetensorError as error:
         raise OSError(str(error)) from None
+    share_as_folder(path)
     _sync(path)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, ModelConfig, read_config_file
 from ..errors import UserError
-from .checkpoint import load_checkpoint, write_text
+from .checkpoint import load_checkpoint, share_as_folder, write_text
 
 if TYPE_CHECKING:
     from ..data.coco import CocoDataset
@@ -84,6 +84,7 @@ class RunFolder:
         try:
             model.save_pretrained(temporary)
             for file in temporary.iterdir():
+                share_as_folder(file, self.path)
                 os.replace(file, self.path / file.name)
         except OSError as error:
             raise UserError(f"model in {self.path} cannot be written: {error.strerror or error}") from None
