@@ -1,0 +1,201 @@
+"""AP against images seen: our default, our paper-faithful model, and transformers' Deformable DETR on the same data.
+
+All get the same backbone weights, image size, numbers of layers and queries, width, batch size, number of training
+images and the same augmented images (ours). transformers' model is trained as its documentation has it: AdamW with
+the paper's learning rates, the model's own loss, its own image processor's box decoding.
+
+    python benchmarks/convergence.py DATA --backbone-weights WEIGHTS --epochs 12 --out benchmarks/results/cards.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deformable_detr import DeformableDETR, presets, train
+from deformable_detr.config import Config, DataConfig, ModelConfig
+from deformable_detr.data.batching import loader
+from deformable_detr.data.coco import open_dataset
+from deformable_detr.data.transforms import evaluation, training
+from deformable_detr.evaluation.coco import coco_metrics
+
+Curve = list[dict[str, Any]]
+METHODS = ("default", "paper", "transformers", "transformers-refine", "transformers-two-stage")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--backbone", default="tf_efficientnet_lite0")
+    parser.add_argument("--backbone-weights", required=True)
+    parser.add_argument("--image-size", type=int, default=320)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--eval-every", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["default", "transformers-refine"])
+    parser.add_argument("--out", type=Path, required=True, help="JSON; runs that it already holds are kept")
+    options = parser.parse_args()
+
+    runs = json.loads(options.out.read_text()) if options.out.exists() else []
+    for seed in options.seeds:
+        for method in options.methods:
+            run = {"method": method, "seed": seed, **described(options)}
+            curve = ours(options, method, seed) if method in ("default", "paper") else theirs(options, method, seed)
+            runs.append({**run, "curve": curve})
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(runs, indent=1) + "\n")
+            print(row(runs[-1]), flush=True)
+
+
+def described(options: argparse.Namespace) -> dict[str, Any]:
+    import transformers
+
+    return {
+        "data": Path(options.data).name, "backbone": options.backbone, "image_size": options.image_size,
+        "epochs": options.epochs, "batch_size": options.batch_size, "torch": torch.__version__,
+        "transformers": transformers.__version__, "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def row(run: dict[str, Any]) -> str:
+    last = run["curve"][-1]
+    return (
+        f"{run['data']:>14} {run['method']:>22} seed {run['seed']}: AP {last['AP']:.3f} AP50 {last['AP50']:.3f}"
+        f" after {last['images_seen']} images, {last['minutes']:.1f} minutes of training"
+    )
+
+
+def model_config(options: argparse.Namespace, method: str) -> ModelConfig:
+    common = {
+        "backbone": options.backbone, "backbone_weights": options.backbone_weights, "image_size": options.image_size
+    }  # fmt: skip
+    if method == "default":
+        return presets.small(**common)
+    small = presets.small()
+    same = ("hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers", "num_queries")
+    return presets.two_stage(**common, **{name: getattr(small, name) for name in same})
+
+
+def ours(options: argparse.Namespace, method: str, seed: int) -> Curve:
+    preset = "small" if method == "default" else "two-stage"
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            options.data,
+            folder + "/run",
+            preset=preset,
+            model=model_config(options, method).model_dump(exclude={"class_names", "category_ids", "num_classes"}),
+            epochs=options.epochs,
+            eval_every=options.eval_every,
+            batch_size=options.batch_size,
+            seed=seed,
+        )
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [point(x, x["images_seen"], x["seconds"]) for x in lines if x["kind"] == "evaluation"]
+
+
+def point(metrics: dict[str, Any], images: int, seconds: float) -> dict[str, Any]:
+    return {"images_seen": images, "minutes": round(seconds / 60, 2), "AP": metrics["AP"], "AP50": metrics["AP50"]}
+
+
+def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
+    """The same number of steps on the same batches for transformers' model."""
+    torch.manual_seed(seed)
+    config = Config(data=DataConfig(), model=model_config(options, "paper"))
+    sizes = config.model.image_size, config.model.long_side
+    train_set = open_dataset(options.data, "train", config.data, transform=training(*sizes, config.data))
+    val_set = open_dataset(options.data, "val", config.data, train_set.categories, transform=evaluation(*sizes))
+    model = transformers_model(config.model, len(train_set.categories), method)
+    mean, std = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)  # what timm states for the backbone
+
+    slow = ("backbone", "sampling_offsets", "reference_points")
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and any(s in n for s in slow)]},
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and not any(s in n for s in slow)]},
+    ]
+    groups[0]["lr"], groups[1]["lr"] = 2e-5, 2e-4
+    optimiser = torch.optim.AdamW(groups, weight_decay=1e-4)
+    batches = loader(train_set, options.batch_size, workers=2, shuffle=True, seed=seed)
+    drop = round(0.8 * options.epochs)
+    seconds, images, curve = 0.0, 0, []
+    for epoch in range(options.epochs):
+        if epoch == drop:
+            for group in optimiser.param_groups:
+                group["lr"] /= 10
+        batches.sampler.set_epoch(epoch)
+        model.train()
+        mark = time.perf_counter()
+        for batch, targets in batches:
+            batch = batch.normalise(mean, std)
+            canvas = batch.pixels.shape[-2:]
+            labels = [
+                {"class_labels": t.labels, "boxes": on_canvas(t.boxes, ~mask, canvas)}
+                for t, mask in zip(targets, batch.padding_mask, strict=True)
+            ]
+            loss = model(batch.pixels, (~batch.padding_mask).long(), labels=labels).loss
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimiser.step()
+            images += len(targets)
+        seconds += time.perf_counter() - mark
+        if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
+            curve.append(point(evaluate_theirs(model, val_set, mean, std), images, seconds))
+    return curve
+
+
+def on_canvas(boxes: torch.Tensor, valid: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
+    """Boxes relative to the padded canvas, as transformers' loss has them, from boxes relative to the image."""
+    scale = torch.tensor([valid[0].sum() / canvas[1], valid[:, 0].sum() / canvas[0]])
+    return boxes * scale.repeat(2)
+
+
+def transformers_model(config: ModelConfig, classes: int, method: str) -> torch.nn.Module:
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, TimmBackboneConfig
+
+    backbone = TimmBackboneConfig(backbone=config.backbone, use_pretrained_backbone=False, out_indices=[2, 3, 4])
+    model = DeformableDetrForObjectDetection(
+        DeformableDetrConfig(
+            backbone_config=backbone, num_labels=classes, d_model=config.hidden_dim,
+            encoder_layers=config.encoder_layers, decoder_layers=config.decoder_layers,
+            encoder_attention_heads=config.num_heads, decoder_attention_heads=config.num_heads,
+            encoder_ffn_dim=config.ffn_dim, decoder_ffn_dim=config.ffn_dim, num_queries=config.num_queries,
+            num_feature_levels=config.feature_levels, two_stage_num_proposals=config.num_queries,
+            with_box_refine=method != "transformers", two_stage=method == "transformers-two-stage",
+        )
+    )  # fmt: skip
+    # Its own loading would hurt it: freezing goes by ResNet's names and stops every other backbone, and the frozen
+    # norms lose the activation that EfficientNet's carry. It gets our backbone with the same weights instead.
+    model.model.backbone.model = DeformableDETR(config).backbone.body
+    return model
+
+
+@torch.no_grad()
+def evaluate_theirs(model: torch.nn.Module, dataset: Any, mean: torch.Tensor, std: torch.Tensor) -> dict[str, Any]:
+    from transformers import DeformableDetrImageProcessor
+
+    processor = DeformableDetrImageProcessor()
+    ids = [category.id for category in dataset.categories]
+    model.eval()
+    results = []
+    for batch, targets in loader(dataset, 1, workers=2, shuffle=False, seed=0):  # one by one: no padding at all
+        out = model(batch.normalise(mean, std).pixels, (~batch.padding_mask).long())
+        sizes = torch.tensor([target.original_size for target in targets])
+        found = processor.post_process_object_detection(out, threshold=0.0, target_sizes=sizes, top_k=100)
+        for target, item in zip(targets, found, strict=True):
+            item["boxes"][:, 2:] -= item["boxes"][:, :2]
+            rows = zip(item["boxes"].tolist(), item["scores"].tolist(), item["labels"].tolist(), strict=True)
+            results += [{"image_id": target.image_id, "category_id": ids[k], "bbox": b, "score": s} for b, s, k in rows]
+    return coco_metrics(dataset.ground_truth, results)
+
+
+if __name__ == "__main__":
+    main()
