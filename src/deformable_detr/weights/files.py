@@ -1,0 +1,166 @@
+"""Files of tensors, read without running anything that is in them, and written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. Raises UserError where it is missing or holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return values
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata. Raises UserError for a missing or broken file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is broken or no safetensors file: {_line(error)}") from None
+
+
+def read_pickle(path: Path, classes: tuple[type, ...] = (argparse.Namespace,)) -> Any:
+    """What torch.save wrote: tensors, numbers, strings and containers of them, and objects of `classes`.
+
+    Nothing else is let through and nothing in the file is run. Raises UserError for a missing, broken or other file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "global" in str(error).lower():
+            raise UserError(
+                f"{path} is refused: it holds more than tensors and settings ({_forbidden(error)}), "
+                "and reading that would run code of whoever wrote the file"
+            ) from None
+        raise UserError(f"{path} is broken or no PyTorch checkpoint: {_line(error)}") from None
+    except (
+        RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, MemoryError,
+        AssertionError, OverflowError, RecursionError, ImportError, struct.error, zipfile.BadZipFile,
+    ) as error:  # fmt: skip
+        raise UserError(f"{path} is broken or no PyTorch checkpoint: {_line(error)}") from None
+
+
+def tensors_only(values: Any, path: Path) -> dict[str, Tensor]:
+    """A dict of tensors by name, checked to be one."""
+    if not isinstance(values, Mapping) or not values:
+        raise UserError(f"{path} holds no dict of tensors")
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path}: {str(name)[:80]!r} is no tensor")
+        if value.layout != torch.strided or value.is_quantized:
+            raise UserError(f"{path}: {name} is not a dense tensor")
+    return {name: value.detach() for name, value in values.items()}
+
+
+def read_repository(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
+    """All tensors of a transformers repository, in one file or in shards, with the metadata and the file's name."""
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        path = folder / name
+        if path.is_file():
+            break
+    else:
+        raise UserError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
+    if path.suffix != ".json":
+        return (*_read_tensors(path), path)
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{path} has no weight_map")
+    for shard in sorted({str(file) for file in listed.values()}):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise UserError(f"{path} names the shard {shard!r}, which is not a file beside it")
+        found, about = _read_tensors(folder / shard)
+        tensors |= found
+        metadata |= about
+    absent = sorted(set(listed) - tensors.keys())
+    if absent:
+        raise UserError(f"{path} lists {absent[0]}, which is in none of its shards")
+    return tensors, metadata, path
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    values = read_pickle(path, classes=())
+    if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
+        values = values["state_dict"]
+    return tensors_only(values, path), {}
+
+
+def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Writes each file of a folder by its function, whole or not at all. Raises UserError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in files.items():
+            replace_file(folder / name, write)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be written: {error.strerror or error}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # what it raises for a full disk
+            raise
+        raise UserError(f"folder {folder} cannot be written: {_line(error)}") from None
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, then puts it in place: never half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def json_text(values: Mapping[str, Any]) -> Callable[[Path], object]:
+    """A writer of `values` as JSON, for `write_files`."""
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def _forbidden(error: Exception) -> str:
+    words = str(error).replace("`", " ").split()
+    dotted = [word.strip(".,:'\"()") for word in words if "." in word.strip(".,:'\"()") and "/" not in word]
+    names = [
+        word for word in dotted if not word.startswith(("torch.serialization", "torch.load", "2.", "weights_only"))
+    ]
+    return names[0] if names else "an object of another program"
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
