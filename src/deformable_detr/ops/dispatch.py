@@ -71,6 +71,7 @@ def _runs_as_op(value: Tensor, points: Tensor | None, offsets: Tensor, logits: T
         value.device.type == "cpu"
         and all(tensor.dtype in _FAST_DTYPES for tensor in floats)
         and offsets.shape[3] * offsets.shape[4] <= library.MAX_SAMPLES
+        and value.shape[3] <= library.MAX_CHANNELS
     )
 
 

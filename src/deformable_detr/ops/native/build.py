@@ -20,10 +20,9 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
 LIBRARY = "libdeformable_attention.so"
-# Reassociation lets sums be vectors; NaN and infinities keep their meaning, since locations may hold them.
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 CPP_FLAGS = [
-    *FLAGS, "-std=c++17", "-fno-exceptions", "-fno-rtti", "-fopenmp", "-fassociative-math", "-ffp-contract=fast",
+    *FLAGS, "-std=c++17", "-fno-exceptions", "-fno-rtti", "-fopenmp", "-ffp-contract=fast",
 ]  # fmt: skip
 X86_SETS = {
     "msda_base": [],

@@ -3,14 +3,16 @@
 #include "forward.h"
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
+#define HIDDEN __attribute__((visibility("hidden")))
 
 extern "C" {
-__attribute__((visibility("hidden"))) void JOIN(MSDA_NS, forward)(const msda_call* c) {
+HIDDEN void JOIN(MSDA_NS, forward)(const msda_call* c) {
   if (c->value_bf16) MSDA_NS::forward<MSDA_NS::bfloat16>(c);
   else MSDA_NS::forward<float>(c);
 }
-__attribute__((visibility("hidden"))) void JOIN(MSDA_NS, backward)(const msda_call* c) {
+HIDDEN void JOIN(MSDA_NS, backward)(const msda_call* c) {
   if (c->value_bf16) MSDA_NS::backward<MSDA_NS::bfloat16>(c);
   else MSDA_NS::backward<float>(c);
 }
+HIDDEN int JOIN(MSDA_NS, lanes)(void) { return MSDA_NS::LANES; }
 }

@@ -18,16 +18,17 @@ from torch import Tensor
 
 from .build import LIBRARY, SOURCES
 
-ABI = 3
+ABI = 4
 MAX_SAMPLES = 64  # levels × points
+MAX_CHANNELS = 256  # a head
 DTYPES = (torch.float32, torch.bfloat16)
 _RULES = {
-    1: "an empty or negative dimension",
+    1: "an empty or negative dimension, or too many channels",
     2: "more levels × points than the library takes",
     3: "sizes beyond 32 bits",
     4: "reference points with neither 2 nor 4 coordinates",
     5: "spatial shapes that do not add up to the tokens of value",
-    6: "bf16 gradients without scratch memory",
+    6: "no scratch memory for a call that needs it",
 }
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -39,7 +40,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in (
             "value", "shapes", "reference", "offsets", "logits", "grad_output", "output", "grad_value",
-            "grad_offsets", "grad_logits", "grad_reference", "value_scratch", "gradient_scratch", "weight_scratch",
+            "grad_offsets", "grad_logits", "grad_reference", "scratch", "weight_scratch",
         )),
         *((name, _long) for name in ("B", "S", "Q")),
         *((name, _int) for name in (
@@ -57,6 +58,9 @@ def _open() -> ctypes.CDLL:
     library.msda_release.restype, library.msda_release.argtypes = None, [_pointer]
     for function in (library.msda_forward, library.msda_backward):
         function.argtypes = [ctypes.POINTER(_Call)]
+    for function in (library.msda_plain_allowed, library.msda_scratch_bytes):
+        function.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
+    library.msda_scratch_bytes.restype = _long
     return library
 
 
@@ -166,9 +170,12 @@ def _describe(
     return call, (value, offsets, logits, reference, table)
 
 
-def _is_dense(call: _Call) -> bool:
-    """Whether enough is read to be worth laying values out anew (the decoder's few queries are not: 3 × slower)."""
-    return call.Q * 4 >= call.S
+def _scratch_bytes(library: ctypes.CDLL, call: _Call, backward: bool) -> int:
+    """Scratch memory that the call is to have: 0 where values are read as they lie."""
+    size = library.msda_scratch_bytes(call, backward)
+    _check(-size if size < 0 else 0)
+    # Laying values out anew pays when most of them are read: for the decoder's few queries it would cost 3 × the time.
+    return 0 if call.Q * 4 < call.S and library.msda_plain_allowed(call, backward) else size
 
 
 def forward(value: Tensor, shapes: list[int], reference: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
@@ -183,8 +190,7 @@ def forward(value: Tensor, shapes: list[int], reference: Tensor | None, offsets:
     call, alive = _describe(value, shapes, reference, offsets, logits)
     output = value.new_empty((call.B, call.Q, call.M * call.D))
     call.output = output.data_ptr()
-    size = call.S * call.M * call.D * value.element_size() if _is_dense(call) else 0
-    with _pool.borrow(library, size) as call.value_scratch:
+    with _pool.borrow(library, _scratch_bytes(library, call, backward=False)) as call.scratch:
         _check(library.msda_forward(call))
     del alive
     return output
@@ -214,12 +220,9 @@ def backward(
     if reference is not None and reference_gradient:
         by_head = torch.empty(call.B, call.M, call.Q, call.L, call.reference_size)
         call.grad_reference = by_head.data_ptr()
-    numbers = call.S * call.M * call.D
-    dense = _is_dense(call)
     split = call.threads > call.M  # more threads than heads: levels are work of their own
     with (
-        _pool.borrow(library, numbers * value.element_size() if dense else 0) as call.value_scratch,
-        _pool.borrow(library, numbers * 4 if dense or call.value_bf16 else 0) as call.gradient_scratch,
+        _pool.borrow(library, _scratch_bytes(library, call, backward=True)) as call.scratch,
         _pool.borrow(library, call.Q * call.M * call.L * call.P * 4 if split else 0) as call.weight_scratch,
     ):
         _check(library.msda_backward(call))

@@ -1,169 +1,142 @@
-// From offsets and logits to corner indices and corner weights, and the vector types all kernels share.
+// From offsets and logits to rows of values and their weights.
+//
+// All positions here are in pixels of a map with a border of one pixel: pixel 0 of the map is at 1, so that truncating a
+// clamped position is its floor. Tables are padded to whole vectors.
 #pragma once
-#include <math.h>
-#include <string.h>
-#include "call.h"
-
-#if defined(__AVX512F__)
-#define MSDA_LANES 16
-#elif defined(__AVX__)
-#define MSDA_LANES 8
-#else
-#define MSDA_LANES 4
-#endif
-#define INLINE static inline __attribute__((always_inline))
-#if defined(__clang__)
-#define INDEPENDENT _Pragma("clang loop vectorize(enable)")
-#else
-#define INDEPENDENT _Pragma("GCC ivdep")
-#endif
+#include "vectors.h"
 
 namespace MSDA_NS {
 
-constexpr int LANES = MSDA_LANES;
-constexpr int MAX_SAMPLES = MSDA_MAX_SAMPLES;
+constexpr int BORDER = 3;  // columns (and rows) of zeros in the bordered layout: one before the map, two after
 
-typedef float floats __attribute__((vector_size(MSDA_LANES * 4), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(MSDA_LANES * 2), aligned(2), may_alias));
-typedef uint32_t words __attribute__((vector_size(MSDA_LANES * 4), aligned(4), may_alias));
-typedef uint16_t bfloat16;
-
-INLINE floats load(const float* p) { return *(const floats*)p; }
-INLINE floats load(const bfloat16* p) {
-  words u = __builtin_convertvector(*(const halves*)p, words) << 16;
-  floats f;
-  memcpy(&f, &u, sizeof f);
-  return f;
-}
-INLINE float load_one(const float* p) { return *p; }
-INLINE float load_one(const bfloat16* p) {
-  uint32_t u = (uint32_t)*p << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-INLINE void store_one(float* p, float f) { *p = f; }
-INLINE void store_one(bfloat16* p, float f) {  // round to nearest even; NaN stays NaN
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  *p = f != f ? (bfloat16)0x7fc0 : (bfloat16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-template <typename T>
-INLINE void store_row(T* __restrict to, const float* __restrict from, int64_t n) {
-  INDEPENDENT
-  for (int64_t i = 0; i < n; i++) store_one(to + i, from[i]);
-}
-
-// `n` numbers as floats: where they lie, or widened into `buffer`.
-INLINE const float* widened(const void* base, int bf16, int64_t offset, int n, float* __restrict buffer) {
-  if (!bf16) return (const float*)base + offset;
-  const bfloat16* p = (const bfloat16*)base + offset;
-  INDEPENDENT
-  for (int i = 0; i < n; i++) buffer[i] = load_one(p + i);
-  return buffer;
-}
-
-// One row of the tables below for each (level, point).
+// One entry for each (level, point).
 struct Geometry {
-  int levels, points, samples;
-  float width[MAX_SAMPLES], height[MAX_SAMPLES];
-  int32_t columns[MAX_SAMPLES], rows[MAX_SAMPLES], start[MAX_SAMPLES];
-  float half_pixel[MAX_SAMPLES], one[MAX_SAMPLES];
+  int levels, points, samples, vectors;        // vectors: `samples` in whole vectors
+  int64_t bordered;                            // tokens of all levels with their borders
+  alignas(64) float width[MAX_SAMPLES], height[MAX_SAMPLES];
+  alignas(64) int32_t columns[MAX_SAMPLES], start[MAX_SAMPLES];      // plain layout (S, M, D)
+  alignas(64) int32_t pitch[MAX_SAMPLES], bordered_start[MAX_SAMPLES];  // bordered layout
+  alignas(64) float half[MAX_SAMPLES], one[MAX_SAMPLES];
 };
 
 static inline void describe(Geometry& g, const msda_call* c) {
-  g.levels = c->L; g.points = c->P; g.samples = c->L * c->P;
-  int64_t start = 0;
+  memset(&g, 0, sizeof g);
+  g.levels = c->L; g.points = c->P; g.samples = c->L * c->P; g.vectors = whole_vectors(g.samples);
+  int64_t start = 0, bordered = 0;
   for (int l = 0, i = 0; l < c->L; l++) {
     const int64_t h = c->shapes[2 * l], w = c->shapes[2 * l + 1];
     for (int p = 0; p < c->P; p++, i++) {
-      g.width[i] = (float)w; g.height[i] = (float)h;
-      g.columns[i] = (int32_t)w; g.rows[i] = (int32_t)h; g.start[i] = (int32_t)start;
-      g.half_pixel[i] = -0.5f; g.one[i] = 1.f;
+      g.width[i] = (float)w; g.height[i] = (float)h; g.columns[i] = (int32_t)w; g.start[i] = (int32_t)start;
+      g.pitch[i] = (int32_t)(w + BORDER); g.bordered_start[i] = (int32_t)bordered;
+      g.half[i] = 0.5f; g.one[i] = 1.f;
     }
     start += h * w;
+    bordered += (h + BORDER) * (w + BORDER);
   }
+  g.bordered = bordered;
 }
 
-// Where offsets count from and what one of them is worth, in pixels: x = x0 + offset * dx.
+// Where offsets count from and what one of them is worth in pixels: x = x0 + offset * dx.
 struct Frame { const float *x0, *y0, *dx, *dy; };
 
-// Frames of queries that share a block: 2 or 4 rows of `samples` floats each.
-constexpr int FRAME_FLOATS = 16384;
+constexpr int FRAME_FLOATS = 16384;  // room for the frames of a block of queries
 INLINE int frame_rows(int reference_size) { return reference_size == 4 ? 4 : 2; }
 
 INLINE Frame frame_of(const Geometry& g, const float* reference, int size, float* __restrict room) {
-  if (!size) return {g.half_pixel, g.half_pixel, g.width, g.height};
-  float *x0 = room, *y0 = room + g.samples, *dx = room + 2 * g.samples, *dy = room + 3 * g.samples;
-  for (int l = 0, i = 0; l < g.levels; l++) {
+  if (!size) return {g.half, g.half, g.width, g.height};
+  const int n = g.vectors;
+  float *x0 = room, *y0 = room + n, *dx = room + 2 * n, *dy = room + 3 * n;
+  for (int l = 0, i = 0; l < g.levels; l++, i += g.points) {
     const float *r = reference + l * size, w = g.width[i], h = g.height[i];
-    const float x = r[0] * w - 0.5f, y = r[1] * h - 0.5f;
+    const float x = r[0] * w + 0.5f, y = r[1] * h + 0.5f;
     for (int p = 0; p < g.points; p++) { x0[i + p] = x; y0[i + p] = y; }
     if (size == 4) {
       const float u = r[2] * w * 0.5f / g.points, v = r[3] * h * 0.5f / g.points;
       for (int p = 0; p < g.points; p++) { dx[i + p] = u; dy[i + p] = v; }
     }
-    i += g.points;
+  }
+  for (int i = g.samples; i < n; i++) {
+    x0[i] = y0[i] = 0.f;
+    if (size == 4) dx[i] = dy[i] = 0.f;
   }
   return size == 4 ? Frame{x0, y0, dx, dy} : Frame{x0, y0, g.one, g.one};
 }
 
-// exp for x <= 0, about 2 ulp (Cephes' polynomial); NaN stays NaN.
-INLINE float exp_negative(float x) {
-  x = x < -87.f ? -87.f : x;
-  const float n = floorf(x * 1.44269504088896341f + 0.5f);
-  float r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f; p = p * r * r + r + 1.0f;
-  const uint32_t e = (uint32_t)((int32_t)(n == n ? n : 0.f) + 127) << 23;
-  float scale;
-  memcpy(&scale, &e, 4);
-  return p * scale;
-}
-
 // exp(logits - max) into `weights`; returns 1 / their sum, by which the caller scales what it has summed.
-template <int SAMPLES>
-INLINE float softmax(const float* __restrict logits, float* __restrict weights, int samples) {
-  const int n = SAMPLES ? SAMPLES : samples;
-  float top = logits[0], sum = 0.f;
-  for (int i = 1; i < n; i++) top = logits[i] > top ? logits[i] : top;
-  for (int i = 0; i < n; i++) weights[i] = exp_negative(logits[i] - top);
-  for (int i = 0; i < n; i++) sum += weights[i];
-  return 1.f / sum;
+INLINE float softmax(const float* __restrict logits, float* __restrict weights, int vectors) {
+  floats top = load(logits), total = floats{};
+  for (int i = LANES; i < vectors; i += LANES) top = larger(load(logits + i), top);
+  const float most = largest(top);
+  for (int i = 0; i < vectors; i += LANES) {
+    const floats e = exp_negative(load(logits + i) - most);
+    store(weights + i, e);
+    total += e;
+  }
+  return 1.f / sum(total);
 }
 
-// The four pixels around each sample and their bilinear weights times its attention weight. Indices are always in
-// range: a pixel outside the map, or a location that is not finite, has weight zero instead of a branch.
-struct Corners {
-  alignas(64) int32_t index[4][MAX_SAMPLES];
+// The rows that a query reads for one head, and by what they are weighted: bilinear weight × attention weight.
+struct Taps {
+  alignas(64) int32_t row[4][MAX_SAMPLES];    // bordered layout: only [0], the upper left pixel
   alignas(64) float weight[4][MAX_SAMPLES];
+  // For gradients: position inside the pixel, and all ones where the location counts.
+  alignas(64) float x[MAX_SAMPLES], y[MAX_SAMPLES];
+  alignas(64) int32_t inside[MAX_SAMPLES];
+  alignas(64) int32_t valid[4][MAX_SAMPLES];  // plain layout: whether the pixel is inside the map
 };
 
-template <int SAMPLES>
-INLINE void find_corners(const Geometry& g, const Frame& f, const float* __restrict offsets,
-                         const float* __restrict weights, Corners& c) {
-  const int n = SAMPLES ? SAMPLES : g.samples;
-  const float *__restrict fx = f.x0, *__restrict fy = f.y0, *__restrict dx = f.dx, *__restrict dy = f.dy;
-  INDEPENDENT
-  for (int i = 0; i < n; i++) {
-    float x = fx[i] + offsets[2 * i] * dx[i], y = fy[i] + offsets[2 * i + 1] * dy[i];
-    const int in = (x > -1.f) & (y > -1.f) & (x < g.width[i]) & (y < g.height[i]);
-    x = in ? x : 0.f; y = in ? y : 0.f;
-    const float a = in ? weights[i] : 0.f;
-    const float left = floorf(x), top = floorf(y);
-    int x0 = (int)left, y0 = (int)top, x1 = x0 + 1, y1 = y0 + 1;
-    float wx1 = x - left, wy1 = y - top;
-    float wx0 = x0 >= 0 ? 1.f - wx1 : 0.f, wy0 = y0 >= 0 ? 1.f - wy1 : 0.f;
-    wx1 = x1 < g.columns[i] ? wx1 : 0.f; wy1 = y1 < g.rows[i] ? wy1 : 0.f;
-    x0 = x0 < 0 ? 0 : x0; y0 = y0 < 0 ? 0 : y0;
-    x1 = x1 < g.columns[i] ? x1 : g.columns[i] - 1; y1 = y1 < g.rows[i] ? y1 : g.rows[i] - 1;
-    const int r0 = g.start[i] + y0 * g.columns[i], r1 = g.start[i] + y1 * g.columns[i];
-    wy0 *= a; wy1 *= a;
-    c.index[0][i] = r0 + x0; c.index[1][i] = r0 + x1; c.index[2][i] = r1 + x0; c.index[3][i] = r1 + x1;
-    c.weight[0][i] = wy0 * wx0; c.weight[1][i] = wy0 * wx1; c.weight[2][i] = wy1 * wx0; c.weight[3][i] = wy1 * wx1;
+// BORDERED: pixels outside the map are zeros that lie there. Otherwise an index in range and a weight of zero stand for
+// them. Far away or not a number: clamped to the border, so no index is ever out of range.
+template <bool BORDERED, bool GRADIENT>
+INLINE void find_taps(const Geometry& g, const Frame& f, const float* __restrict offsets,
+                      const float* __restrict weights, int scale, Taps& t) {
+  for (int i = 0; i < g.vectors; i += LANES) {
+    const floats even = load(offsets + 2 * i), odd = load(offsets + 2 * i + LANES);
+    const floats fx = load(f.x0 + i) + firsts(even, odd) * load(f.dx + i);
+    const floats fy = load(f.y0 + i) + seconds(even, odd) * load(f.dy + i);
+    const floats right = load(g.width + i) + 1.f, bottom = load(g.height + i) + 1.f, zero = floats{};
+    const floats cx = smaller(larger(fx, zero), right), cy = smaller(larger(fy, zero), bottom);
+    const ints x = __builtin_convertvector(cx, ints), y = __builtin_convertvector(cy, ints);
+    const floats px = cx - __builtin_convertvector(x, floats), py = cy - __builtin_convertvector(y, floats);
+    const floats lower = load(weights + i) * py, upper = load(weights + i) - lower;
+    floats w1 = upper * px, w3 = lower * px, w0 = upper - w1, w2 = lower - w3;
+    if (BORDERED) {
+      store(t.row[0] + i, (load(g.bordered_start + i) + y * load(g.pitch + i) + x) * scale);
+    } else {
+      const ints columns = load(g.columns + i), last_x = columns - 1;
+      const ints last_y = __builtin_convertvector(load(g.height + i), ints) - 1;
+      const ints none = ints{};
+      const ints left_in = (x > none) & (x <= columns), right_in = x <= last_x;
+      const ints top_in = (y > none) & (y - 1 <= last_y), bottom_in = y <= last_y;
+      const ints x0 = x - 1, y0 = y - 1;
+      const ints xa = x0 < none ? none : (x0 > last_x ? last_x : x0), xb = x > last_x ? last_x : x;
+      const ints ya = y0 < none ? none : (y0 > last_y ? last_y : y0), yb = y > last_y ? last_y : y;
+      const ints a = load(g.start + i) + ya * columns, b = load(g.start + i) + yb * columns;
+      store(t.row[0] + i, a + xa); store(t.row[1] + i, a + xb);
+      store(t.row[2] + i, b + xa); store(t.row[3] + i, b + xb);
+      const ints v0 = top_in & left_in, v1 = top_in & right_in, v2 = bottom_in & left_in, v3 = bottom_in & right_in;
+      w0 = v0 ? w0 : zero; w1 = v1 ? w1 : zero; w2 = v2 ? w2 : zero; w3 = v3 ? w3 : zero;
+      if (GRADIENT) {
+        store(t.valid[0] + i, v0); store(t.valid[1] + i, v1); store(t.valid[2] + i, v2); store(t.valid[3] + i, v3);
+      }
+    }
+    store(t.weight[0] + i, w0); store(t.weight[1] + i, w1); store(t.weight[2] + i, w2); store(t.weight[3] + i, w3);
+    if (GRADIENT) {
+      store(t.x + i, px); store(t.y + i, py);
+      store(t.inside + i, (fx > zero) & (fx < right) & (fy > zero) & (fy < bottom));
+    }
   }
+}
+
+// The attention weights as the caller gave them (room is not used) or their softmax without its scale.
+INLINE const float* raw_weights(const msda_call* c, const Geometry& g, int64_t query, float* __restrict room,
+                                float* __restrict buffer, float* scale) {
+  const float fill = c->reference_size ? -__builtin_inff() : 0.f;
+  const float* logits = padded(c->logits, c->logits_bf16, query * g.samples, g.samples, g.vectors, fill, buffer);
+  *scale = 1.f;
+  if (!c->reference_size) return logits;
+  *scale = softmax(logits, room, g.vectors);
+  return room;
 }
 
 }  // namespace MSDA_NS
