@@ -38,9 +38,14 @@ def two_stage(**changes: Any) -> ModelConfig:
 
 
 def small(**changes: Any) -> ModelConfig:
-    """For CPUs and small sets: a light backbone, half the width, three layers each, two-stage."""
+    """For CPUs and small sets: a light backbone, half the width, fewer layers, and queries that learn faster.
+
+    Two-stage with class-aware proposals whose tokens become the queries (DINO, RT-DETR), positions that follow the
+    boxes (DAB-DETR) and a look forward twice (DINO).
+    """
     base = {"backbone": "tf_efficientnet_lite0", "image_size": 480, "num_queries": 100, "dropout": 0.0}
     base |= {"hidden_dim": 128, "num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512}
+    base |= {"class_proposals": True, "query_content": "memory", "box_positions": True, "look_forward_twice": True}
     return two_stage(**{**base, **changes})
 
 
@@ -60,6 +65,15 @@ def config(name: str) -> Config:
         raise UserError(f"unknown preset '{name}'; choose from {', '.join(MODELS)}")
     model = MODELS[name]()
     if name == "small":
-        train = TrainConfig(epochs=30, warmup_steps=100, sampling_lr_factor=1.0)
+        train = TrainConfig(
+            epochs=30,
+            lr_schedule="cosine",
+            warmup_steps=100,
+            sampling_lr_factor=1.0,
+            clip_norm=1.0,
+            class_loss="matchability",
+            denoising=100,
+            ema_decay=0.998,
+        )
         return Config(preset=name, model=model, train=train)
     return Config(preset=name, model=model)
