@@ -101,6 +101,32 @@ def test_weights_of_transformers_give_the_same_here(variant, levels, backbone, t
         compare(theirs, ours, dtype)
 
 
+SHAPES = {
+    "bottleneck": {"hidden_sizes": [10, 20, 30, 40], "depths": [1, 1, 2, 1]},
+    "basic": {"layer_type": "basic", "embedding_size": 12, "hidden_sizes": [12, 16, 24, 32], "depths": [1, 2, 1, 1]},
+    "strides first": {"hidden_sizes": [16, 32, 64, 128], "depths": [2, 1, 1, 2], "downsample_in_bottleneck": True},
+    "gelu": {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "hidden_act": "gelu"},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("levels", [1, 4])
+def test_own_resnet_of_any_size_there_and_back(shape, levels, tmp_path):
+    stages = ["stage2", "stage3", "stage4"] if levels > 1 else ["stage4"]
+    backbone = transformers.ResNetConfig(**SHAPES[shape], out_features=stages)
+    theirs = config("refine", levels, "own ResNet", backbone_config=backbone)
+    theirs = randomised(transformers.DeformableDetrForObjectDetection(theirs))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = loaded(tmp_path / "theirs")
+    repository.save(ours, tmp_path / "back")
+    back = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "back")
+    state = theirs.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in back.state_dict().items())
+    for dtype in (torch.float32, torch.float64):
+        compare(theirs, ours, dtype)
+        compare(back.eval(), ours, dtype)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dilated_backbone(variant, tmp_path):
     theirs = randomised(transformers.DeformableDetrForObjectDetection(config(variant, 1, dilation=True)), seed=1)

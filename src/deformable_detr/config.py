@@ -41,6 +41,25 @@ class _Section(BaseModel):
         return type(self).read({**self.model_dump(), **changes})
 
 
+class ResNetShape(_Section):
+    """A residual network of any size, for weights from elsewhere; timm has names for the usual ones."""
+
+    block: Literal["basic", "bottleneck"] = "bottleneck"
+    depths: tuple[Positive, ...] = Field(default=(3, 4, 6, 3), min_length=1, description="blocks of each stage")
+    widths: tuple[Positive, ...] = Field(default=(256, 512, 1024, 2048), description="channels that each stage gives")
+    stem: Positive = Field(default=64, description="channels of the first convolution")
+    activation: Literal["relu", "gelu", "silu"] = Field(
+        default="relu", description="of the stem and at the end of each block; inside the blocks it is always ReLU"
+    )
+    stride_first: bool = Field(default=False, description="bottleneck: the first 1×1 convolution strides, not the 3×3")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.depths) != len(self.widths):
+            raise ValueError(f"depths has {len(self.depths)} stages and widths {len(self.widths)}")
+        return self
+
+
 class ModelConfig(_Section):
     """The network. Defaults are the paper's multi-scale model (section 4 and appendix A.4)."""
 
@@ -49,6 +68,9 @@ class ModelConfig(_Section):
     num_classes: Positive = Field(default=91, description="class logits a query")
 
     backbone: str = Field(default="resnet50", description="any timm model that gives feature maps")
+    backbone_shape: ResNetShape | None = Field(
+        default=None, description="a ResNet of this size instead of a timm model; without weights of its own"
+    )
     backbone_weights: str = Field(default="hub", description="'hub', 'none' or the path of a safetensors file")
     backbone_norm: Literal["auto", "frozen", "train"] = Field(
         default="auto", description="batch norms of the backbone; auto: frozen where it starts from weights"
@@ -110,6 +132,8 @@ class ModelConfig(_Section):
             raise ValueError("box_positions needs two_stage: true, where queries have boxes from the start")
         if self.look_forward_twice and not self.refine:
             raise ValueError("look_forward_twice needs refine: true")
+        if self.backbone_shape and (self.dilation or self.backbone_weights != "none"):
+            raise ValueError("backbone_shape needs backbone_weights: none and has no dilation")
         if self.dilation and self.feature_levels != 1:
             raise ValueError("dilation (DC5) is for feature_levels: 1")
         for name in ("class_names", "category_ids"):

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import UserError
+from .resnet import ResNet
 
 STRIDES = (8, 16, 32)  # the levels that the backbone itself gives; coarser ones are made by convolution
 
 
 class Backbone(nn.Module):
-    """Feature maps of a timm model: (B, 3, H, W) → a map (B, channels[l], H_l, W_l) for each level l.
+    """Feature maps of a timm model, or of a ResNet in the config's `backbone_shape`.
+
+    (B, 3, H, W) → a map (B, channels[l], H_l, W_l) for each level l.
 
     Raises UserError for a model that timm does not know or that has no such maps, and for weights that cannot be had
     or do not fit.
@@ -35,10 +38,11 @@ class Backbone(nn.Module):
             body = freeze_batch_norm_2d(body)
         count = config.frozen_stages if config.frozen_stages is not None else (2 if pretrained else 0)
         _freeze_stages(body, stages, count, config.backbone)
-        self.body = body
+        # Convolutions are faster with the channels last, and tokens come out of such maps without a copy.
+        self.body = body.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        return self.body(pixels)
+        return self.body(pixels.contiguous(memory_format=torch.channels_last))
 
 
 class Projections(nn.Module):
@@ -71,7 +75,7 @@ def pixel_statistics(config: ModelConfig) -> tuple[tuple[float, ...], tuple[floa
     """RGB mean and deviation in 0..1: the config's, else what the backbone was trained with, else ImageNet's."""
     import timm
 
-    known = timm.get_pretrained_cfg(config.backbone)
+    known = None if config.backbone_shape else timm.get_pretrained_cfg(config.backbone)
     mean = config.pixel_mean or (known.mean if known else (0.485, 0.456, 0.406))
     std = config.pixel_std or (known.std if known else (0.229, 0.224, 0.225))
     return tuple(mean), tuple(std)
@@ -81,6 +85,12 @@ def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[
     """The timm model cut to its maps at `strides`, with weights, and timm's list of all its stages."""
     import timm
 
+    if config.backbone_shape is not None:
+        try:
+            body = ResNet(config.backbone_shape, strides if len(strides) > 1 else None)
+        except ValueError as error:
+            raise UserError(f"backbone_shape gives {error}; {config.feature_levels} feature levels need that") from None
+        return body, body.feature_info.info
     name, source = config.backbone, config.backbone_weights
     if not timm.is_model(name):
         close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])

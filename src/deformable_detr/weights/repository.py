@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config import ModelConfig, ResNetShape
 from ..errors import UserError
+from ..model.backbone import pixel_statistics
 from ..model.detector import DeformableDETR
 from .files import json_text, read_json, read_repository, write_files
 from .names import Places, canonical, gather, spread, transformers_places
@@ -37,12 +38,12 @@ _RESNET_DEFAULTS: dict[str, Any] = {
     "layer_type": "bottleneck", "hidden_act": "relu", "downsample_in_first_stage": False,
     "downsample_in_bottleneck": False,
 }  # fmt: skip
-_TIMM_RESNETS = {  # (layer_type, depths) at the usual widths
+_TIMM_RESNETS: dict[tuple[str, tuple[int, ...]], str] = {  # (layer_type, depths) at the usual widths
     ("basic", (2, 2, 2, 2)): "resnet18", ("basic", (3, 4, 6, 3)): "resnet34",
     ("bottleneck", (2, 2, 2, 2)): "resnet26", ("bottleneck", (3, 4, 6, 3)): "resnet50",
     ("bottleneck", (3, 4, 23, 3)): "resnet101", ("bottleneck", (3, 8, 36, 3)): "resnet152",
 }  # fmt: skip
-_WIDTHS = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
+_WIDTHS = {"basic": (64, 128, 256, 512), "bottleneck": (256, 512, 1024, 2048)}
 
 
 def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], DeformableDETR]:
@@ -185,6 +186,7 @@ def write_config(model: DeformableDETR) -> dict[str, Any]:
 def write_preprocessor(model: DeformableDETR) -> dict[str, Any]:
     """The config of transformers' image processor that prepares images as this model wants them."""
     config = model.config
+    mean, std = pixel_statistics(config)
     return {
         "image_processor_type": "DeformableDetrImageProcessor",
         "format": "coco_detection",
@@ -194,8 +196,8 @@ def write_preprocessor(model: DeformableDETR) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": [round(value, 7) for value in model.pixel_mean.tolist()],
-        "image_std": [round(value, 7) for value in model.pixel_std.tolist()],
+        "image_mean": [round(value, 7) for value in mean],
+        "image_std": [round(value, 7) for value in std],
         "do_convert_annotations": True,
         "do_pad": True,
     }
@@ -237,21 +239,42 @@ def _read_backbone(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if backbone is None and values.get("backbone"):
         raise UserError(f"{path}: backbone {values['backbone']!r} without its backbone_config")
     shape = {**_RESNET_DEFAULTS, **{key: value for key, value in (backbone or {}).items() if value is not None}}
-    depths = tuple(shape["depths"])
-    usual = (
-        shape["embedding_size"] == 64
-        and list(shape["hidden_sizes"]) == _WIDTHS.get(shape["layer_type"])
-        and shape["hidden_act"] == "relu"
-        and not shape["downsample_in_bottleneck"]
+    if shape["num_channels"] != 3 or shape["downsample_in_first_stage"]:
+        raise UserError(f"{path}: a ResNet with num_channels 3 and without downsample_in_first_stage is known here")
+    known = ResNetShape.read(
+        {
+            "block": shape["layer_type"],
+            "depths": shape["depths"],
+            "widths": shape["hidden_sizes"],
+            "stem": shape["embedding_size"],
+            "activation": {"swish": "silu"}.get(shape["hidden_act"], shape["hidden_act"]),
+            "stride_first": shape["downsample_in_bottleneck"] and shape["layer_type"] == "bottleneck",
+        },
+        f"{path}: backbone_config",
     )
-    name = _TIMM_RESNETS.get((shape["layer_type"], depths)) if usual else None
-    if name is None or shape["downsample_in_first_stage"] or shape["num_channels"] != 3:
-        raise UserError(f"{path}: a ResNet of this shape is not known here")
-    return {"backbone": name}
+    name = _TIMM_RESNETS.get((known.block, known.depths))
+    if name and known == ResNetShape(block=known.block, depths=known.depths, widths=_WIDTHS[known.block]):
+        return {"backbone": name}
+    return {"backbone": "resnet", "backbone_shape": known.model_dump()}
 
 
 def _write_backbone(model: DeformableDETR) -> dict[str, Any]:
-    config = model.config
+    config, shape = model.config, model.config.backbone_shape
+    if shape is not None:
+        stages = ["stem", *(f"stage{index}" for index in range(1, len(shape.depths) + 1))]
+        return {
+            "model_type": "resnet",
+            "num_channels": 3,
+            "embedding_size": shape.stem,
+            "hidden_sizes": list(shape.widths),
+            "depths": list(shape.depths),
+            "layer_type": shape.block,
+            "hidden_act": shape.activation,
+            "downsample_in_bottleneck": shape.stride_first,
+            "stage_names": stages,
+            "out_indices": list(_maps(model).out_indices),
+            "out_features": [stages[index] for index in _maps(model).out_indices],
+        }
     return {
         "model_type": "timm_backbone",
         "backbone": config.backbone,
