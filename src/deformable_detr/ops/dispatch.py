@@ -34,6 +34,7 @@ def backends() -> list[Backend]:
     compiled, detail = library.status()
     return [
         Backend("cpu", "cpu", compiled is not None, f"compiled library, {detail}" if compiled else detail),
+        Backend("triton", "cuda", False, "no GPU kernels yet"),
         Backend("embedding_bag", "cpu", True, "plain PyTorch in chunks; gradients by the reference"),
         Backend("reference", "any", True, "plain PyTorch by grid_sample; float64, differentiable any number of times"),
     ]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import embedding_bag, reference
+from . import embedding_bag, plain_gradients, reference
 from .native import library
 
 logger = logging.getLogger("deformable_detr.ops")
@@ -56,31 +56,6 @@ def _plain_forward(
         return reference.deformable_attention(value, _pairs(shapes), points.float(), offsets.float(), logits.float())
 
 
-def _plain_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    shapes: list[int],
-    points: Tensor | None,
-    offsets: Tensor,
-    logits: Tensor,
-    reference_gradient: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The reference's own gradients, its forward pass computed again: nothing was kept."""
-    given = [value, offsets, logits, *([points] if points is not None and reference_gradient else [])]
-    with torch.enable_grad(), torch.autocast(value.device.type, enabled=False):
-        leaves = [tensor.detach().float().requires_grad_() for tensor in given]
-        if points is None:
-            output = reference.sample_and_sum(leaves[0], _pairs(shapes), *leaves[1:3])
-        else:
-            where = leaves[3] if reference_gradient else points.float()
-            output = reference.deformable_attention(leaves[0], _pairs(shapes), where, *leaves[1:3])
-        gradients = torch.autograd.grad(output, leaves, grad_output.float())
-    value_, offsets_, logits_, *points_ = (
-        gradient.to(tensor.dtype).contiguous() for gradient, tensor in zip(gradients, given, strict=True)
-    )
-    return value_, points_[0] if points_ else None, offsets_, logits_
-
-
 def _forward(value: Tensor, shapes: list[int], points: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
     if value.device.type == "cpu" and _use_library():
         return library.forward(value, shapes, points, offsets, logits)
@@ -96,7 +71,7 @@ def _backward(
     logits: Tensor,
     reference_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    run = library.backward if value.device.type == "cpu" and _use_library() else _plain_backward
+    run = library.backward if value.device.type == "cpu" and _use_library() else plain_gradients.backward
     return run(grad_output, value, shapes, points, offsets, logits, reference_gradient)
 
 

@@ -29,6 +29,11 @@ def sampling_locations(spatial_shapes: Shapes, reference_points: Tensor, samplin
     return reference[..., :2] + sampling_offsets / points * reference[..., 2:] * 0.5
 
 
+def sampling_grid(locations: Tensor) -> Tensor:
+    """Locations as `grid_sample` counts them, -1..1; far away or not a number becomes a place just outside the map."""
+    return locations.nan_to_num(-1.0).clamp(-1.0, 2.0) * 2 - 1
+
+
 def sample_and_sum(
     value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
@@ -43,8 +48,8 @@ def sample_and_sum(
     value = value.to(sampling_locations.dtype)
     B, _, M, D = value.shape
     Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
-    grids = (2 * sampling_locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B·M, Q, P, 2)
-    weights = attention_weights.permute(3, 0, 2, 1, 4).reshape(-1, B * M, 1, Q, P)
+    grids = sampling_grid(sampling_locations).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B·M, Q, P, 2)
+    weights = attention_weights.permute(3, 0, 2, 1, 4).reshape(len(spatial_shapes), B * M, 1, Q, P)
     maps = value.split([h * w for h, w in spatial_shapes], dim=1)
     total = value.new_zeros(B * M, D, Q)
     for (h, w), pixels, grid, weight in zip(spatial_shapes, maps, grids, weights, strict=True):
@@ -63,5 +68,5 @@ def deformable_attention(
 ) -> Tensor:
     """`sample_and_sum` at the locations that references and offsets give, with weights from a softmax over L × P."""
     locations = sampling_locations(spatial_shapes, reference_points, sampling_offsets)
-    weights = attention_logits.flatten(-2).softmax(-1).view_as(attention_logits)
+    weights = attention_logits.to(locations.dtype).flatten(-2).softmax(-1).view_as(attention_logits)
     return sample_and_sum(value, spatial_shapes, locations, weights)

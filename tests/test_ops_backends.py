@@ -1,0 +1,210 @@
+"""Every backend against float64, at random shapes and at the edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deformable_detr import ops
+
+CPU_BACKENDS = ("cpu", "embedding_bag")
+
+
+def require(backend: str) -> None:
+    missing = [b.detail for b in ops.backends() if b.name == backend and not b.available]
+    if missing:
+        pytest.skip(f"backend {backend}: {missing[0]}")
+
+
+def case(shapes, *, B=2, Q=11, M=3, D=8, P=4, coordinates=2, seed=0, spread=2.0) -> list[Tensor]:
+    """float64 inputs, no sample within 0.01 pixels of a whole pixel, where the location gradients jump."""
+    random = torch.Generator().manual_seed(seed)
+    S, L = sum(h * w for h, w in shapes), len(shapes)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random, dtype=torch.float64)
+
+    reference = torch.rand(B, Q, L, coordinates, generator=random, dtype=torch.float64)
+    offsets = normal(B, Q, M, L, P, 2) * spread
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
+    pixels = ops.sampling_locations(shapes, reference, offsets) * sizes - 0.5
+    fraction = pixels - pixels.floor()
+    shift = fraction.clamp(0.01, 0.99) - fraction
+    scale = reference[:, :, None, :, None, 2:] * sizes * 0.5 / P if coordinates == 4 else 1.0
+    offsets = torch.where(shift == 0, offsets, offsets + shift / scale)
+    return [normal(B, S, M, D), reference, offsets, normal(B, Q, M, L, P)]
+
+
+def results(call, inputs: list[Tensor], cotangent: Tensor | None = None) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    output = call(*leaves)
+    cotangent = torch.ones_like(output) if cotangent is None else cotangent.to(output.dtype)
+    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
+
+
+def assert_near(found: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
+    for index, (a, b) in enumerate(zip(found, exact, strict=True)):
+        assert a.shape == b.shape
+        assert a.isfinite().all()
+        if b.numel():
+            scale = max(b.abs().max().item(), 1.0)
+            assert (a.double() - b).abs().max().item() <= tolerance * scale, f"result {index}"
+
+
+def fused(shapes):
+    return lambda value, *rest: ops.deformable_attention(value, shapes, *rest)
+
+
+def sampled(shapes):
+    return lambda value, *rest: ops.sample_and_sum(value, shapes, *rest)
+
+
+LEVELS = st.lists(st.tuples(st.integers(1, 14), st.integers(1, 14)), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    shapes=LEVELS, B=st.integers(0, 3), Q=st.integers(0, 20), M=st.integers(1, 4), D=st.integers(1, 70),
+    P=st.integers(1, 8), coordinates=st.sampled_from([2, 4]), dense=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_random_shapes_agree_with_float64(backend, shapes, B, Q, M, D, P, coordinates, dense, seed):
+    require(backend)
+    Q = sum(h * w for h, w in shapes) if dense else Q
+    inputs = case(shapes, B=B, Q=Q, M=M, D=D, P=P, coordinates=coordinates, seed=seed)
+    inputs = [t.float().double() for t in inputs]
+    cotangent = torch.randn(B, Q, M * D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    exact = results(fused(shapes), inputs, cotangent)
+    value, reference, offsets, logits = inputs
+    weights = logits.flatten(-2).softmax(-1).view_as(logits)
+    given = [value, ops.sampling_locations(shapes, reference, offsets), weights]
+    exact_sampled = results(sampled(shapes), given, cotangent)
+    with ops.use_backend(backend):
+        assert_near(results(fused(shapes), [t.float() for t in inputs], cotangent), exact, 1e-5)
+        assert_near(results(sampled(shapes), [t.float() for t in given], cotangent), exact_sampled, 1e-5)
+
+
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [7, 300])
+def test_half_precision_values(backend, dtype, queries):
+    require(backend)
+    shapes = ((9, 13), (5, 7))
+    value, reference, offsets, logits = case(shapes, Q=queries, M=4, D=32, coordinates=4)
+    inputs = [value.to(dtype), reference.float(), offsets.float(), logits.to(dtype)]
+    exact = results(fused(shapes), [t.double() for t in inputs])
+    with ops.use_backend(backend):
+        found = results(fused(shapes), inputs)
+    assert [t.dtype for t in found] == [dtype, *(t.dtype for t in inputs)]
+    assert_near(found, exact, 2e-2)
+    assert_near(found[2:4], exact[2:4], 1e-4)  # reference points and offsets: fp32 arithmetic throughout
+
+
+def test_bf16_offsets_count_in_fp32():
+    """Only the offsets are rounded, never the location: bf16 has no more than 8 bits for a place on the map."""
+    require("cpu")
+    shapes = ((20, 100),)
+    value, reference, offsets, logits = case(shapes, Q=40, D=16)
+    offsets = offsets.bfloat16()
+    exact = fused(shapes)(value, reference.float().double(), offsets.double(), logits.float().double())
+    found = fused(shapes)(value.float(), reference.float(), offsets, logits.float())
+    assert_near([found], [exact], 1e-5)
+
+
+def test_reference_passes_gradcheck():
+    shapes = ((4, 5), (3, 2))
+    for coordinates in (2, 4):
+        inputs = [t.requires_grad_() for t in case(shapes, B=1, Q=3, M=2, D=3, P=2, coordinates=coordinates)]
+        assert torch.autograd.gradcheck(fused(shapes), inputs)
+
+
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])
+@pytest.mark.parametrize("queries", [5, 60])
+def test_far_and_broken_locations_count_nothing(backend, queries):
+    require(backend)
+    shapes = ((6, 7), (1, 1))
+    value, reference, offsets, logits = (t.float() for t in case(shapes, B=1, Q=queries, M=2, D=16, P=4))
+    bad = torch.tensor([1e30, -1e30, math.nan, math.inf, -math.inf, 3e9, -3e9, 1e5])
+    offsets[..., 0] = bad[torch.arange(offsets[..., 0].numel()) % 8].view_as(offsets[..., 0])
+    with ops.use_backend(backend):
+        output, by_value, *_, by_logits = results(fused(shapes), [value, reference, offsets, logits])
+        locations = torch.full_like(offsets, math.nan)
+        nothing = results(sampled(shapes), [value, locations, logits])
+    for tensor in (output, by_value, by_logits, nothing[0], nothing[1], nothing[3]):
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+    # The check can fail: the same call at places inside the map is not zero.
+    assert results(fused(shapes), [value, reference, torch.zeros_like(offsets), logits])[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_border_pixels_weigh_as_in_float64(backend):
+    require(backend)
+    shapes = ((4, 6),)
+    x, y = torch.meshgrid(torch.linspace(-1.2, 6.2, 38), torch.linspace(-1.2, 4.2, 28), indexing="xy")
+    locations = (torch.stack([x, y], -1).view(1, -1, 1, 1, 1, 2) + 0.5) / torch.tensor([6, 4])
+    value = torch.randn(1, 24, 1, 16, generator=torch.Generator().manual_seed(0))
+    weights = torch.ones(1, locations.shape[1], 1, 1, 1)
+    exact = ops.sample_and_sum(value.double(), shapes, locations.double(), weights.double())
+    with ops.use_backend(backend):
+        assert_near([ops.sample_and_sum(value, shapes, locations, weights)], [exact], 1e-5)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_views_and_broadcasts_are_read_right(backend):
+    require(backend)
+    shapes = ((5, 6), (3, 3))
+    value, reference, offsets, logits = (t.float() for t in case(shapes, B=2, Q=9, M=2, D=16))
+    views = [
+        value.transpose(1, 2).contiguous().transpose(1, 2),
+        reference[:, :, :1].expand_as(reference),
+        offsets.movedim(2, 0).contiguous().movedim(0, 2),
+        torch.cat([logits, logits], -1)[..., :4],
+    ]
+    assert not any(view.is_contiguous() for view in views)
+    exact = results(fused(shapes), [t.double() for t in views])
+    with ops.use_backend(backend):
+        leaves = [t.requires_grad_() for t in views]
+        output = fused(shapes)(*leaves)
+        assert_near([output.detach()], exact[:1], 1e-5)
+        assert_near(results(fused(shapes), leaves), exact, 1e-5)
+
+
+def test_infinite_values_reach_only_who_samples_them():
+    require("cpu")
+    shapes = ((4, 4),)
+    value = torch.ones(1, 16, 1, 16)
+    value[0, 0] = math.inf
+    locations = torch.tensor([(0.7, 0.7), (0.1, 0.1)]).view(1, 2, 1, 1, 1, 2).repeat(1, 12, 1, 1, 1, 1)
+    output = ops.sample_and_sum(value, shapes, locations, torch.ones(1, 24, 1, 1, 1))[0]
+    assert torch.allclose(output[0], torch.ones(16))
+    assert not output[1].isfinite().any()
+
+
+def test_wrong_shapes_are_refused():
+    shapes = ((4, 5), (2, 2))
+    value, reference, offsets, logits = (t.float() for t in case(shapes))
+    call = ops.deformable_attention
+    with pytest.raises(ValueError, match="do not add up"):
+        call(value, ((4, 5), (2, 3)), reference, offsets, logits)
+    with pytest.raises(ValueError, match="levels"):
+        call(value, shapes[:1], reference, offsets, logits)
+    with pytest.raises(ValueError, match="logits of shape"):
+        call(value, shapes, reference, offsets, logits[:, 1:])
+    with pytest.raises(ValueError, match="reference points of shape"):
+        call(value, shapes, reference[:, 1:], offsets, logits)
+    with pytest.raises(ValueError, match="2 or 4|, 4"):
+        call(value, shapes, reference[..., :1], offsets, logits)
+
+
+def test_more_samples_or_channels_than_the_library_takes():
+    shapes = ((4, 5),) * 5
+    many = case(shapes, Q=3, P=13, D=4)
+    wide = case(shapes[:1], Q=3, D=300)
+    for inputs, levels in ((many, shapes), (wide, shapes[:1])):
+        exact = results(fused(levels), inputs)
+        assert_near(results(fused(levels), [t.float() for t in inputs]), exact, 1e-5)
