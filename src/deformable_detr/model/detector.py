@@ -21,6 +21,7 @@ from .proposals import ProposalStage
 
 if TYPE_CHECKING:
     from ..structures import Detections
+    from ..weights.card import Facts
 
 
 class DeformableDETR(nn.Module):
@@ -141,17 +142,30 @@ class DeformableDETR(nn.Module):
         return out
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> DeformableDETR:
-        """The model of a run folder or of a folder that `save_pretrained` wrote, in evaluation mode."""
-        from ..weights.folder import load  # weights knows the model, so the model asks for it late
+    def from_pretrained(cls, source: str | os.PathLike[str], **changes: Any) -> DeformableDETR:
+        """The model of a source in evaluation mode: a run folder, a folder that `save_pretrained` wrote, a transformers
+        repository (folder or hub id) or an official checkpoint. See `weights.source.load`.
 
-        return load(Path(source))
+        changes: settings that should differ from the source's, such as image_size=640.
+        """
+        from ..weights.source import load  # weights knows the model, so the model asks for it late
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json and model.safetensors, from which `from_pretrained` makes the same model again."""
+        return load(source, **changes)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], facts: Facts | None = None) -> None:
+        """Writes config.json, model.safetensors and a model card; `from_pretrained` makes the same model of them.
+
+        facts: what the card should tell of data, figures and licence.
+        """
         from ..weights.folder import save
 
-        save(self, Path(folder))
+        save(self, Path(folder), facts)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Uploads the model to "owner/name" on the hub and returns the address. See `weights.hub.push`."""
+        from ..weights.hub import push
+
+        return push(self, repository, **options)
 
     def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
         """`Detections` of one image (path, PIL image, HWC array, CHW tensor), or a list of them for a list.

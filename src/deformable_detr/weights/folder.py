@@ -1,95 +1,73 @@
-"""Our own model folder: config.json beside model.safetensors."""
+"""Our own model folder: config.json beside model.safetensors, and a README.md that says what they are."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import UserError
 from ..model.detector import DeformableDETR
+from .card import Facts, card_writer
+from .files import json_text, read_json, read_safetensors, replace_file, write_files
+
+__all__ = ["CONFIG", "FORMAT", "VERSION", "WEIGHTS", "read", "read_config", "replace_file", "save"]
 
 FORMAT, VERSION = "deformable-detr", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save(model: DeformableDETR, folder: Path) -> None:
-    """Writes both files, each whole or not at all. Raises UserError where the folder cannot be written."""
+def save(model: DeformableDETR, folder: Path, facts: Facts | None = None) -> None:
+    """Writes the files, each whole or not at all. Raises UserError where the folder cannot be written.
+
+    facts: what the model card should tell beyond what the model itself knows.
+    """
     from safetensors.torch import save_file
 
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     described = {"format": FORMAT, "version": VERSION, "model": model.config.model_dump(mode="json")}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
-        replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"model folder {folder} cannot be written: {error.strerror or error}") from None
-
-
-def load(folder: Path) -> DeformableDETR:
-    """The model in evaluation mode. Raises UserError for a missing, foreign or broken folder."""
-    config = read_config(folder)
-    # The weights are all in the file: nothing to fetch, but what is frozen must stay as it was trained.
-    pretrained = config.backbone_weights != "none"
-    settled = config.replace(
-        backbone_weights="none",
-        backbone_norm="frozen" if config.backbone_norm == "auto" and pretrained else config.backbone_norm,
-        frozen_stages=2 if config.frozen_stages is None and pretrained else config.frozen_stages,
+    write_files(
+        folder,
+        {
+            WEIGHTS: lambda path: save_file(state, path, metadata={"format": "pt"}),
+            **card_writer(folder, model.config, facts or Facts()),
+            CONFIG: json_text(described),
+        },
     )
-    model = DeformableDETR(settled)
-    state = read_weights(folder / WEIGHTS)
+
+
+def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], DeformableDETR]:
+    """The config, the tensors and a model in their shape that does not hold them yet.
+
+    Raises UserError for a missing, foreign or broken folder.
+    """
+    config = read_config(folder).without_download()
+    state, _ = read_safetensors(folder / WEIGHTS)
+    model = DeformableDETR(config)
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    misfit = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    for what, names in (("lacks", missing), ("has the unknown", unknown), ("has another shape of", sorted(misfit))):
+    misfit = sorted(
+        name
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape or own[name].is_floating_point() != state[name].is_floating_point()
+    )
+    for what, names in (("lacks", missing), ("has the unknown", unknown), ("has another shape or type of", misfit)):
         if names:
             raise UserError(f"{folder / WEIGHTS} {what} {names[0]} (in all {len(names)}): it does not fit {CONFIG}")
-    model.load_state_dict(state)
-    return model.eval()
+    return config, state, model
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The model's config from config.json."""
     path = folder / CONFIG
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"model {folder}: {path.name} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(described, dict) or described.get("format") != FORMAT:
+    described: dict[str, Any] = read_json(path)
+    if described.get("format") != FORMAT:
         raise UserError(f'{path} is not the config of a deformable-detr model (no "format": "{FORMAT}")')
     if described.get("version") != VERSION:
         raise UserError(f"{path} has version {described.get('version')!r}; this release reads {VERSION}")
-    return ModelConfig.read(described.get("model") or {}, str(path))
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is broken or no safetensors file: {error}") from None
-
-
-def replace_file(path: Path, write) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it in place: never half a file."""
-    import os
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    values = described.get("model")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} has no model section")
+    return ModelConfig.read(values, str(path))

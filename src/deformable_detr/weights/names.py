@@ -170,6 +170,8 @@ def gather(
             state[name] = torch.zeros_like(own[name])
             continue
         for n in present:
+            if found[n].is_floating_point() != own[name].is_floating_point():
+                raise UserError(f"{where}: {n} holds {str(found[n].dtype).removeprefix('torch.')} numbers")
             if found[n].shape != wanted:
                 shapes = f"{tuple(found[n].shape)}, not {tuple(wanted)}"
                 raise UserError(f"{where}: {n} has shape {shapes}: it does not fit {fits}")

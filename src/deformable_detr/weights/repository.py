@@ -148,7 +148,10 @@ def write_config(model: DeformableDETR) -> dict[str, Any]:
         ("box_positions", False),
     ):
         if getattr(config, field) != plain:
-            raise UserError(f"transformers has no model with {field}: {getattr(config, field)}; it cannot be converted")
+            raise UserError(
+                f"transformers has no model with {field}: {getattr(config, field)}; "
+                "train with --preset two-stage, or another of the paper's, for one that can be converted"
+            )
     if config.hidden_dim % 32:
         raise UserError(f"transformers needs a hidden_dim that 32 divides; this model's is {config.hidden_dim}")
     names = config.class_names or tuple(f"LABEL_{label}" for label in range(config.num_classes))

@@ -1,0 +1,46 @@
+"""A model put on the hub."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import UserError
+from ..model.detector import DeformableDETR
+from .card import Facts
+from .convert import Format, write
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def push(
+    model: DeformableDETR,
+    repository: str,
+    to: Format = "ours",
+    private: bool = False,
+    token: str | None = None,
+    facts: Facts | None = None,
+) -> str:
+    """Uploads the model with its card to `repository` ("owner/name", made where it is not there); returns its address.
+
+    to: the format, as in `convert`. token: none: the one that `hf auth login` has stored.
+    Raises UserError, one line, for a bad name and for whatever the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    if not _ID.fullmatch(repository):
+        raise UserError(f"hub repository {repository!r}: write owner/name")
+    library = "transformers" if to == "transformers" else "deformable-detr"
+    facts = replace(facts or Facts(), repository=repository, library=library)
+    with tempfile.TemporaryDirectory() as folder:
+        write(model, to, Path(folder), facts)
+        try:
+            api = HfApi(token=token)
+            api.create_repo(repository, private=private, exist_ok=True)
+            address = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Deformable DETR")
+        except Exception as error:  # whatever the hub's client or the network raise
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"hub repository {repository}: {line}") from None
+    return str(address)
