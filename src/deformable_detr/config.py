@@ -223,6 +223,9 @@ class TrainConfig(_Section):
     class_loss: Literal["focal", "varifocal", "matchability"] = Field(
         default="focal", description="focal (paper), or targets that follow the overlap: VarifocalNet's, DEIM's"
     )
+    encoder_matches: Positive = Field(
+        default=1, description="two-stage: proposals that learn from each object (H-DETR's one-to-many matching: 6)"
+    )
     denoising: NonNegative = Field(default=0, description="extra denoising queries, about; 0: none (DINO: 100)")
     box_noise: Weight = Field(default=1.0, description="of denoising: how far sides move, relative to half a side")
     label_noise: Fraction = Field(default=0.5, description="of denoising: twice the part of labels drawn anew")

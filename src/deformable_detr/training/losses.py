@@ -58,9 +58,8 @@ class DetectionLoss:
         layers = slice(None) if config.auxiliary_loss else slice(-1, None)
         sets = [Predictions(outputs["layer_logits"][layers], outputs["layer_boxes"][layers])]
         if "encoder_logits" in outputs:
-            sets.append(
-                Predictions(outputs["encoder_logits"][None], outputs["encoder_boxes"][None], not self.class_proposals)
-            )
+            logits, boxes = outputs["encoder_logits"][None], outputs["encoder_boxes"][None]
+            sets.append(Predictions(logits, boxes, not self.class_proposals, config.encoder_matches))
         device = outputs["layer_logits"].device
         objects = PackedTargets.pack(targets, device)
         if num_boxes is None:
@@ -69,7 +68,7 @@ class DetectionLoss:
 
         with torch.autocast(device.type, enabled=False):
             tables = [
-                set_losses(item, objects, pairs, config) / num_boxes
+                set_losses(item, objects, pairs, config) / (num_boxes * item.each)
                 for item, pairs in zip(sets, matching.matches, strict=True)
             ]
             table = torch.cat(tables, dim=1)  # (3, layers + encoder)
