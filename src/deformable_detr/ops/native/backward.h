@@ -121,7 +121,7 @@ template <bool BORDERED, typename T>
 static void backward_head(const msda_call* c, const Geometry& g, const float* value, float* grad, int64_t row,
                           int64_t b, int m, int first, int last) {
   const int n = g.samples, size = c->reference_size, D = whole_vectors(c->D);
-  const bool whole = last - first == n;
+  const bool whole = !c->weight_scratch;
   alignas(64) float offset_room[2 * MAX_SAMPLES], logit_room[MAX_SAMPLES], weight_room[MAX_SAMPLES];
   alignas(64) float by_weight[MAX_SAMPLES], by_x[MAX_SAMPLES], by_y[MAX_SAMPLES], by_offset[2 * MAX_SAMPLES];
   alignas(64) float frame_room[4 * MAX_SAMPLES], grad_room[MAX_CHANNELS];
