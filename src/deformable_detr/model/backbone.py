@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +115,11 @@ def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[
         return timm.create_model(name, **options), stages
     if source == "hub":
         try:
-            return timm.create_model(name, pretrained=True, **options), stages
+            with _quiet():
+                return timm.create_model(name, pretrained=True, **options), stages
         except Exception as error:  # whatever the hub's client, the network or the file raise
             raise UserError(
-                f"weights of backbone '{name}' could not be fetched ({_line(error)}); "
+                f"weights of backbone '{name}' could not be fetched ({_line(error).split('. ')[0]}); "
                 "give --backbone-weights PATH (safetensors in timm's names) or none"
             ) from None
     return _from_file(name, Path(source), options), stages
@@ -128,7 +132,8 @@ def _from_file(name: str, path: Path, options: dict[str, Any]) -> Any:
         raise UserError(f"backbone weights {path}: no such file")
     fresh = timm.create_model(name, **options).state_dict()
     try:
-        body = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **options)
+        with _quiet():
+            body = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **options)
     except Exception as error:  # whatever the reader of the file raises: it is the file that is wrong
         raise UserError(f"backbone weights {path} are not those of timm's '{name}': {_line(error)}") from None
     # timm loads feature extractors leniently: a file of another model would leave the random start in place.
@@ -153,6 +158,20 @@ def _freeze_stages(body: nn.Module, stages: list[dict], count: int, name: str) -
     for module_name in names[: max(ends) + 1]:
         for parameter in body.get_submodule(module_name).parameters(recurse=False):
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of timm and the hub's client about classifier weights left over and attempts repeated."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _line(error: Exception) -> str:
