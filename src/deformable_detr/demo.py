@@ -35,29 +35,31 @@ MOST_DIGITS = 5
 
 
 def demo_config() -> Config:
-    """The small preset for images of 144 pixels: a light backbone from random weights, few queries, short training."""
+    """The small preset made smaller still, for images of 144 pixels, a backbone from random weights and six minutes."""
     from . import presets
 
     return presets.config("small").merged(
         {
             "model": {
-                "backbone": "resnet10t",
+                "backbone": "test_resnet",  # timm's smallest ResNet: 0.4 million parameters
                 "backbone_weights": "none",
+                "feature_levels": 3,
                 "image_size": 128,
                 "max_size": 160,
-                "num_queries": 30,
+                "num_queries": 20,
+                "encoder_layers": 1,
+                "decoder_layers": 2,
+                "ffn_dim": 256,
             },
             "data": {"train_scales": [0.9, 1.0], "flip": 0.0, "crop": 0.0, "workers": 1},  # a flipped digit is none
             "train": {
-                "epochs": 12,
+                "epochs": None,
                 "minutes": 6,
                 "batch_size": 8,
-                "lr": 4e-4,
+                "lr": 8e-4,
                 "backbone_lr_factor": 1.0,
-                "clip_norm": 1.0,
-                "warmup_steps": 100,
-                "lr_schedule": "cosine",
-                "eval_every": 2,
+                "denoising": 40,
+                "eval_every": 4,
             },
         }
     )
