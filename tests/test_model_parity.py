@@ -32,7 +32,10 @@ def config(variant: str, levels: int, backbone: str = "timm", **changes):
 
 @torch.no_grad()
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every weight, norm, bias, offset and running statistic moved, so that nothing is equal by being at its start."""
+    """Every weight, norm, bias, offset and running statistic moved, so that nothing is equal by being at its start.
+
+    As calm as trained weights are: wilder ones amplify the rounding of fp32 in both implementations beyond 1e-5.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
         if not value.is_floating_point():
@@ -41,9 +44,10 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         if name.endswith("running_var"):
             value.copy_(noise.abs() + 0.5)
         elif "sampling_offsets" in name:
-            value.copy_(noise * (0.05 if value.ndim > 1 else 2.0))  # as far as trained ones reach
+            value.copy_(noise * (0.02 if value.ndim > 1 else 2.0))
         elif value.ndim > 1:
-            value.copy_(noise / value[0].numel() ** 0.5)
+            gain = 1.0 if value.ndim == 4 or "bbox_embed" in name or "heads.boxes" in name else 0.6
+            value.copy_(noise * gain / value[0].numel() ** 0.5)
         else:
             value.copy_(noise * 0.2 + (name.endswith("weight") and value.mean().item() == 1))
     return model.eval()
@@ -63,8 +67,12 @@ def batch(dtype=torch.float32, width=416):
 @torch.no_grad()
 def compare(theirs, ours: DeformableDETR, dtype: torch.dtype, width: int = 416) -> None:
     """All outputs that both have: of every decoder layer, and of the encoder's proposals."""
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
     pixels, mask = batch(dtype, width)
+    tolerance = 1e-10
+    if dtype == torch.float32:  # or what the rounding of theirs alone amounts to, where that is more
+        rounded, exact = (theirs.to(d)(pixels.to(d), pixel_mask=(~mask).long()).logits for d in (dtype, torch.float64))
+        tolerance = max(1e-5, (rounded - exact).abs().max().item())
+        assert tolerance < 1e-4
     there, here = theirs.to(dtype)(pixels, pixel_mask=(~mask).long()), ours.to(dtype)(pixels, mask)
     assert here["pred_logits"].dtype == dtype
     pairs = {"logits": (there.logits, here["pred_logits"]), "boxes": (there.pred_boxes, here["pred_boxes"])}
@@ -141,11 +149,14 @@ OURS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", presets.MODELS)
+PAPER = [name for name in presets.MODELS if name != "small"]
+
+
+@pytest.mark.parametrize("name", [*PAPER, "activations in the norms"])
 def test_weights_from_here_give_the_same_in_transformers(name, tmp_path):
-    changes = {key: value for key, value in OURS.items() if name != "small" or key not in ("backbone", "hidden_dim")}
     torch.manual_seed(0)
-    ours = randomised(DeformableDETR(presets.MODELS[name](**changes)))
+    changes = {**OURS, "backbone": "tf_efficientnet_lite0"} if name not in PAPER else OURS
+    ours = randomised(DeformableDETR(presets.MODELS.get(name, presets.two_stage)(**changes)))
     repository.save(ours, tmp_path)
     theirs, report = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -162,7 +173,7 @@ def test_silu_gelu_and_learned_positions(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in presets.MODELS if name != "small"])
+@pytest.mark.parametrize("name", PAPER)
 def test_full_size(name, tmp_path):
     torch.manual_seed(0)
     ours = randomised(DeformableDETR(presets.MODELS[name](backbone_weights="none")))

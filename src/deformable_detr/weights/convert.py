@@ -11,12 +11,13 @@ from ..model.detector import DeformableDETR
 from . import folder, official, repository
 from .card import Facts, card_writer
 from .files import write_files
+from .image_processor import PREPROCESSOR
 from .source import load
 
 Format = Literal["ours", "transformers", "official"]
 _FILES = {
     "ours": (folder.CONFIG, folder.WEIGHTS),
-    "transformers": (repository.CONFIG, repository.PREPROCESSOR, "model.safetensors"),
+    "transformers": (repository.CONFIG, PREPROCESSOR, "model.safetensors"),
     "official": (official.FILE,),
 }
 

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..model.detector import DeformableDETR
 from .card import Facts, card_writer
 from .files import json_text, read_json, read_safetensors, replace_file, write_files
+from .names import check_sizes
 
 __all__ = ["CONFIG", "FORMAT", "VERSION", "WEIGHTS", "read", "read_config", "replace_file", "save"]
 
@@ -45,6 +46,7 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], DeformableDETR]:
     """
     config = read_config(folder).without_download()
     state, _ = read_safetensors(folder / WEIGHTS)
+    check_sizes(config, state, folder / CONFIG)
     model = DeformableDETR(config)
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

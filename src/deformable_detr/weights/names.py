@@ -189,6 +189,30 @@ def gather(
     return state
 
 
+def check_sizes(config: ModelConfig, tensors: Mapping[str, Tensor], path: object) -> None:
+    """That no size in a config is beyond all sizes in the weights it is of, before memory is taken for it.
+
+    path: the config's file. Raises UserError.
+    """
+    largest = max([len(tensors), *(size for value in tensors.values() for size in value.shape)], default=0)
+    shape = config.backbone_shape
+    sizes = {
+        "hidden_dim": config.hidden_dim,
+        "ffn_dim": config.ffn_dim,
+        "encoder_layers": config.encoder_layers,
+        "decoder_layers": config.decoder_layers,
+        "num_classes": config.num_classes,
+        "num_queries": 0 if config.two_stage and config.query_content != "learned" else config.num_queries,
+        "heads × levels × points": config.num_heads
+        * config.feature_levels
+        * max(config.decoder_points, config.encoder_points if config.encoder_layers else 0),
+        "backbone_shape": max(shape.stem, *shape.widths, sum(shape.depths)) if shape else 0,
+    }
+    for name, size in sizes.items():
+        if size > largest:
+            raise UserError(f"{path}: {name} {size} is more than anything in the weights, which it does not fit")
+
+
 def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A transformers repository's tensors under the names that its `save_pretrained` writes today."""
     renamed: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..model.detector import DeformableDETR
 from .coco_names import COCO_91
 from .files import read_pickle, tensors_only, write_files
-from .names import gather, official_places, spread
+from .names import check_sizes, gather, official_places, spread
 
 FILE = "checkpoint.pth"
 OWN = "deformable-detr"  # key of our own config in the files that we write
@@ -48,6 +48,7 @@ def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], DeformableDETR]:
         raise UserError(f"{path} is no checkpoint of Deformable DETR: it has no transformer.level_embed")
     config = read_config(tensors, values.get("args") if inner is not None else None, path)
     config = _with_own_fields(config, values.get(OWN))
+    check_sizes(config, tensors, path)
     model = DeformableDETR(config)
     own = model.state_dict()
     return config, gather(tensors, official_places(own, config), own, str(path), "its own settings"), model
@@ -83,7 +84,7 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
     backbone = said.get("backbone") or _backbone(tensors)
     if backbone not in _BACKBONES:
         raise UserError(f"{path}: backbone {backbone!r}; the official code has {', '.join(_BACKBONES)}")
-    classes = _classes(tensors)
+    classes = found.pop("num_classes")
     return ModelConfig.read(
         {
             "class_names": COCO_91 if classes == len(COCO_91) else (),
@@ -171,6 +172,7 @@ def _measured(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> dict[st
         "dim_feedforward": len(tensors["transformer.decoder.layers.0.linear1.weight"]),
         "dec_n_points": _points(tensors, "decoder.layers.0.cross_attn", heads * levels),
         "two_stage": two_stage,
+        "num_classes": len(tensors["class_embed.0.bias"]),
         "with_box_refine": any(name.startswith("transformer.decoder.bbox_embed.") for name in tensors),
     }
     found["enc_n_points"] = (
@@ -188,10 +190,6 @@ def _points(tensors: Mapping[str, Tensor], attention: str, groups: int) -> int:
     if rows % groups:
         raise ValueError(f"the number of points in {attention}")
     return rows // groups
-
-
-def _classes(tensors: Mapping[str, Tensor]) -> int:
-    return len(tensors["class_embed.0.bias"]) if "class_embed.0.bias" in tensors else 1
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:

@@ -15,17 +15,16 @@ from torch import Tensor
 
 from ..config import ModelConfig, ResNetShape
 from ..errors import UserError
-from ..model.backbone import pixel_statistics
 from ..model.detector import DeformableDETR
 from .files import json_text, read_json, read_repository, write_files
-from .names import Places, canonical, gather, spread, transformers_places
+from .image_processor import PREPROCESSOR, processor_settings, read_processor, write_processor
+from .names import Places, canonical, check_sizes, gather, spread, transformers_places
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG = "config.json"
 MODEL_TYPE = "deformable_detr"
 # Our own config travels in the weights file's header: whoever writes the weights anew drops it, so it is never stale.
 METADATA = "deformable-detr"
 _OWN_FIELDS = ("backbone_norm", "frozen_stages", "category_ids", "look_forward_twice")
-_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _DEFAULTS: dict[str, Any] = {
     "d_model": 256, "encoder_attention_heads": 8, "decoder_attention_heads": 8, "encoder_layers": 6,
     "decoder_layers": 6, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024, "encoder_n_points": 4,
@@ -54,8 +53,9 @@ def load(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], DeformableDETR]:
     path = folder / CONFIG
     described = read_json(path)
     tensors, metadata, file = read_repository(folder)
-    config = read_config(described, _preprocessor(folder), path)
+    config = read_config(described, read_processor(folder), path)
     config = _with_own_fields(config, metadata.get(METADATA))
+    check_sizes(config, tensors, path)
     model = DeformableDETR(config)
     _check_backbone(model, described, path)
     tensors = canonical(tensors)
@@ -73,7 +73,7 @@ def save(model: DeformableDETR, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    described, preprocessor = write_config(model), write_preprocessor(model)
+    described, preprocessor = write_config(model), write_processor(model.config)
     state = {name: value.detach() for name, value in model.state_dict().items()}
     places = _places(state, model.config, _backbone_type(described) == "resnet")
     counters = {name: int(value) for name, value in state.items() if name not in places and int(value)}
@@ -112,7 +112,7 @@ def read_config(described: Mapping[str, Any], preprocessor: Mapping[str, Any], p
     return ModelConfig.read(
         {
             **_read_backbone(values, path),
-            **_read_preprocessor(preprocessor, path),
+            **processor_settings(preprocessor, path.with_name(PREPROCESSOR)),
             "class_names": names,
             "category_ids": tuple(range(len(names))),
             "num_classes": len(names),
@@ -128,7 +128,7 @@ def read_config(described: Mapping[str, Any], preprocessor: Mapping[str, Any], p
             "decoder_points": values["decoder_n_points"],
             "ffn_dim": values["encoder_ffn_dim"],
             "dropout": values["dropout"],
-            "activation": {"swish": "silu"}.get(values["activation_function"], values["activation_function"]),
+            "activation": _activation(values["activation_function"]),
             "position_encoding": values["position_embedding_type"],
             "num_queries": values["two_stage_num_proposals"] if values["two_stage"] else values["num_queries"],
             "refine": values["with_box_refine"],
@@ -186,26 +186,6 @@ def write_config(model: DeformableDETR) -> dict[str, Any]:
     }
 
 
-def write_preprocessor(model: DeformableDETR) -> dict[str, Any]:
-    """The config of transformers' image processor that prepares images as this model wants them."""
-    config = model.config
-    mean, std = pixel_statistics(config)
-    return {
-        "image_processor_type": "DeformableDetrImageProcessor",
-        "format": "coco_detection",
-        "do_resize": True,
-        "size": {"shortest_edge": config.image_size, "longest_edge": config.long_side},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [round(value, 7) for value in mean],
-        "image_std": [round(value, 7) for value in std],
-        "do_convert_annotations": True,
-        "do_pad": True,
-    }
-
-
 def _class_names(described: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     names = described.get("id2label")
     if names is None:
@@ -217,6 +197,10 @@ def _class_names(described: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         raise UserError(f"{path}: id2label must map labels to names")
     by_label = {str(label): str(name) for label, name in names.items()}
     return tuple(by_label.get(str(label), f"LABEL_{label}") for label in range(len(by_label)))
+
+
+def _activation(name: Any) -> Any:
+    return "silu" if name == "swish" else name
 
 
 def _backbone_type(described: Mapping[str, Any]) -> str:
@@ -250,7 +234,7 @@ def _read_backbone(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
             "depths": shape["depths"],
             "widths": shape["hidden_sizes"],
             "stem": shape["embedding_size"],
-            "activation": {"swish": "silu"}.get(shape["hidden_act"], shape["hidden_act"]),
+            "activation": _activation(shape["hidden_act"]),
             "stride_first": shape["downsample_in_bottleneck"] and shape["layer_type"] == "bottleneck",
         },
         f"{path}: backbone_config",
@@ -298,16 +282,21 @@ def _maps(model: DeformableDETR) -> Any:
 
 def _check_backbone(model: DeformableDETR, described: Mapping[str, Any], path: Path) -> None:
     """That transformers would take the same maps of the same network as we do."""
-    body, backbone = model.backbone.body, described.get("backbone_config")
+    body, backbone, kind = model.backbone.body, described.get("backbone_config"), _backbone_type(described)
     backbone = backbone if isinstance(backbone, dict) else {}
     count = len(_maps(model).info)
     ours = list(_maps(model).out_indices)
-    theirs = backbone.get("out_indices")
-    if theirs is None and isinstance(backbone.get("out_features"), list) and backbone.get("stage_names"):
-        theirs = [backbone["stage_names"].index(name) for name in backbone["out_features"]]
-    if theirs is not None and [index % count for index in theirs] != ours:
+    theirs, features, stages = (backbone.get(key) for key in ("out_indices", "out_features", "stage_names"))
+    if theirs is None and isinstance(features, list) and isinstance(stages, list):
+        theirs = [stages.index(name) if name in stages else name for name in features]
+    if theirs is None and (backbone or kind == "resnet"):
+        theirs = [-1]  # transformers' default for a backbone of its own config
+    if theirs is not None and (
+        not isinstance(theirs, list | tuple)
+        or [index % count if isinstance(index, int) else index for index in theirs] != ours
+    ):
         raise UserError(f"{path}: feature maps {theirs} of the backbone; with these levels they are {ours} here")
-    if _backbone_type(described) != "timm_backbone" or backbone.get("freeze_batch_norm_2d"):
+    if kind != "timm_backbone" or backbone.get("freeze_batch_norm_2d"):
         return
     for module in body.modules():
         carried = getattr(module, "act", None)
@@ -318,41 +307,6 @@ def _check_backbone(model: DeformableDETR, described: Mapping[str, Any], path: P
                 f"{path}: transformers replaces the batch norms of backbone '{model.config.backbone}' by others that "
                 "compute something else unless freeze_batch_norm_2d is true; such a network is not known here"
             )
-
-
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    for name in (PREPROCESSOR, "processor_config.json"):
-        if (folder / name).is_file():
-            values = read_json(folder / name)
-            inner = values.get("image_processor")
-            return inner if isinstance(inner, dict) else values
-    return {}
-
-
-def _read_preprocessor(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Image size and pixel statistics; what is not said is transformers' default."""
-    path = path.with_name(PREPROCESSOR)
-    values = {**_IMAGENET, **{key: value for key, value in values.items() if value is not None}}
-    size = values.get("size", {})
-    if isinstance(size, int):
-        size = {"shortest_edge": size, "longest_edge": values.get("max_size") or round(size * 1333 / 800)}
-    try:
-        sides = [int(side) for side in size.values()] if isinstance(size, dict) else []
-        factor = float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0
-        mean, std = ([float(x) for x in values[key]] for key in ("image_mean", "image_std"))
-    except (TypeError, ValueError, AttributeError):
-        raise UserError(f"{path}: size, rescale_factor, image_mean or image_std is no number") from None
-    if not values.get("do_normalize", True):
-        mean, std = [0.0] * 3, [1.0] * 3
-    if not factor > 0:
-        raise UserError(f"{path}: rescale_factor {factor} must be above 0")
-    scale = 1.0 if abs(factor * 255 - 1) < 1e-6 else factor * 255  # theirs counts pixels in 0..255, ours in 0..1
-    return {
-        "image_size": min(sides, default=800),
-        "max_size": max(sides, default=1333),
-        "pixel_mean": tuple(x / scale for x in mean),
-        "pixel_std": tuple(x / scale for x in std),
-    }
 
 
 def _with_own_fields(config: ModelConfig, described: str | None) -> ModelConfig:
