@@ -1,0 +1,69 @@
+"""The config of transformers' image processor: image size and pixel statistics, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..model.backbone import pixel_statistics
+from .files import read_json
+
+PREPROCESSOR = "preprocessor_config.json"
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """The image processor's config in a repository; empty where it has none."""
+    for name in (PREPROCESSOR, "processor_config.json"):
+        if (folder / name).is_file():
+            values = read_json(folder / name)
+            inner = values.get("image_processor")
+            return inner if isinstance(inner, dict) else values
+    return {}
+
+
+def processor_settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Image size and pixel statistics; what is not said is transformers' default."""
+    values = {**_IMAGENET, **{key: value for key, value in values.items() if value is not None}}
+    size = values.get("size", {})
+    if isinstance(size, int):
+        size = {"shortest_edge": size, "longest_edge": values.get("max_size") or max(1333, size)}
+    try:
+        sides = [int(side) for side in size.values()] if isinstance(size, dict) else []
+        factor = float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0
+        mean, std = ([float(x) for x in values[key]] for key in ("image_mean", "image_std"))
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: size, rescale_factor, image_mean or image_std is no number") from None
+    if not values.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    if not factor > 0:
+        raise UserError(f"{path}: rescale_factor {factor} must be above 0")
+    scale = 1.0 if abs(factor * 255 - 1) < 1e-6 else factor * 255  # theirs counts pixels in 0..255, ours in 0..1
+    return {
+        "image_size": min(sides, default=800),
+        "max_size": None if len(sides) == 1 and "shortest_edge" in size else max(sides, default=1333),
+        "pixel_mean": tuple(x / scale for x in mean),
+        "pixel_std": tuple(x / scale for x in std),
+    }
+
+
+def write_processor(config: ModelConfig) -> dict[str, Any]:
+    """The config of transformers' image processor that prepares images as this model wants them."""
+    mean, std = pixel_statistics(config)
+    return {
+        "image_processor_type": "DeformableDetrImageProcessor",
+        "format": "coco_detection",
+        "do_resize": True,
+        "size": {"shortest_edge": config.image_size, "longest_edge": config.long_side},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [round(value, 7) for value in mean],
+        "image_std": [round(value, 7) for value in std],
+        "do_convert_annotations": True,
+        "do_pad": True,
+    }
