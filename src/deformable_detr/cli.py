@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from . import __version__
+from .allocator import keep_large_buffers
 from .errors import UserError
 
 app = App(
@@ -183,6 +184,7 @@ def demo(*, out: Path = Path("runs/demo")) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command and exits: 0 done, 1 the demo learnt too little, 2 a mistake in the input, 130 interrupted."""
+    keep_large_buffers()
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
     except UserError as error:
