@@ -1,0 +1,371 @@
+"""Explanations as pictures and animations: an overview of the image, and each layer's sampling points close up.
+
+Sampling points are coloured by weight in cividis, which people with any colour vision read alike, sized by weight, and
+shaped by level. Every layer is shown over the same part of the image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.images import read_image
+from ..errors import UserError
+from .looks import DecoderLook, DetectionExplanation, Explanation, PointExplanation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = ("o", "s", "^", "D", "P", "v", "X", "*")  # of the levels, the finest first
+BOX, REFERENCE, HALO, VIEW = "#E69F00", "#FFFFFF", "#111111", "#56B4E9"  # Okabe and Ito's orange and sky blue
+INK, QUIET, PAPER, OUTSIDE = "#1A1A1A", "#4D4D4D", "#FFFFFF", "#D9D9D9"
+DPI = 100
+TEXT, SMALL = 11, 9  # points
+MOST_AREA = 110.0  # of a sampling point's marker, in square points, at the largest weight
+PANEL_AREA = 4.4**2  # square inches
+FRAME_MS, LAST_FRAME_MS = 1000, 2200
+ANIMATED = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}
+
+
+@dataclass(frozen=True)
+class _View:
+    """A part of the image and a little around it: x1, y1, x2, y2 in pixels."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    @property
+    def width(self) -> float:
+        return self.x2 - self.x1
+
+    @property
+    def height(self) -> float:
+        return self.y2 - self.y1
+
+    def holds(self, points: np.ndarray) -> np.ndarray:
+        """(…, 2) → (…) bool."""
+        x, y = points[..., 0], points[..., 1]
+        return (x >= self.x1) & (x <= self.x2) & (y >= self.y1) & (y <= self.y2)
+
+
+def draw(explanation: Explanation, layer: int | None = None) -> Image.Image:
+    """An RGB picture: an overview and each layer's sampling points, or those of one layer, counted from 0.
+
+    Of a single layer of the encoder, the tokens of the levels have a panel each.
+    Raises UserError for a layer that is not there and an image that cannot be read any more.
+    """
+    return _Drawing(explanation).picture(_wanted(explanation, layer), split=layer is not None)
+
+
+def frames(explanation: Explanation) -> list[Image.Image]:
+    """Pictures of one size, a layer each, for an animation."""
+    drawing = _Drawing(explanation)
+    return [drawing.picture([layer], split=False) for layer in range(len(explanation.layers))]
+
+
+def save(explanation: Explanation, path: Path, layer: int | None = None) -> Path:
+    """Writes `draw`'s picture, or `frames` where the ending is that of an animation and no layer is given.
+
+    Raises UserError for other endings and where the file cannot be written.
+    """
+    from ..weights.files import replace_file
+
+    suffix = path.suffix.lower()
+    kind = ANIMATED.get(suffix) or Image.registered_extensions().get(suffix)
+    if kind not in Image.SAVE:
+        raise UserError(f"{path}: no picture format has the ending '{path.suffix}'; use .png, .gif, .webp or .html")
+    if suffix in ANIMATED and layer is None:
+        first, *rest = frames(explanation)
+        durations = [FRAME_MS] * len(rest) + [LAST_FRAME_MS]
+        options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
+        options |= {"quality": 90} if kind == "WEBP" else {}
+    else:
+        first = draw(explanation, layer)
+        options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda temporary: first.save(temporary, kind, **options))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def _wanted(explanation: Explanation, layer: int | None) -> list[int]:
+    count = len(explanation.layers)
+    if layer is None:
+        return list(range(count))
+    if not 0 <= layer < count:
+        raise UserError(f"there is no layer {layer + 1}: the model has {count}, numbered from 1")
+    return [layer]
+
+
+class _Drawing:
+    """One explanation and what all its pictures share: the pixels, the view and the scale of the weights."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        from matplotlib.colors import PowerNorm
+
+        self.explanation = explanation
+        pixels = read_image(explanation.image)
+        if tuple(pixels.shape[1:]) != tuple(explanation.image_size):
+            raise UserError("the image has changed since it was explained; explain it again")
+        self.image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        self.aspect = min(max(self.image.width / self.image.height, 0.5), 2.0)  # of every panel
+        # Weights crowd near zero: their square root spreads them over the colours.
+        highest = max(float(look.weights.max()) for look in explanation.layers)
+        self.norm = PowerNorm(0.5, vmin=0.0, vmax=highest)
+        self.view = self._view()
+
+    def picture(self, layers: Sequence[int], split: bool) -> Image.Image:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        tokens: list[tuple[int, int | None]] = [(layer, None) for layer in layers]
+        if split and isinstance(self.explanation, PointExplanation):
+            tokens = [(layer, token) for layer in layers for token in range(len(self.explanation.tokens))]
+        count = 1 + len(tokens)
+        area = PANEL_AREA * (1.6 if count == 2 else 1.0)
+        height = math.sqrt(area / self.aspect)
+        width = height * self.aspect
+        columns = _columns(count, width, height)
+        rows = math.ceil(count / columns)
+        caption, head, foot, gap = 0.34, 0.5, 1.5, 0.14  # inches
+        whole = (columns * width + (columns + 1) * gap, head + rows * (height + caption) + foot)
+        figure = Figure(figsize=(max(whole[0], 6.6), whole[1]), dpi=DPI, facecolor=PAPER)
+        canvas = FigureCanvasAgg(figure)
+        shift = (figure.get_figwidth() - whole[0]) / 2
+        size = (width / figure.get_figwidth(), height / figure.get_figheight())
+        for number in range(count):
+            row, column = divmod(number, columns)
+            left = (shift + gap + column * (width + gap)) / figure.get_figwidth()
+            bottom = 1 - (head + (row + 1) * (height + caption)) / figure.get_figheight()
+            axes = figure.add_axes((left, bottom, *size))
+            if number == 0:
+                self._overview(axes, layers)
+            else:
+                self._panel(axes, *tokens[number - 1])
+        _write(figure, gap / figure.get_figwidth(), 1 - 0.16 / figure.get_figheight(), self.explanation.title)
+        self._legend(figure, foot / figure.get_figheight())
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+    def _view(self) -> _View:
+        """Where nearly all of the attention is, with the boxes, in the panels' proportions."""
+        explanation = self.explanation
+        points, weights = _flat(explanation.layers)
+        lowest, highest = (_weighted_quantile(points, weights, part) for part in (0.01, 0.99))
+        corners = [lowest, highest]
+        if isinstance(explanation, DetectionExplanation):
+            box = explanation.box.numpy()
+            corners += [box[:2], box[2:]]
+        else:
+            assert isinstance(explanation, PointExplanation)
+            corners.append(np.array(explanation.point))
+        low, high = np.min(corners, axis=0), np.max(corners, axis=0)
+        centre, extent = (low + high) / 2, np.maximum(high - low, 4) * 1.16
+        limit = np.array(self.image.size) * 0.08  # so much around the image at most
+        width = max(extent[0], extent[1] * self.aspect)
+        height = width / self.aspect
+        sides = np.array([width, height])
+        # Moved inside where it would show more than the border around the image.
+        low = np.clip(centre - sides / 2, -limit, np.maximum(self.image.size + limit - sides, -limit))
+        return _View(*low.tolist(), *(low + sides).tolist())
+
+    def _overview(self, axes: Axes, layers: Sequence[int]) -> None:
+        from matplotlib.patches import Rectangle
+
+        image, view = self.image, self.view
+        width = max(image.width, image.height * self.aspect)
+        left, top = (image.width - width) / 2, (image.height - width / self.aspect) / 2
+        self._show(axes, _View(left, top, left + width, top + width / self.aspect))
+        corner = (max(view.x1, left), max(view.y1, top))
+        far = (min(view.x2, left + width), min(view.y2, top + width / self.aspect))
+        axes.add_patch(
+            Rectangle(corner, far[0] - corner[0], far[1] - corner[1], fill=False, ec=VIEW, lw=1.6, ls=(0, (1, 1.2)))
+        )
+        looks = self.explanation.layers
+        if isinstance(self.explanation, DetectionExplanation):
+            shown = [looks[layer] for layer in layers]
+            for step, look in enumerate(shown, 1):
+                assert isinstance(look, DecoderLook)
+                last = step == len(shown)
+                _box(axes, look.box.numpy(), BOX, 2.0 if last else 0.8, "solid", 1.0 if last else 0.75)
+            _path(axes, np.stack([look.reference_point.numpy() for look in shown]))  # type: ignore[union-attr]
+            text = "the box, layer by layer" if len(shown) > 1 else f"the box after layer {layers[0] + 1}"
+        else:
+            assert isinstance(self.explanation, PointExplanation)
+            _path(axes, np.array([self.explanation.point]))
+            text = f"image of {image.width} × {image.height} pixels"
+        _caption(axes, text)
+
+    def _panel(self, axes: Axes, layer: int, token: int | None) -> None:
+        """One layer's points; of the encoder, all tokens' or one's."""
+        explanation, view = self.explanation, self.view
+        look = explanation.layers[layer]
+        self._show(axes, view)
+        locations, weights = look.locations.numpy(), look.weights.numpy()
+        if token is not None:
+            locations, weights = locations[token], weights[token]
+        for level in range(weights.shape[-2]):
+            points, heavy = locations[..., level, :, :].reshape(-1, 2), weights[..., level, :].reshape(-1)
+            order = heavy.argsort()  # the heaviest on top
+            axes.scatter(
+                *points[order].T,
+                s=6 + MOST_AREA * heavy[order] / self.norm.vmax,
+                c=heavy[order],
+                cmap="cividis",
+                norm=self.norm,
+                marker=MARKERS[level % len(MARKERS)],
+                linewidths=0.7,
+                edgecolors=HALO,
+                zorder=4,
+            )
+        text = f"layer {layer + 1}"
+        if isinstance(explanation, DetectionExplanation):
+            assert isinstance(look, DecoderLook)
+            if look.reference_box is not None:
+                _box(axes, look.reference_box.numpy(), REFERENCE, 1.4, (0, (4, 2.5)))
+            _box(axes, look.box.numpy(), BOX, 2.2, "solid")
+            _path(axes, look.reference_point.numpy()[None])
+            share = float(explanation.shares_inside()[layer])
+            text += f":  score {look.scores[explanation.label]:.2f},  {share:.0%} of the attention inside"
+        else:
+            assert isinstance(explanation, PointExplanation)
+            centres = explanation.token_centres.numpy()
+            _path(axes, np.array([explanation.point]) if token is None else centres[token : token + 1])
+            if token is not None:
+                h, w = explanation.spatial_shapes[token]
+                text += f", from level {token + 1} ({w} × {h})"
+        beyond = float((weights * ~view.holds(locations)).sum() / weights.sum())
+        if beyond >= 0.005:
+            text += f",  {beyond:.0%} beyond"
+        _caption(axes, text)
+
+    def _show(self, axes: Axes, view: _View) -> None:
+        """The part of the image, at no more pixels than the panel can show."""
+        axes.set_facecolor(OUTSIDE)
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_color("#8C8C8C")
+        image = self.image
+        left, top = max(0, math.floor(view.x1)), max(0, math.floor(view.y1))
+        right, bottom = min(image.width, math.ceil(view.x2)), min(image.height, math.ceil(view.y2))
+        part = image.crop((left, top, right, bottom))
+        part.thumbnail((900, 900), Image.Resampling.LANCZOS)
+        axes.imshow(part, extent=(left, right, bottom, top), interpolation="antialiased", zorder=0)
+        axes.set(xlim=(view.x1, view.x2), ylim=(view.y2, view.y1), aspect="auto")
+
+    def _legend(self, figure: Any, share: float) -> None:
+        """Under the panels: what shapes, lines and colours mean."""
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.lines import Line2D
+
+        def line(label: str, **style: Any) -> Any:
+            return Line2D([], [], label=label, **{"linestyle": "none", "markersize": 8, **style})
+
+        grey = {"markerfacecolor": "#7C7B78", "markeredgecolor": HALO}
+        entries = [
+            line(f"level {number} ({w} × {h})", marker=MARKERS[(number - 1) % len(MARKERS)], **grey)
+            for number, (h, w) in enumerate(self.explanation.spatial_shapes, 1)
+        ]
+        point = {"marker": "P", "markersize": 11, "markerfacecolor": REFERENCE, "markeredgecolor": HALO}
+        if isinstance(self.explanation, DetectionExplanation):
+            entries.append(line("reference point", **point))
+            looks = self.explanation.looks
+            if any(look.reference_box is not None for look in looks):
+                entries.append(_Outlined([], [], REFERENCE, label="box the layer starts from", ls=(0, (4, 2.5))))
+            entries.append(_Outlined([], [], BOX, label="box the layer gives", ls="solid"))
+        else:
+            entries.append(line("the point", **point))
+        entries.append(Line2D([], [], color=VIEW, lw=1.6, ls=(0, (1, 1.2)), label="part shown close up"))
+        columns = 4 if figure.get_figwidth() > 8.5 else 3
+        figure.legend(
+            handles=entries, loc="lower center", ncols=columns, frameon=False, fontsize=SMALL, labelcolor=INK,
+            bbox_to_anchor=(0.5, 0.58 / figure.get_figheight()), handlelength=2.2,
+        )  # fmt: skip
+        height = figure.get_figheight()
+        bar = figure.add_axes((0.5 - 1.6 / figure.get_figwidth(), 0.42 / height, 3.2 / figure.get_figwidth(), 0.11 / height))
+        scale = figure.colorbar(ScalarMappable(self.norm, "cividis"), cax=bar, orientation="horizontal")
+        top = self.norm.vmax
+        scale.set_ticks([0, top / 16, top / 4, top], labels=["0", *(f"{v:.2g}" for v in (top / 16, top / 4, top))])
+        scale.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=2)
+        figure.text(
+            0.5 - 1.7 / figure.get_figwidth(), 0.475 / height, "attention weight",
+            ha="right", va="center", fontsize=SMALL, color=INK,
+        )  # fmt: skip
+
+
+def _Outlined(x: Any, y: Any, colour: str, **style: Any) -> Any:
+    """A line on a dark one, which stands out from any background."""
+    from matplotlib import patheffects
+    from matplotlib.lines import Line2D
+
+    dark = [patheffects.withStroke(linewidth=style.pop("lw", 1.8) + 2.0, foreground=HALO)]
+    return Line2D(x, y, color=colour, path_effects=dark, **style)
+
+
+def _box(axes: Axes, box: np.ndarray, colour: str, width: float, dash: Any, alpha: float = 1.0) -> None:
+    from matplotlib.patches import Rectangle
+
+    x1, y1, x2, y2 = box.tolist()
+    for ink, extra, style in ((HALO, 1.6, "solid"), (colour, 0.0, dash)):
+        axes.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=ink, lw=width + extra, ls=style, alpha=alpha, zorder=3)
+        )
+
+
+def _path(axes: Axes, points: np.ndarray) -> None:
+    """Reference points, and the way between them; the last is the large one."""
+    axes.plot(*points.T, color=HALO, lw=2.6, zorder=5)
+    axes.plot(*points.T, color=REFERENCE, lw=1.2, zorder=5)
+    axes.scatter(*points[:-1].T, s=22, c=REFERENCE, edgecolors=HALO, linewidths=0.8, marker="P", zorder=6)
+    axes.scatter(*points[-1:].T, s=110, c=REFERENCE, edgecolors=HALO, linewidths=1.1, marker="P", zorder=6)
+
+
+def _caption(axes: Axes, text: str) -> None:
+    axes.set_title(text, fontsize=SMALL + 0.5, color=QUIET, loc="left", pad=5)
+
+
+def _write(figure: Any, x: float, y: float, text: str) -> None:
+    """The heading, in a font that has its letters, shortened to the figure's width."""
+    from matplotlib.font_manager import FontProperties
+
+    from ..inference.draw import font_file
+
+    font = FontProperties(fname=font_file(text), size=TEXT + 2)
+    room = figure.get_figwidth() * DPI * (1 - 2 * x)
+    name, comma, rest = text.rpartition(", ")
+    written = figure.text(x, y, text, va="top", color=INK, fontproperties=font)
+    while name and written.get_window_extent().width > room:
+        name = name[: int(len(name) * 0.9)]
+        written.set_text(f"{name}…{comma}{rest}")
+
+
+def _flat(looks: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """All points (N, 2) and weights (N,) of the layers."""
+    points = np.concatenate([look.locations.numpy().reshape(-1, 2) for look in looks])
+    return points, np.concatenate([look.weights.numpy().reshape(-1) for look in looks])
+
+
+def _weighted_quantile(points: np.ndarray, weights: np.ndarray, part: float) -> np.ndarray:
+    """(2,): where that part of the weight lies below, in x and in y."""
+    result = []
+    for values in points.T:
+        order = values.argsort()
+        below = weights[order].cumsum() / weights.sum()
+        result.append(values[order][min(int(np.searchsorted(below, part)), len(values) - 1)])
+    return np.array(result)
+
+
+def _columns(count: int, width: float, height: float) -> int:
+    """How many panels a row, so that the whole is about as 4 to 3."""
+    shapes = [(abs(math.log(n * width / (math.ceil(count / n) * height) / 1.4)), n) for n in range(1, count + 1)]
+    return min(shapes)[1]
