@@ -1,4 +1,4 @@
-"""Data sets in COCO JSON: found in the layouts people have, checked, and kept small in memory."""
+"""Data sets, in COCO JSON or made so: found in the layouts people have, checked, and kept small in memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 from ..config import DataConfig
 from ..errors import UserError
 from ..structures import Category, Target
-from .coco_json import area_of, read_annotations, read_categories, read_images, read_json, record_name
+from .coco_json import area_of, read_annotations, read_categories, read_images, record_name
 from .images import read_image
-from .layouts import find_annotations, find_images
+from .sources import CocoSource, Source, content_hash, find_source
 from .transforms import MIN_SIDE
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -34,9 +34,10 @@ def open_dataset(
     categories: Sequence[Category] | None = None,
     transform: Transform | None = None,
 ) -> CocoDataset:
-    """One split of the COCO set at `root`, checked record by record; no image is opened yet.
+    """One split of the set at `root`, checked record by record; no image is decoded yet.
 
-    root: the set's folder (`layouts.find_annotations` lists the layouts), a split's own folder, or a COCO JSON file.
+    root: the folder of a COCO set (`layouts.find_annotations` lists the layouts), of a YOLO set (with its `data.yaml`)
+    or of a Pascal VOC set; a split's own folder; a COCO JSON file or a data.yaml.
     split: 'train', 'val', …; `data` can name the files of sets in no known layout.
     categories: those of a model, whose label order is then used; an annotation of a class that the model lacks is an
     error. None: the set's own, sorted by id.
@@ -45,11 +46,7 @@ def open_dataset(
     Raises `UserError` with one line that names the file and the record for everything that is wrong.
     """
     data = data or DataConfig()
-    base = Path(root).expanduser()
-    annotations = find_annotations(base, split, data)
-    return CocoDataset(
-        annotations, lambda names: find_images(annotations, base, split, data, names), categories, transform
-    )
+    return CocoDataset(find_source(Path(root).expanduser(), split, data), None, categories, transform)
 
 
 def refuse_same_file(train: CocoDataset, val: CocoDataset) -> None:
@@ -62,26 +59,30 @@ def refuse_same_file(train: CocoDataset, val: CocoDataset) -> None:
 
 
 class CocoDataset(Dataset[tuple[Tensor, Target]]):
-    """Images and objects of one COCO JSON file.
+    """Images and objects of one COCO JSON file, or of another `Source`.
 
     `dataset[i]` is (uint8 RGB (3, H, W), Target), after the transform. Left out of the targets: crowds, and boxes with
     no area inside their image (counted in one logged warning); the others are clipped to the image. Images without
     objects stay. `ground_truth` keeps every record, for evaluation.
 
-    categories: label → `Category`, sorted by id. image_ids: (len,) int64. annotation_file, image_folder: what is read.
+    categories: label → `Category`, sorted by id. image_ids: (len,) int64. annotation_file (of other sources: what
+    stands for the split), image_folder: what is read.
     """
 
     def __init__(
         self,
-        annotation_file: Path,
-        image_folder: Path | Callable[[Sequence[str]], Path],
+        source: Source | Path,
+        image_folder: Path | None = None,
         categories: Sequence[Category] | None = None,
         transform: Transform | None = None,
     ) -> None:
-        """`image_folder` may be a function that finds the folder from the file names in the JSON."""
-        self.annotation_file = annotation_file
+        """source: a split, or its COCO JSON file. image_folder: where the images are; None: where the source says."""
+        if isinstance(source, Path):
+            source = CocoSource(source, source, "", DataConfig())
+        self.source = source
+        self.annotation_file = annotation_file = source.file
         self.transform = transform
-        content = read_json(annotation_file)
+        content = source.read(categories)
         own = read_categories(content, annotation_file)
         self.categories = tuple(categories) if categories is not None else own
         _warn_of_other_names(own, self.categories, annotation_file)
@@ -92,7 +93,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self._names = np.array(names)
         self._sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)  # (height, width), 0 = not given
         self._starts, self._labels, self._boxes = self._objects(content, own)
-        self.image_folder = image_folder(names) if callable(image_folder) else image_folder
+        self.image_folder = image_folder if image_folder is not None else source.image_folder(names)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -128,14 +129,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         missing `iscrowd` is 0, a category that only groups others is dropped. Read from the file when first asked for,
         so that a training set does not hold it.
         """
-        content = read_json(self.annotation_file)
+        content = self.source.read(self.categories)
         kept = {category.id for category in read_categories(content, self.annotation_file)}
         return {
             **content,
             "categories": [category for category in content["categories"] if category["id"] in kept],
             "annotations": [
                 {
-                    **annotation,
+                    **{key: value for key, value in annotation.items() if key != "where"},
                     "id": number,
                     "area": area_of(annotation),
                     "iscrowd": int(annotation.get("iscrowd") or 0),
@@ -143,6 +144,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                 for number, annotation in enumerate(content["annotations"], start=1)
             ],
         }
+
+    def fingerprint(self) -> str:
+        """Tells these annotations from others, wherever their folder lies."""
+        return content_hash(self.source, self.categories)
 
     def __getstate__(self) -> dict[str, Any]:
         # What goes to a worker process: never the ground truth, which only the main one asks for.

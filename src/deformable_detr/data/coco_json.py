@@ -48,6 +48,8 @@ def _positive(value: Any) -> bool:
 def record_name(records: Sequence[Any], position: int) -> str:
     """An annotation as error messages call it."""
     record = records[position]
+    if isinstance(record, dict) and isinstance(record.get("where"), str):
+        return record["where"]  # of a set that was no COCO JSON
     own = f" (id {brief(record['id'])})" if isinstance(record, dict) and "id" in record else ""
     return f"annotations[{position}]{own}"
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..errors import UserError
 
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
+
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 
@@ -49,8 +52,27 @@ def read_image(source: ImageSource) -> Tensor:
         return _decode(image, name)
 
 
-def _decode(image: Image.Image, name: str) -> Tensor:
-    width, height = image.size
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of the upright picture, from the file's header alone; `UserError` as `read_image` raises it."""
+    return read_header(path)[0]
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], bool]:
+    """`read_size`, and whether EXIF turns the stored picture by a quarter."""
+    name = os.fspath(path)
+    try:
+        with Image.open(name) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION) in _TURNED
+    except FileNotFoundError:
+        raise UserError(f"{name}: no such image file") from None
+    except Exception as error:  # decoders raise whatever they like on broken bytes
+        raise _unreadable(name, error) from error
+    _refuse_size(name, width, height)
+    return ((width, height) if turned else (height, width)), turned
+
+
+def _refuse_size(name: str, width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise UserError(
@@ -59,6 +81,10 @@ def _decode(image: Image.Image, name: str) -> Tensor:
         )
     if not width or not height:
         raise UserError(f"{name}: an image without pixels ({width} × {height}); replace or remove it")
+
+
+def _decode(image: Image.Image, name: str) -> Tensor:
+    _refuse_size(name, *image.size)
     try:
         return _to_tensor(_rgb(ImageOps.exif_transpose(image)))
     except Exception as error:  # truncated data and broken headers come as many kinds of error

@@ -20,7 +20,7 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
 
     In this order: `data.annotations` (`data.val_annotations` for the validation split); `root` itself where it is a
     JSON file; `<split>/_annotations.coco.json`; `annotations/instances_*.json` or `<split>.json` whose name says the
-    split;    `_annotations.coco.json` in `root` itself. `val`, `valid` and `validation` are one split, and likewise
+    split; `_annotations.coco.json` in `root` itself. `val`, `valid` and `validation` are one split, and likewise
     `train`/`training` and `test`/`testing`. A file or folder that names no split serves for any; one that names another
     split for none. A folder's only JSON file counts as its `_annotations.coco.json`.
     """
@@ -35,13 +35,13 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
 
     mend = f"; or give data.{option.replace('annotations', 'images')} and data.{option}" if option else ""
     if root.is_file():
-        if _names_other_split(root, split):
+        if names_other_split(root, split):
             raise UserError(
                 f"{root} is no '{split}' split by its name; give the folder that holds both, or another split{mend}"
             )
         return root
 
-    names = _aliases(split)
+    names = split_aliases(split)
     for name in names:
         if found := _in_folder(root / name):
             return found
@@ -53,7 +53,7 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
             raise UserError(f"{folder}: several files may be the '{split}' split: {listed}; keep one{mend}")
         if matches:
             return matches[0]
-    if (found := _in_folder(root)) and not _names_other_split(found, split):
+    if (found := _in_folder(root)) and not names_other_split(found, split):
         return found
     raise UserError(
         f"{root}: no '{split}' split; looked for {'|'.join(names)}/{ROBOFLOW}, annotations/instances_{names[0]}*.json "
@@ -103,11 +103,19 @@ def find_images(annotations: Path, root: Path, split: str, data: DataConfig, nam
     return best
 
 
+def given_annotations(split: str, data: DataConfig) -> str | None:
+    """What the settings name as the annotation file of `split`; also where only its images are named."""
+    option = _option(split, data)
+    if option is None:
+        return None
+    return getattr(data, option) or getattr(data, option.replace("annotations", "images"))
+
+
 def _option(split: str, data: DataConfig) -> str | None:
     """The setting that names the annotation file of `split`, where there is one."""
-    if split in _aliases(data.train_split):
+    if split in split_aliases(data.train_split):
         return "annotations"
-    return "val_annotations" if split in _aliases(data.val_split) else None
+    return "val_annotations" if split in split_aliases(data.val_split) else None
 
 
 def _given(root: Path, value: str, option: str) -> Path:
@@ -119,7 +127,8 @@ def _given(root: Path, value: str, option: str) -> Path:
     raise UserError(f"{option}: {value} is neither in {base} nor here; give a path that exists")
 
 
-def _aliases(split: str) -> tuple[str, ...]:
+def split_aliases(split: str) -> tuple[str, ...]:
+    """The names of one split, the given one first."""
     for names in ALIASES:
         if split in names:
             return (split, *(name for name in names if name != split))
@@ -135,11 +144,11 @@ def _says(text: str, names: Iterable[str]) -> bool:
     return False
 
 
-def _names_other_split(path: Path, split: str) -> bool:
+def names_other_split(path: Path, split: str) -> bool:
     """Whether a file says by a word of its name, or else by its folder's whole name, that it is another split."""
     folder = re.sub(r"\d+$", "", path.resolve().parent.name)
     for text, says in ((path.stem, _says), (folder.lower(), lambda text, names: text in names)):
-        if says(text, _aliases(split)):
+        if says(text, split_aliases(split)):
             return False
         if any(says(text, names) for names in ALIASES if split not in names):
             return True
@@ -157,7 +166,7 @@ def _image_folders(annotations: Path, split: str) -> list[Path]:
     own = annotations.parent
     base = own.parent if own.name == "annotations" else own
     stem = annotations.stem.removeprefix("instances_")
-    splits = (stem, *(name for name in _aliases(split) if name != stem))
+    splits = (stem, *(name for name in split_aliases(split) if name != stem))
     folders = [own, own / "images"]
     folders += [base / "images" / name for name in splits] + [base / name for name in splits] + [base / "images", base]
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]

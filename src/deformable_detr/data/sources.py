@@ -1,0 +1,122 @@
+"""A split as it lies on disk, in whichever format: where its records are and how they become one COCO dict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from ..config import DataConfig
+from ..errors import UserError
+from ..structures import Category
+from .coco_json import read_json
+from .layouts import ROBOFLOW, find_annotations, find_images, given_annotations
+
+
+class Complain(Protocol):
+    """What a reader calls for a record that it cannot use; where it returns, the record is left out."""
+
+    def __call__(self, code: str, file: Path, record: str, what: str, mend: str) -> object:
+        """code: the kind, as in `check.codes`; record: its place in the file, or '' for the whole file."""
+        ...
+
+
+def refuse(code: str, file: Path, record: str, what: str, mend: str) -> NoReturn:
+    """The complaint that ends the reading: a `UserError` of one line."""
+    raise UserError(f"{file}: {record}{' ' if record else ''}{what}; {mend}")
+
+
+class Source(Protocol):
+    """One split of a data set.
+
+    file: what stands for the split in messages; no two splits have the same.
+    format: 'coco', 'yolo' or 'voc'.
+    """
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def format(self) -> str: ...
+
+    def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
+        """The COCO dict. Formats without ids of their own take those of `categories` by name."""
+        ...
+
+    def image_folder(self, names: Sequence[str]) -> Path:
+        """The folder to which the file names of the images are relative; `UserError` where an image is missing."""
+        ...
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """A COCO JSON file, its images in `folder` or where `layouts.find_images` finds them."""
+
+    file: Path
+    root: Path
+    split: str
+    data: DataConfig
+    format: str = "coco"
+
+    def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
+        return read_json(self.file)
+
+    def image_folder(self, names: Sequence[str]) -> Path:
+        return find_images(self.file, self.root, self.split, self.data, names)
+
+
+def find_source(root: Path, split: str, data: DataConfig) -> Source:
+    """One split of the set at `root`: COCO JSON, else YOLO (`data.yaml`), else Pascal VOC (XML files).
+
+    Raises `UserError` where there is no such split.
+    """
+    from .voc import find_voc
+    from .yolo import find_yaml, find_yolo
+
+    if root.is_file() and (yaml := find_yaml(root)):
+        return find_yolo(yaml, split)
+    failure: UserError | None = None
+    try:
+        file = find_annotations(root, split, data)
+        # A folder's only JSON file may be anything where the set is plainly in another format.
+        certain = given_annotations(split, data) or file == root or file.name == ROBOFLOW
+        if certain or file.stem.startswith("instances_"):
+            return CocoSource(file, root, split, data)
+    except UserError as error:
+        if given_annotations(split, data) or not root.is_dir():
+            raise
+        file, failure = root, error
+    if (yaml := find_yaml(root)) is not None:
+        return find_yolo(yaml, split)
+    if (voc := find_voc(root, split)) is not None:
+        return voc
+    if failure is not None:
+        raise failure
+    return CocoSource(file, root, split, data)
+
+
+def content_hash(source: Source, categories: Sequence[Category] | None = None) -> str:
+    """Tells one split's annotations from another's, wherever its folder lies: SHA-256 in hexadecimal."""
+    if source.format == "coco":
+        with open(source.file, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    content = source.read(categories)
+    content["annotations"] = [{k: v for k, v in a.items() if k != "where"} for a in content["annotations"]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def ids_by_name(names: Sequence[str], categories: Sequence[Category] | None, first: int) -> list[int]:
+    """An id for each name: that of the category called so, a fresh one for others; `first`, … where none are given."""
+    if categories is None:
+        return list(range(first, first + len(names)))
+    known = {category.name: category.id for category in categories}
+    fresh = max((category.id for category in categories), default=0)
+    ids = []
+    for name in names:
+        if name not in known:
+            fresh += 1
+        ids.append(known.get(name, fresh))
+    return ids

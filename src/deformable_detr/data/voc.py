@@ -1,0 +1,173 @@
+"""Pascal VOC sets: an XML file with pixel boxes for each image."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..structures import Category
+from .images import IMAGE_SUFFIXES
+from .layouts import names_other_split, split_aliases
+from .sources import Complain, ids_by_name, refuse
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
+
+@dataclass(frozen=True)
+class VocSource:
+    """One split: `JPEGImages/`, `Annotations/` and the list `ImageSets/Main/<split>.txt`, or one folder with all of it.
+
+    file: the list, or the folder. In the first layout pixels are counted from 1 and both ends of a box belong to it,
+    as in the published sets; in the other, coordinates are taken as they are. Objects marked difficult are objects
+    like any others. Ids are numbers from 1 in the order of the names, or those of the model's classes of these names.
+    """
+
+    file: Path
+    images: Path
+    annotations: Path
+    format: str = "voc"
+
+    @property
+    def listed(self) -> bool:
+        """Whether a list says which images there are."""
+        return self.file != self.images
+
+    def image_folder(self, names: Sequence[str]) -> Path:
+        return self.images
+
+    def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
+        images: list[dict[str, Any]] = []
+        objects: list[dict[str, Any]] = []
+        for path, name in self._files(complain):
+            images.append({"id": len(images) + 1, "file_name": name})
+            root = _parsed(path, complain)
+            if root is None:
+                continue
+            height, width = (_number(root, f"size/{side}") or 0 for side in ("height", "width"))
+            if height > 0 and width > 0:
+                images[-1] |= {"height": int(height), "width": int(width)}
+            for place, element in enumerate(root.iter("object")):
+                if (found := self._object(path, place, element, complain)) is not None:
+                    objects.append({"image_id": len(images), **found})
+        names = sorted({record["name"] for record in objects})
+        ids = dict(zip(names, ids_by_name(names, categories, first=1), strict=True))
+        annotations = [
+            {
+                "id": number, "image_id": record["image_id"], "category_id": ids[record["name"]],
+                "bbox": record["bbox"], "area": max(0.0, record["bbox"][2]) * max(0.0, record["bbox"][3]),
+                "iscrowd": 0, "where": record["where"],
+            }
+            for number, record in enumerate(objects, start=1)
+        ]  # fmt: skip
+        listed = [{"id": ids[name], "name": name} for name in names]
+        if categories is not None:
+            listed += [{"id": c.id, "name": c.name} for c in categories if c.name not in ids]
+        return {"images": images, "annotations": annotations, "categories": listed}
+
+    def _files(self, complain: Complain) -> list[tuple[Path, str]]:
+        """XML file and image name of each image of the split."""
+        names = {Path(name).stem: name for name in sorted(os.listdir(self.images)) if _is_image(name)}
+        found = []
+        for record, stem in self._stems(names, complain):
+            path = self.annotations / f"{stem}.xml"
+            if stem not in names:
+                complain(
+                    "image-missing", self.file, record, f"names {stem!r}, of which no image is in {self.images}",
+                    "add the file or remove the record",
+                )  # fmt: skip
+                continue
+            if self.listed and not path.is_file():
+                complain("label-unreadable", path, "", "is missing", f"add it or remove {stem} from {self.file.name}")
+            found.append((path, names[stem]))
+        return found
+
+    def _stems(self, names: dict[str, str], complain: Complain) -> list[tuple[str, str]]:
+        """(where it is said, name without ending) of the split's images."""
+        if not self.listed:
+            own = {Path(name).stem for name in os.listdir(self.annotations) if name.lower().endswith(".xml")}
+            return [(f"{stem}.xml", stem) for stem in sorted(own | names.keys())]
+        try:
+            lines = self.file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.file}: cannot be read as text ({error}); write one image name a line") from None
+        found = [(f"line {number}", line.split()[0]) for number, line in enumerate(lines, start=1) if line.strip()]
+        # The first of lines that name the same image counts.
+        return list({stem: (record, stem) for record, stem in reversed(found)}.values())[::-1]
+
+    def _object(self, path: Path, place: int, element: Element, complain: Complain) -> dict[str, Any] | None:
+        name = (element.findtext("name") or "").strip()
+        record = f"object[{place}]" + (f" ({name!r})" if name else "")
+        corners = [_number(element, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        if not name or any(value is None for value in corners):
+            what = "has no bndbox of four numbers (xmin, ymin, xmax, ymax)" if name else "has no name"
+            complain("label-row", path, record, what, "correct or remove the object")
+            return None
+        x0, y0, x1, y1 = (value for value in corners if value is not None)
+        shift = 1 if self.listed else 0
+        bbox = [x0 - shift, y0 - shift, x1 - x0 + shift, y1 - y0 + shift]
+        return {"name": name, "bbox": bbox, "where": f"{path.name} object[{place}]"}
+
+
+def find_voc(root: Path, split: str) -> VocSource | None:
+    """One split of a VOC set; None where the folder is no such set.
+
+    Raises `UserError` where it is one and lacks the split.
+    """
+    if not root.is_dir():
+        return None
+    aliases = split_aliases(split)
+    if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
+        lists = root / "ImageSets" / "Main"
+        for name in aliases:
+            if (lists / f"{name}.txt").is_file():
+                return VocSource(lists / f"{name}.txt", root / "JPEGImages", root / "Annotations")
+        raise UserError(f"{root}: no '{split}' split; it needs {lists / f'{aliases[0]}.txt'}, an image name a line")
+    for name in aliases:
+        if _has_xml(root / name):
+            return VocSource(root / name, root / name, root / name)
+    if _has_xml(root) and not names_other_split(root / "x", split):
+        return VocSource(root, root, root)
+    return None
+
+
+def _parsed(path: Path, complain: Complain) -> Element | None:
+    """The root element; entities, which can be made to fill the memory or to read other files, are refused."""
+    from xml.etree.ElementTree import ParseError
+
+    from defusedxml import DefusedXmlException
+    from defusedxml.ElementTree import parse
+
+    if not path.is_file():
+        return None  # an image without objects
+    try:
+        return parse(path, forbid_dtd=True).getroot()
+    except DefusedXmlException:
+        what = "declares a document type or entities, which is not safe to read"
+    except (ParseError, ValueError, LookupError) as error:
+        what = f"is not valid XML ({' '.join(str(error).split())})"
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+    complain("label-unreadable", path, "", what, "export the annotation again")
+    return None
+
+
+def _number(element: Element, key: str) -> float | None:
+    try:
+        value = float(element.findtext(key) or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _has_xml(folder: Path) -> bool:
+    return folder.is_dir() and any(name.lower().endswith(".xml") for name in os.listdir(folder))
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES

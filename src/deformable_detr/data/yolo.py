@@ -1,0 +1,227 @@
+"""YOLO sets: `data.yaml` with the class names, and a text file of normalised boxes for each image."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from ..structures import Category
+from .images import IMAGE_SUFFIXES, read_size
+from .layouts import split_aliases
+from .sources import Complain, ids_by_name, refuse
+
+YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+SLACK = 0.01  # so far outside 0..1 a value may lie: rounding, not another unit
+
+
+@dataclass(frozen=True)
+class YoloSource:
+    """One split: the images of folders and lists, and the labels beside them.
+
+    The label file of `…/images/….jpg` is `…/labels/….txt`; of an image in no folder `images` it lies beside the image.
+    A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for a polygon, of which the box is taken; all but the
+    class in 0..1 of the upright image. An image without a label file, or with an empty one, has no objects.
+    """
+
+    yaml: Path
+    split: str
+    places: tuple[Path, ...]  # folders and text files with lists of images
+    names: tuple[str, ...]
+    format: str = "yolo"
+
+    @property
+    def file(self) -> Path:
+        return self.places[0]
+
+    def image_folder(self, names: Sequence[str]) -> Path:
+        return self.yaml.parent
+
+    def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
+        ids = ids_by_name(self.names, categories, first=0)
+        images, annotations = [], []
+        for path in self._images(complain):
+            size = _size(path, complain)
+            images.append({"id": len(images) + 1, "file_name": os.path.relpath(path, self.yaml.parent)})
+            if size is None:
+                continue
+            height, width = size
+            images[-1] |= {"height": height, "width": width}
+            labels = label_file(path)
+            for line, number, box in self._rows(labels, complain):
+                x0, y0, x1, y1 = box
+                bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": len(images), "category_id": ids[number], "bbox": bbox,
+                    "area": max(0.0, bbox[2]) * max(0.0, bbox[3]), "iscrowd": 0, "where": f"{labels.name} line {line}",
+                })  # fmt: skip
+        listed = [{"id": number, "name": name} for number, name in zip(ids, self.names, strict=True)]
+        return {"images": images, "annotations": annotations, "categories": listed}
+
+    def _images(self, complain: Complain) -> list[Path]:
+        found: list[Path] = []
+        for place in self.places:
+            if place.is_dir():
+                found += sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+                continue
+            for number, line in enumerate(_lines(place, complain), start=1):
+                if not line.strip():
+                    continue
+                path = Path(line.strip())
+                # Lists hold paths relative to the list (./…), to data.yaml, or to where the tool ran: absolute ones.
+                tried = [place.parent / path, self.yaml.parent / path]
+                existing = next((candidate for candidate in tried if candidate.is_file()), None)
+                if existing is None:
+                    complain(
+                        "image-missing", place, f"line {number}", f"names the image {line.strip()!r}, which is missing",
+                        "add the file or remove the line",
+                    )  # fmt: skip
+                else:
+                    found.append(existing)
+        return found
+
+    def _rows(self, path: Path, complain: Complain) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
+        """(line number, class, xyxy box in 0..1) of the good rows of a label file."""
+        if not path.is_file():
+            return
+        for number, line in enumerate(_lines(path, complain), start=1):
+            if not line.strip():
+                continue
+            try:
+                label, box = read_row(line, len(self.names))
+            except ValueError as error:
+                complain("label-row", path, f"line {number}", str(error), "correct or remove the row")
+            else:
+                yield number, label, box
+
+
+def read_row(line: str, classes: int) -> tuple[int, tuple[float, float, float, float]]:
+    """Class and xyxy box in 0..1 of one row of a label file; ValueError says what is wrong with it."""
+    parts = line.split()
+    if len(parts) != 5 and (len(parts) < 7 or len(parts) % 2 == 0):
+        raise ValueError(f"has {len(parts)} values instead of class cx cy w h (or class and a polygon's x y …)")
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        raise ValueError(f"has {line.strip()[:40]!r} instead of numbers") from None
+    if not all(map(math.isfinite, values)):
+        raise ValueError("has a value that is no finite number")
+    label, *numbers = values
+    if label != int(label) or not 0 <= label < classes:
+        raise ValueError(f"has class {parts[0]}, but data.yaml names the classes 0 to {classes - 1}")
+    if min(numbers) < -SLACK or max(numbers) > 1 + SLACK:
+        raise ValueError("has values outside 0..1 (they must be divided by the image's width and height)")
+    if len(numbers) > 4:
+        return int(label), (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2]))
+    cx, cy, w, h = numbers
+    return int(label), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+
+
+def label_file(image: Path) -> Path:
+    """Where the rows of an image are: the last folder `images` of its path is `labels`."""
+    parts = list(image.parts[:-1])
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+    return Path(*parts, image.name).with_suffix(".txt")
+
+
+def find_yaml(root: Path) -> Path | None:
+    """The data.yaml of a set, where it has one; `root` itself where that is a YAML file."""
+    if root.is_file():
+        return root if root.suffix.lower() in (".yaml", ".yml") else None
+    named = [root / name for name in YAML_NAMES if (root / name).is_file()]
+    if named or not root.is_dir():
+        return named[0] if named else None
+    others = [path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml")]
+    return others[0] if len(others) == 1 and _may_be_set(others[0]) else None
+
+
+def find_yolo(file: Path, split: str) -> YoloSource:
+    """One split of the set that a data.yaml describes; `UserError` for a bad file or a split that it lacks."""
+    content = read_yaml(file)
+    names = _names(content.get("names"), content.get("nc"), file)
+    aliases = split_aliases(split)
+    key = next((name for name in aliases if content.get(name)), None)
+    if key is None:
+        raise UserError(
+            f"{file}: no '{split}' split; it needs a key {' or '.join(aliases[:2])} with a folder of images"
+        )
+    value = content[key]
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(entry, str) for entry in values):
+        raise UserError(f"{file}: '{key}' must be a folder, a text file, or a list of these")
+    base = content.get("path")
+    return YoloSource(file, split, tuple(_place(file, base, entry, key) for entry in values), names)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The keys of a data.yaml; `UserError` in one line for anything else."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}; give a data.yaml that can be read") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]}); correct it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must hold the keys 'names', 'train' and 'val' of a YOLO set")
+    return content
+
+
+def _may_be_set(file: Path) -> bool:
+    try:
+        return "names" in read_yaml(file)
+    except UserError:
+        return False
+
+
+def _names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
+    mend = "list the classes, as in names: [cat, dog] or {0: cat, 1: dog}"
+    if isinstance(names, dict):
+        if sorted(map(repr, names)) != sorted(map(repr, range(len(names)))):
+            raise UserError(f"{file}: the keys of 'names' are not 0 to {len(names) - 1}; {mend}")
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise UserError(f"{file}: 'names' is missing or empty; {mend}")
+    if not all(isinstance(name, str | int | float | bool) for name in names):
+        raise UserError(f"{file}: 'names' has an entry that is no text; {mend}")
+    if isinstance(count, int) and count != len(names):
+        raise UserError(f"{file}: nc is {count} but 'names' has {len(names)} entries; make them agree")
+    return tuple(str(name) for name in names)
+
+
+def _place(file: Path, base: Any, value: str, key: str) -> Path:
+    """Where a split lies: relative to `path` or to the file; exports also write ../train/images for train/images."""
+    own = file.parent
+    roots = [own / base, Path(base)] if isinstance(base, str) and base else []
+    tried = [root / value for root in (*roots, own)]
+    if value.startswith("../"):
+        tried += [root / value.removeprefix("../") for root in (*roots, own)]
+    for path in tried:
+        if path.exists():
+            return path
+    raise UserError(f"{file}: '{key}' is {value}, which is neither folder nor file ({tried[0]}); correct the path")
+
+
+def _size(path: Path, complain: Complain) -> tuple[int, int] | None:
+    try:
+        return read_size(path)
+    except UserError as error:
+        what = str(error).removeprefix(f"{path}: ").rsplit("; ", 1)
+        complain("image-unreadable", path, "", what[0], what[1] if len(what) > 1 else "replace or remove it")
+    return None
+
+
+def _lines(path: Path, complain: Complain) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        complain("label-unreadable", path, "", f"cannot be read ({error.strerror or error})", "make it readable")
+    except UnicodeDecodeError:
+        complain("label-unreadable", path, "", "is no UTF-8 text", "export the labels again")
+    return []

@@ -1,0 +1,211 @@
+"""YOLO and Pascal VOC sets give the same images, boxes and classes as the COCO JSON of the same objects."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+
+from data_sets import OBJECTS, SIZE, coco_set, picture, voc_set, voc_xml, yolo_set
+from deformable_detr.config import DataConfig
+from deformable_detr.data.coco import open_dataset, refuse_same_file
+from deformable_detr.data.sources import find_source
+from deformable_detr.data.yolo import label_file, read_row
+from deformable_detr.errors import UserError
+from deformable_detr.structures import Category
+
+
+def contents(root, split, **given):
+    """Stem → rounded (class name, xywh in pixels) of each image, as the model would see them."""
+    found = open_dataset(root, split, **given)
+    result = {}
+    for number in range(len(found)):
+        image, target = found[number]
+        height, width = image.shape[-2:]
+        cx, cy, w, h = (target.boxes * torch.tensor([width, height] * 2)).unbind(-1)
+        boxes = torch.stack([cx - w / 2, cy - h / 2, w, h], -1)
+        names = [found.categories[label].name for label in target.labels.tolist()]
+        result[found.path(number).stem] = [
+            (name, [round(v, 3) for v in box]) for name, box in zip(names, boxes.tolist(), strict=True)
+        ]
+    return result
+
+
+def expected(split):
+    names = ("cat", "dog")
+    return {
+        stem: [(names[label], list(map(float, box))) for label, box in boxes] for stem, boxes in OBJECTS[split].items()
+    }
+
+
+@pytest.mark.parametrize("layout", ["{kind}/{split}", "{split}/{kind}"])
+def test_yolo(tmp_path, layout):
+    yolo_set(tmp_path, layout)
+    for split in ("train", "val"):
+        assert contents(tmp_path, split) == expected(split)
+        assert contents(tmp_path / "data.yaml", split) == expected(split)
+    train, val = (open_dataset(tmp_path, split) for split in ("train", "val"))
+    assert train.categories == val.categories == (Category(0, "cat"), Category(1, "dog"))
+    refuse_same_file(train, val)
+    assert train.fingerprint() != val.fingerprint()
+    assert pickle.loads(pickle.dumps(train)).fingerprint() == train.fingerprint()
+
+
+def test_ground_truth_of_yolo_is_plain_coco(tmp_path):
+    truth = open_dataset(yolo_set(tmp_path), "train").ground_truth
+    assert [record["id"] for record in truth["images"]] == [1, 2, 3]
+    assert {tuple(record) for record in truth["annotations"]} == {
+        ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    }
+    assert truth["annotations"][2]["bbox"] == pytest.approx([10, 5, 20, 10])
+    json.dumps(truth)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "path: {root}\ntrain: images/train\nval: images/val\nnc: 2\nnames: [cat, dog]\n",
+        "path: nowhere\ntrain: ../images/train\nval: ../images/val\nnames: {{0: cat, 1: dog}}\n",
+        "train: [images/train]\nvalid: images/val\nnames:\n  0: cat\n  1: dog\n",
+        "train: lists/train.txt\nval: lists/val.txt\nnames: [cat, dog]\n",
+    ],
+)
+def test_ways_to_write_data_yaml(tmp_path, head):
+    yolo_set(tmp_path, head=head.format(root=tmp_path))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/train.txt").write_text("./../images/train/a.png\nimages/train/b.png\n\nimages/train/empty.png\n")
+    (tmp_path / "lists/val.txt").write_text(f"{tmp_path}/images/val/c.png\r\n")
+    for split in ("train", "val"):
+        assert contents(tmp_path, split) == expected(split)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("names: [cat", "not valid YAML"),
+        ("- a", "must hold the keys"),
+        ("train: images/train\n", "'names' is missing or empty"),
+        ("train: images/train\nnames: {1: cat, 2: dog}", "keys of 'names' are not 0 to 1"),
+        ("train: images/train\nnames: [cat, [dog]]", "entry that is no text"),
+        ("train: images/train\nnc: 3\nnames: [cat, dog]", "nc is 3 but 'names' has 2"),
+        ("train: pictures\nnames: [cat, dog]", "'train' is pictures, which is neither folder nor file"),
+        ("train: 3\nnames: [cat, dog]", "'train' must be a folder"),
+        ("val: images/val\nnames: [cat, dog]", "no 'train' split"),
+    ],
+)
+def test_faults_of_data_yaml(tmp_path, head, message):
+    yolo_set(tmp_path, head=head)
+    with pytest.raises(UserError, match=message) as caught:
+        open_dataset(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/data.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_yolo_rows():
+    assert read_row("1 0.5 0.5 0.5 0.25", 2) == (1, (0.25, 0.375, 0.75, 0.625))
+    assert read_row("0.0 0.1 0.2 0.9 0.2 0.5 0.8", 2) == (0, (0.1, 0.2, 0.9, 0.8)), "a polygon's box"
+    assert read_row("0 0 0 0 0", 1)[1] == (0, 0, 0, 0)
+    assert read_row("0 1.005 0.5 0.1 0.1", 1)[0] == 0, "rounding of the labelling tool"
+    for row, message in {
+        "0 0.5 0.5 0.5": "has 4 values", "0 0.1 0.1 0.2 0.2 0.3": "has 6 values", "0 a b c d": "instead of numbers",
+        "2 0.5 0.5 0.1 0.1": "has class 2, but data.yaml names the classes 0 to 1", "-1 0 0 0 0": "has class -1",
+        "0.5 0 0 0 0": "has class 0.5", "0 20 10 5 5": "outside 0..1", "0 nan 0 0 0": "no finite number",
+        "0 -0.2 0.5 0.1 0.1": "outside 0..1",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            read_row(row, 2)
+
+
+def test_a_bad_row_is_named(tmp_path):
+    yolo_set(tmp_path)
+    labels = tmp_path / "labels/train/a.txt"
+    labels.write_text(labels.read_text() + "\n0 0.5 0.5\n")
+    with pytest.raises(UserError, match=r"labels/train/a\.txt: line 4 has 3 values .*; correct or remove the row"):
+        open_dataset(tmp_path)
+
+
+def test_a_label_lies_beside_or_in_labels(tmp_path):
+    assert label_file(tmp_path / "images/x/images/a.b.jpg") == tmp_path / "images/x/labels/a.b.txt"
+    assert label_file(tmp_path / "pictures/a.jpg") == tmp_path / "pictures/a.txt"
+
+
+def test_yolo_boxes_are_those_of_the_upright_picture(tmp_path):
+    yolo_set(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(tmp_path / "images/train/b.png", SIZE[::-1], exif=exif)
+    assert contents(tmp_path, "train") == expected("train")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_voc(tmp_path, flat):
+    voc_set(tmp_path, flat)
+    for split in ("train", "val"):
+        assert contents(tmp_path, split) == expected(split)
+    assert contents(tmp_path, "validation") == expected("val")
+    train = open_dataset(tmp_path, "train")
+    assert train.categories == (Category(1, "cat"), Category(2, "dog"))
+    with pytest.raises(UserError, match="no 'test' split"):
+        open_dataset(tmp_path, "test")
+    if flat:
+        assert contents(tmp_path / "train", "train") == expected("train")
+
+
+def test_classes_go_by_name_where_a_format_has_no_ids(tmp_path):
+    model = (Category(5, "dog"), Category(9, "cat"), Category(11, "bird"))
+    for make in (voc_set, yolo_set):
+        root = make(tmp_path / make.__name__)
+        found = open_dataset(root, "val", categories=model)
+        assert found.categories == model
+        assert found[0][1].labels.tolist() == [1, 0]
+        assert {record["category_id"] for record in found.ground_truth["annotations"]} == {5, 9}
+        with pytest.raises(UserError, match=r"has category \d+ \('dog'\), which the model does not know"):
+            open_dataset(root, "val", categories=model[1:])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotation><object>", "is not valid XML"),
+        ("", "is not valid XML"),
+        ('<!DOCTYPE a [<!ENTITY x "y">]><annotation>&x;</annotation>', "document type or entities"),
+        ("<annotation><object><name>cat</name></object></annotation>", r"object\[0\] \('cat'\) has no bndbox"),
+        (
+            voc_xml("a.jpg", [(0, (1, 1, 2, 2))]).replace("<xmin>1<", "<xmin>nan<"),
+            r"object\[0\] \('cat'\) has no bndbox",
+        ),
+        (voc_xml("a.jpg", [(0, (1, 1, 2, 2))]).replace("cat", " "), r"object\[0\] has no name"),
+    ],
+)
+def test_faults_of_voc_files(tmp_path, text, message):
+    voc_set(tmp_path)
+    (tmp_path / "Annotations/a.xml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        open_dataset(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/Annotations/a.xml: ")
+
+
+def test_missing_files_of_voc(tmp_path):
+    voc_set(tmp_path)
+    (tmp_path / "Annotations/b.xml").unlink()
+    with pytest.raises(UserError, match=r"Annotations/b\.xml: is missing; add it or remove b from train\.txt"):
+        open_dataset(tmp_path)
+    voc_set(tmp_path)
+    (tmp_path / "JPEGImages/a.jpg").unlink()
+    with pytest.raises(UserError, match=r"train\.txt: line 1 names 'a', of which no image is in"):
+        open_dataset(tmp_path)
+    flat = voc_set(tmp_path / "flat", flat=True)
+    (flat / "train/b.xml").unlink()
+    assert contents(flat, "train")["b"] == [], "an image without objects"
+
+
+def test_coco_json_comes_first(tmp_path):
+    yolo_set(coco_set(tmp_path))
+    assert find_source(tmp_path, "train", DataConfig()).format == "coco"
+    for json_file in tmp_path.rglob("*.coco.json"):
+        json_file.unlink()
+    (tmp_path / "train/classes.json").write_text("{}")
+    assert find_source(tmp_path, "train", DataConfig()).format == "yolo", "not a folder's only JSON file"
+    (tmp_path / "data.yaml").unlink()
+    assert find_source(tmp_path, "train", DataConfig()).format == "coco"
