@@ -67,6 +67,8 @@ def config(name: str) -> Config:
     if name == "small":
         train = TrainConfig(
             epochs=30,
+            lr=5e-4,
+            backbone_lr_factor=0.2,
             lr_schedule="cosine",
             warmup_steps=100,
             sampling_lr_factor=1.0,
