@@ -1,0 +1,76 @@
+"""Runs the op's tests with the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer:
+
+    python benchmarks/sanitize_op.py
+
+A copy of the package with an instrumented library, for each instruction set that this machine has; then a control that
+must be caught. Needs GCC with libasan.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ["tests/test_ops_backends.py", "tests/test_ops_operators.py"]
+LEFT_OUT = "opcheck or compiles or exports or embedding_bag or refused"  # torch's machinery, not the library
+PLUGIN = "from deformable_detr.ops.native import library\nlibrary._Pool.KEEP = 0  # fresh scratch for every call\n"
+CONTROL = """
+import torch
+from deformable_detr.ops.native import library
+compiled, _ = library.status()
+value = torch.zeros(1, 1000, 2, 32)
+call, alive = library._describe(value, [100, 10], None, torch.rand(1, 9, 2, 1, 4, 2), torch.rand(1, 9, 2, 1, 4))
+output = torch.empty(1, 9, 64)
+call.output, short = output.data_ptr(), torch.zeros(900, 2, 32)
+call.value = short.data_ptr()
+for _ in range(100):
+    compiled.msda_forward(call)
+print("not caught")
+"""
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def main() -> int:
+    # libstdc++ beside it: AddressSanitizer looks for its exceptions before torch loads it.
+    preload = ":".join(
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "src" / "deformable_detr", Path(folder, "deformable_detr"))
+        Path(folder, "fresh_scratch.py").write_text(PLUGIN)
+        sys.path.insert(0, folder)
+        from deformable_detr.ops.native import build
+
+        build.SOURCES = Path(folder, "deformable_detr", "ops", "native")
+        build.build(build.SOURCES, extra_flags=("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"))
+        environment = {
+            **os.environ, "PYTHONPATH": folder, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "2",
+            "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0", "CI": "1",
+        }  # fmt: skip
+        failed = False
+        for instruction_set in ("avx512", "avx2", "base"):
+            done = run(
+                ["-m", "pytest", "-s", "-x", "-p", "fresh_scratch", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})", *TESTS],
+                {**environment, "MSDA_ISA": instruction_set},
+            )
+            print(f"{instruction_set}: exit {done.returncode}, {(done.stdout.strip().splitlines() or ['?'])[-1]}")
+            if done.returncode:
+                failed = True
+                print(done.stdout[-3000:], done.stderr[-3000:])
+        control = run(["-c", CONTROL], environment)
+        caught = "AddressSanitizer: heap-buffer-overflow" in control.stderr
+        print(f"control, a value tensor shorter than its shapes say: {'caught' if caught else 'NOT CAUGHT'}")
+        return int(failed or not caught)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
