@@ -100,7 +100,7 @@ def load_for_training(
     report.unused |= {
         name: "not in this model" for name in state if name not in own and not name.endswith("num_batches_tracked")
     }
-    if not report.loaded:
+    if not any(own[name].ndim > 1 for name in report.loaded):  # a bias may fit by chance
         raise UserError(
             f"nothing of {source} fits this model: hidden_dim {config.hidden_dim} and backbone {config.backbone} "
             f"there, {model.config.hidden_dim} and {model.config.backbone} here"

@@ -1,0 +1,234 @@
+"""Models written in other formats and read again: not a bit changes; what has no place there is refused."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from deformable_detr import DeformableDETR, UserError, presets
+from deformable_detr.inference.postprocess import select
+from deformable_detr.weights import official
+from deformable_detr.weights.convert import convert
+from test_model_parity import batch, randomised, transformers
+from test_weights_source import OURS, ours, same
+
+PAPER = [name for name in presets.MODELS if name != "small"]
+
+
+def big_enough(name: str, **changes) -> DeformableDETR:
+    """A small model that the official code has too: its backbone, and its width for two-stage."""
+    torch.manual_seed(0)
+    widths = {"hidden_dim": 256, "num_heads": 8} if name == "two-stage" else {}
+    values = {**OURS, "backbone": "resnet50", **widths, **changes}
+    return randomised(DeformableDETR(presets.MODELS[name](**values)))
+
+
+@pytest.mark.parametrize("norm", ["frozen", "train"])
+@pytest.mark.parametrize("name", PAPER)
+def test_to_transformers_and_back(name, norm, tmp_path):
+    model = ours(presets.MODELS[name], backbone_norm=norm, image_size=320, dropout=0.0)
+    counted = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
+    assert bool(counted) == (norm == "train")
+    model.load_state_dict({**model.state_dict(), **{name: torch.tensor(7 + i) for i, name in enumerate(counted)}})
+    model.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
+    convert(tmp_path / "theirs", "ours", tmp_path / "back")
+    back = DeformableDETR.from_pretrained(tmp_path / "back")
+    assert same(model, back)
+    for field in ("class_names", "category_ids", "image_size", "long_side", "backbone_norm", "dropout", "num_queries"):
+        assert getattr(back.config, field) == getattr(model.config, field), field
+    assert torch.equal(back.pixel_mean, model.pixel_mean)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "train"])
+@pytest.mark.parametrize("name", PAPER)
+def test_to_the_official_format_and_back(name, norm, tmp_path):
+    model = big_enough(name, backbone_norm=norm, image_size=320)
+    for key, value in model.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            value.fill_(5)
+    model.save_pretrained(tmp_path / "ours")
+    lines = convert(tmp_path / "ours", "official", tmp_path / "theirs")
+    assert any("num_classes = 3" in line for line in lines)
+    convert(tmp_path / "theirs" / official.FILE, "ours", tmp_path / "back")
+    back = DeformableDETR.from_pretrained(tmp_path / "back")
+    assert same(model, back)
+    assert back.config == model.config.without_download()
+
+
+def test_what_the_official_file_holds(tmp_path):
+    """Its names, with both names of the heads that the decoder uses as well, and settings that its parser knows."""
+    official.save(big_enough("two-stage"), tmp_path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        values = torch.load(tmp_path / official.FILE, weights_only=True)
+    names, args = values["model"], values["args"]
+    for name in (
+        "transformer.level_embed", "transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
+        "transformer.encoder.layers.0.linear1.weight", "transformer.decoder.layers.1.cross_attn.value_proj.bias",
+        "transformer.decoder.layers.1.self_attn.in_proj_weight", "transformer.decoder.layers.1.norm3.bias",
+        "transformer.decoder.bbox_embed.2.layers.2.weight", "transformer.decoder.class_embed.2.bias",
+        "bbox_embed.2.layers.2.weight", "class_embed.2.bias", "transformer.enc_output.weight",
+        "transformer.enc_output_norm.bias", "transformer.pos_trans.weight", "transformer.pos_trans_norm.weight",
+        "input_proj.3.0.weight", "input_proj.3.1.bias", "backbone.0.body.conv1.weight",
+        "backbone.0.body.layer4.0.downsample.1.running_var",
+    ):  # fmt: skip
+        assert name in names, name
+    assert not [name for name in names if name.startswith(("decoder", "encoder", "proposals", "projections"))]
+    assert (args.with_box_refine, args.two_stage, args.num_queries, args.dec_layers) == (True, True, 20, 2)
+
+
+def test_norms_of_the_decoder_are_numbered_otherwise_there(tmp_path):
+    model = big_enough("multi-scale")
+    official.save(model, tmp_path)
+    names = torch.load(tmp_path / official.FILE, weights_only=False)["model"]
+    layer = model.decoder.layers[0]
+    assert torch.equal(names["transformer.decoder.layers.0.norm2.weight"], layer.norm1.weight)
+    assert torch.equal(names["transformer.decoder.layers.0.norm1.weight"], layer.norm2.weight)
+
+
+def test_transformers_takes_model_processor_and_names(tmp_path):
+    model = ours(image_size=64, max_size=120)
+    model.save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
+    theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "theirs").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "theirs")
+    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "cow"}
+    assert theirs.config.label2id == {"cat": 0, "dog": 1, "cow": 2}
+    picture = Image.effect_noise((200, 100), 90).convert("RGB")
+    inputs = processor(images=picture, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 60, 120)
+    with torch.no_grad():
+        here, there = model(inputs["pixel_values"]), theirs(**inputs)
+    assert torch.allclose(here["pred_logits"], there.logits, atol=1e-5)
+    found = processor.post_process_object_detection(there, threshold=0.0, target_sizes=[(100, 200)])[0]
+    chosen = select(
+        {"pred_logits": there.logits, "pred_boxes": there.pred_boxes}, [(100, 200)], top_k=len(found["scores"])
+    )
+    assert torch.equal(chosen[0].scores, found["scores"])
+    assert torch.equal(chosen[0].labels, found["labels"])
+    inside = found["boxes"].clamp(min=torch.zeros(4), max=torch.tensor([200.0, 100, 200, 100]))
+    assert torch.allclose(chosen[0].boxes, inside, atol=1e-4)
+
+
+def test_a_model_that_was_trained_on_there_does_not_keep_our_stale_config(tmp_path):
+    ours().save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
+    model = transformers.AutoModelForObjectDetection.from_pretrained(
+        tmp_path / "theirs", id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path / "further")
+    found = DeformableDETR.from_pretrained(tmp_path / "further").config
+    assert (found.class_names, found.category_ids) == (("a", "b"), (0, 1))
+    # Names that were mended by hand in their config are the names; our ids then belong to nobody.
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(path.read_text().replace('"cow"', '"bull"'))
+    found = DeformableDETR.from_pretrained(tmp_path / "theirs").config
+    assert (found.class_names, found.category_ids) == (("cat", "dog", "bull"), (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "to", "message"),
+    [
+        ({"pre_norm": True}, "transformers", "pre_norm"),
+        ({"class_proposals": True}, "transformers", "class_proposals"),
+        ({"box_positions": True}, "official", "box_positions"),
+        ({"query_content": "memory"}, "official", "query_content"),
+        ({}, "official", "test_resnet"),
+        ({"backbone": "resnet50"}, "official", "hidden_dim"),
+        ({"backbone": "resnet50", "activation": "gelu"}, "official", "activation"),
+        ({"backbone": "resnet50", "feature_levels": 2}, "official", "feature_levels"),
+        ({"hidden_dim": 48}, "transformers", "hidden_dim"),
+    ],
+)
+def test_parts_that_the_others_lack(changes, to, message, tmp_path):
+    ours(**changes).save_pretrained(tmp_path / "ours")
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "ours", to, tmp_path / "theirs")
+    assert not list((tmp_path / "theirs").glob("*"))
+
+
+def test_conversion_writes_over_nothing(tmp_path):
+    model = ours()
+    model.save_pretrained(tmp_path / "ours")
+    before = (tmp_path / "ours" / "config.json").read_text()
+    with pytest.raises(UserError, match=r"already holds config\.json"):
+        convert(tmp_path / "ours", "transformers", tmp_path / "ours")
+    assert (tmp_path / "ours" / "config.json").read_text() == before
+    with pytest.raises(UserError, match="is a file"):
+        convert(tmp_path / "ours", "ours", tmp_path / "ours" / "config.json")
+    with pytest.raises(UserError, match="choose from ours, transformers, official"):
+        convert(tmp_path / "ours", "onnx", tmp_path / "out")
+    with pytest.raises(UserError, match="cannot be written"):
+        convert(tmp_path / "ours", "ours", tmp_path / "ours" / "config.json" / "deeper")
+
+
+# --- the official code itself, where there is a checkout of it ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def official_code():
+    """Functions of a checkout of the paper authors' repository, its compiled op replaced by its own Python version."""
+    folder = os.environ.get("DEFORMABLE_DETR_OFFICIAL")
+    if not folder or not Path(folder, "models", "deformable_detr.py").is_file():
+        pytest.skip("no checkout of the official code (set DEFORMABLE_DETR_OFFICIAL)")
+    import types
+
+    import torchvision
+
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(folder)
+    patch.setitem(sys.modules, "MultiScaleDeformableAttention", types.ModuleType("MultiScaleDeformableAttention"))
+    patch.setattr(torchvision, "__version__", "0.9.0")  # it compares the first three characters
+    resnet = torchvision.models.resnet50
+    patch.setattr(torchvision.models, "resnet50", lambda pretrained, **options: resnet(weights=None, **options))
+    from models import backbone, deformable_detr, deformable_transformer  # type: ignore[import-not-found]
+    from models.ops.functions import ms_deform_attn_func  # type: ignore[import-not-found]
+    from models.ops.modules import ms_deform_attn  # type: ignore[import-not-found]
+    from util.misc import NestedTensor  # type: ignore[import-not-found]
+
+    def op(value, shapes, starts, locations, weights, step):
+        return ms_deform_attn_func.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
+
+    patch.setattr(ms_deform_attn, "MSDeformAttnFunction", types.SimpleNamespace(apply=op))
+
+    def build(args, classes):
+        return deformable_detr.DeformableDETR(
+            backbone.build_backbone(args), deformable_transformer.build_deforamble_transformer(args),
+            num_classes=classes, num_queries=args.num_queries, num_feature_levels=args.num_feature_levels,
+            aux_loss=True, with_box_refine=args.with_box_refine, two_stage=args.two_stage,
+        )  # fmt: skip
+
+    yield types.SimpleNamespace(build=build, Nested=NestedTensor, PostProcess=deformable_detr.PostProcess)
+    patch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER)
+def test_the_official_code_gives_the_same(official_code, name, tmp_path):
+    model = big_enough(name, hidden_dim=256, num_heads=8, num_classes=91, class_names=(), category_ids=())
+    official.save(model, tmp_path)
+    values = torch.load(tmp_path / official.FILE, weights_only=False)
+    theirs = official_code.build(values["args"], 91)
+    theirs.load_state_dict(values["model"], strict=True)
+    # The other direction: what their modules themselves save.
+    torch.save({"model": randomised(theirs, seed=2).state_dict(), "args": values["args"]}, tmp_path / "theirs.pth")
+    for here in (DeformableDETR.from_pretrained(tmp_path / "theirs.pth"), model):
+        if here is model:
+            theirs.load_state_dict(values["model"])
+        pixels, mask = batch()
+        with torch.no_grad():
+            expected, found = theirs.eval()(official_code.Nested(pixels, mask)), here(pixels, mask)
+        assert (expected["pred_logits"] - found["pred_logits"]).abs().max() <= 1e-5
+        assert (expected["pred_boxes"] - found["pred_boxes"]).abs().max() <= 1e-5
+        for layer, outputs in enumerate(expected["aux_outputs"]):
+            assert (outputs["pred_logits"] - found["layer_logits"][layer]).abs().max() <= 1e-5
+        sizes = torch.tensor([[480, 640], [300, 500], [333, 444]])
+        for there, chosen in zip(
+            official_code.PostProcess()(expected, sizes), select(expected, sizes.tolist()), strict=True
+        ):
+            assert torch.equal(there["scores"], chosen.scores)
+            assert torch.equal(there["labels"], chosen.labels)
