@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .config import Config, DataConfig, ModelConfig, TrainConfig
     from .errors import UserError
     from .evaluation import evaluate
+    from .explanation import explain
     from .model.detector import DeformableDETR
     from .structures import Detections, ImageBatch, Target
     from .training import train
@@ -28,6 +29,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "evaluate",
+    "explain",
     "presets",
     "train",
 ]
@@ -43,6 +45,7 @@ _HOMES = {
     "TrainConfig": ".config",
     "UserError": ".errors",
     "evaluate": ".evaluation",
+    "explain": ".explanation",
     "train": ".training",
 }
 

@@ -171,6 +171,44 @@ def predict(
 
 
 @app.command
+def explain(
+    model: Path,
+    image: Path,
+    /,
+    *,
+    detection: int | None = None,
+    point: str | None = None,
+    layer: str = "all",
+    out: Path | None = None,
+    threshold: float = 0.5,
+    device: Device = "auto",
+    json: JsonFile = None,
+) -> None:
+    """Show where the model looked: each layer's boxes and sampling points.
+
+    Args:
+        model: Folder of a run or of a saved model.
+        image: Image file.
+        detection: Which detection, numbered from 1, the best; without it that one.
+        point: X,Y in pixels: where the encoder looked from that point, instead of a detection.
+        layer: all, or one, numbered from 1.
+        out: Picture (.png, .jpg), animation across the layers (.gif, .webp, .apng) or interactive page (.html);
+            IMAGE-explained.png in the current folder where none is named.
+        threshold: Lowest score of a detection, 0 to 1.
+    """
+    from .device import pick_device
+    from .explanation.files import explain_file, parse_layer, parse_point
+    from .model.detector import DeformableDETR
+
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--threshold {threshold}: must be from 0 to 1")
+    place, number = parse_point(point), parse_layer(layer)
+    detector = DeformableDETR.from_pretrained(model).to(pick_device(device))
+    target = out or Path(f"{image.stem}-explained.png")
+    explain_file(detector, image, target, detection, place, number, threshold, json)
+
+
+@app.command
 def demo(*, out: Path = Path("runs/demo")) -> None:
     """Make a small data set of handwritten digits on photographs, train on it, evaluate, draw what was found.
 

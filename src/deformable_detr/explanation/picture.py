@@ -1,14 +1,13 @@
 """Explanations as pictures and animations: an overview of the image, and each layer's sampling points close up.
 
-Sampling points are coloured by weight in cividis, which people with any colour vision read alike, sized by weight, and
-shaped by level. Every layer is shown over the same part of the image.
+Sampling points are coloured by weight in viridis, which rises in brightness and so serves any colour vision, sized by
+weight, and shaped by level. Every layer is shown over the same part of the image.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,14 @@ from PIL import Image
 from ..data.images import read_image
 from ..errors import UserError
 from .looks import DecoderLook, DetectionExplanation, Explanation, PointExplanation
+from .view import View, close_up, panel_aspect
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = ("o", "s", "^", "D", "P", "v", "X", "*")  # of the levels, the finest first
 BOX, REFERENCE, HALO, VIEW = "#E69F00", "#FFFFFF", "#111111", "#56B4E9"  # Okabe and Ito's orange and sky blue
+COLOURS = "viridis"
 INK, QUIET, PAPER, OUTSIDE = "#1A1A1A", "#4D4D4D", "#FFFFFF", "#D9D9D9"
 DPI = 100
 TEXT, SMALL = 11, 9  # points
@@ -33,36 +34,16 @@ FRAME_MS, LAST_FRAME_MS = 1000, 2200
 ANIMATED = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}
 
 
-@dataclass(frozen=True)
-class _View:
-    """A part of the image and a little around it: x1, y1, x2, y2 in pixels."""
-
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-
-    @property
-    def width(self) -> float:
-        return self.x2 - self.x1
-
-    @property
-    def height(self) -> float:
-        return self.y2 - self.y1
-
-    def holds(self, points: np.ndarray) -> np.ndarray:
-        """(…, 2) → (…) bool."""
-        x, y = points[..., 0], points[..., 1]
-        return (x >= self.x1) & (x <= self.x2) & (y >= self.y1) & (y <= self.y2)
-
-
 def draw(explanation: Explanation, layer: int | None = None) -> Image.Image:
     """An RGB picture: an overview and each layer's sampling points, or those of one layer, counted from 0.
 
     Of a single layer of the encoder, the tokens of the levels have a panel each.
     Raises UserError for a layer that is not there and an image that cannot be read any more.
     """
-    return _Drawing(explanation).picture(_wanted(explanation, layer), split=layer is not None)
+    if layer is None:
+        return _Drawing(explanation).picture(range(len(explanation.layers)), split=False)
+    check_layer(explanation, layer)
+    return _Drawing(explanation).picture([layer], split=True)
 
 
 def frames(explanation: Explanation) -> list[Image.Image]:
@@ -78,11 +59,8 @@ def save(explanation: Explanation, path: Path, layer: int | None = None) -> Path
     """
     from ..weights.files import replace_file
 
-    suffix = path.suffix.lower()
-    kind = ANIMATED.get(suffix) or Image.registered_extensions().get(suffix)
-    if kind not in Image.SAVE:
-        raise UserError(f"{path}: no picture format has the ending '{path.suffix}'; use .png, .gif, .webp or .html")
-    if suffix in ANIMATED and layer is None:
+    kind = picture_kind(path)
+    if path.suffix.lower() in ANIMATED and layer is None:
         first, *rest = frames(explanation)
         durations = [FRAME_MS] * len(rest) + [LAST_FRAME_MS]
         options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
@@ -98,13 +76,21 @@ def save(explanation: Explanation, path: Path, layer: int | None = None) -> Path
     return path
 
 
-def _wanted(explanation: Explanation, layer: int | None) -> list[int]:
+def picture_kind(path: Path) -> str:
+    """Pillow's name of the format that the ending asks for. Raises UserError where there is none."""
+    suffix = path.suffix.lower()
+    kind = ANIMATED.get(suffix) or Image.registered_extensions().get(suffix)
+    if kind is None or kind not in Image.SAVE:
+        raise UserError(f"{path}: no picture format has the ending '{path.suffix}'; use .png, .gif, .webp or .html")
+    return kind
+
+
+def check_layer(explanation: Explanation, layer: int) -> None:
+    """Raises UserError for a layer, counted from 0, that is not there."""
     count = len(explanation.layers)
-    if layer is None:
-        return list(range(count))
     if not 0 <= layer < count:
-        raise UserError(f"there is no layer {layer + 1}: the model has {count}, numbered from 1")
-    return [layer]
+        part = "encoder" if isinstance(explanation, PointExplanation) else "decoder"
+        raise UserError(f"there is no layer {layer + 1}: the {part} has {count}, numbered from 1")
 
 
 class _Drawing:
@@ -118,11 +104,11 @@ class _Drawing:
         if tuple(pixels.shape[1:]) != tuple(explanation.image_size):
             raise UserError("the image has changed since it was explained; explain it again")
         self.image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        self.aspect = min(max(self.image.width / self.image.height, 0.5), 2.0)  # of every panel
+        self.aspect = panel_aspect(*self.image.size)
         # Weights crowd near zero: their square root spreads them over the colours.
-        highest = max(float(look.weights.max()) for look in explanation.layers)
-        self.norm = PowerNorm(0.5, vmin=0.0, vmax=highest)
-        self.view = self._view()
+        self.heaviest = max(float(look.weights.max()) for look in explanation.layers)
+        self.norm = PowerNorm(0.5, vmin=0.0, vmax=self.heaviest)
+        self.view = close_up(explanation)
 
     def picture(self, layers: Sequence[int], split: bool) -> Image.Image:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -153,31 +139,9 @@ class _Drawing:
             else:
                 self._panel(axes, *tokens[number - 1])
         _write(figure, gap / figure.get_figwidth(), 1 - 0.16 / figure.get_figheight(), self.explanation.title)
-        self._legend(figure, foot / figure.get_figheight())
+        self._legend(figure)
         canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-    def _view(self) -> _View:
-        """Where nearly all of the attention is, with the boxes, in the panels' proportions."""
-        explanation = self.explanation
-        points, weights = _flat(explanation.layers)
-        lowest, highest = (_weighted_quantile(points, weights, part) for part in (0.01, 0.99))
-        corners = [lowest, highest]
-        if isinstance(explanation, DetectionExplanation):
-            box = explanation.box.numpy()
-            corners += [box[:2], box[2:]]
-        else:
-            assert isinstance(explanation, PointExplanation)
-            corners.append(np.array(explanation.point))
-        low, high = np.min(corners, axis=0), np.max(corners, axis=0)
-        centre, extent = (low + high) / 2, np.maximum(high - low, 4) * 1.16
-        limit = np.array(self.image.size) * 0.08  # so much around the image at most
-        width = max(extent[0], extent[1] * self.aspect)
-        height = width / self.aspect
-        sides = np.array([width, height])
-        # Moved inside where it would show more than the border around the image.
-        low = np.clip(centre - sides / 2, -limit, np.maximum(self.image.size + limit - sides, -limit))
-        return _View(*low.tolist(), *(low + sides).tolist())
 
     def _overview(self, axes: Axes, layers: Sequence[int]) -> None:
         from matplotlib.patches import Rectangle
@@ -185,7 +149,7 @@ class _Drawing:
         image, view = self.image, self.view
         width = max(image.width, image.height * self.aspect)
         left, top = (image.width - width) / 2, (image.height - width / self.aspect) / 2
-        self._show(axes, _View(left, top, left + width, top + width / self.aspect))
+        self._show(axes, View(left, top, left + width, top + width / self.aspect))
         corner = (max(view.x1, left), max(view.y1, top))
         far = (min(view.x2, left + width), min(view.y2, top + width / self.aspect))
         axes.add_patch(
@@ -217,15 +181,17 @@ class _Drawing:
         for level in range(weights.shape[-2]):
             points, heavy = locations[..., level, :, :].reshape(-1, 2), weights[..., level, :].reshape(-1)
             order = heavy.argsort()  # the heaviest on top
+            points = view.clamp(points)
+            bright = self.norm(heavy[order]) > 0.5
             axes.scatter(
                 *points[order].T,
-                s=6 + MOST_AREA * heavy[order] / self.norm.vmax,
+                s=6 + MOST_AREA * heavy[order] / self.heaviest,
                 c=heavy[order],
-                cmap="cividis",
+                cmap=COLOURS,
                 norm=self.norm,
                 marker=MARKERS[level % len(MARKERS)],
-                linewidths=0.7,
-                edgecolors=HALO,
+                linewidths=0.8,
+                edgecolors=np.where(bright, HALO, "#F2F2F2").tolist(),
                 zorder=4,
             )
         text = f"layer {layer + 1}"
@@ -246,10 +212,10 @@ class _Drawing:
                 text += f", from level {token + 1} ({w} × {h})"
         beyond = float((weights * ~view.holds(locations)).sum() / weights.sum())
         if beyond >= 0.005:
-            text += f",  {beyond:.0%} beyond"
+            text += f",  {beyond:.0%} beyond the edge"
         _caption(axes, text)
 
-    def _show(self, axes: Axes, view: _View) -> None:
+    def _show(self, axes: Axes, view: View) -> None:
         """The part of the image, at no more pixels than the panel can show."""
         axes.set_facecolor(OUTSIDE)
         axes.set(xticks=[], yticks=[])
@@ -263,7 +229,7 @@ class _Drawing:
         axes.imshow(part, extent=(left, right, bottom, top), interpolation="antialiased", zorder=0)
         axes.set(xlim=(view.x1, view.x2), ylim=(view.y2, view.y1), aspect="auto")
 
-    def _legend(self, figure: Any, share: float) -> None:
+    def _legend(self, figure: Any) -> None:
         """Under the panels: what shapes, lines and colours mean."""
         from matplotlib.cm import ScalarMappable
         from matplotlib.lines import Line2D
@@ -291,14 +257,14 @@ class _Drawing:
             handles=entries, loc="lower center", ncols=columns, frameon=False, fontsize=SMALL, labelcolor=INK,
             bbox_to_anchor=(0.5, 0.58 / figure.get_figheight()), handlelength=2.2,
         )  # fmt: skip
-        height = figure.get_figheight()
-        bar = figure.add_axes((0.5 - 1.6 / figure.get_figwidth(), 0.42 / height, 3.2 / figure.get_figwidth(), 0.11 / height))
-        scale = figure.colorbar(ScalarMappable(self.norm, "cividis"), cax=bar, orientation="horizontal")
-        top = self.norm.vmax
+        width, height = figure.get_figwidth(), figure.get_figheight()
+        bar = figure.add_axes((0.5 - 1.6 / width, 0.42 / height, 3.2 / width, 0.11 / height))
+        scale = figure.colorbar(ScalarMappable(self.norm, COLOURS), cax=bar, orientation="horizontal")
+        top = self.heaviest
         scale.set_ticks([0, top / 16, top / 4, top], labels=["0", *(f"{v:.2g}" for v in (top / 16, top / 4, top))])
         scale.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=2)
         figure.text(
-            0.5 - 1.7 / figure.get_figwidth(), 0.475 / height, "attention weight",
+            0.5 - 1.7 / width, 0.475 / height, "attention weight",
             ha="right", va="center", fontsize=SMALL, color=INK,
         )  # fmt: skip
 
@@ -349,23 +315,11 @@ def _write(figure: Any, x: float, y: float, text: str) -> None:
         written.set_text(f"{name}…{comma}{rest}")
 
 
-def _flat(looks: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """All points (N, 2) and weights (N,) of the layers."""
-    points = np.concatenate([look.locations.numpy().reshape(-1, 2) for look in looks])
-    return points, np.concatenate([look.weights.numpy().reshape(-1) for look in looks])
-
-
-def _weighted_quantile(points: np.ndarray, weights: np.ndarray, part: float) -> np.ndarray:
-    """(2,): where that part of the weight lies below, in x and in y."""
-    result = []
-    for values in points.T:
-        order = values.argsort()
-        below = weights[order].cumsum() / weights.sum()
-        result.append(values[order][min(int(np.searchsorted(below, part)), len(values) - 1)])
-    return np.array(result)
-
-
 def _columns(count: int, width: float, height: float) -> int:
-    """How many panels a row, so that the whole is about as 4 to 3."""
-    shapes = [(abs(math.log(n * width / (math.ceil(count / n) * height) / 1.4)), n) for n in range(1, count + 1)]
-    return min(shapes)[1]
+    """How many panels a row, so that the whole is about as 4 to 3 and few places stay empty."""
+
+    def cost(n: int) -> float:
+        rows = math.ceil(count / n)
+        return abs(math.log(n * width / (rows * height) / 1.4)) + (rows * n - count) / count
+
+    return min(range(1, count + 1), key=cost)

@@ -29,7 +29,8 @@ class Trace:
     image: as it was given. pixels: (3, H, W) uint8, as read. threshold: the least score of a detection.
     detections: as `predict` gives them. queries: (N,), the decoder's query behind each.
     best_score: the highest score of any query, 0..1.
-    outputs: the model's, with return_attention. valid_ratios: (L, 2), unpadded part (width, height) of each level's map.
+    outputs: the model's, with return_attention.
+    valid_ratios: (L, 2), unpadded part (width, height) of each level's map.
     """
 
     image: Any
@@ -88,7 +89,7 @@ class Trace:
         if not (0 <= x <= width and 0 <= y <= height):
             raise UserError(f"{self._name}: the point {x:g},{y:g} is outside the image of {width} × {height} pixels")
         if not self.outputs["encoder_attention"]:
-            raise UserError("the model has no encoder layers, so there is nothing to tell of a point; ask for a detection")
+            raise UserError("the model has no encoder layers, which a point would show; ask for a detection")
         tokens, centres, start = [], [], 0
         for (h, w), (across, down) in zip(self._shapes, self.valid_ratios.tolist(), strict=True):
             columns, rows = max(1, round(across * w)), max(1, round(down * h))  # those that are no padding
@@ -97,7 +98,9 @@ class Trace:
             centres.append(((column + 0.5) / columns * width, (row + 0.5) / rows * height))
             start += h * w
         looks = [
-            EncoderLook(self._locations(details.locations[0, tokens]), details.weights[0, tokens].to(torch.float32, copy=True))
+            EncoderLook(
+                self._locations(details.locations[0, tokens]), details.weights[0, tokens].to(torch.float32, copy=True)
+            )
             for details in self.outputs["encoder_attention"]
         ]
         return PointExplanation(
@@ -156,10 +159,10 @@ def trace(
             F.pad(batch.pixels, (0, beside, 0, below)), F.pad(batch.padding_mask, (0, beside, 0, below), value=True)
         )
     with evaluating(model):
-        # Normalised by the model's own device, as in prediction.
-        ready = batch.to(model.pixel_mean.device).normalise(model.pixel_mean, model.pixel_std)
+        mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
+        ready = batch.to(mean.device).normalise(mean, std)
         outputs = model(ready.pixels, ready.padding_mask, return_attention=True)
-        (boxes, scores, labels) = select(outputs, [size], top_k)[0]
+        boxes, scores, labels = select(outputs, [size], top_k)[0]
         queries = _chosen_queries(outputs, len(scores))
     kept = scores >= threshold
     categories = model_categories(config)

@@ -1,0 +1,130 @@
+"""One self-contained page of a trace: hover a detection and see its points; it loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .looks import DetectionExplanation, Explanation, PointExplanation
+from .picture import COLOURS, check_layer
+from .trace import Trace
+from .view import close_up
+
+MOST_DETECTIONS = 50
+LONGEST_SIDE = 1600  # of the picture in the page, in pixels
+PLACES, WEIGHTS = 10, 10000  # positions travel in tenths of a pixel, weights in ten-thousandths, as page.js has it
+
+
+def page(traced: Trace, chosen: Explanation, layer: int | None = None) -> str:
+    """HTML with the image and what is to be shown of it.
+
+    chosen: a detection of the trace, at which the page starts; the others, at most 50, are there to choose too. Or a
+        point, which then is alone. layer: where the slider starts, counted from 0; none: the last.
+    Raises UserError for a layer that is not there.
+    """
+    if layer is not None:
+        check_layer(chosen, layer)
+    shown: list[Explanation] = [chosen]
+    if isinstance(chosen, DetectionExplanation):
+        numbers = sorted({*range(min(len(traced.detections), MOST_DETECTIONS)), chosen.index})
+        shown = [chosen if number == chosen.index else traced.detection(number) for number in numbers]
+    weights = shown[0].layers[0].weights
+    height, width = traced.image_size
+    content = {
+        "title": f"{Path(traced.detections.path).name}: where the detector looked"
+        if traced.detections.path
+        else "Where the detector looked",
+        "image": _picture(traced),
+        "width": width,
+        "height": height,
+        "levels": [list(shape) for shape in chosen.spatial_shapes],
+        "heads": weights.shape[-3],
+        "points": weights.shape[-1],
+        "heaviest": max(float(look.weights.max()) for one in shown for look in one.layers),
+        "colours": _colours(),
+        "first": shown.index(chosen),
+        "layer": layer,
+        "items": [_item(one) for one in shown],
+    }
+    # Inside a script element only "</" and "<!--" mean anything; without "<" neither can come from a class's name.
+    data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {"TITLE": html.escape(str(content["title"])), "STYLE": _asset("page.css"), "SCRIPT": _asset("page.js")}
+    text = _asset("page.html")
+    for name, value in {**parts, "DATA": data}.items():
+        text = text.replace(f"__{name}__", value, 1)
+    return text
+
+
+def save_page(traced: Trace, chosen: Explanation, path: Path, layer: int | None = None) -> Path:
+    """Writes `page`. Raises UserError where that cannot be done."""
+    from ..weights.files import replace_file
+
+    text = page(traced, chosen, layer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def _item(explanation: Explanation) -> dict[str, Any]:
+    layers: list[dict[str, Any]] = [{"points": _points(look.locations, look.weights)} for look in explanation.layers]
+    view = close_up(explanation)
+    item: dict[str, Any] = {"layers": layers, "view": _round([view.x1, view.y1, view.width, view.height])}
+    if isinstance(explanation, DetectionExplanation):
+        shares = explanation.shares_inside().tolist()
+        for layer, look, share in zip(layers, explanation.looks, shares, strict=True):
+            layer["reference"] = _round(look.reference_point.tolist())
+            layer["referenceBox"] = None if look.reference_box is None else _round(look.reference_box.tolist())
+            layer["box"] = _round(look.box.tolist())
+            layer["score"] = round(float(look.scores[explanation.label]), 4)
+            layer["share"] = round(share, 4)
+        facts = {"kind": "detection", "name": explanation.name, "score": round(explanation.score, 4)}
+        return {**item, **facts, "box": _round(explanation.box.tolist())}
+    assert isinstance(explanation, PointExplanation)
+    here = np.array(explanation.point)
+    for layer, look in zip(layers, explanation.looks, strict=True):
+        distances = np.linalg.norm(look.locations.numpy() - here, axis=-1)
+        layer["distance"] = round(float((distances * look.weights.numpy()).sum() / look.weights.sum()), 1)
+    return {**item, "kind": "point", "point": _round(explanation.point)}
+
+
+def _points(locations: Any, weights: Any) -> list[int]:
+    """x, y and weight of each point in turn, as whole numbers, in the order (T,) M, L, P."""
+    # Far away is far away: a number that JSON can hold is enough.
+    places = (locations.numpy().astype(np.float64) * PLACES).clip(-1e7, 1e7)
+    heavy = weights.numpy()[..., None].astype(np.float64) * WEIGHTS
+    return np.concatenate([places, heavy], axis=-1).round().astype(int).reshape(-1).tolist()
+
+
+def _round(values: Any) -> list[float]:
+    return [round(float(value), 2) for value in values]
+
+
+def _picture(traced: Trace) -> str:
+    """The image as a data URI, no larger than a screen shows."""
+    image = Image.fromarray(traced.pixels.permute(1, 2, 0).numpy())
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _colours(steps: int = 17) -> list[list[int]]:
+    from matplotlib import colormaps
+
+    return [[round(255 * part) for part in colour[:3]] for colour in colormaps[COLOURS](np.linspace(0, 1, steps))]
+
+
+def _asset(name: str) -> str:
+    return resources.files("deformable_detr.explanation").joinpath(name).read_text(encoding="utf-8")
