@@ -14,7 +14,7 @@ from .errors import UserError
 
 app = App(
     name="deformable-detr",
-    help="Object detection with multi-scale deformable attention: train, evaluate, predict.",
+    help="Object detection with multi-scale deformable attention: check, train, evaluate, predict.",
     version=__version__,
     help_format="plaintext",
 )
@@ -48,6 +48,7 @@ def train(
     seed: int | None = None,
     config: Path | None = None,
     set_: Overrides = None,
+    check: Literal["auto", "full", "off"] | None = None,
     resume: Annotated[bool, Flag] = False,
     print_config: Annotated[bool, Flag] = False,
 ) -> None:
@@ -56,7 +57,7 @@ def train(
     An option wins over --set, --set over --config, and all of them over the preset.
 
     Args:
-        data: Folder of the data set: COCO JSON in Roboflow's or COCO 2017's layout.
+        data: Folder of the data set: COCO JSON, YOLO (data.yaml) or Pascal VOC.
         out: Folder for the config, the metrics, the checkpoints and the model.
         preset: The variant to start from; small where nothing names one.
         epochs: Passes over the training images, at most.
@@ -71,6 +72,7 @@ def train(
         workers: Processes that load images.
         seed: Start of all random choices.
         config: YAML file with any keys of the config.
+        check: How long to look for faults in the data set first: auto, at most 40 seconds.
         resume: Go on with the run in the folder --out, with its own config.
         print_config: Print the config that would be used, and stop.
     """
@@ -89,6 +91,7 @@ def train(
         "train.precision": precision,
         "train.device": device,
         "data.workers": workers,
+        "data.check": check,
         "train.seed": seed,
     }
     settings = resolve(preset, config, set_ or (), options)
@@ -103,6 +106,30 @@ def train(
     metrics = train_model(data, out, settings, resume=resume)
     print(f"{_summary(metrics)}; the model is in {out}")
     print(f"next: deformable-detr predict {out} IMAGE --out pictures")
+
+
+@app.command
+def check(
+    data: Path,
+    *,
+    image_size: int | None = None,
+    fix: Annotated[Path | None, Parameter(help="empty folder for a repaired copy; the set itself stays")] = None,
+    report: Annotated[Path | None, Parameter(help="HTML file: what was found, with pictures")] = None,
+    set_: Overrides = None,
+    json: JsonFile = None,
+) -> None:
+    """Look for everything that is wrong with a data set. Exit code 2 where training could not use it.
+
+    Args:
+        data: Folder of the data set: COCO JSON, YOLO (data.yaml) or Pascal VOC.
+        image_size: Short side of the input in pixels, for which objects may be too small.
+    """
+    from .data.check.command import run
+    from .settings import resolve
+
+    settings = resolve(None, None, set_ or (), {"model.image_size": image_size})
+    if not run(data, settings, fix, report, json):
+        sys.exit(2)
 
 
 @app.command

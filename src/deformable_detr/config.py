@@ -178,6 +178,9 @@ class DataConfig(_Section):
     val_images: str | None = None
     val_annotations: str | None = None
     workers: NonNegative = Field(default=2, description="processes that load images; 0: none beside the main one")
+    check: Literal["auto", "full", "off"] = Field(
+        default="auto", description="look for faults in the set before training; auto: at most 40 seconds; full: all"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

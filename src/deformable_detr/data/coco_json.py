@@ -37,12 +37,14 @@ def _without_mask(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _whole(value: Any) -> bool:
+def whole(value: Any) -> bool:
+    """Whether it is a whole number of 64 bits; True is none."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
-def _positive(value: Any) -> bool:
-    return _whole(value) and value > 0
+def positive(value: Any) -> bool:
+    """Whether it is a whole number above 0."""
+    return whole(value) and value > 0
 
 
 def record_name(records: Sequence[Any], position: int) -> str:
@@ -59,7 +61,7 @@ def read_categories(content: dict[str, Any], path: Path) -> tuple[Category, ...]
     records: dict[int, dict[str, Any]] = {}
     for position, record in enumerate(content["categories"]):
         place = f"{path}: categories[{position}]"
-        if not isinstance(record, dict) or not _whole(record.get("id")) or not isinstance(record.get("name"), str):
+        if not isinstance(record, dict) or not whole(record.get("id")) or not isinstance(record.get("name"), str):
             raise UserError(f"{place} needs a whole number 'id' and a text 'name'")
         if record["id"] in records:
             raise UserError(f"{place} ({record['name']!r}) has the id {record['id']} of another; give each its own")
@@ -67,13 +69,18 @@ def read_categories(content: dict[str, Any], path: Path) -> tuple[Category, ...]
     if not records:
         raise UserError(f"{path}: 'categories' is empty; list the classes with their ids and names")
 
+    if only_groups(records, content["annotations"]):
+        del records[0]
+    return tuple(Category(id=key, name=records[key]["name"]) for key in sorted(records))
+
+
+def only_groups(records: dict[int, dict[str, Any]], annotations: Sequence[Any]) -> bool:
+    """Whether the category 0 has no objects and only names the group of all others."""
     group = records.get(0)
     others = [record for record in records.values() if record is not group]
-    if group and others and all(record.get("supercategory") == group["name"] for record in others):
-        used = any(isinstance(a, dict) and a.get("category_id") == 0 for a in content["annotations"])
-        if not used:
-            del records[0]
-    return tuple(Category(id=key, name=records[key]["name"]) for key in sorted(records))
+    if not group or not others or any(record.get("supercategory") != group["name"] for record in others):
+        return False
+    return not any(isinstance(record, dict) and record.get("category_id") == 0 for record in annotations)
 
 
 def read_images(content: dict[str, Any], path: Path) -> tuple[list[int], list[str], list[tuple[int, int]]]:
@@ -85,7 +92,7 @@ def read_images(content: dict[str, Any], path: Path) -> tuple[list[int], list[st
     sizes: list[tuple[int, int]] = []
     for position, record in enumerate(content["images"]):
         place = f"{path}: images[{position}]"
-        if not isinstance(record, dict) or not _whole(record.get("id")):
+        if not isinstance(record, dict) or not whole(record.get("id")):
             raise UserError(f"{place} needs a whole number 'id'")
         number, name = record["id"], record.get("file_name")
         if not isinstance(name, str) or not name:
@@ -99,7 +106,7 @@ def read_images(content: dict[str, Any], path: Path) -> tuple[list[int], list[st
         names.append(name)
         height: Any = record.get("height")
         width: Any = record.get("width")
-        sizes.append((height, width) if _positive(height) and _positive(width) else (0, 0))
+        sizes.append((height, width) if positive(height) and positive(width) else (0, 0))
     return list(positions), names, sizes
 
 
@@ -119,17 +126,17 @@ def read_annotations(
         if not isinstance(record, dict):
             fail(position, "is no object; export the annotations again")
         image, category, crowd = record.get("image_id"), record.get("category_id"), record.get("iscrowd")
-        if not _whole(image) or image not in image_at:
+        if not whole(image) or image not in image_at:
             fail(
                 position,
                 f"has image_id {brief(image)}, which is not among the images; add the image or remove the record",
             )
-        if not _whole(category) or category not in known:
+        if not whole(category) or category not in known:
             fail(position, f"has category_id {brief(category)}, which is not among the categories; add or change it")
         if crowd not in (None, 0, 1):
             fail(position, f"has iscrowd {brief(crowd)}; write 0 or 1")
         box = record.get("bbox")
-        if not _four_numbers(box):
+        if not four_numbers(box):
             fail(position, f"has bbox {brief(box)}; write four finite numbers, [x, y, width, height] in pixels")
         images.append(image_at[image])
         labels.append(category)
@@ -143,7 +150,8 @@ def read_annotations(
     )
 
 
-def _four_numbers(box: Any) -> bool:
+def four_numbers(box: Any) -> bool:
+    """Whether it is a list of four finite numbers."""
     return isinstance(box, list) and len(box) == 4 and all(_finite(value) for value in box)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
+_ORIENTATION = 0x0112  # the EXIF tag
+TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
@@ -57,19 +57,32 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return read_header(path)[0]
 
 
-def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], bool]:
-    """`read_size`, and whether EXIF turns the stored picture by a quarter."""
+def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int]:
+    """`read_size`, and the EXIF orientation: 1 upright; 5 to 8 turn the stored picture by a quarter."""
     name = os.fspath(path)
     try:
         with Image.open(name) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in _TURNED
+            orientation = image.getexif().get(_ORIENTATION, 1) if _may_have_exif(image, name) else 1
     except FileNotFoundError:
         raise UserError(f"{name}: no such image file") from None
     except Exception as error:  # decoders raise whatever they like on broken bytes
         raise _unreadable(name, error) from error
     _refuse_size(name, width, height)
-    return ((width, height) if turned else (height, width)), turned
+    return ((width, height) if orientation in TURNED else (height, width)), orientation
+
+
+def _may_have_exif(image: Image.Image, name: str) -> bool:
+    """False for a PNG without EXIF, which Pillow would decode as a whole to be sure."""
+    if image.format != "PNG" or image.info.keys() & {"exif", "Raw profile type exif"}:
+        return True
+    with open(name, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:  # length and type of a chunk; four bytes of checksum end it
+            if head[4:] == b"eXIf":
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    return False
 
 
 def _refuse_size(name: str, width: int, height: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config import DataConfig
 from ..errors import UserError
 
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 ROBOFLOW = "_annotations.coco.json"
 
@@ -69,29 +70,10 @@ def find_images(annotations: Path, root: Path, split: str, data: DataConfig, nam
 
     Folders are listed, files are not opened. Raises `UserError` where an image is in none of them.
     """
-    option = (_option(split, data) or "").replace("annotations", "images")
-    given = getattr(data, option) if option else None
-    if given is not None:
-        folders = [_given(root, given, f"data.{option}")]
-        if not folders[0].is_dir():
-            raise UserError(f"data.{option}: {folders[0]} is no folder; give the folder of the images")
-    else:
-        folders = _image_folders(annotations, split)
-
-    listing = cache(_listing)  # each folder is listed once, however many files it is asked for
-    grouped: dict[str, list[str]] = {}
-    for name in names:
-        head, tail = os.path.split(name)
-        grouped.setdefault(head, []).append(tail)
-    counts = {folder: _present(grouped, folder, listing) for folder in folders}
-    best = max(folders, key=counts.__getitem__)
-    if counts[best] == len(names):
-        return best
-
-    missing = [name for name in names if os.path.basename(name) not in listing(best / os.path.dirname(name))]
-    # A file system that ignores case or spells accents otherwise finds files that its listing does not show.
-    missing = [name for name in missing if not os.path.isfile(best / name)]
-    if len(missing) == len(names):
+    folders = _candidates(annotations, root, split, data)
+    best, missing, _ = _best_folder(folders, names)
+    if len(missing) == len(names) and missing:
+        option = (_option(split, data) or "").replace("annotations", "images")
         looked = ", ".join(map(str, folders))
         mend = f"; put the images there or give data.{option}" if option else "; put the images there"
         raise UserError(f"{annotations}: image {missing[0]!r} and all others are missing; looked in {looked}{mend}")
@@ -101,6 +83,50 @@ def find_images(annotations: Path, root: Path, split: str, data: DataConfig, nam
             f"{annotations}: image {missing[0]!r}{more} is missing in {best}; add the file or remove its record"
         )
     return best
+
+
+def best_image_folder(
+    annotations: Path, root: Path, split: str, data: DataConfig, names: Sequence[str]
+) -> tuple[Path, set[str], list[str]]:
+    """`find_images` that goes on: the folder, the names of which no file is there, and the images without a name."""
+    best, missing, listed = _best_folder(_candidates(annotations, root, split, data), names)
+    own = {os.path.basename(name) for name in names}
+    images = (name for name in listed if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+    return best, set(missing), sorted(name for name in images if name not in own)
+
+
+def _candidates(annotations: Path, root: Path, split: str, data: DataConfig) -> list[Path]:
+    option = (_option(split, data) or "").replace("annotations", "images")
+    given = getattr(data, option) if option else None
+    if given is None:
+        return _image_folders(annotations, split)
+    folder = _given(root, given, f"data.{option}")
+    if not folder.is_dir():
+        raise UserError(f"data.{option}: {folder} is no folder; give the folder of the images")
+    return [folder]
+
+
+def _best_folder(folders: Sequence[Path], names: Sequence[str]) -> tuple[Path, list[str], frozenset[str]]:
+    """The folder with the most of the images, the names that it lacks, and its listing."""
+    listing = cache(_listing)  # each folder is listed once, however many files it is asked for
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        head, tail = os.path.split(name)
+        grouped.setdefault(head, []).append(tail)
+    counts = {folder: _present(grouped, folder, listing) for folder in folders}
+    best = max(folders, key=counts.__getitem__)
+    if counts[best] == len(names):
+        return best, [], listing(best)
+    missing = [name for name in names if os.path.basename(name) not in listing(best / os.path.dirname(name))]
+    # A file system that ignores case or spells accents otherwise finds files that its listing does not show.
+    return best, [name for name in missing if not _is_file(best / name)], listing(best)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return os.path.isfile(path)
+    except ValueError:  # a name with a zero byte
+        return False
 
 
 def given_annotations(split: str, data: DataConfig) -> str | None:

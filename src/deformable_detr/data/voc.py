@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..structures import Category
-from .images import IMAGE_SUFFIXES
-from .layouts import names_other_split, split_aliases
+from .layouts import IMAGE_SUFFIXES, names_other_split, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import yaml
 
 from ..errors import UserError
 from ..structures import Category
-from .images import IMAGE_SUFFIXES, read_size
-from .layouts import split_aliases
+from .images import read_size
+from .layouts import IMAGE_SUFFIXES, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from ..data.coco import CocoDataset
     from ..model.detector import DeformableDETR
 
+log = logging.getLogger(__name__)
+
 _SAVE_SECONDS = 600.0  # of training between two saves inside a long epoch
 
 
@@ -48,12 +51,16 @@ def train_model(
     Raises `UserError` for a folder or a data set that cannot be used, `NonFiniteLoss` for a NaN or infinite loss, and
     `TrainingInterrupted` (a SystemExit) after Ctrl-C or SIGTERM, when the last checkpoint is saved.
     """
+    from ..data.check import check_for_training
     from ..data.coco import open_dataset, refuse_same_file
     from ..data.transforms import evaluation, training
 
     folder = RunFolder(out)
     folder.claim(resume)
     size = config.model.image_size, config.model.long_side
+    if not resume:  # a run that goes on had its set checked; that it is the same one is seen below
+        for line in check_for_training(data, config.data, *size):
+            log.warning(line)
     split = config.data.train_split, config.data.val_split
     train_set = open_dataset(data, split[0], config.data, transform=training(*size, config.data))
     if not len(train_set):

@@ -1,0 +1,204 @@
+"""What is wrong with a data set, before a training finds out: every finding named by file and record.
+
+>>> report = check_dataset("sets/cards", DataConfig(), image_size=480, long_side=800)  # doctest: +SKIP
+>>> print(*report.lines(), sep="\\n")  # doctest: +SKIP
+warning leak: train/a.jpg: (of train, images[0]) holds the same bytes as valid/b.jpg …; remove it from the training set
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config import DataConfig
+from ...errors import UserError
+from ...structures import Category
+from ..layouts import ROBOFLOW, given_annotations
+from ..sources import Source, find_source
+from .boxes import check_boxes
+from .classes import check_classes, class_counts
+from .findings import KINDS, SEVERITIES, Finding, Findings
+from .pictures import Coverage, Depth, check_pictures
+from .records import Split, read_split
+
+__all__ = [
+    "KINDS",
+    "Coverage",
+    "Depth",
+    "Finding",
+    "Findings",
+    "Report",
+    "Split",
+    "check_dataset",
+    "check_for_training",
+]
+
+SHOWN = 5  # lines of one kind on the terminal
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_dataset` found in which splits; image_size is the one that tiny objects were judged for."""
+
+    root: Path
+    splits: tuple[Split, ...]
+    findings: Findings
+    coverage: Coverage
+    image_size: int
+
+    @property
+    def errors(self) -> list[Finding]:
+        return self.findings.of("error")
+
+    def lines(self, shown: int = SHOWN) -> Iterator[str]:
+        """Errors and warnings, a line each, `shown` of a kind, and then how many more."""
+        for code, group in self.findings.by_code().items():
+            if (severity := KINDS[code].severity) == "note":
+                continue
+            for finding in group[:shown]:
+                yield f"{severity} {code}: {finding.line}"
+            if len(group) > shown:
+                yield f"{severity} {code}: {len(group) - shown} more"
+
+    @property
+    def summary(self) -> str:
+        """One line: how much was looked at, and how much found."""
+        facts = [f"{split.name} {len(split.pictures)} images, {len(split.positions)} objects" for split in self.splits]
+        counts = [_count(len(self.findings.of(severity)), severity) for severity in SEVERITIES]
+        seen = self.coverage
+        whole = "" if seen.decoded == seen.images else f" ({seen.decoded} of {seen.images} images decoded)"
+        return f"{'; '.join(facts) or self.root}{whole}: {', '.join(counts)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        splits = {
+            split.name: {
+                "file": str(split.file),
+                "format": split.source.format,
+                "images": len(split.pictures),
+                "objects": len(split.positions),
+                "classes": {split.categories[number]: count for number, count in class_counts(split).items()},
+            }
+            for split in self.splits
+        }
+        return {
+            "data": str(self.root),
+            "image_size": self.image_size,
+            "splits": splits,
+            "looked_at": vars(self.coverage),
+            "counts": {severity: len(self.findings.of(severity)) for severity in SEVERITIES},
+            "kinds": {code: len(group) for code, group in self.findings.by_code().items()},
+            "findings": [finding.to_dict() for group in self.findings.by_code().values() for finding in group],
+        }
+
+
+def check_dataset(
+    root: str | os.PathLike[str],
+    data: DataConfig,
+    image_size: int,
+    long_side: int,
+    depth: Depth = "full",
+    progress: bool = False,
+) -> Report:
+    """Looks at the training, the validation and, where there is one, the test split of the set at `root`.
+
+    image_size, long_side: the model's, in pixels; objects that are tiny after the resize are told.
+    depth: 'full' decodes every image; 'auto' stops where `pictures.AUTO_IMAGES` and `AUTO_SECONDS` say.
+
+    Raises `UserError` where there is no set at all; all that is wrong with one is a finding.
+    """
+    base = Path(root).expanduser()
+    found = Findings()
+    sources = _sources(base, data, found)
+    splits: list[Split] = []
+    categories: tuple[Category, ...] | None = None
+    for name, source in sources.items():
+        if (split := read_split(source, name, categories, found)) is None:
+            continue
+        if name == data.train_split:
+            categories = tuple(Category(number, split.categories[number]) for number in sorted(split.categories))
+        splits.append(split)
+    coverage = check_pictures(splits, depth, found, progress)
+    for split in splits:
+        check_boxes(split, image_size, long_side, found)
+    by_name = {split.name: split for split in splits}
+    check_classes(splits, by_name.get(data.train_split), by_name.get(data.val_split), found)
+    return Report(base, tuple(splits), found, coverage, image_size)
+
+
+def check_for_training(
+    root: str | os.PathLike[str], data: DataConfig, image_size: int, long_side: int
+) -> tuple[str, ...]:
+    """The lines that a training says about its set before it begins, the warnings in brief; `data.check` says how deep.
+
+    Raises `UserError` of one line, which names the first error, where there are any.
+    """
+    if data.check == "off":
+        return ()
+    report = check_dataset(root, data, image_size, long_side, depth=data.check)
+    if errors := report.errors:
+        first = next(iter(report.findings.by_code().values()))[0]
+        more = f" (the first of {len(errors)} errors; all: deformable-detr check {root})" if len(errors) > 1 else ""
+        raise UserError(f"{first.line}{more}")
+    lines = list(report.lines(shown=1))
+    return (*lines, f"all about the data: deformable-detr check {root}") if lines else ()
+
+
+def refused(report: Report, data: DataConfig) -> None:
+    """Opens the splits as training would, and adds what is refused: no error must be left for it to find."""
+    from ..coco import open_dataset
+
+    categories: Sequence[Category] | None = None
+    for split in report.splits:
+        try:
+            opened = open_dataset(report.root, split.name, data, categories)
+        except UserError as error:
+            what, _, mend = str(error).removeprefix(f"{split.file}: ").rpartition("; ")
+            report.findings.add("set-refused", split.file, "", what or mend, mend if what else "", split=split.name)
+            continue
+        if split.name == data.train_split:
+            categories = opened.categories
+
+
+def _sources(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]:
+    """The splits that there are; a set of one file or folder has one."""
+    if not root.exists():
+        raise UserError(f"{root}: no such data set; give its folder or its annotation file")
+    sources: dict[str, Source] = {}
+    failures: dict[str, UserError] = {}
+    for name in dict.fromkeys((data.train_split, data.val_split, "test")):
+        try:
+            sources[name] = find_source(root, name, data)
+        except UserError as error:
+            failures[name] = error
+        if name in sources and _alone(sources[name], root) and not given_annotations(data.val_split, data):
+            return {name: sources[name]}
+    for name in (data.train_split, data.val_split):
+        if name in failures:
+            what, _, mend = str(failures[name]).removeprefix(f"{root}: ").partition("; ")
+            found.add("split-missing", root, "", what, mend, split=name)
+    train, val = sources.get(data.train_split), sources.get(data.val_split)
+    if train is not None and val is not None and train.file.resolve() == val.file.resolve():
+        found.add("splits-same", train.file, "", "would be both the training and the validation split",
+                  "give data.val_images and data.val_annotations", split=data.val_split)  # fmt: skip
+        del sources[data.val_split]
+    if not _is_test(sources.get("test"), root) and "test" not in (data.train_split, data.val_split):
+        sources.pop("test", None)
+    return sources
+
+
+def _is_test(source: Source | None, root: Path) -> bool:
+    """Whether it says that it is the test split; a file in the set's own folder that names none serves for any."""
+    return source is not None and (source.file.parent != root or "test" in source.file.name.lower())
+
+
+def _alone(source: Source, root: Path) -> bool:
+    """Whether the set is one annotation file, or the folder of one split."""
+    return source.file == root or source.file == root / ROBOFLOW
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

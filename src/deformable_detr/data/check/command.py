@@ -1,0 +1,46 @@
+"""`deformable-detr check`: what it prints and which files it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...config import Config
+from . import check_dataset, refused
+from .files import prepare, write_json, write_text
+from .fix import CHANGES, prepare_copy, repair
+from .page import page
+
+
+def run(data: Path, settings: Config, fix: Path | None, report: Path | None, json: Path | None) -> bool:
+    """Checks, prints, and writes what is asked for; whether training could use the set, or its repaired copy.
+
+    Raises `UserError` for a set or an output that cannot be used at all.
+    """
+    for option, path in (("--report", report), ("--json", json)):
+        if path is not None:
+            prepare(path, option)
+    if fix is not None:
+        prepare_copy(data, fix)
+    model = settings.model
+    found = check_dataset(data, settings.data, model.image_size, model.long_side, progress=True)
+    if not found.errors:
+        refused(found, settings.data)
+    for line in found.lines():
+        print(line)
+    print(found.summary)
+    if json is not None:
+        write_json(json, found.to_dict(), "--json")
+    if report is not None:
+        write_text(report, page(found), "--report")
+        print(f"pictures of the suspects: {report}")
+    if fix is None:
+        return not found.errors
+
+    changes = repair(found, fix)
+    print(f"{fix}: a repaired copy; {fix / CHANGES} lists {len(changes)} changes")
+    given = {"images": None, "annotations": None, "val_images": None, "val_annotations": None}
+    again = check_dataset(fix, settings.data.replace(**given), model.image_size, model.long_side, progress=True)
+    for line in again.lines(shown=1):
+        print(f"still {line}")
+    print(again.summary)
+    return not again.errors
