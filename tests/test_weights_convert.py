@@ -27,8 +27,7 @@ def big_enough(name: str, **changes) -> DeformableDETR:
     return randomised(DeformableDETR(presets.MODELS[name](**values)))
 
 
-@pytest.mark.parametrize("norm", ["frozen", "train"])
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize(("name", "norm"), [*((name, "frozen") for name in PAPER), ("two-stage", "train")])
 def test_to_transformers_and_back(name, norm, tmp_path):
     model = ours(presets.MODELS[name], backbone_norm=norm, image_size=320, dropout=0.0)
     counted = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
@@ -44,8 +43,7 @@ def test_to_transformers_and_back(name, norm, tmp_path):
     assert torch.equal(back.pixel_mean, model.pixel_mean)
 
 
-@pytest.mark.parametrize("norm", ["frozen", "train"])
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize(("name", "norm"), [*((name, "frozen") for name in PAPER), ("two-stage", "train")])
 def test_to_the_official_format_and_back(name, norm, tmp_path):
     model = big_enough(name, backbone_norm=norm, image_size=320)
     for key, value in model.state_dict().items():

@@ -63,7 +63,7 @@ def save(model: DeformableDETR, folder: Path) -> None:
     described = write_args(config)
     state = {name: value.detach() for name, value in model.state_dict().items()}
     places = official_places(state, config)
-    tensors = {name: value.contiguous() for name, value in spread(state, places, copies=True).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in spread(state, places, copies=True).items()}
     values = {"model": tensors, "args": described, OWN: {"model": config.model_dump(mode="json")}}
     write_files(folder, {FILE: lambda path: torch.save(values, path)})
 
