@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import operators, reference
+from . import gather, operators, reference
 from .native import library
 
 Shapes = Sequence[tuple[int, int]]
-NAMES = ("cpu", "triton", "embedding_bag", "reference")
+NAMES = ("cpu", "triton", "embedding_bag", "reference", "gather")
 VARIABLE = "DEFORMABLE_DETR_BACKEND"
 _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,6 +37,7 @@ def backends() -> list[Backend]:
         Backend("triton", "cuda", False, "no GPU kernels yet"),
         Backend("embedding_bag", "cpu", True, "plain PyTorch in chunks; gradients by the reference"),
         Backend("reference", "any", True, "plain PyTorch by grid_sample; float64, differentiable any number of times"),
+        Backend("gather", "any", True, "plain PyTorch by look-up of rows; for exported graphs without grid_sample"),
     ]
 
 
@@ -54,7 +55,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Inside, calls run on this backend (None: the best one) or raise where it is missing. Holds for all threads.
 
     The environment variable DEFORMABLE_DETR_BACKEND does the same for a whole process. A compiled or exported graph
-    keeps the choice between "reference" and the rest that held when it was traced.
+    keeps the choice between "reference", "gather" and the rest that held when it was traced.
     """
     before, operators.forced = operators.forced, _known(name)
     try:
@@ -65,7 +66,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def _runs_as_op(value: Tensor, points: Tensor | None, offsets: Tensor, logits: Tensor) -> bool:
     """Whether a registered op takes the call; the rest goes to the reference."""
-    if operators.forced == "reference" or torch.onnx.is_in_onnx_export():
+    if operators.forced in ("reference", "gather") or torch.onnx.is_in_onnx_export():
         return False
     floats = [value, offsets, logits, *([] if points is None else [points])]
     return (
@@ -74,6 +75,11 @@ def _runs_as_op(value: Tensor, points: Tensor | None, offsets: Tensor, logits: T
         and offsets.shape[3] * offsets.shape[4] <= library.MAX_SAMPLES
         and value.shape[3] <= library.MAX_CHANNELS
     )
+
+
+def _plain() -> Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]:
+    """What computes a call that no registered op takes."""
+    return gather.sample_and_sum if operators.forced == "gather" else reference.sample_and_sum
 
 
 def _supported(tensor: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ def deformable_attention(
     _check(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
     if not _runs_as_op(value, reference_points, sampling_offsets, attention_logits):
         return reference.deformable_attention(
-            value, spatial_shapes, reference_points, sampling_offsets, attention_logits
+            value, spatial_shapes, reference_points, sampling_offsets, attention_logits, _plain()
         )
     flat = [side for shape in spatial_shapes for side in shape]
     return operators.deformable_attention(
@@ -137,7 +143,7 @@ def sample_and_sum(
     """
     _check(value, spatial_shapes, None, sampling_locations, attention_weights)
     if not _runs_as_op(value, None, sampling_locations, attention_weights):
-        return reference.sample_and_sum(value, spatial_shapes, sampling_locations, attention_weights)
+        return _plain()(value, spatial_shapes, sampling_locations, attention_weights)
     flat = [side for shape in spatial_shapes for side in shape]
     return operators.sample_and_sum(
         _supported(value), flat, sampling_locations.float(), _supported(attention_weights)

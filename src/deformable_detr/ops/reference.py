@@ -5,7 +5,7 @@ B images, S tokens of all levels, Q queries, M heads, D channels a head, L level
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,16 @@ def sampling_locations(spatial_shapes: Shapes, reference_points: Tensor, samplin
     points = sampling_offsets.shape[-2]
     reference = reference_points[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
     if reference_points.shape[-1] == 2:
-        sizes = torch.tensor([(w, h) for h, w in spatial_shapes], dtype=reference.dtype, device=reference.device)
-        return reference + sampling_offsets / sizes[:, None]
+        return reference + sampling_offsets / map_sizes(spatial_shapes, reference)[:, None]
     return reference[..., :2] + sampling_offsets / points * reference[..., 2:] * 0.5
+
+
+def map_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
+    """(width, height) of each level, (L, 2); in an exported graph they follow the input's size."""
+    if torch.compiler.is_exporting():
+        sides = [torch.stack([torch.scalar_tensor(side, dtype=like.dtype) for side in (w, h)]) for h, w in spatial_shapes]
+        return torch.stack(sides).to(like.device)
+    return torch.tensor([(w, h) for h, w in spatial_shapes], dtype=like.dtype, device=like.device)
 
 
 def sampling_grid(locations: Tensor) -> Tensor:
@@ -65,8 +72,12 @@ def deformable_attention(
     reference_points: Tensor,
     sampling_offsets: Tensor,
     attention_logits: Tensor,
+    sample: Callable[[Tensor, Shapes, Tensor, Tensor], Tensor] = sample_and_sum,
 ) -> Tensor:
-    """`sample_and_sum` at the locations that references and offsets give, with weights from a softmax over L × P."""
+    """`sample_and_sum` at the locations that references and offsets give, with weights from a softmax over L × P.
+
+    sample: another way to compute `sample_and_sum`.
+    """
     locations = sampling_locations(spatial_shapes, reference_points, sampling_offsets)
     weights = attention_logits.to(locations.dtype).flatten(-2).softmax(-1).view_as(attention_logits)
-    return sample_and_sum(value, spatial_shapes, locations, weights)
+    return sample(value, spatial_shapes, locations, weights)

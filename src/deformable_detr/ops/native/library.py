@@ -121,6 +121,14 @@ _pool = _Pool()
 _forked = False
 
 
+def release_scratch() -> None:
+    """Gives the memory kept for the next call back to the system."""
+    found, _ = status()
+    blocks, _pool._free = _pool._free, []
+    for _, address in blocks if found else ():
+        found.msda_release(address)
+
+
 def _after_fork() -> None:
     # OpenMP's threads do not survive a fork, and waiting for them would hang; a lock may have been held.
     global _forked

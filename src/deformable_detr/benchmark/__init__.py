@@ -1,0 +1,1 @@
+"""Speed, measured where the user stands."""
