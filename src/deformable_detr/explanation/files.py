@@ -43,7 +43,7 @@ def explain_file(
         if number is not None and number < 1:
             raise UserError(f"{option} {number}: numbers start at 1")
     suffix = out.suffix.lower()
-    if suffix not in PAGES:
+    if suffix not in PAGES and not out.is_dir():
         picture_kind(out)
     if suffix in ANIMATED and layer is not None:
         raise UserError(f"--layer {layer}: {out.name} goes across all layers; leave --layer out, or write a .png")

@@ -51,8 +51,8 @@ const percent = (part) => `${Math.round(part * 100)}%`;
 /** The part of the image that is shown: [x, y, width, height]. */
 function part() {
   if (state.zoom) return item().view;
-  const m = state.others ? 0.02 : 0.02;
-  return [-data.width * m, -data.height * m, data.width * (1 + 2 * m), data.height * (1 + 2 * m)];
+  const border = 0.02;
+  return [-data.width * border, -data.height * border, data.width * (1 + 2 * border), data.height * (1 + 2 * border)];
 }
 
 function rectangle([x1, y1, x2, y2], stroke, width, unit, dash, parent) {
@@ -201,7 +201,7 @@ function button(text, parent, act) {
   return element;
 }
 
-/** Chips that show or hide the members of a set; "all" brings back every one, and a sole one chosen twice as well. */
+/** Chips that show or hide the members of a set, and two for all and none of them. */
 function toggles(id, set, labels, icon) {
   const parent = byId(id);
   for (const [index, label] of labels.entries()) {

@@ -79,7 +79,7 @@ def save(explanation: Explanation, path: Path, layer: int | None = None) -> Path
 def picture_kind(path: Path) -> str:
     """Pillow's name of the format that the ending asks for. Raises UserError where there is none."""
     suffix = path.suffix.lower()
-    kind = ANIMATED.get(suffix) or Image.registered_extensions().get(suffix)
+    kind = {**Image.registered_extensions(), **ANIMATED}.get(suffix)  # asked for first: it loads what Pillow can save
     if kind is None or kind not in Image.SAVE:
         raise UserError(f"{path}: no picture format has the ending '{path.suffix}'; use .png, .gif, .webp or .html")
     return kind
@@ -316,10 +316,10 @@ def _write(figure: Any, x: float, y: float, text: str) -> None:
 
 
 def _columns(count: int, width: float, height: float) -> int:
-    """How many panels a row, so that the whole is about as 4 to 3 and few places stay empty."""
+    """How many panels a row, so that the whole is about as 16 to 9 and few places stay empty."""
 
     def cost(n: int) -> float:
         rows = math.ceil(count / n)
-        return abs(math.log(n * width / (rows * height) / 1.4)) + (rows * n - count) / count
+        return abs(math.log(n * width / (rows * height) * 9 / 16)) + (rows * n - count) / count
 
     return min(range(1, count + 1), key=cost)

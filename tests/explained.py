@@ -1,0 +1,54 @@
+"""A small detector whose sampling points are known because its offsets and weights are set by hand."""
+
+import torch
+
+from deformable_detr import DeformableDETR, ModelConfig
+
+HEADS, LEVELS, POINTS = 2, 3, 2
+
+
+def small_config(**changes):
+    settings = {
+        "num_classes": 3,
+        "class_names": ("red", "green", "blue"),
+        "category_ids": (2, 5, 9),
+        "backbone": "test_resnet",
+        "backbone_weights": "none",
+        "feature_levels": LEVELS,
+        "image_size": 64,
+        "max_size": 160,
+        "hidden_dim": 32,
+        "num_heads": HEADS,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_points": POINTS,
+        "decoder_points": POINTS,
+        "ffn_dim": 32,
+        "num_queries": 6,
+    }
+    return ModelConfig(**{**settings, **changes})
+
+
+def random_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    return DeformableDETR(small_config(**changes)).eval()
+
+
+def hand_set(attention, offsets, logits):
+    """Every query of the layer gets the offsets (M, L, P, 2) and weights softmax(logits (M, L, P))."""
+    with torch.no_grad():
+        attention.sampling_offsets.weight.zero_()
+        attention.sampling_offsets.bias.copy_(offsets.flatten())
+        attention.attention_weights.weight.zero_()
+        attention.attention_weights.bias.copy_(logits.flatten())
+
+
+def some_offsets(seed):
+    draw = torch.Generator().manual_seed(seed)
+    offsets = torch.randn(HEADS, LEVELS, POINTS, 2, generator=draw) * 1.5
+    return offsets, torch.randn(HEADS, LEVELS, POINTS, generator=draw)
+
+
+def picture(height, width, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=draw, dtype=torch.uint8)
