@@ -164,6 +164,14 @@ def test_conversion_writes_over_nothing(tmp_path):
         convert(tmp_path / "ours", "ours", tmp_path / "ours" / "config.json" / "deeper")
 
 
+def test_others_may_read_what_is_written(tmp_path):
+    ours().save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
 # --- the official code itself, where there is a checkout of it ----------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deformable_detr import DeformableDETR, UserError, presets
-from deformable_detr.weights.transfer import load_for_training, starting_config
+from deformable_detr.weights.transfer import begin, load_for_training, starting_config
 from test_model_parity import batch
 from test_weights_source import OURS, ours
 
@@ -162,11 +162,70 @@ def test_where_nothing_fits(source):
         load_for_training(fresh(), folder / "gone", quiet)
 
 
-def test_the_sources_network_as_the_start_of_a_config(source):
+def test_the_sources_network_as_the_start_of_a_config(source, tmp_path):
+    _, folder = source
+    config = starting_config(folder)
+    assert (config.preset, config.model.hidden_dim, config.model.backbone) == ("two-stage", 64, "test_resnet")
+    assert (config.model.class_names, config.model.category_ids, config.model.backbone_weights) == ((), (), "none")
+    assert config.train == presets.config("two-stage").train
+    ours(presets.small).save_pretrained(tmp_path / "small")
+    assert starting_config(tmp_path / "small").train == presets.config("small").train
+
+
+def test_a_model_begun_from_a_source_fetches_no_backbone(source, monkeypatch):
+    import timm
+
     model, folder = source
-    config = starting_config(folder, {"image_size": 96, "num_classes": 7})
-    assert (config.num_classes, config.class_names, config.image_size) == (7, (), 96)
-    assert (config.hidden_dim, config.two_stage, config.backbone) == (64, True, model.config.backbone)
-    assert config.backbone_weights == "none"
-    with pytest.raises(UserError, match="image_size"):
-        starting_config(folder, {"image_size": 0})
+    create = timm.create_model
+
+    def offline(*names, pretrained=False, **options):
+        assert not pretrained
+        return create(*names, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    new = begin(model.config.replace(backbone_weights="hub"), folder, quiet)
+    assert torch.equal(new.level_embedding, model.level_embedding)
+    assert not new.backbone.body.conv1[0].weight.requires_grad
+
+
+def test_a_run_that_starts_from_weights(source, tmp_path, capsys):
+    from deformable_detr import train
+    from training_fakes import write_dataset
+
+    _, folder = source
+    data = write_dataset(tmp_path / "set")
+    settings = {"epochs": 1, "batch_size": 4, "image_size": 64, "workers": 0, "device": "cpu"}
+    metrics = train(data, tmp_path / "run", weights=str(folder), **settings)
+    assert metrics["step"] > 0
+    out = capsys.readouterr().out
+    assert f"weights of {folder}:" in out
+    assert "none of the same name" in out
+    found = DeformableDETR.from_pretrained(tmp_path / "run").config
+    assert (found.backbone, found.hidden_dim, found.image_size) == ("test_resnet", 64, 64)
+    assert found.class_names == ("red", "green", "blue")
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "## Data\n\nset\n" in text
+    assert "AP50" in text or "None measured" in text
+    train(data, tmp_path / "run", resume=True, epochs=2)  # goes on with its own weights
+    assert "weights of" not in capsys.readouterr().out
+
+
+def test_the_command_line_converts_and_names_the_network(source, tmp_path, capsys):
+    import yaml
+
+    from deformable_detr import cli
+
+    model, folder = source
+    cli.main(["convert", str(folder), "--to", "transformers", "--out", str(tmp_path / "out")])
+    assert "AutoModelForObjectDetection" in capsys.readouterr().out
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["convert", str(folder), "--to", "transformers", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --out")
+    cli.main(["train", "--weights", str(folder), "--image-size", "96", "--print-config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["train"]["weights"], config["preset"]) == (str(folder), "two-stage")
+    assert (config["model"]["hidden_dim"], config["model"]["image_size"]) == (model.config.hidden_dim, 96)
+    cli.main(["train", "--weights", str(folder), "--preset", "refine", "--print-config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["hidden_dim"] == 256

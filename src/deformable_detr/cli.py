@@ -41,6 +41,7 @@ def train(
     batch_size: int | None = None,
     backbone: str | None = None,
     backbone_weights: str | None = None,
+    weights: str | None = None,
     lr: float | None = None,
     precision: Literal["fp32", "bf16", "fp16"] | None = None,
     device: str | None = None,
@@ -59,13 +60,14 @@ def train(
     Args:
         data: Folder of the data set: COCO JSON, YOLO (data.yaml) or Pascal VOC.
         out: Folder for the config, the metrics, the checkpoints and the model.
-        preset: The variant to start from; small where nothing names one.
+        preset: The variant to start from; where nothing names one, what --weights has, else small.
         epochs: Passes over the training images, at most.
         minutes: Minutes of training, at most.
         image_size: Short side of the input in pixels.
         batch_size: Images a step.
         backbone: Any timm model that gives feature maps.
         backbone_weights: hub (download), none (random) or the path of a safetensors file.
+        weights: Model to fine-tune: a run or model folder, a transformers folder or hub id, an official .pth.
         lr: Learning rate.
         precision: Number format of the heavy computations.
         device: cpu, cuda, cuda:1, mps; auto: the fastest there is.
@@ -87,6 +89,7 @@ def train(
         "train.batch_size": batch_size,
         "model.backbone": backbone,
         "model.backbone_weights": backbone_weights,
+        "train.weights": weights,
         "train.lr": lr,
         "train.precision": precision,
         "train.device": device,
@@ -146,20 +149,19 @@ def evaluate(
     """Measure a model on a data set: COCO's twelve figures and the AP of each class.
 
     Args:
-        model: Folder of a run or of a saved model.
+        model: Folder of a run or of a saved model, or an exported file (.onnx, .xml, .pt2).
         data: Folder of the data set.
         split: Which part of the data set.
         batch_size: Images at once.
         workers: Processes that load images.
     """
-    from .device import pick_device
     from .evaluation import evaluate
     from .inference.files import prepare_file, write_json
-    from .model.detector import DeformableDETR
+    from .inference.loading import load_detector
 
     if json is not None:
         prepare_file(json, "--json")
-    detector = DeformableDETR.from_pretrained(model).to(pick_device(device))
+    detector = load_detector(model, device)
     metrics = evaluate(detector, data, split=split, batch_size=batch_size, workers=workers)
     print(_table(metrics))
     if json is not None:
@@ -180,19 +182,18 @@ def predict(
     """Find the objects in images.
 
     Args:
-        model: Folder of a run or of a saved model.
+        model: Folder of a run or of a saved model, or an exported file (.onnx, .xml, .pt2).
         images: Image files, and folders of them.
         out: Folder for the images with the boxes drawn on.
         threshold: Lowest score of a detection, 0 to 1.
     """
-    from .device import pick_device
     from .inference.files import find_images, predict_files
-    from .model.detector import DeformableDETR
+    from .inference.loading import load_detector
 
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: must be from 0 to 1")
     files = find_images(images)
-    detector = DeformableDETR.from_pretrained(model).to(pick_device(device))
+    detector = load_detector(model, device)
     if predict_files(detector, files, out, threshold, json, complain=_complain):
         sys.exit(2)
 
@@ -233,6 +234,59 @@ def explain(
     detector = DeformableDETR.from_pretrained(model).to(pick_device(device))
     target = out or Path(f"{image.stem}-explained.png")
     explain_file(detector, image, target, detection, place, number, threshold, json)
+
+
+@app.command
+def convert(source: str, *, to: Literal["ours", "transformers", "official"], out: Path) -> None:
+    """Write a model in another format, for the tools that read it.
+
+    Args:
+        source: A run or model folder, a transformers folder or hub id, or an official .pth.
+        to: ours, transformers (its Auto classes) or official (the paper authors' code).
+        out: Folder for the model; it must not hold one.
+    """
+    from .weights.convert import convert as write
+
+    for line in write(source, to, out):
+        print(line)
+
+
+@app.command
+def export(
+    model: Path,
+    *,
+    to: Literal["onnx", "openvino", "torch"],
+    out: Path,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    image_size: str = "dynamic",
+    post_processing: Annotated[bool, Flag] = False,
+    sampling: Literal["grid_sample", "gather"] = "grid_sample",
+    data: Path | None = None,
+    split: str = "val",
+    limit: int | None = None,
+) -> None:
+    """Write a model as a file for another runtime, verified against the model before it is put in place.
+
+    Args:
+        model: Folder of a run or of a saved model.
+        to: onnx, openvino (.xml with a .bin beside it) or torch (.pt2).
+        out: The file.
+        precision: fp16 makes it half the size; needs --data, on which AP may fall by 0.005 at most.
+        image_size: H,W for inputs of that one size, or dynamic. The batch is open either way.
+        post_processing: Also give boxes in pixels, scores and labels of the best 100 detections.
+        sampling: gather for runtimes that compute GridSample wrongly or lack it.
+        data: Data set to measure the cost of fp16 on.
+        split: Which part of the data set.
+        limit: Only its first so many images.
+    """
+    from .export import export_model
+    from .export.graph import parse_size
+    from .model.detector import DeformableDETR
+
+    size = parse_size(image_size)
+    detector = DeformableDETR.from_pretrained(model)
+    export_model(detector, out, to, precision, size, post_processing, sampling, data, split, limit, report=print)
+    print(f"{out} computes what {model} does; next: deformable-detr predict {out} IMAGE --out pictures")
 
 
 @app.command

@@ -192,6 +192,9 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """The optimisation. Defaults are the paper's (section 5 and the published configurations)."""
 
+    weights: str | None = Field(
+        default=None, description="model to start from: a folder, a hub id or an official checkpoint; none: no model"
+    )
     epochs: Positive | None = Field(default=50, description="stop after so many epochs; none: as minutes say")
     minutes: PositiveFloat | None = Field(
         default=None, description="stop after so many minutes of training, evaluation and saving not counted"

@@ -22,7 +22,8 @@ def resolve(
     """The config that a command runs with.
 
     Args:
-        preset: Name of the preset to start from; none given: the file's `preset`, else `default_preset`.
+        preset: Name of the preset to start from; none given: the file's `preset`, else the network of the model that
+            "train.weights" names and the preset that it is like, else `default_preset`.
         file: YAML with some or all keys of a `Config`.
         overrides: `section.key=value` strings, values read as YAML.
         options: Values by dotted key, for example {"train.epochs": 3}; None means not given. Of "train.epochs" and
@@ -34,10 +35,18 @@ def resolve(
     """
     in_file = {} if file is None else read_config_file(file)
     in_overrides = parse_overrides(overrides)
-    named = preset or in_overrides.pop("preset", None) or in_file.get("preset") or default_preset
-    if not isinstance(named, str):
-        raise UserError(f"preset must be a name, not {named!r}; choose from {', '.join(presets.MODELS)}")
-    base = presets.config(named)
+    named = preset or in_overrides.pop("preset", None) or in_file.get("preset")
+    weights = _weights(options or {}, in_overrides, in_file)
+    if named is None and weights:
+        from .weights.transfer import starting_config
+
+        base = starting_config(weights)
+        named = base.preset
+    else:
+        named = named or default_preset
+        if not isinstance(named, str):
+            raise UserError(f"preset must be a name, not {named!r}; choose from {', '.join(presets.MODELS)}")
+        base = presets.config(named)
     layers = [
         (f"config file {file}", {**in_file, "preset": named}),
         ("--set", in_overrides),
@@ -50,6 +59,13 @@ def resolve(
         for where, changes in layers:
             base.merged(changes, where)
         raise UserError(f"the settings together: {str(error).removeprefix('the config: ')}") from None
+
+
+def _weights(options: Mapping[str, Any], in_overrides: Mapping[str, Any], in_file: Mapping[str, Any]) -> str | None:
+    """The model to start from, where one is named; a bad value is told of when the layers are read."""
+    sections = [in_overrides.get("train"), in_file.get("train")]
+    named = [options.get("train.weights"), *(s.get("weights") for s in sections if isinstance(s, Mapping))]
+    return next((value for value in named if value and isinstance(value, str)), None)
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:

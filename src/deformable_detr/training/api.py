@@ -6,9 +6,9 @@ import difflib
 import os
 from typing import Any
 
-from .. import presets
 from ..config import Config, DataConfig, ModelConfig, TrainConfig
 from ..errors import UserError
+from ..settings import resolve
 from .loop import train_model
 from .run_folder import run_config
 
@@ -18,13 +18,14 @@ _SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 def train(
     data: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    preset: str = "small",
+    preset: str | None = None,
     resume: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Trains a detector on the data set at `data`; the run and the best model are then in the folder `out`.
 
-    preset: the variant to start from (`presets.MODELS`).
+    preset: the variant to start from (`presets.MODELS`); none: the network of `weights`, where they are given, and
+        "small" where they are not.
     settings: any keys of the config by their own names, `epochs=3, image_size=320, flip=0.0`; those of the model and
         the training also together, `train={"epochs": 3}, model={"num_queries": 50}`. Of `epochs` and `minutes`, one
         alone ends the run.
@@ -38,11 +39,15 @@ def train(
     return train_model(data, out, _config(out, preset, resume, settings), resume=resume)
 
 
-def _config(out: str | os.PathLike[str], preset: str, resume: bool, settings: dict[str, Any]) -> Config:
+def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, settings: dict[str, Any]) -> Config:
     values = _by_section(settings)
     if values.get("train", {}).keys() & {"epochs", "minutes"}:
         values["train"] = {"epochs": None, "minutes": None, **values["train"]}
-    base = run_config(out) if resume else presets.config(preset)
+    base = (
+        run_config(out)
+        if resume
+        else resolve(preset, options={"train.weights": values.get("train", {}).get("weights")})
+    )
     return base.merged(values, "train()")
 
 

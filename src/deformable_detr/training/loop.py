@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def train_model(
 
     _seed(config.train.seed)
     model = _build(config, restored is not None).to(device)
-    trainer = Trainer(config, model, train_set, validation, folder)
+    trainer = Trainer(config, model, train_set, validation, folder, Path(data).resolve().name)
     if restored is not None:
         trainer.restore(*restored)
     folder.write_config(config)
@@ -102,10 +103,17 @@ class Trainer:
     """One run: a model, its optimiser, its data, and the folder where it is kept."""
 
     def __init__(
-        self, config: Config, model: DeformableDETR, train_set: CocoDataset, validation: CocoDataset, folder: RunFolder
+        self,
+        config: Config,
+        model: DeformableDETR,
+        train_set: CocoDataset,
+        validation: CocoDataset,
+        folder: RunFolder,
+        data_name: str | None = None,
     ) -> None:
         from ..data.batching import loader
 
+        self.data_name = data_name  # for the model card
         self.config, self.model, self.validation, self.folder = config, model, validation, folder
         train = config.train
         self.data_fingerprint = fingerprint(train_set)
@@ -252,7 +260,10 @@ class Trainer:
         done.metrics, done.evaluated_step = metrics, done.step
         if better:
             done.best = figure
-            self.folder.export(self.stepper.learned)
+            from ..weights.card import Facts
+
+            figures = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
+            self.folder.export(self.stepper.learned, Facts(self.data_name, figures, self.config))
             self.save(best=True)
         update_state(self.folder.last, self._state())
         facts = {"step": done.step, "epoch": done.epoch, "images_seen": done.images_seen}
@@ -334,7 +345,10 @@ def _with_classes(config: Config, dataset: CocoDataset) -> Config:
 
 def _build(config: Config, restored: bool) -> DeformableDETR:
     from ..model.detector import DeformableDETR
+    from ..weights.transfer import begin
 
+    if config.train.weights and not restored:
+        return begin(config.model, config.train.weights)
     return DeformableDETR(config.model.without_download() if restored else config.model)
 
 

@@ -15,6 +15,7 @@ from .checkpoint import load_checkpoint, share_as_folder, write_text
 if TYPE_CHECKING:
     from ..data.coco import CocoDataset
     from ..model.detector import DeformableDETR
+    from ..weights.card import Facts
 
 # What a run writes. A folder that holds any of it belongs to a run or to a model, and is not written over.
 CONFIG = "config.yaml"
@@ -77,11 +78,11 @@ class RunFolder:
                 )
         return tensors, state
 
-    def export(self, model: DeformableDETR) -> None:
-        """Makes the model the one that `from_pretrained` finds in the run folder."""
+    def export(self, model: DeformableDETR, facts: Facts | None = None) -> None:
+        """Makes the model the one that `from_pretrained` finds in the run folder; `facts` are for its card."""
         temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=self.path))
         try:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, facts)
             for file in temporary.iterdir():
                 share_as_folder(file, self.path)
                 os.replace(file, self.path / file.name)

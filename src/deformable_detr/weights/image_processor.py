@@ -42,9 +42,11 @@ def processor_settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not factor > 0:
         raise UserError(f"{path}: rescale_factor {factor} must be above 0")
     scale = 1.0 if abs(factor * 255 - 1) < 1e-6 else factor * 255  # theirs counts pixels in 0..255, ours in 0..1
+    short, long = min(sides, default=800), max(sides, default=1333)
+    alone = len(sides) == 1 and "shortest_edge" in size
     return {
-        "image_size": min(sides, default=800),
-        "max_size": None if len(sides) == 1 and "shortest_edge" in size else max(sides, default=1333),
+        "image_size": short,
+        "max_size": None if alone or long == round(short * 1333 / 800) else long,
         "pixel_mean": tuple(x / scale for x in mean),
         "pixel_std": tuple(x / scale for x in std),
     }

@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
-from ..config import ModelConfig
+from .. import presets
+from ..config import Config, ModelConfig
 from ..errors import UserError
 from ..model.detector import DeformableDETR
 from .resize import resized
@@ -52,14 +52,32 @@ class Transfer:
         return out
 
 
-def starting_config(source: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The network of a source as the start of a new config: its sizes and image size, without its classes.
+def starting_config(source: str | os.PathLike[str]) -> Config:
+    """The config to fine-tune a source with: its network and image size, and the training of the preset it is like.
 
-    changes: settings that differ. Raises UserError as `source.load` does, and for changes that are not valid.
+    Its classes are left out: they are the data set's. Raises UserError as `source.load` does.
     """
-    config, _, _ = read(source)
-    kept = {name: value for name, value in config.model_dump().items() if name not in _NOT_INHERITED}
-    return ModelConfig.read({**kept, "backbone_weights": "none", **(changes or {})}, f"the network of {source}")
+    found, _, _ = read(source)
+    kept = {name: value for name, value in found.model_dump().items() if name not in _NOT_INHERITED}
+    model = ModelConfig.read({**kept, "backbone_weights": "none"}, f"the network of {source}")
+    alike = ("feature_levels", "dilation", "refine", "two_stage", "class_proposals", "query_content", "box_positions")
+    names = [
+        name
+        for name, preset in presets.MODELS.items()
+        if all(getattr(preset(), field) == getattr(model, field) for field in alike)
+    ]
+    return presets.config(names[0] if names else "multi-scale").replace(model=model)
+
+
+def begin(config: ModelConfig, source: str | os.PathLike[str], say: Callable[[str], object] = print) -> DeformableDETR:
+    """A new model with `config` that starts from the weights of `source`, as `load_for_training` takes them.
+
+    Pretrained weights of the backbone are only fetched where the source has another backbone.
+    """
+    found = read(source)
+    model = DeformableDETR(config.without_download() if _base(found[0]) == _base(config) else config)
+    _transfer(model, found[0], found[1], source, say)
+    return model
 
 
 def load_for_training(
@@ -73,6 +91,16 @@ def load_for_training(
     say: gets the report line by line. Raises UserError for a source that cannot be read and where nothing fits.
     """
     config, state, _ = read(source)
+    return _transfer(model, config, state, source, say)
+
+
+def _transfer(
+    model: DeformableDETR,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    source: str | os.PathLike[str],
+    say: Callable[[str], object],
+) -> Transfer:
     own = model.state_dict()
     report = Transfer()
     state, new = resized(_paired(state, config, model.config), config, model)
