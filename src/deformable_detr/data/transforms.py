@@ -26,9 +26,9 @@ def training(image_size: int, long_side: int, data: DataConfig) -> Training:
     return Training(image_size, long_side, data.train_scales, data.flip, data.crop)
 
 
-def evaluation(image_size: int, long_side: int) -> Evaluation:
+def evaluation(image_size: int, long_side: int, canvas: tuple[int, int] | None = None) -> Evaluation:
     """`resize` alone."""
-    return Evaluation(image_size, long_side)
+    return Evaluation(image_size, long_side, canvas)
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,10 @@ class Evaluation:
 
     image_size: int
     long_side: int
+    canvas: tuple[int, int] | None = None
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        return resize(image, self.image_size, self.long_side), target
+        return resize(image, self.image_size, self.long_side, self.canvas), target
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,19 @@ def resized_size(height: int, width: int, image_size: int, long_side: int) -> tu
     return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
-def resize(image: Tensor, image_size: int, long_side: int) -> Tensor:
-    """A uint8 image (3, H, W) at the size that `resized_size` gives: bilinear, antialiased."""
+def resize(image: Tensor, image_size: int, long_side: int, canvas: tuple[int, int] | None = None) -> Tensor:
+    """A uint8 image (3, H, W) at the size that `resized_size` gives: bilinear, antialiased.
+
+    canvas: (height, width), the image fills as much of instead, proportions kept.
+    """
     from torchvision.transforms.v2 import functional
 
     height, width = image.shape[-2:]
-    size = resized_size(height, width, image_size, long_side)
+    if canvas is None:
+        size = resized_size(height, width, image_size, long_side)
+    else:
+        scale = min(canvas[0] / height, canvas[1] / width)
+        size = tuple(max(1, min(side, round(old * scale))) for side, old in zip(canvas, (height, width), strict=True))
     return image if size == (height, width) else functional.resize(image, list(size), antialias=True)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..config import DataConfig, ModelConfig
 from ..errors import UserError
+from ..inference.loading import load_detector
 from ..inference.postprocess import select
 from ..inference.predictor import evaluating, forward, model_categories
 from .coco import Metrics, coco_metrics
@@ -34,7 +34,8 @@ def evaluate(
 ) -> Metrics:
     """The COCO figures of a model on one split of a data set.
 
-    model: a `DeformableDETR`, used where it is, or the folder of one, put on `device` (see `device.pick_device`).
+    model: a `DeformableDETR`, used where it is, or the folder of one or an exported file, put on `device` (see
+        `device.pick_device`).
     data: the data set's folder; split and data_config as in `data.coco.open_dataset`.
     batch_size, workers, limit, progress: see `evaluate_dataset`.
 
@@ -45,14 +46,14 @@ def evaluate(
     from ..data.transforms import evaluation
 
     if not isinstance(model, nn.Module):
-        model = _from_folder(Path(model), device)
+        model = load_detector(model, device)
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     dataset = open_dataset(
         data,
         split=split,
         data=data_config or DataConfig(),
         categories=model_categories(config) if config.category_ids else None,
-        transform=evaluation(config.image_size, config.long_side),
+        transform=evaluation(config.image_size, config.long_side, getattr(model, "canvas", None)),
     )
     return evaluate_dataset(model, dataset, batch_size, workers, limit, progress)
 
@@ -118,10 +119,3 @@ def _detect(
                 )
             bar.update(len(targets))
     return results, seen
-
-
-def _from_folder(folder: Path, device: str) -> nn.Module:
-    from ..device import pick_device
-    from ..model.detector import DeformableDETR
-
-    return DeformableDETR.from_pretrained(folder).to(pick_device(device))

@@ -30,16 +30,26 @@ def select(outputs: Mapping[str, Any], original_sizes: Sequence[tuple[int, int]]
 
     All images are worked on at once on the outputs' device, in float32, and copied to the host once.
     """
-    from torchvision.ops import box_convert
-
     logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
-    B, Q, K = logits.shape
-    scores, pairs = logits.sigmoid().flatten(1).topk(min(top_k, Q * K), dim=1)  # (B, k)
-    queries, labels = pairs // K, pairs % K
-    chosen = boxes.gather(1, queries[:, :, None].expand(-1, -1, 4))
-    heights, widths = torch.tensor(original_sizes, dtype=torch.float32, device=boxes.device).reshape(B, 2).unbind(1)
-    limits = torch.stack([widths, heights, widths, heights], dim=1)[:, None]  # (B, 1, 4)
-    corners = (box_convert(chosen, "cxcywh", "xyxy") * limits).clamp(min=torch.zeros_like(limits), max=limits)
+    sizes = torch.tensor(original_sizes, dtype=torch.float32, device=boxes.device).reshape(len(boxes), 2)
+    corners, scores, labels = best_pairs(logits, boxes, sizes, top_k)
     # Labels are exact in float32 up to 2²⁴, so one tensor carries all to the host.
     packed = torch.cat([corners, scores[:, :, None], labels[:, :, None].float()], dim=2).cpu()
     return [Selection(image[:, :4], image[:, 4], image[:, 5].long()) for image in packed]
+
+
+def best_pairs(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (B, k, 4) xyxy in pixels, scores (B, k) and labels (B, k) of the best query and class pairs, best first.
+
+    logits: (B, Q, K). boxes: (B, Q, 4) cxcywh in 0..1. original_sizes: (B, 2) float (height, width) in pixels.
+    """
+    from torchvision.ops import box_convert
+
+    Q, K = logits.shape[1:]
+    scores, pairs = logits.sigmoid().flatten(1).topk(torch.sym_min(top_k, Q * K), dim=1)  # (B, k)
+    queries, labels = pairs // K, pairs % K
+    chosen = boxes.gather(1, queries[:, :, None].expand(-1, -1, 4))
+    heights, widths = original_sizes.unbind(1)
+    limits = torch.stack([widths, heights, widths, heights], dim=1)[:, None]  # (B, 1, 4)
+    corners = (box_convert(chosen, "cxcywh", "xyxy") * limits).clamp(min=torch.zeros_like(limits), max=limits)
+    return corners, scores, labels

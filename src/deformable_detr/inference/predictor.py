@@ -81,7 +81,8 @@ def _detect(model: nn.Module, sources: Sequence[Any], top_k: int):
         size = (image.shape[1], image.shape[2])
         sizes.append(size)
         nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), position, size)
-        samples.append((resize(image, config.image_size, config.long_side), nothing))
+        resized = resize(image, config.image_size, config.long_side, getattr(model, "canvas", None))
+        samples.append((resized, nothing))
     batch, _ = collate(samples)
     with evaluating(model):
         return sizes, select(forward(model, batch), sizes, top_k)

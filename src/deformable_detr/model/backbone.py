@@ -45,7 +45,9 @@ class Backbone(nn.Module):
         self.body = body.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        return self.body(pixels.contiguous(memory_format=torch.channels_last))
+        if not torch.compiler.is_exporting():  # a graph leaves the layout to what runs it
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return self.body(pixels)
 
 
 class Projections(nn.Module):

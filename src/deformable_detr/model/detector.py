@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
@@ -16,6 +15,7 @@ from .backbone import Backbone, Projections, pixel_statistics
 from .decoder import Decoder, ExtraQueries
 from .encoder import Encoder
 from .heads import Heads
+from .layers import nearest
 from .position import LearnedPosition, SinePosition
 from .proposals import ProposalStage
 
@@ -94,7 +94,7 @@ class DeformableDETR(nn.Module):
 
         maps = self.projections(self.backbone(pixels))
         spatial_shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
-        masks = [F.interpolate(padding_mask[:, None].float(), size=shape)[:, 0].bool() for shape in spatial_shapes]
+        masks = [nearest(padding_mask, shape) for shape in spatial_shapes]
         precision = torch.promote_types(pixels.dtype, torch.float32)
         valid_ratios = torch.stack([_valid_ratio(mask, precision) for mask in masks], dim=1)  # (B, L, 2)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # (B, S, C)
@@ -121,7 +121,7 @@ class DeformableDETR(nn.Module):
                     query_position = torch.cat((position, query_position), dim=1)
             out |= {"encoder_logits": proposed.logits, "encoder_boxes": proposed.boxes}
         else:
-            query_position, queries = self.query_embedding.weight.expand(len(pixels), -1, -1).chunk(2, dim=-1)
+            query_position, queries = self.query_embedding.weight.expand(pixels.shape[0], -1, -1).chunk(2, dim=-1)
             references = self.reference_points(query_position).to(precision).sigmoid()
 
         # With fewer tokens than queries there are fewer queries: the model's own come last in the mask.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -36,6 +37,18 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x).relu()
         return self.layers[-1](x)
+
+
+def nearest(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A mask (B, H, W) at another size (h, w), each pixel from the nearest above and left of it."""
+    if not torch.compiler.is_exporting():
+        return F.interpolate(mask[:, None].float(), size=shape)[:, 0].bool()
+    # Runtimes round differently where pixels fall on one another: in a graph, the sum that `interpolate` does.
+    for dim, size in enumerate(shape, start=1):
+        old, new = (torch.scalar_tensor(n, device=mask.device) for n in (mask.shape[dim], size))
+        index = (torch.arange(size, dtype=torch.float32, device=mask.device) * (old / new)).floor().minimum(old - 1)
+        mask = mask.index_select(dim, index.long())
+    return mask
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

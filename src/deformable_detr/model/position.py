@@ -59,6 +59,14 @@ class LearnedPosition(nn.Module):
 
 
 def _fitted(table: Tensor, length: int) -> Tensor:
+    if torch.compiler.is_exporting():
+        # The same without asking for the length, which an exported graph leaves open.
+        last = len(table) - 1
+        steps = torch.scalar_tensor(length, dtype=table.dtype, device=table.device) - 1
+        place = torch.arange(length, dtype=table.dtype, device=table.device) * (last / steps.clamp(min=last))
+        low = place.long().clamp(max=last)
+        part = (place - low)[:, None]
+        return table[low] * (1 - part) + table[(low + 1).clamp(max=last)] * part
     if length <= len(table):
         return table[:length]
     return F.interpolate(table.t()[None], size=length, mode="linear", align_corners=True)[0].t()

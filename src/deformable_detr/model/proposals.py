@@ -74,7 +74,7 @@ class ProposalStage(nn.Module):
         tokens = self.memory_norm(self.memory_proj(tokens))
         logits, deltas = heads(tokens, -1)
         unactivated = deltas + anchors
-        count = min(self.num_queries, memory.shape[1])
+        count = torch.sym_min(self.num_queries, memory.shape[1])  # `min`, but open in an exported graph
         scores = logits.amax(-1) if self.class_proposals else logits[..., 0]
         best = scores.topk(count, dim=1).indices[..., None]  # (B, Q, 1)
         chosen = unactivated.gather(1, best.expand(-1, -1, 4)).detach().sigmoid()
@@ -82,7 +82,7 @@ class ProposalStage(nn.Module):
         if self.content == "memory":
             queries = tokens.gather(1, best.expand(-1, -1, tokens.shape[-1])).detach()
         elif self.content == "learned":
-            queries = self.query_embedding.weight[:count].expand(len(memory), -1, -1)
+            queries = self.query_embedding.weight[:count].expand(memory.shape[0], -1, -1)
         assert queries is not None
         return Proposals(queries, query_position, chosen, logits, unactivated.sigmoid())
 
@@ -96,7 +96,7 @@ def proposal_anchors(
     """
     centres = pixel_centres(spatial_shapes, valid_ratios)  # (B, S, 2)
     sizes = [centres.new_full((h * w,), BASE_SIZE * 2**level) for level, (h, w) in enumerate(spatial_shapes)]
-    boxes = torch.cat((centres, torch.cat(sizes)[None, :, None].expand(len(centres), -1, 2)), dim=-1)
+    boxes = torch.cat((centres, torch.cat(sizes)[None, :, None].expand(centres.shape[0], -1, 2)), dim=-1)
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1)
     if padding_mask is not None:
         usable = usable & ~padding_mask

@@ -31,7 +31,9 @@ def sampling_locations(spatial_shapes: Shapes, reference_points: Tensor, samplin
 def map_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
     """(width, height) of each level, (L, 2); in an exported graph they follow the input's size."""
     if torch.compiler.is_exporting():
-        sides = [torch.stack([torch.scalar_tensor(side, dtype=like.dtype) for side in (w, h)]) for h, w in spatial_shapes]
+        sides = [
+            torch.stack([torch.scalar_tensor(side, dtype=like.dtype) for side in (w, h)]) for h, w in spatial_shapes
+        ]
         return torch.stack(sides).to(like.device)
     return torch.tensor([(w, h) for h, w in spatial_shapes], dtype=like.dtype, device=like.device)
 

@@ -1,0 +1,143 @@
+"""The export: trace, write, verify, and only then put the file in its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..errors import UserError
+from ..model.detector import DeformableDETR
+from .formats import SUFFIXES, need, write
+from .graph import InferenceGraph, Sampling, trace
+from .metadata import Described
+from .runtime import ExportedDetector, load
+from .verify import Case, verify
+
+Format = Literal["onnx", "openvino", "torch"]
+Precision = Literal["fp32", "fp16"]
+AP_LOSS = 0.005  # most AP that fp16 may cost
+HALF = (0.5, 0.05)  # logits and boxes of an fp16 file: a coarse net, the AP is the measure
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
+
+
+class Exported(NamedTuple):
+    """What an export came to: the file, the differences from the model, and with fp16 the AP before and after."""
+
+    path: Path
+    cases: list[Case]
+    ap: tuple[float, float] | None
+
+
+def export_model(
+    model: DeformableDETR,
+    out: str | os.PathLike[str],
+    to: Format,
+    precision: Precision = "fp32",
+    image_size: tuple[int, int] | None = None,
+    post_processing: bool = False,
+    sampling: Sampling = "grid_sample",
+    data: str | os.PathLike[str] | None = None,
+    split: str = "val",
+    limit: int | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Exported:
+    """Writes the model as a file for another runtime, or refuses where that file does not compute the same.
+
+    out: ends in .onnx, .xml (OpenVINO; a .bin goes beside it) or .pt2, as `to` says.
+    precision: fp16 halves the file; it needs `data`, the AP on which may fall by `AP_LOSS` at most.
+    image_size: (height, width) of all inputs; none: any size. The batch is always open.
+    post_processing: also boxes in pixels, scores and labels of the best 100; see `graph.InferenceGraph`.
+    sampling: gather for runtimes that miscompute or lack GridSample.
+    data, split, limit: data set for fp16, as in `evaluate`.
+    report: gets a line for each step done.
+
+    Raises UserError for a model that cannot be exported, for a file that cannot be written, and for one that differs.
+    """
+    path = Path(out)
+    _check(path, to, precision, image_size, data, model)
+    for package in _PACKAGES[to]:
+        need(package)
+    model = _plain(model)
+    described = Described(_config(model), image_size, precision, sampling, post_processing)
+    half = precision == "fp16" and to != "openvino"  # OpenVINO stores halves and computes as its device can
+    program = trace(InferenceGraph(model, post_processing, torch.half if half else torch.float32), image_size, sampling)
+    report("traced")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+    try:
+        written = folder / path.name
+        try:
+            write(to, program, written, described.to_strings(), precision, post_processing)
+        except OSError as error:
+            raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+        report(f"written, {sum(file.stat().st_size for file in folder.iterdir()) / 2**20:.1f} MiB")
+        exported = load(written, "cpu")
+        cases = verify(model, exported) if precision == "fp32" else verify(model, exported, HALF)
+        for case in cases:
+            report(f"verified {case}")
+        ap = None if data is None or precision == "fp32" else _measure(model, exported, data, split, limit)
+        if ap is not None:
+            report(f"AP {ap[0]:.4f} before, {ap[1]:.4f} after")
+            if not ap[1] >= ap[0] - AP_LOSS:
+                raise UserError(f"refused: {precision} takes AP from {ap[0]:.4f} to {ap[1]:.4f}; nothing was written")
+        del exported  # Windows does not move open files
+        _put(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Exported(path, cases, ap)
+
+
+def _check(
+    path: Path, to: str, precision: str, image_size: tuple[int, int] | None, data: object, model: DeformableDETR
+) -> None:
+    if path.suffix != SUFFIXES[to]:
+        raise UserError(f"--out {path}: a file for {to} ends in {SUFFIXES[to]}")
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder, name a file")
+    if precision != "fp32" and data is None:
+        raise UserError(f"--precision {precision} needs --data DATA, to measure what it costs")
+    if image_size is not None and min(image_size) < 32:
+        raise UserError(f"--image-size {image_size[0]},{image_size[1]}: each side must be 32 pixels at least")
+
+
+def _plain(model: DeformableDETR) -> DeformableDETR:
+    """A copy of the model as its file is compared with it: on the CPU, in fp32, in evaluation mode."""
+    import copy
+
+    return copy.deepcopy(model).cpu().float().eval()
+
+
+def _config(model: DeformableDETR):
+    """The config with all that a file has to know by itself."""
+    return model.config.without_download().replace(
+        pixel_mean=tuple(model.pixel_mean.tolist()), pixel_std=tuple(model.pixel_std.tolist())
+    )
+
+
+def _measure(
+    model: DeformableDETR, exported: ExportedDetector, data: str | os.PathLike[str], split: str, limit: int | None
+) -> tuple[float, float]:
+    from ..evaluation import evaluate
+
+    before, after = (evaluate(each, data, split=split, batch_size=1, limit=limit)["AP"] for each in (model, exported))
+    if before is None or after is None:
+        raise UserError(f"--data {data}: no objects in it, so no AP to compare")
+    return before, after
+
+
+def _put(folder: Path, path: Path) -> None:
+    """The written files to their place, the one that is named last: before it, nothing new is to be found."""
+    files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
+    for file in files:
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+        os.replace(file, path.parent / file.name)

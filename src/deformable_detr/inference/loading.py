@@ -1,0 +1,21 @@
+"""A detector from wherever it is: a model that PyTorch runs, or an exported file with a runtime of its own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def load_detector(source: str | os.PathLike[str], device: str = "auto") -> Any:
+    """The detector, ready on `device`: of an exported file (.onnx, .xml, .pt2), or what `from_pretrained` takes.
+
+    Both have config, pixel_mean, pixel_std, `predict`, and give the same outputs. Raises UserError.
+    """
+    from ..export.runtime import is_exported, load
+
+    if is_exported(source):
+        return load(source, device)
+    from ..device import pick_device
+    from ..model.detector import DeformableDETR
+
+    return DeformableDETR.from_pretrained(source).to(pick_device(device))

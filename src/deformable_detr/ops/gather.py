@@ -1,0 +1,45 @@
+"""Bilinear sampling by looking up rows, for runtimes that miscompute `grid_sample` or have none.
+
+As exact as `reference.sample_and_sum`, and slower in PyTorch: meant for exported graphs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import Shapes, map_sizes
+
+
+def sample_and_sum(
+    value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """`reference.sample_and_sum`: bilinear samples of `value` at the locations, summed by the weights, (B, Q, M·D)."""
+    dtype = value.dtype
+    value = value.to(sampling_locations.dtype)
+    B, S, M, D = value.shape
+    Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
+    rows = value.transpose(1, 2).reshape(B * M * S, D)
+    locations = sampling_locations.permute(0, 2, 1, 3, 4, 5).reshape(B * M, Q, len(spatial_shapes), P, 2)
+    weights = attention_weights.to(value.dtype).permute(0, 2, 1, 3, 4).reshape(B * M, Q, len(spatial_shapes), P)
+    sizes = map_sizes(spatial_shapes, value)  # (L, 2)
+    first = torch.arange(B * M, device=value.device)[:, None, None] * S  # row of each map's first pixel
+    total = value.new_zeros(B * M, Q, D)
+    for level, (h, w) in enumerate(spatial_shapes):
+        size = sizes[level]
+        # A place that is far away or not a number counts as one just outside the map.
+        place = locations[:, :, level].nan_to_num(-1.0).clamp(-1.0, 2.0) * size - 0.5  # (B·M, Q, P, 2)
+        corner = place.floor()
+        beyond = place - corner
+        for dy in (0, 1):
+            for dx in (0, 1):
+                pixel = corner + torch.tensor((dx, dy), dtype=corner.dtype, device=corner.device)
+                inside = ((pixel >= 0) & (pixel < size)).all(-1)
+                near = (beyond[..., 0] if dx else 1 - beyond[..., 0]) * (beyond[..., 1] if dy else 1 - beyond[..., 1])
+                weight = (weights[:, :, level] * near).masked_fill(~inside, 0.0)
+                x, y = pixel.clamp(min=0.0).minimum(size - 1).long().unbind(-1)
+                index = first + y * w + x
+                samples = rows.index_select(0, index.reshape(-1)).view(B * M, Q, P, D)
+                total = total + (samples * weight[..., None]).sum(2)
+        first = first + h * w
+    return total.view(B, M, Q, D).transpose(1, 2).reshape(B, Q, M * D).to(dtype)
