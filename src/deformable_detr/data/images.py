@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,9 @@ def read_image(source: ImageSource) -> Tensor:
     if not isinstance(source, str | os.PathLike):
         raise UserError(f"an image must be a path, PIL image, array or tensor, not {type(source).__name__}")
     name = os.fspath(source)
+    _refuse_no_file(name)
     try:
         image = Image.open(name)
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such image file") from None
     except Exception as error:  # decoders raise whatever they like on broken bytes
         raise _unreadable(name, error) from error
     with image:
@@ -60,16 +60,25 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int]:
     """`read_size`, and the EXIF orientation: 1 upright; 5 to 8 turn the stored picture by a quarter."""
     name = os.fspath(path)
+    _refuse_no_file(name)
     try:
         with Image.open(name) as image:
             width, height = image.size
             orientation = image.getexif().get(_ORIENTATION, 1) if _may_have_exif(image, name) else 1
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such image file") from None
     except Exception as error:  # decoders raise whatever they like on broken bytes
         raise _unreadable(name, error) from error
     _refuse_size(name, width, height)
     return ((width, height) if orientation in TURNED else (height, width)), orientation
+
+
+def _refuse_no_file(name: str) -> None:
+    """Folders, and pipes, at which reading would wait for ever."""
+    try:
+        mode = os.stat(name).st_mode
+    except (OSError, ValueError):
+        raise UserError(f"{name}: no such image file; add it or remove its record") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{name}: cannot be read as an image (it is no file); put the image there")
 
 
 def _may_have_exif(image: Image.Image, name: str) -> bool:

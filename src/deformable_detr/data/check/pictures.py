@@ -23,6 +23,7 @@ Depth = Literal["auto", "full"]
 # What `auto` looks at: every header and so many whole images, spread over the set, each for so many seconds at most.
 AUTO_IMAGES = 2000
 AUTO_SECONDS = 20.0
+CHUNK = 64  # images between two looks at the clock
 
 Task = tuple[Split, Picture]
 
@@ -79,7 +80,7 @@ def _each(
     rest = iter(tasks)
     bar = tqdm(total=len(tasks), unit="image", desc=f"check {unit}", disable=None if progress else True, leave=False)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool, bar:
-        while chunk := list(islice(rest, 64)):
+        while chunk := list(islice(rest, CHUNK)):
             yield from zip(chunk, pool.map(work, (picture for _, picture in chunk)), strict=True)
             bar.update(len(chunk))
             if end is not None and time.monotonic() > end:
@@ -179,6 +180,6 @@ def _file_digest(path: Path) -> bytes | None:
 def _spread(tasks: Sequence[Task], count: int) -> list[Task]:
     """At most `count` of them, evenly spread, in an order that covers the whole set early."""
     step = max(1, -(-len(tasks) // count))
-    chosen = list(tasks[::step])
+    chosen = tasks[::step]
     order: Iterable[Task] = (task for start in range(8) for task in chosen[start::8])
     return list(order)
