@@ -123,7 +123,7 @@ class _Drawing:
         width = height * self.aspect
         columns = _columns(count, width, height)
         rows = math.ceil(count / columns)
-        caption, head, foot, gap = 0.34, 0.5, 1.5, 0.14  # inches
+        caption, head, foot, gap = 0.34, 0.66, 1.5, 0.14  # inches
         whole = (columns * width + (columns + 1) * gap, head + rows * (height + caption) + foot)
         figure = Figure(figsize=(max(whole[0], 6.6), whole[1]), dpi=DPI, facecolor=PAPER)
         canvas = FigureCanvasAgg(figure)
@@ -139,6 +139,15 @@ class _Drawing:
             else:
                 self._panel(axes, *tokens[number - 1])
         _write(figure, gap / figure.get_figwidth(), 1 - 0.16 / figure.get_figheight(), self.explanation.title)
+        what = (
+            "inside: attention weight in the detected box; "
+            if isinstance(self.explanation, DetectionExplanation)
+            else ""
+        )
+        figure.text(
+            gap / figure.get_figwidth(), 1 - 0.52 / figure.get_figheight(),
+            f"{what}beyond: weight outside the panel, drawn at its edge", va="center", fontsize=SMALL, color=QUIET,
+        )  # fmt: skip
         self._legend(figure)
         canvas.draw()
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -202,7 +211,7 @@ class _Drawing:
             _box(axes, look.box.numpy(), BOX, 2.2, "solid")
             _path(axes, look.reference_point.numpy()[None])
             share = float(explanation.shares_inside()[layer])
-            text += f":  score {look.scores[explanation.label]:.2f},  {share:.0%} of the attention inside"
+            text += f": score {look.scores[explanation.label]:.2f}, {share:.0%} inside"
         else:
             assert isinstance(explanation, PointExplanation)
             centres = explanation.token_centres.numpy()
@@ -212,7 +221,7 @@ class _Drawing:
                 text += f", from level {token + 1} ({w} × {h})"
         beyond = float((weights * ~view.holds(locations)).sum() / weights.sum())
         if beyond >= 0.005:
-            text += f",  {beyond:.0%} beyond the edge"
+            text += f", {beyond:.0%} beyond"
         _caption(axes, text)
 
     def _show(self, axes: Axes, view: View) -> None:
