@@ -1,5 +1,5 @@
-"""Compiles the CPU kernels into the wheel. Without a compiler, or on a platform that they are not made for, the wheel is
-a pure one: the package then computes in plain PyTorch and says so.
+"""Compiles the CPU kernels into the wheel. Without a compiler, or on a platform that they are not made for, the wheel
+is a pure one: the package then computes in plain PyTorch and says so.
 
 DEFORMABLE_DETR_NATIVE=require makes a failed compilation an error (release builds), =skip leaves it out.
 """

@@ -59,7 +59,19 @@ def main() -> int:
         failed = False
         for instruction_set in ("avx512", "avx2", "base"):
             done = run(
-                ["-m", "pytest", "-s", "-x", "-p", "fresh_scratch", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})", *TESTS],
+                [
+                    "-m",
+                    "pytest",
+                    "-s",
+                    "-x",
+                    "-p",
+                    "fresh_scratch",
+                    "-p",
+                    "no:cacheprovider",
+                    "-k",
+                    f"not ({LEFT_OUT})",
+                    *TESTS,
+                ],
                 {**environment, "MSDA_ISA": instruction_set},
             )
             print(f"{instruction_set}: exit {done.returncode}, {(done.stdout.strip().splitlines() or ['?'])[-1]}")

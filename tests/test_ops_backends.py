@@ -197,7 +197,7 @@ def test_wrong_shapes_are_refused():
         call(value, shapes, reference, offsets, logits[:, 1:])
     with pytest.raises(ValueError, match="reference points of shape"):
         call(value, shapes, reference[:, 1:], offsets, logits)
-    with pytest.raises(ValueError, match="2 or 4|, 4"):
+    with pytest.raises(ValueError, match=r"reference_points must be"):
         call(value, shapes, reference[..., :1], offsets, logits)
 
 

@@ -19,7 +19,10 @@ from ..ops.native import library
 
 @dataclass(frozen=True)
 class Machine:
-    """name: processor or card. cached_gb_s: reads from a thread's own cache (CPU) or the whole L2 (GPU); copy_gb_s: memory."""
+    """name: processor or card. cached_gb_s: reads from a thread's own cache (CPU) or the whole L2 (GPU).
+
+    copy_gb_s: memory, read and written.
+    """
 
     name: str
     device: str

@@ -1,10 +1,10 @@
-"""`deformable-detr benchmark op`: all backends of the attention op side by side, each against transformers' PyTorch form.
+"""`deformable-detr benchmark op`: all backends of the attention op side by side, each against transformers' form.
 
-Shapes are those of an 800×1333 image: levels 100×167, 50×84, 25×42, 13×21, 8 heads of 32 channels, 4 points. The encoder
-has one query a pixel, looking around itself (offsets with a standard deviation of 2 pixels); the decoder 300 queries
-anywhere. All ways run in one process, in turn, and medians are compared; the whole op is timed, from the linear layers'
-outputs: softmax, sampling locations, sampling, sum. On CPUs the C library's memory allocator is part of every figure, so
-everything is measured with its defaults and tuned (no page is given back).
+Shapes are those of an 800×1333 image: levels 100×167, 50×84, 25×42, 13×21, 8 heads of 32 channels, 4 points. The
+encoder has one query a pixel, looking around itself (offsets with a standard deviation of 2 pixels); the decoder 300
+queries anywhere. All ways run in one process, in turn, and medians are compared; the whole op is timed, from the linear
+layers' outputs: softmax, sampling locations, sampling, sum. On CPUs the C library's memory allocator is part of every
+figure, so everything is measured with its defaults and tuned (no page is given back).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def peers(device: str) -> dict[str, Callable[..., Tensor]]:
         except ImportError:
             pass
         else:
-            found["mmcv"] = _unfused(lambda v, x, a: MultiScaleDeformableAttnFunction.apply(v, shapes, starts, x, a, 64))
+            found["mmcv"] = _unfused(
+                lambda v, x, a: MultiScaleDeformableAttnFunction.apply(v, shapes, starts, x, a, 64)
+            )
     return found
 
 
@@ -182,10 +185,10 @@ def measure(device: str, batches: list[int], repeats: int, allocator: str) -> li
                     if name != "embedding_bag":
                         backward[name, dtype] = both(way)
             with torch.no_grad():
-                calls = {str(key): (lambda key=key, call=call: call(*inputs[key[1]])) for key, call in forward.items()}
+                calls = {str(key): partial(call, *inputs[key[1]]) for key, call in forward.items()}
                 forward_ms = _interleaved(calls, repeats, wait)
-                memory = {str(key): memory_peak(calls[str(key)], device) for key in forward}
-            calls = {str(key): (lambda key=key, call=call: call(*inputs[key[1]])) for key, call in backward.items()}
+                memory = {key: memory_peak(call, device) for key, call in calls.items()}
+            calls = {str(key): partial(call, *inputs[key[1]]) for key, call in backward.items()}
             both_ms = _interleaved(calls, max(2, repeats // 2), wait)
             both_memory = {key: memory_peak(call, device) for key, call in calls.items()}
             base = str((BASELINE, torch.float32))
@@ -193,14 +196,24 @@ def measure(device: str, batches: list[int], repeats: int, allocator: str) -> li
             for name, dtype in forward:
                 key = str((name, dtype))
                 narrower = 1 if dtype == torch.float32 or device == "cpu" else 2
-                rows.append(Row(
-                    case=case, batch=batch, backend=name, dtype=str(dtype).removeprefix("torch."), allocator=allocator,
-                    forward_ms=forward_ms[key], both_ms=both_ms.get(key), forward_ratio=forward_ms[base] / forward_ms[key],
-                    both_ratio=both_ms[base] / both_ms[key] if key in both_ms else None, memory_mib=memory[key],
-                    both_memory_mib=both_memory.get(key),
-                    error=error(ways(device)[name], case, dtype, device) if batch == batches[0] else None,
-                    of_limit=limit / narrower / forward_ms[key],
-                ))  # fmt: skip
+                slow = both_ms.get(key)
+                rows.append(
+                    Row(
+                        case=case,
+                        batch=batch,
+                        backend=name,
+                        dtype=str(dtype).removeprefix("torch."),
+                        allocator=allocator,
+                        forward_ms=forward_ms[key],
+                        both_ms=slow,
+                        forward_ratio=forward_ms[base] / forward_ms[key],
+                        both_ratio=None if slow is None else both_ms[base] / slow,
+                        memory_mib=memory[key],
+                        both_memory_mib=both_memory.get(key),
+                        error=error(ways(device)[name], case, dtype, device) if batch == batches[0] else None,
+                        of_limit=limit / narrower / forward_ms[key],
+                    )
+                )
     return rows
 
 
@@ -246,8 +259,8 @@ def table(report: dict[str, Any]) -> str:
 
     machine = report["machine"]
     lines = [
-        f"{machine['name']}, {report['threads']} threads, torch {report['torch']}, load before the end {cell(report['load'], '.1f')}",
-        f"limits measured here: {machine['cached_gb_s']:.0f} GB/s cached reads a thread, {machine['copy_gb_s']:.0f} GB/s copy",
+        f"{machine['name']}, {report['threads']} threads, torch {report['torch']}, load {cell(report['load'], '.1f')}",
+        f"measured: {machine['cached_gb_s']:.0f} GB/s cached reads a thread, {machine['copy_gb_s']:.0f} GB/s copy",
         f"{'case':9}{'B':>2} {'backend':14}{'dtype':10}{'allocator':10}{'forward ms':>18}{'+ backward ms':>18}"
         f"{'extra MiB':>16}{'error':>9}{'of limit':>9}",
     ]

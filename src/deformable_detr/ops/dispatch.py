@@ -90,8 +90,8 @@ def _supported(tensor: Tensor) -> Tensor:
 def _check(value: Tensor, shapes: Shapes, points: Tensor | None, offsets: Tensor, logits: Tensor) -> None:
     if value.dim() != 4 or offsets.dim() != 6 or logits.dim() != 5 or offsets.shape[-1] != 2:
         raise ValueError(
-            "deformable attention takes value (B, S, M, D), offsets or locations (B, Q, M, L, P, 2) and logits or weights "
-            f"(B, Q, M, L, P); got {tuple(value.shape)}, {tuple(offsets.shape)}, {tuple(logits.shape)}"
+            "deformable attention takes value (B, S, M, D), offsets or locations (B, Q, M, L, P, 2) and logits or "
+            f"weights (B, Q, M, L, P); got {tuple(value.shape)}, {tuple(offsets.shape)}, {tuple(logits.shape)}"
         )
     if points is not None and (points.dim() != 4 or points.shape[-1] not in (2, 4)):
         raise ValueError(f"reference_points must be (B, Q, L, 2) or (B, Q, L, 4); got {tuple(points.shape)}")

@@ -1,7 +1,7 @@
 """The forward pass in plain PyTorch, several times faster than `grid_sample` on CPUs that have no compiled library.
 
-A query's weighted corners are one bag of rows of `value`: `F.embedding_bag` sums them without storing the samples. Queries
-go in chunks, so that the tables of rows and weights stay in the cache. No gradient.
+A query's weighted corners are one bag of rows of `value`: `F.embedding_bag` sums them without storing the samples.
+Queries go in chunks, so that the tables of rows and weights stay in the cache. No gradient.
 """
 
 from __future__ import annotations
@@ -50,12 +50,11 @@ def _pixels(
     """Sampling locations (q, M, n, 2) in pixels of their level and attention weights (q, M, n) of one chunk."""
     offsets = offsets.flatten(2, 3)  # (q, M, n, 2)
     if reference is None:
-        return offsets * size - 0.5, logits
+        return torch.addcmul(offsets.new_full((), -0.5), offsets, size), logits
     reference = reference.repeat_interleave(points, dim=1)[:, None]  # (q, 1, n, 2 or 4)
-    centre = reference[..., :2] * size - 0.5
-    if reference.shape[-1] == 4:
-        offsets = offsets * (reference[..., 2:] * size * (0.5 / points))
-    return centre + offsets, logits.softmax(-1)
+    scale = reference[..., 2:] * size * (0.5 / points) if reference.shape[-1] == 4 else 1.0
+    # Small numbers first: a place far from the origin is rounded once.
+    return torch.addcmul(offsets * scale - 0.5, reference[..., :2], size), logits.softmax(-1)
 
 
 def _corners(x: Tensor, weights: Tensor, size: Tensor, start: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:

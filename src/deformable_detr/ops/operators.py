@@ -45,9 +45,7 @@ def _use_library() -> bool:
     return found is not None
 
 
-def _plain_forward(
-    value: Tensor, shapes: list[int], points: Tensor | None, offsets: Tensor, logits: Tensor
-) -> Tensor:
+def _plain_forward(value: Tensor, shapes: list[int], points: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
     if value.device.type == "cpu":
         return embedding_bag.forward(value, shapes, points, offsets, logits)
     with torch.autocast(value.device.type, enabled=False):

@@ -3,8 +3,8 @@
     python -m deformable_detr.ops.native.build
 
 Needs a C and a C++ compiler that understand GNU vectors (GCC 12 or newer, Clang 16 or newer) and nothing else: no torch
-headers, no Python headers. OpenMP is compiled in but not linked: the library uses the copy that torch has loaded, so that
-both share one pool of threads.
+headers, no Python headers. OpenMP is compiled in but not linked: the library uses the copy that torch has loaded, so
+that both share one pool of threads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The CPU library from Python, through ctypes: no compiled extension, so one wheel serves every Python and torch.
 
-`status()` says whether it is there; `forward` and `backward` run it. B images, S tokens, Q queries, M heads, D channels a
-head, L levels, P points.
+`status()` says whether it is there; `forward` and `backward` run it. B images, S tokens, Q queries, M heads, D channels
+a head, L levels, P points.
 """
 
 from __future__ import annotations
@@ -124,9 +124,10 @@ _forked = False
 def release_scratch() -> None:
     """Gives the memory kept for the next call back to the system."""
     found, _ = status()
-    blocks, _pool._free = _pool._free, []
-    for _, address in blocks if found else ():
-        found.msda_release(address)
+    if found is not None:
+        blocks, _pool._free = _pool._free, []
+        for _, address in blocks:
+            found.msda_release(address)
 
 
 def _after_fork() -> None:

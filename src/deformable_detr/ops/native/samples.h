@@ -16,7 +16,7 @@ struct Geometry {
   alignas(64) float width[MAX_SAMPLES], height[MAX_SAMPLES];
   alignas(64) int32_t columns[MAX_SAMPLES], start[MAX_SAMPLES];      // plain layout (S, M, D)
   alignas(64) int32_t pitch[MAX_SAMPLES], bordered_start[MAX_SAMPLES];  // bordered layout
-  alignas(64) float half[MAX_SAMPLES], one[MAX_SAMPLES];
+  alignas(64) float zero[MAX_SAMPLES], one[MAX_SAMPLES];
 };
 
 static inline void describe(Geometry& g, const msda_call* c) {
@@ -28,7 +28,7 @@ static inline void describe(Geometry& g, const msda_call* c) {
     for (int p = 0; p < c->P; p++, i++) {
       g.width[i] = (float)w; g.height[i] = (float)h; g.columns[i] = (int32_t)w; g.start[i] = (int32_t)start;
       g.pitch[i] = (int32_t)(w + BORDER); g.bordered_start[i] = (int32_t)bordered;
-      g.half[i] = 0.5f; g.one[i] = 1.f;
+      g.one[i] = 1.f;
     }
     start += h * w;
     bordered += (h + BORDER) * (w + BORDER);
@@ -36,20 +36,19 @@ static inline void describe(Geometry& g, const msda_call* c) {
   g.bordered = bordered;
 }
 
-// Where offsets count from and what one of them is worth in pixels: x = x0 + offset * dx.
+// Where offsets count from, in 0..1 of the map, and what one of them is worth in pixels: x = x0 · width + offset · dx.
 struct Frame { const float *x0, *y0, *dx, *dy; };
 
 constexpr int FRAME_FLOATS = 16384;  // room for the frames of a block of queries
 INLINE int frame_rows(int reference_size) { return reference_size == 4 ? 4 : 2; }
 
 INLINE Frame frame_of(const Geometry& g, const float* reference, int size, float* __restrict room) {
-  if (!size) return {g.half, g.half, g.width, g.height};
+  if (!size) return {g.zero, g.zero, g.width, g.height};
   const int n = g.vectors;
   float *x0 = room, *y0 = room + n, *dx = room + 2 * n, *dy = room + 3 * n;
   for (int l = 0, i = 0; l < g.levels; l++, i += g.points) {
     const float *r = reference + l * size, w = g.width[i], h = g.height[i];
-    const float x = r[0] * w + 0.5f, y = r[1] * h + 0.5f;
-    for (int p = 0; p < g.points; p++) { x0[i + p] = x; y0[i + p] = y; }
+    for (int p = 0; p < g.points; p++) { x0[i + p] = r[0]; y0[i + p] = r[1]; }
     if (size == 4) {
       const float u = r[2] * w * 0.5f / g.points, v = r[3] * h * 0.5f / g.points;
       for (int p = 0; p < g.points; p++) { dx[i + p] = u; dy[i + p] = v; }
@@ -92,8 +91,9 @@ INLINE void find_taps(const Geometry& g, const Frame& f, const float* __restrict
                       const float* __restrict weights, int scale, Taps& t) {
   for (int i = 0; i < g.vectors; i += LANES) {
     const floats even = load(offsets + 2 * i), odd = load(offsets + 2 * i + LANES);
-    const floats fx = load(f.x0 + i) + firsts(even, odd) * load(f.dx + i);
-    const floats fy = load(f.y0 + i) + seconds(even, odd) * load(f.dy + i);
+    // Two fused steps: a place far from the origin is rounded once.
+    const floats fx = load(f.x0 + i) * load(g.width + i) + (firsts(even, odd) * load(f.dx + i) + 0.5f);
+    const floats fy = load(f.y0 + i) * load(g.height + i) + (seconds(even, odd) * load(f.dy + i) + 0.5f);
     const floats right = load(g.width + i) + 1.f, bottom = load(g.height + i) + 1.f, zero = floats{};
     const floats cx = smaller(larger(fx, zero), right), cy = smaller(larger(fy, zero), bottom);
     const ints x = __builtin_convertvector(cx, ints), y = __builtin_convertvector(cy, ints);
