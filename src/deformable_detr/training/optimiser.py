@@ -96,4 +96,6 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, 
         parameter = parameters.get(name)
         if parameter is None or (value.ndim and value.shape != parameter.shape):
             raise UserError(f"the checkpoint's optimiser state does not fit the model: {entry}")
-        optimiser.state[parameter][key] = value.to(parameter.device, copy=True)
+        # In the parameter's own memory format: the fused update walks through memory, not through indices.
+        here = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
+        optimiser.state[parameter][key] = here.copy_(value)
