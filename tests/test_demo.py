@@ -109,10 +109,10 @@ def test_learning_too_little_is_a_failure(monkeypatch, tmp_path, capsys, ap50, c
     monkeypatch.setattr(DeformableDETR, "from_pretrained", lambda folder: Finder())
 
     class Finder(RedBoxFinder):
-        def predict(self, source):
+        def predict(self, source, threshold):
             from deformable_detr.inference.predictor import predict
 
-            return predict(self, source)
+            return predict(self, source, threshold)
 
     ended = None
     try:

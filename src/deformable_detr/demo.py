@@ -30,8 +30,8 @@ TRAIN_PHOTOS = (
 )  # fmt: skip
 VAL_PHOTOS = ("astronaut", "chelsea", "moon")
 SIDES = (128, 144, 160)  # pixels
-DIGIT_HEIGHTS = (20, 56)  # pixels
-MOST_DIGITS = 5
+DIGIT_HEIGHTS = (28, 64)  # pixels
+MOST_DIGITS = 4
 
 
 def demo_config() -> Config:
@@ -126,7 +126,7 @@ def draw_examples(model: Any, images: Sequence[Path], out: Path, columns: int = 
 
     drawn = []
     for image in images:
-        detections = model.predict(image)
+        detections = model.predict(image, threshold=0.4)
         detections.save(out / "pictures" / f"{image.stem}.png")
         drawn.append(draw(detections))
     width, height = (max(sizes) + 8 for sizes in zip(*(picture.size for picture in drawn), strict=True))
@@ -202,7 +202,7 @@ def _background(photo: Image.Image, rng: np.random.Generator) -> np.ndarray:
 def _place_digits(
     picture: np.ndarray, glyphs: np.ndarray, rng: np.random.Generator
 ) -> list[tuple[int, tuple[int, int, int, int]]]:
-    """Draws 1 to 5 digits into the picture, none on another; their indices and boxes x, y, w, h in pixels."""
+    """Draws 1 to 4 digits into the picture, none on another; their indices and boxes x, y, w, h in pixels."""
     height, width = picture.shape[:2]
     placed: list[tuple[int, tuple[int, int, int, int]]] = []
     for _ in range(rng.integers(1, MOST_DIGITS + 1)):
