@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import platform
 import sys
 import threading
@@ -93,7 +92,6 @@ def memory_peak(call: Callable[[], object], device: str) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 2**20 - _size_mib(result)
     if sys.platform != "linux":
         return None
-    gc.collect()
     library.release_scratch()
     ctypes.CDLL(None).malloc_trim(0)
     before, peak, done = _resident_mib(), 0.0, threading.Event()

@@ -62,7 +62,7 @@ def make_inputs(case: str, batch: int, dtype: torch.dtype, device: str, queries:
             torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in LEVELS
         ]
         reference = torch.cat(centres)
-        reference = reference if queries is None else reference[:: tokens // queries]
+        reference = reference if queries is None else reference[:: max(1, tokens // queries)]
     else:
         reference = torch.rand(queries or 300, 2, generator=random)
     Q = len(reference)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import gather, operators, reference
+from . import gather, operators, reference, triton_backend
 from .native import library
 
 Shapes = Sequence[tuple[int, int]]
@@ -34,7 +34,7 @@ def backends() -> list[Backend]:
     compiled, detail = library.status()
     return [
         Backend("cpu", "cpu", compiled is not None, f"compiled library, {detail}" if compiled else detail),
-        Backend("triton", "cuda", False, "no GPU kernels yet"),
+        Backend("triton", "cuda", *triton_backend.status()),
         Backend("embedding_bag", "cpu", True, "plain PyTorch in chunks; gradients by the reference"),
         Backend("reference", "any", True, "plain PyTorch by grid_sample; float64, differentiable any number of times"),
         Backend("gather", "any", True, "plain PyTorch by look-up of rows; for exported graphs without grid_sample"),
@@ -54,6 +54,7 @@ operators.forced = _known(os.environ.get(VARIABLE) or None)
 def use_backend(name: str | None) -> Iterator[None]:
     """Inside, calls run on this backend (None: the best one) or raise where it is missing. Holds for all threads.
 
+    Calls that no fast backend takes (float64, more than 64 samples or 256 channels a head) still go to the reference.
     The environment variable DEFORMABLE_DETR_BACKEND does the same for a whole process. A compiled or exported graph
     keeps the choice between "reference", "gather" and the rest that held when it was traced.
     """
@@ -70,7 +71,7 @@ def _runs_as_op(value: Tensor, points: Tensor | None, offsets: Tensor, logits: T
         return False
     floats = [value, offsets, logits, *([] if points is None else [points])]
     return (
-        value.device.type == "cpu"
+        value.device.type in ("cpu", "cuda")
         and all(tensor.dtype in _FAST_DTYPES for tensor in floats)
         and offsets.shape[3] * offsets.shape[4] <= library.MAX_SAMPLES
         and value.shape[3] <= library.MAX_CHANNELS

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import embedding_bag, plain_gradients, reference
+from . import embedding_bag, plain_gradients, reference, triton_backend
 from .native import library
 
 logger = logging.getLogger("deformable_detr.ops")
@@ -45,6 +46,29 @@ def _use_library() -> bool:
     return found is not None
 
 
+def _use_triton() -> bool:
+    """The same for the GPU kernels."""
+    found, detail = triton_backend.status()
+    if not found and forced == "triton":
+        raise RuntimeError(f"backend 'triton' is not available: {detail}")
+    if found:
+        announce("triton", detail)
+    else:
+        announce("reference", f"plain PyTorch, slower than the GPU kernels: {detail}", slow=True)
+    return found
+
+
+def _fast(device: str) -> ModuleType | None:
+    """What runs a call on this device faster than plain PyTorch, if anything."""
+    if forced in ("cpu", "embedding_bag", "triton") and device != ("cuda" if forced == "triton" else "cpu"):
+        raise RuntimeError(f"backend {forced!r} was asked for and does not run on {device}")
+    if device == "cpu" and _use_library():
+        return library
+    if device == "cuda" and _use_triton():
+        return triton_backend
+    return None
+
+
 def _plain_forward(value: Tensor, shapes: list[int], points: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
     if value.device.type == "cpu":
         return embedding_bag.forward(value, shapes, points, offsets, logits)
@@ -55,9 +79,9 @@ def _plain_forward(value: Tensor, shapes: list[int], points: Tensor | None, offs
 
 
 def _forward(value: Tensor, shapes: list[int], points: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
-    if value.device.type == "cpu" and _use_library():
-        return library.forward(value, shapes, points, offsets, logits)
-    return _plain_forward(value, shapes, points, offsets, logits)
+    fast = _fast(value.device.type)
+    run = _plain_forward if fast is None else fast.forward
+    return run(value, shapes, points, offsets, logits)
 
 
 def _backward(
@@ -69,7 +93,8 @@ def _backward(
     logits: Tensor,
     reference_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    run = library.backward if value.device.type == "cpu" and _use_library() else plain_gradients.backward
+    fast = _fast(value.device.type)
+    run = plain_gradients.backward if fast is None else fast.backward
     return run(grad_output, value, shapes, points, offsets, logits, reference_gradient)
 
 

@@ -1,0 +1,162 @@
+"""Runs the GPU kernels. Nothing of Triton is imported before the first call on a GPU.
+
+B images, S tokens, Q queries, M heads, D channels a head, L levels, P points.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_SAMPLES = 64  # levels × points
+MAX_CHANNELS = 256  # a head
+OLDEST = (7, 5)  # compute capability
+_TILE = 8  # queries on the map are visited in squares of so many pixels
+
+
+@functools.cache
+def status() -> tuple[bool, str]:
+    """Whether the kernels can run here; what runs them, or why not."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed"
+    if not torch.cuda.is_available():
+        return False, "no GPU that torch can use"
+    name = torch.cuda.get_device_name()
+    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
+        return False, f"{name} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    return True, f"Triton kernels, {name}"
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def configuration(channels: int, levels: int, points: int) -> tuple[dict[str, int], int]:
+    """Block sizes and number of warps for a head's channels, levels and points: nothing else decides them.
+
+    A program holds queries × samples × channels numbers of a pixel at a time, about 32 a thread.
+    """
+    N, DP = _power_of_two(levels * points), _power_of_two(channels)
+    BQ = max(1, 1024 // (N * DP))
+    warps = min(8, max(1, _power_of_two(BQ * N * DP // 1024)))
+    return {"N": N, "DP": DP, "BQ": BQ}, warps
+
+
+@functools.lru_cache(maxsize=64)
+def _geometry(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+    rows, start = [], 0
+    for height, width in zip(shapes[::2], shapes[1::2], strict=True):
+        rows.append((height, width, start))
+        start += height * width
+    return torch.tensor(rows, dtype=torch.int32).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _order(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The encoder's queries, square by square: neighbours read the same values while they are in the cache."""
+    order, start = [], 0
+    for height, width in zip(shapes[::2], shapes[1::2], strict=True):
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        tile = (y // _TILE) * (-(-width // _TILE)) + x // _TILE
+        order.append(start + tile.flatten().argsort(stable=True))
+        start += height * width
+    return torch.cat(order).to(torch.int32).to(device)
+
+
+def _prepare(
+    value: Tensor, shapes: list[int], reference: Tensor | None, offsets: Tensor, logits: Tensor
+) -> tuple[list[Tensor], dict[str, Any], tuple[int, int, int]]:
+    """Tensor arguments, keyword arguments and grid that both kernels share."""
+    B, S, M, D = value.shape
+    Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
+    if sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True)) != S or len(shapes) != 2 * L:
+        raise ValueError(f"deformable attention: spatial shapes {shapes} do not add up to the {S} tokens of value")
+    found = (offsets.shape, logits.shape)
+    if found != ((B, Q, M, L, P, 2), (B, Q, M, L, P)):
+        raise ValueError(f"deformable attention: offsets and logits of shapes {found} for value {tuple(value.shape)}")
+    if reference is not None and reference.shape[:3] != (B, Q, L):
+        raise ValueError(f"deformable attention: reference points of shape {tuple(reference.shape)}")
+    blocks, warps = configuration(D, L, P)
+    key = tuple(shapes)
+    geometry = _geometry(key, value.device)
+    ordered = Q == S and Q > _TILE**2
+    points = geometry if reference is None else reference.float().contiguous()
+    tensors = [
+        value.contiguous(), offsets.contiguous(), logits.contiguous(), points,
+        _order(key, value.device) if ordered else geometry, geometry,
+    ]  # fmt: skip
+    options = {
+        "Q": Q, "S": S, "M": M, "D": D, "L": L, "P": P, "REF": 0 if reference is None else reference.shape[-1],
+        "ORDERED": ordered, "num_warps": warps, "enable_fp_fusion": True, **blocks,
+    }  # fmt: skip
+    return tensors, options, (-(-Q // blocks["BQ"]), M, B)
+
+
+def forward(value: Tensor, shapes: list[int], reference: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
+    """As `native.library.forward`: (B, Q, M·D) of `value`'s dtype."""
+    from . import triton_kernels
+
+    B, _, M, D = value.shape
+    output = value.new_empty((B, offsets.shape[1], M * D))
+    if not output.numel():
+        return output
+    tensors, options, grid = _prepare(value, shapes, reference, offsets, logits)
+    triton_kernels.forward[grid](*tensors, output, **options)  # pyright: ignore[reportCallIssue]
+    return output
+
+
+def backward(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: list[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    logits: Tensor,
+    reference_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """As `native.library.backward`. Under `torch.use_deterministic_algorithms` the same bits in every run."""
+    from . import triton_kernels
+
+    fixed = torch.are_deterministic_algorithms_enabled()
+    sums = torch.zeros(value.shape, dtype=torch.int64 if fixed else torch.float32, device=value.device)
+    grad_logits = logits.new_empty(logits.shape)
+    exact = reference is not None and (reference.shape[-1] == 4 or reference_gradient)
+    by_pixel = offsets.new_empty(offsets.shape, dtype=torch.float32 if exact else offsets.dtype)
+    scale = _fixed_point(grad_output, logits, reference, offsets) if fixed else sums
+    if grad_output.numel():
+        tensors, options, grid = _prepare(value, shapes, reference, offsets, logits)
+        arguments = (grad_output.contiguous(), *tensors, scale, sums, by_pixel, grad_logits)
+        triton_kernels.backward[grid](*arguments, FIXED=fixed, **options)  # pyright: ignore[reportCallIssue]
+    grad_value = (sums.double() / scale.double()).to(value.dtype) if fixed else sums.to(value.dtype)
+    if reference is None:
+        return grad_value, None, by_pixel, grad_logits
+    grad_reference, grad_offsets = _by_reference(by_pixel, shapes, reference, offsets)
+    return grad_value, grad_reference if reference_gradient else None, grad_offsets, grad_logits
+
+
+def _by_reference(by_pixel: Tensor, shapes: list[int], reference: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the reference points and the offsets from those of the samples' places in pixels."""
+    if reference.shape[-1] == 2 and by_pixel.dtype != torch.float32:
+        return reference, by_pixel  # nobody asked for the first
+    size = torch.tensor(shapes, dtype=torch.float32).view(-1, 2).flip(-1).to(by_pixel.device)  # (L, 2)
+    centre = by_pixel.sum((2, 4)) * size
+    if reference.shape[-1] == 2:
+        return centre.to(reference.dtype), by_pixel.to(offsets.dtype)
+    half = 0.5 / offsets.shape[4]
+    extent = (by_pixel * offsets.float()).sum((2, 4)) * size * half
+    scale = reference[:, :, None, :, None, 2:].float() * size[:, None] * half
+    return torch.cat([centre, extent], -1).to(reference.dtype), (by_pixel * scale).to(offsets.dtype)
+
+
+def _fixed_point(grad_output: Tensor, logits: Tensor, reference: Tensor | None, offsets: Tensor) -> Tensor:
+    """A power of two, (1,): the largest sum that a value can receive, times it, is below 2^62."""
+    largest = grad_output.abs().amax().float() if grad_output.numel() else grad_output.new_ones((), dtype=torch.float32)
+    if reference is None and logits.numel():
+        largest = largest * logits.abs().amax().float()
+    terms = offsets.shape[1] * offsets.shape[3] * offsets.shape[4] * 4
+    bits = 62 - (terms - 1).bit_length() - largest.clamp(min=1e-30).log2().ceil()
+    return bits.clamp(max=100.0).exp2().reshape(1)
