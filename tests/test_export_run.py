@@ -47,10 +47,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def file(model, tmp_path_factory):
-    """One open ONNX file in the gather form with post-processing, which most of the tests here look at."""
+    """One open ONNX file with post-processing, which most of the tests here look at."""
     path = tmp_path_factory.mktemp("export") / "tiny.onnx"
     lines = []
-    result = export_model(model, path, "onnx", post_processing=True, sampling="gather", report=lines.append)
+    result = export_model(model, path, "onnx", post_processing=True, report=lines.append)
     assert result.path == path
     assert [case.batch for case in result.cases] == [1, 2, 5]
     assert sum(line.startswith("verified batch") for line in lines) == 3
@@ -77,16 +77,36 @@ def test_metadata(model, file):
 
 
 def test_graph(file):
-    """Open dimensions with names, no GridSample in the gather form, no batch norm, no network of other layers."""
+    """Open dimensions with names, and no batch norm."""
     import onnx
 
     graph = onnx.load(file).graph
     kinds = Counter(node.op_type for node in graph.node)
-    assert kinds["GridSample"] == 0
+    assert kinds["GridSample"] == 2  # a layer and level
     assert kinds["BatchNormalization"] == 0
     shape = graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in shape] == ["batch", 3, "height", "width"]
     assert {v.name for v in graph.output} == {"pred_logits", "pred_boxes", "boxes", "scores", "labels"}
+
+
+def test_fixed_size_and_gather_form_on_the_command_line(model, tmp_path, capsys):
+    import onnx
+
+    from deformable_detr.cli import main
+
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "fixed.onnx"
+    main(["export", str(tmp_path / "model"), "--to", "onnx", "--out", str(path), "--image-size", "64,96",
+          "--sampling", "gather"])  # fmt: skip
+    assert "verified batch 5 of 64×96" in capsys.readouterr().out
+    assert not any(node.op_type == "GridSample" for node in onnx.load(path).graph.node)
+    exported = load(path)
+    assert exported.canvas == (64, 96)
+    agree(model, exported, [(1, 64, 96), (3, 64, 96)])
+    image = np.random.default_rng(0).integers(0, 255, (140, 90, 3), np.uint8)  # portrait: fits, with padding
+    assert len(exported.predict(image, threshold=0.0)) == 6 * 3  # a map of 2 × 3 tokens: fewer than queries
+    with pytest.raises(UserError, match=r"65×96 pixels are over the exported size 64×96"):
+        exported(torch.zeros(1, 3, 65, 96))
 
 
 def test_predicts_as_the_folder_does(model, file, tmp_path):
@@ -125,16 +145,6 @@ def test_tampered_export_is_refused(model, tmp_path, monkeypatch):
         export_model(model, path, "torch", image_size=(64, 96))
     assert path.read_bytes() == b"before"
     assert [other.name for other in tmp_path.iterdir()] == ["model.pt2"]
-    monkeypatch.undo()  # and the same without the change is written
-    export_model(model, path, "torch", image_size=(64, 96))
-    exported = load(path)
-    assert exported.canvas == (64, 96)
-    assert exported.config.class_names == NAMES
-    agree(model, exported, [(1, 64, 96), (3, 64, 96)])
-    image = np.random.default_rng(0).integers(0, 255, (140, 90, 3), np.uint8)  # portrait: fits, with padding
-    assert len(exported.predict(image, threshold=0.0)) == 36
-    with pytest.raises(UserError, match=r"65×96 pixels are over the exported size 64×96"):
-        exported(torch.zeros(1, 3, 65, 96))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +188,20 @@ def test_metadata_keys_are_all_written():
     described = Described(tiny().config, None, "fp32", "gather", False)
     assert tuple(described.to_strings()) == formats.METADATA_KEYS
     assert Described.from_strings(described.to_strings(), "file") == described
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch"])
+def test_every_format_any_size(kind, tmp_path):
+    """Two levels, open sizes; the metadata comes back from each format."""
+    pytest.importorskip(kind)
+    model = tiny(feature_levels=2)
+    path = tmp_path / f"tiny{formats.SUFFIXES[kind]}"
+    export_model(model, path, kind)
+    exported = load(path)
+    assert exported.described.config == run._config(model)
+    assert exported.described[1:] == (None, "fp32", "grid_sample", False)
+    agree(model, exported, SIZES)
 
 
 @pytest.mark.slow
