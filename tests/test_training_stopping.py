@@ -8,6 +8,14 @@ from deformable_detr.errors import UserError
 from deformable_detr.training.stopping import NonFiniteLoss, StopSignals, TrainingInterrupted
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Python's own answer to Ctrl-C, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_waits_to_be_asked_for(number, code):
     before = signal.getsignal(number)
