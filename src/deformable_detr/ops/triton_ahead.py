@@ -39,7 +39,7 @@ def compile_for(
     from . import triton_kernels
 
     function = getattr(triton_kernels, kernel)
-    blocks, warps = configuration(channels, levels, points)
+    blocks, warps = configuration(channels, levels, points, fixed)
     constants = {
         "M": 8, "D": channels, "L": levels, "P": points, "REF": reference, "ORDERED": True, "FIXED": fixed, **blocks,
     }  # fmt: skip

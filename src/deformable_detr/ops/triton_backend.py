@@ -35,15 +35,16 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def configuration(channels: int, levels: int, points: int) -> tuple[dict[str, int], int]:
+def configuration(channels: int, levels: int, points: int, fixed: bool = False) -> tuple[dict[str, int], int]:
     """Block sizes and number of warps for a head's channels, levels and points: nothing else decides them.
 
-    A program holds queries × samples × channels numbers of a pixel at a time, about 32 a thread.
+    A program holds queries × samples × channels numbers of a pixel at a time, about 32 a thread; half as many where
+    sums are `fixed` point of 64 bits.
     """
     N, DP = _power_of_two(levels * points), _power_of_two(channels)
-    BQ = max(1, 1024 // (N * DP))
-    warps = min(8, max(1, _power_of_two(BQ * N * DP // 1024)))
-    return {"N": N, "DP": DP, "BQ": BQ}, warps
+    one_warp = 512 if fixed else 1024
+    BQ = max(1, one_warp // (N * DP))
+    return {"N": N, "DP": DP, "BQ": BQ}, min(8, max(1, _power_of_two(BQ * N * DP // one_warp)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -68,7 +69,12 @@ def _order(shapes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _prepare(
-    value: Tensor, shapes: list[int], reference: Tensor | None, offsets: Tensor, logits: Tensor
+    value: Tensor,
+    shapes: list[int],
+    reference: Tensor | None,
+    offsets: Tensor,
+    logits: Tensor,
+    fixed: bool = False,
 ) -> tuple[list[Tensor], dict[str, Any], tuple[int, int, int]]:
     """Tensor arguments, keyword arguments and grid that both kernels share."""
     B, S, M, D = value.shape
@@ -80,7 +86,7 @@ def _prepare(
         raise ValueError(f"deformable attention: offsets and logits of shapes {found} for value {tuple(value.shape)}")
     if reference is not None and reference.shape[:3] != (B, Q, L):
         raise ValueError(f"deformable attention: reference points of shape {tuple(reference.shape)}")
-    blocks, warps = configuration(D, L, P)
+    blocks, warps = configuration(D, L, P, fixed)
     key = tuple(shapes)
     geometry = _geometry(key, value.device)
     ordered = Q == S and Q > _TILE**2
@@ -128,7 +134,7 @@ def backward(
     by_pixel = offsets.new_empty(offsets.shape, dtype=torch.float32 if exact else offsets.dtype)
     scale = _fixed_point(grad_output, logits, reference, offsets) if fixed else sums
     if grad_output.numel():
-        tensors, options, grid = _prepare(value, shapes, reference, offsets, logits)
+        tensors, options, grid = _prepare(value, shapes, reference, offsets, logits, fixed)
         arguments = (grad_output.contiguous(), *tensors, scale, sums, by_pixel, grad_logits)
         triton_kernels.backward[grid](*arguments, FIXED=fixed, **options)  # pyright: ignore[reportCallIssue]
     grad_value = (sums.double() / scale.double()).to(value.dtype) if fixed else sums.to(value.dtype)
