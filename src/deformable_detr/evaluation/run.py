@@ -46,7 +46,8 @@ def evaluate(
     from ..data.transforms import evaluation
 
     if not isinstance(model, nn.Module):
-        model = load_detector(model, device)
+        loaded: nn.Module = load_detector(model, device)
+        model = loaded
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     dataset = open_dataset(
         data,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +61,11 @@ def fold_batch_norms(body: nn.Module, pixels: Tensor) -> int:
 
 def open_same_padding(body: nn.Module) -> None:
     """Puts `SameConvolution` in place of timm's, which asks for the sizes, in place."""
-    from timm.layers import Conv2dSame
+    from timm.layers.conv2d_same import Conv2dSame
 
     for name, module in list(body.named_modules()):
-        if type(module) is Conv2dSame:
-            _replace(body, name, SameConvolution(module))
+        if isinstance(module, Conv2dSame):
+            _replace(body, name, SameConvolution(cast(nn.Conv2d, module)))
 
 
 class SameConvolution(nn.Module):
@@ -77,7 +77,7 @@ class SameConvolution(nn.Module):
         self.stride, self.dilation, self.groups = convolution.stride, convolution.dilation, convolution.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
+        pads: list[Any] = []  # numbers, open ones in a graph
         for dim in (3, 2):  # F.pad counts from the last dimension
             size, stride = x.shape[dim], self.stride[dim - 2]
             reach = self.dilation[dim - 2] * (self.weight.shape[dim] - 1) + 1
@@ -89,7 +89,7 @@ class SameConvolution(nn.Module):
 
 
 def _plain_convolution(module: nn.Module) -> bool:
-    from timm.layers import Conv2dSame
+    from timm.layers.conv2d_same import Conv2dSame
 
     return type(module) in (nn.Conv2d, Conv2dSame)
 

@@ -55,7 +55,8 @@ def write(
 
 def _onnx(program: ExportedProgram, strings: Mapping[str, str], post_processing: bool) -> Any:
     """The ONNX model of a graph, in one piece."""
-    need("onnx"), need("onnxscript")
+    need("onnx")
+    need("onnxscript")
     with _quiet():
         exported = torch.onnx.export(
             program,

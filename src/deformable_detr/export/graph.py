@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim, ExportedProgram
 
 from ..errors import UserError
@@ -89,7 +90,7 @@ def trace(graph: InferenceGraph, image_size: tuple[int, int] | None, sampling: S
     try:
         with use_backend(plain), _tracing(), torch.no_grad():
             return torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
-    except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as error:
+    except (RuntimeError, ValueError, TypeError, TorchDynamoException) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UserError(
             f"a model with backbone '{graph.model.config.backbone}' cannot be exported"

@@ -118,9 +118,8 @@ def _plain(model: DeformableDETR) -> DeformableDETR:
 
 def _config(model: DeformableDETR):
     """The config with all that a file has to know by itself."""
-    return model.config.without_download().replace(
-        pixel_mean=tuple(model.pixel_mean.tolist()), pixel_std=tuple(model.pixel_std.tolist())
-    )
+    mean, std = (model.get_buffer(name).tolist() for name in ("pixel_mean", "pixel_std"))
+    return model.config.without_download().replace(pixel_mean=tuple(mean), pixel_std=tuple(std))
 
 
 def _measure(
