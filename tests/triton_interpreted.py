@@ -4,10 +4,10 @@ import itertools
 import math
 
 import torch
-from test_ops_backends import assert_near, case
 
 from deformable_detr import ops
 from deformable_detr.ops import triton_backend
+from test_ops_backends import assert_near, case
 
 
 def gradients(call, inputs, cotangent):

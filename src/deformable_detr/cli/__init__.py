@@ -1,0 +1,31 @@
+"""The command line: one verb a function, no logic of its own. torch is imported once the verb is known."""
+
+from __future__ import annotations
+
+import sys
+
+from cyclopts import CycloptsError
+
+from ..allocator import keep_large_buffers
+from ..errors import UserError
+from . import measuring, shipping, training, using
+from .options import complain
+from .program import app
+
+__all__ = ["app", "main", "measuring", "shipping", "training", "using"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command and exits: 0 done, 1 the demo learnt too little, 2 a mistake in the input, 130 interrupted."""
+    keep_large_buffers()
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
+    except UserError as error:
+        complain(str(error))
+        sys.exit(2)
+    except CycloptsError as error:
+        error.verbose = False
+        complain(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
