@@ -138,7 +138,8 @@ def both(way: Callable[..., Tensor]) -> Callable[..., object]:
     def call(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> object:
         leaves = [t.detach().requires_grad_() for t in (value, offsets, logits)]
         output = way(leaves[0], reference, *leaves[1:])
-        return torch.autograd.grad(output, leaves, torch.ones_like(output))
+        incoming = torch.ones_like(output)  # an input of the backward pass, and the output a result: neither is extra
+        return output.detach(), incoming, *torch.autograd.grad(output, leaves, incoming)
 
     return call
 
