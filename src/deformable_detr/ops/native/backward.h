@@ -135,6 +135,10 @@ static void backward_head(const msda_call* c, const Geometry& g, const float* va
     const float* G = padded(c->grad_output, sizeof(T) == 2, query * c->D, c->D, D, 0.f, grad_room);
     const Frame f = frame_of(g, c->reference + q * g.levels * size, size, frame_room);
     find_taps<BORDERED, true>(g, f, offsets, weights, (int)row, t);
+    if (!BORDERED) {
+      ask_for(value, row, t, first, last, D * 4);
+      ask_for(grad, row, t, first, last, D * 4);
+    }
     scatter<BORDERED>(g, value, grad, row, G, t, first, last, dots, D);
     sample_gradients<BORDERED>(g, t, weights, dots, by_weight, by_x, by_y);
     for (int k = 0; k < g.vectors; k += LANES)

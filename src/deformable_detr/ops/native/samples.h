@@ -139,4 +139,14 @@ INLINE const float* raw_weights(const msda_call* c, const Geometry& g, int64_t q
   return room;
 }
 
+// Rows of the plain layout on their way to the processor; samples [first, last), `bytes` of each row.
+template <typename T>
+INLINE void ask_for(const T* value, int64_t row, const Taps& t, int first, int last, int64_t bytes) {
+  for (int i = first; i < last; i++)
+    for (int k = 0; k < 4; k++) {
+      const char* p = (const char*)(value + t.row[k][i] * row);
+      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, 1);
+    }
+}
+
 }  // namespace MSDA_NS
