@@ -12,7 +12,9 @@ import torch
 from deformable_detr.errors import UserError
 from deformable_detr.training import checkpoint
 from deformable_detr.training.checkpoint import (
+    generations,
     load_checkpoint,
+    load_state,
     random_state,
     restore_random_state,
     save_checkpoint,
@@ -27,18 +29,24 @@ def tensors(value: float, size: int = 1000):
     }
 
 
-def test_round_trip_and_only_one_generation_stays(tmp_path):
+def files_of(*serials):
+    return sorted(f"{name}" for n in serials for name in (f"model-{n}.safetensors", f"optimiser-{n}.safetensors",
+                                                           f"state-{n}.json"))  # fmt: skip
+
+
+def test_round_trip_and_two_generations_stay(tmp_path):
     for value in (1.0, 2.0, 3.0):
         save_checkpoint(tmp_path / "last", tensors(value), {"step": value, "none": None})
     found, state = load_checkpoint(tmp_path / "last")
     assert state == {"step": 3.0, "none": None}
     assert torch.equal(found["model"]["weight"], torch.full((1000,), 3.0))
     assert torch.equal(found["optimiser"]["weight/exp_avg"], torch.full((1000,), -3.0))
-    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == [
-        "model-3.safetensors",
-        "optimiser-3.safetensors",
-        "state.json",
-    ]
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == files_of(2, 3)
+    latest, before = generations(tmp_path / "last")
+    assert (load_state(latest)["step"], load_state(before)["step"]) == (3.0, 2.0)
+    assert load_checkpoint(before)[0]["model"]["weight"][0] == 2
+    save_checkpoint(tmp_path / "last", tensors(4.0), {}, kept=1)
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == files_of(4)
 
 
 def test_tensors_that_share_memory_are_kept(tmp_path):
@@ -57,7 +65,7 @@ def test_state_alone_can_change(tmp_path):
     assert found["model"]["weight"][0] == 1
 
 
-@pytest.mark.parametrize("name", ["model-1.safetensors", "optimiser-1.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["model-1.safetensors", "optimiser-1.safetensors", "state-1.json"])
 @pytest.mark.parametrize("harm", ["truncated", "missing", "flipped", "empty"])
 def test_damage_is_one_line_that_names_the_file(tmp_path, name, harm):
     save_checkpoint(tmp_path, tensors(1.0), {"step": 1})
@@ -66,18 +74,19 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, name, harm):
     if harm == "missing":
         path.unlink()
     elif harm == "flipped":
-        path.write_bytes(b"\xff" + content[1:] if name == "state.json" else content[:-9] + b"\xff" + content[-8:])
+        path.write_bytes(b"\xff" + content[1:] if name == "state-1.json" else content[:-9] + b"\xff" + content[-8:])
     else:
         path.write_bytes(content[: len(content) // 2] if harm == "truncated" else b"")
-    with pytest.raises(UserError, match=name) as caught:
+    expected = name if (name, harm) != ("state-1.json", "missing") else "there is no checkpoint in"
+    with pytest.raises(UserError, match=expected) as caught:
         load_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("document", ["[]", "{}", '{"format": "other", "version": 1}', "null"])
 def test_a_foreign_state_file_is_named(tmp_path, document):
-    (tmp_path / "state.json").write_text(document)
-    with pytest.raises(UserError, match=r"state\.json"):
+    (tmp_path / "state-1.json").write_text(document)
+    with pytest.raises(UserError, match=r"state-1\.json"):
         load_checkpoint(tmp_path)
 
 
@@ -113,7 +122,8 @@ def test_a_crash_at_any_moment_leaves_the_one_before(tmp_path, monkeypatch, mome
     found, state = load_checkpoint(tmp_path)
     assert (state["step"], found["model"]["weight"][0].item()) == (1, 1.0)
     save_checkpoint(tmp_path, tensors(3.0), {"step": 3})
-    assert len(list(tmp_path.iterdir())) == 3
+    assert load_checkpoint(tmp_path)[1] == {"step": 3}
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_disk_full_is_one_line_and_the_one_before_stays(tmp_path, monkeypatch):
@@ -128,6 +138,64 @@ def test_disk_full_is_one_line_and_the_one_before_stays(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert load_checkpoint(tmp_path)[1] == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """A checkpoint with all that a run's has, the random state too, in which each file is of a few kilobytes."""
+    folder = tmp_path_factory.mktemp("trial")
+    save_checkpoint(folder, tensors(1.5, size=300), {"step": 1, "seconds": 0.1, "random": random_state()})
+    assert load_checkpoint(folder)
+    return folder
+
+
+def _is_noticed(trial, path, content):
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(trial)
+    finally:
+        path.write_bytes(whole)
+    assert path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hundred_truncations_are_noticed(trial):
+    generator = random.Random(1)
+    files = sorted(trial.iterdir())
+    for attempt in range(100):
+        content = files[attempt % len(files)].read_bytes()
+        # The first bytes, the last, and anything between.
+        length = (attempt // len(files)) if attempt < 12 else len(content) - attempt if attempt < 24 else None
+        length = generator.randrange(len(content)) if length is None else length
+        _is_noticed(trial, files[attempt % len(files)], content[:length])
+
+
+def test_a_hundred_flipped_bits_are_noticed(trial):
+    generator = random.Random(2)
+    files = sorted(trial.iterdir())
+    for attempt in range(100):
+        path = files[attempt % len(files)]
+        content = bytearray(path.read_bytes())
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        _is_noticed(trial, path, bytes(content))
+
+
+def test_every_byte_of_a_state_counts(tmp_path):
+    """Capitals of checksums too, spaces between keys, digits of figures."""
+    save_checkpoint(tmp_path, {"model": {}}, {"step": 1, "loss": 0.25, "text": "ä b"})
+    (path,) = generations(tmp_path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 0x20 if place % 2 or whole[place : place + 1].isalpha() else 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"state-1\.json is"):
+            load_state(path)
+    path.write_bytes(whole + b"\n")
+    with pytest.raises(UserError, match=r"state-1\.json is damaged"):
+        load_state(path)
 
 
 def _write_for_ever(folder, log):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,31 +19,56 @@ class MetricsLog:
     """Writes each record as a line of `folder`/metrics.jsonl and its numbers to `folder`/tensorboard.
 
     step: of the checkpoint that the training goes on from; lines of later steps, whose work was lost, are removed.
+
+    Raises OSError with the name of metrics.jsonl where either cannot be written.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "metrics.jsonl"
-        if path.exists():
-            write_text(path, "".join(_lines_until(path, step)))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._path = path = folder / "metrics.jsonl"
+        try:
+            if path.exists():
+                write_text(path, "".join(_lines_until(path, step)))
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        except OSError as error:
+            raise self._named(error) from None
+        self._hook, threading.excepthook = threading.excepthook, self._quiet
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         """One record of kind "train" or "evaluation", which has its "step"; flushed, so that others can follow it."""
-        self._file.write(json.dumps({"kind": kind, **record}) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if isinstance(value, float):
-                self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+        try:
+            line = (json.dumps({"kind": kind, **record}) + "\n").encode()
+            if self._file.write(line) != len(line):  # what is left of a disk that is about to be full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+        except OSError as error:
+            raise self._named(error) from None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+            self._board.close()
+        except OSError as failure:
+            if error is None:  # else there is more to say than this
+                raise self._named(failure) from None
+        finally:
+            threading.excepthook = self._hook
+
+    def _quiet(self, arguments: threading.ExceptHookArgs, /) -> None:
+        """TensorBoard writes in a thread, whose error comes to light at the next record: no traceback for that."""
+        if not issubclass(arguments.exc_type, OSError):
+            self._hook(arguments)
+
+    def _named(self, error: OSError) -> OSError:
+        """The error with the name of the file that people know of, in the place of what TensorBoard calls its own."""
+        return OSError(error.errno or errno.EIO, error.strerror or str(error), str(self._path))
 
 
 class Progress:

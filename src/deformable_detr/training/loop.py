@@ -21,7 +21,8 @@ from ..config import Config
 from ..device import pick_device
 from ..errors import UserError
 from ..structures import ImageBatch, Target
-from .checkpoint import random_state, restore_random_state, save_checkpoint, update_state
+from .checkpoint import random_state, restore_random_state, update_state
+from .failures import said_plainly
 from .log import MetricsLog, Progress, duration
 from .run_folder import RunFolder, fingerprint
 from .step import StepFigures, Stepper
@@ -52,12 +53,16 @@ def train_model(
     Raises `UserError` for a folder or a data set that cannot be used, `NonFiniteLoss` for a NaN or infinite loss, and
     `TrainingInterrupted` (a SystemExit) after Ctrl-C or SIGTERM, when the last checkpoint is saved.
     """
+    folder = RunFolder(out)
+    with folder.held(resume), said_plainly(folder, config):
+        return _train_in(folder, data, config, resume)
+
+
+def _train_in(folder: RunFolder, data: str | os.PathLike[str], config: Config, resume: bool) -> dict[str, Any]:
     from ..data.check import check_for_training
     from ..data.coco import open_dataset, refuse_same_file
     from ..data.transforms import evaluation, training
 
-    folder = RunFolder(out)
-    folder.claim(resume)
     size = config.model.image_size, config.model.long_side
     if not resume:  # a run that goes on had its set checked; that it is the same one is seen below
         for line in check_for_training(data, config.data, *size):
@@ -275,7 +280,7 @@ class Trainer:
     def save(self, best: bool = False) -> None:
         """Makes the present state the last (or the best) checkpoint, once the last step proved good."""
         self._account(self.stepper.settle())
-        save_checkpoint(self.folder.best if best else self.folder.last, self.stepper.tensors(), self._state())
+        self.folder.save(self.stepper.tensors(), self._state(), best)
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, ModelConfig, read_config_file
 from ..errors import UserError
-from .checkpoint import load_checkpoint, share_as_folder, write_text
+from .checkpoint import KEPT, generations, load_checkpoint, load_state, save_checkpoint, share_as_folder, write_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..data.coco import CocoDataset
     from ..model.detector import DeformableDETR
     from ..weights.card import Facts
 
+log = logging.getLogger(__name__)
+
 # What a run writes. A folder that holds any of it belongs to a run or to a model, and is not written over.
 CONFIG = "config.yaml"
+LOCK = ".lock"
 _CONTENTS = (CONFIG, "config.json", "model.safetensors", "metrics.jsonl", "tensorboard", "checkpoints")
 # Settings that a run may change when it goes on: they change how the network is computed or built, not what it is.
 _FREE_MODEL_KEYS = {"backbone_weights", "backbone_norm", "frozen_stages", "gradient_checkpointing"}
@@ -33,6 +41,35 @@ class RunFolder:
         self.path = Path(path)
         self.last = self.path / "checkpoints" / "last"
         self.best = self.path / "checkpoints" / "best"
+
+    @contextmanager
+    def held(self, resume: bool) -> Iterator[None]:
+        """`claim`, and nobody else may write the folder within: `UserError` where another process does.
+
+        The system lets go of the lock when a process dies. Of a run of several processes, one holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        self.claim(resume)
+        place = self.path / LOCK
+        lock = FileLock(place, timeout=0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"output folder {self.path} is being written by another process: wait for it, or choose another folder"
+            ) from None
+        except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+            log.warning("%s cannot be locked (%s): see to it that no other process writes there", self.path, error)
+        try:
+            self.claim(resume)  # another process may have been quicker
+            self._clear()
+            yield
+        finally:
+            if lock.is_locked:
+                with suppress(OSError):  # Windows deletes no open file
+                    place.unlink()
+                lock.release()
 
     def claim(self, resume: bool) -> None:
         """Makes the folder, or raises `UserError`: not writable, taken by another run, or (resume) no run in it."""
@@ -55,14 +92,21 @@ class RunFolder:
         """Puts the whole config into config.yaml."""
         write_text(self.path / CONFIG, config.to_yaml())
 
-    def restore(self, config: Config, data_fingerprint: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Tensors and state of the last checkpoint; None where the run ended before its first.
+    def save(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool = False) -> None:
+        """Makes these the last checkpoint, the one before stays too; or the best, of which there is one."""
+        save_checkpoint(self.best if best else self.last, tensors, state, 1 if best else KEPT)
 
-        Raises `UserError` where the checkpoint is damaged or the data, the classes or the network are not the run's.
+    def restore(self, config: Config, data_fingerprint: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Tensors and state of the latest good checkpoint; None where the run ended before its first.
+
+        A damaged one is left for the one before, or for the best, which is said in one line. Raises `UserError` where
+        none is good, or the data, the classes or the network are not the run's.
         """
-        if not self.last.exists():
+        if (self.last / "state.json").exists():
+            raise UserError(f"cannot resume {self.path}: its checkpoints are of an earlier version of this program")
+        if not (found := self._latest_good()):
             return None
-        tensors, state = load_checkpoint(self.last)
+        tensors, state = found
         before, now = ModelConfig.read(state["model"], str(self.last)), config.model
         if (before.class_names, before.category_ids) != (now.class_names, now.category_ids):
             raise UserError(
@@ -78,16 +122,59 @@ class RunFolder:
                 )
         return tensors, state
 
+    def _latest_good(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """The checkpoint of the most steps that is whole. Later ones of `last`, which are not, are put aside."""
+        failures: list[UserError] = []
+        states: list[tuple[int, Path]] = []
+        for path in (*generations(self.last), *generations(self.best)):
+            try:
+                states.append((load_state(path)["counters"]["step"], path))
+            except UserError as error:
+                failures.append(error)
+        for step, path in sorted(states, key=lambda item: -item[0]):  # of equal steps, `last` comes first
+            try:
+                found = load_checkpoint(path)
+            except UserError as error:
+                failures.append(error)
+                continue
+            if failures:
+                log.warning("%s; the run goes on from %s, step %d", failures[0], path, step)
+                self._put_aside(path)
+            return found
+        if failures:
+            raise UserError(f"{failures[0]}, and no checkpoint in {self.path} is good: start another run")
+        return None
+
+    def _put_aside(self, good: Path) -> None:
+        """Damaged generations no longer count among those that are kept; the next save deletes them."""
+        for path in generations(self.last):
+            if path == good:
+                break
+            with suppress(OSError):
+                path.rename(path.with_name(path.name.replace("state-", "damaged-")))
+
+    def _clear(self) -> None:
+        """Deletes what a killed process was about to write."""
+        for path in (*self.path.glob(".export-*"), *self.path.glob(".*.tmp")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
     def export(self, model: DeformableDETR, facts: Facts | None = None) -> None:
         """Makes the model the one that `from_pretrained` finds in the run folder; `facts` are for its card."""
         temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=self.path))
         try:
             model.save_pretrained(temporary, facts)
-            for file in temporary.iterdir():
+            # config.json, by which a folder is known to hold a model, appears last.
+            for file in sorted(temporary.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
                 share_as_folder(file, self.path)
                 os.replace(file, self.path / file.name)
         except OSError as error:
-            raise UserError(f"model in {self.path} cannot be written: {error.strerror or error}") from None
+            raise UserError(
+                f"model in {self.path} cannot be written: {error.strerror or error}; the last checkpoint is good: "
+                "go on with --resume once that is mended"
+            ) from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
