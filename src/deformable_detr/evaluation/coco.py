@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    import hotcoco
 
 MAX_DETECTIONS = (1, 10, 100)  # an image and class, best scores first
 AREAS = ("all", "small", "medium", "large")  # up to 32², up to 96², above, in pixels
@@ -37,44 +41,79 @@ def coco_metrics(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str,
 
     Raises UserError for records that lack a key or hold no finite box, and for detections of an unknown image.
     """
+    return figures(count(ground_truth, results))
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Detections after they were matched to the ground truth, and what the counting knows of both.
+
+    evaluator: hotcoco's, evaluated and accumulated; to it images, classes and records are numbered from 1.
+    images, categories: id → number. names: of the classes, in the order of their numbers.
+    objects: the ground truth as columns (image_ids, category_ids, boxes xywh, area, iscrowd); object n is row n − 1.
+    detections: (N, 7) float64: image, x, y, w, h, score, class, all by number; detection n is row n − 1.
+    """
+
+    evaluator: hotcoco.COCOeval
+    images: dict[Any, int]
+    categories: dict[Any, int]
+    names: list[str]
+    objects: dict[str, np.ndarray]
+    detections: np.ndarray
+
+
+def count(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Counted:
+    """Matches detections to the ground truth, as `coco_metrics`, which says what both are and what is refused."""
     import hotcoco
 
     images = _numbers((image["id"] for image in _section(ground_truth, "images")), "image")
     categories = _numbers((category["id"] for category in _section(ground_truth, "categories")), "category")
-    names = _unique_names(ground_truth["categories"], categories)
+    names = _unique_names(_section(ground_truth, "categories"), categories)
+    objects = _annotation_columns(ground_truth, images, categories)
     truth = hotcoco.COCO.from_arrays(
         [{"id": number, "width": 0, "height": 0} for number in images.values()],
         [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
-        **_annotation_columns(ground_truth, images, categories),
+        **objects,
     )
-    found = truth.load_res(_result_rows(results, images, categories))
-
-    evaluator = hotcoco.COCOeval(truth, found, "bbox")
+    detections = _result_rows(results, images, categories)
+    evaluator = hotcoco.COCOeval(truth, truth.load_res(detections), "bbox")
     evaluator.params.max_dets = list(MAX_DETECTIONS)
     evaluator.evaluate()
     evaluator.accumulate()
-    counted = evaluator.eval
-    assert counted is not None
-    precision = counted["precision"]  # (T thresholds, R recalls, K classes, areas, limits), −1: no ground truth
-    recall = counted["recall"]  # (T, K, areas, limits)
+    return Counted(evaluator, images, categories, names, objects, detections)
 
+
+def tables(counted: Counted) -> tuple[np.ndarray, np.ndarray]:
+    """Precision (T thresholds, R recalls, K classes, areas, limits) and recall (T, K, areas, limits).
+
+    Thresholds of IoU are 0.50, 0.55, …, 0.95, recalls 0, 0.01, …, 1; −1 where there is no ground truth.
+    """
+    result = counted.evaluator.eval
+    assert result is not None
+    return result["precision"], result["recall"]
+
+
+def figures(counted: Counted) -> Metrics:
+    """What `coco_metrics` returns."""
+    precision, recall = tables(counted)
     most = len(MAX_DETECTIONS) - 1
     metrics: Metrics = {
-        "AP": _mean(precision[:, :, :, 0, most]),
-        "AP50": _mean(precision[0, :, :, 0, most]),  # thresholds 0.50, 0.55, …, 0.95
-        "AP75": _mean(precision[5, :, :, 0, most]),
+        "AP": mean(precision[:, :, :, 0, most]),
+        "AP50": mean(precision[0, :, :, 0, most]),
+        "AP75": mean(precision[5, :, :, 0, most]),
     }
     for area, name in enumerate(AREAS[1:], start=1):
-        metrics[f"AP_{name}"] = _mean(precision[:, :, :, area, most])
-    for limit, count in enumerate(MAX_DETECTIONS):
-        metrics[f"AR{count}"] = _mean(recall[:, :, 0, limit])
+        metrics[f"AP_{name}"] = mean(precision[:, :, :, area, most])
+    for limit, number in enumerate(MAX_DETECTIONS):
+        metrics[f"AR{number}"] = mean(recall[:, :, 0, limit])
     for area, name in enumerate(AREAS[1:], start=1):
-        metrics[f"AR_{name}"] = _mean(recall[:, :, area, most])
-    metrics["per_class"] = {name: _mean(precision[:, :, k, 0, most]) for k, name in enumerate(names)}
+        metrics[f"AR_{name}"] = mean(recall[:, :, area, most])
+    metrics["per_class"] = {name: mean(precision[:, :, k, 0, most]) for k, name in enumerate(counted.names)}
     return metrics
 
 
-def _mean(values: np.ndarray) -> float | None:
+def mean(values: np.ndarray) -> float | None:
+    """The mean of a table's entries; None where there is no ground truth for any."""
     values = values[values > -1]
     return float(values.mean()) if values.size else None
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,7 +16,8 @@ from ..errors import UserError
 from ..inference.loading import load_detector
 from ..inference.postprocess import select
 from ..inference.predictor import evaluating, forward, model_categories
-from .coco import Metrics, coco_metrics
+from .coco import Counted, Metrics, figures
+from .coco import count as count_detections
 
 if TYPE_CHECKING:
     from ..data.coco import CocoDataset
@@ -42,6 +46,38 @@ def evaluate(
     Returns the dict of `evaluate_dataset`.
     Raises UserError for a data set that cannot be read or that does not fit the model's classes.
     """
+    return detect(model, data, split, data_config, batch_size, workers, limit, progress, device).metrics
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """What a model found in a split, counted.
+
+    metrics: what `evaluate_dataset` returns. counted: the detections matched to the ground truth.
+    results: COCO's records of the detections. paths: the images' files, by image id.
+    model_seconds: what the model and the choice of boxes took, of all images. device: what they ran on.
+    """
+
+    metrics: Metrics
+    counted: Counted
+    results: list[dict[str, Any]]
+    paths: dict[Any, Path]
+    model_seconds: float
+    device: str
+
+
+def detect(
+    model: nn.Module | str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    split: str = "val",
+    data_config: DataConfig | None = None,
+    batch_size: int = 4,
+    workers: int = 2,
+    limit: int | None = None,
+    progress: bool = True,
+    device: str = "auto",
+) -> Evaluated:
+    """As `evaluate`, with all that a report needs."""
     from ..data.coco import open_dataset
     from ..data.transforms import evaluation
 
@@ -56,7 +92,7 @@ def evaluate(
         categories=model_categories(config) if config.category_ids else None,
         transform=evaluation(config.image_size, config.long_side, getattr(model, "canvas", None)),
     )
-    return evaluate_dataset(model, dataset, batch_size, workers, limit, progress)
+    return detect_dataset(model, dataset, batch_size, workers, limit, progress)
 
 
 def evaluate_dataset(
@@ -66,34 +102,55 @@ def evaluate_dataset(
     workers: int = 2,
     limit: int | None = None,
     progress: bool = True,
+    keep: Callable[[CocoDataset, list[dict[str, Any]]], object] | None = None,
 ) -> Metrics:
     """`evaluate` for a data set that is open already, with the evaluation transform.
 
     workers: processes that load images; 0: none beside this one.
     limit: only the first so many images, and the ground truth of these.
     progress: a bar on standard error, where that is a terminal.
+    keep: is called with the data set and all detections as COCO results.
 
     Returns the dict of `coco_metrics` with "images", how many, and "images_per_second", of loading and model together.
     The model's modules end in the modes they were in.
     """
+    evaluated = detect_dataset(model, dataset, batch_size, workers, limit, progress)
+    if keep is not None:
+        keep(dataset, evaluated.results)
+    return evaluated.metrics
+
+
+def detect_dataset(
+    model: nn.Module,
+    dataset: CocoDataset,
+    batch_size: int = 4,
+    workers: int = 2,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Evaluated:
+    """As `evaluate_dataset`, with all that a report needs."""
     for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value} is under 1")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     start = time.perf_counter()
-    results, seen = _detect(model, dataset, count, batch_size, workers, progress)
+    results, seen, model_seconds = _detect(model, dataset, count, batch_size, workers, progress)
     seconds = time.perf_counter() - start
 
     truth = dataset.ground_truth
     if count < len(dataset):
         truth = {**truth, "images": [image for image in truth["images"] if image["id"] in seen]}
-    return {**coco_metrics(truth, results), "images": count, "images_per_second": count / seconds}
+    counted = count_detections(truth, results)
+    metrics = {**figures(counted), "images": count, "images_per_second": count / seconds}
+    paths = {int(identity): dataset.path(index) for index, identity in enumerate(dataset.image_ids[:count])}
+    device = str(model.pixel_mean.device)  # pyright: ignore[reportAttributeAccessIssue]
+    return Evaluated(metrics, counted, results, paths, model_seconds, device)
 
 
 def _detect(
     model: nn.Module, dataset: CocoDataset, count: int, batch_size: int, workers: int, progress: bool
-) -> tuple[list[dict[str, Any]], set[Any]]:
-    """COCO results of the first `count` images, and the ids of these."""
+) -> tuple[list[dict[str, Any]], set[Any], float]:
+    """COCO results of the first `count` images, the ids of these, and the seconds in which no image was waited for."""
     from torch.utils.data import Subset
     from tqdm import tqdm
 
@@ -107,9 +164,12 @@ def _detect(
     batches = loader(images, batch_size, workers, shuffle=False, seed=0)
     results: list[dict[str, Any]] = []
     seen: set[Any] = set()
+    working = 0.0
     with evaluating(model), tqdm(total=count, unit="image", desc="evaluate", disable=None if progress else True) as bar:
         for batch, targets in batches:
+            start = time.perf_counter()
             found = select(forward(model, batch), [target.original_size for target in targets], TOP_K)
+            working += time.perf_counter() - start  # `select` waits for the device
             for target, (boxes, scores, labels) in zip(targets, found, strict=True):
                 seen.add(target.image_id)
                 boxes[:, 2:] -= boxes[:, :2]
@@ -119,4 +179,4 @@ def _detect(
                     if label < len(ids)  # a model with spare class logits
                 )
             bar.update(len(targets))
-    return results, seen
+    return results, seen, working

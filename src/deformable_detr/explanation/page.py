@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ..webpage import fill, picture, write
 from .looks import DetectionExplanation, Explanation, PointExplanation
 from .picture import COLOURS, check_layer
 from .trace import Trace
@@ -43,7 +38,7 @@ def page(traced: Trace, chosen: Explanation, layer: int | None = None) -> str:
         "title": f"{Path(traced.detections.path).name}: where the detector looked"
         if traced.detections.path
         else "Where the detector looked",
-        "image": _picture(traced),
+        "image": picture(Image.fromarray(traced.pixels.permute(1, 2, 0).numpy()), LONGEST_SIDE, quality=88),
         "width": width,
         "height": height,
         "levels": [list(shape) for shape in chosen.spatial_shapes],
@@ -55,26 +50,12 @@ def page(traced: Trace, chosen: Explanation, layer: int | None = None) -> str:
         "layer": layer,
         "items": [_item(one) for one in shown],
     }
-    # Inside a script element only "</" and "<!--" mean anything; without "<" neither can come from a class's name.
-    data = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {"TITLE": html.escape(str(content["title"])), "STYLE": _asset("page.css"), "SCRIPT": _asset("page.js")}
-    text = _asset("page.html")
-    for name, value in {**parts, "DATA": data}.items():
-        text = text.replace(f"__{name}__", value, 1)
-    return text
+    return fill("deformable_detr.explanation", "page.html", str(content["title"]), content, ["page.css"], ["page.js"])
 
 
 def save_page(traced: Trace, chosen: Explanation, path: Path, layer: int | None = None) -> Path:
     """Writes `page`. Raises UserError where that cannot be done."""
-    from ..weights.files import replace_file
-
-    text = page(traced, chosen, layer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    return path
+    return write(path, page(traced, chosen, layer))
 
 
 def _item(explanation: Explanation) -> dict[str, Any]:
@@ -111,20 +92,7 @@ def _round(values: Any) -> list[float]:
     return [round(float(value), 2) for value in values]
 
 
-def _picture(traced: Trace) -> str:
-    """The image as a data URI, no larger than a screen shows."""
-    image = Image.fromarray(traced.pixels.permute(1, 2, 0).numpy())
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 def _colours(steps: int = 17) -> list[list[int]]:
     from matplotlib import colormaps
 
     return [[round(255 * part) for part in colour[:3]] for colour in colormaps[COLOURS](np.linspace(0, 1, steps))]
-
-
-def _asset(name: str) -> str:
-    return resources.files("deformable_detr.explanation").joinpath(name).read_text(encoding="utf-8")

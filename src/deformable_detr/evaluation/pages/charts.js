@@ -1,0 +1,150 @@
+// Elements and line charts, shared by the pages. Charts are drawn anew where their width changes, so text keeps its size.
+const SVG = "http://www.w3.org/2000/svg";
+
+function fillElement(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+const el = (tag, attributes = {}, ...children) => fillElement(document.createElement(tag), attributes, children);
+const svg = (tag, attributes = {}, ...children) => fillElement(document.createElementNS(SVG, tag), attributes, children);
+const byId = (id) => document.getElementById(id);
+const colour = (number) => `var(--c${number % 7})`;
+const figure = (value, digits = 3) => (value === null || value === undefined ? "—" : value.toFixed(digits));
+
+function onWidth(host, render) {
+  let last = 0;
+  const redraw = () => {
+    const width = Math.floor(host.clientWidth);
+    if (width > 0 && width !== last) { last = width; render(width); }
+  };
+  new ResizeObserver(redraw).observe(host);
+  redraw();
+  return () => { last = 0; redraw(); };
+}
+
+function ticks(low, high, most) {
+  const rough = (high - low) / Math.max(1, most), power = 10 ** Math.floor(Math.log10(rough || 1));
+  const step = [1, 2, 5, 10].map((k) => k * power).find((size) => size >= rough * 0.999) || power;
+  const values = [];
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) values.push(k * step);
+  return values;
+}
+const short = (value) => {
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  if (size >= 1e4) return (size >= 1e6 ? +(value / 1e6).toPrecision(3) + "M" : +(value / 1e3).toPrecision(3) + "k");
+  return size < 1e-3 ? value.toExponential(0) : String(+value.toPrecision(3));
+};
+
+function legend(series) {
+  return el("div", { class: "legend" }, ...series.map((one) => el("span", {},
+    svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
+      svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: one.colour, "stroke-width": 2.5, "stroke-dasharray": one.dash })),
+    one.name)));
+}
+
+// series: [{name, colour, dash, points: [[x, y or null], …]}]; x, y: {low, high, label}; what a pointer is at goes below.
+function lineChart(host, { series, x, y, height = 280, extra = null, wording = null }) {
+  host.replaceChildren();
+  if (series.length > 1) host.append(legend(series));
+  const place = el("div"), readout = el("div", { class: "readout" });
+  host.append(place, readout);
+  return onWidth(host, (width) => {
+    const left = 46, right = 12, top = 10, bottom = 38, w = width - left - right, h = height - top - bottom;
+    const px = (v) => left + ((v - x.low) / (x.high - x.low || 1)) * w;
+    const py = (v) => top + (1 - (v - y.low) / (y.high - y.low || 1)) * h;
+    const chart = svg("svg", { width, height, role: "img", "aria-label": `${y.label} by ${x.label}` });
+    for (const v of ticks(y.low, y.high, 5))
+      chart.append(svg("line", { class: "grid", x1: left, x2: left + w, y1: py(v), y2: py(v) }),
+        svg("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, short(v)));
+    for (const v of ticks(x.low, x.high, w / 75))
+      chart.append(svg("line", { class: "grid", x1: px(v), x2: px(v), y1: top, y2: top + h }),
+        svg("text", { x: px(v), y: top + h + 16, "text-anchor": "middle" }, short(v)));
+    chart.append(svg("text", { x: left + w / 2, y: height - 4, "text-anchor": "middle" }, x.label));
+    chart.append(svg("text", { x: -(top + h / 2), y: 12, transform: "rotate(-90)", "text-anchor": "middle" }, y.label));
+    if (extra) extra(chart, px, py);
+    for (const one of series) {
+      let path = "", pen = false;
+      for (const [a, b] of one.points) {
+        if (b === null || b === undefined) { pen = false; continue; }
+        path += `${pen ? "L" : "M"}${px(a).toFixed(1)} ${py(Math.min(Math.max(b, y.low), y.high)).toFixed(1)}`;
+        pen = true;
+      }
+      chart.append(svg("path", { d: path, fill: "none", stroke: one.colour, "stroke-width": 2, "stroke-dasharray": one.dash, "stroke-linejoin": "round" }));
+      const only = one.points.filter((point) => point[1] !== null && point[1] !== undefined);
+      if (only.length === 1) chart.append(svg("circle", { cx: px(only[0][0]), cy: py(only[0][1]), r: 3.5, fill: one.colour }));
+    }
+    const mark = svg("line", { class: "mark", y1: top, y2: top + h, visibility: "hidden" });
+    chart.append(mark);
+    const show = (event) => {
+      const at = x.low + ((event.offsetX - left) / w) * (x.high - x.low);
+      const near = series.map((one) => one.points.reduce((best, point) =>
+        point[1] !== null && (!best || Math.abs(point[0] - at) < Math.abs(best[0] - at)) ? point : best, null));
+      const there = near.find((point) => point);
+      if (!there) return;
+      mark.setAttribute("x1", px(there[0])); mark.setAttribute("x2", px(there[0])); mark.setAttribute("visibility", "visible");
+      const values = series.map((one, k) => (near[k] ? `${one.name} ${short(near[k][1])}` : null)).filter((text) => text);
+      readout.textContent = wording ? wording(there[0], near) : `${x.label} ${short(there[0])}: ${values.join(", ")}`;
+    };
+    chart.addEventListener("pointermove", show);
+    chart.addEventListener("pointerdown", show);
+    chart.addEventListener("pointerleave", () => { mark.setAttribute("visibility", "hidden"); readout.textContent = ""; });
+    place.replaceChildren(chart);
+  });
+}
+
+// rows: arrays of values; columns: [{name, text(value, row) → string or node, sort: initial direction}]. Clicking sorts.
+function sortableTable(table, columns, rows) {
+  let by = -1, down = true;
+  const body = el("tbody"), heads = columns.map((column, k) => el("th", { scope: "col" },
+    el("button", { type: "button", onclick: () => { down = by === k ? !down : k > 0; by = k; render(); } }, column.name)));
+  const order = (a, b) => {
+    const [p, q] = [a[by], b[by]];
+    if (p === null || q === null) return (p === null) - (q === null);
+    return (typeof p === "string" ? p.localeCompare(q) : p - q) * (down ? -1 : 1);
+  };
+  let wanted = () => true;
+  function render() {
+    heads.forEach((head, k) => k === by ? head.setAttribute("aria-sort", down ? "descending" : "ascending") : head.removeAttribute("aria-sort"));
+    const shown = (by < 0 ? rows : [...rows].sort(order)).filter(wanted);
+    body.replaceChildren(...shown.map((row) => el("tr", {}, ...columns.map((column, k) =>
+      el("td", k ? {} : { title: row[0] }, column.text ? column.text(row[k], row) : k && row[k] !== null && typeof row[k] === "number" ? figure(row[k]) : row[k] ?? "—")))));
+  }
+  table.replaceChildren(el("thead", {}, el("tr", {}, ...heads)), body);
+  render();
+  return { filter: (test) => { wanted = test; render(); } };
+}
+
+// A picture with boxes: [{x, y, w, h, colour, dash, label, title}]; labels where there are few, or of the one pointed at.
+function boxedPicture(picture, boxes, most = 14) {
+  const { width, height } = picture;
+  const view = svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMidYMid meet" });
+  if (picture.picture) view.append(svg("image", { href: picture.picture, width, height }));
+  else view.append(svg("rect", { width, height, fill: "var(--soft)" }));
+  const size = Math.max(width, height * 0.8) / 30;
+  const label = (box) => {
+    const length = Math.min(width, (box.label.length * 0.58 + 0.6) * size);
+    const x = Math.min(Math.max(0, box.x), Math.max(0, width - length));
+    const y = box.y - size * 1.2 >= 0 ? box.y - size * 1.2 : Math.min(box.y, height - size * 1.2);
+    const text = svg("text", { x: x + size * 0.3, y: y + size * 0.92, "font-size": size, style: "fill:#fff;font-weight:600" }, box.label);
+    if ((box.label.length * 0.58 + 0.6) * size > width) { text.setAttribute("textLength", length - size * 0.6); text.setAttribute("lengthAdjust", "spacingAndGlyphs"); }
+    return svg("g", { "pointer-events": "none" }, svg("rect", { x, y, width: length, height: size * 1.2, fill: box.ground, "fill-opacity": 0.88 }), text);
+  };
+  for (const box of boxes) {
+    const place = { x: box.x, y: box.y, width: Math.max(box.w, 0.5), height: Math.max(box.h, 0.5), class: "box" };
+    view.append(svg("rect", { ...place, stroke: "#111", "stroke-width": 3.6, "stroke-opacity": 0.75, "pointer-events": "none" }));
+    view.append(svg("rect", { ...place, stroke: box.colour, "stroke-width": 2, "stroke-dasharray": box.dash }, svg("title", {}, box.title || box.label)));
+  }
+  const labels = svg("g"), hovered = svg("g");
+  if (boxes.length <= most) labels.append(...boxes.map(label));
+  view.append(labels, hovered);
+  [...view.querySelectorAll("rect.box title")].forEach((title, k) => {
+    title.parentNode.addEventListener("pointerenter", () => hovered.replaceChildren(label(boxes[k])));
+    title.parentNode.addEventListener("pointerleave", () => hovered.replaceChildren());
+  });
+  return view;
+}

@@ -1,0 +1,206 @@
+const data = JSON.parse(byId("data").textContent);
+const { models, names } = data, [first, second] = models;
+const DASH = [null, "6 4"];
+const NAMES = { AP: "IoU 0.50 to 0.95", AP50: "IoU 0.50", AP75: "IoU 0.75", AP_small: "small objects", AP_medium: "medium objects", AP_large: "large objects",
+  AR1: "1 detection an image", AR10: "10 an image", AR100: "100 an image", AR_small: "small objects", AR_medium: "medium objects", AR_large: "large objects" };
+const title = (key) => key.replace("_", " ");
+const label = (k) => "AB"[k];
+
+function difference(a, b) {
+  if (a === null || b === null || a === undefined || b === undefined) return "—";
+  const value = b - a, shown = value.toFixed(3);
+  if (Math.abs(value) < 5e-4) return "0.000";
+  return el("span", { class: value > 0 ? "better" : "worse" }, `${value > 0 ? "▲ +" : "▼ −"}${shown.replace("-", "")}`);
+}
+
+function table(host, heads, rows) {
+  host.replaceChildren(el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))),
+    el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((cell) => el("td", {}, cell))))));
+}
+
+// --- head, figures, speed ---
+{
+  const facts = `${data.images} images of “${data.split}”, ${first.objects} objects of ${names.length} ${names.length === 1 ? "class" : "classes"}`;
+  byId("facts").textContent = second ? `${facts}. A: ${first.name}, B: ${second.name}; differences are B − A.` : `${facts}.`;
+  for (const key of ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]) {
+    const values = models.map((model) => figure(model.figures[key])).join(" / ");
+    byId("tiles").append(el("div", { class: "tile" }, el("b", {}, values), el("span", {}, title(key))));
+  }
+  byId("tiles").append(el("div", { class: "tile" }, el("b", {}, models.map((m) => (m.best ? m.best.threshold.toFixed(2) : "—")).join(" / ")), el("span", {}, "threshold of the best F1")));
+  const rows = Object.keys(NAMES).map((key) => [title(key), NAMES[key], ...models.map((model) => figure(model.figures[key])),
+    ...(second ? [difference(first.figures[key], second.figures[key])] : [])]);
+  const f1 = (what, name) => [what, name, ...models.map((model) => figure(model.best && model.best[what.toLowerCase()])),
+    ...(second ? [difference(first.best && first.best[what.toLowerCase()], second.best && second.best[what.toLowerCase()])] : [])];
+  rows.push(f1("F1", "the best, at IoU 0.50"), f1("Precision", "at the best F1"), f1("Recall", "at the best F1"), f1("Threshold", "of the best F1"));
+  if (second) rows[rows.length - 1][4] = "";
+  table(byId("figures-table"), ["Figure", "", ...(second ? ["A", "B", "B − A"] : ["Value"])], rows);
+  const speeds = models.map((model) => model.speed);
+  const model = speeds.map((speed) => (speed.model_milliseconds === null ? "—" : `${speed.model_milliseconds.toFixed(1)} ms`));
+  table(byId("speed-table"), ["", ...(second ? ["A", "B"] : [""])], [
+    ["Images a second, loading too", ...speeds.map((speed) => figure(speed.images_per_second, 1))],
+    ["Model and boxes, an image", ...model], ["Device", ...speeds.map((speed) => speed.device)]]);
+}
+
+// --- classes ---
+{
+  const best = (row, key) => (row.best ? row.best[key] : null);
+  const keys = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"];
+  const plain = [{ name: "Class" }, { name: "Objects", text: (value) => String(value) }];
+  let columns, rows;
+  if (!second) {
+    columns = [...plain, ...keys.map((key) => ({ name: title(key) })), { name: "Threshold" }, { name: "F1" }, { name: "Precision" }, { name: "Recall" }];
+    rows = first.classes.map((row) => [row.name, row.objects, ...keys.map((key) => row[key]), ...["threshold", "f1", "precision", "recall"].map((key) => best(row, key))]);
+  } else {
+    const pairs = [...keys.slice(0, 3).map((key) => [title(key), (row) => row[key]]), ["F1", (row) => best(row, "f1")]];
+    columns = [...plain, ...pairs.flatMap(([name]) => [{ name: `${name} A` }, { name: `${name} B` },
+      { name: "B − A", text: (value) => difference(0, value) }]), { name: "Threshold A" }, { name: "Threshold B" }];
+    rows = first.classes.map((row, k) => {
+      const other = second.classes[k];
+      const values = pairs.flatMap(([, of]) => [of(row), of(other), of(row) === null || of(other) === null ? null : of(other) - of(row)]);
+      return [row.name, row.objects, ...values, best(row, "threshold"), best(other, "threshold")];
+    });
+  }
+  const shown = sortableTable(byId("classes-table"), columns, rows);
+  const find = byId("find");
+  find.parentNode.parentNode.hidden = names.length < 12;
+  find.addEventListener("input", () => shown.filter((row) => row[0].toLowerCase().includes(find.value.trim().toLowerCase())));
+}
+
+// --- precision and recall ---
+{
+  const choice = byId("curve-class");
+  choice.append(el("option", { value: 0 }, "all classes"), ...names.map((name, k) => el("option", { value: k + 1 }, name)));
+  const kinds = [["50", "IoU 0.50"], ["75", "IoU 0.75"], ["mean", "mean of IoU 0.50 to 0.95"]];
+  const render = () => {
+    const series = [];
+    models.forEach((model, m) => kinds.forEach(([key, name], k) => {
+      const line = model.curves[+choice.value][key];
+      if (line) series.push({ name: second ? `${label(m)}, ${name}` : name, colour: colour(k), dash: DASH[m], points: line.map((value, r) => [r / 100, value / 1000]) });
+    }));
+    if (!series.length) { byId("curve").replaceChildren(el("p", {}, "There are no objects of this class.")); return; }
+    lineChart(byId("curve"), { series, x: { low: 0, high: 1, label: "recall" }, y: { low: 0, high: 1, label: "precision" } });
+  };
+  choice.addEventListener("change", render);
+  render();
+}
+
+// --- kinds of errors ---
+{
+  const words = { Cls: ["Classification", "a wrong class, well placed"], Loc: ["Localisation", "the right class, badly placed (IoU 0.1 to 0.5)"],
+    Both: ["Both", "a wrong class, badly placed"], Dupe: ["Duplicate", "an object found again"], Bkg: ["Background", "nothing is there"], Miss: ["Missed", "an object not found at all"] };
+  const gain = (value) => (value === null ? "—" : value.toFixed(3));
+  const entries = first.errors.kinds.map((one, k) => [...words[one.kind], ...models.map((model) => model.errors.kinds[k])]);
+  for (const [key, name] of [["false_positives", "All false positives"], ["false_negatives", "All false negatives"]])
+    entries.push([name, "", ...models.map((model) => ({ gain: model.errors[key], count: null }))]);
+  const largest = Math.max(0.01, ...entries.flatMap((entry) => entry.slice(2).map((one) => one.gain || 0)));
+  for (const [name, what, ...values] of entries) {
+    const bars = values.map((one, m) => el("div", { class: "bar", style: `width:${(100 * Math.max(0, one.gain || 0)) / largest}%;background:${colour(m)}` }));
+    const texts = values.map((one, m) => el("div", {}, `${second ? label(m) + " " : ""}${gain(one.gain)}${one.count === null ? "" : `, ${one.count}×`}`));
+    byId("errors-bars").append(el("div", {}, name), el("div", { title: what }, ...bars), el("div", { class: "value" }, ...texts));
+  }
+  byId("errors").append(el("p", {}, `Numbers: the gain in AP50 (${models.map((m, k) => `${second ? label(k) + ": " : ""}${figure(m.errors.AP50)} now`).join(", ")}), and how many. `
+    + Object.values(words).map(([name, what]) => `${name}: ${what}`).join("; ") + "."));
+}
+
+// --- calibration ---
+models.forEach((model, m) => {
+  const { bins, ece } = model.calibration, host = el("div"), counts = el("div");
+  byId("calibration-charts").append(el("div", {}, el("h3", {}, `${second ? label(m) + ": " : ""}ECE ${figure(ece)}`), host, counts));
+  host.className = counts.className = "chart";
+  const points = bins.map((bin) => [(bin.low + bin.high) / 2, bin.count ? bin.right : null]);
+  const words = (x) => {
+    const bin = bins.find((one) => x >= one.low && x <= one.high);
+    return bin ? `score ${bin.low.toFixed(1)} to ${bin.high.toFixed(1)}: ${bin.count} detections, ${(100 * bin.right).toFixed(1)}% right, score ${bin.score.toFixed(3)} on average` : "";
+  };
+  lineChart(host, { series: [{ name: "right", colour: "none", points }], x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: 1, label: "share of right ones" }, height: 250, wording: words,
+    extra: (chart, px, py) => {
+      for (const bin of bins) if (bin.count)
+        chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(bin.right), height: Math.max(py(0) - py(bin.right), 1), fill: colour(m) }));
+      chart.append(svg("line", { x1: px(0), y1: py(0), x2: px(1), y2: py(1), stroke: "var(--ink)", "stroke-dasharray": "4 4" }));
+    } });
+  const most = Math.max(1, ...bins.map((bin) => Math.log10(bin.count + 1)));
+  lineChart(counts, { series: [{ name: "count", colour: "none", points: bins.map((bin) => [(bin.low + bin.high) / 2, Math.log10(bin.count + 1)]) }], height: 150, wording: words,
+    x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: Math.ceil(most), label: "detections, 10^" },
+    extra: (chart, px, py) => { for (const bin of bins)
+      chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(Math.log10(bin.count + 1)), height: py(0) - py(Math.log10(bin.count + 1)), fill: "var(--c6)" })); } });
+});
+
+// --- confusion ---
+{
+  const choice = byId("confusion-model"), count = names.length + 1;
+  choice.append(...models.map((model, m) => el("option", { value: m }, `${label(m)}: ${model.name}`)));
+  byId("confusion-choice").hidden = !second;
+  const called = (k, background) => (k === count - 1 ? background : names[k]);
+  let redraw = null;
+  const cut = (text, most) => ([...text].length > most ? [...text].slice(0, most - 1).join("") + "…" : text);
+  function render() {
+    const { matrix, threshold } = models[+choice.value].confusion;
+    byId("confusion-how").textContent = `Rows: what is there; columns: what was found, at scores from ${threshold.toFixed(3)} (the best F1) and IoU 0.5, whatever the class. `
+      + "The last row is background, where nothing was to be found; the last column objects that were missed. Colour: share of the row.";
+    const totals = matrix.map((row) => row.reduce((sum, value) => sum + value, 0));
+    const words = (r, c) => {
+      const what = `${matrix[r][c]} of ${totals[r]}`;
+      if (r === count - 1) return `${what} false detections on background were called ${names[c]}`;
+      return c === count - 1 ? `${what} “${names[r]}” were missed` : `${what} “${names[r]}” were found as “${names[c]}”`;
+    };
+    const draw = (width) => {
+      const side = Math.min(width, 620), labelled = (side - 70) / count >= 13;
+      const left = labelled ? Math.min(96, side * 0.24) : 18, top = left, cell = (side - left - 2) / count;
+      const chart = svg("svg", { width: side, height: side, role: "img", "aria-label": "Confusion matrix" });
+      const most = Math.max(4, Math.floor(left / 6.6));
+      if (labelled) for (let k = 0; k < count; k++) {
+        const middle = (k + 0.5) * cell;
+        chart.append(svg("text", { x: left - 5, y: top + middle + 4, "text-anchor": "end" }, cut(called(k, "background"), most), svg("title", {}, called(k, "background"))),
+          svg("text", { transform: `translate(${left + middle + 4} ${top - 5}) rotate(-90)` }, cut(called(k, "missed"), most), svg("title", {}, called(k, "missed"))));
+      } else chart.append(svg("text", { x: left, y: 13 }, "found"), svg("text", { transform: `translate(13 ${top + 34}) rotate(-90)` }, "there"));
+      chart.append(svg("rect", { x: left, y: top, width: cell * count, height: cell * count, fill: "var(--soft)", stroke: "var(--line)" }));
+      matrix.forEach((row, r) => row.forEach((value, c) => {
+        if (!value) return;
+        const share = value / totals[r], place = { x: left + c * cell, y: top + r * cell };
+        chart.append(svg("rect", { ...place, width: cell, height: cell, fill: r === c ? "var(--c0)" : "var(--c1)", "fill-opacity": 0.12 + 0.88 * share, "data-cell": `${r},${c}` }));
+        if (cell >= 11 + 7 * String(value).length && cell >= 18) chart.append(svg("text", { x: place.x + cell / 2, y: place.y + cell / 2 + 4, "text-anchor": "middle", "pointer-events": "none",
+          style: `fill:${share > 0.5 ? "var(--paper)" : "var(--ink)"}` }, String(value)));
+      }));
+      const show = (event) => {
+        const c = Math.floor((event.offsetX - left) / cell), r = Math.floor((event.offsetY - top) / cell);
+        byId("matrix-readout").textContent = r >= 0 && c >= 0 && r < count && c < count ? words(r, c) : "";
+      };
+      chart.addEventListener("pointermove", show);
+      chart.addEventListener("pointerdown", show);
+      byId("matrix").replaceChildren(chart);
+    };
+    if (redraw) { draw(byId("matrix").clientWidth); redraw.draw = draw; } else { redraw = { draw }; onWidth(byId("matrix"), (width) => redraw.draw(width)); }
+    const pairs = [];
+    matrix.forEach((row, r) => row.forEach((value, c) => { if (value && r !== c && r < count - 1 && c < count - 1) pairs.push([r, c, value]); }));
+    pairs.sort((a, b) => b[2] - a[2]);
+    if (pairs.length) table(byId("mix-ups"), ["There", "Found as", "Times", "Of"], pairs.slice(0, 10).map(([r, c, value]) => [names[r], names[c], String(value), String(totals[r])]));
+    else byId("mix-ups").replaceChildren(el("tbody", {}, el("tr", {}, el("td", {}, "No class was taken for another."))));
+  }
+  choice.addEventListener("change", render);
+  render();
+}
+
+// --- pictures ---
+{
+  const GROUND = { right: "#00664b", wrong: "#a84300", truth: "#005a8c" };
+  const RIGHT = { colour: "#2cc79a", ground: GROUND.right, dash: null }, WRONG = { colour: "#ff8a3d", ground: GROUND.wrong, dash: "6 3" };
+  const TRUTH = { colour: "#56b4e9", ground: GROUND.truth, dash: null }, CROWD = { colour: "#bbbbbb", ground: "#444444", dash: "2 3" };
+  const thresholds = models.map((model) => (model.best ? model.best.threshold : 0.5).toFixed(3));
+  byId("pictures-how").textContent = data.pictures.length
+    ? `The ${data.pictures.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores from ${thresholds.join(" and ")}. Point at a box for its name.`
+    : "No image has an error at the threshold of the best F1.";
+  const key = (style, text) => el("span", {}, svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
+    svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: style.colour, "stroke-width": 3, "stroke-dasharray": style.dash })), text);
+  if (data.pictures.length) byId("pictures-legend").append(key(TRUTH, "object that was found"), key(WRONG, "object that was missed, wrong detection"), key(RIGHT, "right detection"), key(CROWD, "crowd"));
+  for (const picture of data.pictures) {
+    const [one] = picture.models;
+    const objects = picture.objects.map(([x, y, w, h, k, crowd], place) => ({ x, y, w, h, label: names[k], ...(crowd ? CROWD : one.found[place] ? TRUTH : WRONG),
+      title: names[k] + (crowd ? ", crowd" : one.found[place] ? "" : ", missed") }));
+    const panels = [el("figure", {}, boxedPicture(picture, objects), el("figcaption", {}, "ground truth"))];
+    picture.models.forEach((model, m) => {
+      const boxes = model.detections.map(([x, y, w, h, k, score, right]) => ({ x, y, w, h, label: `${names[k]} ${score.toFixed(2)}`, ...(right ? RIGHT : WRONG), title: `${names[k]} ${score}${right ? "" : ", wrong"}` }));
+      panels.push(el("figure", {}, boxedPicture(picture, boxes), el("figcaption", {}, `${second ? label(m) + ": " : ""}${model.wrong} wrong, ${model.missed} missed`)));
+    });
+    byId("gallery").append(el("div", {}, el("h3", {}, picture.name), el("div", { class: "panels" }, ...panels)));
+  }
+}

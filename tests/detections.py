@@ -1,0 +1,40 @@
+"""Made-up detections of made-up objects: right ones, and every kind of error."""
+
+import numpy as np
+
+
+def synthetic(images=30, classes=4, objects=5, detections=20, seed=0, crowds=0.0):
+    """A COCO ground truth and results; scores are all different."""
+    random = np.random.default_rng(seed)
+    truth = {
+        "images": [{"id": 10 * n, "width": 640, "height": 480, "file_name": f"{n}.jpg"} for n in range(1, images + 1)],
+        "categories": [{"id": 3 * k + 2, "name": f"class {k}"} for k in range(classes)],
+        "annotations": [],
+    }
+    results = []
+    for image in truth["images"]:
+        found = 0
+        for _ in range(random.poisson(objects)):
+            box = [*random.uniform(0, 400, 2), *random.uniform(8, 220, 2)]
+            label = int(random.integers(classes))
+            crowd = int(random.random() < crowds)
+            truth["annotations"].append(
+                {"id": len(truth["annotations"]) + 1, "image_id": image["id"], "category_id": 3 * label + 2,
+                 "bbox": [float(v) for v in box], "area": float(box[2] * box[3]), "iscrowd": crowd}
+            )  # fmt: skip
+            for _ in range(int(random.choice([0, 1, 1, 1, 1, 2]))):
+                shake = random.normal(0, random.choice([0.03, 0.15]), 4) * [box[2], box[3], box[2], box[3]]
+                moved = np.array(box) + shake
+                seen = label if random.random() < 0.85 else int(random.integers(classes))
+                results.append(_result(image, seen, [*moved[:2], *np.abs(moved[2:])], random.beta(4, 2)))
+                found += 1
+        for _ in range(max(0, detections - found)):
+            box = [*random.uniform(0, 400, 2), *random.uniform(8, 200, 2)]
+            results.append(_result(image, int(random.integers(classes)), box, random.beta(1, 12)))
+    return truth, results
+
+
+def _result(image, label, box, score):
+    return {
+        "image_id": image["id"], "category_id": 3 * label + 2, "bbox": [float(v) for v in box], "score": float(score),
+    }  # fmt: skip
