@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deformable_detr.inference.postprocess import select
+from deformable_detr.inference.postprocess import inside, select
 
 
 def outputs(B=2, Q=7, K=3, seed=0):
@@ -24,7 +24,6 @@ def by_definition(out, image, size, top_k):
     ):
         cx, cy, w, h = box
         corners = [(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height]
-        corners = np.clip(corners, 0, [width, height, width, height]).tolist()
         pairs += [(1 / (1 + np.exp(-logit)), query, label, corners) for label, logit in enumerate(logits)]
     return sorted(pairs, reverse=True)[:top_k]
 
@@ -44,10 +43,28 @@ def test_fewer_pairs_than_asked_for():
     assert [len(found.scores) for found in select(out, [(10, 10), (10, 10)], top_k=100)] == [2, 2]
 
 
-def test_boxes_end_at_the_image():
+def test_boxes_may_cross_the_border_and_are_cut_there_for_people():
     box = torch.tensor([[[0.0, 0.5, 1.0, 3.0]]])
     (found,) = select({"pred_logits": torch.zeros(1, 1, 1), "pred_boxes": box}, [(30, 40)])
-    assert found.boxes.tolist() == [[0.0, 0.0, 20.0, 30.0]]
+    assert found.boxes.tolist() == [[-20.0, -30.0, 20.0, 60.0]]
+    assert inside(found.boxes[None], torch.tensor([[30, 40]])).tolist() == [[[0.0, 0.0, 20.0, 30.0]]]
+
+
+def test_equals_what_transformers_makes_of_the_same_outputs():
+    """To the bit: scores, labels, boxes and their order, for every number of them, also of those outside the image."""
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.DeformableDetrImageProcessor()
+    for dtype in (torch.float32, torch.float64):
+        out = {key: value.to(dtype) for key, value in outputs(B=3, Q=50, K=6).items()}
+        there = type("Outputs", (), {"logits": out["pred_logits"], "pred_boxes": out["pred_boxes"]})
+        sizes = [(480, 640), (1000, 33), (1, 1)]
+        for top_k in (1, 100, 1000):
+            expected = processor.post_process_object_detection(there, 0.0, torch.tensor(sizes), top_k=top_k)
+            for one, (boxes, scores, labels) in zip(expected, select(out, sizes, top_k), strict=True):
+                assert torch.equal(one["boxes"], boxes)
+                assert torch.equal(one["scores"], scores)
+                assert torch.equal(one["labels"], labels)
+            assert min(found["boxes"].min() for found in expected) < 0 or top_k == 1
 
 
 def test_one_query_may_give_several_classes():

@@ -15,7 +15,7 @@ from ..data.batching import collate
 from ..data.images import read_image
 from ..data.transforms import resize
 from ..errors import UserError
-from ..inference.postprocess import select
+from ..inference.postprocess import inside, select
 from ..inference.predictor import evaluating, model_categories
 from ..model.detector import DeformableDETR
 from ..structures import Detections, Target
@@ -163,6 +163,7 @@ def trace(
         ready = batch.to(mean.device).normalise(mean, std)
         outputs = model(ready.pixels, ready.padding_mask, return_attention=True)
         boxes, scores, labels = select(outputs, [size], top_k)[0]
+        boxes = inside(boxes[None], torch.tensor([size]))[0]
         queries = _chosen_queries(outputs, len(scores))
     kept = scores >= threshold
     categories = model_categories(config)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..inference.postprocess import best_pairs
+from ..inference.postprocess import best_pairs, inside
 from ..model.detector import DeformableDETR
 from .graph import TOP_K
 from .runtime import ExportedDetector
@@ -128,6 +128,7 @@ def _verify_detections(exported: ExportedDetector, pixels: Tensor, mask: Tensor,
     sizes = torch.tensor([[101 + 7 * index, 203 - 5 * index] for index in range(len(pixels))])
     logits, boxes, corners, scores, labels = exported.runtime([pixels, mask, sizes])
     wanted_corners, wanted_scores, wanted_labels = best_pairs(logits, boxes, sizes.float(), TOP_K)
+    wanted_corners = inside(wanted_corners, sizes)
     clear = torch.ones_like(scores, dtype=torch.bool)  # ranks of which no other pair has the same score
     equal = (wanted_scores[:, 1:] - wanted_scores[:, :-1]).abs() < 1e-6
     clear[:, 1:] &= ~equal

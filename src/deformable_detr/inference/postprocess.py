@@ -12,8 +12,8 @@ from torch import Tensor
 class Selection(NamedTuple):
     """The best pairs of one image, best first, on the CPU.
 
-    boxes: (k, 4) float32 (x1, y1, x2, y2) in pixels of the original image.
-    scores: (k,) float32 in 0..1. labels: (k,) int64.
+    boxes: (k, 4) float32 (x1, y1, x2, y2) in pixels of the original image, whose border they may cross.
+    scores: (k,) float32 in 0..1. labels: (k,) int64. float64 where the model computes in that.
     """
 
     boxes: Tensor
@@ -25,16 +25,20 @@ def select(outputs: Mapping[str, Any], original_sizes: Sequence[tuple[int, int]]
     """The top_k query and class pairs of each image by sigmoid score; one query may give several classes.
 
     outputs: the model's, of which "pred_logits" (B, Q, K) and "pred_boxes" (B, Q, 4) cxcywh in 0..1 are used.
-    original_sizes: B times (height, width) in pixels; boxes are scaled to them and clamped into them.
+    original_sizes: B times (height, width) in pixels, to which boxes are scaled.
     top_k: at most this many; where Q · K is less, all of them.
 
-    All images are worked on at once on the outputs' device, in float32, and copied to the host once.
+    The numbers are those of the paper authors' code and of transformers on the same outputs, so boxes are measured as
+    they are; `inside` cuts them at the border for whoever looks at them.
+    All images are worked on at once on the outputs' device, in float32 at least, and copied to the host once.
     """
-    logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
-    sizes = torch.tensor(original_sizes, dtype=torch.float32, device=boxes.device).reshape(len(boxes), 2)
+    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    logits, boxes = logits.to(precision), boxes.to(precision)
+    sizes = torch.as_tensor(original_sizes, dtype=precision, device=boxes.device).reshape(len(boxes), 2)
     corners, scores, labels = best_pairs(logits, boxes, sizes, top_k)
     # Labels are exact in float32 up to 2²⁴, so one tensor carries all to the host.
-    packed = torch.cat([corners, scores[:, :, None], labels[:, :, None].float()], dim=2).cpu()
+    packed = torch.cat([corners, scores[:, :, None], labels[:, :, None].to(precision)], dim=2).cpu()
     return [Selection(image[:, :4], image[:, 4], image[:, 5].long()) for image in packed]
 
 
@@ -49,7 +53,16 @@ def best_pairs(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int
     scores, pairs = logits.sigmoid().flatten(1).topk(torch.sym_min(top_k, Q * K), dim=1)  # (B, k)
     queries, labels = pairs // K, pairs % K
     chosen = boxes.gather(1, queries[:, :, None].expand(-1, -1, 4))
-    heights, widths = original_sizes.unbind(1)
-    limits = torch.stack([widths, heights, widths, heights], dim=1)[:, None]  # (B, 1, 4)
-    corners = (box_convert(chosen, "cxcywh", "xyxy") * limits).clamp(min=torch.zeros_like(limits), max=limits)
+    corners = box_convert(chosen, "cxcywh", "xyxy") * _borders(original_sizes)
     return corners, scores, labels
+
+
+def inside(corners: Tensor, original_sizes: Tensor) -> Tensor:
+    """Boxes (B, k, 4) xyxy in pixels, cut where their images (B, 2), (height, width) in pixels, end."""
+    limits = _borders(original_sizes.to(corners.dtype))
+    return corners.clamp(min=torch.zeros_like(limits), max=limits)
+
+
+def _borders(original_sizes: Tensor) -> Tensor:
+    heights, widths = original_sizes.unbind(1)
+    return torch.stack([widths, heights, widths, heights], dim=1)[:, None]  # (B, 1, 4)

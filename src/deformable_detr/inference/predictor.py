@@ -18,7 +18,7 @@ from ..data.images import read_image
 from ..data.transforms import resize
 from ..errors import UserError
 from ..structures import Category, Detections, Target
-from .postprocess import select
+from .postprocess import inside, select
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -67,7 +67,8 @@ def _predictions(
     while batch := list(islice(sources, batch_size)):
         for image, size, (boxes, scores, labels) in zip(batch, *_detect(model, batch, top_k), strict=True):
             kept = scores >= threshold
-            boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+            boxes, scores, labels = boxes[kept].float(), scores[kept].float(), labels[kept]
+            boxes = inside(boxes[None], torch.tensor([size]))[0]
             names = tuple(categories[label].name for label in labels.tolist())
             yield Detections(boxes, scores, labels, ids[labels], names, size, image)
 
