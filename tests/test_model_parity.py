@@ -145,7 +145,7 @@ OURS = {
 }  # fmt: skip
 
 
-PAPER = [name for name in presets.MODELS if name != "small"]
+PAPER = [name for name in presets.MODELS if not name.startswith("small")]
 
 
 @pytest.mark.parametrize("name", [*PAPER, "activations in the norms"])
@@ -169,7 +169,7 @@ def test_silu_gelu_and_learned_positions(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", [*PAPER, "small-portable"])
 def test_full_size(name, tmp_path):
     torch.manual_seed(0)
     ours = randomised(DeformableDETR(presets.MODELS[name](backbone_weights="none")))

@@ -16,7 +16,7 @@ def test_parameters_are_the_papers_to_one_percent(name, millions):
 
 
 def test_every_published_variant_is_a_preset_and_small_is_smaller():
-    assert set(PUBLISHED) | {"small"} == set(presets.MODELS)
+    assert set(PUBLISHED) | {"small", "small-portable"} == set(presets.MODELS)
     small = DeformableDETR(presets.small(backbone_weights="none"))
     assert sum(parameter.numel() for parameter in small.parameters()) < 10e6
 

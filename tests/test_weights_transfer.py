@@ -172,6 +172,28 @@ def test_the_sources_network_as_the_start_of_a_config(source, tmp_path):
     assert starting_config(tmp_path / "small").train == presets.config("small").train
 
 
+def test_a_small_model_goes_on_as_one_for_other_tools(tmp_path):
+    """The preset of a source is the one of most settings in common; what only one of the two kinds has starts anew."""
+    small = ours(presets.small)
+    small.save_pretrained(tmp_path / "small")
+    ours(presets.small_portable).save_pretrained(tmp_path / "portable")
+    assert starting_config(tmp_path / "small").preset == "small"
+    assert starting_config(tmp_path / "portable").preset == "small-portable"
+    new = fresh(presets.small_portable)
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    said = []
+    report = load_for_training(new, tmp_path / "small", said.append)
+    assert sorted(report.fresh) == [
+        "decoder.heads.classes.2.bias", "decoder.heads.classes.2.weight", "proposals.query_norm.bias",
+        "proposals.query_norm.weight", "proposals.query_proj.bias", "proposals.query_proj.weight",
+    ]  # fmt: skip
+    assert all(name.startswith("decoder.position_head.") for name in report.unused)
+    assert "class_proposals True in the source" in report.fresh["decoder.heads.classes.2.weight"]
+    for name, value in new.state_dict().items():
+        assert torch.equal(value, before[name] if name in report.fresh else small.state_dict()[name]), name
+    assert torch.equal(new.decoder.heads.classes[2].bias, torch.full((3,), PRIOR))
+
+
 def test_a_model_begun_from_a_source_fetches_no_backbone(source, monkeypatch):
     import timm
 

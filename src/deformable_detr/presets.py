@@ -49,6 +49,15 @@ def small(**changes: Any) -> ModelConfig:
     return two_stage(**{**base, **changes})
 
 
+def small_portable(**changes: Any) -> ModelConfig:
+    """`small` as transformers can run it: proposals and queries as in the paper, and positions that stay.
+
+    The look forward twice concerns training only, so it may stay.
+    """
+    base = {"class_proposals": False, "query_content": "proposal", "box_positions": False}
+    return small(**{**base, **changes})
+
+
 MODELS: dict[str, Callable[..., ModelConfig]] = {
     "single-scale": single_scale,
     "single-scale-dc5": single_scale_dc5,
@@ -56,6 +65,7 @@ MODELS: dict[str, Callable[..., ModelConfig]] = {
     "refine": refine,
     "two-stage": two_stage,
     "small": small,
+    "small-portable": small_portable,
 }
 
 
@@ -64,7 +74,7 @@ def config(name: str) -> Config:
     if name not in MODELS:
         raise UserError(f"unknown preset '{name}'; choose from {', '.join(MODELS)}")
     model = MODELS[name]()
-    if name == "small":
+    if name in ("small", "small-portable"):
         train = TrainConfig(
             epochs=30,
             lr=5e-4,

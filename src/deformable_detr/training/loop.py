@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +17,18 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..device import pick_device
+from ..distributed.checkpoint import load_parts, remove_others, save_parts
+from ..distributed.launch import restarted
+from ..distributed.world import World
 from ..errors import UserError
-from ..structures import ImageBatch, Target
-from .checkpoint import random_state, restore_random_state, update_state
+from .checkpoint import generations, load_state, random_state, restore_random_state, update_state
 from .failures import said_plainly
-from .log import MetricsLog, Progress, duration
-from .run_folder import RunFolder, fingerprint
-from .step import StepFigures, Stepper
+from .optimiser import effective_batch, scaled_lr
+from .report import Counters, Report
+from .run_folder import CONFIG, RunFolder, fingerprint
+from .step import Stepper
 from .stopping import StopSignals, TrainingInterrupted
+from .totals import Batch, Totals, combined, own_figures
 
 if TYPE_CHECKING:
     from ..data.coco import CocoDataset
@@ -54,54 +56,45 @@ def train_model(
     `TrainingInterrupted` (a SystemExit) after Ctrl-C or SIGTERM, when the last checkpoint is saved.
     """
     folder = RunFolder(out)
-    with folder.held(resume), said_plainly(folder, config):
-        return _train_in(folder, data, config, resume)
+    with World(config.train.device) as world:
+        resume = world.on_first(lambda: resume or (restarted() and (folder.path / CONFIG).is_file()))
+        with _held(folder, resume, world), said_plainly(folder, config):
+            return _train_in(folder, data, config, resume, world)
 
 
-def _train_in(folder: RunFolder, data: str | os.PathLike[str], config: Config, resume: bool) -> dict[str, Any]:
+def _train_in(
+    folder: RunFolder, data: str | os.PathLike[str], config: Config, resume: bool, world: World
+) -> dict[str, Any]:
     from ..data.check import check_for_training
     from ..data.coco import open_dataset, refuse_same_file
     from ..data.transforms import evaluation, training
 
     size = config.model.image_size, config.model.long_side
     if not resume:  # a run that goes on had its set checked; that it is the same one is seen below
-        for line in check_for_training(data, config.data, *size):
+        for line in world.on_first(lambda: list(check_for_training(data, config.data, *size))):
             log.warning(line)
     split = config.data.train_split, config.data.val_split
-    train_set = open_dataset(data, split[0], config.data, transform=training(*size, config.data))
-    if not len(train_set):
-        raise UserError(f"the training set at {data} has no images")
-    validation = open_dataset(data, split[1], config.data, categories=train_set.categories, transform=evaluation(*size))
-    refuse_same_file(train_set, validation)
-    config = _with_classes(config, train_set)
-    device = pick_device(config.train.device)
-    restored = folder.restore(config, fingerprint(train_set)) if resume else None
+    with world.together():
+        train_set = open_dataset(data, split[0], config.data, transform=training(*size, config.data))
+        if not len(train_set):
+            raise UserError(f"the training set at {data} has no images")
+        known = train_set.categories
+        validation = open_dataset(data, split[1], config.data, categories=known, transform=evaluation(*size))
+        refuse_same_file(train_set, validation)
+        config = _with_classes(config, train_set)
+    restored = world.on_first(lambda: folder.restore(config, fingerprint(train_set)) if resume else None)
+    if restored is not None:
+        config = _same_batch(config, restored[1], world)
 
     _seed(config.train.seed)
-    model = _build(config, restored is not None).to(device)
-    trainer = Trainer(config, model, train_set, validation, folder, Path(data).resolve().name)
+    model = world.one_by_one(lambda: _build(config, restored is not None)).to(world.device)
+    trainer = Trainer(config, model, train_set, validation, folder, Path(data).resolve().name, world)
     if restored is not None:
         trainer.restore(*restored)
-    folder.write_config(config)
+    elif not world.first:
+        _seed(config.train.seed, world.rank)  # for dropout; what all must draw alike has seeds of its own
+    world.on_first(lambda: folder.write_config(trainer.config))
     return trainer.run("no checkpoint yet in this run: it starts anew" if resume and restored is None else None)
-
-
-@dataclass
-class Counters:
-    """How far a run is.
-
-    epoch: epochs done; batch: batches done of the one that runs; step: optimiser steps; seconds: of training;
-    best: highest AP so far; evaluated_step: step of the last evaluation; metrics: its figures.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    images_seen: int = 0
-    seconds: float = 0.0
-    best: float | None = None
-    evaluated_step: int = -1
-    metrics: dict[str, Any] | None = None
 
 
 class Trainer:
@@ -115,21 +108,32 @@ class Trainer:
         validation: CocoDataset,
         folder: RunFolder,
         data_name: str | None = None,
+        world: World | None = None,
     ) -> None:
         from ..data.batching import loader
+        from ..data.mosaic import Mosaics
 
+        self.world = world or World(str(model.pixel_mean.device), size=1)
         self.data_name = data_name  # for the model card
-        self.config, self.model, self.validation, self.folder = config, model, validation, folder
-        train = config.train
+        self.model, self.validation, self.folder = model, validation, folder
+        self.effective = effective_batch(config.train, self.world.size)
+        self.lr, self._lr_note = scaled_lr(config.train, self.effective)
+        if self.world.size > 1 and config.train.effective_batch is None:  # as it is now it stays, wherever it goes on
+            batch = {"effective_batch": self.effective, "lr_batch": config.train.lr_batch or config.train.batch_size}
+            config = config.merged({"train": batch})
+        self.config, train = config, config.train
         self.data_fingerprint = fingerprint(train_set)
-        self.loader = loader(train_set, train.batch_size, config.data.workers, shuffle=True, seed=train.seed)
-        self.batches = len(self.loader)
-        self.stepper = Stepper(model, train)
+        shown = Mosaics(train_set, config.data.mosaic) if config.data.mosaic else train_set
+        self.loader = loader(
+            shown, train.batch_size, config.data.workers, shuffle=True, seed=train.seed, effective=self.effective,
+            process=(self.world.rank, self.world.size), bucketing=config.data.bucketing,
+        )  # fmt: skip
+        self.batches = self.loader.sampler.steps
+        with self.world.together():
+            self.stepper = Stepper(model, train.replace(lr=self.lr), self.world)
         self.counters = Counters()
         self.stop = StopSignals()
-        self._history: defaultdict[str, list[float]] = defaultdict(list)  # since the last line of the log
-        self._logged = (0, 0.0)  # images and seconds at that line
-        self._loss = math.nan  # smoothed, for the eye
+        self.report = Report(train, folder.path, self.world.first)
 
     # --- how far ------------------------------------------------------------------------------------------------
 
@@ -141,25 +145,42 @@ class Trainer:
         minutes = done.seconds / (60 * train.minutes) if train.minutes else 0.0
         return min(1.0, max(epochs, minutes))
 
+    @property
+    def ended(self) -> bool:
+        """Whether all of it is done, or it stopped getting better."""
+        patience = self.config.train.patience
+        return self.progress >= 1 or (patience is not None and self.counters.stale >= patience)
+
     def run(self, note: str | None = None) -> dict[str, Any]:
         """Trains to the end and returns the figures; says `note` first."""
         done = self.counters
-        with Progress() as self.bar:
+        with self.report as report:
             if note:
-                self.bar.say(note)
-            if self.progress >= 1 and done.evaluated_step == done.step:
-                self.bar.say(f"the run in {self.folder.path} is finished: {done.epoch} epochs, {done.step} steps")
+                report.say(note)
+            if self.ended and done.evaluated_step == done.step:
+                report.say(f"the run in {self.folder.path} is finished: {done.epoch} epochs, {done.step} steps")
                 return self._summary()
-            with self.stop, MetricsLog(self.folder.path, done.step) as self.log:
+            self._say_batch()
+            with self.stop:
+                report.begin(done.step)
                 while True:
                     if self._evaluation_due():
                         self._evaluate()
-                    if self.progress >= 1:
+                    if self.ended:
                         break
                     self._epoch()
                     if not self._evaluation_due():
-                        self._say_epoch()
+                        report.say_epoch(done, self.progress)
+                if self.progress < 1:
+                    report.say(f"no better AP in {done.stale} evaluations: the run ends")
         return self._summary()
+
+    def _say_batch(self) -> None:
+        train, passes = self.config.train, self.loader.sampler.passes(0)
+        if self.world.size > 1 or passes > 1 or train.effective_batch:
+            how = f"{self.world.size} processes × " if self.world.size > 1 else ""
+            how += f"{passes} passes of up to {train.batch_size}"
+            self.report.say(f"{self.effective} images a step ({how}), learning rate {self._lr_note}")
 
     def _evaluation_due(self) -> bool:
         """At the end of the run and of every `eval_every`-th epoch; also for a run that was killed before it."""
@@ -179,16 +200,20 @@ class Trainer:
         done = self.counters
         self.model.train()
         saved = done.seconds
-        batches = self._batches()
+        if done.batch == 0:
+            done.mosaic = self.config.data.mosaic > 0 and self.progress < self.config.data.mosaic_until
+        self.loader.sampler.set_epoch(done.epoch, skip=done.batch, mosaic=done.mosaic)
+        batches = iter(self.loader)
         mark = time.perf_counter()
-        for batch, targets in batches:
-            figures = self.stepper.step(batch, targets, done.step, self.progress)
-            self._account(figures)
+        while done.batch < self.batches:
+            passes, totals = self._next(batches)
+            self.report.account(self.stepper.step(passes, done.step, self.progress, totals), done, self.progress)
             done.batch += 1
             done.step += 1
-            done.images_seen += len(targets)
+            done.images_seen += totals.images if totals else len(passes[0][1])
             done.seconds += time.perf_counter() - mark
-            self._show()
+            self._agree()
+            self.report.show(done, self.progress)
             if self.stop.received is not None:
                 self._interrupt()
             if self.progress >= 1:
@@ -200,48 +225,40 @@ class Trainer:
         if done.batch == self.batches:
             done.epoch, done.batch = done.epoch + 1, 0
         self.save()
+        self._agree()
         if self.stop.received is not None:
             self._interrupt()
 
-    def _batches(self) -> Iterator[tuple[ImageBatch, list[Target]]]:
-        """The batches of the running epoch that are not done yet, in the order that the seed and the epoch give."""
-        self.loader.sampler.set_epoch(self.counters.epoch)
-        batches = iter(self.loader)
-        for _ in range(self.counters.batch):
-            next(batches)
-        return self._until_interrupted(batches)
-
-    def _until_interrupted(
-        self, batches: Iterator[tuple[ImageBatch, list[Target]]]
-    ) -> Iterator[tuple[ImageBatch, list[Target]]]:
+    def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], Totals | None]:
+        """This process's passes of the next step, and what all of them together hold, if there are several."""
+        passes, failure = [], None
         try:
-            yield from batches
+            passes = [next(batches) for _ in range(self.loader.sampler.passes(self.counters.batch))]
+        except UserError as error:
+            if self.world.size == 1:
+                raise
+            failure = error
         except RuntimeError:
             # Ctrl-C reaches the loader's processes too, and PyTorch complains that they are gone.
-            if self.stop.received is None:
+            if self.stop.received is None or self.world.size > 1:
                 raise
             self._interrupt()
+        if self.world.size == 1 and len(passes) == 1:
+            return passes, None
+        told = self.world.gather([*own_figures(passes), failure is not None])
+        if any(failed for *_, failed in told):
+            self.world.raise_together(failure)
+        return passes, combined(told, self.world.rank)
 
-    def _account(self, figures: StepFigures | None) -> None:
-        """Adds a step's figures to the log; a line every `log_every` steps has the means since the line before."""
-        if figures is None:
+    def _agree(self) -> None:
+        """The first process's clock counts, and a signal that one process has got is everybody's."""
+        if self.world.size == 1:
             return
-        loss, done = figures.values["loss"], self.counters
-        self._loss = loss if math.isnan(self._loss) else 0.95 * self._loss + 0.05 * loss
-        for name, value in figures.values.items():
-            if math.isfinite(value):  # a gradient may overflow in fp16
-                self._history[name].append(value)
-        if figures.step % self.config.train.log_every:
-            return
-        images, seconds = done.images_seen - self._logged[0], done.seconds - self._logged[1]
-        facts = {
-            "step": figures.step, "epoch": done.epoch, "progress": round(self.progress, 6),
-            "images_seen": done.images_seen, "seconds": round(done.seconds, 3),
-            "images_per_second": round(images / max(seconds, 1e-9), 3), "lr": figures.lr,
-        }  # fmt: skip
-        self.log.write("train", facts | {name: sum(values) / len(values) for name, values in self._history.items()})
-        self._logged = (done.images_seen, done.seconds)
-        self._history.clear()
+        told = self.world.gather([self.counters.seconds, self.stop.received or 0])
+        self.counters.seconds = told[0][0]
+        signals = [int(number) for _, number in told if number]
+        if signals:
+            self.stop.received = max(signals)
 
     # --- between the steps --------------------------------------------------------------------------------------
 
@@ -249,11 +266,13 @@ class Trainer:
         from ..evaluation.run import evaluate_dataset
 
         train, done = self.config.train, self.counters
+        learned = self.stepper.learned
+        company = {"world": self.world} if self.world.size > 1 else {}
         try:
             self.stop.at_once = True  # all is saved: a signal need not wait until the evaluation is over
             self.stop.check()
             metrics = evaluate_dataset(
-                self.stepper.learned, self.validation, train.batch_size, self.config.data.workers, progress=False
+                learned, self.validation, train.batch_size, self.config.data.workers, progress=False, **company
             )
         except TrainingInterrupted:
             self._say_interrupted()
@@ -262,28 +281,42 @@ class Trainer:
             self.stop.at_once = False
         figure = metrics["AP"]
         better = done.best is None or (figure is not None and figure > done.best)
-        done.metrics, done.evaluated_step = metrics, done.step
+        done.metrics, done.evaluated_step, done.stale = metrics, done.step, 0 if better else done.stale + 1
         if better:
             done.best = figure
             from ..weights.card import Facts
 
             figures = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
-            self.folder.export(self.stepper.learned, Facts(self.data_name, figures, self.config))
+            facts = Facts(self.data_name, figures, self.config)
+            self.world.on_first(lambda: self.folder.export(learned, facts))
             self.save(best=True)
-        update_state(self.folder.last, self._state())
-        facts = {"step": done.step, "epoch": done.epoch, "images_seen": done.images_seen}
-        self.log.write("evaluation", {**facts, "seconds": round(done.seconds, 3), **metrics, "best_AP": done.best})
-        self._say_epoch()
+        state = self._state()
+        self.world.on_first(lambda: update_state(self.folder.last, state))
+        self.report.evaluated(done)
+        self.report.say_epoch(done, self.progress)
+        self._agree()
         if self.stop.received is not None:
             self._interrupt()
 
     def save(self, best: bool = False) -> None:
         """Makes the present state the last (or the best) checkpoint, once the last step proved good."""
-        self._account(self.stepper.settle())
-        self.folder.save(self.stepper.tensors(), self._state(), best)
+        self.report.account(self.stepper.settle(), self.counters, self.progress)
+        state = self._state()
+        if self.stepper.sharded:
+            save_parts(self._parts, state["parts"], self.stepper.tensors(), self.world)
+        tensors = {} if self.stepper.sharded or not self.world.first else self.stepper.tensors()
+        self.world.on_first(lambda: self.folder.save(tensors, state, best))
+        if self.stepper.sharded and self.world.first:
+            places = [*generations(self.folder.last), *generations(self.folder.best)]
+            remove_others(self._parts, (load_state(place)["parts"] for place in places))
+
+    @property
+    def _parts(self) -> Path:
+        return self.folder.last.parent / "parts"
 
     def _state(self) -> dict[str, Any]:
-        return {
+        """All but the tensors; every process must ask."""
+        state = {
             "counters": asdict(self.counters),
             "batches": self.batches,
             "progress": self.progress,
@@ -291,10 +324,25 @@ class Trainer:
             "data": self.data_fingerprint,
             "scaler": self.stepper.scaler.state_dict(),
             "random": random_state(),
+            "effective_batch": self.effective,
         }
+        if self.world.size > 1:
+            state["random_of_others"] = self.world.gather_objects(random_state())[1:]
+        if self.stepper.sharded:
+            state["parts"] = f"step-{self.counters.step}"
+        return state
 
     def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Goes back to where a checkpoint was saved."""
+        """Goes back to where a checkpoint was saved, by any number of processes."""
+        if self.stepper.sharded != ("parts" in state):
+            kind, now = ("fsdp", "ddp") if "parts" in state else ("ddp", "fsdp")
+            raise UserError(
+                f"cannot resume {self.folder.path}: its checkpoint is of train.parallel {kind}"
+                + ("" if self.world.size > 1 else " and several processes (torchrun)")
+                + f", this would be {now}"
+            )
+        if self.stepper.sharded:
+            tensors = load_parts(self._parts / state["parts"], self.stepper.blank_tensors(), self.world)
         self.stepper.load(tensors)
         self.counters = done = Counters(**state["counters"])
         # With another batch size, as much of the epoch is done as before.
@@ -303,39 +351,42 @@ class Trainer:
             done.epoch, done.batch = done.epoch + 1, 0
         if self.stepper.scaler.is_enabled() and state["scaler"]:
             self.stepper.scaler.load_state_dict(state["scaler"])
-        self._logged = (done.images_seen, done.seconds)
-        restore_random_state(state["random"])
+        self.report.resume(done)
+        others = state.get("random_of_others", [])
+        if self.world.first:
+            restore_random_state(state["random"])
+        elif len(others) == self.world.size - 1:
+            restore_random_state(others[self.world.rank - 1])
+        else:
+            _seed(self.config.train.seed, self.world.rank, done.step)
 
     def _interrupt(self) -> None:
         self.save()
         self._say_interrupted()
+        self.world.agreed = True
         self.stop.check()
 
     def _say_interrupted(self) -> None:
-        self.bar.say(f"interrupted at step {self.counters.step}; saved in {self.folder.last}: go on with --resume")
+        step, place = self.counters.step, self.folder.last
+        self.report.say(f"interrupted at step {step}; saved in {place}: go on with --resume")
 
-    # --- what the terminal shows --------------------------------------------------------------------------------
 
-    def _left(self) -> str:
-        progress, seconds = self.progress, self.counters.seconds
-        return duration(seconds * (1 - progress) / progress) if progress else "?"
+@contextmanager
+def _held(folder: RunFolder, resume: bool, world: World) -> Iterator[None]:
+    """The run folder is the first process's."""
+    with ExitStack() as stack:
+        with world.together():
+            if world.first:
+                stack.enter_context(folder.held(resume))
+        yield
 
-    def _show(self) -> None:
-        done, train = self.counters, self.config.train
-        speed = (done.images_seen - self._logged[0]) / max(done.seconds - self._logged[1], 1e-9)
-        epochs = f"{done.epoch + 1}/{train.epochs}" if train.epochs else f"{done.epoch + 1}"
-        facts = {"epoch": epochs, "loss": f"{self._loss:.3f}", "AP": _figure(done.best)}
-        self.bar.show(self.progress, {**facts, "images/s": f"{speed:.1f}", "left": self._left()})
 
-    def _say_epoch(self) -> None:
-        done, train = self.counters, self.config.train
-        epochs = f"{done.epoch}/{train.epochs}" if train.epochs else f"{done.epoch}"
-        line = f"epoch {epochs}: step {done.step}, loss {self._loss:.3f}"
-        if done.evaluated_step == done.step and done.metrics:
-            metrics = done.metrics
-            line += f", AP {_figure(metrics['AP'])}, AP50 {_figure(metrics['AP50'])}, best AP {_figure(done.best)}"
-        speed = done.images_seen / max(done.seconds, 1e-9)
-        self.bar.say(f"{line}, {speed:.1f} images/s, {duration(done.seconds)} trained, {self._left()} left")
+def _same_batch(config: Config, state: Mapping[str, Any], world: World) -> Config:
+    """A run of one process that goes on in several keeps its batch, where nobody said another."""
+    if world.size == 1 or config.train.effective_batch is not None or "effective_batch" not in state:
+        return config
+    batch = {"effective_batch": state["effective_batch"], "lr_batch": config.train.lr_batch or config.train.batch_size}
+    return config.merged({"train": batch})
 
 
 def _with_classes(config: Config, dataset: CocoDataset) -> Config:
@@ -350,18 +401,19 @@ def _with_classes(config: Config, dataset: CocoDataset) -> Config:
 
 def _build(config: Config, restored: bool) -> DeformableDETR:
     from ..model.detector import DeformableDETR
+    from ..weights.convert import not_convertible
     from ..weights.transfer import begin
 
+    if not restored and (note := not_convertible(config.model)):
+        log.warning(note)
     if config.train.weights and not restored:
         return begin(config.model, config.train.weights)
     return DeformableDETR(config.model.without_download() if restored else config.model)
 
 
-def _seed(seed: int) -> None:
+def _seed(*numbers: int) -> None:
+    """Starts all generators; one number as it is, several mixed."""
+    seed = numbers[0] if len(numbers) == 1 else int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _figure(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3f}"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from ..config import ModelConfig
 from ..errors import UserError
 from ..model.detector import DeformableDETR
-from . import folder, official, repository
+from . import folder, official, repository, verify
 from .card import Facts, card_writer
 from .files import write_files
 from .image_processor import PREPROCESSOR
@@ -40,29 +45,73 @@ def convert(source: str | os.PathLike[str], to: Format, out: str | os.PathLike[s
     if taken:
         raise UserError(f"--out {target} already holds {taken[0]}: choose another folder")
     model = load(source)
-    write(model, to, target)
-    return notes(model, to, target)
+    tried = write(model, to, target)
+    return notes(model, to, target, tried)
 
 
-def write(model: DeformableDETR, to: Format, target: Path, facts: Facts | None = None) -> None:
-    """Writes a model into a folder in a format, with a model card. Raises UserError as `convert` does."""
+def write(model: DeformableDETR, to: Format, target: Path, facts: Facts | None = None) -> bool:
+    """Writes a model into a folder in a format, with a model card. Raises UserError as `convert` does.
+
+    What is written is read back, and for transformers run there beside the model, before it is put in place. Returns
+    whether it was run: False where transformers is not installed or the format is another one.
+    """
     facts = facts or Facts(library="transformers" if to == "transformers" else "deformable-detr")
     if to == "ours":
         folder.save(model, target, facts)
-        return
-    if to == "transformers":
-        repository.save(model, target)
-    else:
-        official.save(model, target)
+        return False
+    tried = False
+    with _staged(target) as made:
+        if to == "transformers":
+            repository.save(model, made)
+            verify.same_when_read(model, repository.load(made)[1], made / "model.safetensors")
+            tried = verify.same_in_transformers(model, made)
+        else:
+            official.save(model, made)
+            verify.same_when_read(model, official.load(made / official.FILE)[1], made / official.FILE)
     write_files(target, card_writer(target, model.config, facts))
+    return tried
 
 
-def notes(model: DeformableDETR, to: Format, target: Path) -> list[str]:
+def not_convertible(config: ModelConfig) -> str | None:
+    """One line for whoever is about to train a network that transformers has no place for; none for the others."""
+    try:
+        repository.check_parts(config)
+    except UserError as error:
+        return f"note: {error}"
+    return None
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder whose files move into `target` at the end of the block, or vanish where it raises."""
+    there = target.is_dir()
+    made: Path | None = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=".convert-", dir=target))
+        yield made
+        for file in sorted(made.iterdir(), reverse=True):  # weights before the config that makes them a model
+            os.replace(file, target / file.name)
+    except OSError as error:
+        raise UserError(f"folder {target} cannot be written: {error.strerror or error}") from None
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        if not there and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+
+
+def notes(model: DeformableDETR, to: Format, target: Path, tried: bool) -> list[str]:
     """Lines for the user: where the model is, how to load it, and what the format has no place for."""
     if to == "ours":
         return [f"the model is in {target}: DeformableDETR.from_pretrained({str(target)!r})"]
     if to == "transformers":
-        return [f"the model is in {target}: AutoModelForObjectDetection.from_pretrained({str(target)!r})"]
+        how = (
+            "it gives the same logits and boxes in transformers as here"
+            if tried
+            else "read back and equal; not run in transformers, which is not installed"
+        )
+        return [f"the model is in {target}: AutoModelForObjectDetection.from_pretrained({str(target)!r})", how]
     lines = [f"the model is in {target / official.FILE}: main.py --resume {target / official.FILE}"]
     if model.config.num_classes != 91:
         lines.append(

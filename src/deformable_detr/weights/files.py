@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import pickle
-import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +17,17 @@ from torch import Tensor
 
 from ..errors import UserError
 
+_MOST_JSON = 100 * 2**20  # bytes; the index of a model in a thousand shards has a few millions
+_WRAPPED = ("model", "state_dict", "model_state_dict", "ema", "model_ema", "ema_state_dict", "state_dict_ema", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file. Raises UserError where it is missing or holds anything else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MOST_JSON:
+            raise UserError(f"{path} has {path.stat().st_size >> 20} MiB: no config or index is as large")
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -40,7 +46,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except (
+        SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, OverflowError,
+        MemoryError,
+    ) as error:  # fmt: skip
         raise UserError(f"{path} is broken or no safetensors file: {_line(error)}") from None
 
 
@@ -52,8 +61,12 @@ def read_pickle(path: Path, classes: tuple[type, ...] = (argparse.Namespace,)) -
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with torch.serialization.safe_globals(list(classes)):
+        _refuse_swollen(path)
+        with torch.serialization.safe_globals(list(classes)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of formats that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():
             raise UserError(
@@ -61,11 +74,42 @@ def read_pickle(path: Path, classes: tuple[type, ...] = (argparse.Namespace,)) -
                 "and reading that would run code of whoever wrote the file"
             ) from None
         raise UserError(f"{path} is broken or no PyTorch checkpoint: {_line(error)}") from None
-    except (
-        RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, MemoryError,
-        AssertionError, OverflowError, RecursionError, ImportError, struct.error, zipfile.BadZipFile,
-    ) as error:  # fmt: skip
+    except Exception as error:  # damage shows as anything at all; whatever is raised, it is the file that is wrong
         raise UserError(f"{path} is broken or no PyTorch checkpoint: {_line(error)}") from None
+
+
+def _refuse_swollen(path: Path) -> None:
+    """torch.save stores without compression: what grows on reading is no checkpoint, and may fill the memory."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch.load tells the formats apart
+            return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > path.stat().st_size:
+        raise UserError(f"{path} is refused: it says it holds {size} bytes, more than its own size")
+
+
+def unwrapped(values: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The dict of tensors in a checkpoint that keeps it under one of the usual names, averaged weights last."""
+    for _ in range(3):  # such as {"ema": {"module": {…}}}
+        inner = next((values[key] for key in _WRAPPED if isinstance(values.get(key), Mapping)), None)
+        if inner is None:
+            break
+        values = inner
+    return values
+
+
+def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what wrappers put before all of their names."""
+    while tensors:
+        wrapped = [prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in tensors)]
+        # "model." may be transformers' own; Lightning's stands before that, or before an official name.
+        if wrapped == ["model."] and not any(name.startswith(("model.model.", "model.transf")) for name in tensors):
+            wrapped = []
+        if not wrapped:
+            break
+        tensors = {name.removeprefix(wrapped[0]): value for name, value in tensors.items()}
+    return tensors
 
 
 def tensors_only(values: Any, path: Path) -> dict[str, Tensor]:
@@ -75,8 +119,10 @@ def tensors_only(values: Any, path: Path) -> dict[str, Tensor]:
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: {str(name)[:80]!r} is no tensor")
-        if value.layout != torch.strided or value.is_quantized:
+        if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
             raise UserError(f"{path}: {name} is not a dense tensor")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} has shape {tuple(value.shape)} but less data")
     return {name: value.detach() for name, value in values.items()}
 
 
@@ -94,31 +140,30 @@ def read_repository(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], Pa
     else:
         raise UserError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
     if path.suffix != ".json":
-        return (*_read_tensors(path), path)
+        tensors, metadata = _read_tensors(path)
+        return without_prefix(tensors), metadata, path
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     listed = read_json(path).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise UserError(f"{path} has no weight_map")
     for shard in sorted({str(file) for file in listed.values()}):
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise UserError(f"{path} names the shard {shard!r}, which is not a file beside it")
+        if Path(shard).name != shard or shard in ("", ".", "..") or len(shard) > 255 or "\0" in shard:
+            raise UserError(f"{path} names the shard {shard[:80]!r}, which is not a file beside it")
         found, about = _read_tensors(folder / shard)
         tensors |= found
         metadata |= about
     absent = sorted(set(listed) - tensors.keys())
     if absent:
         raise UserError(f"{path} lists {absent[0]}, which is in none of its shards")
-    return tensors, metadata, path
+    return without_prefix(tensors), metadata, path
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     values = read_pickle(path, classes=())
-    if isinstance(values, Mapping) and isinstance(values.get("state_dict"), Mapping):
-        values = values["state_dict"]
-    return tensors_only(values, path), {}
+    return tensors_only(unwrapped(values) if isinstance(values, Mapping) else values, path), {}
 
 
 def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]]) -> None:

@@ -12,6 +12,7 @@ from ..model.backbone import pixel_statistics
 from .files import read_json
 
 PREPROCESSOR = "preprocessor_config.json"
+_LONGEST = 2**15
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
@@ -32,11 +33,15 @@ def processor_settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": values.get("max_size") or max(1333, size)}
     try:
-        sides = [int(side) for side in size.values()] if isinstance(size, dict) else []
+        sides = [int(side) for side in size.values() if side is not None] if isinstance(size, dict) else []
         factor = float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0
         mean, std = ([float(x) for x in values[key]] for key in ("image_mean", "image_std"))
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{path}: size, rescale_factor, image_mean or image_std is no number") from None
+    if len(mean) != 3 or len(std) != 3:
+        raise UserError(f"{path}: image_mean and image_std must have 3 numbers")
+    if any(not 1 <= side <= _LONGEST for side in sides):
+        raise UserError(f"{path}: size {size} is not in 1..{_LONGEST} pixels")
     if not values.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
     if not factor > 0:

@@ -156,6 +156,11 @@ def gather(
     own: our tensors as they are to be, for their shapes. where, fits: the file, and the config it should fit, for
     messages. Raises UserError where a tensor is missing, unknown, of another shape, or has copies that differ.
     """
+    # Not all arithmetic is there for numbers of one byte.
+    found = {
+        name: value.float() if value.is_floating_point() and value.itemsize < 4 else value
+        for name, value in found.items()
+    }
     state: dict[str, Tensor] = {}
     for name, place in places.items():
         wanted = own[name].shape

@@ -18,7 +18,7 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..model.detector import DeformableDETR
 from .coco_names import COCO_91
-from .files import read_pickle, tensors_only, write_files
+from .files import read_pickle, tensors_only, unwrapped, without_prefix, write_files
 from .names import check_sizes, gather, official_places, spread
 
 FILE = "checkpoint.pth"
@@ -40,13 +40,10 @@ def load(path: Path) -> tuple[ModelConfig, dict[str, Tensor], DeformableDETR]:
     values = read_pickle(path)
     if not isinstance(values, Mapping):
         raise UserError(f"{path} holds no dict of tensors")
-    inner = next((values[key] for key in ("model", "state_dict") if isinstance(values.get(key), Mapping)), None)
-    tensors = tensors_only(inner if inner is not None else values, path)
-    if all(name.startswith("module.") for name in tensors):  # saved from inside DistributedDataParallel
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    tensors = without_prefix(tensors_only(unwrapped(values), path))
     if "transformer.level_embed" not in tensors:
         raise UserError(f"{path} is no checkpoint of Deformable DETR: it has no transformer.level_embed")
-    config = read_config(tensors, values.get("args") if inner is not None else None, path)
+    config = read_config(tensors, values.get("args"), path)
     config = _with_own_fields(config, values.get(OWN))
     check_sizes(config, tensors, path)
     model = DeformableDETR(config)
@@ -73,13 +70,14 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
 
     Raises UserError where the two contradict each other.
     """
-    said = dict(args) if isinstance(args, Mapping) else vars(args) if isinstance(args, argparse.Namespace) else {}
+    given = args if isinstance(args, Mapping) else vars(args) if isinstance(args, argparse.Namespace) else {}
+    said = {key: value for key, value in given.items() if isinstance(value, str | int | float)}
     try:
         found = _measured(tensors, said)
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is no whole checkpoint of Deformable DETR: {error!s:.100} is missing or odd") from None
     for key, value in found.items():
-        if key in said and said[key] is not None and said[key] != value:
+        if key in said and said[key] != value:
             raise UserError(f"{path}: its settings say {key} {said[key]!r}, its tensors {value!r}")
     backbone = said.get("backbone") or _backbone(tensors)
     if backbone not in _BACKBONES:
@@ -125,12 +123,12 @@ def write_args(config: ModelConfig) -> argparse.Namespace:
         "backbone_shape": config.backbone_shape is not None,
         "feature_levels": config.feature_levels == 2,
     }
-    for field, there in lacking.items():
-        if there:
-            raise UserError(
-                f"the official code has no model with {field}: {getattr(config, field)}; "
-                "train with --preset two-stage, or another of the paper's, for one that can be converted"
-            )
+    found = [f"{field}: {getattr(config, field)}" for field, there in lacking.items() if there]
+    if found:
+        raise UserError(
+            f"the official code has no model with {', '.join(found)}; "
+            "train with --preset two-stage, or another of the paper's, for one that can be converted"
+        )
     if config.backbone.split(".")[0] not in _BACKBONES:
         raise UserError(f"the official code has no backbone {config.backbone!r}; it has {', '.join(_BACKBONES)}")
     if config.hidden_dim % 32 or (config.two_stage and config.hidden_dim != 256):
@@ -209,8 +207,6 @@ def _with_own_fields(config: ModelConfig, described: Any) -> ModelConfig:
         return config
     try:
         own = ModelConfig.read(described["model"]).without_download()
+        return config.replace(**{field: getattr(own, field) for field in _OWN_FIELDS})
     except UserError:
-        return config  # written by another release; all that it adds is convenience
-    if own.num_classes != config.num_classes:
-        return config
-    return config.replace(**{field: getattr(own, field) for field in _OWN_FIELDS})
+        return config  # written by another release, or of other classes; all that it adds is convenience

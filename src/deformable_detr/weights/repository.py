@@ -21,6 +21,7 @@ from .image_processor import PREPROCESSOR, processor_settings, read_processor, w
 from .names import Places, canonical, check_sizes, gather, spread, transformers_places
 
 CONFIG = "config.json"
+_MOST_CLASSES = 100_000
 MODEL_TYPE = "deformable_detr"
 # Our own config travels in the weights file's header: whoever writes the weights anew drops it, so it is never stale.
 METADATA = "deformable-detr"
@@ -141,19 +142,7 @@ def read_config(described: Mapping[str, Any], preprocessor: Mapping[str, Any], p
 def write_config(model: DeformableDETR) -> dict[str, Any]:
     """The transformers config of a model. Raises UserError for what transformers has no setting for."""
     config = model.config
-    for field, plain in (
-        ("pre_norm", False),
-        ("class_proposals", False),
-        ("query_content", "proposal"),
-        ("box_positions", False),
-    ):
-        if getattr(config, field) != plain:
-            raise UserError(
-                f"transformers has no model with {field}: {getattr(config, field)}; "
-                "train with --preset two-stage, or another of the paper's, for one that can be converted"
-            )
-    if config.hidden_dim % 32:
-        raise UserError(f"transformers needs a hidden_dim that 32 divides; this model's is {config.hidden_dim}")
+    check_parts(config)
     names = config.class_names or tuple(f"LABEL_{label}" for label in range(config.num_classes))
     return {
         "architectures": ["DeformableDetrForObjectDetection"],
@@ -186,17 +175,38 @@ def write_config(model: DeformableDETR) -> dict[str, Any]:
     }
 
 
+def check_parts(config: ModelConfig) -> None:
+    """Raises UserError for a network with parts that transformers lacks, which names them all."""
+    plain = {"pre_norm": False, "class_proposals": False, "query_content": "proposal", "box_positions": False}
+    lacking = [
+        f"{field}: {getattr(config, field)}" for field, value in plain.items() if getattr(config, field) != value
+    ]
+    if lacking:
+        raise UserError(
+            f"transformers has no model with {', '.join(lacking)}, so this one cannot be converted to it; "
+            "--preset small-portable, two-stage and the paper's others can (train --weights takes over what fits)"
+        )
+    if config.hidden_dim % 32:
+        raise UserError(f"transformers needs a hidden_dim that 32 divides; this model's is {config.hidden_dim}")
+
+
 def _class_names(described: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     names = described.get("id2label")
     if names is None:
         count = described.get("num_labels", 2)
-        if not isinstance(count, int) or count < 1:
-            raise UserError(f"{path}: num_labels {count!r} is no number of classes")
+        if not isinstance(count, int) or not 1 <= count <= _MOST_CLASSES:
+            raise UserError(f"{path}: num_labels {count!r:.40} is no number of classes")
         return tuple(f"LABEL_{label}" for label in range(count))
     if not isinstance(names, dict) or not names:
         raise UserError(f"{path}: id2label must map labels to names")
-    by_label = {str(label): str(name) for label, name in names.items()}
-    return tuple(by_label.get(str(label), f"LABEL_{label}") for label in range(len(by_label)))
+    by_label: dict[int, str] = {}
+    for label, name in names.items():
+        if not label.isdecimal() or len(label) > 9 or int(label) >= _MOST_CLASSES:
+            raise UserError(f"{path}: id2label has {label[:40]!r}, which is no label; labels are 0, 1, …")
+        if not isinstance(name, str | int | float | None):
+            raise UserError(f"{path}: id2label gives label {label} no name but {str(name)[:40]}")
+        by_label[int(label)] = f"LABEL_{label}" if name is None else str(name)
+    return tuple(by_label.get(label, f"LABEL_{label}") for label in range(max(by_label) + 1))
 
 
 def _activation(name: Any) -> Any:
@@ -315,15 +325,15 @@ def _with_own_fields(config: ModelConfig, described: str | None) -> ModelConfig:
         return config
     try:
         own = ModelConfig.read(json.loads(described)).without_download()
-    except (ValueError, UserError):
+        changes = {field: getattr(own, field) for field in _OWN_FIELDS}
+        default = tuple(f"LABEL_{label}" for label in range(config.num_classes))
+        if not own.class_names and config.class_names == default:
+            changes["class_names"] = ()
+        elif own.class_names != config.class_names:
+            del changes["category_ids"]
+        return config.replace(**changes)
+    except (ValueError, RecursionError, UserError):
         return config  # written by another release; all that it adds is convenience
-    changes = {field: getattr(own, field) for field in _OWN_FIELDS}
-    default = tuple(f"LABEL_{label}" for label in range(config.num_classes))
-    if not own.class_names and config.class_names == default:
-        changes["class_names"] = ()
-    elif own.class_names != config.class_names:
-        del changes["category_ids"]
-    return config.replace(**changes)
 
 
 def _places(state: Mapping[str, Tensor], config: ModelConfig, own_resnet: bool) -> Places:
@@ -336,7 +346,7 @@ def _counters(own: Mapping[str, Tensor], described: str | None) -> dict[str, Ten
     try:
         known = json.loads(described or "{}")
         return {name: torch.tensor(int(known.get(name, 0))) for name in own if name.endswith("num_batches_tracked")}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError):
         raise UserError("the header of the weights file holds counters that are no numbers") from None
 
 

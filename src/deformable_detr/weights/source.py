@@ -76,12 +76,17 @@ def filled(model: DeformableDETR, state: dict[str, Tensor]) -> DeformableDETR:
 def locate(source: str | os.PathLike[str]) -> Path:
     """The folder or the official checkpoint that a source names; what is on the hub is fetched."""
     path = Path(source)
+    if len(os.fspath(path)) > 4096 or any(len(part) > 255 or "\0" in part for part in path.parts):
+        raise UserError(f"model {os.fspath(path)[:80]!r}…: no path and no hub id is as long or has such characters")
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
         checkpoints = sorted(path.glob("*.pth"))
         if len(checkpoints) == 1:
             return checkpoints[0]
+        if ((path / "config.yaml").is_file() and (path / "checkpoints").is_dir()) or (path / "metrics.jsonl").is_file():
+            raise UserError(f"model {path}: this run has none yet, it ended before its first evaluation; "
+                            "go on with it: train --resume")
         raise UserError(f"model {path}: no config.json there" + (", and several .pth" if checkpoints else ""))
     if path.is_file():
         if path.suffix in (".safetensors", ".bin", ".json") and (path.parent / "config.json").is_file():

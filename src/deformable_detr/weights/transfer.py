@@ -66,7 +66,8 @@ def starting_config(source: str | os.PathLike[str]) -> Config:
         for name, preset in presets.MODELS.items()
         if all(getattr(preset(), field) == getattr(model, field) for field in alike)
     ]
-    return presets.config(names[0] if names else "multi-scale").replace(model=model)
+    nearest = max(names, key=lambda name: _shared(presets.MODELS[name](), model), default="multi-scale")
+    return presets.config(nearest).replace(model=model)
 
 
 def begin(config: ModelConfig, source: str | os.PathLike[str], say: Callable[[str], object] = print) -> DeformableDETR:
@@ -139,6 +140,11 @@ def _transfer(
     return report
 
 
+def _shared(preset: ModelConfig, model: ModelConfig) -> int:
+    """Of how many settings two networks have the same value."""
+    return sum(value == getattr(model, name) for name, value in preset.model_dump().items())
+
+
 def _base(config: ModelConfig) -> object:
     return config.backbone_shape or config.backbone.split(".")[0]
 
@@ -171,26 +177,29 @@ def _paired(state: Mapping[str, Tensor], config: ModelConfig, target: ModelConfi
 def _class_rows(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: ModelConfig, target: ModelConfig, report: Transfer
 ) -> dict[str, Tensor]:
-    """The class heads: none of them here where the classes are the same, so that they are taken as they are."""
-    if _same_classes(config, target):
-        return {}
-    rows = _same_names(config, target)
-    report.classes = [target.class_names[here] for here, _ in rows]
+    """The class heads: none of them here where they mean the same, so that they are taken as they are."""
+    same = _same_classes(config, target)
+    rows = [(row, row) for row in range(target.num_classes)] if same else _same_names(config, target)
+    names = target.class_names or [str(row) for row in range(target.num_classes)]
+    report.classes = [] if same else [names[here] for here, _ in rows]
     heads: dict[str, Tensor] = {}
     for name, value in own.items():
         match = _HEAD.match(name)
         if match is None or match[1] != "classes":
             continue
+        source, pairs = state.get(name), list(rows)
+        of_encoder = target.two_stage and int(match[2]) == target.decoder_layers
+        # The encoder's column 0 says "object", whatever the first class is called, or each column its class.
+        other = of_encoder and config.two_stage and config.class_proposals != target.class_proposals
+        if same and not other:
+            continue
+        if of_encoder and not target.class_proposals:
+            pairs = [(0, 0)]
+        if source is None or source.shape[1:] != value.shape[1:] or other:
+            pairs = []
         made = value.clone()
         if match[3] == "bias":
             made.fill_(_PRIOR)
-        source, pairs = state.get(name), list(rows)
-        of_encoder = target.two_stage and int(match[2]) == target.decoder_layers
-        if of_encoder and not target.class_proposals:
-            # Column 0 says "object" there, whatever the first class is called.
-            pairs = [] if config.class_proposals else [(0, 0)]
-        if source is None or source.shape[1:] != value.shape[1:]:
-            pairs = []
         for here, there in pairs:
             made[here] = source[there].to(made.dtype) if source is not None else made[here]
         heads[name] = made
@@ -198,6 +207,10 @@ def _class_rows(
         reason = f"{len(value)} classes, {config.num_classes} in the source"
         if pairs:
             report.partly[name] = f"{reason}; kept {kept}, the rest starts at the prior"
+        elif other:
+            report.fresh[name] = (
+                f"another score with class_proposals {config.class_proposals} in the source; at the prior"
+            )
         else:
             report.fresh[name] = f"{reason}; none of the same name, all start at the prior"
     return heads
