@@ -148,9 +148,18 @@ def detect_dataset(
 
 
 def _detect(
-    model: nn.Module, dataset: CocoDataset, count: int, batch_size: int, workers: int, progress: bool
+    model: nn.Module,
+    dataset: CocoDataset,
+    count: int,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+    part: tuple[int, int] = (0, 1),
 ) -> tuple[list[dict[str, Any]], set[Any], float]:
-    """COCO results of the first `count` images, the ids of these, and the seconds in which no image was waited for."""
+    """COCO results of the first `count` images, the ids of these, and the seconds in which no image was waited for.
+
+    part: (k, n), every n-th batch from the k-th on.
+    """
     from torch.utils.data import Subset
     from tqdm import tqdm
 
@@ -162,6 +171,7 @@ def _detect(
         raise UserError(f"the data set has {len(ids)} classes, the model {config.num_classes}")
     images = dataset if count == len(dataset) else Subset(dataset, range(count))
     batches = loader(images, batch_size, workers, shuffle=False, seed=0)
+    batches.sampler.set_epoch(0, skip=part[0], stride=part[1])
     results: list[dict[str, Any]] = []
     seen: set[Any] = set()
     working = 0.0

@@ -54,13 +54,13 @@ function lineChart(host, { series, x, y, height = 280, extra = null, wording = n
   const place = el("div"), readout = el("div", { class: "readout" });
   host.append(place, readout);
   return onWidth(host, (width) => {
-    const left = 46, right = 12, top = 10, bottom = 38, w = width - left - right, h = height - top - bottom;
+    const left = 56, right = 12, top = 10, bottom = 38, w = width - left - right, h = height - top - bottom;
     const px = (v) => left + ((v - x.low) / (x.high - x.low || 1)) * w;
     const py = (v) => top + (1 - (v - y.low) / (y.high - y.low || 1)) * h;
     const chart = svg("svg", { width, height, role: "img", "aria-label": `${y.label} by ${x.label}` });
-    for (const v of ticks(y.low, y.high, 5))
+    for (const v of y.ticks || ticks(y.low, y.high, 5))
       chart.append(svg("line", { class: "grid", x1: left, x2: left + w, y1: py(v), y2: py(v) }),
-        svg("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, short(v)));
+        svg("text", { x: left - 6, y: py(v) + 4, "text-anchor": "end" }, (y.format || short)(v)));
     for (const v of ticks(x.low, x.high, w / 75))
       chart.append(svg("line", { class: "grid", x1: px(v), x2: px(v), y1: top, y2: top + h }),
         svg("text", { x: px(v), y: top + h + 16, "text-anchor": "middle" }, short(v)));

@@ -27,13 +27,13 @@ function table(host, heads, rows) {
     byId("tiles").append(el("div", { class: "tile" }, el("b", {}, values), el("span", {}, title(key))));
   }
   byId("tiles").append(el("div", { class: "tile" }, el("b", {}, models.map((m) => (m.best ? m.best.threshold.toFixed(2) : "—")).join(" / ")), el("span", {}, "threshold of the best F1")));
-  const rows = Object.keys(NAMES).map((key) => [title(key), NAMES[key], ...models.map((model) => figure(model.figures[key])),
-    ...(second ? [difference(first.figures[key], second.figures[key])] : [])]);
-  const f1 = (what, name) => [what, name, ...models.map((model) => figure(model.best && model.best[what.toLowerCase()])),
-    ...(second ? [difference(first.best && first.best[what.toLowerCase()], second.best && second.best[what.toLowerCase()])] : [])];
+  const rows = Object.keys(NAMES).map((key) => [title(key), ...models.map((model) => figure(model.figures[key])),
+    ...(second ? [difference(first.figures[key], second.figures[key])] : []), NAMES[key]]);
+  const f1 = (what, name) => [what, ...models.map((model) => figure(model.best && model.best[what.toLowerCase()])),
+    ...(second ? [difference(first.best && first.best[what.toLowerCase()], second.best && second.best[what.toLowerCase()])] : []), name];
   rows.push(f1("F1", "the best, at IoU 0.50"), f1("Precision", "at the best F1"), f1("Recall", "at the best F1"), f1("Threshold", "of the best F1"));
-  if (second) rows[rows.length - 1][4] = "";
-  table(byId("figures-table"), ["Figure", "", ...(second ? ["A", "B", "B − A"] : ["Value"])], rows);
+  if (second) rows[rows.length - 1][3] = "";
+  table(byId("figures-table"), ["Figure", ...(second ? ["A", "B", "B − A"] : ["Value"]), "Of"], rows);
   const speeds = models.map((model) => model.speed);
   const model = speeds.map((speed) => (speed.model_milliseconds === null ? "—" : `${speed.model_milliseconds.toFixed(1)} ms`));
   table(byId("speed-table"), ["", ...(second ? ["A", "B"] : [""])], [
@@ -51,7 +51,7 @@ function table(host, heads, rows) {
     columns = [...plain, ...keys.map((key) => ({ name: title(key) })), { name: "Threshold" }, { name: "F1" }, { name: "Precision" }, { name: "Recall" }];
     rows = first.classes.map((row) => [row.name, row.objects, ...keys.map((key) => row[key]), ...["threshold", "f1", "precision", "recall"].map((key) => best(row, key))]);
   } else {
-    const pairs = [...keys.slice(0, 3).map((key) => [title(key), (row) => row[key]]), ["F1", (row) => best(row, "f1")]];
+    const pairs = [...keys.slice(0, 2).map((key) => [title(key), (row) => row[key]]), ["F1", (row) => best(row, "f1")]];
     columns = [...plain, ...pairs.flatMap(([name]) => [{ name: `${name} A` }, { name: `${name} B` },
       { name: "B − A", text: (value) => difference(0, value) }]), { name: "Threshold A" }, { name: "Threshold B" }];
     rows = first.classes.map((row, k) => {
@@ -90,15 +90,14 @@ function table(host, heads, rows) {
     Both: ["Both", "a wrong class, badly placed"], Dupe: ["Duplicate", "an object found again"], Bkg: ["Background", "nothing is there"], Miss: ["Missed", "an object not found at all"] };
   const gain = (value) => (value === null ? "—" : value.toFixed(3));
   const entries = first.errors.kinds.map((one, k) => [...words[one.kind], ...models.map((model) => model.errors.kinds[k])]);
-  for (const [key, name] of [["false_positives", "All false positives"], ["false_negatives", "All false negatives"]])
-    entries.push([name, "", ...models.map((model) => ({ gain: model.errors[key], count: null }))]);
   const largest = Math.max(0.01, ...entries.flatMap((entry) => entry.slice(2).map((one) => one.gain || 0)));
   for (const [name, what, ...values] of entries) {
     const bars = values.map((one, m) => el("div", { class: "bar", style: `width:${(100 * Math.max(0, one.gain || 0)) / largest}%;background:${colour(m)}` }));
     const texts = values.map((one, m) => el("div", {}, `${second ? label(m) + " " : ""}${gain(one.gain)}${one.count === null ? "" : `, ${one.count}×`}`));
     byId("errors-bars").append(el("div", {}, name), el("div", { title: what }, ...bars), el("div", { class: "value" }, ...texts));
   }
-  byId("errors").append(el("p", {}, `Numbers: the gain in AP50 (${models.map((m, k) => `${second ? label(k) + ": " : ""}${figure(m.errors.AP50)} now`).join(", ")}), and how many. `
+  byId("errors").append(el("p", {}, `Numbers: the gain in AP50 (${models.map((m, k) => `${second ? label(k) + ": " : ""}${figure(m.errors.AP50)} now`).join(", ")}), and how many. Without any false positive it would gain ${models.map((m, k) => `${second ? label(k) + ": " : ""}${gain(m.errors.false_positives)}`).join(", ")}, `
+    + `without any missed object ${models.map((m, k) => `${second ? label(k) + ": " : ""}${gain(m.errors.false_negatives)}`).join(", ")}. `
     + Object.values(words).map(([name, what]) => `${name}: ${what}`).join("; ") + "."));
 }
 
@@ -118,11 +117,11 @@ models.forEach((model, m) => {
         chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(bin.right), height: Math.max(py(0) - py(bin.right), 1), fill: colour(m) }));
       chart.append(svg("line", { x1: px(0), y1: py(0), x2: px(1), y2: py(1), stroke: "var(--ink)", "stroke-dasharray": "4 4" }));
     } });
-  const most = Math.max(1, ...bins.map((bin) => Math.log10(bin.count + 1)));
-  lineChart(counts, { series: [{ name: "count", colour: "none", points: bins.map((bin) => [(bin.low + bin.high) / 2, Math.log10(bin.count + 1)]) }], height: 150, wording: words,
-    x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: Math.ceil(most), label: "detections, 10^" },
-    extra: (chart, px, py) => { for (const bin of bins)
-      chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(Math.log10(bin.count + 1)), height: py(0) - py(Math.log10(bin.count + 1)), fill: "var(--c6)" })); } });
+  const power = (bin) => Math.log10(Math.max(bin.count, 1)), most = Math.max(1, ...bins.map(power));
+  lineChart(counts, { series: [{ name: "count", colour: "none", points: bins.map((bin) => [(bin.low + bin.high) / 2, power(bin)]) }], height: 150, wording: words,
+    x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: Math.max(1, Math.ceil(most)), label: "detections", ticks: [...Array(Math.max(1, Math.ceil(most)) + 1).keys()], format: (value) => short(10 ** value) },
+    extra: (chart, px, py) => { for (const bin of bins) if (bin.count)
+      chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(power(bin)), height: Math.max(2, py(0) - py(power(bin))), fill: "var(--c6)" })); } });
 });
 
 // --- confusion ---
@@ -135,7 +134,7 @@ models.forEach((model, m) => {
   const cut = (text, most) => ([...text].length > most ? [...text].slice(0, most - 1).join("") + "…" : text);
   function render() {
     const { matrix, threshold } = models[+choice.value].confusion;
-    byId("confusion-how").textContent = `Rows: what is there; columns: what was found, at scores from ${threshold.toFixed(3)} (the best F1) and IoU 0.5, whatever the class. `
+    byId("confusion-how").textContent = `Rows: what is there; columns: what was found, at ${threshold ? `scores from ${threshold.toFixed(3)} (the best F1)` : "any score"} and IoU 0.5, whatever the class. `
       + "The last row is background, where nothing was to be found; the last column objects that were missed. Colour: share of the row.";
     const totals = matrix.map((row) => row.reduce((sum, value) => sum + value, 0));
     const words = (r, c) => {
@@ -174,7 +173,7 @@ models.forEach((model, m) => {
     matrix.forEach((row, r) => row.forEach((value, c) => { if (value && r !== c && r < count - 1 && c < count - 1) pairs.push([r, c, value]); }));
     pairs.sort((a, b) => b[2] - a[2]);
     if (pairs.length) table(byId("mix-ups"), ["There", "Found as", "Times", "Of"], pairs.slice(0, 10).map(([r, c, value]) => [names[r], names[c], String(value), String(totals[r])]));
-    else byId("mix-ups").replaceChildren(el("tbody", {}, el("tr", {}, el("td", {}, "No class was taken for another."))));
+    else byId("mix-ups").replaceChildren(el("caption", {}, "No class was taken for another."));
   }
   choice.addEventListener("change", render);
   render();
@@ -191,6 +190,7 @@ models.forEach((model, m) => {
     : "No image has an error at the threshold of the best F1.";
   const key = (style, text) => el("span", {}, svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
     svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: style.colour, "stroke-width": 3, "stroke-dasharray": style.dash })), text);
+  byId("gallery").classList.toggle("three", Boolean(second));
   if (data.pictures.length) byId("pictures-legend").append(key(TRUTH, "object that was found"), key(WRONG, "object that was missed, wrong detection"), key(RIGHT, "right detection"), key(CROWD, "crowd"));
   for (const picture of data.pictures) {
     const [one] = picture.models;
