@@ -1,11 +1,11 @@
-"""A model on its way out: convert, export."""
+"""A model on its way out: convert, export, serve."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .options import Flag
+from .options import Device, Flag
 from .program import app
 
 
@@ -41,7 +41,7 @@ def export(
     """Write a model as a file for another runtime, verified against the model before it is put in place.
 
     Args:
-        model: Folder of a run or of a saved model.
+        model: A run or model folder, a transformers folder or hub id, or an official .pth.
         to: onnx, openvino (.xml with a .bin beside it) or torch (.pt2).
         out: The file.
         precision: fp16 makes it half the size; needs --data, on which AP may fall by 0.005 at most.
@@ -60,3 +60,40 @@ def export(
     detector = DeformableDETR.from_pretrained(model)
     export_model(detector, out, to, precision, size, post_processing, sampling, data, split, limit, report=print)
     print(f"{out} computes what {model} does; next: deformable-detr predict {out} IMAGE --out pictures")
+
+
+@app.command
+def serve(
+    model: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    device: Device = "auto",
+    batch: int = 8,
+    queue: int = 64,
+    deadline: float = 30.0,
+    drain: float = 1.0,
+) -> None:
+    """Serve a model over HTTP, with a web page to try it. Only this machine can reach it unless --host says otherwise.
+
+    Args:
+        model: Folder of a run or of a saved model, or an exported file (.onnx, .xml, .pt2).
+        host: Address to listen at; any but this machine's own needs a token.
+        port: Port to listen at; 0: any that is free.
+        token: What requests must bring as `Authorization: Bearer TOKEN`. Better in the environment variable
+            DEFORMABLE_DETR_TOKEN, where lists of processes do not show it.
+        batch: Images that go through the model together, at most.
+        queue: Images that may wait; further requests get 503.
+        deadline: Seconds until an answer has to be there; else the request gets 504.
+        drain: Seconds after SIGTERM in which requests are still taken, while /readyz says no.
+    """
+    from ..serving import check_installed
+
+    check_installed()
+    from ..serving.limits import Limits
+    from ..serving.server import serve as run
+
+    images = min(Limits.images, queue)
+    limits = Limits(batch=batch, waiting=queue, images=images, deadline=deadline, drain_seconds=drain)
+    run(model, host, port, token, device, limits)
