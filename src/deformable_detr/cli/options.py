@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 Flag = Parameter(negative=())
-Preset = Literal["single-scale", "single-scale-dc5", "multi-scale", "refine", "two-stage", "small"]
+Preset = Literal["single-scale", "single-scale-dc5", "multi-scale", "refine", "two-stage", "small", "small-portable"]
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1, mps; auto: the fastest there is")]
 JsonFile = Annotated[Path | None, Parameter(name="--json", help="file for the results")]
 Overrides = Annotated[
@@ -26,12 +26,24 @@ def summary(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{name} {_figure(metrics[name])}" for name in ("AP", "AP50") if name in metrics)
 
 
-def table(metrics: dict[str, Any]) -> str:
-    """The figures in two columns: the set's, then each class's AP."""
+def table(metrics: dict[str, Any], other: dict[str, Any] | None = None) -> str:
+    """The figures in two columns: the set's, then each class's AP. With other figures: these, and the difference."""
+    rows = _rows(metrics)
+    width = max((len(name) for name, _ in rows), default=0)
+    if other is None:
+        return "\n".join(f"{name:<{width}}  {_figure(value)}" for name, value in rows)
+    beside = dict(_rows(other))
+    lines = []
+    for name, value in rows:
+        second = beside.get(name)
+        difference = "" if value is None or second is None else f"  {second - value:+.3f}"
+        lines.append(f"{name:<{width}}  {_figure(value):<6} {_figure(second):<6}{difference}".rstrip())
+    return "\n".join(lines)
+
+
+def _rows(metrics: dict[str, Any]) -> list[tuple[str, float | None]]:
     rows = [(name, value) for name, value in metrics.items() if isinstance(value, float) or value is None]
-    classes = [(f"AP of {name}", value) for name, value in metrics.get("per_class", {}).items()]
-    width = max((len(name) for name, _ in rows + classes), default=0)
-    return "\n".join(f"{name:<{width}}  {_figure(value)}" for name, value in rows + classes)
+    return rows + [(f"AP of {name}", value) for name, value in metrics.get("per_class", {}).items()]
 
 
 def _figure(value: float | None) -> str:

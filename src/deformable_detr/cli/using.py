@@ -19,6 +19,8 @@ def evaluate(
     data: Path,
     *,
     split: str = "val",
+    report: Path | None = None,
+    compare: Path | None = None,
     batch_size: int = 4,
     workers: int = 2,
     device: Device = "auto",
@@ -30,20 +32,29 @@ def evaluate(
         model: Folder of a run or of a saved model, or an exported file (.onnx, .xml, .pt2).
         data: Folder of the data set.
         split: Which part of the data set.
+        report: File (.html) for a page with curves, kinds of errors, calibration and the worst images.
+        compare: Another model, to be measured too and shown beside.
         batch_size: Images at once.
         workers: Processes that load images.
     """
-    from ..evaluation import evaluate
+    from ..evaluation.compare import evaluate_models, outcome
     from ..inference.files import prepare_file, write_json
-    from ..inference.loading import load_detector
 
+    if report is not None:
+        if report.suffix.lower() not in {".html", ".htm"}:
+            raise UserError(f"--report {report}: must end in .html")
+        prepare_file(report, "--report")
     if json is not None:
         prepare_file(json, "--json")
-    detector = load_detector(model, device)
-    metrics = evaluate(detector, data, split=split, batch_size=batch_size, workers=workers)
-    print(table(metrics))
+    models = [model] if compare is None else [model, compare]
+    evaluated = evaluate_models(models, data, split=split, batch_size=batch_size, workers=workers, device=device)
+    print(table(*(one.metrics for _, one in evaluated)))
+    if report is not None:
+        from ..evaluation.report import write_report
+
+        print(f"report in {write_report(report, evaluated, data.name, split)}")
     if json is not None:
-        write_json(json, metrics)
+        write_json(json, outcome(evaluated))
 
 
 @app.command
@@ -60,7 +71,8 @@ def predict(
     """Find the objects in images.
 
     Args:
-        model: Folder of a run or of a saved model, or an exported file (.onnx, .xml, .pt2).
+        model: A run or model folder, a transformers folder or hub id, an official .pth, or an exported file (.onnx,
+            .xml, .pt2).
         images: Image files, and folders of them.
         out: Folder for the images with the boxes drawn on.
         threshold: Lowest score of a detection, 0 to 1.
@@ -93,7 +105,7 @@ def explain(
     """Show where the model looked: each layer's boxes and sampling points.
 
     Args:
-        model: Folder of a run or of a saved model.
+        model: A run or model folder, a transformers folder or hub id, or an official .pth.
         image: Image file.
         detection: Which detection, numbered from 1, the best; without it that one.
         point: X,Y in pixels: where the encoder looked from that point, instead of a detection.
@@ -102,13 +114,12 @@ def explain(
             IMAGE-explained.png in the current folder where none is named.
         threshold: Lowest score of a detection, 0 to 1.
     """
-    from ..device import pick_device
     from ..explanation.files import explain_file, parse_layer, parse_point
-    from ..model.detector import DeformableDETR
+    from ..inference.loading import load_detector
 
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: must be from 0 to 1")
     place, number = parse_point(point), parse_layer(layer)
-    detector = DeformableDETR.from_pretrained(model).to(pick_device(device))
+    detector = load_detector(model, device)
     target = out or Path(f"{image.stem}-explained.png")
     explain_file(detector, image, target, detection, place, number, threshold, json)
