@@ -1,9 +1,11 @@
-"""A model on its way out: convert, export, serve."""
+"""A model on its way out: convert, export, serve, predict over data sets."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from .options import Device, Flag
 from .program import app
@@ -97,3 +99,58 @@ def serve(
     images = min(Limits.images, queue)
     limits = Limits(batch=batch, waiting=queue, images=images, deadline=deadline, drain_seconds=drain)
     run(model, host, port, token, device, limits)
+
+
+@app.command
+def predict_dataset(
+    model: Path,
+    sources: Annotated[list[str], Parameter(negative=())],
+    /,
+    *,
+    out: str,
+    threshold: float = 0.5,
+    top_k: int = 100,
+    batch_size: int = 8,
+    format: Literal["auto", "images", "parquet", "webdataset"] = "auto",
+    image_column: str | None = None,
+    id_column: str | None = None,
+    unit_size: int | None = None,
+    concurrency: int | None = None,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    device: str = "auto",
+    readers: int = 2,
+    address: str | None = None,
+    object_store_memory: int = 256,
+) -> None:
+    """Find the objects in any number of images, on one machine or a Ray cluster; Parquet files out.
+
+    What was stopped goes on where the same command is given again.
+
+    Args:
+        model: Folder of a run or of a saved model, or an exported file (.onnx, .xml, .pt2).
+        sources: Folders of images, of Parquet files with image bytes or of WebDataset shards (.tar), single files, and
+            patterns with *; paths, or URLs such as s3://bucket/images.
+        out: Folder or URL for the results.
+        threshold: Lowest score of a detection, 0 to 1.
+        top_k: At most so many detections an image.
+        batch_size: Images that go through the model together.
+        format: What the sources hold; auto: see for yourself.
+        image_column: Of Parquet: the column with image bytes; found by its type where there is one.
+        id_column: Of Parquet: the column that is to name the rows.
+        unit_size: Images in one file of results, and what is lost at most by each worker when stopped.
+        concurrency: Workers; as many as fit where none is named.
+        num_cpus: Processors of each worker, fractions too.
+        num_gpus: GPUs of each worker, fractions too; 1 where there are any.
+        device: auto (cuda where there are GPUs), cpu, cuda or mps.
+        readers: Threads of each worker that decode images.
+        address: A Ray cluster that runs already, HOST:PORT or auto; none: one of its own on this machine.
+        object_store_memory: MiB of shared memory for a cluster of its own, beside the model.
+    """
+    from ..inference.dataset.run import Pool, predict_dataset
+
+    predict_dataset(
+        model, sources, out, threshold=threshold, top_k=top_k, batch_size=batch_size, form=format,
+        image_column=image_column, id_column=id_column, unit_size=unit_size,
+        pool=Pool(concurrency, num_cpus, num_gpus, device, readers, address, object_store_memory),
+    )  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..errors import UserError
@@ -46,6 +47,18 @@ def read_image(source: ImageSource) -> Tensor:
     _refuse_no_file(name)
     try:
         image = Image.open(name)
+    except Exception as error:  # decoders raise whatever they like on broken bytes
+        raise _unreadable(name, error) from error
+    with image:
+        return _decode(image, name)
+
+
+def decode_image(data: bytes, name: str) -> Tensor:
+    """`read_image` of a file's bytes; `name` is what errors call them."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its message has an address in memory, another one each time
+        raise _unreadable(name, ValueError("of no known image format" if data else "no bytes")) from None
     except Exception as error:  # decoders raise whatever they like on broken bytes
         raise _unreadable(name, error) from error
     with image:
