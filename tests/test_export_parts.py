@@ -6,7 +6,7 @@ from torch import nn
 
 from deformable_detr import ops
 from deformable_detr.errors import UserError
-from deformable_detr.export.folding import SameConvolution, fold_batch_norms
+from deformable_detr.export.folding import SameConvolution
 from deformable_detr.export.graph import parse_size
 from deformable_detr.export.verify import difference
 from deformable_detr.model.layers import nearest

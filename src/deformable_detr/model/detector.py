@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import ModelConfig
 from .attention import DeformableAttention
 from .backbone import Backbone, Projections, pixel_statistics
@@ -94,9 +95,9 @@ class DeformableDETR(nn.Module):
 
         maps = self.projections(self.backbone(pixels))
         spatial_shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
-        masks = [nearest(padding_mask, shape) for shape in spatial_shapes]
+        masks = level_masks(padding_mask, spatial_shapes)
         precision = torch.promote_types(pixels.dtype, torch.float32)
-        valid_ratios = torch.stack([_valid_ratio(mask, precision) for mask in masks], dim=1)  # (B, L, 2)
+        valid_ratios = valid_ratios_of(masks, precision)  # (B, L, 2)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # (B, S, C)
         mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)  # (B, S)
         position = torch.cat(
@@ -176,6 +177,16 @@ class DeformableDETR(nn.Module):
 
         found: Detections | list[Detections] = predict(self, source, threshold, top_k, batch_size)
         return found
+
+
+def level_masks(padding_mask: Tensor, spatial_shapes: ops.Shapes) -> list[Tensor]:
+    """The mask (B, H, W) at the size of each level's map."""
+    return [nearest(padding_mask, (h, w)) for h, w in spatial_shapes]
+
+
+def valid_ratios_of(masks: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Unpadded part (width, height) of each level's map in 0..1: (B, L, 2)."""
+    return torch.stack([_valid_ratio(mask, dtype) for mask in masks], dim=1)
 
 
 def _valid_ratio(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
