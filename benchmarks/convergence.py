@@ -5,6 +5,9 @@ images and the same augmented images (ours). transformers' model is trained as i
 the paper's learning rates, the model's own loss, its own image processor's box decoding.
 
     python benchmarks/convergence.py DATA --backbone-weights WEIGHTS --epochs 12 --out benchmarks/results/cards.json
+
+What each part of the default recipe brings alone: `--methods default without-denoising without-ema …` (all of ABLATION).
+`--table` prints what the file holds as Markdown, mean and range over the seeds, and trains nothing.
 """
 
 from __future__ import annotations
@@ -28,14 +31,28 @@ from deformable_detr.evaluation.coco import coco_metrics
 from deformable_detr.ops import accelerate
 
 Curve = list[dict[str, Any]]
-METHODS = ("default", "paper", "transformers", "transformers-refine", "transformers-two-stage")
+# The default with one thing as the paper has it.
+ABLATION: dict[str, dict[str, Any]] = {
+    "without-denoising": {"denoising": 0},
+    "without-overlap-classes": {"class_loss": "focal"},
+    "without-averaging": {"ema_decay": 0.0},
+    "without-look-forward-twice": {"look_forward_twice": False},
+    "without-class-proposals": {"class_proposals": False},
+    "without-memory-content": {"query_content": "proposal"},
+    "without-box-positions": {"box_positions": False},
+    "without-cosine": {"lr_schedule": "step", "warmup_steps": 0},
+    "with-paper-lr": {"lr": 2e-4, "backbone_lr_factor": 0.1, "sampling_lr_factor": 0.1, "clip_norm": 0.1},
+    "with-mosaic": {"mosaic": 0.5},
+}
+OURS = ("default", "paper", *ABLATION)
+METHODS = (*OURS, "transformers", "transformers-refine", "transformers-two-stage")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
-    parser.add_argument("--backbone-weights", required=True)
+    parser.add_argument("--backbone-weights", default="none", help="a safetensors file")
     parser.add_argument("--image-size", type=int, default=320)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--eval-every", type=int, default=4)
@@ -43,13 +60,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["default", "transformers-refine"])
     parser.add_argument("--out", type=Path, required=True, help="JSON; runs that it already holds are kept")
+    parser.add_argument("--table", action="store_true", help="only print what the file holds")
     options = parser.parse_args()
 
     runs = json.loads(options.out.read_text()) if options.out.exists() else []
+    if options.table:
+        print(table(runs))
+        return
     for seed in options.seeds:
         for method in options.methods:
             run = {"method": method, "seed": seed, **described(options)}
-            curve = ours(options, method, seed) if method in ("default", "paper") else theirs(options, method, seed)
+            if any({**run, "curve": old["curve"]} == old for old in runs):
+                continue
+            curve = ours(options, method, seed) if method in OURS else theirs(options, method, seed)
             runs.append({**run, "curve": curve})
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(runs, indent=1) + "\n")
@@ -75,11 +98,27 @@ def row(run: dict[str, Any]) -> str:
     )
 
 
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: the last figures of each method, mean and range over its seeds."""
+    lines = ["| set | pixels | method | images seen | seeds | AP | AP50 |", "|---|---|---|---|---|---|---|"]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        last = run["curve"][-1]
+        groups.setdefault((run["data"], run["image_size"], run["method"], last["images_seen"]), []).append(last)
+    for (data, size, method, images), lasts in groups.items():
+        cells = [f"{sum(x[k] for x in lasts) / len(lasts):.3f}" for k in ("AP", "AP50")]
+        if len(lasts) > 1:
+            spans = [f" ({min(x[k] for x in lasts):.3f}–{max(x[k] for x in lasts):.3f})" for k in ("AP", "AP50")]
+            cells = [cell + span for cell, span in zip(cells, spans, strict=True)]
+        lines.append(f"| {data} | {size} | {method} | {images} | {len(lasts)} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def model_config(options: argparse.Namespace, method: str) -> ModelConfig:
     common = {
         "backbone": options.backbone, "backbone_weights": options.backbone_weights, "image_size": options.image_size
     }  # fmt: skip
-    if method == "default":
+    if method != "paper" and method in OURS:
         return presets.small(**common)
     small = presets.small()
     same = ("hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers", "num_queries")
@@ -87,17 +126,21 @@ def model_config(options: argparse.Namespace, method: str) -> ModelConfig:
 
 
 def ours(options: argparse.Namespace, method: str, seed: int) -> Curve:
-    preset = "small" if method == "default" else "two-stage"
+    preset = "two-stage" if method == "paper" else "small"
+    model = model_config(options, method).model_dump(exclude={"class_names", "category_ids", "num_classes"})
+    changes = dict(ABLATION.get(method, {}))
+    model.update({name: changes.pop(name) for name in list(changes) if name in model})
     with tempfile.TemporaryDirectory() as folder:
         train(
             options.data,
             folder + "/run",
             preset=preset,
-            model=model_config(options, method).model_dump(exclude={"class_names", "category_ids", "num_classes"}),
+            model=model,
             epochs=options.epochs,
             eval_every=options.eval_every,
             batch_size=options.batch_size,
             seed=seed,
+            **changes,
         )
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     return [point(x, x["images_seen"], x["seconds"]) for x in lines if x["kind"] == "evaluation"]
