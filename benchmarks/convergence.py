@@ -6,7 +6,7 @@ the paper's learning rates, the model's own loss, its own image processor's box 
 
     python benchmarks/convergence.py DATA --backbone-weights WEIGHTS --epochs 12 --out benchmarks/results/cards.json
 
-What each part of the default recipe brings alone: `--methods default without-denoising without-ema …` (all of ABLATION).
+What each part of the default recipe brings alone: `--methods default without-denoising …` (all of ABLATION).
 `--table` prints what the file holds as Markdown, mean and range over the seeds, and trains nothing.
 """
 
