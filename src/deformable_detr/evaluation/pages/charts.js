@@ -119,7 +119,8 @@ function sortableTable(table, columns, rows) {
   return { filter: (test) => { wanted = test; render(); } };
 }
 
-// A picture with boxes: [{x, y, w, h, colour, dash, label, title}]; labels where there are few, or of the one pointed at.
+// A picture with boxes: [{x, y, w, h, colour, dash, label, title}]; labels where there are few and they are not
+// quiet, or of the one pointed at.
 function boxedPicture(picture, boxes, most = 14) {
   const { width, height } = picture;
   const view = svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMidYMid meet" });
@@ -140,7 +141,8 @@ function boxedPicture(picture, boxes, most = 14) {
     view.append(svg("rect", { ...place, stroke: box.colour, "stroke-width": 2, "stroke-dasharray": box.dash }, svg("title", {}, box.title || box.label)));
   }
   const labels = svg("g"), hovered = svg("g");
-  if (boxes.length <= most) labels.append(...boxes.map(label));
+  const named = boxes.filter((box) => !box.quiet);
+  if (named.length <= most) labels.append(...named.map(label));
   view.append(labels, hovered);
   [...view.querySelectorAll("rect.box title")].forEach((title, k) => {
     title.parentNode.addEventListener("pointerenter", () => hovered.replaceChildren(label(boxes[k])));
