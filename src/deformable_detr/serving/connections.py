@@ -35,8 +35,9 @@ class Connection(H11Protocol):
         self._since = time.monotonic()
         self._expect_head()
         if len(self.connections) > self.limits.connections:
-            waiting = [one for one in self.connections if isinstance(one, Connection) and one.idle]
-            min(waiting, key=lambda one: one._since).transport.abort()
+            there = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
+            if len(there) > self.limits.connections:
+                min((one for one in there if one.idle), key=lambda one: one._since).transport.abort()
 
     @property
     def idle(self) -> bool:
