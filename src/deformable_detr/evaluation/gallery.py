@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ..data.coco import CocoDataset
+
+log = logging.getLogger(__name__)
 
 FOLDER = "gallery"
 MOST_IMAGES = 6
@@ -30,6 +33,12 @@ class Gallery:
         self.folder, self.step, self.epoch = folder / FOLDER, step, epoch
 
     def __call__(self, dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> None:
+        try:
+            self._add(dataset, results)
+        except OSError as error:  # the run goes on without it
+            log.warning("the gallery in %s was not written: %s", self.folder, error.strerror or error)
+
+    def _add(self, dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> None:
         from ..training.checkpoint import write_text
 
         places = np.unique(

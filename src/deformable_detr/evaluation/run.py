@@ -22,6 +22,8 @@ from .coco import count as count_detections
 if TYPE_CHECKING:
     from ..data.coco import CocoDataset
 
+    Keep = Callable[[CocoDataset, list[dict[str, Any]]], object]
+
 TOP_K = 100  # detections an image, as COCO counts
 
 
@@ -102,7 +104,7 @@ def evaluate_dataset(
     workers: int = 2,
     limit: int | None = None,
     progress: bool = True,
-    keep: Callable[[CocoDataset, list[dict[str, Any]]], object] | None = None,
+    keep: Keep | None = None,
 ) -> Metrics:
     """`evaluate` for a data set that is open already, with the evaluation transform.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import sys
 import threading
@@ -12,7 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ..errors import UserError
 from .checkpoint import write_text
+
+_log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -26,6 +30,7 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         self._path = path = folder / "metrics.jsonl"
         try:
             if path.exists():
@@ -37,7 +42,10 @@ class MetricsLog:
         self._hook, threading.excepthook = threading.excepthook, self._quiet
 
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """One record of kind "train" or "evaluation", which has its "step"; flushed, so that others can follow it."""
+        """One record of kind "train" or "evaluation", which has its "step"; flushed, so that others can follow it.
+
+        After an evaluation the run's training.html is written anew.
+        """
         try:
             line = (json.dumps({"kind": kind, **record}) + "\n").encode()
             if self._file.write(line) != len(line):  # what is left of a disk that is about to be full
@@ -47,6 +55,16 @@ class MetricsLog:
                     self._board.add_scalar(f"{kind}/{name}", value, record["step"])
         except OSError as error:
             raise self._named(error) from None
+        if kind == "evaluation":
+            self._write_page()
+
+    def _write_page(self) -> None:
+        from ..evaluation.curves import write_training_page
+
+        try:
+            write_training_page(self._folder)
+        except (UserError, OSError) as error:  # the run goes on without it
+            _log.warning("the page of curves was not written: %s", error)
 
     def __enter__(self) -> Self:
         return self
