@@ -44,7 +44,7 @@ def test_near_boxes_stay_near_and_far_ones_do_not():
     torch.manual_seed(0)
     boxes = torch.tensor([0.5, 0.5, 0.2, 0.2]).expand(1, 4000, 4)
     far = torch.arange(4000) >= 2000
-    noisy = noisy_boxes(boxes, far, noise=1.0)
+    noisy = noisy_boxes(boxes, far, size=1.0)
     overlap = box_iou(box_convert(boxes[0, :1], "cxcywh", "xyxy"), box_convert(noisy[0], "cxcywh", "xyxy"))[0]
     corners = box_convert(noisy[0], "cxcywh", "xyxy")
     moved = (corners - torch.tensor([0.4, 0.4, 0.6, 0.6])).abs() / 0.1

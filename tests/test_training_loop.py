@@ -196,11 +196,11 @@ def test_minutes_end_a_run_with_an_evaluation(data, tmp_path, monkeypatch):
 def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", Stepper.step
 
-    def step(self, batch, targets, done, progress):
+    def step(self, passes, done, progress, totals=None):
         if done == 3:
             with torch.no_grad():
                 self.model.level_embedding.fill_(float("nan"))
-        return original(self, batch, targets, done, progress)
+        return original(self, passes, done, progress, totals)
 
     with monkeypatch.context() as patched:
         patched.setattr(Stepper, "step", step)
@@ -215,10 +215,10 @@ def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch
 def test_a_nan_gradient_in_the_last_step_of_an_epoch_is_not_saved(data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", Stepper.step
 
-    def step(self, batch, targets, done, progress):
+    def step(self, passes, done, progress, totals=None):
         if done == 3:
             self.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
-        return original(self, batch, targets, done, progress)
+        return original(self, passes, done, progress, totals)
 
     monkeypatch.setattr(Stepper, "step", step)
     with pytest.raises(NonFiniteLoss, match="gradient of the loss is not finite at step 4"):
@@ -270,10 +270,10 @@ def test_figures_that_do_not_exist(data, tmp_path, monkeypatch):
 def test_another_batch_size_keeps_the_part_of_the_epoch(data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", Stepper.step
 
-    def step(self, batch, targets, done, progress):
+    def step(self, passes, done, progress, totals=None):
         if done == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch, targets, done, progress)
+        return original(self, passes, done, progress, totals)
 
     with monkeypatch.context() as patched:
         patched.setattr(Stepper, "step", step)

@@ -37,7 +37,7 @@ def test_sixty_steps_on_eight_images_overfit(samples):
     batches = [collate(samples[:4]), collate(samples[4:])]
     losses = []
     for number in range(60):
-        figures = stepper.step(*batches[number % 2], done=number, progress=0.0)
+        figures = stepper.step([batches[number % 2]], done=number, progress=0.0)
         losses.append(figures and figures.values["loss"])
     last = stepper.settle()
     assert last is not None
@@ -52,7 +52,7 @@ def test_half_precisions_learn(samples, precision):
     stepper = make(precision=precision)
     before = weights(stepper)
     for number in range(3):
-        stepper.step(*collate(samples[:2]), done=number, progress=0.0)
+        stepper.step([collate(samples[:2])], done=number, progress=0.0)
     assert stepper.settle() is not None
     after = weights(stepper)
     assert not same(before, after)
@@ -62,7 +62,7 @@ def test_half_precisions_learn(samples, precision):
 def test_a_batch_without_objects_is_fine(tmp_path):
     dataset = open_dataset(write_dataset(tmp_path, train=2, empty=2), transform=evaluation(64, 128))
     stepper = make()
-    stepper.step(*collate([dataset[0], dataset[1]]), done=0, progress=0.0)
+    stepper.step([collate([dataset[0], dataset[1]])], done=0, progress=0.0)
     figures = stepper.settle()
     assert figures is not None
     assert figures.values["loss_boxes"] == 0
@@ -71,12 +71,12 @@ def test_a_batch_without_objects_is_fine(tmp_path):
 
 def test_nan_predictions_stop_before_anything_changes(samples):
     stepper = make()
-    stepper.step(*collate(samples[:4]), done=0, progress=0.0)
+    stepper.step([collate(samples[:4])], done=0, progress=0.0)
     with torch.no_grad():
         stepper.model.level_embedding.fill_(float("nan"))
     before = weights(stepper)
     with pytest.raises(NonFiniteLoss) as caught:
-        stepper.step(*collate(samples[:4]), done=1, progress=0.0)
+        stepper.step([collate(samples[:4])], done=1, progress=0.0)
     assert caught.value.step == 2
     assert caught.value.image_ids == [100, 101, 102, 103]
     assert caught.value.losses["loss"] != caught.value.losses["loss"]
@@ -90,7 +90,7 @@ def test_only_the_image_that_does_it_is_named(samples):
     targets[1].boxes[0, 0] = float("nan")
     try:
         with pytest.raises(NonFiniteLoss, match="images 101;"):
-            stepper.step(batch, targets, done=0, progress=0.0)
+            stepper.step([(batch, targets)], done=0, progress=0.0)
     finally:
         targets[1].boxes[0, 0] = 0.5
 
@@ -98,10 +98,10 @@ def test_only_the_image_that_does_it_is_named(samples):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told_a_step_later(samples, precision):
     stepper = make(precision=precision)
-    stepper.step(*collate(samples[:4]), done=0, progress=0.0)
+    stepper.step([collate(samples[:4])], done=0, progress=0.0)
     before = weights(stepper)
     hook = stepper.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
-    stepper.step(*collate(samples[:4]), done=1, progress=0.0)
+    stepper.step([collate(samples[:4])], done=1, progress=0.0)
     hook.remove()
     assert same(before, weights(stepper))
     with pytest.raises(NonFiniteLoss, match="gradient of the loss is not finite at step 2"):
@@ -110,7 +110,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told_a_step_later(
 
 def test_without_the_guard_the_weights_would_be_lost(samples, monkeypatch):
     stepper = make()
-    stepper.step(*collate(samples[:4]), done=0, progress=0.0)
+    stepper.step([collate(samples[:4])], done=0, progress=0.0)
     original = stepper.optimiser.step
 
     def unguarded():
@@ -119,7 +119,7 @@ def test_without_the_guard_the_weights_would_be_lost(samples, monkeypatch):
 
     monkeypatch.setattr(stepper.optimiser, "step", unguarded)
     stepper.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
-    stepper.step(*collate(samples[:4]), done=1, progress=0.0)
+    stepper.step([collate(samples[:4])], done=1, progress=0.0)
     assert not all(value.isfinite().all() for value in weights(stepper).values())
 
 
@@ -127,14 +127,14 @@ def test_fp16_bears_overflows_but_not_for_ever(samples):
     stepper = make(precision="fp16")
     hook = stepper.model.level_embedding.register_hook(lambda gradient: gradient * float("inf"))
     before = weights(stepper)
-    stepper.step(*collate(samples[:2]), done=0, progress=0.0)
+    stepper.step([collate(samples[:2])], done=0, progress=0.0)
     figures = stepper.settle()
     assert figures is not None
     assert not figures.values["grad_norm"] < float("inf")
     assert same(before, weights(stepper))
     assert stepper.scaler.get_scale() < 2.0**16
     stepper._overflows = 49
-    stepper.step(*collate(samples[:2]), done=1, progress=0.0)
+    stepper.step([collate(samples[:2])], done=1, progress=0.0)
     with pytest.raises(NonFiniteLoss, match="gradient"):
         stepper.settle()
     hook.remove()
@@ -149,7 +149,7 @@ def test_gradients_are_clipped_and_the_norm_is_the_one_before(samples, monkeypat
         norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
 
     monkeypatch.setattr(stepper.optimiser, "step", measure)
-    stepper.step(*collate(samples[:4]), done=0, progress=0.0)
+    stepper.step([collate(samples[:4])], done=0, progress=0.0)
     figures = stepper.settle()
     assert figures is not None
     assert norms[0].item() == pytest.approx(0.1, rel=1e-3)
@@ -159,6 +159,6 @@ def test_gradients_are_clipped_and_the_norm_is_the_one_before(samples, monkeypat
 def test_the_batch_is_not_changed(samples):
     batch, targets = collate(samples[:2])
     copy = ImageBatch(batch.pixels.clone(), batch.padding_mask.clone())
-    make().step(batch, targets, done=0, progress=0.0)
+    make().step([(batch, targets)], done=0, progress=0.0)
     assert torch.equal(batch.pixels, copy.pixels)
     assert torch.equal(batch.padding_mask, copy.padding_mask)

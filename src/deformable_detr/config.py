@@ -177,6 +177,14 @@ class DataConfig(_Section):
     annotations: str | None = Field(default=None, description="COCO JSON of the training images, likewise")
     val_images: str | None = None
     val_annotations: str | None = None
+    crop_visible: Fraction = Field(
+        default=0.0, description="a crop is drawn again where it would leave less than this part of an object's area"
+    )
+    mosaic: Fraction = Field(default=0.0, description="chance that three more images share the picture (YOLOv4)")
+    mosaic_until: Fraction = Field(default=0.8, description="part of the training after which there is no mosaic")
+    bucketing: bool = Field(
+        default=False, description="images of like size and shape share a batch in training: less padding"
+    )
     workers: NonNegative = Field(default=2, description="processes that load images; 0: none beside the main one")
     check: Literal["auto", "full", "off"] = Field(
         default="auto", description="look for faults in the set before training; auto: at most 40 seconds; full: all"
@@ -199,8 +207,18 @@ class TrainConfig(_Section):
     minutes: PositiveFloat | None = Field(
         default=None, description="stop after so many minutes of training, evaluation and saving not counted"
     )
-    batch_size: Positive = 4
+    batch_size: Positive = Field(default=4, description="images that a process has in memory at a time")
+    effective_batch: Positive | None = Field(
+        default=None, description="images an optimiser step, over all processes; none: batch_size in each process"
+    )
     lr: PositiveFloat = 2e-4
+    lr_batch: Positive | None = Field(
+        default=None,
+        description="images an optimiser step that lr is meant for; none: 4 with effective_batch, else batch_size",
+    )
+    lr_scaling: Literal["sqrt", "linear", "none"] = Field(
+        default="sqrt", description="how lr follows the batch: × √(effective batch / lr_batch), × the ratio, or not"
+    )
     backbone_lr_factor: Weight = Field(default=0.1, description="backbone's learning rate, relative to lr")
     sampling_lr_factor: Weight = Field(
         default=0.1, description="learning rate of sampling offsets and reference points, relative to lr"
@@ -214,6 +232,10 @@ class TrainConfig(_Section):
     device: str = Field(default="auto", description="auto: cuda where there is one, then mps, else cpu")
     seed: NonNegative = 0
     eval_every: Positive = Field(default=1, description="epochs between evaluations")
+    patience: Positive | None = Field(default=None, description="stop after so many evaluations without a better AP")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="under torchrun: every process has the whole model, or a part of it (FSDP2)"
+    )
     log_every: Positive = Field(default=20, description="steps between lines of metrics.jsonl")
 
     class_cost: Weight = 2.0

@@ -51,7 +51,7 @@ def open_dataset(
 
 def refuse_same_file(train: CocoDataset, val: CocoDataset) -> None:
     """`UserError` where both splits are one annotation file: figures on training images would say nothing."""
-    if train.annotation_file.resolve() == val.annotation_file.resolve():
+    if os.path.realpath(train.annotation_file) == os.path.realpath(val.annotation_file):
         raise UserError(
             f"{train.annotation_file} would be both the training and the validation split; "
             "give data.val_images and data.val_annotations"
@@ -116,6 +116,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             original_size=(height, width),
         )
         return self.transform(image, target) if self.transform else (image, target)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(len, 2) height and width of each image as its record has them; 1 where it does not."""
+        return np.maximum(self._sizes, 1)
 
     def path(self, index: int) -> Path:
         """The file of one image."""

@@ -17,13 +17,14 @@ from ..structures import Target
 SCALE_STEPS = 11  # short sides in training: 480, 512, … 800 for the paper's range
 CROP_SHORT_SIDES = (400 / 800, 500 / 800, 600 / 800)  # of image_size, before a crop
 CROP_SIDES = (384 / 800, 600 / 800)  # of image_size: smallest and largest side of a crop
+CROP_TRIES = 10  # places for a crop that should not cut objects
 # A side below this is no box: single precision, in which boxes travel, cannot tell it from zero on a large image.
 MIN_SIDE = 1e-3  # pixels
 
 
 def training(image_size: int, long_side: int, data: DataConfig) -> Training:
     """The paper's augmentation for a short side of `image_size` and a long side of at most `long_side` pixels."""
-    return Training(image_size, long_side, data.train_scales, data.flip, data.crop)
+    return Training(image_size, long_side, data.train_scales, data.flip, data.crop, data.crop_visible)
 
 
 def evaluation(image_size: int, long_side: int, canvas: tuple[int, int] | None = None) -> Evaluation:
@@ -48,7 +49,8 @@ class Training:
     """A flip by chance, a crop by chance, and a resize to one of 11 short sides in `scales` × `image_size`.
 
     Before a crop the image is resized to a short side of 1/2, 5/8 or 3/4 `image_size`; the crop's sides are drawn from
-    0.48 to 0.75 `image_size`, or the image's own where that is smaller. Boxes without a visible part are dropped.
+    0.48 to 0.75 `image_size`, or the image's own where that is smaller. Boxes without a visible part are dropped; a
+    crop that would leave less than `visible` of an object's area is tried elsewhere (after SSD, section 2.2).
     """
 
     image_size: int
@@ -57,22 +59,78 @@ class Training:
     flip: float = 0.5
     crop: float = 0.5
 
+    visible: float = 0.0
+
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        if _happens(self.flip):
+        choice = self.choose(*image.shape[-2:])
+        if choice.flipped:
             image, target = flip(image, target)
+        if choice.part is not None:
+            image = resize(image, choice.before, 8 * self.long_side)
+            image, target = crop(image, target, *self._moved(choice.part, target, *image.shape[-2:]))
+        return resize(image, choice.short, self.long_side), target
+
+    def choose(self, height: int, width: int) -> Choice:
+        """Draws what happens to an image of this size."""
+        flipped, part, before = _happens(self.flip), None, 0
         if _happens(self.crop):
-            short = CROP_SHORT_SIDES[_between(0, len(CROP_SHORT_SIDES) - 1)]
+            side = CROP_SHORT_SIDES[_between(0, len(CROP_SHORT_SIDES) - 1)]
+            before = max(1, round(side * self.image_size))
             # The paper sets no limit here; this one keeps a needle of a picture from filling the memory.
-            image = resize(image, max(1, round(short * self.image_size)), 8 * self.long_side)
+            height, width = resized_size(height, width, before, 8 * self.long_side)
             low, high = (max(1, round(side * self.image_size)) for side in CROP_SIDES)
-            height, width = image.shape[-2:]
             crop_height = _between(min(low, height), min(high, height))
             crop_width = _between(min(low, width), min(high, width))
-            top, left = _between(0, height - crop_height), _between(0, width - crop_width)
-            image, target = crop(image, target, top, left, crop_height, crop_width)
+            part = (_between(0, height - crop_height), _between(0, width - crop_width), crop_height, crop_width)
         smallest, largest = self.scales
         scale = smallest + (largest - smallest) * _between(0, SCALE_STEPS - 1) / (SCALE_STEPS - 1)
-        return resize(image, max(1, round(scale * self.image_size)), self.long_side), target
+        return Choice(flipped, before, part, max(1, round(scale * self.image_size)))
+
+    def final_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of this size will have, from the same random numbers."""
+        choice = self.choose(height, width)
+        if choice.part is not None:
+            height, width = choice.part[2:]
+        return resized_size(height, width, choice.short, self.long_side)
+
+    def _moved(self, part: Part, target: Target, height: int, width: int) -> Part:
+        """The part, elsewhere if it would cut objects too small; of all places tried, the one that cuts least."""
+        tries, best = [part], part
+        least = 0.0
+        while self.visible and (kept := least_visible(target, tries[-1], height, width)) < self.visible:
+            if kept > least:
+                least, best = kept, tries[-1]
+            if len(tries) == CROP_TRIES:
+                return best
+            _, _, h, w = part
+            tries.append((_between(0, height - h), _between(0, width - w), h, w))
+        return tries[-1]
+
+
+Part = tuple[int, int, int, int]  # top, left, height, width in pixels
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to one image: a flip; the part that stays of it at the short side `before`; its short side."""
+
+    flipped: bool
+    before: int
+    part: Part | None
+    short: int
+
+
+def least_visible(target: Target, part: Part, height: int, width: int) -> float:
+    """Of the objects that a part of an image (height, width) shows, the least share of an area that it leaves; or 1."""
+    from torchvision.ops import box_convert
+
+    top, left, h, w = part
+    corners = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([width, height] * 2)
+    frame = torch.tensor([left, top, left + w, top + h])
+    cut = torch.cat([torch.maximum(corners[:, :2], frame[:2]), torch.minimum(corners[:, 2:], frame[2:])], dim=1)
+    left_over = (cut[:, 2:] - cut[:, :2]).clamp(min=0).prod(dim=1)
+    share = left_over / (corners[:, 2:] - corners[:, :2]).prod(dim=1).clamp(min=1e-9)
+    return float(share[left_over > 0].min()) if (left_over > 0).any() else 1.0
 
 
 def resized_size(height: int, width: int, image_size: int, long_side: int) -> tuple[int, int]:

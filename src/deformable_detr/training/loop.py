@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..distributed.checkpoint import load_parts, remove_others, save_parts
+from ..distributed.evaluation import evaluate_together
 from ..distributed.launch import restarted
 from ..distributed.world import World
 from ..errors import UserError
@@ -263,17 +264,19 @@ class Trainer:
     # --- between the steps --------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
+        from ..evaluation.gallery import Gallery
         from ..evaluation.run import evaluate_dataset
 
         train, done = self.config.train, self.counters
-        learned = self.stepper.learned
-        company = {"world": self.world} if self.world.size > 1 else {}
+        learned, workers = self.stepper.learned, self.config.data.workers
         try:
             self.stop.at_once = True  # all is saved: a signal need not wait until the evaluation is over
             self.stop.check()
-            metrics = evaluate_dataset(
-                learned, self.validation, train.batch_size, self.config.data.workers, progress=False, **company
-            )
+            keep = Gallery(self.folder.path, done.step, done.epoch)
+            if self.world.size > 1:
+                metrics = evaluate_together(learned, self.validation, train.batch_size, workers, self.world, keep)
+            else:
+                metrics = evaluate_dataset(learned, self.validation, train.batch_size, workers, None, False, keep)
         except TrainingInterrupted:
             self._say_interrupted()
             raise
@@ -306,9 +309,13 @@ class Trainer:
             save_parts(self._parts, state["parts"], self.stepper.tensors(), self.world)
         tensors = {} if self.stepper.sharded or not self.world.first else self.stepper.tensors()
         self.world.on_first(lambda: self.folder.save(tensors, state, best))
-        if self.stepper.sharded and self.world.first:
-            places = [*generations(self.folder.last), *generations(self.folder.best)]
-            remove_others(self._parts, (load_state(place)["parts"] for place in places))
+        if self.stepper.sharded:
+            self.world.on_first(self._tidy)
+
+    def _tidy(self) -> None:
+        """Deletes the parts of checkpoints that are gone."""
+        places = [*generations(self.folder.last), *generations(self.folder.best)]
+        remove_others(self._parts, [load_state(place)["parts"] for place in places])
 
     @property
     def _parts(self) -> Path:
@@ -342,6 +349,7 @@ class Trainer:
                 + f", this would be {now}"
             )
         if self.stepper.sharded:
+            self.world.on_first(self._tidy)
             tensors = load_parts(self._parts / state["parts"], self.stepper.blank_tensors(), self.world)
         self.stepper.load(tensors)
         self.counters = done = Counters(**state["counters"])

@@ -53,6 +53,28 @@ def build_optimiser(model: nn.Module, config: TrainConfig, helpers: nn.Module | 
     return torch.optim.AdamW(parameter_groups(model, config, helpers), weight_decay=config.weight_decay, fused=True)
 
 
+PRESET_BATCH = 4  # images a step that the presets' learning rates are for
+
+
+def effective_batch(config: TrainConfig, processes: int) -> int:
+    """Images an optimiser step, over all processes."""
+    return config.effective_batch or config.batch_size * processes
+
+
+def scaled_lr(config: TrainConfig, batch: int) -> tuple[float, str]:
+    """The learning rate for steps of `batch` images, and how it came about.
+
+    lr × √(batch / lr_batch): AdamW divides by the gradient's own size, so that what a larger batch brings is less
+    noise, which falls with the root (Malladi et al. 2022). "linear" is the rule of SGD (Goyal et al. 2017).
+    """
+    meant = config.lr_batch or (PRESET_BATCH if config.effective_batch else config.batch_size)
+    if config.lr_scaling == "none" or batch == meant:
+        return config.lr, f"{config.lr:g}"
+    ratio = batch / meant
+    factor, sign = (math.sqrt(ratio), "√") if config.lr_scaling == "sqrt" else (ratio, "")
+    return config.lr * factor, f"{config.lr * factor:.3g} = {config.lr:g} × {sign}({batch} / {meant})"
+
+
 def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
     """What the learning rates are multiplied by.
 
@@ -82,6 +104,16 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tenso
         for name, parameter in zip(group["names"], group["params"], strict=True)
         for key, value in optimiser.state.get(parameter, {}).items()
     }
+
+
+def blank_optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What `optimiser_tensors` would give if every parameter had a state, with values that mean nothing."""
+    blank = {}
+    for group in optimiser.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            blank |= {f"{name}/{key}": torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            blank[f"{name}/step"] = torch.zeros((), device=parameter.device)
+    return blank
 
 
 def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig
+from ..distributed.parallel import gradients, parallelise, touch
+from ..distributed.world import World
 from ..errors import UserError
 from ..structures import ImageBatch, Target
 from .average import average_of
-from .denoising import Denoising
-from .losses import DetectionLoss
-from .optimiser import build_optimiser, load_optimiser_tensors, optimiser_tensors, set_learning_rate
+from .denoising import Denoising, Noise
+from .losses import DetectionLoss, Losses
+from .matcher import Matches
+from .optimiser import (
+    blank_optimiser_tensors,
+    build_optimiser,
+    load_optimiser_tensors,
+    optimiser_tensors,
+    set_learning_rate,
+)
 from .stopping import NonFiniteLoss
+from .totals import Batch, Totals, combined, own_figures
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from ..distributed.sharding import ShardedAverage
     from ..model.detector import DeformableDETR
 
 _OVERFLOWS = 50  # steps in a row that fp16 may lose to overflow while its scale settles
@@ -40,11 +55,12 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class _Pending:
-    """Figures that the device may still compute while the host goes on."""
+    """Figures that the device may still compute while the host goes on; bad: images with predictions not finite."""
 
     step: int
     lr: float
     image_ids: list[int]
+    bad: list[int]
     names: list[str]
     values: Tensor  # (len(names),)
 
@@ -56,10 +72,11 @@ class Stepper:
     matcher's copy. An update from a loss or gradient that is not finite is left out on the device itself.
     """
 
-    def __init__(self, model: DeformableDETR, config: TrainConfig) -> None:
+    def __init__(self, model: DeformableDETR, config: TrainConfig, world: World | None = None) -> None:
         self.model, self.config = model, config
         self.mean, self.std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         self.device = self.mean.device
+        self.world = world or World(str(self.device), size=1)
         self.criterion = DetectionLoss(config, model.config.class_proposals)
         self.helpers = nn.ModuleDict()  # what learns beside the model and is no part of it
         if config.denoising:
@@ -67,50 +84,98 @@ class Stepper:
                 raise UserError("train.denoising needs model.two_stage: true; set train.denoising=0")
             self.helpers["denoising"] = Denoising(config, model.config.num_classes, model.config.hidden_dim)
         self.helpers.to(self.device)
+        self.sharded = config.parallel == "fsdp" and self.world.size > 1
+        if self.sharded and config.precision == "fp16":
+            raise UserError("train.parallel fsdp has no fp16: use train.precision bf16, or train.parallel ddp")
+        self._whole = copy.deepcopy(model) if self.sharded else model
+        self.network = parallelise(_Network(model, self.helpers), self.world, config.parallel)
         self.optimiser = build_optimiser(model, config, self.helpers)
-        self.average = None if not config.ema_decay else average_of(model, config.ema_decay)
+        self.average = average_of(model, config.ema_decay) if config.ema_decay and not self.sharded else None
+        self.sharded_average: ShardedAverage | None = None
+        if config.ema_decay and self.sharded:
+            from ..distributed.sharding import ShardedAverage
+
+            self.sharded_average = ShardedAverage(model, config.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._pending: _Pending | None = None
         self._overflows = 0
 
-    def step(self, batch: ImageBatch, targets: Sequence[Target], done: int, progress: float) -> StepFigures | None:
-        """Learns from a uint8 batch; `done` steps came before, `progress` 0..1 of the training is over.
+    def step(
+        self, passes: Sequence[Batch], done: int, progress: float, totals: Totals | None = None
+    ) -> StepFigures | None:
+        """Learns from uint8 batches as if they were one, pass by pass; `done` steps came before.
+
+        progress: 0..1, part of the training that is over. totals: of the whole step, where other processes have passes
+        too, equally many, some perhaps without images; none: these passes are all of it.
 
         Returns the figures of the step before. Raises `NonFiniteLoss` for this step's predictions or that step's loss.
         """
         set_learning_rate(self.optimiser, self.config, done, progress)
-        batch = batch.to(self.device, non_blocking=True).normalise(self.mean, self.std)
-        with _autocast(self.device, self.config.precision):
-            noisy = None
-            if "denoising" in self.helpers:
-                noisy = self.helpers["denoising"](targets, self.model.config.num_queries)
-            outputs = self.model(batch.pixels, batch.padding_mask, extra=noisy and noisy[0])
-        losses = self.criterion(outputs, targets, known=noisy and noisy[1:])
-        before = self.settle()
-        names = ["loss", *losses.parts, "grad_norm"]
-        values = [losses.total.detach(), *losses.parts.values()]
-        if not all(losses.finite):
-            bad = [target.image_id for target, finite in zip(targets, losses.finite, strict=True) if not finite]
-            numbers = dict(zip(names, torch.stack(values).tolist(), strict=False))
-            raise NonFiniteLoss(done + 1, numbers, bad)
-
-        self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()
-        values.append(self._update(losses.total.detach()))
+        before, names, values, bad = self.backward(passes, done, totals)
+        values = self.world.mean(values)
+        norm = self._update(values[0])
+        image_ids = [target.image_id for _, targets in passes for target in targets]
+        rate = self.optimiser.param_groups[0]["lr"]
         self._pending = _Pending(
-            done + 1,
-            self.optimiser.param_groups[0]["lr"],
-            [target.image_id for target in targets],
-            names,
-            torch.stack(values),
+            done + 1, rate, image_ids, bad, [*names, "grad_norm"], torch.cat([values, norm.reshape(1)])
         )
         return before
+
+    def backward(
+        self, passes: Sequence[Batch], done: int = 0, totals: Totals | None = None
+    ) -> tuple[StepFigures | None, list[str], Tensor, list[int]]:
+        """Puts the gradients of the whole step in place; see `step`.
+
+        Returns the figures of the step before, and of this one the names and values of the losses, of which the mean
+        over the processes is that of the step, and the images whose predictions are not finite.
+        """
+        plain = totals is None and len(passes) == 1
+        totals = totals or combined([own_figures(passes)])
+        before, names, sums, bad, first = None, [], [], [], totals.first
+        for number, (batch, targets) in enumerate(passes):
+            with gradients(self.network, last=number == len(passes) - 1):
+                # Alone, a pass draws from the generators that everybody seeds; in company, all draw the same numbers.
+                noise = None if plain else Noise(totals.images, first, _mixed(self.config.seed, done))
+                losses, total = self._losses(batch, targets, totals, noise)
+                if number == 0:
+                    before = self.settle()
+                names = ["loss", *losses.parts]
+                values = torch.stack([losses.total.detach(), *losses.parts.values()])
+                bad += [target.image_id for target, finite in zip(targets, losses.finite, strict=False) if not finite]
+                if bad and self.world.size == 1:
+                    raise NonFiniteLoss(done + 1, dict(zip(names, values.tolist(), strict=True)), bad)
+                if not plain:
+                    values[-1] *= len(targets) * totals.processes / totals.images  # a mean over images
+                if number == 0:
+                    self.optimiser.zero_grad(set_to_none=True)
+                self.scaler.scale(total).backward()
+            sums.append(values * bool(targets))
+            first += len(targets)
+        return before, names, torch.stack(sums).sum(0), bad
+
+    def _losses(
+        self, batch: ImageBatch, targets: Sequence[Target], totals: Totals, noise: Noise | None
+    ) -> tuple[Losses, Tensor]:
+        """The losses of a pass, and the scalar to differentiate."""
+        batch, shown = (batch, targets) if targets else _placeholder()
+        batch = batch.to(self.device, non_blocking=True).normalise(self.mean, self.std)
+        with _autocast(self.device, self.config.precision):
+            outputs, known = self.network(batch.pixels, batch.padding_mask, shown, totals.most, noise)
+        losses = self.criterion(outputs, shown, totals.num_boxes, known)
+        if totals.processes == 1:
+            return losses, losses.total
+        total = losses.total * bool(targets) + touch(outputs, self.helpers)
+        if targets and not all(losses.finite):
+            total = total * math.nan  # all processes will see it in the gradient and stop together
+        return losses, total
 
     def _update(self, loss: Tensor) -> Tensor:
         """Clips the gradients and takes the step; returns their norm."""
         self.scaler.unscale_(self.optimiser)
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
+        if self.sharded:
+            norm = cast("DTensor", norm).full_tensor()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimiser)
             self.scaler.update()
@@ -120,11 +185,19 @@ class Stepper:
             self.optimiser.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
+        if self.sharded_average is not None:
+            self.sharded_average.update_parameters(self.model)
         return norm
 
     @property
     def learned(self) -> DeformableDETR:
-        """The model to evaluate and keep: the averaged one where there is an average."""
+        """The model to evaluate and keep: the averaged one where there is an average. FSDP: all processes must ask."""
+        if self.sharded:
+            from ..distributed.sharding import whole
+
+            average = self.sharded_average
+            self._whole.load_state_dict(whole(average.values if average else self.model.state_dict()))
+            return self._whole
         return self.model if self.average is None else cast("DeformableDETR", self.average.module)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -132,9 +205,14 @@ class Stepper:
         groups = {"model": self.model.state_dict(), "optimiser": optimiser_tensors(self.optimiser)}
         if self.helpers:
             groups["helpers"] = self.helpers.state_dict()
-        if self.average is not None:
-            groups["average"] = self.average.state_dict()
+        average = self.average or self.sharded_average
+        if average is not None:
+            groups["average"] = average.state_dict()
         return groups
+
+    def blank_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What `tensors` would give after a step, to be filled from a checkpoint; its values mean nothing."""
+        return {**self.tensors(), "optimiser": blank_optimiser_tensors(self.optimiser)}
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
         """Goes back to what `tensors` gave."""
@@ -142,8 +220,9 @@ class Stepper:
         load_optimiser_tensors(self.optimiser, tensors["optimiser"])
         if self.helpers:
             self.helpers.load_state_dict(tensors["helpers"])
-        if self.average is not None:
-            self.average.load_state_dict(tensors["average"])
+        average = self.average or self.sharded_average
+        if average is not None:
+            average.load_state_dict(tensors["average"])
 
     def settle(self) -> StepFigures | None:
         """The figures of the last step if nobody had them yet; `NonFiniteLoss` if they are not finite.
@@ -156,12 +235,53 @@ class Stepper:
         values = dict(zip(pending.names, pending.values.tolist(), strict=True))
         losses = {name: value for name, value in values.items() if name != "grad_norm"}
         if not all(map(math.isfinite, losses.values())):
-            raise NonFiniteLoss(pending.step, losses, pending.image_ids)
+            self._stop(pending, losses)
         overflow = not math.isfinite(values["grad_norm"])
         self._overflows = self._overflows + 1 if overflow else 0
         if overflow and (not self.scaler.is_enabled() or self._overflows >= _OVERFLOWS):
-            raise NonFiniteLoss(pending.step, losses, pending.image_ids, "gradient of the loss")
+            self._stop(pending, losses, "gradient of the loss")
         return StepFigures(pending.step, pending.lr, values)
+
+    def _stop(self, pending: _Pending, losses: dict[str, float], what: str = "loss") -> NoReturn:
+        """Raises in every process, which all have the same figures, and names the images of all."""
+        everyone = self.world.gather_objects((pending.bad, pending.image_ids))
+        self.world.agreed = True
+        ids = [number for bad, _ in everyone for number in bad] or [number for _, own in everyone for number in own]
+        raise NonFiniteLoss(pending.step, losses, ids, what)
+
+
+class _Network(nn.Module):
+    """What a pass computes with: the model, and what learns beside it."""
+
+    def __init__(self, model: DeformableDETR, helpers: nn.ModuleDict) -> None:
+        super().__init__()
+        self.model, self.helpers = model, helpers
+
+    def forward(
+        self,
+        pixels: Tensor,
+        padding_mask: Tensor,
+        targets: Sequence[Target],
+        most: int,
+        noise: Noise | None,
+    ) -> tuple[dict[str, Tensor], tuple[Matches, int] | None]:
+        noisy = None
+        if "denoising" in self.helpers:
+            noisy = self.helpers["denoising"](targets, self.model.config.num_queries, most, noise)
+        outputs = self.model(pixels, padding_mask, extra=noisy and noisy[0])
+        return outputs, noisy and noisy[1:]
+
+
+def _placeholder() -> Batch:
+    """One black image, for a process that has none in a pass and must compute with the others all the same."""
+    side = 128  # pixels; two or more cells at every stride that learning norms see
+    pixels, mask = torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.zeros(1, side, side, dtype=torch.bool)
+    nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), -1, (side, side))
+    return ImageBatch(pixels, mask), [nothing]
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _autocast(device: torch.device, precision: str) -> Any:

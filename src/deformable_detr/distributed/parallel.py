@@ -1,0 +1,57 @@
+"""The network in several processes: gradients averaged (DDP), or parameters divided too (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+
+def parallelise(unit: nn.Module, world: World, kind: str) -> nn.Module:
+    """The module to call in the place of `unit`, whose gradients are then the mean over the processes.
+
+    kind: "ddp": each process keeps all of it; "fsdp": a part of each parameter, which becomes a DTensor, in place.
+    """
+    if world.size == 1:
+        return unit
+    if kind == "fsdp":
+        from .sharding import shard
+
+        shard(unit, world)
+        return unit
+    learning_norms = any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in unit.modules()
+    )
+    # Batch norms that learn take the first process's statistics; without any, buffers are the same everywhere.
+    return DistributedDataParallel(unit, broadcast_buffers=learning_norms, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def gradients(network: nn.Module, last: bool) -> Iterator[None]:
+    """Within it a pass adds to the gradients; only the last pass of a step exchanges them between the processes."""
+    if isinstance(network, DistributedDataParallel) and not last:
+        with network.no_sync():
+            yield
+        return
+    if hasattr(network, "set_requires_gradient_sync"):  # FSDP2's mixin; to import it costs a second
+        fsdp = cast("FSDPModule", network)
+        fsdp.set_requires_gradient_sync(last)
+        fsdp.set_is_last_backward(last)
+    yield
+
+
+def touch(outputs: dict[str, torch.Tensor], helpers: nn.Module) -> torch.Tensor:
+    """Zero, with a gradient of zero for every parameter: each process then exchanges all of them in each step."""
+    zero = torch.stack([value.float().sum() for value in outputs.values() if value.requires_grad]).sum() * 0
+    for parameter in helpers.parameters():
+        zero = zero + parameter.float().sum() * 0
+    return zero
