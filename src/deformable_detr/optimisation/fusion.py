@@ -102,8 +102,11 @@ def _fuse(module: fx.GraphModule, dtype: torch.dtype, packed: bool) -> None:
             last, arguments = added, (node.args[0], other)
         user, activation = activation_after(last)
         last = user or last
-        modules[str(node.target)] = Convolution(convolution, activation, dtype, packed)
-        module.set_submodule(str(node.target), modules[str(node.target)])
+        modules[str(node.target)] = made = Convolution(convolution, activation, dtype, packed)
+        if len(arguments) == 2:  # nobody reads the other map later, and it is no view of another
+            before = all(order[reader] < order[added] for reader in other.users if reader is not added)
+            made.in_place = before and isinstance(called(other), Convolution | nn.MaxPool2d)
+        module.set_submodule(str(node.target), made)
         with graph.inserting_before(last):
             call = graph.call_module(str(node.target), arguments)
         call.meta = dict(last.meta)

@@ -139,14 +139,11 @@ class Convolution(nn.Module):
         self.padding = [0, 0] if self.same else list(convolution.padding)
         bias = convolution.bias
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
+        # As they are: a layout made beforehand fits one input size, and costs up to tenfold time at others.
         weight = convolution.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
-        if packed:
-            self.laid_out = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, self.padding, self.stride, self.dilation, self.groups, None
-            )
-            self.call = (activation.name, activation.scalars, activation.algorithm) if activation else ("none", [], "")
-        else:
-            self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("weight", weight, persistent=False)
+        self.call = (activation.name, activation.scalars, activation.algorithm) if activation else ("none", [], "")
+        self.in_place = False
 
     @staticmethod
     def takes(module: Any) -> bool:
@@ -155,6 +152,7 @@ class Convolution(nn.Module):
         return known and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """x: (B, in, H, W). other: (B, out, h, w), which is overwritten where `in_place` is set."""
         if self.same:
             from timm.layers.padding import pad_same
 
@@ -163,12 +161,14 @@ class Convolution(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
             shape = (self.padding, self.stride, self.dilation, self.groups)
             if other is None:
-                return torch.ops.mkldnn._convolution_pointwise(x, self.laid_out, self.bias, *shape, *self.call)
-            other = other.contiguous(memory_format=torch.channels_last)
+                return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *shape, *self.call)
             unary = self.call if self.activation else (None, [], None)
-            return torch.ops.mkldnn._convolution_pointwise.binary(
-                x, other, self.laid_out, self.bias, *shape, "add", 1.0, *unary
-            )
+            call = torch.ops.mkldnn._convolution_pointwise.binary
+            if self.in_place and other.is_contiguous(memory_format=torch.channels_last):
+                call = torch.ops.mkldnn._convolution_pointwise_.binary
+                return call(other, x, self.weight, self.bias, *shape, "add", 1.0, *unary)
+            other = other.contiguous(memory_format=torch.channels_last)
+            return call(x, other, self.weight, self.bias, *shape, "add", 1.0, *unary)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if other is not None:
             y = y + other
