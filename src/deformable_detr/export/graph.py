@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,10 +14,11 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim, ExportedProgram
 
 from ..errors import UserError
-from ..inference.postprocess import best_pairs
+from ..inference.postprocess import best_pairs, inside
 from ..model.detector import DeformableDETR
 from ..ops import use_backend
-from .folding import fold_batch_norms, open_same_padding
+from ..optimisation.folding import stripped
+from .folding import open_same_padding
 
 Sampling = Literal["grid_sample", "gather"]
 INPUTS = ("pixels", "padding_mask", "original_sizes")
@@ -42,7 +42,8 @@ class InferenceGraph(nn.Module):
 
     forward(pixels (B, 3, H, W) normalised fp32, padding_mask (B, H, W) bool) → pred_logits (B, Q, K), pred_boxes
     (B, Q, 4), as the model's; with post_processing also original_sizes (B, 2) int64 (height, width) in, and boxes
-    (B, k, 4) xyxy pixels of the original images, scores (B, k) and labels (B, k) int64 out, best first, k = 100 or all.
+    (B, k, 4) xyxy pixels inside the original images, scores (B, k) and labels (B, k) int64 out, best first, k = 100 or
+    all.
     """
 
     def __init__(self, model: DeformableDETR, post_processing: bool, dtype: torch.dtype = torch.float32) -> None:
@@ -55,19 +56,15 @@ class InferenceGraph(nn.Module):
         logits, boxes = out["pred_logits"].float(), out["pred_boxes"].float()
         if original_sizes is None:
             return logits, boxes
-        return logits, boxes, *best_pairs(logits, boxes, original_sizes.float(), TOP_K)
+        corners, scores, labels = best_pairs(logits, boxes, original_sizes.float(), TOP_K)
+        return logits, boxes, inside(corners, original_sizes), scores, labels
 
 
 def _prepared(model: DeformableDETR) -> DeformableDETR:
     """A copy on the CPU, without what only training needs."""
-    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    model = stripped(model, "cpu")
     model.to(memory_format=torch.contiguous_format)
-    fold_batch_norms(model.backbone.body, torch.zeros(1, 3, 64, 64))
     open_same_padding(model.backbone.body)
-    classes = model.decoder.heads.classes
-    if len(classes) > 1:  # only the last layer's classes (and the proposals') are read: the rest go
-        for layer in range(model.config.decoder_layers - 1):
-            classes[layer] = classes[model.config.decoder_layers - 1]
     return model
 
 
