@@ -23,6 +23,7 @@ from .worker import Job, UnitPredictor, pack_model
 WORKER_THREADS = 4  # of a processor, where the machine has so many and nothing else is asked for
 DEATHS = 2  # times that a unit is tried again after its worker died
 FAILURES = 10  # units that fail without one succeeding in between: what follows would fail too
+STARTS = 4  # times that a cluster of our own is started before that is given up
 OBJECT_STORE = 256  # MiB beside the model, for a cluster of our own: only unit numbers and counts go through it
 
 
@@ -287,15 +288,19 @@ def _cluster(pool: Pool, model_bytes: int) -> Iterator[tuple[Any, bool]]:
         return
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is said at the end, in a line
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if pool.address:
-            ray.init(pool.address, **options)
-        else:
-            memory = pool.object_store * 2**20 + model_bytes
-            ray.init("local", include_dashboard=False, object_store_memory=memory, **options)
-    except Exception as error:  # no one there, another version, no room for its shared memory, …
-        where = f"--address {pool.address}: no cluster there" if pool.address else "Ray cannot start on this machine"
-        raise UserError(f"{where} ({one_line(error)})") from None
+    if not pool.address:
+        memory = pool.object_store * 2**20 + model_bytes
+        options |= {"include_dashboard": False, "object_store_memory": memory}
+    for attempt in range(STARTS):
+        try:
+            ray.init(pool.address or "local", **options)
+            break
+        except Exception as error:  # no one there, another version, no room for its shared memory, …
+            ray.shutdown()
+            # Ray gives its own processes half a minute, which is short on a machine that is busy.
+            if pool.address or "timed out" not in str(error) or attempt == STARTS - 1:
+                where = f"--address {pool.address}: no cluster there" if pool.address else "Ray cannot start here"
+                raise UserError(f"{where} ({one_line(error)})") from None
     try:
         yield ray, not pool.address
     finally:

@@ -9,17 +9,18 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import PurePosixPath
+from tarfile import EOFHeaderError, HeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...data.images import decode_image, read_image
+from ...data.layouts import IMAGE_SUFFIXES
 from ...errors import UserError
-from ..predictor import SUFFIXES
 from .storage import is_local, one_line, resolve, url_of, walk
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "images": tuple(sorted(SUFFIXES)),
+    "images": tuple(sorted(IMAGE_SUFFIXES)),
     "parquet": (".parquet", ".pq"),
     "webdataset": (".tar", ".tar.gz", ".tgz"),
 }
@@ -48,7 +49,7 @@ class Piece(NamedTuple):
 class Record(NamedTuple):
     """One image to be: where it is, its name in its shard, and how to read it (raises UserError) or what is wrong.
 
-    image: a path or URL; in a shard followed by "#" and the member's name or the row's number.
+    image: a path or URL; in a shard followed by "#" and the member's name or the row's number, counted from 0.
     """
 
     image: str
@@ -90,7 +91,8 @@ def read_piece(piece: Piece, kind: str, columns: Columns) -> Iterator[Record]:
     except Exception as error:  # decompressors, pyarrow and tarfile have no common base
         if not _is_damage(error, is_local(system)):
             raise
-        yield Record(piece.file, None, None, f"{piece.file}: cannot be read to its end ({one_line(error)})")
+        name = piece.file if piece.count < 0 else f"{piece.file}#{piece.start}-{piece.start + piece.count - 1}"
+        yield Record(name, None, None, f"{name}: cannot be read to its end ({one_line(error)})")
 
 
 def _refuse_overlap(sources: Sequence[str]) -> None:
@@ -185,7 +187,7 @@ def _tar_ranges(file: str, _: Columns) -> Iterator[tuple[int, int]]:
     if not is_local(system) or not path.lower().endswith(".tar"):
         yield 0, -1
         return
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(path, "r:", tarinfo=_Header) as tar:
         count = sum(1 for _ in _members(tar))
     for start in range(0, count, PIECE):
         yield start, min(PIECE, count - start)
@@ -195,7 +197,7 @@ def _tar_records(piece: Piece, system: Any, path: str, _: Columns) -> Iterator[R
     stop = None if piece.count < 0 else piece.start + piece.count
     with (
         system.open(path, "rb") as file,
-        tarfile.open(fileobj=file, mode="r:*" if is_local(system) else "r|*") as tar,
+        tarfile.open(fileobj=file, mode="r:*" if is_local(system) else "r|*", tarinfo=_Header) as tar,
     ):
         for member in itertools.islice(_members(tar), piece.start, stop):
             name = f"{piece.file}#{member.name}"
@@ -209,12 +211,25 @@ def _tar_records(piece: Piece, system: Any, path: str, _: Columns) -> Iterator[R
             yield Record(name, key, partial(decode_image, content.read(), name))
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header. `tarfile` takes a damaged or missing one for the archive's end: here it is damage."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:  # the end as it should be
+            raise
+        except HeaderError as error:
+            raise ReadError(f"damaged after {tarfile.offset} bytes: {error}") from None
+
+
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The images in an archive."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # it would remember them all
         path = PurePosixPath(member.name)
-        if member.isreg() and path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+        if member.isreg() and path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
             yield member
 
 
@@ -240,9 +255,9 @@ def _parquet_records(piece: Piece, system: Any, path: str, columns: Columns) -> 
         stop = parquet.metadata.num_rows if piece.count < 0 else piece.start + piece.count
         row = 0
         for index in range(parquet.metadata.num_row_groups):
-            rows = parquet.metadata.row_group(index).num_rows
-            if row + rows <= piece.start:
-                row += rows
+            end = row + parquet.metadata.row_group(index).num_rows
+            if end <= piece.start:
+                row = end
                 continue
             for batch in parquet.iter_batches(16, row_groups=[index], columns=wanted, use_threads=False):
                 for offset in range(max(piece.start - row, 0), min(len(batch), stop - row)):
@@ -258,6 +273,8 @@ def _parquet_records(piece: Piece, system: Any, path: str, columns: Columns) -> 
                 row += len(batch)
                 if row >= stop:
                     return
+            if row < end:  # pages that say they are empty are not refused by the reader
+                raise ReadError(f"row {row} and what follows is missing")
 
 
 def _parquet(file: str) -> Any:
