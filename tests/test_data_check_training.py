@@ -10,6 +10,7 @@ from deformable_detr.data.check import KINDS, check_for_training
 from deformable_detr.errors import UserError
 from test_data_check_images import FILES
 from test_data_check_records import COCO, VOC, YOLO
+from test_data_check_strange import IMAGES, SETS
 
 TINY = (
     "--backbone test_resnet --backbone-weights none --image-size 64 --workers 0 --epochs 1 --device cpu --batch-size 2"
@@ -22,6 +23,7 @@ CASES = {
     **{f"coco: {name}": (coco_set, change, expected) for name, (change, expected, _) in COCO.items()},
     **{f"yolo: {name}": (yolo_set, change, expected) for name, (change, expected, _) in YOLO.items()},
     **{f"voc: {name}": (voc_set, change, expected) for name, (change, expected, _) in VOC.items()},
+    **{f"strange {name}": (make, change, expected) for name, (make, change, expected, _) in SETS.items()},
 }
 BRIEF = ("image: PNG: half", "yolo: too few values", "voc: a bomb")
 
@@ -69,6 +71,8 @@ def test_all_cases(tmp_path, capsys, case):
 def test_there_are_as_many_cases_as_were_asked_for():
     assert len(FILES) >= 40
     assert len(COCO) + len(YOLO) + len(VOC) >= 30
+    assert len(FILES) + len(IMAGES) >= 70
+    assert len(CASES) >= 250
     found_by_some = {kind for _, _, expected in CASES.values() for kind in expected}
     elsewhere = {"leak", "image-copy", "image-missing", "set-refused"}
     assert KINDS.keys() - found_by_some - USUAL - elsewhere == set(), "a kind that no case has"

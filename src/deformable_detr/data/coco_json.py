@@ -17,6 +17,8 @@ from ..structures import Category
 
 def read_json(path: Path) -> dict[str, Any]:
     """The file's dict with its three lists; masks are dropped while reading, or they would fill the memory."""
+    if path.is_fifo():  # reading would wait for ever
+        raise UserError(f"{path}: is a pipe; give a COCO JSON file that can be read")
     try:
         content = json.loads(path.read_bytes(), object_hook=_without_mask)
     except OSError as error:
@@ -47,6 +49,11 @@ def positive(value: Any) -> bool:
     return whole(value) and value > 0
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is a text that a file can hold: half of a surrogate pair is none."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def record_name(records: Sequence[Any], position: int) -> str:
     """An annotation as error messages call it."""
     record = records[position]
@@ -61,7 +68,7 @@ def read_categories(content: dict[str, Any], path: Path) -> tuple[Category, ...]
     records: dict[int, dict[str, Any]] = {}
     for position, record in enumerate(content["categories"]):
         place = f"{path}: categories[{position}]"
-        if not isinstance(record, dict) or not whole(record.get("id")) or not isinstance(record.get("name"), str):
+        if not isinstance(record, dict) or not whole(record.get("id")) or not is_text(record.get("name")):
             raise UserError(f"{place} needs a whole number 'id' and a text 'name'")
         if record["id"] in records:
             raise UserError(f"{place} ({record['name']!r}) has the id {record['id']} of another; give each its own")

@@ -76,6 +76,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int]:
     _refuse_no_file(name)
     try:
         with Image.open(name) as image:
+            _refuse_program(image)
             width, height = image.size
             orientation = image.getexif().get(_ORIENTATION, 1) if _may_have_exif(image, name) else 1
     except Exception as error:  # decoders raise whatever they like on broken bytes
@@ -118,9 +119,16 @@ def _refuse_size(name: str, width: int, height: int) -> None:
         raise UserError(f"{name}: an image without pixels ({width} × {height}); replace or remove it")
 
 
+def _refuse_program(image: Image.Image) -> None:
+    """PostScript is a program, which Pillow would hand to Ghostscript."""
+    if image.format in ("EPS", "WMF"):
+        raise ValueError(f"{image.format} is not read, it is a drawing")
+
+
 def _decode(image: Image.Image, name: str) -> Tensor:
     _refuse_size(name, *image.size)
     try:
+        _refuse_program(image)
         return _to_tensor(_rgb(ImageOps.exif_transpose(image)))
     except Exception as error:  # truncated data and broken headers come as many kinds of error
         raise _unreadable(name, error) from error

@@ -172,7 +172,7 @@ def _says(text: str, names: Iterable[str]) -> bool:
 
 def names_other_split(path: Path, split: str) -> bool:
     """Whether a file says by a word of its name, or else by its folder's whole name, that it is another split."""
-    folder = re.sub(r"\d+$", "", path.resolve().parent.name)
+    folder = re.sub(r"\d+$", "", os.path.basename(os.path.dirname(os.path.realpath(path))))
     for text, says in ((path.stem, _says), (folder.lower(), lambda text, names: text in names)):
         if says(text, split_aliases(split)):
             return False

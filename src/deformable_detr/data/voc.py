@@ -142,10 +142,15 @@ def _parsed(path: Path, complain: Complain) -> Element | None:
     from defusedxml import DefusedXmlException
     from defusedxml.ElementTree import parse
 
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None  # an image without objects
     try:
-        return parse(path, forbid_dtd=True).getroot()
+        if path.is_fifo():
+            raise OSError("it is a pipe")
+        root = parse(path, forbid_dtd=True).getroot()
+        if root is not None and root.tag == "annotation":
+            return root
+        what = f"is no Pascal VOC annotation (its root is <{root.tag[:40] if root is not None else ''}>)"
     except DefusedXmlException:
         what = "declares a document type or entities, which is not safe to read"
     except (ParseError, ValueError, LookupError) as error:

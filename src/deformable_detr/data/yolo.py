@@ -76,7 +76,7 @@ class YoloSource:
                 path = Path(line.strip())
                 # Lists hold paths relative to the list (./…), to data.yaml, or to where the tool ran: absolute ones.
                 tried = [place.parent / path, self.yaml.parent / path]
-                existing = next((candidate for candidate in tried if candidate.is_file()), None)
+                existing = next((candidate for candidate in tried if os.path.isfile(candidate)), None)
                 if existing is None:
                     complain(
                         "image-missing", place, f"line {number}", f"names the image {line.strip()!r}, which is missing",
@@ -88,7 +88,7 @@ class YoloSource:
 
     def _rows(self, path: Path, complain: Complain) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
         """(line number, class, xyxy box in 0..1) of the good rows of a label file."""
-        if not path.is_file():
+        if not os.path.lexists(path):  # a link to nowhere is a fault
             return
         for number, line in enumerate(_lines(path, complain), start=1):
             if not line.strip():
@@ -203,9 +203,10 @@ def _place(file: Path, base: Any, value: str, key: str) -> Path:
     if value.startswith("../"):
         tried += [root / value.removeprefix("../") for root in (*roots, own)]
     for path in tried:
-        if path.exists():
+        if os.path.exists(path):  # unlike Path.exists, it takes any text
             return path
-    raise UserError(f"{file}: '{key}' is {value}, which is neither folder nor file ({tried[0]}); correct the path")
+    place = str(tried[0])[:300]
+    raise UserError(f"{file}: '{key}' is {value[:200]}, which is neither folder nor file ({place}); correct the path")
 
 
 def _size(path: Path, complain: Complain) -> tuple[int, int] | None:
@@ -218,6 +219,9 @@ def _size(path: Path, complain: Complain) -> tuple[int, int] | None:
 
 
 def _lines(path: Path, complain: Complain) -> list[str]:
+    if path.is_fifo():
+        complain("label-unreadable", path, "", "is a pipe", "put a file there")
+        return []
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:

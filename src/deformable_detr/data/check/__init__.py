@@ -181,7 +181,7 @@ def _sources(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]
             what, _, mend = str(failures[name]).removeprefix(f"{root}: ").partition("; ")
             found.add("split-missing", root, "", what, mend, split=name)
     train, val = sources.get(data.train_split), sources.get(data.val_split)
-    if train is not None and val is not None and train.file.resolve() == val.file.resolve():
+    if train is not None and val is not None and os.path.realpath(train.file) == os.path.realpath(val.file):
         found.add("splits-same", train.file, "", "would be both the training and the validation split",
                   "give data.val_images and data.val_annotations", split=data.val_split)  # fmt: skip
         del sources[data.val_split]

@@ -25,7 +25,7 @@ def prepare(path: Path, option: str) -> None:
 def write_text(path: Path, text: str, option: str) -> None:
     """Puts the text into the file; `UserError`, naming the option that asked for it, where that cannot be done."""
     try:
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written: {error.strerror or error}") from None
 

@@ -16,6 +16,7 @@ TINY_SIDE = 4.0  # pixels after the resize: half a cell of the finest feature ma
 OVERHANG = 2.0  # pixels that a box may reach over its image's border, as rounding and labelling tools do
 RARE = 10  # objects that a class needs in training
 IMBALANCE = 50  # times as many objects as the rarest class has
+SHOWN = 400  # characters of what a record says
 CORNERS_PART = 0.2  # part of the boxes that must fit as corners only
 
 
@@ -144,8 +145,10 @@ class Finding:
     @property
     def line(self) -> str:
         """Where, what and the mend on one line."""
-        text = f"{self.file}: {self.record}{' ' if self.record else ''}{self.what}; {self.mend}"
-        return " ".join(text.split())
+        record, what = (text if len(text) <= SHOWN else f"{text[:SHOWN]}…" for text in (self.record, self.what))
+        text = f"{self.file}: {record}{' ' if record else ''}{what}; {self.mend}"
+        # A file's name may hold bytes that are no text, which a terminal refuses.
+        return " ".join(text.split()).encode(errors="backslashreplace").decode()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

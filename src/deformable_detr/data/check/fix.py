@@ -34,7 +34,8 @@ Change = dict[str, Any]
 
 def prepare_copy(data: Path, out: Path) -> None:
     """Makes the folder of the copy; `UserError` where it is in the set, holds anything, or cannot be written."""
-    inside = out.resolve() == data.resolve() or data.resolve() in out.resolve().parents
+    copy, original = Path(os.path.realpath(out)), Path(os.path.realpath(data))
+    inside = copy == original or original in copy.parents
     if inside:
         raise UserError(f"--fix {out}: lies in the data set; name a folder elsewhere")
     try:
@@ -56,7 +57,9 @@ def repair(report: Report, out: Path) -> list[Change]:
             folder = out / split.name
             folder.mkdir(parents=True)
             content = _Repair(report, split, changes).content(folder)
-            (folder / ROBOFLOW).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            # What is no text in a name becomes JSON's own \\udc80.
+            text = json.dumps(content, ensure_ascii=False)
+            (folder / ROBOFLOW).write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--fix {out}: cannot be written: {error.strerror or error}") from None
     write_text(out / CHANGES, "".join(json.dumps(change, ensure_ascii=False) + "\n" for change in changes), "--fix")
@@ -247,7 +250,7 @@ def _put(source: Path, folder: Path, name: str) -> str:
     place = folder / name
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source.resolve(), place)
+        os.link(os.path.realpath(source), place)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, place)
     return name

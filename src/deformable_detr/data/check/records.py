@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...structures import Category
-from ..coco_json import four_numbers, only_groups, positive, record_name, whole
+from ..coco_json import four_numbers, is_text, only_groups, positive, record_name, whole
 from ..layouts import best_image_folder
 from ..sources import CocoSource, Source
 from .findings import Findings
@@ -113,7 +115,7 @@ def _categories(content: dict[str, Any], file: Path, split: str, found: Findings
     records: dict[int, dict[str, Any]] = {}
     for position, record in enumerate(content["categories"]):
         place = {"split": split, "section": "categories", "position": position}
-        if not isinstance(record, dict) or not whole(record.get("id")) or not isinstance(record.get("name"), str):
+        if not isinstance(record, dict) or not whole(record.get("id")) or not is_text(record.get("name")):
             found.add("category-record", file, f"categories[{position}]", "needs a whole number 'id' and a text 'name'",
                       "complete or remove it", **place)  # fmt: skip
         elif record["id"] in listed:
@@ -169,17 +171,30 @@ def _pictures(
         found.add("image-record", file, "", "has no images", "a set needs at least one image", split=split)
 
     folder, missing, unlisted = _folder(source, [picture.name for picture in pictures], split, found)
-    lower = {name.lower(): name for name in unlisted}
+    alike = {_spelt_alike(name): name for name in unlisted}
     for picture in pictures:
         picture.path = folder / picture.name
         if picture.name in missing:
             picture.missing = True
-            close = lower.get(Path(picture.name).name.lower())
-            hint = f" (there is {close!r}: the case differs)" if close else ""
+            close = alike.get(_spelt_alike(picture.name))
+            hint = f" (there is {close!r}: {_difference(picture.name, close)})" if close else ""
             found.add("image-missing", file, f"images[{picture.position}]",
                       f"names the image {picture.name!r}, which is missing in {folder}{hint}",
                       split=split, section="images", position=picture.position)  # fmt: skip
     return pictures, folder, unlisted
+
+
+def _spelt_alike(name: str) -> str:
+    """The file's own name, the same however accents, capitals and the path before it are written."""
+    return unicodedata.normalize("NFC", re.split(r"[/\\\\]", name)[-1]).casefold()
+
+
+def _difference(name: str, close: str) -> str:
+    if "\\" in name:
+        return "paths are written with / instead of \\"
+    if name.casefold() != close.casefold():
+        return "its accents are other characters (Unicode NFC and NFD)"
+    return "the case differs"
 
 
 def _folder(source: Source, names: list[str], split: str, found: Findings) -> tuple[Path, set[str], list[str]]:
@@ -247,8 +262,10 @@ def _objects(
 
 def _off_by_one(records: Sequence[Any], listed: dict[int, str]) -> int:
     """What to add to the objects' category ids so that all are listed; 0 where that is no explanation."""
-    used: set[Any] = {record.get("category_id") for record in records if isinstance(record, dict)}
-    if not used or not listed or not all(whole(value) for value in used) or used <= listed.keys():
+    named: list[Any] = [record.get("category_id") for record in records if isinstance(record, dict)]
+    if not named or not listed or not all(whole(value) for value in named):
+        return 0
+    if (used := set(named)) <= listed.keys():
         return 0
     # Ids must be a run of numbers: with gaps, a missing category is the likelier fault.
     if sorted(listed) != list(range(min(listed), min(listed) + len(listed))):
