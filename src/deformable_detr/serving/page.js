@@ -138,7 +138,9 @@ async function detect(file, name) {
 function show(file) {
   if (state.address) URL.revokeObjectURL(state.address);
   state.address = URL.createObjectURL(file);
-  byId("image").src = state.address;
+  const image = byId("image");
+  image.onload = () => byId("picture").style.setProperty("--aspect", image.naturalWidth / image.naturalHeight);
+  image.src = state.address;
   byId("empty").hidden = true;
   byId("picture").hidden = false;
 }
@@ -209,7 +211,8 @@ function drawNames(visible, unit, width, height) {
       x: 0, y: 0, "font-size": size, fill: "#ffffff", stroke: "#111111", "stroke-width": 3.5 * unit, "stroke-linejoin": "round",
     }, byId("boxes"));
     text.textContent = `${one.name} ${one.score.toFixed(2)}`;
-    const { width: long } = text.getBBox(), high = size * 1.25;
+    const full = text.getBBox().width, long = Math.min(full, width - 5 * unit), high = size * 1.25;
+    if (long < full) text.setAttribute("font-size", (size * long) / full);
     const left = Math.max(2 * unit, Math.min(x1, width - long - 3 * unit));
     const above = y1 - 4 * unit, below = y2 + size, inside = y1 + size + 3 * unit;
     const bottom = above - size >= 0 ? above : below + 4 * unit <= height ? below : inside;

@@ -1,0 +1,34 @@
+# The server. Processor: docker build -t deformable-detr .
+# NVIDIA: docker build -t deformable-detr:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#         and run it with --gpus all
+# PyTorch's wheels bring CUDA along, so both stand on the same slim image.
+
+ARG PYTHON=3.12
+FROM python:${PYTHON}-slim AS build
+# A compiler for the CPU kernels; with it they are made here, not at the first start.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    DEFORMABLE_DETR_NATIVE=require
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install torch torchvision --index-url ${TORCH_INDEX}
+WORKDIR /src
+COPY pyproject.toml constraints.txt hatch_build.py README.md LICENSE ./
+COPY src src
+RUN pip install '.[serve]' --constraint constraints.txt
+
+FROM python:${PYTHON}-slim
+# g++ brought libgomp to the build; the kernels need it when they run.
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin detr
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp HF_HUB_OFFLINE=1
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
+# The model is mounted at /model; DEFORMABLE_DETR_TOKEN has to be set, for others can reach a container's address.
+ENTRYPOINT ["deformable-detr", "serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["/model"]
