@@ -11,6 +11,7 @@ from deformable_detr.export.graph import parse_size
 from deformable_detr.export.verify import difference
 from deformable_detr.model.layers import nearest
 from deformable_detr.model.position import _fitted
+from deformable_detr.optimisation.folding import fold_batch_norms
 from export_models import lively
 
 

@@ -2,7 +2,10 @@
 
 import gc
 import re
+import threading
+import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from PIL import Image
 
 from deformable_detr.config import ModelConfig
 from deformable_detr.errors import UserError
-from deformable_detr.inference.predictor import model_categories, predict, predict_iter
+from deformable_detr.inference import predictor
+from deformable_detr.inference.predictor import model_categories, predict, predict_each, predict_iter
 from deformable_detr.structures import Detections
 from red_box import RedBoxFinder
 
@@ -189,3 +193,56 @@ def test_with_the_real_model(two_stage, tmp_path):
     assert Image.open(tmp_path / "drawn.png").size == (400, 180)  # twice: under 320 pixels
     assert model.training
     model(torch.randn(2, 3, 64, 64))["pred_boxes"].sum().backward()  # prediction left nothing that training stumbles on
+
+
+def test_a_bad_image_stands_in_its_place(tmp_path):
+    for name in "abcde":
+        Image.fromarray(picture()).save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    names = []
+    for found in predict_each(RedBoxFinder(), tmp_path, batch_size=2):
+        if isinstance(found, UserError):
+            names.append(None)
+            assert "c.png" in str(found)
+        else:
+            check(found)
+            names.append(Path(found.path).stem)
+    assert names == ["a", "b", None, "d", "e"]
+    got = []
+    with pytest.raises(UserError, match=r"c\.png"):
+        got.extend(Path(found.path).stem for found in predict_iter(RedBoxFinder(), tmp_path))
+    assert got == ["a", "b"]
+
+
+def test_files_are_read_while_the_model_works_but_not_far_ahead(tmp_path, monkeypatch):
+    for number in range(60):
+        Image.fromarray(picture()).save(tmp_path / f"{number:02}.png")
+    read, ran_in, done = [], set(), threading.Event()
+    original = predictor.read_image
+
+    def reading(source):
+        if source.stem == "00":
+            time.sleep(0.05)  # the slowest one first: the order holds all the same
+        ran_in.add(threading.current_thread())
+        read.append(source.stem)
+        if len(read) > 1:
+            done.set()
+        return original(source)
+
+    monkeypatch.setattr(predictor, "read_image", reading)
+    most = 2 * 8 + 2  # twice the threads, and what they hold
+    order = []
+    for found in predict_iter(RedBoxFinder(), tmp_path):
+        order.append(Path(found.path).stem)
+        assert done.wait(10)  # the next one is read although nobody asked for it yet
+        assert len(read) <= len(order) + most
+        if len(order) == 30:
+            break
+    assert order == [f"{number:02}" for number in range(30)]
+    assert threading.main_thread() not in ran_in
+    del found
+    gc.collect()
+    for thread in ran_in:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in ran_in)
+    assert len(read) < 60

@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 
-def load_detector(source: str | os.PathLike[str], device: str = "auto") -> Any:
+def load_detector(source: str | os.PathLike[str], device: str = "auto", precision: str | None = None) -> Any:
     """The detector, ready on `device`: of an exported file (.onnx, .xml, .pt2), or what `from_pretrained` takes.
 
-    Both have config, pixel_mean, pixel_std, `predict`, and give the same outputs. Raises UserError.
+    precision: fp32 or bf16 gives the model as `optimize` makes it; none: as it is. Exported files are what they are.
+    All have config, pixel_mean, pixel_std, `predict`, and give the same outputs. Raises UserError.
     """
     from ..export.runtime import is_exported, load
 
@@ -18,4 +19,5 @@ def load_detector(source: str | os.PathLike[str], device: str = "auto") -> Any:
     from ..device import pick_device
     from ..model.detector import DeformableDETR
 
-    return DeformableDETR.from_pretrained(source).to(pick_device(device))
+    model = DeformableDETR.from_pretrained(source).to(pick_device(device))
+    return model if precision is None else model.optimize(precision)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..data.batching import collate
@@ -18,7 +20,7 @@ from ..data.images import read_image
 from ..data.transforms import resize
 from ..errors import UserError
 from ..structures import Category, Detections, Target
-from .postprocess import inside, select
+from .postprocess import Selection, inside, select
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -48,7 +50,24 @@ def predict_iter(
     """`predict` for any number of images: yields the `Detections` one after the other and keeps none.
 
     sources: the path of a folder, or any iterable, endless ones too, of what `predict` takes as one image.
+
+    Files are read and resized ahead in threads while the model works, a few at a time.
     """
+    return _good(predict_each(model, sources, threshold, top_k, batch_size))
+
+
+def _good(every: Iterator[Detections | UserError]) -> Iterator[Detections]:
+    with closing(every):  # type: ignore[type-var]  # a generator
+        for found in every:
+            if isinstance(found, UserError):
+                raise found
+            yield found
+
+
+def predict_each(
+    model: nn.Module, sources: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
+) -> Iterator[Detections | UserError]:
+    """`predict_iter` that goes on after an image that cannot be read: it yields what was wrong in its place."""
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is not in 0..1")
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
@@ -58,35 +77,82 @@ def predict_iter(
     return _predictions(model, images, threshold, top_k, batch_size)
 
 
+class _Read(NamedTuple):
+    """An image on its way to the model: (height, width) as read, and the resized pixels (3, H, W), or what is wrong."""
+
+    source: Any
+    size: tuple[int, int]
+    pixels: Tensor | UserError
+
+
 def _predictions(
     model: nn.Module, sources: Iterator[Any], threshold: float, top_k: int, batch_size: int
-) -> Iterator[Detections]:
+) -> Iterator[Detections | UserError]:
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     categories = model_categories(config)
     ids = torch.tensor([category.id for category in categories])
-    while batch := list(islice(sources, batch_size)):
-        for image, size, (boxes, scores, labels) in zip(batch, *_detect(model, batch, top_k), strict=True):
-            kept = scores >= threshold
-            boxes, scores, labels = boxes[kept].float(), scores[kept].float(), labels[kept]
-            boxes = inside(boxes[None], torch.tensor([size]))[0]
-            names = tuple(categories[label].name for label in labels.tolist())
-            yield Detections(boxes, scores, labels, ids[labels], names, size, image)
+    with closing(_read_ahead(model, sources, batch_size)) as images:
+        while batch := list(islice(images, batch_size)):
+            good = [image for image in batch if isinstance(image.pixels, Tensor)]
+            selections = iter(_detect(model, good, top_k) if good else ())
+            for source, size, pixels in batch:
+                if isinstance(pixels, UserError):
+                    yield pixels
+                    continue
+                boxes, scores, labels = next(selections)
+                kept = scores >= threshold
+                boxes, scores, labels = boxes[kept].float(), scores[kept].float(), labels[kept]
+                boxes = inside(boxes[None], torch.tensor([size]))[0]
+                names = tuple(categories[label].name for label in labels.tolist())
+                yield Detections(boxes, scores, labels, ids[labels], names, size, source)
+            del batch, good
 
 
-def _detect(model: nn.Module, sources: Sequence[Any], top_k: int):
-    """Original sizes and selections of one batch."""
+def _read_ahead(model: nn.Module, sources: Iterator[Any], batch_size: int) -> Iterator[_Read]:
+    """The images in order. Files are read by threads, at most `ahead` of them before they are wanted.
+
+    What is in memory already is not taken before it is wanted: it may be a camera's picture, or large.
+    """
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
-    samples, sizes = [], []
-    for position, source in enumerate(sources):
-        image = read_image(source)
-        size = (image.shape[1], image.shape[2])
-        sizes.append(size)
-        nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), position, size)
-        resized = resize(image, config.image_size, config.long_side, getattr(model, "canvas", None))
-        samples.append((resized, nothing))
+    canvas = getattr(model, "canvas", None)
+
+    def read(source: Any) -> _Read:
+        try:
+            image = read_image(source)
+        except UserError as error:
+            return _Read(source, (0, 0), error)
+        resized = resize(image, config.image_size, config.long_side, canvas)
+        return _Read(source, (image.shape[1], image.shape[2]), resized)
+
+    threads = min(8, max(1, (os.cpu_count() or 1) // 2))
+    ahead = max(batch_size, 2 * threads)
+    pending: deque[Future[_Read]] = deque()
+    pool = ThreadPoolExecutor(threads, "read-image")
+    try:
+        for source in sources:
+            if not isinstance(source, str | os.PathLike):
+                while pending:
+                    yield pending.popleft().result()
+                yield read(source)
+                continue
+            pending.append(pool.submit(read, source))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _detect(model: nn.Module, images: Sequence[_Read], top_k: int) -> list[Selection]:
+    """The selections of one batch of images that could be read."""
+    samples = []
+    for position, (_, size, pixels) in enumerate(images):
+        assert isinstance(pixels, Tensor)
+        samples.append((pixels, Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), position, size)))
     batch, _ = collate(samples)
     with evaluating(model):
-        return sizes, select(forward(model, batch), sizes, top_k)
+        return select(forward(model, batch), [image.size for image in images], top_k)
 
 
 def forward(model: nn.Module, batch: Any) -> dict[str, Any]:

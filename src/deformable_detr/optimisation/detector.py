@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from .fusion import fused
 from .layout import Layout, Layouts
 from .onednn import ROWS, Convolution, available, has_bf16
 from .transformer import FastDecoder, FastEncoder, FastProposals, Form
+
+if TYPE_CHECKING:
+    from .compiled import CudaGraphs
 
 _log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -68,7 +71,9 @@ class OptimisedDetector(nn.Module):
         self.encoder = FastEncoder(copied.encoder.layers, copied.encoder.norm, copied.decoder, form)
         self.decoder = FastDecoder(copied.decoder, self.config, form)
         self.eval().requires_grad_(False)
-        self._packed = packed
+        self.packed = packed
+        self.bucket: int | None = None  # set by `compiled.specialise`, as the next
+        self.graphs: CudaGraphs | None = None
         _log.info("optimised for %s in %s%s", device, precision, ", weights laid out for oneDNN" if packed else "")
 
     @torch.no_grad()
@@ -84,8 +89,15 @@ class OptimisedDetector(nn.Module):
             raise UserError("an optimised model does not tell where it looked; ask the model it was made of")
         if padding_mask is not None and not bool(padding_mask.any()):
             padding_mask = None
+        if self.bucket is not None:
+            from .compiled import padded_to
+
+            pixels, padding_mask = padded_to(pixels, padding_mask, self.bucket)
         if padding_mask is not None:
             pixels = pixels.masked_fill(padding_mask[:, None], 0.0)
+        if self.graphs is not None:
+            logits, boxes = self.graphs(pixels, padding_mask)
+            return {"pred_logits": logits, "pred_boxes": boxes}
         maps = self.features(pixels)
         shapes = tuple((x.shape[1], x.shape[2]) for x in maps)
         layout = self.layouts((pixels.shape[2], pixels.shape[3]), shapes, padding_mask)
@@ -131,7 +143,7 @@ class OptimisedDetector(nn.Module):
 
 
 class FastProjections(nn.Module):
-    """Backbone maps → normalised maps of all levels, channels last throughout: (B, C_l, H_l, W_l) → (B, H_l, W_l, C)."""
+    """Backbone maps (B, C_l, H_l, W_l) → normalised maps of all levels (B, H_l, W_l, C), channels last throughout."""
 
     def __init__(self, projections: Projections, dtype: torch.dtype, packed: bool) -> None:
         super().__init__()
@@ -155,7 +167,8 @@ def group_norm(x: Tensor, norm: Any) -> Tensor:
     B, _, _, C = x.shape
     groups = norm.num_groups
     if x.device.type != "cpu":
-        return F.group_norm(x.permute(0, 3, 1, 2), groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps).permute(0, 2, 3, 1)
+        weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+        return F.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, norm.eps).permute(0, 2, 3, 1)
     flat = x.reshape(B, -1, C).float()
     mean = flat.mean(1).view(B, groups, -1).mean(-1, keepdim=True).expand(-1, -1, C // groups).reshape(B, 1, C)
     apart = flat - mean

@@ -73,7 +73,10 @@ def _fuse(module: fx.GraphModule, dtype: torch.dtype, packed: bool) -> None:
         module_ = called(user)
         if module_ is not None:
             known = activation_of(module_)
-        elif (user.op == "call_function" and user.target in _RELUS) or (user.op, user.target) == ("call_method", "relu"):
+        elif (user.op == "call_function" and user.target in _RELUS) or (user.op, user.target) == (
+            "call_method",
+            "relu",
+        ):
             known = activation_of(nn.ReLU())
         else:
             known = None
@@ -98,7 +101,11 @@ def _fuse(module: fx.GraphModule, dtype: torch.dtype, packed: bool) -> None:
         last, arguments = node, node.args[:1]
         added, other = sum_after(node)
         # Of two convolutions that are added, the later one does it: the other's result is there by then.
-        if added is not None and other is not None and (not Convolution.takes(called(other)) or order[other] < order[node]):
+        if (
+            added is not None
+            and other is not None
+            and (not Convolution.takes(called(other)) or order[other] < order[node])
+        ):
             last, arguments = added, (node.args[0], other)
         user, activation = activation_after(last)
         last = user or last

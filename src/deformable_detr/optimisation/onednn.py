@@ -128,9 +128,7 @@ class Convolution(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, convolution: nn.Conv2d, activation: Activation | None, dtype: torch.dtype, packed: bool
-    ) -> None:
+    def __init__(self, convolution: nn.Conv2d, activation: Activation | None, dtype: torch.dtype, packed: bool) -> None:
         super().__init__()
         self.activation, self.packed = activation, packed
         self.kernel, self.stride = convolution.kernel_size, list(convolution.stride)

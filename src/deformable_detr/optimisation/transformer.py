@@ -1,4 +1,4 @@
-"""Encoder, proposals and decoder for inference: the modules of `model`, their weights arranged for fewer, larger products.
+"""Encoder, proposals and decoder for inference: the modules of `model`, weights arranged for fewer, larger products.
 
 B images, S tokens, Q queries, C channels, M heads, L levels, P points.
 """
@@ -22,7 +22,7 @@ from ..model.layers import FeedForward
 from ..model.position import box_encoding
 from ..model.proposals import ProposalStage
 from .layout import Layout
-from .onednn import ROWS, Product, activation_of
+from .onednn import Product, activation_of
 
 
 class Form:
@@ -192,8 +192,7 @@ class FastProposals(nn.Module):
         super().__init__()
         self.stage = stage
         self.rows, self.dtype = form.rows, form.dtype
-        self.project, self.norm = form.product(stage.memory_proj), nn.LayerNorm(1)
-        self.norm = stage.memory_norm
+        self.project, self.norm = form.product(stage.memory_proj), stage.memory_norm
         index = -1 if len(heads.classes) > 1 else 0
         scorer: Any = heads.classes[index]
         kept = slice(None) if stage.class_proposals else slice(0, 1)
@@ -290,11 +289,6 @@ class FastDecoder(nn.Module):
             if self.position_head is not None:
                 position = self.position_head(box_encoding(references, queries.shape[-1] // 2))
             queries = layer(queries, position, on_canvas, values[index], layout.spatial_shapes)
-            values[index] = references  # let go of
             if self.refine or index == len(self.layers) - 1:
-                references_next = refined_boxes(self.boxes[index](self.norm(queries)), references)
-                references = references_next
+                references = refined_boxes(self.boxes[index](self.norm(queries)), references)
         return self.classes(self.norm(queries)), references
-
-
-__all__ = ["ROWS", "FastDecoder", "FastEncoder", "FastProposals", "Form", "in_parts"]

@@ -1,0 +1,224 @@
+"""The optimised model: the outputs of the model it was made of, which stays as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+from deformable_detr import DeformableDETR, presets
+from deformable_detr.errors import UserError
+from deformable_detr.export.verify import difference
+from deformable_detr.optimisation import OptimisedDetector, onednn
+from deformable_detr.optimisation.fusion import fused
+from deformable_detr.optimisation.layout import Layouts, sizes_of
+from deformable_detr.optimisation.transformer import in_parts
+from export_models import lively
+
+TINY = {
+    "backbone": "test_resnet", "backbone_weights": "none", "hidden_dim": 64, "num_heads": 4, "ffn_dim": 48,
+    "encoder_layers": 2, "decoder_layers": 3, "num_queries": 20, "num_classes": 5,
+}  # fmt: skip
+VARIANTS = {
+    **{name: (name, {}) for name in presets.MODELS},
+    "lite backbone": ("small", {"backbone": "tf_efficientnet_lite0"}),
+    "pre-norm, learned positions, gelu": (
+        "multi-scale", {"pre_norm": True, "position_encoding": "learned", "activation": "gelu"},
+    ),
+    "pre-norm two-stage, silu": ("two-stage", {"pre_norm": True, "activation": "silu"}),
+    "learned content": ("two-stage", {"query_content": "learned"}),
+    "no encoder": ("refine", {"encoder_layers": 0}),
+}  # fmt: skip
+
+
+def model(name: str = "refine", **changes) -> DeformableDETR:
+    torch.manual_seed(0)
+    return lively(DeformableDETR(presets.MODELS[name](**{**TINY, **changes}))).eval()
+
+
+def batch(size: int, padded: bool):
+    generator = torch.Generator().manual_seed(size)
+    pixels, mask = torch.randn(size, 3, 75, 110, generator=generator), torch.zeros(size, 75, 110, dtype=torch.bool)
+    for index in range(size if padded else 0):
+        mask[index, 75 - 9 * index - 3 :] = True
+        mask[index, :, 110 - 11 * (size - index) :] = True
+    return pixels.masked_fill(mask[:, None], 0.0), mask
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_outputs_are_the_models(variant):
+    name, changes = VARIANTS[variant]
+    plain = model(name, **changes)
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    fast = plain.optimize()
+    for size, padded in ((1, False), (1, True), (3, False), (3, True)):
+        pixels, mask = batch(size, padded)
+        wanted = plain(pixels, mask)
+        logits, boxes = difference(wanted, fast(pixels, mask))
+        assert logits <= 1e-4, (size, padded)
+        assert boxes <= 1e-4, (size, padded)
+        if not padded:
+            assert difference(wanted, fast(pixels)) == (logits, boxes)
+    after = plain.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert not plain.training
+    assert plain.backbone.body is not fast.backbone
+
+
+@torch.no_grad()
+def test_other_weights_are_noticed():
+    """What the comparison would say of a model that is not the same."""
+    plain, pixels = model(), batch(1, False)[0]
+    other = model()
+    other.decoder.layers[1].norm2.bias += 0.05  # pyright: ignore
+    assert difference(plain(pixels), other.optimize()(pixels))[0] > 1e-3
+
+
+@torch.no_grad()
+def test_parts_make_no_difference(monkeypatch):
+    plain = model("two-stage")
+    pixels, mask = batch(3, True)
+    wanted = plain(pixels, mask)
+    for rows in (1, 7, 64):
+        monkeypatch.setattr("deformable_detr.optimisation.detector.ROWS", rows)
+        assert max(difference(wanted, plain.optimize()(pixels, mask))) <= 1e-4
+    monkeypatch.setattr("deformable_detr.optimisation.detector.ROWS", None)
+    fast = OptimisedDetector(plain, packed=False)  # as on a GPU
+    assert max(difference(wanted, fast(pixels, mask))) <= 1e-4
+
+
+def test_rows_in_parts():
+    a, b = torch.arange(24.0).view(2, 6, 2), torch.arange(12.0).view(1, 6, 2)
+    seen = []
+
+    def run(x, y, nothing):
+        seen.append(len(x))
+        assert nothing is None
+        return x + y, x * y
+
+    into = [torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)]
+    total, product = in_parts(run, 4, (a, b, None), into)
+    assert seen == [4, 2, 4, 2]
+    assert total is into[0]
+    assert torch.equal(total, a + b)
+    assert torch.equal(product, a * b)
+
+
+@pytest.mark.skipif(not onednn.has_bf16(), reason="this processor has no bf16 products")
+@torch.no_grad()
+def test_bf16_is_near_and_says_fp32():
+    plain = model()
+    fast = plain.optimize("bf16")
+    pixels, mask = batch(2, True)
+    out = fast(pixels, mask)
+    assert out["pred_logits"].dtype == out["pred_boxes"].dtype == torch.float32
+    logits, boxes = difference(plain(pixels, mask), out)
+    assert 1e-4 < logits < 0.3
+    assert boxes < 0.05
+
+
+def test_bf16_is_refused_where_the_processor_lacks_it(monkeypatch):
+    monkeypatch.setattr("deformable_detr.optimisation.detector.has_bf16", lambda: False)
+    with pytest.raises(UserError, match="no bf16 products"):
+        model().optimize("bf16")
+
+
+def test_mistakes_are_named():
+    plain = model()
+    with pytest.raises(UserError, match="precision 'int4': choose from fp32, bf16"):
+        plain.optimize("int4")
+    with pytest.raises(UserError, match="bucket 0 is under 1"):
+        plain.optimize(bucket=0)
+    fast = plain.optimize()
+    assert fast.optimize() is fast
+    with pytest.raises(UserError, match="does not tell where it looked"):
+        fast(torch.zeros(1, 3, 64, 64), return_attention=True)
+    with pytest.raises(UserError, match="stays as it was made"):
+        fast.double()
+    assert fast.to("cpu") is fast
+
+
+@torch.no_grad()
+def test_buckets_pad_as_a_larger_image_would():
+    plain = model()
+    fast = plain.optimize(bucket=32)
+    pixels, _ = batch(1, False)
+    canvas, mask = torch.zeros(1, 3, 96, 128), torch.ones(1, 96, 128, dtype=torch.bool)
+    canvas[:, :, :75, :110], mask[:, :75, :110] = pixels, False
+    assert max(difference(plain(canvas, mask), fast(pixels))) <= 1e-4
+
+
+@torch.no_grad()
+def test_layouts_are_kept_and_bounded(monkeypatch):
+    made = []
+    original = Layouts._made
+    monkeypatch.setattr(Layouts, "_made", lambda *a, **k: made.append(a[1].shape) or original(*a, **k))
+    fast = model().optimize()
+    for _ in range(3):
+        fast(*batch(2, True))
+        fast(*batch(2, False))
+    assert len(made) == 2
+    monkeypatch.setattr(Layouts, "MOST", 3)
+    for width in range(64, 64 + 8 * 5, 8):
+        fast(torch.randn(1, 3, 64, width))
+    assert len(fast.layouts._kept) == 3
+    monkeypatch.setattr(Layouts, "BYTES", 1)
+    fast(torch.randn(1, 3, 72, 64))
+    assert len(fast.layouts._kept) == 1
+
+
+def test_sizes_of_masks():
+    _, mask = batch(3, True)
+    assert sizes_of(mask) == ((72, 77), (63, 88), (54, 99))
+    mask[1, 5, 5] = True  # a hole
+    assert sizes_of(mask) is None
+
+
+@torch.no_grad()
+def test_a_mask_of_any_shape():
+    plain = model()
+    pixels, mask = batch(1, True)
+    mask[:, 30:40, 20:60] = True
+    fast = plain.optimize()
+    assert max(difference(plain(pixels, mask), fast(pixels, mask))) <= 1e-4
+    assert not fast.layouts._kept
+
+
+class _Strange(nn.Module):
+    """A body that depends on values, of which there is no graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        y = self.convolution(x)
+        return [y if y.sum() > 1e9 else -y]
+
+
+@torch.no_grad()
+def test_a_backbone_without_a_graph_stays_as_it_is():
+    body = _Strange().eval()
+    assert fused(body, torch.randn(1, 3, 8, 8), torch.float32, packed=True) is body
+
+
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@torch.no_grad()
+def test_sums_and_activations_become_part_of_convolutions():
+    fast = model().optimize()
+    kinds = [type(module).__name__ for module in fast.backbone.modules()]
+    assert "Convolution" in kinds
+    assert not {"Conv2d", "BatchNorm2d", "ReLU"} & set(kinds)
+    in_place = [m for m in fast.backbone.modules() if isinstance(m, onednn.Convolution) and m.in_place]
+    assert in_place
+    features = fast.backbone(torch.randn(1, 3, 64, 64))
+    assert len({x.data_ptr() for x in features}) == len(features)  # no map was overwritten by the next
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled():
+    plain = model()
+    fast = plain.optimize(compile=True)
+    for size, padded in ((1, False), (3, True)):
+        pixels, mask = batch(size, padded)
+        assert max(difference(plain(pixels, mask), fast(pixels, mask))) <= 1e-4
