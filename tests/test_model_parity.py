@@ -99,10 +99,14 @@ CASES = [*itertools.product(VARIANTS, (1, 4), BACKBONES)]
 @pytest.mark.parametrize(("variant", "levels", "backbone"), CASES, ids=lambda value: str(value))
 def test_weights_of_transformers_give_the_same_here(variant, levels, backbone, tmp_path):
     theirs = randomised(transformers.DeformableDetrForObjectDetection(config(variant, levels, backbone)))
-    theirs.save_pretrained(tmp_path)
-    ours = loaded(tmp_path)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = loaded(tmp_path / "theirs")
+    repository.save(ours, tmp_path / "back")
+    back, report = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(report.values()), report
     for dtype in (torch.float32, torch.float64):
         compare(theirs, ours, dtype)
+        compare(back.eval(), ours, dtype)
 
 
 SHAPES = {

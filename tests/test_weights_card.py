@@ -33,6 +33,18 @@ def test_what_a_card_tells():
     assert "DeformableDETR.from_pretrained" in text
 
 
+def test_the_hub_reads_the_fields_of_a_card():
+    from huggingface_hub import ModelCard
+
+    figures = {"AP": 0.4567, "AP50": 0.7, "AP_small": None}
+    for data, library in (("pets: 2018", "deformable-detr"), (None, "transformers")):
+        found = ModelCard(card(ModelConfig(), Facts(data=data, figures=figures, library=library))).data
+        assert (found.license, found.library_name, found.pipeline_tag) == ("unknown", library, "object-detection")
+        assert found.eval_results is not None
+        assert [(one.metric_type, one.metric_value) for one in found.eval_results] == [("AP", 0.4567), ("AP50", 0.7)]
+        assert {one.dataset_name for one in found.eval_results} == {data or "custom data"}
+
+
 def test_a_card_of_what_is_not_known():
     text = card(ModelConfig(), Facts())
     assert fields(text)["license"] == "unknown"

@@ -210,18 +210,20 @@ def test_a_model_begun_from_a_source_fetches_no_backbone(source, monkeypatch):
     assert not new.backbone.body.conv1[0].weight.requires_grad
 
 
-def test_a_run_that_starts_from_weights(source, tmp_path, capsys):
+def test_a_run_that_starts_from_weights(tmp_path, capsys):
     from deformable_detr import train
     from training_fakes import write_dataset
 
-    _, folder = source
+    folder = tmp_path / "source"
+    ours(class_names=("cat", "Green", "red")).save_pretrained(folder)
     data = write_dataset(tmp_path / "set")
     settings = {"epochs": 1, "batch_size": 4, "image_size": 64, "workers": 0, "device": "cpu"}
     metrics = train(data, tmp_path / "run", weights=str(folder), **settings)
     assert metrics["step"] > 0
     out = capsys.readouterr().out
     assert f"weights of {folder}:" in out
-    assert "none of the same name" in out
+    assert "kept 2 classes of the same name" in out
+    assert "its score of 'object'" in out
     found = DeformableDETR.from_pretrained(tmp_path / "run").config
     assert (found.backbone, found.hidden_dim, found.image_size) == ("test_resnet", 64, 64)
     assert found.class_names == ("red", "green", "blue")

@@ -52,7 +52,7 @@ def exports(
     """Time a model in every runtime it can be exported to, beside PyTorch eager.
 
     Args:
-        model: Folder of a run or of a saved model.
+        model: A run or model folder, a transformers folder or hub id, or an official .pth.
         image_size: H,W of the input; as the model resizes a 4:3 image where none is named.
     """
     from dataclasses import asdict

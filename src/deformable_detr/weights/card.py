@@ -36,11 +36,16 @@ class Facts:
 
 def card_writer(folder: Path, config: ModelConfig, facts: Facts) -> dict[str, Callable[[Path], object]]:
     """The card's name and writer, for `write_files`; nothing where the folder has a card of somebody's own."""
-    path = folder / FILE
-    if path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+    if somebodys_own(folder):
         return {}
     text = card(config, facts)
     return {FILE: lambda target: target.write_text(text, encoding="utf-8")}
+
+
+def somebodys_own(folder: Path) -> bool:
+    """Whether the folder has a card that is not ours to write over."""
+    path = folder / FILE
+    return path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def card(config: ModelConfig, facts: Facts) -> str:
