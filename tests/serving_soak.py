@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -23,13 +24,15 @@ from PIL import Image
 from serving_server import picture, running, small_model
 
 SHAPES = ((48, 64), (64, 48), (64, 64), (90, 120))
+_HEAD = b"IHDR\0\1\0\0\0\1\0\0\x08\2\0\0\0"  # 65536 × 65536 pixels
+HUGE = b"\x89PNG\r\n\x1a\n\0\0\0\r" + _HEAD + zlib.crc32(_HEAD).to_bytes(4, "big") + b"\0\0\0\x09IDAT" + bytes(13)
 ATOL = 1e-4  # of the image's sides, and of scores
 
 
 class Soak:
     """requests: how many. clients: that send at the same time. counts: of statuses, by what was sent."""
 
-    def __init__(self, client, model, requests, clients, pid=None):
+    def __init__(self, client, model, requests, clients):
         self.client, self.requests, self.clients = client, requests, clients
         self.pictures = [
             picture(kind, *shape, seed=seed)
@@ -37,7 +40,7 @@ class Soak:
         ]
         self.wanted = [model.predict(Image.open(io.BytesIO(data)), threshold=0.1, top_k=20) for data in self.pictures]
         self.counts, self.problems, self.memory = Counter(), [], []
-        self.pid, self.done, self.lock = pid, 0, threading.Lock()
+        self.done, self.lock = 0, threading.Lock()
 
     def run(self):
         threads = [threading.Thread(target=self._client, args=(seed,)) for seed in range(self.clients)]
@@ -62,7 +65,7 @@ class Soak:
                         return
                     self.done += 1
                     if self.done % max(1, self.requests // 200) == 0:
-                        self.memory.append(resident(self.pid))
+                        self.memory.append(resident())
                 try:
                     if draw.random() < 0.3:
                         self._bad(client, draw)
@@ -106,8 +109,7 @@ class Soak:
             headers = {"Content-Type": "multipart/form-data; boundary=x"}
             self._note(kind, client.post("/v1/detect", content=b"--x\r\n" + data, headers=headers), (400,))
         elif kind == "large":
-            header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\0\0\0\1\0\0\x08\2\0\0\0"
-            self._note(kind, client.post("/v1/detect", content=header + bytes(200), headers=image), (413, 422))
+            self._note(kind, client.post("/v1/detect", content=HUGE, headers=image), (413,))
         else:  # leaves in the middle of its request
             with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
                 connection.sendall(b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
@@ -131,9 +133,9 @@ def equal(answer, found):
     return bool(((boxes - found.boxes).abs() <= ATOL * side).all() and ((scores - found.scores).abs() <= ATOL).all())
 
 
-def resident(pid=None):
-    """Bytes of memory that a process has."""
-    pages = int(Path(f"/proc/{pid or os.getpid()}/statm").read_text().split()[1])
+def resident():
+    """Bytes of memory that this process has, server and clients."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -43,7 +43,9 @@ def schema(client):
 def test_nothing_contradicts_it(client, schema, path):
     method = "POST" if path in ("/v1/detect", "/v1/explain") else "GET"
     operation = schema[path][method]
-    for mode in schemathesis.GenerationMode:
+    # Where there is nothing to give, there is nothing wrong to give.
+    modes = list(schemathesis.GenerationMode) if path.startswith("/v1/") else [schemathesis.GenerationMode.POSITIVE]
+    for mode in modes:
 
         @SHORT
         @given(operation.as_strategy(generation_mode=mode))

@@ -223,7 +223,7 @@ def _add_page(app: FastAPI) -> None:
         "/page.css": ("page.css", "text/css"),
         "/page.js": ("page.js", "text/javascript"),
     }
-    folder = resources.files(__package__)
+    folder = resources.files("deformable_detr.serving")
     for path, (file, kind) in kinds.items():
         content = folder.joinpath(file).read_bytes()
 

@@ -160,6 +160,7 @@ def serve(
 def _harden(limits: Limits) -> None:
     """Settings of the whole process, which is the server's own."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # broken forms are the client's affair
     Image.MAX_IMAGE_PIXELS = limits.pixels  # a second check, for frames that are larger than their picture
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
