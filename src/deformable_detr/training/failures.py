@@ -47,8 +47,8 @@ def _line(error: Exception, config: Config) -> str | None:
     text = str(error)
     own = text.strip().splitlines()[-1].strip() if text.strip() else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
-        wanted = re.search(r"Tried to allocate [\d.]+ \w+", text)
-        return f"the memory of the device is full{f' ({wanted[0].lower()})' if wanted else ''}: {_smaller(config)}"
+        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        return f"the memory of the device is full{f' ({wanted[1]} more wanted)' if wanted else ''}: {_smaller(config)}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"the memory of this machine is full: {_smaller(config)}, or use fewer --workers"
     if killed := re.search(r"DataLoader worker \(pid.*?\) (?:is|was) killed by signal: ([\w ]+)", text):
