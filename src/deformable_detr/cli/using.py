@@ -60,31 +60,42 @@ def evaluate(
 @app.command
 def predict(
     model: Path,
-    images: Annotated[list[Path], Parameter(negative=())],
+    sources: Annotated[list[Path] | None, Parameter(negative=())] = None,
     /,
     *,
+    camera: int | None = None,
     out: Path | None = None,
     threshold: float = 0.5,
+    batch_size: int = 4,
     device: Device = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Find the objects in images.
+    """Find the objects in images, videos or what a camera sees.
 
     Args:
         model: A run or model folder, a transformers folder or hub id, an official .pth, or an exported file (.onnx,
             .xml, .pt2).
-        images: Image files, and folders of them.
-        out: Folder for the images with the boxes drawn on.
+        sources: Image and video files, and folders of them.
+        camera: Number of a camera, 0 is the first; it runs until Ctrl-C.
+        out: Folder for the images and videos with the boxes drawn on. A video, and beside it a JSON line for each of
+            its frames, is written in any case: without a folder as NAME-detected.mp4.
         threshold: Lowest score of a detection, 0 to 1.
+        batch_size: Frames of a video at once.
     """
-    from ..inference.files import find_images, predict_files
+    from ..inference.files import find_sources, predict_files
     from ..inference.loading import load_detector
 
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: must be from 0 to 1")
-    files = find_images(images)
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: must be 1 or more")
+    if camera is not None and camera < 0:
+        raise UserError(f"--camera {camera}: must be 0 or more")
+    if not sources and camera is None:
+        raise UserError("nothing to look at: give IMAGES, videos or folders of them, or a camera by --camera")
+    files = find_sources(sources or [])
     detector = load_detector(model, device)
-    if predict_files(detector, files, out, threshold, json, complain=complain):
+    if predict_files(detector, files, out, threshold, json, print, complain, camera, batch_size):
         sys.exit(2)
 
 

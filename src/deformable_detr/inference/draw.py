@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 LEAST_SIDE = 320  # the long side of a drawn picture at least: smaller images are enlarged to have room for text
 SMALLEST_FONT = 11
+CROWDED, CROWDED_SHARE = 8, 0.4  # from so many boxes on, long names are shortened to that part of the width
 
 Rectangle = tuple[int, int, int, int]
 
@@ -47,8 +48,18 @@ def draw(detections: Detections) -> Image.Image:
     if not len(detections):
         return picture
 
-    factor = math.ceil(LEAST_SIDE / max(picture.size))
+    factor = enlargement(picture.size)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return draw_on(picture, detections, factor)
+
+
+def enlargement(size: tuple[int, int]) -> int:
+    """The whole factor that brings a picture (width, height) to a long side of 320 pixels or more."""
+    return math.ceil(LEAST_SIDE / max(size))
+
+
+def draw_on(picture: Image.Image, detections: Detections, factor: int = 1) -> Image.Image:
+    """Draws on the RGB picture itself, which is `factor` times as large as what the boxes are pixels of; returns it."""
     found = detections.to_supervision()
     found.xyxy = found.xyxy * factor
     _draw_boxes(picture, found)
@@ -111,7 +122,9 @@ def _draw_labels(picture: Image.Image, found: SupervisionDetections, names: tupl
         text_padding=max(1, size // 5),
     )
     measure = ImageDraw.Draw(picture)
-    room = picture.width - 2 * annotator.text_padding
+    share = 1.0 if len(found) < CROWDED else CROWDED_SHARE
+    room = max(share * picture.width, 8 * size) - 2 * annotator.text_padding
+    room = min(room, picture.width - 2 * annotator.text_padding)
     labels, places = [], []
     assert found.confidence is not None
     for name, score, box in zip(names, found.confidence, found.xyxy, strict=True):

@@ -3,69 +3,94 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.layouts import IMAGE_SUFFIXES
 from ..errors import UserError
 from ..model.detector import DeformableDETR
 from ..structures import Detections
 from ..weights.folder import replace_file
 from .predictor import folder_images
+from .video import VIDEO_SUFFIXES, is_video, load_av, predict_video
 
 
-def find_images(sources: Sequence[Path]) -> list[Path]:
-    """The image files named, and those directly inside the folders named, in order and each once.
+def find_sources(sources: Sequence[Path]) -> list[Path]:
+    """The images and videos named, and those directly inside the folders named, in order and each once.
 
-    Raises UserError for a source that is not there and for a folder without images.
+    Raises UserError for a source that is not there and for a folder with neither.
     """
     found: list[Path] = []
     for source in sources:
         if not source.exists():
-            raise UserError(f"{source}: no such image or folder")
-        found += folder_images(source) if source.is_dir() else [source]
+            raise UserError(f"{source}: no such image, video or folder")
+        both = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+        found += folder_images(source, both, "images or videos") if source.is_dir() else [source]
     return list(dict.fromkeys(found))
 
 
 def predict_files(
     model: DeformableDETR,
-    images: Iterable[Path],
+    sources: Iterable[Path],
     out: Path | None = None,
     threshold: float = 0.5,
     json_file: Path | None = None,
     report: Callable[[str], None] = print,
     complain: Callable[[str], None] = print,
+    camera: int | None = None,
+    batch_size: int = 4,
 ) -> int:
-    """Finds objects in each image, draws them into the folder `out`, writes all as a list to `json_file`.
+    """Finds objects in each image and video, draws them into the folder `out`, writes all as a list to `json_file`.
 
-    A record of the list is what `Detections.to_dict` gives: {"image": path, "detections": [...], …}.
+    A record of an image is what `Detections.to_dict` gives: {"image": path, "detections": [...], …}. A video is
+    written with a JSON line a frame beside it, see `video.predict_video`, in the current folder where there is no
+    `out`; its record is {"video": path, "frames", "annotated": path, "lines": path}. A camera is a video that runs
+    until Ctrl-C and comes last. batch_size: frames that go through the model together.
 
-    An image that cannot be read or drawn is named through `complain` and left out; the others are done.
-    `report` gets one line an image.
+    A source that cannot be read or drawn is named through `complain`, and the others are done; of a video that is cut
+    off, what was there is kept. `report` gets one line a source.
 
     Returns:
-        The number of images that were left out.
+        The number of sources that were left out or are not complete.
 
     Raises:
-        UserError: Before the first image, where an output cannot be written or a drawing would replace its image.
+        UserError: Before the first source, where an output cannot be written or a drawing would replace its source, or
+            there are videos and PyAV is not installed.
     """
-    images = list(images)
-    drawings = {} if out is None else _drawing_paths(images, prepare_folder(out, "--out"))
+    every: list[Path | int] = [*sources, *([] if camera is None else [camera])]
+    videos = [source for source in every if isinstance(source, int) or is_video(source)]
+    if videos:
+        load_av()
+    folder = None if out is None else prepare_folder(out, "--out")
+    outputs = _output_paths(every, folder)
     if json_file is not None:
         prepare_file(json_file, "--json")
     records: list[dict[str, Any]] = []
     failures = 0
-    for image in images:
+    for source in every:
         try:
-            detections = model.predict(image, threshold=threshold)
+            if source in videos:
+                video, lines = outputs[source], outputs[source].with_suffix(".jsonl")
+                done = predict_video(model, source, video, lines, threshold, batch_size)
+                if done.trouble is not None:
+                    failures += 1
+                    complain(done.trouble + (f"; what was done is in {video}" if done.frames else ""))
+                if done.frames:
+                    written = {"annotated": str(video), "lines": str(lines)}
+                    records.append({"video": str(source), "frames": done.frames, **written})
+                    report(f"{source}: {done.frames} frames, {_counts(done.found)}; {video}, {lines.name}")
+                continue
+            detections = model.predict(source, threshold=threshold)
             if out is not None:
-                detections.save(drawings[image])
+                detections.save(outputs[source])
         except UserError as error:
             failures += 1
             complain(str(error))
             continue
         records.append(detections.to_dict())
-        report(f"{image}: {_in_short(detections)}")
+        report(f"{source}: {_in_short(detections)}")
     if json_file is not None:
         write_json(json_file, records)
     return failures
@@ -111,18 +136,35 @@ def _in_short(detections: Detections, most: int = 5) -> str:
     return f"{len(detections)} found: {listed}{', …' if len(detections) > most else ''}"
 
 
-def _drawing_paths(images: Sequence[Path], out: Path) -> dict[Path, Path]:
-    """Where each image's drawing goes: its own name, numbered where two are called the same."""
-    paths: dict[Path, Path] = {}
+def _counts(found: Counter[str], most: int = 5) -> str:
+    """Such as "cat 120×, dog 3×", the most frequent."""
+    if not found:
+        return "nothing found"
+    listed = ", ".join(f"{name} {count}×" for name, count in found.most_common(most))
+    return listed + (", …" if len(found) > most else "")
+
+
+def _output_paths(sources: Sequence[Path | int], out: Path | None) -> dict[Path | int, Path]:
+    """Where the drawing of each source goes: its own name, numbered where two are called the same.
+
+    Without a folder videos have a name of their own in the current one; images are not drawn then.
+    """
+    paths: dict[Path | int, Path] = {}
     taken: set[Path] = set()
-    for image in images:
-        suffix = ".jpg" if image.suffix.lower() in {".jpg", ".jpeg"} else ".png"
-        path, number = out / f"{image.stem}{suffix}", 1
+    for source in sources:
+        video = isinstance(source, int) or is_video(source)
+        stem = f"camera-{source}" if isinstance(source, int) else source.stem
+        if out is None:
+            stem += "-detected"
+        jpeg = isinstance(source, Path) and source.suffix.lower() in {".jpg", ".jpeg"}
+        suffix = ".mp4" if video else ".jpg" if jpeg else ".png"
+        folder = out or Path()
+        path, number = folder / f"{stem}{suffix}", 1
         while path in taken:
             number += 1
-            path = out / f"{image.stem}-{number}{suffix}"
-        if path.exists() and path.samefile(image):
-            raise UserError(f"--out {out}: the drawing would replace the image {image}; name another folder")
+            path = folder / f"{stem}-{number}{suffix}"
+        if isinstance(source, Path) and path.exists() and path.samefile(source):
+            raise UserError(f"--out {out}: the drawing would replace {source}; name another folder")
         taken.add(path)
-        paths[image] = path
+        paths[source] = path
     return paths

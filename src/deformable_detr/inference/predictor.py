@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -17,12 +18,11 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..data.batching import collate
 from ..data.images import read_image
+from ..data.layouts import IMAGE_SUFFIXES
 from ..data.transforms import resize
 from ..errors import UserError
 from ..structures import Category, Detections, Target
 from .postprocess import Selection, inside, select
-
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def predict(
@@ -183,15 +183,15 @@ def model_categories(config: ModelConfig) -> tuple[Category, ...]:
     return tuple(Category(number, name) for number, name in zip(ids, names, strict=True))
 
 
-def folder_images(folder: Path) -> list[Path]:
-    """The images directly in a folder, by name. Raises UserError where there are none."""
+def folder_images(folder: Path, suffixes: AbstractSet[str] = IMAGE_SUFFIXES, what: str = "images") -> list[Path]:
+    """The images (or files of other suffixes) directly in a folder, by name. Raises UserError where there are none."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if Path(e.name).suffix.lower() in SUFFIXES and e.is_file())
+            names = sorted(e.name for e in entries if Path(e.name).suffix.lower() in suffixes and e.is_file())
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read: {error.strerror or error}") from None
     if not names:
-        raise UserError(f"folder {folder} has no images in it ({', '.join(sorted(SUFFIXES))})")
+        raise UserError(f"folder {folder} has no {what} in it ({', '.join(sorted(suffixes))})")
     return [folder / name for name in names]
 
 
