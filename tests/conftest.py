@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from browser import browse  # noqa: F401
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

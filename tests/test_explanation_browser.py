@@ -1,10 +1,9 @@
 """The page in a real browser: hovering, tapping, keys and toggles show the right points, and nothing sticks out."""
 
-import shutil
-
 import pytest
 import torch
 
+from browser import clipped
 from deformable_detr.explanation import trace
 from deformable_detr.explanation.page import save_page
 from explained import HEADS, LEVELS, POINTS, picture, random_model
@@ -15,37 +14,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def traced():
     return trace(random_model(two_stage=True, refine=True), picture(130, 200), threshold=0.0, top_k=6)
-
-
-@pytest.fixture
-def browse(tmp_path):
-    """Opens a file at a width; gives selenium's driver."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    driver_program = shutil.which("chromedriver")
-    if not program or not driver_program:
-        pytest.skip("needs Chromium and its driver")
-    opened = []
-
-    def open_page(path, width=1280, dark=False):
-        options = webdriver.ChromeOptions()
-        options.binary_location = program
-        for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run",
-                     "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'profile'}"):  # fmt: skip
-            options.add_argument(f"--{flag}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_program))
-        opened.append(driver)
-        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        driver.get(path.as_uri())
-        return driver
-
-    yield open_page
-    for driver in opened:
-        driver.quit()
 
 
 def points(driver):
@@ -123,10 +91,7 @@ def test_hover_click_slider_and_toggles(browse, traced, tmp_path):
 def test_nothing_sticks_out(browse, traced, tmp_path, width, dark):
     driver = browse(save_page(traced, traced.point(100, 60), tmp_path / "page.html"), width, dark)
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-    clipped = """return [...document.querySelectorAll('button, h1, h2, p, td, th, label, .legend span')].filter(
-        e => e.offsetParent && (e.scrollWidth > e.clientWidth + 1 && e.clientWidth
-            || e.getBoundingClientRect().right > innerWidth)).map(e => e.textContent)"""
-    assert driver.execute_script(clipped) == []
+    assert clipped(driver) == []
     ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (not dark)
     assert len(points(driver)[0]) == LEVELS * HEADS * LEVELS * POINTS
