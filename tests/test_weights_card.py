@@ -64,6 +64,15 @@ def test_the_card_lies_beside_the_weights_and_spares_that_of_others(tmp_path):
     assert (tmp_path / "README.md").read_text() == "my own words"
 
 
+def test_a_run_spares_the_card_of_others_too(tmp_path):
+    from deformable_detr.training.run_folder import RunFolder
+
+    for words, kept in (("my own words", "my own words"), (card(ModelConfig(), Facts()), "## Data\n\nsecond")):
+        (tmp_path / "README.md").write_text(words)
+        RunFolder(tmp_path).export(ours(), Facts(data="second"))
+        assert kept in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("to", ["ours", "transformers"])
 def test_upload(to, tmp_path, monkeypatch):
     import shutil

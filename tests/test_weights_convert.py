@@ -124,8 +124,8 @@ def test_transformers_takes_model_processor_and_names(tmp_path):
 def test_the_same_detections_from_the_same_file(tmp_path):
     """From the picture on: their processor, model and post-processing, and ours, which cuts boxes at the border.
 
-    Where the long side's limit counts, transformers 5 stretches an image by up to a pixel of its short side; the paper's
-    code does not, and neither do we.
+    Where the long side's limit counts, transformers 5 stretches an image by up to a pixel of its short side; the
+    paper's code does not, and neither do we.
     """
     model = ours(image_size=96, max_size=200)
     convert_model(model, "transformers", tmp_path / "theirs")

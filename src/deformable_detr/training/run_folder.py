@@ -163,9 +163,14 @@ class RunFolder:
 
     def export(self, model: DeformableDETR, facts: Facts | None = None) -> None:
         """Makes the model the one that `from_pretrained` finds in the run folder; `facts` are for its card."""
+        from ..weights.card import FILE as CARD
+        from ..weights.card import somebodys_own
+
         temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=self.path))
         try:
             model.save_pretrained(temporary, facts)
+            if somebodys_own(self.path):
+                (temporary / CARD).unlink()
             # config.json, by which a folder is known to hold a model, appears last.
             for file in sorted(temporary.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
                 share_as_folder(file, self.path)
