@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +230,17 @@ def crash(folder: Path) -> dict[str, Any]:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         Stepper.step = step
     return {"run": outcome(lambda: train(folder / "data", folder / "crash", run_config()))}
+
+
+@job
+def stuck(folder: Path) -> dict[str, Any]:
+    """The first process waits for a second one that never speaks."""
+    if os.environ["RANK"] == "0":
+        next_port()
+        with World("cpu") as world:
+            world.gather([1.0])
+    time.sleep(10_000)
+    return {}
 
 
 if __name__ == "__main__":

@@ -291,3 +291,72 @@ def test_the_split_names_of_the_config_are_used(data, tmp_path):
     config = tiny_config(epochs=1).merged({"data": {"val_split": "train"}})
     with pytest.raises(UserError, match="annotations"):
         train_model(data, tmp_path / "run", config)  # both splits are one file
+
+
+def test_accumulated_passes_are_one_step(data, finished, tmp_path):
+    """Norms that look at the rest of the batch aside, the batch is what counts, not how it is cut."""
+    frozen = tiny_config(epochs=1, lr_scaling="none").merged({"model": {"backbone_norm": "frozen"}})
+    for name, train in (("whole", {"batch_size": 8}), ("cut", {"batch_size": 3, "effective_batch": 8})):
+        metrics = train_model(data, tmp_path / name, frozen.merged({"train": train}))
+        assert (metrics["step"], metrics["images_seen"]) == (1, 8)
+    whole, cut = (lines(tmp_path / name, "train")[0] for name in ("whole", "cut"))
+    for name in ("loss", "grad_norm", "cardinality_error"):
+        assert cut[name] == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_an_accumulating_run_goes_on_in_the_middle_of_an_epoch(data, tmp_path, monkeypatch):
+    config = tiny_config(batch_size=2, effective_batch=3, epochs=1, denoising=10).merged({"data": {"bucketing": True}})
+    train_model(data, tmp_path / "whole", config)
+    original = Stepper.step
+
+    def step(self, passes, done, progress, totals=None):
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, passes, done, progress, totals)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", step)
+        with pytest.raises(TrainingInterrupted):
+            train_model(data, tmp_path / "cut", config)
+    train_model(data, tmp_path / "cut", run_config(tmp_path / "cut"), resume=True)
+    first, second = (model_weights(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_run_that_gets_no_better_ends(data, tmp_path, monkeypatch, capsys):
+    from deformable_detr.evaluation import run
+
+    figures = iter([0.2, 0.5, 0.4, 0.5, 0.9, 0.9])
+    monkeypatch.setattr(run, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+    metrics = train_model(data, tmp_path / "run", tiny_config(epochs=9, patience=2))
+    assert (metrics["epoch"], metrics["best_AP"]) == (4, 0.5)
+    assert "no better AP in 2 evaluations" in capsys.readouterr().err
+    again = train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
+    assert again["step"] == metrics["step"]
+    longer = run_config(tmp_path / "run").merged({"train": {"patience": 3, "epochs": 5}})
+    assert train_model(data, tmp_path / "run", longer, resume=True)["best_AP"] == 0.9
+
+
+def test_mosaics_end_before_the_training_does(data, tmp_path, monkeypatch):
+    from deformable_detr.data.batching import StepSampler
+
+    allowed, original = [], StepSampler.set_epoch
+
+    def set_epoch(self, epoch, skip=0, stride=1, mosaic=False):
+        if self.shuffle:
+            allowed.append(mosaic)
+        original(self, epoch, skip, stride, mosaic)
+
+    monkeypatch.setattr(StepSampler, "set_epoch", set_epoch)
+    config = tiny_config(epochs=4, eval_every=4).merged({"data": {"mosaic": 0.5, "mosaic_until": 0.5}})
+    train_model(data, tmp_path / "run", config)
+    assert allowed == [True, True, False, False]
+
+
+def test_a_run_that_torchrun_starts_again_goes_on(data, tmp_path, monkeypatch):
+    train_model(data, tmp_path / "run", tiny_config(epochs=1))
+    with pytest.raises(UserError, match="already holds a run"):
+        train_model(data, tmp_path / "run", tiny_config(epochs=2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train_model(data, tmp_path / "run", tiny_config(epochs=2))["step"] == 4
+    assert train_model(data, tmp_path / "new", tiny_config(epochs=1))["step"] == 2  # it failed before it had begun

@@ -9,11 +9,13 @@ from deformable_detr.errors import UserError
 from deformable_detr.model.detector import DeformableDETR
 from deformable_detr.training.optimiser import (
     build_optimiser,
+    effective_batch,
     group_of,
     load_optimiser_tensors,
     lr_factor,
     optimiser_tensors,
     parameter_groups,
+    scaled_lr,
     set_learning_rate,
 )
 from training_fakes import tiny_config
@@ -110,3 +112,25 @@ def test_a_state_that_does_not_fit_is_named(name):
     optimiser = build_optimiser(nn.Linear(3, 2), CONFIG)
     with pytest.raises(UserError, match=name):
         load_optimiser_tensors(optimiser, {name: torch.zeros(7)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "batch", "rate"),
+    [
+        ({}, 1, 4, 1e-3),
+        ({"batch_size": 8}, 1, 8, 1e-3),  # what a process holds says nothing about the learning rate
+        ({"effective_batch": 4, "batch_size": 2}, 1, 4, 1e-3),
+        ({"effective_batch": 16}, 1, 16, 2e-3),
+        ({"effective_batch": 16}, 8, 16, 2e-3),
+        ({"effective_batch": 16, "lr_scaling": "linear"}, 1, 16, 4e-3),
+        ({"effective_batch": 16, "lr_scaling": "none"}, 1, 16, 1e-3),
+        ({"effective_batch": 16, "lr_batch": 16}, 1, 16, 1e-3),
+        ({"batch_size": 2}, 8, 16, 1e-3 * math.sqrt(8)),
+    ],
+)
+def test_the_learning_rate_follows_the_batch(settings, processes, batch, rate):
+    config = CONFIG.replace(**settings)
+    assert effective_batch(config, processes) == batch
+    found, note = scaled_lr(config, batch)
+    assert found == pytest.approx(rate)
+    assert note.startswith(f"{rate:.3g}")

@@ -23,6 +23,8 @@ def train(
     minutes: float | None = None,
     image_size: int | None = None,
     batch_size: int | None = None,
+    effective_batch: int | None = None,
+    patience: int | None = None,
     backbone: str | None = None,
     backbone_weights: str | None = None,
     weights: str | None = None,
@@ -48,7 +50,9 @@ def train(
         epochs: Passes over the training images, at most.
         minutes: Minutes of training, at most.
         image_size: Short side of the input in pixels.
-        batch_size: Images a step.
+        batch_size: Images that a process has in memory at a time.
+        effective_batch: Images an optimiser step, over all passes and processes; lr follows (train.lr_scaling).
+        patience: Stop after so many evaluations without a better AP.
         backbone: Any timm model that gives feature maps.
         backbone_weights: hub (download), none (random) or the path of a safetensors file.
         weights: Model to fine-tune: a run or model folder, a transformers folder or hub id, an official .pth.
@@ -62,15 +66,18 @@ def train(
         resume: Go on with the run in the folder --out, with its own config.
         print_config: Print the config that would be used, and stop.
     """
+    from ..distributed.launch import is_first, restarted
     from ..settings import resolve
 
-    if resume and config is None and out is not None and (out / "config.yaml").is_file():
+    if (resume or restarted()) and config is None and out is not None and (out / "config.yaml").is_file():
         config = out / "config.yaml"
     options = {
         "train.epochs": epochs,
         "train.minutes": minutes,
         "model.image_size": image_size,
         "train.batch_size": batch_size,
+        "train.effective_batch": effective_batch,
+        "train.patience": patience,
         "model.backbone": backbone,
         "model.backbone_weights": backbone_weights,
         "train.weights": weights,
@@ -91,6 +98,8 @@ def train(
     from ..training.loop import train_model
 
     metrics = train_model(data, out, settings, resume=resume)
+    if not is_first():
+        return
     print(f"{summary(metrics)}; the model is in {out}")
     print(f"next: deformable-detr predict {out} IMAGE --out pictures")
 

@@ -10,6 +10,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one of the run that writes and speaks."""
+    return processes() == 1 or os.environ["RANK"] == "0"
+
+
 def restarted() -> bool:
     """Whether torchrun started this process again after a failure: the run in the folder then goes on."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
