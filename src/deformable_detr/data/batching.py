@@ -79,6 +79,9 @@ class Loader(DataLoader):
 
     sampler: StepSampler
 
+    def check_worker_number_rationality(self) -> None:
+        """No word from PyTorch on every loader of a process that may use few processors: --workers is the user's."""
+
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         for batch in super().__iter__():
             if isinstance(batch, _Failure):
