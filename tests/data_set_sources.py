@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-BAD = {"a03.jpg": b"", "a07.png": b"no image at all", "b/c02.png": None}  # None: the first half of the file
+BAD = {"a03.jpg": b"", "a07.jpg": b"no image at all", "b/c02.png": None}  # None: the first half of the file
 
 
 def pictures(count=14):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -280,20 +281,21 @@ def _cluster(pool: Pool, model_bytes: int) -> Iterator[tuple[Any, bool]]:
     # Before the import: Ray tells its makers of its use unless told otherwise, and says much about itself.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")  # what fails is said at the end, in a line
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     if ray.is_initialized():
         yield ray, False
         return
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what fails is said at the end, in a line
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not pool.address:
         memory = pool.object_store * 2**20 + model_bytes
         options |= {"include_dashboard": False, "object_store_memory": memory}
     for attempt in range(STARTS):
         try:
-            ray.init(pool.address or "local", **options)
+            with _silence():
+                ray.init(pool.address or "local", **options)
             break
         except Exception as error:  # no one there, another version, no room for its shared memory, …
             ray.shutdown()
@@ -305,3 +307,17 @@ def _cluster(pool: Pool, model_bytes: int) -> Iterator[tuple[Any, bool]]:
         yield ray, not pool.address
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what Ray's own code writes past Python to standard error when it starts."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
