@@ -313,7 +313,9 @@ def official_code():
 
     @contextmanager
     def precision(dtype):
-        """Its positions and valid ratios are float32 by name: in float64 these names mean that."""
+        """Its positions and valid ratios are float32 by name, as is our encoding of proposals (and transformers'): in
+        float64 these names mean that.
+        """
         with pytest.MonkeyPatch.context() as doubled:
             if dtype == torch.float64:
                 named = types.SimpleNamespace(**{**vars(torch), "float32": torch.float64})
@@ -343,10 +345,9 @@ def test_the_official_code_gives_the_same(official_code, name, tmp_path):
         here = DeformableDETR.from_pretrained(path)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
             pixels, mask = batch(dtype)
-            with torch.no_grad():
+            with torch.no_grad(), official_code.precision(dtype):
                 found = here.to(dtype)(pixels, mask)
-                with official_code.precision(dtype):
-                    expected = theirs.to(dtype).eval()(official_code.Nested(pixels, mask))
+                expected = theirs.to(dtype).eval()(official_code.Nested(pixels, mask))
             pairs = {"logits": ("pred_logits", found["pred_logits"]), "boxes": ("pred_boxes", found["pred_boxes"])}
             for what, (key, value) in pairs.items():
                 assert (expected[key] - value).abs().max() <= tolerance, what
