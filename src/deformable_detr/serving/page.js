@@ -154,7 +154,7 @@ async function look() {
     const looks = await send(`v1/explain?threshold=${LOWEST}&top_k=${EXPLAINED}`, state.request.signal);
     if (state.result !== result) return;
     state.looks = looks;
-    draw();
+    highlight();
   } catch (error) {
     if (state.result === result && error.name !== "AbortError") {
       state.looks = null; // the next hover asks again
