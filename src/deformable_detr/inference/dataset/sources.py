@@ -193,16 +193,16 @@ def _tar_ranges(file: str, _: Columns) -> Iterator[tuple[int, int]]:
         yield start, min(PIECE, count - start)
 
 
-def _tar_records(piece: Piece, system: Any, path: str, _: Columns) -> Iterator[Record]:
+def _tar_records(piece: Piece, system: Any, file: str, _: Columns) -> Iterator[Record]:
     stop = None if piece.count < 0 else piece.start + piece.count
     with (
-        system.open(path, "rb") as file,
-        tarfile.open(fileobj=file, mode="r:*" if is_local(system) else "r|*", tarinfo=_Header) as tar,
+        system.open(file, "rb") as opened,
+        tarfile.open(fileobj=opened, mode="r:*" if is_local(system) else "r|*", tarinfo=_Header) as tar,
     ):
         for member in itertools.islice(_members(tar), piece.start, stop):
             name = f"{piece.file}#{member.name}"
-            folder, _, base = member.name.rpartition("/")
-            key = f"{folder}/{base.split('.')[0]}".lstrip("/")  # WebDataset's: up to the first dot of the name
+            path = PurePosixPath(member.name)
+            key = str(path.with_name(path.name.split(".")[0]))  # WebDataset's: up to the first dot of the name
             if member.size > LARGEST:
                 yield Record(name, key, None, f"{name}: {member.size} bytes are too many for an image")
                 continue
@@ -224,7 +224,7 @@ class _Header(tarfile.TarInfo):
             raise ReadError(f"damaged after {tarfile.offset} bytes: {error}") from None
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _members(tar: Any) -> Iterator[tarfile.TarInfo]:
     """The images in an archive."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # it would remember them all

@@ -102,8 +102,9 @@ class UnitPredictor:
         try:
             part = read_part(self.store, unit)  # done by a worker that died before it could say so
             if part is not None and part[0] == self.job.run:
-                return *part[1], ""
-            return *write_part(self.store, unit, self.job.run, self.rows(unit)), ""
+                return part[1].images, part[1].bad, ""
+            done = write_part(self.store, unit, self.job.run, self.rows(unit))
+            return done.images, done.bad, ""
         except torch.OutOfMemoryError:
             return 0, 0, "out of GPU memory: lower --batch-size, which makes it another run"
         except Exception as error:  # whatever it is, the other units go on, and the run names it at its end
