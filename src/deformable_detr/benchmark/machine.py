@@ -115,3 +115,20 @@ def memory_peak(call: Callable[[], object], device: str) -> float | None:
 def _size_mib(result: object) -> float:
     tensors = result if isinstance(result, (tuple, list)) else [result]
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor)) / 2**20
+
+
+def gemm_gflops(dtype: torch.dtype, device: str = "cpu") -> float:
+    """10⁹ operations a second of a linear layer as the encoder has it, the best of many runs."""
+    x, weight, bias = torch.randn(4096, 1024), torch.randn(256, 1024), torch.randn(256)
+    x, weight, bias = (t.to(device=device, dtype=dtype) for t in (x, weight, bias))
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(12):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight, bias)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+    return 2 * 4096 * 1024 * 256 / best / 1e9

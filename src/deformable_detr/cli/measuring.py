@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from .options import JsonFile
+from .options import JsonFile, Preset
 from .program import app
 
 benchmark = App(name="benchmark", help="Measure speed on this machine, beside other software where it is installed.")
@@ -69,3 +69,91 @@ def exports(
     print(table(rows))
     if json is not None:
         write_json(json, [asdict(row) for row in rows])
+
+
+Allocators = Annotated[
+    Literal["both", "default", "tuned"], Parameter(help="the C library's memory settings, each in a process of its own")
+]
+
+
+@benchmark.command(name="model")
+def models(
+    preset: Preset = "refine",
+    *,
+    image_size: Annotated[list[str] | None, Parameter(negative=(), help="H,W; 480,640 and 800,1333 by default")] = None,
+    batches: Annotated[list[int] | None, Parameter(negative=(), help="images at once; 1 by default")] = None,
+    precision: Annotated[list[Literal["fp32", "bf16"]] | None, Parameter(negative=(), help="both by default")] = None,
+    also: Annotated[
+        list[Literal["compiled", "onnxruntime", "openvino"]] | None, Parameter(negative=(), help="more ways to run it")
+    ] = None,
+    threads: int | None = None,
+    repeats: Repeats = 5,
+    allocator: Allocators = "both",
+    json: JsonFile = None,
+    picture: Annotated[Path | None, Parameter(help="SVG file: time by part")] = None,
+) -> None:
+    """Time a preset with random weights: as it is, optimised, in bf16, beside transformers' with the same weights.
+
+    Args:
+        threads: Processor threads; as many as PyTorch takes where none is named.
+    """
+    from ..benchmark.model import DEFAULT_SIZES, WAYS, run
+    from ..export.graph import parse_size
+    from ..inference.files import prepare_file
+
+    for path, option in ((json, "--json"), (picture, "--picture")):
+        if path is not None:
+            prepare_file(path, option)
+    sizes = [size for text in image_size or () if (size := parse_size(text))] or DEFAULT_SIZES
+    run(
+        preset, sizes, batches or (1,), precision or ("fp32", "bf16"), (*WAYS, *(also or ())), threads, repeats, json,
+        picture, ("default", "tuned") if allocator == "both" else (allocator,),
+    )  # fmt: skip
+
+
+@benchmark.command
+def predict(model: Path, images: Path, *, batch_size: int = 1, json: JsonFile = None) -> None:
+    """Time the whole way from image files to detections, beside the model alone.
+
+    Args:
+        model: Folder of a run or of a saved model.
+        images: Folder of images.
+        batch_size: Images at once.
+    """
+    from ..benchmark.predict import run
+    from ..inference.files import prepare_file
+    from ..inference.loading import load_detector
+    from ..inference.predictor import folder_images
+
+    if json is not None:
+        prepare_file(json, "--json")
+    run(load_detector(model, precision="fp32"), folder_images(images), batch_size, json)
+
+
+@benchmark.command
+def train(
+    preset: Preset = "refine",
+    *,
+    image_size: str = "480,640",
+    batch_size: int = 1,
+    threads: int | None = None,
+    repeats: Repeats = 3,
+    allocator: Allocators = "both",
+    json: JsonFile = None,
+) -> None:
+    """Time a training step in fp32 and bf16, beside transformers' model with the same weights.
+
+    Args:
+        image_size: H,W of the images.
+        batch_size: Images a step.
+        threads: Processor threads; as many as PyTorch takes where none is named.
+    """
+    from ..benchmark.train import run
+    from ..export.graph import parse_size
+    from ..inference.files import prepare_file
+
+    if json is not None:
+        prepare_file(json, "--json")
+    size = parse_size(image_size) or (480, 640)
+    allocators = ("default", "tuned") if allocator == "both" else (allocator,)
+    run(preset, size, batch_size, ("fp32", "bf16"), threads, repeats, json, allocators)

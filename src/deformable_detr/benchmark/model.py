@@ -1,0 +1,298 @@
+"""`deformable-detr benchmark model`: the detector as it is and optimised, beside transformers' with its weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import presets
+from ..inference.postprocess import select
+from ..model.detector import DeformableDETR
+from ..optimisation.onednn import has_bf16
+from ..structures import ImageBatch
+from .machine import gemm_gflops, memory_peak
+from .rounds import BASELINE, bars, by_allocator, described, in_turn, write
+
+DEFAULT_SIZES = ((480, 640), (800, 1333))
+WAYS = (BASELINE, "model", "optimised")
+MORE = ("compiled", "onnxruntime", "openvino")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compute one input. `ratio`: transformers' median of the same rounds / this one's.
+
+    gflop: of products and convolutions, twice the multiplications. of_limit: their time at the machine's own measured
+    rate for products / this time. memory_mib: extra at the peak. error: greatest difference of boxes (0..1) from ours.
+    """
+
+    way: str
+    precision: str
+    batch: int
+    height: int
+    width: int
+    allocator: str
+    median_ms: float
+    p95_ms: float
+    images_per_second: float
+    ratio: float | None
+    memory_mib: float | None
+    gflop: float
+    of_limit: float
+    parameters: int
+    error: float
+    parts_ms: dict[str, float]
+
+
+def transformers_twin(model: DeformableDETR) -> nn.Module | None:
+    """transformers' model with the same weights; none: it is not installed or has no such network."""
+    try:
+        from transformers import AutoModelForObjectDetection
+    except ImportError:
+        return None
+    from ..weights import repository
+
+    with tempfile.TemporaryDirectory() as folder:
+        repository.save(model, Path(folder))
+        return AutoModelForObjectDetection.from_pretrained(folder).eval()
+
+
+def ways(
+    model: DeformableDETR, precisions: Sequence[str], wanted: Sequence[str], folder: Path
+) -> dict[tuple[str, str], tuple[Callable[[Tensor, Tensor], Tensor], nn.Module | None]]:
+    """What is measured: a call (pixels, mask) → boxes, and the module whose parts are timed, by name and precision."""
+    found: dict[tuple[str, str], Any] = {}
+
+    def ours(module: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda pixels, mask: module(pixels, mask)["pred_boxes"]
+
+    theirs: Any = transformers_twin(model) if BASELINE in wanted else None
+    if theirs is not None:
+        found[BASELINE, "fp32"] = (lambda pixels, mask: theirs(pixels, pixel_mask=(~mask).long()).pred_boxes, theirs)
+    if "model" in wanted:
+        found["model", "fp32"] = (ours(model), model)
+    for precision in precisions:
+        if precision == "bf16" and not (has_bf16() or model.get_buffer("pixel_mean").is_cuda):
+            continue
+        if "optimised" in wanted:
+            fast = model.optimize(precision)
+            found["optimised", precision] = (ours(fast), fast)
+        if "compiled" in wanted:
+            found["compiled", precision] = (ours(model.optimize(precision, compile=True)), None)
+    for runtime, kind, name in (("onnxruntime", "onnx", "m.onnx"), ("openvino", "openvino", "m.xml")):
+        if runtime in wanted:
+            from ..export import export_model, load
+
+            export_model(model, folder / name, kind)  # type: ignore[arg-type]  # of the table above
+            found[runtime, "fp32"] = (ours(load(folder / name, "cpu", threads=torch.get_num_threads())), None)
+    return found
+
+
+def parts(module: nn.Module) -> dict[str, list[nn.Module]]:
+    """The modules behind each part of the picture, of our model in either form and of transformers'."""
+    named = dict(module.named_modules())
+    table = {
+        "backbone": ("backbone", "model.backbone"),
+        "projections": ("projections", "model.input_proj"),
+        "encoder": ("encoder", "model.encoder"),
+        "proposals": ("proposals",),
+        "decoder": ("decoder", "model.decoder"),
+        "heads": ("decoder.heads", "decoder.classes", "decoder.boxes", "class_embed", "bbox_embed"),
+    }
+    result: dict[str, list[nn.Module]] = {}
+    for part, names in table.items():
+        for name in names:
+            found = named.get(name)
+            if found is not None:
+                leaves = list(found.children()) if isinstance(found, nn.ModuleList) else [found]
+                result.setdefault(part, []).extend(leaves)
+    return result
+
+
+def time_parts(call: Callable[[], object], module: nn.Module) -> dict[str, float]:
+    """Milliseconds of one call by part; "rest": what is in no part. Heads inside another part count as heads."""
+    spent: dict[str, float] = {}
+    stack: list[tuple[float, float]] = []  # start, and what parts inside took
+    hooks = []
+
+    def enter(*_: Any) -> None:
+        stack.append((time.perf_counter(), 0.0))
+
+    def leave(part: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            start, inside = stack.pop()
+            took = time.perf_counter() - start
+            spent[part] = spent.get(part, 0.0) + (took - inside) * 1e3
+            if stack:
+                stack[-1] = (stack[-1][0], stack[-1][1] + took)
+
+        return hook
+
+    for part, modules in parts(module).items():
+        for each in modules:
+            hooks += [each.register_forward_pre_hook(enter), each.register_forward_hook(leave(part))]
+    start = time.perf_counter()
+    call()
+    total = (time.perf_counter() - start) * 1e3
+    for hook in hooks:
+        hook.remove()
+    order = [name for name in parts(module) if name in spent]
+    return {**{name: spent[name] for name in order}, "rest": max(0.0, total - sum(spent.values()))}
+
+
+def around(model: DeformableDETR, batch: int, height: int, width: int, outputs: dict[str, Tensor]) -> dict[str, float]:
+    """Milliseconds of what comes before the model (uint8 to normalised) and after it (selection)."""
+    pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+    images = ImageBatch(pixels, torch.zeros(batch, height, width, dtype=torch.bool))
+    times = in_turn(
+        {
+            "pre": lambda: images.normalise(model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")),
+            "post": lambda: select(outputs, [(height, width)] * batch),
+        },
+        5,
+    )
+    return {name: found.median_ms for name, found in times.items()}
+
+
+def gflop_of(model: DeformableDETR, pixels: Tensor) -> float:
+    """10⁹ operations of all products and convolutions of a forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        frozen(pixels)
+    return counter.get_total_flops() / 1e9
+
+
+def measure(
+    preset: str,
+    sizes: Sequence[Sequence[int]],
+    batches: Sequence[int],
+    precisions: Sequence[str],
+    wanted: Sequence[str],
+    repeats: int,
+    allocator: str,
+    changes: dict[str, Any] | None = None,
+) -> list[Row]:
+    """All rows of one process. The model has random weights and frozen batch norms, as a trained one has."""
+    torch.manual_seed(0)
+    base = {"backbone_weights": "none", "backbone_norm": "frozen", **(changes or {})}
+    model = DeformableDETR(presets.MODELS[preset](**base)).eval()
+    limits = {
+        precision: gemm_gflops(torch.bfloat16 if precision == "bf16" else torch.float32) for precision in precisions
+    }
+    # Outside of inference mode, in which the counter cannot look into modules.
+    gflops = {tuple(size): gflop_of(model, torch.zeros(1, 3, *size)) for size in sizes}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        every = ways(model, precisions, wanted, Path(folder))
+        for height, width in sizes:
+            for batch in batches:
+                pixels = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+                mask = torch.zeros(batch, height, width, dtype=torch.bool)
+                calls = {key: partial(call, pixels, mask) for key, (call, _) in every.items()}
+                times = in_turn({str(key): call for key, call in calls.items()}, repeats)
+                gflop = gflops[height, width] * batch
+                outputs = model(pixels, mask)
+                beside = around(model, batch, height, width, outputs)
+                baseline = times.get(str((BASELINE, "fp32")))
+                for key, call in calls.items():
+                    found, module = times[str(key)], every[key][1]
+                    inside = {} if module is None else time_parts(call, module)
+                    rows.append(
+                        Row(
+                            way=key[0],
+                            precision=key[1],
+                            batch=batch,
+                            height=height,
+                            width=width,
+                            allocator=allocator,
+                            median_ms=found.median_ms,
+                            p95_ms=found.p95_ms,
+                            images_per_second=batch / found.median_ms * 1e3,
+                            ratio=None if baseline is None else baseline.median_ms / found.median_ms,
+                            memory_mib=memory_peak(call, "cpu"),
+                            gflop=gflop,
+                            of_limit=gflop / limits.get(key[1], limits[precisions[0]]) / found.median_ms * 1e3,
+                            parameters=sum(p.numel() for p in model.parameters()),
+                            error=float((call() - outputs["pred_boxes"]).abs().max()),
+                            parts_ms={} if not inside else {"pre": beside["pre"], **inside, "post": beside["post"]},
+                        )
+                    )
+        every.clear()
+    return rows
+
+
+def run(
+    preset: str = "refine",
+    sizes: Sequence[tuple[int, int]] = DEFAULT_SIZES,
+    batches: Sequence[int] = (1,),
+    precisions: Sequence[str] = ("fp32", "bf16"),
+    wanted: Sequence[str] = WAYS,
+    threads: int | None = None,
+    repeats: int = 5,
+    json_path: Path | None = None,
+    picture: Path | None = None,
+    allocators: Sequence[str] = ("default", "tuned"),
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measures in a process for each allocator, prints a table, writes JSON and picture where asked to."""
+    arguments = {
+        "preset": preset, "sizes": list(sizes), "batches": list(batches), "precisions": list(precisions),
+        "wanted": list(wanted), "repeats": repeats, "changes": changes,
+    }  # fmt: skip
+    rows = by_allocator("deformable_detr.benchmark.model", arguments, threads, allocators)
+    report = {**described(threads), "preset": preset, "repeats": repeats, "rows": rows}
+    print(table(report))
+    if json_path is not None:
+        write(json_path, json.dumps(report, indent=1) + "\n")
+    if picture is not None:
+        last = [row for row in rows if row["allocator"] == allocators[-1] and row["parts_ms"]]
+        largest = max(row["height"] * row["width"] for row in last)
+        shown = [row for row in last if row["height"] * row["width"] == largest and row["batch"] == batches[0]]
+        title = f"{preset}, {batches[0]}×3×{shown[0]['height']}×{shown[0]['width']}, {report['threads']} threads"
+        write(picture, bars(title, {f"{row['way']} {row['precision']}": row["parts_ms"] for row in shown}))
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    gemm = report["gemm_gflops"]
+    lines = [
+        f"{report['machine']['name']}, {report['threads']} threads; measured: "
+        f"products {gemm['fp32']:.0f} GFLOP/s fp32, {gemm['bf16']:.0f} bf16, "
+        f"copy {report['machine']['copy_gb_s']:.0f} GB/s",
+        "| way | precision | allocator | input | median ms | p95 ms | images/s | × transformers | extra MiB "
+        "| of limit |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        cells = [
+            row["way"], row["precision"], row["allocator"], f"{row['batch']}×3×{row['height']}×{row['width']}",
+            cell(row["median_ms"], ".0f"), cell(row["p95_ms"], ".0f"), cell(row["images_per_second"], ".2f"),
+            cell(row["ratio"], ".2f"), cell(row["memory_mib"], ".0f"), cell(row["of_limit"], ".0%"),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    first = report["rows"][0]
+    return "\n".join(
+        [*lines, f"{first['parameters'] / 1e6:.1f} M parameters, {first['gflop']:.0f} GFLOP at the first input"]
+    )
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(row) for row in measure(**json.loads(sys.argv[1]))]))
