@@ -155,8 +155,16 @@ def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
     torch.manual_seed(seed)
     config = Config(data=DataConfig(), model=model_config(options, "paper"))
     sizes = config.model.image_size, config.model.long_side
-    train_set = open_dataset(options.data, "train", config.data, transform=training(*sizes, config.data))
-    val_set = open_dataset(options.data, "val", config.data, train_set.categories, transform=evaluation(*sizes))
+    train_set = open_dataset(
+        options.data, "train", config.data, transform=training(*sizes, config.data, config.model.size_multiple)
+    )
+    val_set = open_dataset(
+        options.data,
+        "val",
+        config.data,
+        train_set.categories,
+        transform=evaluation(*sizes, multiple=config.model.size_multiple),
+    )
     model = transformers_model(config.model, len(train_set.categories), method)
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)  # what timm states for the backbone
 

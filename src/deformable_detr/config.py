@@ -83,6 +83,9 @@ class ModelConfig(_Section):
     feature_levels: Positive = Field(default=4, description="1: the last feature map; more: strides 8, 16, 32, 64, …")
     image_size: Positive = Field(default=800, description="short side of the input in pixels")
     max_size: Positive | None = Field(default=None, description="long side at most; none: image_size × 1333 / 800")
+    size_multiple: Positive = Field(
+        default=1, description="sides of the input are rounded to multiples of so many pixels"
+    )
     pixel_mean: Triple | None = Field(default=None, description="RGB mean in 0..1; none given: the backbone's own")
     pixel_std: Triple | None = Field(default=None, description="RGB deviation in 0..1; none given: the backbone's own")
 

@@ -43,7 +43,10 @@ def small(**changes: Any) -> ModelConfig:
     Two-stage with class-aware proposals whose tokens become the queries (DINO, RT-DETR), positions that follow the
     boxes (DAB-DETR) and a look forward twice (DINO).
     """
-    base = {"backbone": "tf_efficientnet_lite0", "image_size": 480, "num_queries": 100, "dropout": 0.0}
+    # On small images a stride that does not divide the side matters: maps then end beyond the image, each by another
+    # part of it, and some backbones shift them by whole pixels, so that boxes come out beside their objects.
+    base = {"backbone": "tf_efficientnet_lite0", "image_size": 480, "size_multiple": 32}
+    base |= {"num_queries": 100, "dropout": 0.0}
     base |= {"hidden_dim": 128, "num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512}
     base |= {"class_proposals": True, "query_content": "memory", "box_positions": True, "look_forward_twice": True}
     return two_stage(**{**base, **changes})

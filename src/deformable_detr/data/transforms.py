@@ -22,14 +22,14 @@ CROP_TRIES = 10  # places for a crop that should not cut objects
 MIN_SIDE = 1e-3  # pixels
 
 
-def training(image_size: int, long_side: int, data: DataConfig) -> Training:
+def training(image_size: int, long_side: int, data: DataConfig, multiple: int = 1) -> Training:
     """The paper's augmentation for a short side of `image_size` and a long side of at most `long_side` pixels."""
-    return Training(image_size, long_side, data.train_scales, data.flip, data.crop, data.crop_visible)
+    return Training(image_size, long_side, data.train_scales, data.flip, data.crop, data.crop_visible, multiple)
 
 
-def evaluation(image_size: int, long_side: int, canvas: tuple[int, int] | None = None) -> Evaluation:
+def evaluation(image_size: int, long_side: int, canvas: tuple[int, int] | None = None, multiple: int = 1) -> Evaluation:
     """`resize` alone."""
-    return Evaluation(image_size, long_side, canvas)
+    return Evaluation(image_size, long_side, canvas, multiple)
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class Evaluation:
     image_size: int
     long_side: int
     canvas: tuple[int, int] | None = None
+    multiple: int = 1
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        return resize(image, self.image_size, self.long_side, self.canvas), target
+        return resize(image, self.image_size, self.long_side, self.canvas, self.multiple), target
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Training:
     scales: tuple[float, float] = (0.6, 1.0)
     flip: float = 0.5
     crop: float = 0.5
-
     visible: float = 0.0
+    multiple: int = 1
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         choice = self.choose(*image.shape[-2:])
@@ -68,7 +69,7 @@ class Training:
         if choice.part is not None:
             image = resize(image, choice.before, 8 * self.long_side)
             image, target = crop(image, target, *self._moved(choice.part, target, *image.shape[-2:]))
-        return resize(image, choice.short, self.long_side), target
+        return resize(image, choice.short, self.long_side, multiple=self.multiple), target
 
     def choose(self, height: int, width: int) -> Choice:
         """Draws what happens to an image of this size."""
@@ -91,7 +92,7 @@ class Training:
         choice = self.choose(height, width)
         if choice.part is not None:
             height, width = choice.part[2:]
-        return resized_size(height, width, choice.short, self.long_side)
+        return resized_size(height, width, choice.short, self.long_side, self.multiple)
 
     def _moved(self, part: Part, target: Target, height: int, width: int) -> Part:
         """The part, elsewhere if it would cut objects too small; of all places tried, the one that cuts least."""
@@ -133,12 +134,12 @@ def least_visible(target: Target, part: Part, height: int, width: int) -> float:
     return float(share[left_over > 0].min()) if (left_over > 0).any() else 1.0
 
 
-def resized_size(height: int, width: int, image_size: int, long_side: int) -> tuple[int, int]:
+def resized_size(height: int, width: int, image_size: int, long_side: int, multiple: int = 1) -> tuple[int, int]:
     """(height, width) after `resize`.
 
     The short side becomes `image_size` and the long one keeps the proportions, rounded down. Where that is more than
     `long_side`, the long side becomes `long_side` at most and the short one is rounded to the nearest. No side is
-    under 1.
+    under 1. Then both go to the nearest multiple of `multiple`, at least one of it.
     """
     short, long = min(height, width), max(height, width)
     if long * image_size > long_side * short:
@@ -146,10 +147,14 @@ def resized_size(height: int, width: int, image_size: int, long_side: int) -> tu
         new_long = min(long_side, max(1, new_short * long // short))
     else:
         new_short, new_long = image_size, image_size * long // short
+    if multiple > 1:
+        new_short, new_long = (max(1, (side + multiple // 2) // multiple) * multiple for side in (new_short, new_long))
     return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
-def resize(image: Tensor, image_size: int, long_side: int, canvas: tuple[int, int] | None = None) -> Tensor:
+def resize(
+    image: Tensor, image_size: int, long_side: int, canvas: tuple[int, int] | None = None, multiple: int = 1
+) -> Tensor:
     """A uint8 image (3, H, W) at the size that `resized_size` gives: bilinear, antialiased.
 
     canvas: (height, width), the image fills as much of instead, proportions kept.
@@ -158,7 +163,7 @@ def resize(image: Tensor, image_size: int, long_side: int, canvas: tuple[int, in
 
     height, width = image.shape[-2:]
     if canvas is None:
-        size = resized_size(height, width, image_size, long_side)
+        size = resized_size(height, width, image_size, long_side, multiple)
     else:
         scale = min(canvas[0] / height, canvas[1] / width)
         size = tuple(max(1, min(side, round(old * scale))) for side, old in zip(canvas, (height, width), strict=True))

@@ -92,7 +92,7 @@ def detect(
         split=split,
         data=data_config or DataConfig(),
         categories=model_categories(config) if config.category_ids else None,
-        transform=evaluation(config.image_size, config.long_side, getattr(model, "canvas", None)),
+        transform=evaluation(config.image_size, config.long_side, getattr(model, "canvas", None), config.size_multiple),
     )
     return detect_dataset(model, dataset, batch_size, workers, limit, progress)
 

@@ -152,7 +152,8 @@ def trace(
     pixels = read_image(image)
     size = (pixels.shape[1], pixels.shape[2])
     nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, size)
-    batch, _ = collate([(resize(pixels, config.image_size, config.long_side), nothing)])
+    resized = resize(pixels, config.image_size, config.long_side, multiple=config.size_multiple)
+    batch, _ = collate([(resized, nothing)])
     if canvas is not None:
         below, beside = canvas[0] - batch.pixels.shape[2], canvas[1] - batch.pixels.shape[3]
         batch = type(batch)(

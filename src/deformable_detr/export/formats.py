@@ -183,7 +183,7 @@ class TorchRuntime:
 
 METADATA_KEYS = (
     "format", "version", "model", "class_names", "category_ids", "pixel_mean", "pixel_std", "image_size", "short_side",
-    "long_side", "precision", "sampling", "post_processing",
+    "long_side", "size_multiple", "precision", "sampling", "post_processing",
 )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Described(NamedTuple):
             "image_size": self.image_size,
             "short_side": config.image_size,
             "long_side": config.long_side,
+            "size_multiple": config.size_multiple,
             "precision": self.precision,
             "sampling": self.sampling,
             "post_processing": self.post_processing,

@@ -121,7 +121,7 @@ def _read_ahead(model: nn.Module, sources: Iterator[Any], batch_size: int) -> It
             image = read_image(source)
         except UserError as error:
             return _Read(source, (0, 0), error)
-        resized = resize(image, config.image_size, config.long_side, canvas)
+        resized = resize(image, config.image_size, config.long_side, canvas, config.size_multiple)
         return _Read(source, (image.shape[1], image.shape[2]), resized)
 
     threads = min(8, max(1, (os.cpu_count() or 1) // 2))

@@ -141,7 +141,8 @@ class Engine:
 
     async def _read(self, upload: Upload, top_k: int) -> _Image:
         def resized(pixels: Tensor) -> _Image:
-            small = resize(pixels, self.config.image_size, self.config.long_side, self._canvas)
+            config = self.config
+            small = resize(pixels, config.image_size, config.long_side, self._canvas, config.size_multiple)
             return _Image(small, (pixels.shape[1], pixels.shape[2]), top_k)
 
         return await self._pixels(upload, resized)

@@ -70,17 +70,19 @@ def _train_in(
     from ..data.coco import open_dataset, refuse_same_file
     from ..data.transforms import evaluation, training
 
-    size = config.model.image_size, config.model.long_side
+    size, multiple = (config.model.image_size, config.model.long_side), config.model.size_multiple
     if not resume:  # a run that goes on had its set checked; that it is the same one is seen below
         for line in world.on_first(lambda: list(check_for_training(data, config.data, *size))):
             log.warning(line)
     split = config.data.train_split, config.data.val_split
     with world.together():
-        train_set = open_dataset(data, split[0], config.data, transform=training(*size, config.data))
+        train_set = open_dataset(data, split[0], config.data, transform=training(*size, config.data, multiple))
         if not len(train_set):
             raise UserError(f"the training set at {data} has no images")
         known = train_set.categories
-        validation = open_dataset(data, split[1], config.data, categories=known, transform=evaluation(*size))
+        validation = open_dataset(
+            data, split[1], config.data, categories=known, transform=evaluation(*size, multiple=multiple)
+        )
         refuse_same_file(train_set, validation)
         config = _with_classes(config, train_set)
     restored = world.on_first(lambda: folder.restore(config, fingerprint(train_set)) if resume else None)
@@ -341,17 +343,13 @@ class Trainer:
 
     def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Goes back to where a checkpoint was saved, by any number of processes."""
-        if self.stepper.sharded != ("parts" in state):
-            kind, now = ("fsdp", "ddp") if "parts" in state else ("ddp", "fsdp")
-            raise UserError(
-                f"cannot resume {self.folder.path}: its checkpoint is of train.parallel {kind}"
-                + ("" if self.world.size > 1 else " and several processes (torchrun)")
-                + f", this would be {now}"
-            )
+        with self.world.together():
+            self._refuse_other_kind("parts" in state)
         if self.stepper.sharded:
             self.world.on_first(self._tidy)
             tensors = load_parts(self._parts / state["parts"], self.stepper.blank_tensors(), self.world)
-        self.stepper.load(tensors)
+        with self.world.together():
+            self.stepper.load(tensors)
         self.counters = done = Counters(**state["counters"])
         # With another batch size, as much of the epoch is done as before.
         done.batch = done.batch * self.batches // state["batches"]
@@ -367,6 +365,16 @@ class Trainer:
             restore_random_state(others[self.world.rank - 1])
         else:
             _seed(self.config.train.seed, self.world.rank, done.step)
+
+    def _refuse_other_kind(self, sharded: bool) -> None:
+        """`UserError` where the checkpoint is of a divided model and this one is not, or the other way round."""
+        if sharded != self.stepper.sharded:
+            kind, now = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
+            needed = " and several processes (torchrun)" if sharded and self.world.size == 1 else ""
+            raise UserError(
+                f"cannot resume {self.folder.path}: its checkpoint is of train.parallel {kind}{needed}, "
+                f"this would be {now}"
+            )
 
     def _interrupt(self) -> None:
         self.save()
