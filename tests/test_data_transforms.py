@@ -103,6 +103,30 @@ def test_resized_size(size, expected):
     assert transforms.resize(image, 800, 1333).shape == (3, *expected)
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((336, 448), (256, 352)), ((448, 252), (416, 256)), ((100, 9000), (32, 416)), ((3, 3), (256, 256))],
+)
+def test_sides_of_whole_multiples(size, expected):
+    assert transforms.resized_size(*size, 256, 427, multiple=32) == expected
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    assert transforms.resize(image, 256, 427, multiple=32).shape == (3, *expected)
+    target = scene(100, 160)[1]
+    assert transforms.evaluation(256, 427, multiple=32)(image, target)[0].shape == (3, *expected)
+    assert transforms.evaluation(256, 427)(image, target)[0].shape != (3, *expected) or size == (3, 3)
+
+
+def test_training_sides_of_whole_multiples():
+    transform = transforms.training(200, 333, DataConfig(), multiple=32)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, _ = transform(*scene(*SIZES[seed % len(SIZES)]))
+        assert image.shape[1] % 32 == 0
+        assert image.shape[2] % 32 == 0
+        torch.manual_seed(seed)
+        assert transform.final_size(*SIZES[seed % len(SIZES)]) == tuple(image.shape[1:])
+
+
 def test_resize_is_antialiased():
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::4] = 255  # a quarter of the columns

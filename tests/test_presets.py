@@ -1,8 +1,9 @@
 """The variants: what they are made of, and the paper's sizes."""
 
+import numpy as np
 import pytest
 
-from deformable_detr import DeformableDETR, UserError, presets
+from deformable_detr import DeformableDETR, UserError, explain, presets
 
 # Millions of parameters, published (the official repository's table, 91 class slots).
 PUBLISHED = {"single-scale": 34, "single-scale-dc5": 34, "multi-scale": 40, "refine": 41, "two-stage": 41}
@@ -41,3 +42,14 @@ def test_an_unknown_setting_or_preset_is_named():
         presets.small(num_quries=3)
     with pytest.raises(UserError, match=r"unknown preset 'large'; choose from .*two-stage"):
         presets.config("large")
+
+
+@pytest.mark.parametrize("name", ["small", "small-portable"])
+def test_small_presets_read_sides_that_strides_divide(name):
+    model = DeformableDETR(presets.MODELS[name](backbone_weights="none", image_size=64, num_queries=10)).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    image = np.zeros((75, 130, 3), dtype=np.uint8)
+    model.predict(image)
+    explain(model, image, threshold=0.0)
+    assert seen == [(64, 96)] * 2, "64 × 110 without it"
