@@ -85,8 +85,10 @@ def locate(source: str | os.PathLike[str]) -> Path:
         if len(checkpoints) == 1:
             return checkpoints[0]
         if ((path / "config.yaml").is_file() and (path / "checkpoints").is_dir()) or (path / "metrics.jsonl").is_file():
-            raise UserError(f"model {path}: this run has none yet, it ended before its first evaluation; "
-                            "go on with it: train --resume")
+            raise UserError(
+                f"model {path}: this run has none yet, it ended before its first evaluation; "
+                "go on with it: train --resume"
+            )
         raise UserError(f"model {path}: no config.json there" + (", and several .pth" if checkpoints else ""))
     if path.is_file():
         if path.suffix in (".safetensors", ".bin", ".json") and (path.parent / "config.json").is_file():
