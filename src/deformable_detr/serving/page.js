@@ -85,10 +85,11 @@ async function meet() {
   say("");
 }
 
-/** The file itself, or where the server would not take it a JPEG of it. */
+/** The file's content, or where the server would not take it a JPEG of it. */
 async function ready(file) {
   const { formats, limits } = state.facts;
-  if (formats.includes(file.type) && file.size <= limits.body_bytes) return file;
+  // Its bytes as they are now: a file that is written to later cannot be sent a second time.
+  if (formats.includes(file.type) && file.size <= limits.body_bytes) return new Blob([await file.arrayBuffer()], { type: file.type });
   const bitmap = await createImageBitmap(file);
   const scale = Math.min(1, Math.sqrt(12e6 / (bitmap.width * bitmap.height)));
   const canvas = document.createElement("canvas");
