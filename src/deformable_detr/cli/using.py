@@ -94,7 +94,7 @@ def predict(
     if not sources and camera is None:
         raise UserError("nothing to look at: give IMAGES, videos or folders of them, or a camera by --camera")
     files = find_sources(sources or [])
-    detector = load_detector(model, device)
+    detector = load_detector(model, device, "fp32")
     if predict_files(detector, files, out, threshold, json, print, complain, camera, batch_size):
         sys.exit(2)
 
