@@ -76,8 +76,8 @@ def not_convertible(config: ModelConfig) -> str | None:
     """One line for whoever is about to train a network that transformers has no place for; none for the others."""
     try:
         repository.check_parts(config)
-    except UserError as error:
-        return f"note: {error}"
+    except UserError:
+        return "note: transformers has no place for this network; --preset small-portable can be converted to it"
     return None
 
 
