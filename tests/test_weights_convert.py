@@ -243,8 +243,7 @@ def test_whoever_trains_a_network_that_cannot_go_there_is_told(tmp_path):
     said = not_convertible(presets.small())
     assert said is not None
     assert "\n" not in said
-    for part in ("class_proposals", "query_content: memory", "box_positions", "--preset small-portable"):
-        assert part in said
+    assert "--preset small-portable" in said
 
 
 def test_conversion_writes_over_nothing(tmp_path):
