@@ -45,17 +45,22 @@ def pack_model(source: str) -> tuple[dict[str, bytes], str]:
     if a training run writes better ones there meanwhile. Raises UserError.
     """
     from ...export.runtime import is_exported
+    from ...weights.files import read_json
+    from ...weights.folder import CONFIG, FORMAT, WEIGHTS
     from ..loading import load_detector
 
     detector = load_detector(source, "cpu")
+    path = Path(source)
     if is_exported(source):
-        path = Path(source)
         files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
         packed = {f"model{file.suffix}": file.read_bytes() for file in files}
+    elif (path / CONFIG).is_file() and read_json(path / CONFIG).get("format") == FORMAT:
+        # As they are: written anew they would be another model as soon as a release has another setting.
+        packed = {name: (path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     else:
         with tempfile.TemporaryDirectory() as folder:
             detector.save_pretrained(folder)
-            packed = {name: (Path(folder) / name).read_bytes() for name in ("config.json", "model.safetensors")}
+            packed = {name: (Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     whole = hashlib.sha256()
     for name, data in sorted(packed.items()):
         whole.update(f"{name}\0{len(data)}\0".encode())
