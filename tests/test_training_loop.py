@@ -41,6 +41,7 @@ def test_a_run_folder_holds_everything(finished):
     out, metrics = finished
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "config.json", "model.safetensors", "README.md", "metrics.jsonl", "tensorboard", "checkpoints",
+        "gallery", "training.html",
     }  # fmt: skip
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"last", "best"}
     assert (metrics["epoch"], metrics["step"], metrics["images_seen"]) == (2, 4, 16)

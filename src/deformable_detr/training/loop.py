@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ..config import Config
@@ -22,6 +18,7 @@ from ..distributed.evaluation import evaluate_together
 from ..distributed.launch import restarted
 from ..distributed.world import World
 from ..errors import UserError
+from .beginning import build, held, same_batch, seed_all, with_classes
 from .checkpoint import generations, load_state, random_state, restore_random_state, update_state
 from .failures import said_plainly
 from .optimiser import effective_batch, scaled_lr
@@ -59,7 +56,7 @@ def train_model(
     folder = RunFolder(out)
     with World(config.train.device) as world:
         resume = world.on_first(lambda: resume or (restarted() and (folder.path / CONFIG).is_file()))
-        with _held(folder, resume, world), said_plainly(folder, config):
+        with held(folder, resume, world), said_plainly(folder, config):
             return _train_in(folder, data, config, resume, world)
 
 
@@ -84,18 +81,18 @@ def _train_in(
             data, split[1], config.data, categories=known, transform=evaluation(*size, multiple=multiple)
         )
         refuse_same_file(train_set, validation)
-        config = _with_classes(config, train_set)
+        config = with_classes(config, train_set)
     restored = world.on_first(lambda: folder.restore(config, fingerprint(train_set)) if resume else None)
     if restored is not None:
-        config = _same_batch(config, restored[1], world)
+        config = same_batch(config, restored[1], world)
 
-    _seed(config.train.seed)
-    model = world.one_by_one(lambda: _build(config, restored is not None)).to(world.device)
+    seed_all(config.train.seed)
+    model = world.one_by_one(lambda: build(config, restored is not None)).to(world.device)
     trainer = Trainer(config, model, train_set, validation, folder, Path(data).resolve().name, world)
     if restored is not None:
         trainer.restore(*restored)
     elif not world.first:
-        _seed(config.train.seed, world.rank)  # for dropout; what all must draw alike has seeds of its own
+        seed_all(config.train.seed, world.rank)  # for dropout; what all must draw alike has seeds of its own
     world.on_first(lambda: folder.write_config(trainer.config))
     return trainer.run("no checkpoint yet in this run: it starts anew" if resume and restored is None else None)
 
@@ -364,7 +361,7 @@ class Trainer:
         elif len(others) == self.world.size - 1:
             restore_random_state(others[self.world.rank - 1])
         else:
-            _seed(self.config.train.seed, self.world.rank, done.step)
+            seed_all(self.config.train.seed, self.world.rank, done.step)
 
     def _refuse_other_kind(self, sharded: bool) -> None:
         """`UserError` where the checkpoint is of a divided model and this one is not, or the other way round."""
@@ -385,51 +382,3 @@ class Trainer:
     def _say_interrupted(self) -> None:
         step, place = self.counters.step, self.folder.last
         self.report.say(f"interrupted at step {step}; saved in {place}: go on with --resume")
-
-
-@contextmanager
-def _held(folder: RunFolder, resume: bool, world: World) -> Iterator[None]:
-    """The run folder is the first process's."""
-    with ExitStack() as stack:
-        with world.together():
-            if world.first:
-                stack.enter_context(folder.held(resume))
-        yield
-
-
-def _same_batch(config: Config, state: Mapping[str, Any], world: World) -> Config:
-    """A run of one process that goes on in several keeps its batch, where nobody said another."""
-    if world.size == 1 or config.train.effective_batch is not None or "effective_batch" not in state:
-        return config
-    batch = {"effective_batch": state["effective_batch"], "lr_batch": config.train.lr_batch or config.train.batch_size}
-    return config.merged({"train": batch})
-
-
-def _with_classes(config: Config, dataset: CocoDataset) -> Config:
-    categories = dataset.categories
-    classes = {
-        "num_classes": len(categories),
-        "class_names": tuple(category.name for category in categories),
-        "category_ids": tuple(category.id for category in categories),
-    }
-    return config.merged({"model": classes}, "the training set")
-
-
-def _build(config: Config, restored: bool) -> DeformableDETR:
-    from ..model.detector import DeformableDETR
-    from ..weights.convert import not_convertible
-    from ..weights.transfer import begin
-
-    if not restored and (note := not_convertible(config.model)):
-        log.warning(note)
-    if config.train.weights and not restored:
-        return begin(config.model, config.train.weights)
-    return DeformableDETR(config.model.without_download() if restored else config.model)
-
-
-def _seed(*numbers: int) -> None:
-    """Starts all generators; one number as it is, several mixed."""
-    seed = numbers[0] if len(numbers) == 1 else int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
