@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..model.detector import DeformableDETR
 from ..structures import Detections
 from ..weights.folder import replace_file
-from .predictor import folder_images
+from .predictor import folder_images, predict_each
 from .video import VIDEO_SUFFIXES, is_video, load_av, predict_video
 
 
@@ -69,6 +69,7 @@ def predict_files(
         prepare_file(json_file, "--json")
     records: list[dict[str, Any]] = []
     failures = 0
+    images = predict_each(model, (source for source in every if source not in videos), threshold)  # reads ahead
     for source in every:
         try:
             if source in videos:
@@ -82,7 +83,9 @@ def predict_files(
                     records.append({"video": str(source), "frames": done.frames, **written})
                     report(f"{source}: {done.frames} frames, {_counts(done.found)}; {video}, {lines.name}")
                 continue
-            detections = model.predict(source, threshold=threshold)
+            detections = next(images)
+            if isinstance(detections, UserError):
+                raise detections
             if out is not None:
                 detections.save(outputs[source])
         except UserError as error:
