@@ -129,6 +129,35 @@ def test_predicts_as_the_folder_does(model, file, tmp_path):
         assert one["box"] == pytest.approx(other["box"], abs=0.05)
 
 
+def test_is_evaluated_as_the_folder_is(model, file, tmp_path):
+    """On a set whose truth is what the model finds best, so that AP says something."""
+    from data_sets import coco_set, picture
+    from deformable_detr.cli import main
+
+    model.save_pretrained(tmp_path / "model")
+    root = coco_set(tmp_path / "set")
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": n} for i, n in zip(IDS, NAMES, strict=True)],
+    }
+    for number in range(1, 4):
+        path = picture(root / "valid" / f"{number}.png", (100 + 20 * number, 90))
+        content["images"].append({"id": number, "file_name": path.name, "width": 100 + 20 * number, "height": 90})
+        for found in model.predict(path, threshold=0, top_k=4).to_coco(number):
+            area = found["bbox"][2] * found["bbox"][3]
+            content["annotations"].append({**found, "id": len(content["annotations"]) + 1, "area": area, "iscrowd": 0})
+    (root / "valid" / "_annotations.coco.json").write_text(json.dumps(content))
+    figures = []
+    for source in (tmp_path / "model", file):
+        main(["evaluate", str(source), str(root), "--device", "cpu", "--workers", "0", "--batch-size", "2",
+              "--json", str(tmp_path / "figures.json")])  # fmt: skip
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    assert figures[0]["AP"] > 0.1
+    for key in ("AP", "AP50", "AR100"):
+        assert figures[1][key] == pytest.approx(figures[0][key], abs=0.01)
+
+
 def test_tampered_export_is_refused(model, tmp_path, monkeypatch):
     """One weight changed a little between tracing and writing: nothing is written, and what was there stays."""
     path = tmp_path / "model.pt2"
