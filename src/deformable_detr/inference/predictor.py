@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -56,8 +56,8 @@ def predict_iter(
     return _good(predict_each(model, sources, threshold, top_k, batch_size))
 
 
-def _good(every: Iterator[Detections | UserError]) -> Iterator[Detections]:
-    with closing(every):  # type: ignore[type-var]  # a generator
+def _good(every: Generator[Detections | UserError, None, None]) -> Iterator[Detections]:
+    with closing(every):
         for found in every:
             if isinstance(found, UserError):
                 raise found
@@ -66,7 +66,7 @@ def _good(every: Iterator[Detections | UserError]) -> Iterator[Detections]:
 
 def predict_each(
     model: nn.Module, sources: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
-) -> Iterator[Detections | UserError]:
+) -> Generator[Detections | UserError, None, None]:
     """`predict_iter` that goes on after an image that cannot be read: it yields what was wrong in its place."""
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is not in 0..1")
@@ -87,7 +87,7 @@ class _Read(NamedTuple):
 
 def _predictions(
     model: nn.Module, sources: Iterator[Any], threshold: float, top_k: int, batch_size: int
-) -> Iterator[Detections | UserError]:
+) -> Generator[Detections | UserError, None, None]:
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     categories = model_categories(config)
     ids = torch.tensor([category.id for category in categories])
@@ -108,7 +108,7 @@ def _predictions(
             del batch, good
 
 
-def _read_ahead(model: nn.Module, sources: Iterator[Any], batch_size: int) -> Iterator[_Read]:
+def _read_ahead(model: nn.Module, sources: Iterator[Any], batch_size: int) -> Generator[_Read, None, None]:
     """The images in order. Files are read by threads, at most `ahead` of them before they are wanted.
 
     What is in memory already is not taken before it is wanted: it may be a camera's picture, or large.

@@ -110,7 +110,7 @@ def _fuse(module: fx.GraphModule, dtype: torch.dtype, packed: bool) -> None:
         user, activation = activation_after(last)
         last = user or last
         modules[str(node.target)] = made = Convolution(convolution, activation, dtype, packed)
-        if len(arguments) == 2:  # nobody reads the other map later, and it is no view of another
+        if other is not None and len(arguments) == 2:  # nobody reads the other map later, and it is no view of another
             before = all(order[reader] < order[added] for reader in other.users if reader is not added)
             made.in_place = before and isinstance(called(other), Convolution | nn.MaxPool2d)
         module.set_submodule(str(node.target), made)
@@ -130,5 +130,5 @@ def _fuse(module: fx.GraphModule, dtype: torch.dtype, packed: bool) -> None:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    found = node.meta.get("tensor_meta")
-    return tuple(found.shape) if hasattr(found, "shape") else None
+    shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+    return None if shape is None else tuple(shape)

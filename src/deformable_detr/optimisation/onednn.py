@@ -167,7 +167,8 @@ class Convolution(nn.Module):
                 return call(other, x, self.weight, self.bias, *shape, "add", 1.0, *unary)
             other = other.contiguous(memory_format=torch.channels_last)
             return call(x, other, self.weight, self.bias, *shape, "add", 1.0, *unary)
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        padding: Any = self.padding  # a list of integers, or "same"
+        y = F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         if other is not None:
             y = y + other
         return y if self.activation is None else self.activation.module(y)

@@ -249,7 +249,8 @@ class FastDecoderLayer(nn.Module):
         """queries, position: (B, Q, C). references: (B, Q, L, 2 or 4). values: (B, S, M, D)."""
         x = self.norm1(queries) if self.pre_norm else queries
         query, key = self.query_key(x + position).chunk(2, dim=-1)
-        spoken = F.scaled_dot_product_attention(*map(self._by_head, (query, key, self.value(x))))
+        query, key, value = map(self._by_head, (query, key, self.value(x)))
+        spoken = F.scaled_dot_product_attention(query, key, value)
         queries = self.spoken(spoken.transpose(1, 2).flatten(2), queries)
         queries = queries if self.pre_norm else self.norm1(queries)
 
