@@ -209,8 +209,13 @@ def test_progress(monkeypatch):
 def ray_here():
     """One cluster of this machine for the tests that need no process of their own."""
     pytest.importorskip("ray")
+    from ray import cloudpickle
+
+    here = sys.modules[__name__]  # workers have no way to it
     with runs._cluster(Pool(), 2**20):
+        cloudpickle.register_pickle_by_value(here)
         yield
+        cloudpickle.unregister_pickle_by_value(here)
 
 
 @pytest.mark.slow
@@ -223,8 +228,8 @@ def test_every_kind_of_source_on_ray(model, tmp_path, ray_here):
     found = {}
     for kind, source in sources.items():
         pool = Pool(concurrency=2, num_cpus=0.5)
-        assert predict(model, source, tmp_path / kind, pool=pool) == Counts(len(FILES), len(BAD))
-        found[kind] = rows(tmp_path / kind).values()
+        assert predict(model, source, tmp_path / "out" / kind, batch_size=1, pool=pool) == Counts(len(FILES), len(BAD))
+        found[kind] = rows(tmp_path / "out" / kind).values()
     values = ("width", "height", "boxes", "scores", "labels", "category_ids", "names")
     for images, parquet, tar in zip(found["images"], found["parquet"], found["tar"], strict=True):
         assert [images[key] for key in values] == [parquet[key] for key in values] == [tar[key] for key in values]
