@@ -43,6 +43,13 @@ ABLATION: dict[str, dict[str, Any]] = {
     "without-cosine": {"lr_schedule": "step", "warmup_steps": 0},
     "with-paper-lr": {"lr": 2e-4, "backbone_lr_factor": 0.1, "sampling_lr_factor": 0.1, "clip_norm": 0.1},
     "with-mosaic": {"mosaic": 0.5},
+    "with-colour": {"colour": 0.5},
+    "with-bucketing": {"bucketing": True},
+    "with-whole-crops": {"crop_visible": 0.3},
+    "with-one-to-many": {"encoder_matches": 6},
+    "with-higher-lr": {"lr": 1e-3},
+    "with-faster-backbone": {"backbone_lr_factor": 0.5},
+    "with-weight-decay": {"weight_decay": 1e-2},
 }
 OURS = ("default", "paper", *ABLATION)
 METHODS = (*OURS, "transformers", "transformers-refine", "transformers-two-stage")

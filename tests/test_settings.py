@@ -74,4 +74,4 @@ def test_epochs_or_minutes_alone_end_the_run(file):
     assert (minutes.epochs, minutes.minutes) == (None, 2.0)
     epochs = resolve(overrides=["train.minutes=5"], options={"train.epochs": 3}).train
     assert (epochs.epochs, epochs.minutes) == (3, None)
-    assert resolve(overrides=["train.minutes=5"]).train.epochs == 30
+    assert resolve(overrides=["train.minutes=5"]).train.epochs == "auto"

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from .errors import UserError
 
@@ -183,6 +184,9 @@ class DataConfig(_Section):
     crop_visible: Fraction = Field(
         default=0.0, description="a crop is drawn again where it would leave less than this part of an object's area"
     )
+    colour: Fraction = Field(
+        default=0.0, description="chance of another brightness, contrast and saturation in training (SSD)"
+    )
     mosaic: Fraction = Field(default=0.0, description="chance that three more images share the picture (YOLOv4)")
     mosaic_until: Fraction = Field(default=0.8, description="part of the training after which there is no mosaic")
     bucketing: bool = Field(
@@ -206,7 +210,10 @@ class TrainConfig(_Section):
     weights: str | None = Field(
         default=None, description="model to start from: a folder, a hub id or an official checkpoint; none: no model"
     )
-    epochs: Positive | None = Field(default=50, description="stop after so many epochs; none: as minutes say")
+    epochs: Positive | Literal["auto"] | None = Field(
+        default=50,
+        description="stop after so many epochs; auto: by the number of training images; none: as minutes say",
+    )
     minutes: PositiveFloat | None = Field(
         default=None, description="stop after so many minutes of training, evaluation and saving not counted"
     )
@@ -234,7 +241,9 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = Field(default="auto", description="auto: cuda where there is one, then mps, else cpu")
     seed: NonNegative = 0
-    eval_every: Positive = Field(default=1, description="epochs between evaluations")
+    eval_every: Positive | Literal["auto"] = Field(
+        default=1, description="epochs between evaluations; auto: 1, more for small sets"
+    )
     patience: Positive | None = Field(default=None, description="stop after so many evaluations without a better AP")
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="under torchrun: every process has the whole model, or a part of it (FSDP2)"
@@ -336,18 +345,28 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 def _explain(section: type[BaseModel], error: ValidationError, where: str) -> str:
     """One line for the first problem: the key with its path, what is wrong, and what would be right."""
-    problem = error.errors(include_url=False)[0]
-    path = [str(part) for part in problem["loc"]]
+    problems: dict[tuple[str, ...], list[ErrorDetails]] = {}  # where a value may be of two kinds, it failed for both
+    for one in error.errors(include_url=False):
+        problems.setdefault(_known_path(section, one["loc"], one["type"]), []).append(one)
+    path, (problem, *others) = next(iter(problems.items()))
     key = ".".join(path) or section.__name__
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
         known = _fields_at(section, path[:-1])
         close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
         return f"{where}: unknown key '{key}'; {hint}{more}"
     message = problem["msg"].removeprefix("Value error, ")
+    message += "".join(f" or {other['msg'].removeprefix('Input should be ')}" for other in others)
     value = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
     return f"{where}: {key}: {message[0].lower()}{message[1:]}{value}{more}"
+
+
+def _known_path(section: type[BaseModel], place: Sequence[str | int], kind: str) -> tuple[str, ...]:
+    """Where a problem is, without the kinds of value that pydantic puts at the end."""
+    path = tuple(map(str, place))
+    end = next((end for end, part in enumerate(path) if part not in _fields_at(section, path[:end])), len(path))
+    return path[: end + 1] if kind == "extra_forbidden" else path[:end]
 
 
 def _fields_at(section: type[BaseModel], path: Sequence[str]) -> list[str]:

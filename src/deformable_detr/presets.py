@@ -79,7 +79,8 @@ def config(name: str) -> Config:
     model = MODELS[name]()
     if name in ("small", "small-portable"):
         train = TrainConfig(
-            epochs=30,
+            epochs="auto",
+            eval_every="auto",
             lr=5e-4,
             backbone_lr_factor=0.2,
             lr_schedule="cosine",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from .beginning import build, held, same_batch, seed_all, with_classes
 from .checkpoint import generations, load_state, random_state, restore_random_state, update_state
 from .failures import said_plainly
 from .optimiser import effective_batch, scaled_lr
+from .recipe import for_size
 from .report import Counters, Report
 from .run_folder import CONFIG, RunFolder, fingerprint
 from .step import Stepper
@@ -81,7 +82,7 @@ def _train_in(
             data, split[1], config.data, categories=known, transform=evaluation(*size, multiple=multiple)
         )
         refuse_same_file(train_set, validation)
-        config = with_classes(config, train_set)
+        config, note = for_size(with_classes(config, train_set), len(train_set))
     restored = world.on_first(lambda: folder.restore(config, fingerprint(train_set)) if resume else None)
     if restored is not None:
         config = same_batch(config, restored[1], world)
@@ -94,7 +95,7 @@ def _train_in(
     elif not world.first:
         seed_all(config.train.seed, world.rank)  # for dropout; what all must draw alike has seeds of its own
     world.on_first(lambda: folder.write_config(trainer.config))
-    return trainer.run("no checkpoint yet in this run: it starts anew" if resume and restored is None else None)
+    return trainer.run("no checkpoint yet in this run: it starts anew" if resume and restored is None else note)
 
 
 class Trainer:
@@ -122,6 +123,8 @@ class Trainer:
             batch = {"effective_batch": self.effective, "lr_batch": config.train.lr_batch or config.train.batch_size}
             config = config.merged({"train": batch})
         self.config, train = config, config.train
+        # `for_size` left no "auto".
+        self.epochs, self.eval_every = cast("int | None", train.epochs), cast("int", train.eval_every)
         self.data_fingerprint = fingerprint(train_set)
         shown = Mosaics(train_set, config.data.mosaic) if config.data.mosaic else train_set
         self.loader = loader(
@@ -141,7 +144,7 @@ class Trainer:
     def progress(self) -> float:
         """0..1, part of the run that is done, by epochs or minutes, whichever ends first."""
         train, done = self.config.train, self.counters
-        epochs = (done.epoch + done.batch / self.batches) / train.epochs if train.epochs else 0.0
+        epochs = (done.epoch + done.batch / self.batches) / self.epochs if self.epochs else 0.0
         minutes = done.seconds / (60 * train.minutes) if train.minutes else 0.0
         return min(1.0, max(epochs, minutes))
 
@@ -185,7 +188,7 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         """At the end of the run and of every `eval_every`-th epoch; also for a run that was killed before it."""
         done = self.counters
-        whole = done.step > 0 and done.batch == 0 and done.epoch % self.config.train.eval_every == 0
+        whole = done.step > 0 and done.batch == 0 and done.epoch % self.eval_every == 0
         return (self.progress >= 1 or whole) and done.evaluated_step != done.step
 
     def _summary(self) -> dict[str, Any]:
