@@ -1,5 +1,6 @@
 """Report and training page in a real browser: sorting, choosing, hovering; nothing sticks out, nothing complains."""
 
+import itertools
 import json
 
 import pytest
@@ -72,6 +73,19 @@ def test_nothing_sticks_out(browse, pages, name, width, dark):
         return t.left < s.left - 1 || t.right > s.right + 1 || t.top < s.top - 1 || t.bottom > s.bottom + 1;
     }).map(text => text.textContent)"""
     assert driver.execute_script(outside) == []
+    labels = """return [...document.querySelectorAll('#gallery svg')].map(picture => [
+        ...picture.querySelectorAll('.label')].map(label => {
+            const [p, r, t] = [picture, ...label.children].map(e => e.getBoundingClientRect());
+            return [r.left - p.left, r.top - p.top, r.right - p.left, r.bottom - p.top, p.width, p.height, t.right - r.right];
+        }))"""
+    pictures = driver.execute_script(labels)
+    assert any(len(placed) > 2 for placed in pictures) or name == "run"
+    for placed in pictures:
+        for left, top, right, bottom, picture_width, picture_height, beyond in placed:
+            assert min(left, top, picture_width - right, picture_height - bottom) > -0.5
+            assert beyond < 0.5  # the text ends on its ground
+        for a, b in itertools.combinations(placed, 2):
+            assert min(a[2], b[2]) - max(a[0], b[0]) < 0.5 or min(a[3], b[3]) - max(a[1], b[1]) < 0.5
     assert driver.get_log("browser") == []
 
 
@@ -95,6 +109,7 @@ def test_report_is_used(browse, pages):
     assert column(3) == sorted(f"{row['AP']:.3f}" for row in shown["classes"])
     find("id", "find").send_keys("straß")
     assert column(1) == [LONG]
+    assert find("id", "find-count").text == "1 of 14 classes"
 
     Select(find("id", "curve-class")).select_by_index(3)
     chart = find("css selector", "#curve .chart svg, #curve svg[role=img]")
@@ -103,6 +118,17 @@ def test_report_is_used(browse, pages):
     recall = float(readout.split(":")[0].split()[-1])
     precision = shown["curves"][3]["50"][round(recall * 100)] / 1000
     assert f"IoU 0.50 {precision:.3g}" in readout
+
+    # A small box inside a large one can be pointed at, and then says what it is.
+    script = """const boxes = [...document.querySelectorAll('#gallery figure:nth-child(2) svg .box:not([pointer-events])')];
+        return boxes.reduce((a, b) => a.getAttribute('width') * a.getAttribute('height') <
+            b.getAttribute('width') * b.getAttribute('height') ? a : b)"""
+    smallest = driver.execute_script(script)
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", smallest)
+    ActionChains(driver).move_to_element(smallest).perform()
+    hovered = driver.execute_script("return arguments[0].ownerSVGElement.lastElementChild.textContent", smallest)
+    title = smallest.find_element("css selector", "title").get_attribute("textContent")
+    assert hovered.split()[:-1] == title.removesuffix(", wrong").split()[:-1]
 
     matrix = shown["confusion"]["matrix"]
     cell = find("css selector", "#matrix rect[data-cell='2,2']")

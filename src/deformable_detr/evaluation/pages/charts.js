@@ -13,6 +13,7 @@ const el = (tag, attributes = {}, ...children) => fillElement(document.createEle
 const svg = (tag, attributes = {}, ...children) => fillElement(document.createElementNS(SVG, tag), attributes, children);
 const byId = (id) => document.getElementById(id);
 const colour = (number) => `var(--c${number % 7})`;
+const whole = (value) => value.toLocaleString("en"); // 34,197
 const figure = (value, digits = 3) => (value === null || value === undefined ? "—" : value.toFixed(digits));
 
 function onWidth(host, render) {
@@ -107,46 +108,72 @@ function sortableTable(table, columns, rows) {
     if (p === null || q === null) return (p === null) - (q === null);
     return (typeof p === "string" ? p.localeCompare(q) : p - q) * (down ? -1 : 1);
   };
-  let wanted = () => true;
+  let wanted = () => true, count = rows.length;
   function render() {
     heads.forEach((head, k) => k === by ? head.setAttribute("aria-sort", down ? "descending" : "ascending") : head.removeAttribute("aria-sort"));
     const shown = (by < 0 ? rows : [...rows].sort(order)).filter(wanted);
+    count = shown.length;
     body.replaceChildren(...shown.map((row) => el("tr", {}, ...columns.map((column, k) =>
       el("td", k ? {} : { title: row[0] }, column.text ? column.text(row[k], row) : k && row[k] !== null && typeof row[k] === "number" ? figure(row[k]) : row[k] ?? "—")))));
   }
   table.replaceChildren(el("thead", {}, el("tr", {}, ...heads)), body);
   render();
-  return { filter: (test) => { wanted = test; render(); } };
+  return { filter: (test) => { wanted = test; render(); return count; } };
 }
 
-// A picture with boxes: [{x, y, w, h, colour, dash, label, title}]; labels where there are few and they are not
-// quiet, or of the one pointed at.
-function boxedPicture(picture, boxes, most = 14) {
-  const { width, height } = picture;
+// The text, or as many of its letters as `room` pixels hold in the font, and "…".
+const FONT = "12px system-ui, sans-serif";
+const ruler = document.createElement("canvas").getContext("2d");
+function textWidth(text, font = FONT) {
+  ruler.font = font;
+  return ruler.measureText(text).width;
+}
+function fitted(text, room, font = FONT) {
+  if (textWidth(text, font) <= room) return text;
+  const letters = [...text];
+  while (letters.length && textWidth(letters.join("") + "…", font) > room) letters.pop();
+  return letters.join("") + "…";
+}
+
+// A picture with boxes: [{x, y, w, h, colour, dash, ground, label, score, title, quiet}], the most important last. Labels
+// have the size of text on the screen; one that has no room beside the others shows while its box is pointed at.
+function boxedPicture(picture, boxes) {
+  const { width, height } = picture, area = (box) => box.w * box.h, BOLD = `600 ${FONT}`, LINE = 16, PAD = 4;
   const view = svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMidYMid meet" });
   if (picture.picture) view.append(svg("image", { href: picture.picture, width, height }));
   else view.append(svg("rect", { width, height, fill: "var(--soft)" }));
-  const size = Math.max(width, height * 0.8) / 30;
-  const label = (box) => {
-    const length = Math.min(width, (box.label.length * 0.58 + 0.6) * size);
-    const x = Math.min(Math.max(0, box.x), Math.max(0, width - length));
-    const y = box.y - size * 1.2 >= 0 ? box.y - size * 1.2 : Math.min(box.y, height - size * 1.2);
-    const text = svg("text", { x: x + size * 0.3, y: y + size * 0.92, "font-size": size, style: "fill:#fff;font-weight:600" }, box.label);
-    if ((box.label.length * 0.58 + 0.6) * size > width) { text.setAttribute("textLength", length - size * 0.6); text.setAttribute("lengthAdjust", "spacingAndGlyphs"); }
-    return svg("g", { "pointer-events": "none" }, svg("rect", { x, y, width: length, height: size * 1.2, fill: box.ground, "fill-opacity": 0.88 }), text);
-  };
-  for (const box of boxes) {
-    const place = { x: box.x, y: box.y, width: Math.max(box.w, 0.5), height: Math.max(box.h, 0.5), class: "box" };
-    view.append(svg("rect", { ...place, stroke: "#111", "stroke-width": 3.6, "stroke-opacity": 0.75, "pointer-events": "none" }));
-    view.append(svg("rect", { ...place, stroke: box.colour, "stroke-width": 2, "stroke-dasharray": box.dash }, svg("title", {}, box.title || box.label)));
-  }
   const labels = svg("g"), hovered = svg("g");
-  const named = boxes.filter((box) => !box.quiet);
-  if (named.length <= most) labels.append(...named.map(label));
+  let scale = 1; // picture pixels to a pixel of the screen
+  const label = ([text, box, [x, y, w]]) => svg("g", { class: "label", "pointer-events": "none" },
+    svg("rect", { x: x * scale, y: y * scale, width: w * scale, height: LINE * scale, fill: box.ground, "fill-opacity": 0.88 }),
+    svg("text", { x: (x + PAD) * scale, y: (y + 12) * scale, "font-size": 12 * scale, style: "fill:#fff;font-weight:600" }, text));
+  const place = (box, taken) => {
+    const [right, bottom] = [width / scale, height / scale], [x1, y1, x2, y2] = [box.x, box.y, box.x + box.w, box.y + box.h].map((v) => v / scale);
+    const score = box.score === undefined ? "" : ` ${box.score}`;
+    const text = fitted(box.label, right - 2 * PAD - textWidth(score, BOLD), BOLD) + score, w = Math.min(right, textWidth(text, BOLD) + 2 * PAD);
+    const corners = [y1 - LINE, y1, y2 - LINE, y2].flatMap((y) => [x1, x2 - w].map((x) => [
+      Math.max(0, Math.min(x, right - w)), Math.max(0, Math.min(y, bottom - LINE)), w]));
+    const free = corners.find(([x, y]) => taken.every(([a, b, c]) => x >= a + c || a >= x + w || y >= b + LINE || b >= y + LINE));
+    return [text, box, free];
+  };
+  const redraw = () => {
+    if (!view.clientWidth) return;
+    scale = Math.max(width / view.clientWidth, height / view.clientHeight);
+    const taken = [], placed = [];
+    let room = (0.3 * width * height) / scale ** 2; // the picture itself should be seen too
+    for (const box of [...boxes].reverse().filter((one) => !one.quiet)) {
+      const found = place(box, taken), used = found[2] ? LINE * found[2][2] : Infinity;
+      if (used <= room) { room -= used; taken.push(found[2]); placed.push(found); }
+    }
+    labels.replaceChildren(...placed.map(label));
+  };
+  for (const box of [...boxes].sort((a, b) => area(b) - area(a))) { // a small one can be pointed at inside a large one
+    const sides = { x: box.x, y: box.y, width: Math.max(box.w, 0.5), height: Math.max(box.h, 0.5), class: "box" };
+    view.append(svg("rect", { ...sides, stroke: "#111", "stroke-width": 3.6, "stroke-opacity": 0.75, "pointer-events": "none" }));
+    view.append(svg("rect", { ...sides, stroke: box.colour, "stroke-width": 2, "stroke-dasharray": box.dash,
+      onpointerenter: () => hovered.replaceChildren(label(place(box, []))), onpointerleave: () => hovered.replaceChildren() }, svg("title", {}, box.title || box.label)));
+  }
   view.append(labels, hovered);
-  [...view.querySelectorAll("rect.box title")].forEach((title, k) => {
-    title.parentNode.addEventListener("pointerenter", () => hovered.replaceChildren(label(boxes[k])));
-    title.parentNode.addEventListener("pointerleave", () => hovered.replaceChildren());
-  });
+  new ResizeObserver(redraw).observe(view);
   return view;
 }

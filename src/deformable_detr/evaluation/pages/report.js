@@ -20,7 +20,7 @@ function table(host, heads, rows) {
 
 // --- head, figures, speed ---
 {
-  const facts = `${data.images} images of “${data.split}”, ${first.objects} objects of ${names.length} ${names.length === 1 ? "class" : "classes"}`;
+  const facts = `${whole(data.images)} ${data.images === 1 ? "image" : "images"} of “${data.split}”, ${whole(first.objects)} ${first.objects === 1 ? "object" : "objects"} of ${names.length} ${names.length === 1 ? "class" : "classes"}`;
   byId("facts").textContent = second ? `${facts}. A: ${first.name}, B: ${second.name}; differences are B − A.` : `${facts}.`;
   for (const key of ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]) {
     const values = models.map((model) => figure(model.figures[key])).join(" / ");
@@ -45,7 +45,7 @@ function table(host, heads, rows) {
 {
   const best = (row, key) => (row.best ? row.best[key] : null);
   const keys = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"];
-  const plain = [{ name: "Class" }, { name: "Objects", text: (value) => String(value) }];
+  const plain = [{ name: "Class" }, { name: "Objects", text: whole }];
   let columns, rows;
   if (!second) {
     columns = [...plain, ...keys.map((key) => ({ name: title(key) })), { name: "Threshold" }, { name: "F1" }, { name: "Precision" }, { name: "Recall" }];
@@ -63,7 +63,12 @@ function table(host, heads, rows) {
   const shown = sortableTable(byId("classes-table"), columns, rows);
   const find = byId("find");
   find.parentNode.parentNode.hidden = names.length < 12;
-  find.addEventListener("input", () => shown.filter((row) => row[0].toLowerCase().includes(find.value.trim().toLowerCase())));
+  const filter = () => {
+    const count = shown.filter((row) => row[0].toLowerCase().includes(find.value.trim().toLowerCase()));
+    byId("find-count").textContent = `${count} of ${names.length} classes`;
+  };
+  find.addEventListener("input", filter);
+  filter();
 }
 
 // --- precision and recall ---
@@ -93,10 +98,10 @@ function table(host, heads, rows) {
   const largest = Math.max(0.01, ...entries.flatMap((entry) => entry.slice(2).map((one) => one.gain || 0)));
   for (const [name, what, ...values] of entries) {
     const bars = values.map((one, m) => el("div", { class: "bar", style: `width:${(100 * Math.max(0, one.gain || 0)) / largest}%;background:${colour(m)}` }));
-    const texts = values.map((one, m) => el("div", {}, `${second ? label(m) + " " : ""}${gain(one.gain)}${one.count === null ? "" : `, ${one.count}×`}`));
+    const texts = values.map((one, m) => el("div", {}, `${second ? label(m) + " " : ""}${gain(one.gain)}${one.count === null ? "" : `, ${whole(one.count)}×`}`));
     byId("errors-bars").append(el("div", {}, name), el("div", { title: what }, ...bars), el("div", { class: "value" }, ...texts));
   }
-  byId("errors").append(el("p", {}, `Numbers: the gain in AP50 (${models.map((m, k) => `${second ? label(k) + ": " : ""}${figure(m.errors.AP50)} now`).join(", ")}), and how many. Without any false positive it would gain ${models.map((m, k) => `${second ? label(k) + ": " : ""}${gain(m.errors.false_positives)}`).join(", ")}, `
+  byId("errors").append(el("p", { class: "below" }, `Numbers: the gain in AP50 (${models.map((m, k) => `${second ? label(k) + ": " : ""}${figure(m.errors.AP50)} now`).join(", ")}), and how many. Without any false positive it would gain ${models.map((m, k) => `${second ? label(k) + ": " : ""}${gain(m.errors.false_positives)}`).join(", ")}, `
     + `without any missed object ${models.map((m, k) => `${second ? label(k) + ": " : ""}${gain(m.errors.false_negatives)}`).join(", ")}. `
     + Object.values(words).map(([name, what]) => `${name}: ${what}`).join("; ") + "."));
 }
@@ -109,7 +114,7 @@ models.forEach((model, m) => {
   const points = bins.map((bin) => [(bin.low + bin.high) / 2, bin.count ? bin.right : null]);
   const words = (x) => {
     const bin = bins.find((one) => x >= one.low && x <= one.high);
-    return bin ? `score ${bin.low.toFixed(1)} to ${bin.high.toFixed(1)}: ${bin.count} detections, ${(100 * bin.right).toFixed(1)}% right, score ${bin.score.toFixed(3)} on average` : "";
+    return bin ? `score ${bin.low.toFixed(1)} to ${bin.high.toFixed(1)}: ${whole(bin.count)} detections, ${(100 * bin.right).toFixed(1)}% right, score ${bin.score.toFixed(3)} on average` : "";
   };
   lineChart(host, { series: [{ name: "right", colour: "none", points }], x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: 1, label: "share of right ones" }, height: 250, wording: words,
     extra: (chart, px, py) => {
@@ -131,14 +136,13 @@ models.forEach((model, m) => {
   byId("confusion-choice").hidden = !second;
   const called = (k, background) => (k === count - 1 ? background : names[k]);
   let redraw = null;
-  const cut = (text, most) => ([...text].length > most ? [...text].slice(0, most - 1).join("") + "…" : text);
   function render() {
     const { matrix, threshold } = models[+choice.value].confusion;
     byId("confusion-how").textContent = `Rows: what is there; columns: what was found, at ${threshold ? `scores from ${threshold.toFixed(3)} (the best F1)` : "any score"} and IoU 0.5, whatever the class. `
       + "The last row is background, where nothing was to be found; the last column objects that were missed. Colour: share of the row.";
     const totals = matrix.map((row) => row.reduce((sum, value) => sum + value, 0));
     const words = (r, c) => {
-      const what = `${matrix[r][c]} of ${totals[r]}`;
+      const what = `${whole(matrix[r][c])} of ${whole(totals[r])}`;
       if (r === count - 1) return `${what} false detections on background were called ${names[c]}`;
       return c === count - 1 ? `${what} “${names[r]}” were missed` : `${what} “${names[r]}” were found as “${names[c]}”`;
     };
@@ -146,11 +150,10 @@ models.forEach((model, m) => {
       const side = Math.min(width, 620), labelled = (side - 70) / count >= 13;
       const left = labelled ? Math.min(96, side * 0.24) : 18, top = left, cell = (side - left - 2) / count;
       const chart = svg("svg", { width: side, height: side, role: "img", "aria-label": "Confusion matrix" });
-      const most = Math.max(4, Math.floor(left / 6.6));
       if (labelled) for (let k = 0; k < count; k++) {
         const middle = (k + 0.5) * cell;
-        chart.append(svg("text", { x: left - 5, y: top + middle + 4, "text-anchor": "end" }, cut(called(k, "background"), most), svg("title", {}, called(k, "background"))),
-          svg("text", { transform: `translate(${left + middle + 4} ${top - 5}) rotate(-90)` }, cut(called(k, "missed"), most), svg("title", {}, called(k, "missed"))));
+        chart.append(svg("text", { x: left - 5, y: top + middle + 4, "text-anchor": "end" }, fitted(called(k, "background"), left - 8), svg("title", {}, called(k, "background"))),
+          svg("text", { transform: `translate(${left + middle + 4} ${top - 5}) rotate(-90)` }, fitted(called(k, "missed"), top - 8), svg("title", {}, called(k, "missed"))));
       } else chart.append(svg("text", { x: left, y: 13 }, "found"), svg("text", { transform: `translate(13 ${top + 34}) rotate(-90)` }, "there"));
       chart.append(svg("rect", { x: left, y: top, width: cell * count, height: cell * count, fill: "var(--soft)", stroke: "var(--line)" }));
       matrix.forEach((row, r) => row.forEach((value, c) => {
@@ -172,7 +175,7 @@ models.forEach((model, m) => {
     const pairs = [];
     matrix.forEach((row, r) => row.forEach((value, c) => { if (value && r !== c && r < count - 1 && c < count - 1) pairs.push([r, c, value]); }));
     pairs.sort((a, b) => b[2] - a[2]);
-    if (pairs.length) table(byId("mix-ups"), ["There", "Found as", "Times", "Of"], pairs.slice(0, 10).map(([r, c, value]) => [names[r], names[c], String(value), String(totals[r])]));
+    if (pairs.length) table(byId("mix-ups"), ["There", "Found as", "Times", "Of"], pairs.slice(0, 10).map(([r, c, value]) => [names[r], names[c], whole(value), whole(totals[r])]));
     else byId("mix-ups").replaceChildren(el("caption", {}, "No class was taken for another."));
   }
   choice.addEventListener("change", render);
@@ -186,7 +189,7 @@ models.forEach((model, m) => {
   const TRUTH = { colour: "#56b4e9", ground: GROUND.truth, dash: null }, CROWD = { colour: "#bbbbbb", ground: "#444444", dash: "2 3" };
   const thresholds = models.map((model) => (model.best ? model.best.threshold : 0.5).toFixed(3));
   byId("pictures-how").textContent = data.pictures.length
-    ? `The ${data.pictures.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores from ${thresholds.join(" and ")}. Point at a box for its name.`
+    ? `The ${data.pictures.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores from ${thresholds.join(" and ")}. Point at a box, or tap it, for its name.`
     : "No image has an error at the threshold of the best F1.";
   const key = (style, text) => el("span", {}, svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
     svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: style.colour, "stroke-width": 3, "stroke-dasharray": style.dash })), text);
@@ -198,7 +201,7 @@ models.forEach((model, m) => {
       title: names[k] + (crowd ? ", crowd" : one.found[place] ? "" : ", missed") }));
     const panels = [el("figure", {}, boxedPicture(picture, objects), el("figcaption", {}, "ground truth"))];
     picture.models.forEach((model, m) => {
-      const boxes = model.detections.map(([x, y, w, h, k, score, right]) => ({ x, y, w, h, label: `${names[k]} ${score.toFixed(2)}`, ...(right ? RIGHT : WRONG), title: `${names[k]} ${score}${right ? "" : ", wrong"}` }));
+      const boxes = model.detections.map(([x, y, w, h, k, score, right]) => ({ x, y, w, h, label: names[k], score: score.toFixed(2), ...(right ? RIGHT : WRONG), title: `${names[k]} ${score}${right ? "" : ", wrong"}` }));
       panels.push(el("figure", {}, boxedPicture(picture, boxes), el("figcaption", {}, `${second ? label(m) + ": " : ""}${model.wrong} wrong, ${model.missed} missed`)));
     });
     byId("gallery").append(el("div", {}, el("h3", {}, picture.name), el("div", { class: "panels" }, ...panels)));

@@ -43,7 +43,7 @@ const data = JSON.parse(byId("data").textContent);
       byId("gallery").replaceChildren(...gallery.images.map((image, k) => {
         const found = now.images[k].filter((one) => one[5] >= +score.value - 1e-9);
         const boxes = [...image.objects.map(([x, y, w, h, label]) => ({ x, y, w, h, label: gallery.names[label], quiet: true, ...TRUTH })),
-          ...[...found].reverse().map(([x, y, w, h, label, value]) => ({ x, y, w, h, label: `${gallery.names[label]} ${value.toFixed(2)}`, ...FOUND }))];
+          ...[...found].reverse().map(([x, y, w, h, label, value]) => ({ x, y, w, h, label: gallery.names[label], score: value.toFixed(2), ...FOUND }))];
         return el("figure", {}, boxedPicture(image, boxes), el("figcaption", {}, `${image.name}: ${found.length} found, ${image.objects.length} there`));
       }));
     };
