@@ -89,6 +89,13 @@ def test_graph(file):
     assert {v.name for v in graph.output} == {"pred_logits", "pred_boxes", "boxes", "scores", "labels"}
 
 
+def test_default_query_options(tmp_path):
+    """Those of the small preset, over two decoder layers, whose graph has parts that an exporter wants to merge."""
+    model = tiny(decoder_layers=2, box_positions=True, look_forward_twice=True)
+    export_model(model, tmp_path / "tiny.onnx", "onnx")
+    agree(model, load(tmp_path / "tiny.onnx"), SIZES[:1])
+
+
 def test_fixed_size_and_gather_form_on_the_command_line(model, tmp_path, capsys):
     import onnx
 

@@ -137,7 +137,8 @@ class Decoder(nn.Module):
             all_references.append(reference_points)
             every.append(details)
             if self.refine:  # gradients stay inside a layer (appendix A.4), or reach the one before (DINO, section 3.5)
-                start = refined_boxes(deltas, reference_points) if self.look_forward_twice else boxes.detach()
+                twice = self.look_forward_twice and torch.is_grad_enabled()
+                start = refined_boxes(deltas, reference_points) if twice else boxes.detach()
                 reference_points = boxes.detach()
         return DecoderOutput(
             torch.stack(all_logits),
