@@ -1,6 +1,8 @@
 import math
+from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -46,6 +48,22 @@ def test_the_paper_s_parameters_are_in_the_slow_groups(model):
     assert all(name.startswith("backbone.") for name in names["backbone"])
     assert not any("sampling_offsets" in name or "backbone" in name for name in names["base"])
     assert group_of("decoder.layers.0.linear.weight") == "base"
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_deeper_parts_of_the_backbone_learn_faster(name):
+    body = timm.create_model(name, features_only=True)
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"body": body}), "encoder": nn.Linear(2, 2)})
+    groups = parameter_groups(model, CONFIG.replace(backbone_layer_decay=0.5))
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert rates["encoder.weight"] == 1e-3
+    backbone = [rate for name, rate in rates.items() if name.startswith("backbone.")]
+    assert backbone == sorted(backbone)
+    assert max(backbone) == pytest.approx(1e-4)
+    steps = sorted(set(backbone))
+    assert len(steps) > 2
+    assert all(b / a == pytest.approx(2) for a, b in pairwise(steps))
 
 
 def test_all_decay_alike(model):

@@ -230,6 +230,9 @@ class TrainConfig(_Section):
         default="sqrt", description="how lr follows the batch: × √(effective batch / lr_batch), × the ratio, or not"
     )
     backbone_lr_factor: Weight = Field(default=0.1, description="backbone's learning rate, relative to lr")
+    backbone_layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="learning rate of each backbone stage, relative to the next one's (ELECTRA, BEiT)"
+    )
     sampling_lr_factor: Weight = Field(
         default=0.1, description="learning rate of sampling offsets and reference points, relative to lr"
     )

@@ -17,13 +17,19 @@ def parameter_groups(model: nn.Module, config: TrainConfig, helpers: nn.Module |
 
     Each group has "name", "params", "names" (of the parameters), "factor" (of the learning rate) and "lr". All decay
     alike, norms and biases too, as in the paper. Groups without parameters are left out.
+    With `backbone_layer_decay` the backbone has a group for each of its parts, "backbone_0" nearest to the pixels.
     helpers: what learns beside the model; its parameters join the base group, named "helpers.…".
     """
     factors = {"base": 1.0, "sampling": config.sampling_lr_factor, "backbone": config.backbone_lr_factor}
+    parts = backbone_parts(model) if config.backbone_layer_decay < 1 else []
+    for depth in range(len(parts)):
+        fallen = config.backbone_layer_decay ** (len(parts) - 1 - depth)
+        factors[f"backbone_{depth}"] = config.backbone_lr_factor * fallen
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[group_of(name)].append((name, parameter))
+            depth = next((depth for depth, part in enumerate(parts) if name.startswith(part)), None)
+            members[group_of(name) if depth is None else f"backbone_{depth}"].append((name, parameter))
     for name, parameter in helpers.named_parameters(prefix="helpers") if helpers is not None else ():
         members["base"].append((name, parameter))
     if not any(members.values()):
@@ -46,6 +52,15 @@ def group_of(name: str) -> str:
     if name.startswith("backbone."):
         return "backbone"
     return "sampling" if "sampling_offsets" in name or "reference_points" in name else "base"
+
+
+def backbone_parts(model: nn.Module) -> list[str]:
+    """Prefixes of the names of the backbone's parameters, one a stage or stem, from the pixels on."""
+    body, prefix = model.get_submodule("backbone.body"), "backbone.body."
+    while len(children := dict(body.named_children())) == 1:
+        ((name, body),) = children.items()
+        prefix += f"{name}."
+    return [f"{prefix}{name}." for name, child in children.items() if any(True for _ in child.parameters())]
 
 
 def build_optimiser(model: nn.Module, config: TrainConfig, helpers: nn.Module | None = None) -> torch.optim.AdamW:
