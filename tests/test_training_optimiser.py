@@ -62,7 +62,7 @@ def test_deeper_parts_of_the_backbone_learn_faster(name):
     assert backbone == sorted(backbone)
     assert max(backbone) == pytest.approx(1e-4)
     steps = sorted(set(backbone))
-    assert len(steps) > 2
+    assert len(steps) > 1
     assert all(b / a == pytest.approx(2) for a, b in pairwise(steps))
 
 

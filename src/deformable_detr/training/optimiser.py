@@ -28,8 +28,10 @@ def parameter_groups(model: nn.Module, config: TrainConfig, helpers: nn.Module |
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            depth = next((depth for depth, part in enumerate(parts) if name.startswith(part)), None)
-            members[group_of(name) if depth is None else f"backbone_{depth}"].append((name, parameter))
+            group = group_of(name)
+            if parts and group == "backbone":  # what belongs to no part, as position encodings, is where it begins
+                group += f"_{next((depth for depth, part in enumerate(parts) if name.startswith(part)), 0)}"
+            members[group].append((name, parameter))
     for name, parameter in helpers.named_parameters(prefix="helpers") if helpers is not None else ():
         members["base"].append((name, parameter))
     if not any(members.values()):
