@@ -6,7 +6,6 @@ import copy
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,24 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from .. import presets
-from ..inference.postprocess import select
+from ..device import pick_device
+from ..errors import UserError
 from ..model.detector import DeformableDETR
 from ..optimisation.onednn import has_bf16
-from ..structures import ImageBatch
 from .machine import gemm_gflops, memory_peak
+from .parts import TimedParts, around
 from .rounds import BASELINE, bars, by_allocator, described, in_turn, write
 
 DEFAULT_SIZES = ((480, 640), (800, 1333))
 WAYS = (BASELINE, "model", "optimised")
-MORE = ("compiled", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
 class Row:
     """One way to compute one input. `ratio`: transformers' median of the same rounds / this one's.
 
-    gflop: of products and convolutions, twice the multiplications. of_limit: their time at the machine's own measured
-    rate for products / this time. memory_mib: extra at the peak. error: greatest difference of boxes (0..1) from ours.
+    gflop: of products and convolutions, twice the multiplications. of_limit: their time at the machine's own rate for
+    products, measured before and after the rounds / this time. memory_mib: extra at the peak. error: greatest
+    difference of boxes (0..1) from ours. parts_ms: medians of the same rounds, so their sum is near the median only.
     """
 
     way: str
@@ -71,7 +71,11 @@ def transformers_twin(model: DeformableDETR) -> nn.Module | None:
 def ways(
     model: DeformableDETR, precisions: Sequence[str], wanted: Sequence[str], folder: Path
 ) -> dict[tuple[str, str], tuple[Callable[[Tensor, Tensor], Tensor], nn.Module | None]]:
-    """What is measured: a call (pixels, mask) → boxes, and the module whose parts are timed, by name and precision."""
+    """What is measured: a call (pixels, mask) → boxes, and the module whose parts are timed, by name and precision.
+
+    model: on the device that all but the other runtimes use, which run on the CPU.
+    """
+    device = model.get_buffer("pixel_mean").device
     found: dict[tuple[str, str], Any] = {}
 
     def ours(module: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -79,17 +83,20 @@ def ways(
 
     theirs: Any = transformers_twin(model) if BASELINE in wanted else None
     if theirs is not None:
+        theirs.to(device)
         found[BASELINE, "fp32"] = (lambda pixels, mask: theirs(pixels, pixel_mask=(~mask).long()).pred_boxes, theirs)
     if "model" in wanted:
         found["model", "fp32"] = (ours(model), model)
     for precision in precisions:
-        if precision == "bf16" and not (has_bf16() or model.get_buffer("pixel_mean").is_cuda):
+        if precision == "bf16" and not (has_bf16() or device.type == "cuda"):
             continue
         if "optimised" in wanted:
             fast = model.optimize(precision)
             found["optimised", precision] = (ours(fast), fast)
         if "compiled" in wanted:
             found["compiled", precision] = (ours(model.optimize(precision, compile=True)), None)
+        if "graphs" in wanted:  # a bucket of one pixel: each size is a CUDA graph of its own, and nothing is padded
+            found["graphs", precision] = (ours(model.optimize(precision, bucket=1)), None)
     for runtime, kind, name in (("onnxruntime", "onnx", "m.onnx"), ("openvino", "openvino", "m.xml")):
         if runtime in wanted:
             from ..export import export_model, load
@@ -97,72 +104,6 @@ def ways(
             export_model(model, folder / name, kind)  # type: ignore[arg-type]  # of the table above
             found[runtime, "fp32"] = (ours(load(folder / name, "cpu", threads=torch.get_num_threads())), None)
     return found
-
-
-def parts(module: nn.Module) -> dict[str, list[nn.Module]]:
-    """The modules behind each part of the picture, of our model in either form and of transformers'."""
-    named = dict(module.named_modules())
-    table = {
-        "backbone": ("backbone", "model.backbone"),
-        "projections": ("projections", "model.input_proj"),
-        "encoder": ("encoder", "model.encoder"),
-        "proposals": ("proposals",),
-        "decoder": ("decoder", "model.decoder"),
-        "heads": ("decoder.heads", "decoder.classes", "decoder.boxes", "class_embed", "bbox_embed"),
-    }
-    result: dict[str, list[nn.Module]] = {}
-    for part, names in table.items():
-        for name in names:
-            found = named.get(name)
-            if found is not None:
-                leaves = list(found.children()) if isinstance(found, nn.ModuleList) else [found]
-                result.setdefault(part, []).extend(leaves)
-    return result
-
-
-def time_parts(call: Callable[[], object], module: nn.Module) -> dict[str, float]:
-    """Milliseconds of one call by part; "rest": what is in no part. Heads inside another part count as heads."""
-    spent: dict[str, float] = {}
-    stack: list[tuple[float, float]] = []  # start, and what parts inside took
-    hooks = []
-
-    def enter(*_: Any) -> None:
-        stack.append((time.perf_counter(), 0.0))
-
-    def leave(part: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            start, inside = stack.pop()
-            took = time.perf_counter() - start
-            spent[part] = spent.get(part, 0.0) + (took - inside) * 1e3
-            if stack:
-                stack[-1] = (stack[-1][0], stack[-1][1] + took)
-
-        return hook
-
-    for part, modules in parts(module).items():
-        for each in modules:
-            hooks += [each.register_forward_pre_hook(enter), each.register_forward_hook(leave(part))]
-    start = time.perf_counter()
-    call()
-    total = (time.perf_counter() - start) * 1e3
-    for hook in hooks:
-        hook.remove()
-    order = [name for name in parts(module) if name in spent]
-    return {**{name: spent[name] for name in order}, "rest": max(0.0, total - sum(spent.values()))}
-
-
-def around(model: DeformableDETR, batch: int, height: int, width: int, outputs: dict[str, Tensor]) -> dict[str, float]:
-    """Milliseconds of what comes before the model (uint8 to normalised) and after it (selection)."""
-    pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
-    images = ImageBatch(pixels, torch.zeros(batch, height, width, dtype=torch.bool))
-    times = in_turn(
-        {
-            "pre": lambda: images.normalise(model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")),
-            "post": lambda: select(outputs, [(height, width)] * batch),
-        },
-        5,
-    )
-    return {name: found.median_ms for name, found in times.items()}
 
 
 def gflop_of(model: DeformableDETR, pixels: Tensor) -> float:
@@ -183,33 +124,40 @@ def measure(
     wanted: Sequence[str],
     repeats: int,
     allocator: str,
+    device: str = "cpu",
     changes: dict[str, Any] | None = None,
 ) -> list[Row]:
     """All rows of one process. The model has random weights and frozen batch norms, as a trained one has."""
     torch.manual_seed(0)
     base = {"backbone_weights": "none", "backbone_norm": "frozen", **(changes or {})}
-    model = DeformableDETR(presets.MODELS[preset](**base)).eval()
-    limits = {
-        precision: gemm_gflops(torch.bfloat16 if precision == "bf16" else torch.float32) for precision in precisions
-    }
+    model = DeformableDETR(presets.MODELS[preset](**base)).eval().to(device)
     # Outside of inference mode, in which the counter cannot look into modules.
-    gflops = {tuple(size): gflop_of(model, torch.zeros(1, 3, *size)) for size in sizes}
+    gflops = {tuple(size): gflop_of(model, torch.zeros(1, 3, *size, device=device)) for size in sizes}
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         every = ways(model, precisions, wanted, Path(folder))
         for height, width in sizes:
             for batch in batches:
-                pixels = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-                mask = torch.zeros(batch, height, width, dtype=torch.bool)
-                calls = {key: partial(call, pixels, mask) for key, (call, _) in every.items()}
+                pixels = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+                mask = torch.zeros(batch, height, width, dtype=torch.bool, device=device)
+                plain = {key: partial(call, pixels, mask) for key, (call, _) in every.items()}
+                timed = {
+                    key: TimedParts(plain[key], module) for key, (_, module) in every.items() if module is not None
+                }
+                calls = {**plain, **(timed if device == "cpu" else {})}
+                limits = _limits(precisions, device)
                 times = in_turn({str(key): call for key, call in calls.items()}, repeats)
+                limits = {name: max(value, limits[name]) for name, value in _limits(precisions, device).items()}
+                if device != "cpu":
+                    in_turn({str(key): call for key, call in timed.items()}, repeats)
                 gflop = gflops[height, width] * batch
                 outputs = model(pixels, mask)
-                beside = around(model, batch, height, width, outputs)
+                beside = around(model, device, batch, height, width, outputs)
                 baseline = times.get(str((BASELINE, "fp32")))
-                for key, call in calls.items():
-                    found, module = times[str(key)], every[key][1]
-                    inside = {} if module is None else time_parts(call, module)
+                for key, call in plain.items():
+                    found, made = times[str(key)], []
+                    memory = memory_peak(lambda made=made, call=call: made.append(call()), device)
+                    inside = timed[key].medians(repeats) if key in timed else None
                     rows.append(
                         Row(
                             way=key[0],
@@ -222,16 +170,21 @@ def measure(
                             p95_ms=found.p95_ms,
                             images_per_second=batch / found.median_ms * 1e3,
                             ratio=None if baseline is None else baseline.median_ms / found.median_ms,
-                            memory_mib=memory_peak(call, "cpu"),
+                            memory_mib=memory,
                             gflop=gflop,
                             of_limit=gflop / limits.get(key[1], limits[precisions[0]]) / found.median_ms * 1e3,
                             parameters=sum(p.numel() for p in model.parameters()),
-                            error=float((call() - outputs["pred_boxes"]).abs().max()),
-                            parts_ms={} if not inside else {"pre": beside["pre"], **inside, "post": beside["post"]},
+                            error=float((made[0].cpu() - outputs["pred_boxes"].cpu()).abs().max()),
+                            parts_ms={"pre": beside["pre"], **inside, "post": beside["post"]} if inside else {},
                         )
                     )
         every.clear()
     return rows
+
+
+def _limits(precisions: Sequence[str], device: str) -> dict[str, float]:
+    """The machine's rate for products, 10⁹ operations a second, in each precision."""
+    return {name: gemm_gflops(torch.bfloat16 if name == "bf16" else torch.float32, device) for name in precisions}
 
 
 def run(
@@ -245,20 +198,30 @@ def run(
     json_path: Path | None = None,
     picture: Path | None = None,
     allocators: Sequence[str] = ("default", "tuned"),
+    device: str = "cpu",
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measures in a process for each allocator, prints a table, writes JSON and picture where asked to."""
+    """Measures in a process for each allocator, prints a table, writes JSON and picture where asked to.
+
+    Raises UserError for a device that there is not, and for CUDA graphs without a GPU.
+    """
+    pick_device(device)
+    if device != "cuda" and "graphs" in wanted:
+        raise UserError("--also graphs: CUDA graphs need --device cuda")
     arguments = {
         "preset": preset, "sizes": list(sizes), "batches": list(batches), "precisions": list(precisions),
-        "wanted": list(wanted), "repeats": repeats, "changes": changes,
+        "wanted": list(wanted), "repeats": repeats, "device": device, "changes": changes,
     }  # fmt: skip
-    rows = by_allocator("deformable_detr.benchmark.model", arguments, threads, allocators)
-    report = {**described(threads), "preset": preset, "repeats": repeats, "rows": rows}
+    # The C library's allocator is the CPU's matter.
+    rows = by_allocator(
+        "deformable_detr.benchmark.model", arguments, threads, allocators if device == "cpu" else ["default"]
+    )
+    report = {**described(threads, device), "preset": preset, "repeats": repeats, "rows": rows}
     print(table(report))
     if json_path is not None:
         write(json_path, json.dumps(report, indent=1) + "\n")
     if picture is not None:
-        last = [row for row in rows if row["allocator"] == allocators[-1] and row["parts_ms"]]
+        last = [row for row in rows if row["allocator"] == rows[-1]["allocator"] and row["parts_ms"]]
         largest = max(row["height"] * row["width"] for row in last)
         shown = [row for row in last if row["height"] * row["width"] == largest and row["batch"] == batches[0]]
         title = f"{preset}, {batches[0]}×3×{shown[0]['height']}×{shown[0]['width']}, {report['threads']} threads"

@@ -15,6 +15,7 @@ import torch
 
 from .. import presets
 from ..config import TrainConfig
+from ..device import pick_device
 from ..model.detector import DeformableDETR
 from ..structures import ImageBatch, Target
 from ..training.step import Stepper
@@ -47,6 +48,7 @@ def measure(
     precisions: Sequence[str],
     repeats: int,
     allocator: str,
+    device: str = "cpu",
     changes: dict[str, Any] | None = None,
 ) -> list[Row]:
     """All rows of one process: forward, matching, losses, backward, clipping and AdamW, ten objects an image."""
@@ -54,16 +56,17 @@ def measure(
     base = {"backbone_weights": "none", "backbone_norm": "frozen", "frozen_stages": 0, **(changes or {})}
     height, width = size
     pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
-    images = ImageBatch(pixels, torch.zeros(batch, height, width, dtype=torch.bool))
+    images = ImageBatch(pixels, torch.zeros(batch, height, width, dtype=torch.bool)).to(device)
     targets = []
     for index in range(batch):
         boxes = torch.cat((torch.rand(10, 2) * 0.6 + 0.2, torch.rand(10, 2) * 0.3 + 0.05), dim=1)
-        targets.append(Target(torch.randint(0, 20, (10,)), boxes, index, (height, width)))
+        targets.append(Target(torch.randint(0, 20, (10,)), boxes, index, (height, width)).to(device))
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for precision in precisions:
         model = DeformableDETR(presets.MODELS[preset](**base)).train()
         if precision == precisions[0]:
             theirs = transformers_twin(model)
+        model.to(device)
         if theirs is not None:
             calls[BASELINE, precision] = _their_step(theirs, model, images, targets, precision)
         stepper = Stepper(model, TrainConfig(precision=precision))  # type: ignore[arg-type]  # of the config's names
@@ -77,7 +80,7 @@ def measure(
         rows.append(
             Row(
                 key[0], key[1], batch, height, width, allocator, found.median_ms, found.p95_ms,
-                batch / found.median_ms * 1e3, ratio, memory_peak(call, "cpu"),
+                batch / found.median_ms * 1e3, ratio, memory_peak(call, device),
             )
         )  # fmt: skip
     return rows
@@ -87,14 +90,15 @@ def _their_step(
     theirs: Any, model: DeformableDETR, images: ImageBatch, targets: Sequence[Target], precision: str
 ) -> Callable[[], object]:
     """transformers' step: its own losses, AdamW, the same clipping."""
-    theirs.train().requires_grad_(True)
+    theirs.train().requires_grad_(True).to(images.pixels.device)
     optimiser = torch.optim.AdamW(theirs.parameters(), lr=2e-4, weight_decay=1e-4)
     labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets]
     mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
 
     def step() -> None:
         ready = images.normalise(mean, std)
-        context = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+        half = torch.autocast(ready.pixels.device.type, dtype=torch.bfloat16)
+        context = half if precision == "bf16" else contextlib.nullcontext()
         with context:
             loss = theirs(ready.pixels, pixel_mask=(~ready.padding_mask).long(), labels=labels).loss
         optimiser.zero_grad(set_to_none=True)
@@ -114,15 +118,23 @@ def run(
     repeats: int = 3,
     json_path: Path | None = None,
     allocators: Sequence[str] = ("default", "tuned"),
+    device: str = "cpu",
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measures in a process for each allocator, prints a table and writes JSON where asked to."""
+    """Measures in a process for each allocator, prints a table and writes JSON where asked to.
+
+    Raises UserError for a device that there is not.
+    """
+    pick_device(device)
     arguments = {
         "preset": preset, "size": list(size), "batch": batch, "precisions": list(precisions), "repeats": repeats,
-        "changes": changes,
+        "device": device, "changes": changes,
     }  # fmt: skip
-    rows = by_allocator("deformable_detr.benchmark.train", arguments, threads, allocators)
-    report = {**described(threads), "preset": preset, "repeats": repeats, "rows": rows}
+    # The C library's allocator is the CPU's matter.
+    rows = by_allocator(
+        "deformable_detr.benchmark.train", arguments, threads, allocators if device == "cpu" else ["default"]
+    )
+    report = {**described(threads, device), "preset": preset, "repeats": repeats, "rows": rows}
     print("| way | precision | allocator | input | median ms | p95 ms | × transformers | extra MiB |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -84,11 +84,13 @@ def models(
     batches: Annotated[list[int] | None, Parameter(negative=(), help="images at once; 1 by default")] = None,
     precision: Annotated[list[Literal["fp32", "bf16"]] | None, Parameter(negative=(), help="both by default")] = None,
     also: Annotated[
-        list[Literal["compiled", "onnxruntime", "openvino"]] | None, Parameter(negative=(), help="more ways to run it")
+        list[Literal["compiled", "graphs", "onnxruntime", "openvino"]] | None,
+        Parameter(negative=(), help="more ways to run it; graphs (CUDA graphs) on a GPU only"),
     ] = None,
     threads: int | None = None,
     repeats: Repeats = 5,
     allocator: Allocators = "both",
+    device: Literal["cpu", "cuda"] = "cpu",
     json: JsonFile = None,
     picture: Annotated[Path | None, Parameter(help="SVG file: time by part")] = None,
 ) -> None:
@@ -96,6 +98,7 @@ def models(
 
     Args:
         threads: Processor threads; as many as PyTorch takes where none is named.
+        device: cpu or cuda.
     """
     from ..benchmark.model import DEFAULT_SIZES, WAYS, run
     from ..export.graph import parse_size
@@ -107,7 +110,7 @@ def models(
     sizes = [size for text in image_size or () if (size := parse_size(text))] or DEFAULT_SIZES
     run(
         preset, sizes, batches or (1,), precision or ("fp32", "bf16"), (*WAYS, *(also or ())), threads, repeats, json,
-        picture, ("default", "tuned") if allocator == "both" else (allocator,),
+        picture, ("default", "tuned") if allocator == "both" else (allocator,), device,
     )  # fmt: skip
 
 
@@ -139,6 +142,7 @@ def train(
     threads: int | None = None,
     repeats: Repeats = 3,
     allocator: Allocators = "both",
+    device: Literal["cpu", "cuda"] = "cpu",
     json: JsonFile = None,
 ) -> None:
     """Time a training step in fp32 and bf16, beside transformers' model with the same weights.
@@ -147,6 +151,7 @@ def train(
         image_size: H,W of the images.
         batch_size: Images a step.
         threads: Processor threads; as many as PyTorch takes where none is named.
+        device: cpu or cuda.
     """
     from ..benchmark.train import run
     from ..export.graph import parse_size
@@ -156,4 +161,4 @@ def train(
         prepare_file(json, "--json")
     size = parse_size(image_size) or (480, 640)
     allocators = ("default", "tuned") if allocator == "both" else (allocator,)
-    run(preset, size, batch_size, ("fp32", "bf16"), threads, repeats, json, allocators)
+    run(preset, size, batch_size, ("fp32", "bf16"), threads, repeats, json, allocators, device)
