@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from deformable_detr import allocator
+
 MEASURE = """
 import resource, sys
 import numpy as np
@@ -29,3 +31,36 @@ def test_large_buffers_are_kept():
             pytest.skip("no glibc here")
         found[how] = int(faults)
     assert found["keep"] < found["leave"] / 10
+
+
+def _said(*options):
+    """What a command logs; the command itself is refused."""
+    command = [sys.executable, "-m", "deformable_detr", "predict", "nothing", "no.jpg", *options]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+def test_verbose_says_what_the_setting_does():
+    said = _said("--verbose")
+    assert "deformable_detr.allocator: allocator: " in said
+    assert "error: no.jpg: no such image" in said  # the option is nobody else's
+    assert "allocator" not in _said()
+
+
+def test_older_glibc_takes_less(monkeypatch, caplog):
+    calls = []
+
+    class Library:
+        @staticmethod
+        def mallopt(option, value):
+            calls.append((option, value))
+            return option != -3 or value <= 32 << 20
+
+    monkeypatch.setattr("ctypes.CDLL", lambda _: Library)
+    monkeypatch.setattr("sys.platform", "linux")
+    with caplog.at_level("INFO", "deformable_detr"):
+        assert allocator.keep_large_buffers()
+    assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, 2**31 - 1)]
+    assert "up to 32 MiB are kept" in caplog.text
+    monkeypatch.setattr(Library, "mallopt", staticmethod(lambda *_: 0))
+    assert not allocator.keep_large_buffers()
+    assert "refused" in caplog.text

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from deformable_detr.benchmark import model as bench
-from deformable_detr.benchmark import predict, rounds, train
+from deformable_detr.benchmark import predict, rounds, scaling, train
 from deformable_detr.benchmark.parts import TimedParts
 from red_box import RedBoxFinder
 
@@ -106,7 +106,8 @@ def test_prediction(tmp_path):
     found = predict.measure(RedBoxFinder(), sorted(tmp_path.iterdir()), batch_size=2)
     assert found.images == 20
     assert found.of_model == pytest.approx(found.images_per_second / found.model_images_per_second)
-    assert len(found.memory_mib) in (0, 10)
+    assert len(found.resident_mib) in (0, 10)
+    assert found.peak_mib == sorted(found.peak_mib)
 
 
 def test_training_step():
@@ -115,3 +116,19 @@ def test_training_step():
     rows = train.measure("refine", (64, 96), 1, ["fp32"], 1, "default", changes=TINY)
     assert [row.way for row in rows] == ["transformers", "ours"]
     assert rows[1].ratio == pytest.approx(rows[0].median_ms / rows[1].median_ms)
+
+
+def test_scaling(tmp_path):
+    few = {"batches": (1, 2), "queries": (20, 40), "short_sides": (48, 96), "changes": TINY}
+    points = scaling.measure("refine", "fp32", 2, **few)
+    assert [(p.varied, p.batch, p.queries, p.height) for p in points] == [
+        ("images", 1, 20, 48), ("images", 2, 20, 48), ("queries", 1, 20, 48), ("queries", 1, 40, 48),
+        ("pixels", 1, 20, 48), ("pixels", 1, 20, 96),
+    ]  # fmt: skip
+    maps = 6 * 8 + 3 * 4 + 2 * 2 + 1  # strides 8, 16, 32 and 64
+    assert [p.tokens for p in points[:4]] == [maps + 20, 2 * (maps + 20), maps + 20, maps + 40]
+    for p in points:
+        assert p.us_per_token == pytest.approx(p.median_ms * 1e3 / p.tokens)
+    assert points[0].median_ms == points[2].median_ms == points[4].median_ms  # timed once
+    scaling.draw(points, "t", tmp_path / "p.svg")
+    assert ET.parse(tmp_path / "p.svg").getroot().tag.endswith("svg")

@@ -7,6 +7,7 @@ import logging
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGEST = (1 << 30, 32 << 20)  # bytes; glibc before 2.35 takes the second at most
 _log = logging.getLogger(__name__)
 
 
@@ -15,11 +16,17 @@ def keep_large_buffers() -> bool:
 
     For our own commands only: a program that uses the library chooses its allocator itself.
     """
-    if not sys.platform.startswith("linux"):
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is None:  # musl has none
+        _log.info("allocator: left as it is, this is not glibc")
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is None:
-        return False
-    kept = bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
-    _log.debug("allocator: large buffers are kept" if kept else "allocator: settings refused")
-    return kept
+    for largest in _LARGEST:
+        if mallopt(_M_MMAP_THRESHOLD, largest) and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1):
+            _log.info(
+                "allocator: freed buffers up to %d MiB are kept for the next ones, which saves page faults; the "
+                "process keeps the memory of its peak",
+                largest >> 20,
+            )
+            return True
+    _log.info("allocator: left as it is, glibc refused the setting")
+    return False

@@ -78,8 +78,15 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _resident_mib() -> float:
+def resident_mib() -> float:
+    """The process's memory now. Linux only, as the next."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def peak_resident_mib() -> float:
+    """The most it has been so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def memory_peak(call: Callable[[], object], device: str) -> float | None:
@@ -95,18 +102,18 @@ def memory_peak(call: Callable[[], object], device: str) -> float | None:
         return None
     library.release_scratch()
     ctypes.CDLL(None).malloc_trim(0)
-    before, peak, done = _resident_mib(), 0.0, threading.Event()
+    before, peak, done = resident_mib(), 0.0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.0005):
-            peak = max(peak, _resident_mib())
+            peak = max(peak, resident_mib())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
         result = call()
-        peak = max(peak, _resident_mib())
+        peak = max(peak, resident_mib())
     finally:
         done.set()
         watcher.join()

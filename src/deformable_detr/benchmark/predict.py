@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,53 +17,67 @@ from ..data.images import read_image
 from ..data.transforms import resize
 from ..inference.predictor import evaluating, forward, predict_iter
 from ..structures import Target
-from .machine import _resident_mib
+from .machine import peak_resident_mib, resident_mib
 from .rounds import described, write
 
-SAMPLE = 16  # images on which the model alone is timed, before and after
+PAUSES = 10
+SAMPLE = 8  # images on which the model alone is timed in each pause
 
 
 @dataclass(frozen=True)
 class Result:
-    """images_per_second of the whole way; model_images_per_second of the model alone, on `SAMPLE` images before and
-    after; of_model: their ratio. memory_mib: of the process after each tenth of the images, Linux only.
+    """images_per_second of the whole way. model_images_per_second: of the model alone, timed in `PAUSES` pauses on
+    `SAMPLE` of the images since the last one. of_model: their ratio.
+
+    resident_mib, peak_mib: of the process at each pause, Linux only.
     """
 
     images: int
     images_per_second: float
     model_images_per_second: float
     of_model: float
-    memory_mib: list[float]
+    resident_mib: list[float]
+    peak_mib: list[float]
 
 
 def measure(model: Any, images: Sequence[Path], batch_size: int = 1) -> Result:
-    """Predicts all images; the model alone is timed on prepared batches of the first ones, twice."""
-    before = _alone(model, images[:SAMPLE], batch_size)
-    linux = Path("/proc/self/statm").exists()
-    memory, step = [], max(1, len(images) // 10)
+    """Predicts all images, and in pauses times the model alone, so that the machine's moods meet both."""
+    stops = sorted({(part + 1) * len(images) // PAUSES for part in range(PAUSES)} - {0})
+    for _ in predict_iter(model, iter(images[:batch_size]), batch_size=batch_size):  # not counted: first calls are slow
+        pass
+    resident, peak = [], []
+    spent = alone = 0.0
+    before, timed = 0, 0
     start = time.perf_counter()
     for number, _ in enumerate(predict_iter(model, iter(images), batch_size=batch_size), start=1):
-        if linux and number % step == 0:
-            memory.append(_resident_mib())
-    rate = len(images) / (time.perf_counter() - start)
-    alone = statistics.mean((before, _alone(model, images[:SAMPLE], batch_size)))
-    return Result(len(images), rate, alone, rate / alone, memory)
+        if number not in stops:
+            continue
+        spent += time.perf_counter() - start
+        if sys.platform == "linux":
+            resident.append(resident_mib())
+            peak.append(peak_resident_mib())
+        some = images[before:number][:: max(1, (number - before) // SAMPLE)][:SAMPLE]
+        alone += _alone(model, some, batch_size)
+        before, timed = number, timed + len(some)
+        start = time.perf_counter()
+    rate, alone_rate = len(images) / spent, timed / alone
+    return Result(len(images), rate, alone_rate, rate / alone_rate, resident, peak)
 
 
 def _alone(model: Any, images: Sequence[Path], batch_size: int) -> float:
-    """Images a second of the model on batches that are ready."""
+    """Seconds of the model on batches that are ready."""
+    config, canvas = model.config, getattr(model, "canvas", None)
     samples = []
     for path in images:
-        image = resize(read_image(path), model.config.image_size, model.config.long_side)
+        image = resize(read_image(path), config.image_size, config.long_side, canvas, config.size_multiple)
         nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, (image.shape[1], image.shape[2]))
         samples.append((image, nothing))
     batches = [collate(samples[i : i + batch_size])[0] for i in range(0, len(samples), batch_size)]
     with evaluating(model):
-        forward(model, batches[0])
         start = time.perf_counter()
         for batch in batches:
             forward(model, batch)["pred_boxes"].cpu()
-        return len(images) / (time.perf_counter() - start)
+        return time.perf_counter() - start
 
 
 def run(model: Any, images: Sequence[Path], batch_size: int = 1, json_path: Path | None = None) -> dict[str, Any]:
@@ -73,8 +87,8 @@ def run(model: Any, images: Sequence[Path], batch_size: int = 1, json_path: Path
         f"{result.images} images: {result.images_per_second:.2f} images/s, the model alone "
         f"{result.model_images_per_second:.2f}: {result.of_model:.0%} of it"
     )
-    if result.memory_mib:
-        print("MiB after each tenth: " + ", ".join(f"{value:.0f}" for value in result.memory_mib))
+    if result.peak_mib:
+        print("MiB at the peak, after each tenth: " + ", ".join(f"{value:.0f}" for value in result.peak_mib))
     report = {**described(None), **result.__dict__}
     if json_path is not None:
         write(json_path, json.dumps(report, indent=1) + "\n")

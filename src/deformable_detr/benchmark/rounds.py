@@ -125,6 +125,10 @@ def bars(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
             tip = f"<title>{part}: {milliseconds:.1f} ms</title>"
             shape = f'x="{x:.1f}" y="{y}" width="{length:.1f}" height="{high}" fill="{colours[part]}"'
             lines.append(f"<rect {shape}>{tip}</rect>")
+            if length > 40:  # room for the number
+                lines.append(
+                    f'<text x="{x + length / 2:.1f}" y="{y + 20}" text-anchor="middle">{milliseconds:.0f}</text>'
+                )
             x += length
         lines.append(f'<text x="{x + 6:.1f}" y="{y + 20}">{sum(values.values()):.0f} ms</text>')
     y = 40 + len(rows) * (high + 12) + 14

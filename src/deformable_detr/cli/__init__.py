@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from cyclopts import CycloptsError
@@ -17,9 +18,15 @@ __all__ = ["app", "main", "measuring", "shipping", "training", "using"]
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command and exits: 0 done, 1 the demo learnt too little, 2 a mistake in the input, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = words[: words.index("--")] if "--" in words else words
+    if "--verbose" in options:
+        words.remove("--verbose")
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("deformable_detr").setLevel(logging.INFO)
     keep_large_buffers()
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
+        app(words, exit_on_error=False, print_error=False, result_action="return_none")
     except UserError as error:
         complain(str(error))
         sys.exit(2)

@@ -162,3 +162,33 @@ def train(
     size = parse_size(image_size) or (480, 640)
     allocators = ("default", "tuned") if allocator == "both" else (allocator,)
     run(preset, size, batch_size, ("fp32", "bf16"), threads, repeats, json, allocators, device)
+
+
+@benchmark.command
+def scaling(
+    preset: Preset = "refine",
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    threads: int | None = None,
+    repeats: Repeats = 3,
+    device: Literal["cpu", "cuda"] = "cpu",
+    json: JsonFile = None,
+    picture: Annotated[Path | None, Parameter(help="SVG or PNG file: time a token")] = None,
+) -> None:
+    """Time the optimised model over more images, queries and pixels: whether the cost grows with the tokens alone.
+
+    Args:
+        precision: fp32 or bf16.
+        threads: Processor threads; as many as PyTorch takes where none is named.
+        device: cpu or cuda.
+    """
+    from ..benchmark.scaling import run
+    from ..errors import UserError
+    from ..inference.files import prepare_file
+
+    if picture is not None and picture.suffix.lower() not in (".svg", ".png"):
+        raise UserError(f"--picture {picture}: must end in .svg or .png")
+    for path, option in ((json, "--json"), (picture, "--picture")):
+        if path is not None:
+            prepare_file(path, option)
+    run(preset, precision, threads, repeats, json, picture, device)

@@ -8,7 +8,8 @@ from .. import __version__
 
 app = App(
     name="deformable-detr",
-    help="Object detection with multi-scale deformable attention: check, train, evaluate, predict.",
+    help="Object detection with multi-scale deformable attention: check, train, evaluate, predict.\n\n"
+    "Any command takes --verbose too: what was chosen (backend, weight layout, allocator) is then logged.",
     version=__version__,
     help_format="plaintext",
 )
