@@ -47,7 +47,8 @@ ABLATION: dict[str, dict[str, Any]] = {
     "with-bucketing": {"bucketing": True},
     "with-whole-crops": {"crop_visible": 0.3},
     "with-one-to-many": {"encoder_matches": 6},
-    "with-higher-lr": {"lr": 1e-3},
+    "with-lower-lr": {"lr": 5e-4},
+    "with-higher-lr": {"lr": 2e-3},
     "with-faster-backbone": {"backbone_lr_factor": 0.5},
     "with-weight-decay": {"weight_decay": 1e-2},
 }

@@ -81,7 +81,7 @@ def config(name: str) -> Config:
         train = TrainConfig(
             epochs="auto",
             eval_every="auto",
-            lr=5e-4,
+            lr=1e-3,
             backbone_lr_factor=0.2,
             lr_schedule="cosine",
             warmup_steps=100,
@@ -89,7 +89,7 @@ def config(name: str) -> Config:
             clip_norm=1.0,
             class_loss="matchability",
             denoising=100,
-            ema_decay=0.998,
+            ema_decay=0.9998,
         )
         return Config(preset=name, model=model, train=train)
     return Config(preset=name, model=model)
