@@ -76,7 +76,8 @@ def test_nothing_sticks_out(browse, pages, name, width, dark):
     labels = """return [...document.querySelectorAll('#gallery svg')].map(picture => [
         ...picture.querySelectorAll('.label')].map(label => {
             const [p, r, t] = [picture, ...label.children].map(e => e.getBoundingClientRect());
-            return [r.left - p.left, r.top - p.top, r.right - p.left, r.bottom - p.top, p.width, p.height, t.right - r.right];
+            return [r.left - p.left, r.top - p.top, r.right - p.left, r.bottom - p.top, p.width, p.height,
+                t.right - r.right];
         }))"""
     pictures = driver.execute_script(labels)
     assert any(len(placed) > 2 for placed in pictures) or name == "run"
@@ -120,7 +121,8 @@ def test_report_is_used(browse, pages):
     assert f"IoU 0.50 {precision:.3g}" in readout
 
     # A small box inside a large one can be pointed at, and then says what it is.
-    script = """const boxes = [...document.querySelectorAll('#gallery figure:nth-child(2) svg .box:not([pointer-events])')];
+    script = """const found = '#gallery figure:nth-child(2) svg .box:not([pointer-events])';
+        const boxes = [...document.querySelectorAll(found)];
         return boxes.reduce((a, b) => a.getAttribute('width') * a.getAttribute('height') <
             b.getAttribute('width') * b.getAttribute('height') ? a : b)"""
     smallest = driver.execute_script(script)

@@ -56,6 +56,8 @@ def test_numbers_are_the_evaluations(models, tmp_path, capsys):
     for name in ("AP", "AR100"):
         assert told["difference"][name] == told["compare"][name] - told[name]
         assert re.search(rf"^{name} +{told[name]:.3f} +{told['compare'][name]:.3f}", printed, re.MULTILINE)
+    assert printed.splitlines()[0] == "A: one, B: two"
+    assert printed.splitlines()[1].split() == ["A", "B", "B", "−", "A"]
     assert set(told["difference"]["per_class"]) == {"red", "green", "blue"}
 
     main(["evaluate", str(one), str(data), "--workers", "0", "--device", "cpu", "--json", str(table)])

@@ -42,8 +42,8 @@ def close_to(pixels, colour, tolerance=24):
     return np.abs(pixels.astype(int) - colour).max(-1) <= tolerance
 
 
-@pytest.mark.parametrize("spot", [(60.5, 100.25), (150.0, 30.0), (120.75, 52.0)])
-def test_a_point_is_drawn_where_its_location_says(spot):
+def drawn_at(spot):
+    """Where, in pixels of the image, a picture has the one sampling point of an explanation."""
     image = np.full((150, 200, 3), 90, dtype=np.uint8)
     landmarks = [(30.0, 25.0), (170.0, 125.0)]
     for x, y in landmarks:
@@ -53,16 +53,48 @@ def test_a_point_is_drawn_where_its_location_says(spot):
     red = centres(close_to(panel, (255, 0, 0), 60))
     assert len(red) == 2
     (ax, ay), (bx, by) = red
-    between = panel[int(min(ay, by)) - 60 : int(max(ay, by)) + 60]
     top = int(min(ay, by)) - 60
+    between = panel[top : int(max(ay, by)) + 60]
     yellow = centres(close_to(between, (253, 231, 37)))  # the end of the colours: the largest weight
     assert len(yellow) == 1
     x, y = yellow[0][0], yellow[0][1] + top
     scale_x = (landmarks[1][0] - landmarks[0][0]) / (bx - ax)
     scale_y = (landmarks[1][1] - landmarks[0][1]) / (by - ay)
     assert scale_x == pytest.approx(scale_y, rel=0.02)
-    assert landmarks[0][0] + (x - ax) * scale_x == pytest.approx(spot[0], abs=1.0)
-    assert landmarks[0][1] + (y - ay) * scale_y == pytest.approx(spot[1], abs=1.0)
+    return landmarks[0][0] + (x - ax) * scale_x, landmarks[0][1] + (y - ay) * scale_y
+
+
+@pytest.mark.parametrize("spot", [(60.5, 100.25), (150.0, 30.0), (120.75, 52.0)])
+def test_a_point_is_drawn_where_its_location_says(spot):
+    assert drawn_at(spot) == pytest.approx(spot, abs=0.25)
+
+
+def test_half_a_pixel_is_noticed():
+    for shifted in ((61.0, 100.25), (60.5, 99.75)):
+        assert drawn_at(shifted) != pytest.approx((60.5, 100.25), abs=0.25)
+
+
+def test_names_are_no_formulas_and_never_empty_boxes(caplog):
+    """A dollar sign would start a formula; a letter without a font would be drawn as an empty box."""
+    image = np.full((150, 200, 3), 90, dtype=np.uint8)
+    plain = np.asarray(by_hand(image, [[(60.0, 70.0)]], name="class 1").draw())
+    for name in ("$\\frac{1$", "10 $ and 20 $"):
+        assert (np.asarray(by_hand(image, [[(60.0, 70.0)]], name=name).draw()) != plain).any()
+    assert not caplog.records
+    unknown = np.asarray(by_hand(image, [[(60.0, 70.0)]], name="\U0010fffd").draw())
+    assert (unknown == plain).all()
+    assert "class 1" in caplog.text
+
+
+def test_a_gif_keeps_the_colours_of_the_weights(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+    found = by_hand(noise, [[(60.0, 70.0), (90.0, 30.0)]], weights=[0.7, 0.3])
+    path = found.save(tmp_path / "a.gif")
+    wanted, [shown] = np.asarray(found.draw(layer=0)), [np.asarray(Image.open(path).convert("RGB"))]
+    for colour in ((253, 231, 37), (230, 159, 0)):  # the largest weight's, the box's
+        there = close_to(wanted, colour, 2)
+        assert there.sum() > 100
+        assert np.median(np.abs(shown[there].astype(int) - colour)) <= 2
 
 
 def test_the_close_up_holds_the_box_and_nearly_all_of_the_attention():

@@ -2,15 +2,19 @@
 
 import itertools
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from PIL import Image
 
 from deformable_detr.errors import UserError
 from deformable_detr.inference import draw as drawing
-from deformable_detr.inference.draw import PALETTE, draw, font_file, save
+from deformable_detr.inference import fonts
+from deformable_detr.inference.draw import PALETTE, draw, save
+from deformable_detr.inference.fonts import legible
 from deformable_detr.structures import Detections
 
 
@@ -30,20 +34,28 @@ def grey(height=400, width=600):
 
 
 def labels_of(monkeypatch, found):
-    """The texts and rectangles that are handed over for drawing, and the picture."""
-    import supervision
+    """The texts and rectangles of the labels, the best last, and the picture."""
+    texts, places = [], []
 
-    seen = {}
-    original = supervision.RichLabelAnnotator.annotate
+    class Pen(drawing.ImageDraw.ImageDraw):
+        def rectangle(self, xy, fill=None, outline=None, width=1):
+            if fill is not None:
+                places.append([xy[0], xy[1], xy[2] + 1, xy[3] + 1])
+            super().rectangle(xy, fill, outline, width)
 
-    def spy(self, scene, detections, labels):
-        measured = self._get_label_properties(drawing.ImageDraw.Draw(scene), detections, labels)
-        seen["texts"], seen["places"] = list(labels), measured[:, :4].tolist()
-        return original(self, scene, detections, labels)
+        def text(self, xy, text, **options):
+            left, top, right, bottom = self.textbbox(xy, text, font=options["font"], anchor=options["anchor"])
+            ground = places[-1]
+            assert ground[0] <= left
+            assert ground[1] <= top
+            assert right <= ground[2]
+            assert bottom <= ground[3]
+            texts.append(text)
+            super().text(xy, text, **options)
 
-    monkeypatch.setattr(supervision.RichLabelAnnotator, "annotate", spy)
+    monkeypatch.setattr(drawing.ImageDraw, "Draw", Pen)
     picture = draw(found)
-    return seen["texts"], seen["places"], picture
+    return texts, places, picture
 
 
 def overlap(a, b):
@@ -137,17 +149,53 @@ def test_many_boxes_are_drawn():
     corners = rng.uniform(0, 300, (300, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(1, 100, (300, 2))], axis=1)
     assert draw(detections(grey(), boxes.tolist())).size == (600, 400)
+    large = detections(grey(3000, 4000), (10 * boxes).tolist())
+    start = time.process_time()
+    assert draw(large).size == (4000, 3000)
+    assert time.process_time() - start < 3  # with lines that cost as much as the image is large it was 20
 
 
-def test_fonts_know_the_letters(caplog):
+@pytest.mark.parametrize("text", ["cat", "собака", "γάτα", "قطة سوداء", "ñandú", "ace of ♠", "♥"])
+def test_fonts_know_the_letters(caplog, text):
     from matplotlib.ft2font import FT2Font
 
-    font_file.cache_clear()
-    for text in ("cat", "собака", "γάτα", "قطة", "ñandú"):
-        assert set(map(ord, text)) <= FT2Font(font_file(text)).get_charmap().keys()
+    shown, file = legible(text, "class 7")
+    assert shown == text
+    assert set(map(ord, text)) - {32} <= FT2Font(file).get_charmap().keys()
     assert not caplog.records
-    assert font_file("\U0010fffd") == font_file("cat")  # a letter that no font has, and one that claims to has no say
-    assert "no installed font" in caplog.text
+
+
+def test_letters_without_a_font_are_never_drawn_as_empty_boxes(caplog, monkeypatch):
+    """As on a server where DejaVu Sans is the only font."""
+    only = fonts._font_files()[:1]
+    monkeypatch.setattr(fonts, "_font_files", lambda: only)
+    for cached in (fonts.legible, fonts._best_font):
+        cached.cache_clear()
+    try:
+        assert legible("\U0001f9ff bead", "class 7")[0] == "bead"  # a symbol can be left out
+        assert not caplog.records
+        assert legible("猫 cat", "class 7") == legible("class 7", "")  # a letter cannot
+        assert legible("\U0001f9ff", "class 8")[0] == "class 8"
+        assert len(caplog.records) == 2
+        assert "猫 cat" in caplog.text
+        assert "class 7" in caplog.text
+        found = detections(grey(), [[100, 100, 300, 250]] * 2, names=["猫", "cat"], labels=[4, 5])
+        texts, _, _ = labels_of(monkeypatch, found)
+        assert texts == ["cat 0.90", "class 4 0.90"]
+    finally:
+        for cached in (fonts.legible, fonts._best_font):
+            cached.cache_clear()
+
+
+def test_each_name_has_a_font_of_its_own(monkeypatch):
+    chosen = {"猫": "Serif", "cat": "Sans"}
+    files = {name: font_manager.findfont(f"DejaVu {kind}") for name, kind in chosen.items()}
+    monkeypatch.setattr(drawing, "legible", lambda name, otherwise: (name, files[name]))
+    fonts_used = []
+    font_of = drawing._font
+    monkeypatch.setattr(drawing, "_font", lambda file, size: fonts_used.append(file) or font_of(file, size))
+    draw(detections(grey(), [[0, 0, 99, 99], [200, 200, 300, 300]], names=["猫", "cat"]))
+    assert fonts_used == [files["猫"], files["cat"]]
 
 
 def test_text_reads_on_every_colour():

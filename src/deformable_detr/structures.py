@@ -140,11 +140,15 @@ class Detections:
 
     def to_supervision(self) -> supervision.Detections:
         """The same for supervision: class_id is the label; data has "class_name" and "category_id"."""
+        import warnings
+
         import numpy as np
 
-        from .inference.draw import load_supervision
+        with warnings.catch_warnings():  # a hint to install OpenCV, which nothing here needs
+            warnings.filterwarnings("ignore", message=".*OpenCV.*", category=UserWarning)
+            import supervision
 
-        return load_supervision().Detections(
+        return supervision.Detections(
             xyxy=self.boxes.numpy(),
             confidence=self.scores.numpy(),
             class_id=self.labels.numpy(),

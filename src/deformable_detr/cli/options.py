@@ -27,13 +27,13 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 def table(metrics: dict[str, Any], other: dict[str, Any] | None = None) -> str:
-    """The figures in two columns: the set's, then each class's AP. With other figures: these, and the difference."""
+    """The figures in two columns: the set's, then each class's AP. With another model's: A, B and B − A."""
     rows = _rows(metrics)
     width = max((len(name) for name, _ in rows), default=0)
     if other is None:
         return "\n".join(f"{name:<{width}}  {_figure(value)}" for name, value in rows)
     beside = dict(_rows(other))
-    lines = []
+    lines = [f"{'':<{width}}  {'A':<6} {'B':<6}  B − A"]
     for name, value in rows:
         second = beside.get(name)
         difference = "" if value is None or second is None else f"  {second - value:+.3f}"

@@ -48,6 +48,8 @@ def evaluate(
         prepare_file(json, "--json")
     models = [model] if compare is None else [model, compare]
     evaluated = evaluate_models(models, data, split=split, batch_size=batch_size, workers=workers, device=device)
+    if compare is not None:
+        print(", ".join(f"{letter}: {name}" for letter, (name, _) in zip("AB", evaluated, strict=True)))
     print(table(*(one.metrics for _, one in evaluated)))
     if report is not None:
         from ..evaluation.report import write_report

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from ..data.images import read_image
 from ..errors import UserError
@@ -65,6 +65,8 @@ def save(explanation: Explanation, path: Path, layer: int | None = None) -> Path
         durations = [FRAME_MS] * len(rest) + [LAST_FRAME_MS]
         options: dict[str, Any] = {"save_all": True, "append_images": rest, "duration": durations, "loop": 0}
         options |= {"quality": 90} if kind == "WEBP" else {}
+        if kind == "GIF":
+            first, *options["append_images"] = [_with_palette(frame) for frame in (first, *rest)]
     else:
         first = draw(explanation, layer)
         options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
@@ -74,6 +76,19 @@ def save(explanation: Explanation, path: Path, layer: int | None = None) -> Path
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     return path
+
+
+def _with_palette(frame: Image.Image) -> Image.Image:
+    """In 256 colours, as GIF has it: those of weights and lines exactly, the others as the frame needs them."""
+    from matplotlib import colormaps
+
+    shades = (255 * colormaps[COLOURS](np.linspace(0, 1, 48))[:, :3]).round().astype(np.uint8)
+    inks = [ImageColor.getrgb(ink) for ink in (BOX, REFERENCE, HALO, VIEW, INK, QUIET, PAPER, OUTSIDE)]
+    fixed = [*shades.reshape(-1).tolist(), *(part for ink in inks for part in ink)]
+    others = frame.quantize(256 - len(fixed) // 3, Image.Quantize.MEDIANCUT).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette((fixed + others)[: 3 * 256])
+    return frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def picture_kind(path: Path) -> str:
@@ -108,7 +123,9 @@ class _Drawing:
         # Weights crowd near zero: their square root spreads them over the colours.
         self.heaviest = max(float(look.weights.max()) for look in explanation.layers)
         self.norm = PowerNorm(0.5, vmin=0.0, vmax=self.heaviest)
-        self.view = close_up(explanation)
+        self.view = view = close_up(explanation)
+        low, high = np.array((view.x1, view.y1)), np.array((view.x2, view.y2))
+        self.whole = bool((low <= 0).all() and (high >= self.image.size).all())
 
     def picture(self, layers: Sequence[int], split: bool) -> Image.Image:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -138,7 +155,7 @@ class _Drawing:
                 self._overview(axes, layers)
             else:
                 self._panel(axes, *tokens[number - 1])
-        _write(figure, gap / figure.get_figwidth(), 1 - 0.16 / figure.get_figheight(), self.explanation.title)
+        _write(figure, gap / figure.get_figwidth(), 1 - 0.16 / figure.get_figheight(), self.explanation)
         what = (
             "inside: attention weight in the detected box; "
             if isinstance(self.explanation, DetectionExplanation)
@@ -159,11 +176,12 @@ class _Drawing:
         width = max(image.width, image.height * self.aspect)
         left, top = (image.width - width) / 2, (image.height - width / self.aspect) / 2
         self._show(axes, View(left, top, left + width, top + width / self.aspect))
-        corner = (max(view.x1, left), max(view.y1, top))
-        far = (min(view.x2, left + width), min(view.y2, top + width / self.aspect))
-        axes.add_patch(
-            Rectangle(corner, far[0] - corner[0], far[1] - corner[1], fill=False, ec=VIEW, lw=1.6, ls=(0, (1, 1.2)))
-        )
+        if not self.whole:
+            corner = (max(view.x1, left), max(view.y1, top))
+            far = (min(view.x2, left + width), min(view.y2, top + width / self.aspect))
+            axes.add_patch(
+                Rectangle(corner, far[0] - corner[0], far[1] - corner[1], fill=False, ec=VIEW, lw=1.6, ls=(0, (1, 1.2)))
+            )
         looks = self.explanation.layers
         if isinstance(self.explanation, DetectionExplanation):
             shown = [looks[layer] for layer in layers]
@@ -260,7 +278,8 @@ class _Drawing:
             entries.append(_Outlined([], [], BOX, label="box the layer gives", ls="solid"))
         else:
             entries.append(line("the point", **point))
-        entries.append(Line2D([], [], color=VIEW, lw=1.6, ls=(0, (1, 1.2)), label="part shown close up"))
+        if not self.whole:
+            entries.append(Line2D([], [], color=VIEW, lw=1.6, ls=(0, (1, 1.2)), label="part shown close up"))
         columns = 4 if figure.get_figwidth() > 8.5 else 3
         figure.legend(
             handles=entries, loc="lower center", ncols=columns, frameon=False, fontsize=SMALL, labelcolor=INK,
@@ -309,19 +328,23 @@ def _caption(axes: Axes, text: str) -> None:
     axes.set_title(text, fontsize=SMALL + 0.5, color=QUIET, loc="left", pad=5)
 
 
-def _write(figure: Any, x: float, y: float, text: str) -> None:
-    """The heading, in a font that has its letters, shortened to the figure's width."""
+def _write(figure: Any, x: float, y: float, explanation: Explanation) -> None:
+    """The heading, in a font that has its letters, a long name shortened to the figure's width."""
     from matplotlib.font_manager import FontProperties
 
-    from ..inference.draw import font_file
+    from ..inference.fonts import legible
 
-    font = FontProperties(fname=font_file(text), size=TEXT + 2)
+    name, rest, file = "", explanation.title, None
+    if isinstance(explanation, DetectionExplanation):
+        rest = rest.removeprefix(explanation.name)
+        category = int(explanation.detections.category_ids[explanation.index])
+        name, file = legible(explanation.name, f"class {category}")
+    font = FontProperties(fname=file, size=TEXT + 2)
     room = figure.get_figwidth() * DPI * (1 - 2 * x)
-    name, comma, rest = text.rpartition(", ")
-    written = figure.text(x, y, text, va="top", color=INK, fontproperties=font)
+    written = figure.text(x, y, name + rest, va="top", color=INK, fontproperties=font, parse_math=False)
     while name and written.get_window_extent().width > room:
         name = name[: int(len(name) * 0.9)]
-        written.set_text(f"{name}…{comma}{rest}")
+        written.set_text(f"{name}…{rest}")
 
 
 def _columns(count: int, width: float, height: float) -> int:

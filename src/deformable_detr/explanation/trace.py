@@ -59,8 +59,8 @@ class Trace:
             )
         if not 0 <= index < found:
             raise UserError(
-                f"{self._name}: there is no detection {index + 1}: {found} "
-                f"score{'s' if found == 1 else ''} {self.threshold:g} or more, numbered from 1, the best"
+                f"{self._name}: there is no detection {index + 1}: only {found} "
+                f"score{'s' if found == 1 else ''} {self.threshold:g} or more; lower the threshold for others"
             )
         query = int(self.queries[index])
         looks = []

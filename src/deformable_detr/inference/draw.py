@@ -1,4 +1,4 @@
-"""Detections drawn on their image: boxes and labels by supervision, sizes and places chosen here.
+"""Detections drawn on their image.
 
 Line width and font size follow the image, so that a picture reads the same whatever its resolution. Labels keep inside
 the image and off each other where there is room. Classes have the colours of Okabe and Ito, which people with any
@@ -7,13 +7,9 @@ colour vision tell apart.
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,16 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data.images import read_image
 from ..errors import UserError
 from ..structures import Detections
+from .fonts import legible
 
-if TYPE_CHECKING:
-    from supervision import Detections as SupervisionDetections
-
-_log = logging.getLogger(__name__)
-
+HALO = "#1A1A1A"
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 LEAST_SIDE = 320  # the long side of a drawn picture at least: smaller images are enlarged to have room for text
 SMALLEST_FONT = 11
-CROWDED, CROWDED_SHARE = 8, 0.4  # from so many boxes on, long names are shortened to that part of the width
+CROWDED, CROWDED_SHARE = 8, 0.4  # from so many boxes on, long names are shortened to that part of the width or less
 
 Rectangle = tuple[int, int, int, int]
 
@@ -60,10 +53,9 @@ def enlargement(size: tuple[int, int]) -> int:
 
 def draw_on(picture: Image.Image, detections: Detections, factor: int = 1) -> Image.Image:
     """Draws on the RGB picture itself, which is `factor` times as large as what the boxes are pixels of; returns it."""
-    found = detections.to_supervision()
-    found.xyxy = found.xyxy * factor
-    _draw_boxes(picture, found)
-    _draw_labels(picture, found, detections.names)
+    boxes = detections.boxes.numpy() * factor
+    _draw_boxes(picture, boxes, detections.labels.tolist())
+    _draw_labels(picture, boxes, detections)
     return picture
 
 
@@ -84,59 +76,49 @@ def save(detections: Detections, path: Path) -> Path:
     return path
 
 
-def load_supervision() -> ModuleType:
-    """The library, without its hint to install OpenCV, which nothing here needs."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*OpenCV.*", category=UserWarning)
-        import supervision
-    return supervision
-
-
-def _draw_boxes(picture: Image.Image, found: SupervisionDetections) -> None:
-    """Coloured lines on dark ones a little wider, which stand out from any background."""
-    supervision = load_supervision()
+def _draw_boxes(picture: Image.Image, boxes: np.ndarray, labels: list[int]) -> None:
+    """Coloured lines on dark ones a little wider, which stand out from any background; the best box is drawn last."""
     width = max(1, round(_scale(picture) / 260))
     limit = np.array([picture.width - 1, picture.height - 1] * 2)
-    boxes = found.xyxy.round().clip(0, limit)  # the line on the image's border shows
-    best_last = supervision.Detections(xyxy=boxes[::-1], class_id=_classes(found)[::-1])
-    halo, palette = supervision.Color.from_hex("#1A1A1A"), supervision.ColorPalette.from_hex(list(PALETTE))
-    supervision.BoxAnnotator(color=halo, thickness=width + 2).annotate(picture, best_last)
-    supervision.BoxAnnotator(color=palette, thickness=width).annotate(picture, best_last)
+    corners = boxes.round().clip(0, limit).astype(int)  # the line on the image's border shows
+    pen = ImageDraw.Draw(picture)
+    for rim in (1, 0):
+        out = width // 2 + rim
+        for (x1, y1, x2, y2), label in zip(corners[::-1].tolist(), labels[::-1], strict=True):
+            colour = HALO if rim else PALETTE[label % len(PALETTE)]
+            pen.rectangle((x1 - out, y1 - out, x2 + out, y2 + out), outline=colour, width=width + 2 * rim)
 
 
-def _classes(found: SupervisionDetections) -> np.ndarray:
-    assert found.class_id is not None
-    return found.class_id
-
-
-def _draw_labels(picture: Image.Image, found: SupervisionDetections, names: tuple[str, ...]) -> None:
+def _draw_labels(picture: Image.Image, boxes: np.ndarray, detections: Detections) -> None:
     """A label "name 0.93" for each detection: the best is placed first and drawn last."""
-    supervision = load_supervision()
-    size = _font_size(picture, len(found))
-    file = font_file("".join(names))
-    annotator = supervision.RichLabelAnnotator(
-        color=supervision.ColorPalette.from_hex(list(PALETTE)),
-        text_color=supervision.ColorPalette.from_hex([_ink(colour) for colour in PALETTE]),
-        font_path=file,
-        font_size=size,
-        text_padding=max(1, size // 5),
-    )
-    measure = ImageDraw.Draw(picture)
-    share = 1.0 if len(found) < CROWDED else CROWDED_SHARE
-    room = max(share * picture.width, 8 * size) - 2 * annotator.text_padding
-    room = min(room, picture.width - 2 * annotator.text_padding)
-    labels, places = [], []
-    assert found.confidence is not None
-    for name, score, box in zip(names, found.confidence, found.xyxy, strict=True):
-        label = _fitting(name, f"{score:.2f}", room, measure, annotator.font)
-        left, top, right, bottom = measure.textbbox((0, 0), label, font=annotator.font)
-        extent = (int(right - left) + 2 * annotator.text_padding, int(bottom - top) + 2 * annotator.text_padding)
-        labels.append(label)
+    size = _font_size(picture, len(boxes))
+    padding = max(1, size // 5)
+    pen = ImageDraw.Draw(picture)
+    share = 1.0 if len(boxes) < CROWDED else max(0.15, CROWDED_SHARE * (CROWDED / len(boxes)) ** 0.3)
+    room = max(share * picture.width, 8 * size) - 2 * padding
+    room = min(room, picture.width - 2 * padding)
+    written, places = [], []
+    facts = (detections.names, detections.category_ids.tolist(), detections.scores.tolist(), boxes)
+    for name, category, score, box in zip(*facts, strict=True):
+        name, file = legible(name, f"class {category}")
+        font = _font(file, size)
+        text = _fitting(name, f"{score:.2f}", room, pen, font)
+        left, top, right, bottom = pen.textbbox((0, 0), text, font=font, anchor="ls")
+        # From the top of a capital with an accent to the foot of a g, further only where the letters need it.
+        top, bottom = math.floor(min(top, -0.92 * size)), math.ceil(max(bottom, 0.26 * size))
+        extent = (math.ceil(right - left) + 2 * padding, bottom - top + 2 * (padding // 2))
         places.append(_place(box, extent, picture.size, places))
-    # supervision sets a label's lower left corner on the upper left one of its box: such boxes put it where we want it.
-    anchors = np.array([(left, bottom, left + 1, bottom + 1) for left, _, _, bottom in places], dtype=np.float32)
-    best_last = supervision.Detections(xyxy=anchors[::-1], class_id=_classes(found)[::-1])
-    annotator.annotate(picture, best_last, labels=labels[::-1])
+        written.append((text, font, padding - left, padding // 2 - top))
+    order = list(zip(places, written, detections.labels.tolist(), strict=True))
+    for (x1, y1, x2, y2), (text, font, right, down), label in reversed(order):
+        colour = PALETTE[label % len(PALETTE)]
+        pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=colour)
+        pen.text((x1 + right, y1 + down), text, fill=_ink(colour), font=font, anchor="ls")
+
+
+@lru_cache(maxsize=64)
+def _font(file: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
 
 
 def _place(box: np.ndarray, extent: tuple[int, int], size: tuple[int, int], taken: list[Rectangle]) -> Rectangle:
@@ -160,7 +142,6 @@ def _fitting(
     name: str, score: str, room: int, measure: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> str:
     """The label, its name shortened where it is wider than the image, down to the score alone."""
-    name = " ".join(name.split())
     for length in range(len(name), 0, -1):
         label = f"{name[:length].rstrip()}{'…' if length < len(name) else ''} {score}"
         if measure.textlength(label, font=font) <= room:
@@ -175,7 +156,7 @@ def _scale(picture: Image.Image) -> float:
 
 def _font_size(picture: Image.Image, count: int) -> int:
     """In pixels; smaller where there are many labels."""
-    crowding = min(1.0, max(0.6, (12 / count) ** 0.25))
+    crowding = min(1.0, max(0.35, (12 / count) ** 0.35))
     return max(SMALLEST_FONT, round(_scale(picture) / 34 * crowding))
 
 
@@ -184,38 +165,3 @@ def _ink(colour: str) -> str:
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#FFFFFF"
-
-
-@lru_cache(maxsize=64)
-def font_file(text: str) -> str | None:
-    """The installed font that has the most of the text's characters, DejaVu Sans where none has more.
-
-    None where no font can be used: Pillow's own, which knows Latin letters only.
-    """
-    from matplotlib import font_manager
-    from matplotlib.ft2font import FT2Font
-
-    wanted = {ord(letter) for letter in text + "0123456789." if not letter.isspace()}
-    default = font_manager.findfont("DejaVu Sans")
-    regular = [
-        font.fname
-        for font in font_manager.fontManager.ttflist
-        if font.style == "normal"
-        and font.weight in (400, "normal", "regular")
-        and not font.name.startswith("Last Resort")  # claims every character and draws a box for it
-    ]
-    best, most = None, -1
-    for path in [default, *sorted(set(regular))]:
-        try:
-            known = len(wanted & FT2Font(path).get_charmap().keys())
-            if known > most:
-                ImageFont.truetype(path, 12).getmask("0")
-        except (OSError, RuntimeError):
-            continue  # a listed font that is gone, or of bitmaps only
-        if known > most:
-            best, most = path, known
-        if most == len(wanted):
-            break
-    if most < len(wanted):
-        _log.warning("no installed font has all letters of the class names; some are drawn as empty boxes")
-    return best
