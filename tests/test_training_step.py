@@ -59,6 +59,19 @@ def test_half_precisions_learn(samples, precision):
     assert all(value.isfinite().all() for value in after.values())
 
 
+def test_gradients_of_the_step_before_take_no_memory_in_the_forward_pass(samples):
+    stepper = make()
+    stepper.step([collate(samples[:2])], done=0, progress=0.0)
+    assert any(parameter.grad is not None for parameter in stepper.model.parameters())
+    kept = []
+    stepper.model.encoder.register_forward_hook(
+        lambda *_: kept.extend(parameter.grad for parameter in stepper.model.parameters())
+    )
+    stepper.step([collate(samples[:2])], done=1, progress=0.0)
+    assert kept
+    assert all(gradient is None for gradient in kept)
+
+
 def test_a_batch_without_objects_is_fine(tmp_path):
     dataset = open_dataset(write_dataset(tmp_path, train=2, empty=2), transform=evaluation(64, 128))
     stepper = make()

@@ -141,6 +141,7 @@ def train(
     batch_size: int = 1,
     threads: int | None = None,
     repeats: Repeats = 3,
+    dropout: float | None = None,
     allocator: Allocators = "both",
     device: Literal["cpu", "cuda"] = "cpu",
     json: JsonFile = None,
@@ -151,6 +152,7 @@ def train(
         image_size: H,W of the images.
         batch_size: Images a step.
         threads: Processor threads; as many as PyTorch takes where none is named.
+        dropout: Of both models, in 0..1; the preset's where none is named.
         device: cpu or cuda.
     """
     from ..benchmark.train import run
@@ -161,7 +163,8 @@ def train(
         prepare_file(json, "--json")
     size = parse_size(image_size) or (480, 640)
     allocators = ("default", "tuned") if allocator == "both" else (allocator,)
-    run(preset, size, batch_size, ("fp32", "bf16"), threads, repeats, json, allocators, device)
+    changes = None if dropout is None else {"dropout": dropout}
+    run(preset, size, batch_size, ("fp32", "bf16"), threads, repeats, json, allocators, device, changes)
 
 
 @benchmark.command

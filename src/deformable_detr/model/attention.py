@@ -70,7 +70,7 @@ class DeformableAttention(nn.Module):
         M, L, P = self.heads, self.levels, self.points
         value = self.value_proj(memory)
         if padding_mask is not None:
-            value = value.masked_fill(padding_mask[..., None], 0.0)
+            value = value.masked_fill_(padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (M, -1))
         offsets = self.sampling_offsets(queries).view(B, Q, M, L, P, 2).to(reference_points.dtype)
         logits = self.attention_weights(queries).view(B, Q, M, L, P).to(reference_points.dtype)

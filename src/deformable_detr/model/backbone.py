@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import UserError
+from .frozen_norm import frozen
 from .resnet import ResNet
 
 STRIDES = (8, 16, 32)  # the levels that the backbone itself gives; coarser ones are made by convolution
@@ -36,9 +37,7 @@ class Backbone(nn.Module):
         pretrained = config.backbone_weights != "none"
         norm = config.backbone_norm
         if norm == "frozen" or (norm == "auto" and pretrained):
-            from timm.layers.norm_act import freeze_batch_norm_2d
-
-            body = freeze_batch_norm_2d(body)
+            body = frozen(body)
         count = config.frozen_stages if config.frozen_stages is not None else (2 if pretrained else 0)
         _freeze_stages(body, stages, count, config.backbone)
         # Convolutions are faster with the channels last, and tokens come out of such maps without a copy.
@@ -66,6 +65,7 @@ class Projections(nn.Module):
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.constant_(convolution.bias, 0.0)  # type: ignore[arg-type]  # there is one
         self.levels = nn.ModuleList(nn.Sequential(layer, nn.GroupNorm(groups, C)) for layer in convolutions)
+        self.levels.to(memory_format=torch.channels_last)  # as the maps are: else the largest weights are reordered
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         maps = [_normed(project, x) for project, x in zip(self.levels, features, strict=False)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,7 +13,7 @@ from .. import ops
 from ..config import ModelConfig
 from .attention import AttentionDetails, DeformableAttention
 from .heads import Heads, refined_boxes
-from .layers import MLP, FeedForward
+from .layers import MLP, Dropout, FeedForward
 from .position import box_encoding
 
 
@@ -42,6 +43,31 @@ class ExtraQueries(NamedTuple):
     mask: Tensor
 
 
+class SelfAttention(nn.MultiheadAttention):
+    """Attention of the queries to each other, with the parameters of PyTorch's and with our `Dropout`."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__(dim, heads, dropout, batch_first=True)
+        self.drop = Dropout(dropout)
+
+    def forward(self, x: Tensor, position: Tensor, unseen: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x, position: (B, Q, C), of which the sum decides who listens to whom. unseen: (Q, Q), True = unseen."""
+        B, Q, C = x.shape
+        assert self.in_proj_weight is not None
+        weight, bias = (t.split([2 * C, C]) for t in (self.in_proj_weight, self.in_proj_bias))
+        asked = F.linear(x + position, weight[0], bias[0]).view(B, Q, 2, self.num_heads, -1)
+        q, k = asked.permute(2, 0, 3, 1, 4)  # (B, M, Q, D) each
+        v = F.linear(x, weight[1], bias[1]).view(B, Q, self.num_heads, -1).transpose(1, 2)
+        if self.training and self.dropout:
+            logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, M, Q, Q)
+            if unseen is not None:
+                logits = logits.masked_fill(unseen, -torch.inf)
+            read = self.drop(logits.softmax(-1)) @ v
+        else:
+            read = F.scaled_dot_product_attention(q, k, v, None if unseen is None else ~unseen)
+        return self.out_proj(read.transpose(1, 2).flatten(2))
+
+
 class DecoderLayer(nn.Module):
     """Self-attention among the queries, deformable attention to the memory, a feed-forward network."""
 
@@ -49,13 +75,13 @@ class DecoderLayer(nn.Module):
         super().__init__()
         C = config.hidden_dim
         self.pre_norm = config.pre_norm
-        self.self_attn = nn.MultiheadAttention(C, config.num_heads, dropout=config.dropout, batch_first=True)
+        self.self_attn = SelfAttention(C, config.num_heads, config.dropout)
         self.norm1 = nn.LayerNorm(C)
         self.cross_attn = DeformableAttention(C, config.num_heads, config.feature_levels, config.decoder_points)
         self.norm2 = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.ffn_dim, config.activation, config.dropout)
         self.norm3 = nn.LayerNorm(C)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -70,9 +96,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, AttentionDetails | None]:
         pre = self.pre_norm
         x = self.norm1(queries) if pre else queries
-        together = x + query_position
-        spoken, _ = self.self_attn(together, together, x, attn_mask=self_attention_mask, need_weights=False)
-        queries = queries + self.dropout(spoken)
+        queries = queries + self.dropout(self.self_attn(x, query_position, self_attention_mask))
         queries = queries if pre else self.norm1(queries)
 
         x = self.norm2(queries) if pre else queries

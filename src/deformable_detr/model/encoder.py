@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config import ModelConfig
 from .attention import AttentionDetails, DeformableAttention
-from .layers import FeedForward
+from .layers import Dropout, FeedForward
 
 
 class EncoderLayer(nn.Module):
@@ -23,7 +23,7 @@ class EncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.ffn_dim, config.activation, config.dropout)
         self.norm2 = nn.LayerNorm(C)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,

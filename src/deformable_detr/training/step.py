@@ -132,6 +132,7 @@ class Stepper:
         plain = totals is None and len(passes) == 1
         totals = totals or combined([own_figures(passes)])
         before, names, sums, bad, first = None, [], [], [], totals.first
+        self.optimiser.zero_grad(set_to_none=True)  # before the pass: its activations take the gradients' place
         for number, (batch, targets) in enumerate(passes):
             with gradients(self.network, last=number == len(passes) - 1):
                 # Alone, a pass draws from the generators that everybody seeds; in company, all draw the same numbers.
@@ -146,8 +147,6 @@ class Stepper:
                     raise NonFiniteLoss(done + 1, dict(zip(names, values.tolist(), strict=True)), bad)
                 if not plain:
                     values[-1] *= len(targets) * totals.processes / totals.images  # a mean over images
-                if number == 0:
-                    self.optimiser.zero_grad(set_to_none=True)
                 self.scaler.scale(total).backward()
             sums.append(values * bool(targets))
             first += len(targets)

@@ -1,0 +1,63 @@
+"""Batch norm whose statistics and factors are constants, as it stays with pretrained weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class FrozenBatchNorm(nn.Module):
+    """timm's or torchvision's frozen norm, computed in one pass and in the precision of its input: (B, C, H, W) → same.
+
+    Those two make two maps of it, in fp32 even under autocast. Names of buffers are the same. norm: what it replaces.
+    """
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, norm.get_buffer(name))
+        self.eps: float = norm.eps
+        # timm's norms have the activation in them.
+        self.drop, self.act = getattr(norm, "drop", nn.Identity()), getattr(norm, "act", nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        constants = (self.running_mean, self.running_var, self.weight, self.bias)
+        normed = _Affine.apply(x, *constants, self.eps) if self.training else F.batch_norm(x, *constants, eps=self.eps)
+        return self.act(self.drop(normed))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class _Affine(torch.autograd.Function):
+    """PyTorch's own would keep the input for the gradient, which is not needed where the factors are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(var, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        var, weight = ctx.saved_tensors
+        scaled = F.batch_norm(grad, torch.zeros_like(var), var, weight, eps=ctx.eps)
+        return scaled, None, None, None, None, None
+
+
+def frozen(body: nn.Module) -> nn.Module:
+    """The body with every batch norm frozen."""
+    from timm.layers.norm_act import freeze_batch_norm_2d
+
+    body = freeze_batch_norm_2d(body)
+    for name, module in list(body.named_modules()):
+        if type(module).__name__.startswith("FrozenBatchNorm"):
+            parent, _, leaf = name.rpartition(".")
+            setattr(body.get_submodule(parent), leaf, FrozenBatchNorm(module))
+    return body
