@@ -1,5 +1,6 @@
-"""The allocator's settings save page faults, in a process of our own only."""
+"""The allocator's settings save page faults, oneDNN's save memory, in a process of our own only."""
 
+import os
 import subprocess
 import sys
 
@@ -64,3 +65,33 @@ def test_older_glibc_takes_less(monkeypatch, caplog):
     assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, 2**31 - 1)]
     assert "up to 32 MiB are kept" in caplog.text
     assert "refused" in caplog.text
+
+
+KERNELS = """
+import sys, torch
+from deformable_detr.allocator import keep_fewer_kernels
+torch.set_num_threads(1)
+if sys.argv[1] == "fewer":
+    keep_fewer_kernels()
+weight = torch.ones(4, 16, 3, 3)
+for side in (*range(90, 390), 90):
+    torch.nn.functional.conv2d(torch.ones(1, 16, 16, side), weight)
+"""
+
+
+def kernels(how, **settings):
+    """Whether the kernel of the first of 300 sizes was made anew at the end."""
+    environment = {**os.environ, "ONEDNN_VERBOSE": "profile_create", **settings}
+    environment = {key: value for key, value in environment.items() if value}
+    said = subprocess.check_output([sys.executable, "-c", KERNELS, how], text=True, env=environment)
+    made = [line for line in said.splitlines() if "create" in line and "convolution" in line]
+    if not made:
+        pytest.skip("this PyTorch does not compute by oneDNN, or does not say so")
+    return "cache_miss" in made[-1]
+
+
+def test_fewer_kernels_are_kept():
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    assert kernels("fewer", **{name: ""})
+    assert not kernels("as they come", **{name: ""})
+    assert not kernels("fewer", **{name: "1000"})  # who says how many decides

@@ -109,6 +109,7 @@ def whole(tmp_path_factory):
         with Torchrun(folder, kind) as run:
             assert run.wait() == 0, run.said.read_text()[-3000:]
             assert "4 images a step (2 processes" in run.said.read_text()
+            assert "Warning" not in run.said.read_text()
             assert run.steps() == list(range(1, 2 * EPOCHS + 1))
     return folder
 

@@ -1,9 +1,10 @@
-"""glibc's memory allocator, told to keep large buffers instead of giving them back and asking again each time."""
+"""What our commands ask of the C library's allocator and of oneDNN: which memory to keep, and which to give back."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -12,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 def keep_large_buffers() -> bool:
-    """Saves the page faults of activations that come and go at every step; whether it could.
+    """glibc keeps large buffers. Saves the page faults of activations that come and go at every step; whether it could.
 
     For our own commands only: a program that uses the library chooses its allocator itself.
     """
@@ -30,3 +31,12 @@ def keep_large_buffers() -> bool:
             return True
     _log.info("allocator: left as it is, glibc refused the setting")
     return False
+
+
+def keep_fewer_kernels() -> None:
+    """oneDNN keeps the code of the latest 256 of its calls instead of 1024; an environment that says how many decides.
+
+    A training on images of many sizes makes new ones at every step, a fifth of a MiB each, and hardly meets them again.
+    A step of the largest preset has 184 of them. To be called before the first one.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")

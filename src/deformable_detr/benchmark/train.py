@@ -134,7 +134,13 @@ def run(
     rows = by_allocator(
         "deformable_detr.benchmark.train", arguments, threads, allocators if device == "cpu" else ["default"]
     )
-    report = {**described(threads, device), "preset": preset, "changes": changes or {}, "repeats": repeats, "rows": rows}
+    report = {
+        **described(threads, device),
+        "preset": preset,
+        "changes": changes or {},
+        "repeats": repeats,
+        "rows": rows,
+    }
     print("| way | precision | allocator | input | median ms | p95 ms | × transformers | extra MiB |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -32,7 +33,9 @@ def parallelise(unit: nn.Module, world: World, kind: str) -> nn.Module:
         isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in unit.modules()
     )
     # Batch norms that learn take the first process's statistics; without any, buffers are the same everywhere.
-    return DistributedDataParallel(unit, broadcast_buffers=learning_norms, gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as it was called
+    return DistributedDataParallel(unit, **{option: learning_norms}, gradient_as_bucket_view=True)
 
 
 @contextmanager

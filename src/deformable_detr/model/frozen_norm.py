@@ -16,6 +16,11 @@ class FrozenBatchNorm(nn.Module):
     Those two make two maps of it, in fp32 even under autocast. Names of buffers are the same. norm: what it replaces.
     """
 
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, norm: Any) -> None:
         super().__init__()
         for name in ("weight", "bias", "running_mean", "running_var"):
