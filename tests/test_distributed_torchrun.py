@@ -31,7 +31,7 @@ KINDS = ("ddp", "fsdp")
 class Torchrun:
     """`torchrun … -m deformable_detr train` in two processes; the test fails where they are not done in time."""
 
-    def __init__(self, folder, kind, *options, limit=LIMIT, resume=False):
+    def __init__(self, folder, kind, *options, limit: float = LIMIT, resume=False):
         self.out, self.limit = folder / kind, limit
         config = folder / f"{kind}.yaml"
         config.write_text(run_config(parallel=kind, epochs=EPOCHS, eval_every=EPOCHS).to_yaml())

@@ -132,7 +132,7 @@ def timms(act):
     norm = FrozenBatchNormAct2d(6, act_layer=nn.ReLU6, inplace=False) if act else FrozenBatchNorm2d(6)
     for name in ("weight", "bias", "running_mean"):
         norm.get_buffer(name).normal_()
-    norm.running_var.uniform_(0.5, 2)
+    norm.get_buffer("running_var").uniform_(0.5, 2)
     return norm.double()
 
 

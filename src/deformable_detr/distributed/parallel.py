@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -34,8 +34,9 @@ def parallelise(unit: nn.Module, world: World, kind: str) -> nn.Module:
     )
     # Batch norms that learn take the first process's statistics; without any, buffers are the same everywhere.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as it was called
-    return DistributedDataParallel(unit, **{option: learning_norms}, gradient_as_bucket_view=True)
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as it was called
+    options: dict[str, Any] = {name: learning_norms}
+    return DistributedDataParallel(unit, gradient_as_bucket_view=True, **options)
 
 
 @contextmanager
