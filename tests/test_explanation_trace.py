@@ -1,5 +1,7 @@
 """Where the model looked, in pixels: against the tensors, against offsets set by hand, whatever the image's form."""
 
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -93,6 +95,17 @@ def test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_pos
             torch.testing.assert_close(read[keep], drawn[:, :, level].reshape(-1, 2)[keep], atol=2e-2, rtol=1e-4)
             checked += int(keep.sum())
     assert checked > 20
+
+
+@pytest.mark.parametrize("shift", [0.5, 4.0])  # pixels; half a cell of the finest map
+def test_positions_shifted_by_half_a_pixel_or_cell_are_noticed(monkeypatch, shift):
+    module = sys.modules["deformable_detr.explanation.trace"]
+    right = module.from_canvas
+    monkeypatch.setattr(module, "from_canvas", lambda *where: right(*where) + shift)
+    with pytest.raises(AssertionError, match="not close"):
+        test_points_set_by_hand_lie_where_equation_3_puts_them((67, 101))
+    with pytest.raises(AssertionError, match="not close"):
+        test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_positions((67, 101), None)
 
 
 @pytest.mark.parametrize("canvas", [None, CANVAS])

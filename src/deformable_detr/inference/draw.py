@@ -95,8 +95,7 @@ def _draw_labels(picture: Image.Image, boxes: np.ndarray, detections: Detections
     padding = max(1, size // 5)
     pen = ImageDraw.Draw(picture)
     share = 1.0 if len(boxes) < CROWDED else max(0.15, CROWDED_SHARE * (CROWDED / len(boxes)) ** 0.3)
-    room = max(share * picture.width, 8 * size) - 2 * padding
-    room = min(room, picture.width - 2 * padding)
+    room = min(max(int(share * picture.width), 8 * size), picture.width) - 2 * padding
     written, places = [], []
     facts = (detections.names, detections.category_ids.tolist(), detections.scores.tolist(), boxes)
     for name, category, score, box in zip(*facts, strict=True):
