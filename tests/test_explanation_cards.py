@@ -11,7 +11,7 @@ from deformable_detr.explanation import trace
 
 pytestmark = pytest.mark.slow
 
-IMAGES = 6
+IMAGES = 12
 
 
 @pytest.fixture(scope="module")
@@ -29,27 +29,31 @@ def cards_model(shared, tmp_path_factory):
     return DeformableDETR.from_pretrained(out)
 
 
-def share_on_cards(model, dataset):
-    """Mean share of the best detection's attention inside the labelled card nearest to it: (first, last layer)."""
+def shares(model, dataset):
+    """Mean shares of the best detection's attention, (first, last layer): inside the labelled card nearest to it, and
+    inside its own box.
+    """
     from torchvision.ops import box_convert, box_iou
 
-    found = []
+    on_card, in_box = [], []
     for index in range(0, len(dataset), max(1, len(dataset) // IMAGES)):
         image, target = dataset[index]
         cards = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([*image.shape[:0:-1]] * 2)
         explained = trace(model, image, threshold=0.0, top_k=1).detection(0)
         card = cards[box_iou(explained.box[None], cards)[0].argmax()]
-        shares = explained.shares_inside(card)
-        found.append((shares[0], shares[-1]))
-    return torch.tensor(found).mean(0).tolist()
+        on_card.append(explained.shares_inside(card)[[0, -1]])
+        in_box.append(explained.shares_inside()[[0, -1]])
+    return torch.stack(on_card).mean(0).tolist(), torch.stack(in_box).mean(0).tolist()
 
 
 def test_attention_goes_to_the_card(cards_model, shared):
     dataset = open_dataset(shared / "data" / "playing_cards", split="val")
     torch.manual_seed(0)
     config = cards_model.config.replace(backbone_weights="none")
-    trained, untrained = share_on_cards(cards_model, dataset), share_on_cards(DeformableDETR(config).eval(), dataset)
-    print(f"inside the card, first and last layer: trained {trained}, random {untrained}")
+    trained, trained_box = shares(cards_model, dataset)
+    untrained, untrained_box = shares(DeformableDETR(config).eval(), dataset)
+    print(f"first and last layer: inside the labelled card {trained}, random weights {untrained};")
+    print(f"inside the detected box {trained_box}, random weights {untrained_box}")
     assert trained[-1] > untrained[-1] + 0.1
     assert trained[-1] > trained[0]
     assert trained[-1] > 0.6
