@@ -149,7 +149,8 @@ def test_frozen_norm_is_timms(act, training):
     assert not near([ours(x)], [wanted])
 
 
-def test_frozen_norm_keeps_no_map_and_the_precision():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frozen_norm_keeps_no_map_and_the_precision(dtype):
     norm = FrozenBatchNorm(timms(False).float())
     x = torch.randn(2, 6, 50, 70).to(memory_format=torch.channels_last).requires_grad_()
     with Kept(*norm.buffers()) as kept:
@@ -160,10 +161,10 @@ def test_frozen_norm_keeps_no_map_and_the_precision():
     assert kept.bytes >= x.nbytes  # PyTorch's own gradient needs the input
     norm.train()
     assert y.is_contiguous(memory_format=torch.channels_last)
-    half = x.detach().bfloat16().requires_grad_()
+    half = x.detach().to(dtype).requires_grad_()
     y = norm(half)
     (gradient,) = torch.autograd.grad(y.sum(), half)
-    assert (y.dtype, gradient.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert (y.dtype, gradient.dtype) == (dtype, dtype)
     assert torch.allclose(y.float(), norm(x), atol=0.05, rtol=0.02)
 
 

@@ -52,7 +52,8 @@ class _Affine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         var, weight = ctx.saved_tensors
-        scaled = F.batch_norm(grad, torch.zeros_like(var), var, weight, eps=ctx.eps)
+        zeros = torch.zeros_like(var)
+        scaled = F.batch_norm(grad, zeros, var, weight, zeros, eps=ctx.eps)
         return scaled, None, None, None, None, None
 
 
