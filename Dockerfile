@@ -11,11 +11,13 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     DEFORMABLE_DETR_NATIVE=require
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install torch torchvision --index-url ${TORCH_INDEX}
+RUN pip install torch torchvision --index-url ${TORCH_INDEX} && pip freeze | grep -E '^torch(vision)?==' > /opt/torch.txt
 WORKDIR /src
 COPY pyproject.toml constraints.txt hatch_build.py README.md LICENSE ./
 COPY src src
-RUN pip install '.[serve]' --constraint constraints.txt
+# The build of PyTorch that was chosen above stays, or this fails. EXTRAS=serve,export: for exported files too.
+ARG EXTRAS=serve
+RUN pip install ".[${EXTRAS}]" --constraint constraints.txt --constraint /opt/torch.txt
 
 FROM python:${PYTHON}-slim
 # g++ brought libgomp to the build; the kernels need it when they run.

@@ -10,7 +10,7 @@ import torch
 
 from deformable_detr.errors import UserError
 from deformable_detr.export import export_model, formats, load, run
-from export_models import IDS, NAMES, tiny
+from export_models import IDS, NAMES, found_set, tiny
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -137,24 +137,10 @@ def test_predicts_as_the_folder_does(model, file, tmp_path):
 
 
 def test_is_evaluated_as_the_folder_is(model, file, tmp_path):
-    """On a set whose truth is what the model finds best, so that AP says something."""
-    from data_sets import coco_set, picture
     from deformable_detr.cli import main
 
     model.save_pretrained(tmp_path / "model")
-    root = coco_set(tmp_path / "set")
-    content = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": i, "name": n} for i, n in zip(IDS, NAMES, strict=True)],
-    }
-    for number in range(1, 4):
-        path = picture(root / "valid" / f"{number}.png", (100 + 20 * number, 90))
-        content["images"].append({"id": number, "file_name": path.name, "width": 100 + 20 * number, "height": 90})
-        for found in model.predict(path, threshold=0, top_k=4).to_coco(number):
-            area = found["bbox"][2] * found["bbox"][3]
-            content["annotations"].append({**found, "id": len(content["annotations"]) + 1, "area": area, "iscrowd": 0})
-    (root / "valid" / "_annotations.coco.json").write_text(json.dumps(content))
+    root = found_set(tmp_path / "set", model)
     figures = []
     for source in (tmp_path / "model", file):
         main(["evaluate", str(source), str(root), "--device", "cpu", "--workers", "0", "--batch-size", "2",

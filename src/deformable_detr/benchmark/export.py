@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-import statistics
+import json
+import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from ..errors import UserError
 from ..export import export_model, load
 from ..export.formats import SUFFIXES
 from ..model.detector import DeformableDETR
+from .rounds import described, in_turn, write
 
-EAGER = "eager"
-FORMS = (("onnx", "grid_sample"), ("onnx", "gather"), ("openvino", "grid_sample"), ("openvino", "gather"),
-         ("torch", "grid_sample"), ("torch", "gather"))  # fmt: skip
+
+class Form(NamedTuple):
+    """A way to run the model: eager, optimised, or a format of `export` with its sampling and precision."""
+
+    runtime: str
+    sampling: str = "native"
+    precision: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.runtime} {self.precision}" + ("" if self.sampling == "native" else f", {self.sampling}")
+
+
+EAGER, OPTIMISED = Form("eager"), Form("optimised")
+FORMS = tuple(Form(kind, sampling) for kind in SUFFIXES for sampling in ("grid_sample", "gather"))
+INT8 = (Form("onnx", "grid_sample", "int8"), Form("openvino", "grid_sample", "int8"))  # with a data set
 
 
 @dataclass(frozen=True)
 class Row:
-    """One runtime and input. Milliseconds a batch; `ratio`: eager's median of the same rounds / this one's."""
+    """One way to run the model and one input. Milliseconds a batch; `ratio`: eager's median / its."""
 
     runtime: str
     sampling: str
+    precision: str
     batch: int
     height: int
     width: int
     median_ms: float
     best_ms: float
     ratio: float
+    mib: float | None  # of the file
 
 
 def measure(
@@ -41,55 +57,77 @@ def measure(
     batches: Sequence[int] = (1, 4),
     size: tuple[int, int] | None = None,
     repeats: int = 7,
-    forms: Iterable[tuple[str, str]] = FORMS,
+    forms: Iterable[Form] = FORMS,
+    data: str | os.PathLike[str] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Exports the model in each of `forms` (format, sampling) with open sizes, and times them all in turn.
+    """Exports the model in each of `forms` with open sizes, and times them all in turn, beside eager and optimised.
 
-    All use as many threads as PyTorch does here. Each round runs every runtime once on the same input, so what else
+    All use as many threads as PyTorch does here. Each round runs every one of them once on the same input, so what else
     goes on in the machine meets all of them; medians of `repeats` rounds are compared, after one that does not count.
     size: (height, width), none: a 4:3 image as the model's config resizes it.
+    data: for int8, see `export_model`. A form that is refused there is reported and left out.
     """
     model = model.cpu().float().eval()
     height, width = size or (model.config.image_size, model.config.image_size * 4 // 3)
-    calls: dict[tuple[str, str], Any] = {(EAGER, "native"): model}
+    ways: dict[Form, Any] = {EAGER: model, OPTIMISED: model.optimize()}
+    sizes: dict[Form, float] = {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (kind, sampling) in enumerate(forms):
-            path = Path(folder) / f"{number}{SUFFIXES[kind]}"
-            export_model(model, path, kind, sampling=sampling)  # type: ignore[arg-type]  # strings of FORMS
-            calls[kind, sampling] = load(path, "cpu", threads=torch.get_num_threads())
-            report(f"{kind} with {sampling}: exported and verified")
+        for number, form in enumerate(forms):
+            path = Path(folder) / f"{number}{SUFFIXES[form.runtime]}"
+            kind, sampling, precision = form
+            try:
+                export_model(model, path, kind, precision, sampling=sampling, data=data)  # type: ignore[arg-type]
+            except UserError as error:
+                if precision != "int8":
+                    raise
+                report(f"{form}: {error}")
+                continue
+            ways[form] = load(path, "cpu", threads=torch.get_num_threads())
+            sizes[form] = sum(file.stat().st_size for file in Path(folder).glob(f"{number}.*")) / 2**20
+            report(f"{form}: exported and verified")
         for batch in batches:
             pixels = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
             mask = torch.zeros(batch, height, width, dtype=torch.bool)
-            times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
+            calls = {str(form): partial(way, pixels, mask) for form, way in ways.items()}
             with torch.inference_mode():
-                for _ in range(repeats + 1):
-                    for name, call in calls.items():
-                        times[name].append(_timed(call, pixels, mask))
-            eager = statistics.median(times[EAGER, "native"][1:])
-            for (runtime, sampling), all_times in times.items():
-                median = statistics.median(all_times[1:])
-                rows.append(
-                    Row(runtime, sampling, batch, height, width, median * 1e3, min(all_times[1:]) * 1e3, eager / median)
-                )
-        calls.clear()  # opened files cannot be deleted everywhere
+                times = in_turn(calls, repeats)
+            eager = times[str(EAGER)].median_ms
+            for form in ways:
+                found = times[str(form)]
+                row = Row(*form, batch, height, width, found.median_ms, found.best_ms, eager / found.median_ms,
+                          sizes.get(form))  # fmt: skip
+                rows.append(row)
+        ways.clear()  # opened files cannot be deleted everywhere
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| runtime | sampling | batch | input | median ms | best ms | × eager |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| runtime | sampling | precision | batch | input | median ms | best ms | × eager | MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     lines += [
-        f"| {row.runtime} | {row.sampling} | {row.batch} | {row.height}×{row.width} "
-        f"| {row.median_ms:.0f} | {row.best_ms:.0f} | {row.ratio:.2f} |"
+        f"| {row.runtime} | {row.sampling} | {row.precision} | {row.batch} | {row.height}×{row.width} "
+        f"| {row.median_ms:.0f} | {row.best_ms:.0f} | {row.ratio:.2f} | {'' if row.mib is None else f'{row.mib:.1f}'} |"
         for row in rows
     ]
     return "\n".join(lines)
 
 
-def _timed(call: Any, pixels: Tensor, mask: Tensor) -> float:
-    start = time.perf_counter()
-    call(pixels, mask)
-    return time.perf_counter() - start
+def run(
+    model: DeformableDETR,
+    batches: Sequence[int],
+    size: tuple[int, int] | None,
+    repeats: int,
+    data: Path | None = None,
+    json_path: Path | None = None,
+) -> None:
+    """Measures, prints the table, and writes JSON where asked to."""
+    rows = measure(model, batches, size, repeats, FORMS if data is None else (*FORMS, *INT8), data, report=print)
+    print(table(rows))
+    if json_path is not None:
+        report = {**described(None), "repeats": repeats, "rows": [asdict(row) for row in rows]}
+        write(json_path, json.dumps(report, indent=1) + "\n")

@@ -72,7 +72,7 @@ def described(threads: int | None, device: str = "cpu") -> dict[str, Any]:
     """The machine, what it can do at most, and the versions: no host names, no paths."""
     if threads is not None:
         torch.set_num_threads(threads)
-    packages = ("torch", "timm", "transformers", "onnxruntime", "openvino")
+    packages = ("torch", "timm", "transformers", "onnxruntime", "openvino", "nncf")
     versions = {name: _version(name) for name in packages}
     return {
         "machine": asdict(Machine.measured(device)),

@@ -47,28 +47,25 @@ def exports(
     batches: Annotated[list[int] | None, Parameter(negative=(), help="images at once; 1 and 4 by default")] = None,
     image_size: str | None = None,
     repeats: Repeats = 7,
+    data: Path | None = None,
     json: JsonFile = None,
 ) -> None:
-    """Time a model in every runtime it can be exported to, beside PyTorch eager.
+    """Time a model in every runtime it can be exported to, beside PyTorch eager and the optimised model.
 
     Args:
         model: A run or model folder, a transformers folder or hub id, or an official .pth.
         image_size: H,W of the input; as the model resizes a 4:3 image where none is named.
+        data: Data set to make int8 files with; none: no int8.
     """
-    from dataclasses import asdict
-
-    from ..benchmark.export import measure, table
+    from ..benchmark.export import run
     from ..export.graph import parse_size
-    from ..inference.files import prepare_file, write_json
+    from ..inference.files import prepare_file
     from ..model.detector import DeformableDETR
 
     if json is not None:
         prepare_file(json, "--json")
     size = parse_size(image_size) if image_size else None
-    rows = measure(DeformableDETR.from_pretrained(model), batches or (1, 4), size, repeats, report=print)
-    print(table(rows))
-    if json is not None:
-        write_json(json, [asdict(row) for row in rows])
+    run(DeformableDETR.from_pretrained(model), batches or (1, 4), size, repeats, data, json)
 
 
 Allocators = Annotated[

@@ -7,7 +7,7 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,13 +33,22 @@ class Runtime(Protocol):
 
 
 def write(
-    kind: str, program: ExportedProgram, path: Path, strings: Mapping[str, str], precision: str, post_processing: bool
+    kind: str,
+    program: ExportedProgram,
+    path: Path,
+    strings: Mapping[str, str],
+    precision: str,
+    post_processing: bool,
+    change: Callable[[Any], Any] = lambda proto: proto,
 ) -> None:
-    """Writes the graph as `kind` (a key of SUFFIXES) with the metadata; OpenVINO has a .bin beside the .xml."""
+    """Writes the graph as `kind` (a key of SUFFIXES) with the metadata; OpenVINO has a .bin beside the .xml.
+
+    change: what is done to the ONNX model on the way to either ONNX or OpenVINO.
+    """
     if kind == "torch":
         torch.export.save(program, path, extra_files={f"{_DESCRIPTION}.{key}": text for key, text in strings.items()})
         return
-    proto = _onnx(program, strings, post_processing)
+    proto = change(_onnx(program, strings, post_processing))
     if kind == "onnx":
         need("onnx").save(proto, path)
         return
@@ -48,7 +57,7 @@ def write(
     for key, text in strings.items():
         converted.set_rt_info(text, [_DESCRIPTION, key])
     # The CPU plugin would choose bf16 where the processor has it, which is off by whole units of a logit.
-    if precision == "fp32":
+    if precision != "fp16":
         converted.set_rt_info("f32", ["runtime_options", "INFERENCE_PRECISION_HINT"])
     openvino.save_model(converted, path, compress_to_fp16=precision == "fp16")
 

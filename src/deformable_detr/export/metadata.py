@@ -15,7 +15,7 @@ FORMAT, VERSION = "deformable-detr", 1
 class Described(NamedTuple):
     """The model's config with its normalisation in it, and how it was exported.
 
-    image_size: (height, width) of the input, none: any. precision: fp32 or fp16.
+    image_size: (height, width) of the input, none: any. precision: fp32, fp16 or int8.
     """
 
     config: ModelConfig

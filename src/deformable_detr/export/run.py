@@ -6,8 +6,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -16,18 +17,21 @@ from ..model.detector import DeformableDETR
 from .formats import SUFFIXES, need, write
 from .graph import InferenceGraph, Sampling, trace
 from .metadata import Described
+from .quantization import PARTS, Calibration, quantized, quantizer
 from .runtime import ExportedDetector, load
-from .verify import Case, verify
+from .verify import BOXES, LOGITS, Case, verify
 
 Format = Literal["onnx", "openvino", "torch"]
-Precision = Literal["fp32", "fp16"]
-AP_LOSS = 0.005  # most AP that fp16 may cost
-HALF = (0.5, 0.05)  # logits and boxes of an fp16 file: a coarse net, the AP is the measure
+Precision = Literal["fp32", "fp16", "int8"]
+AP_LOSS = 0.005  # most AP that fp16 and int8 may cost
+# Differences of logits and boxes. fp16: a coarse net, the AP is the measure. int8: other proposals may become queries,
+# so that all is finite and in its shape is what this can tell.
+TOLERANCES = {"fp32": (LOGITS, BOXES), "fp16": (0.5, 0.05), "int8": (1e3, 1.0)}
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
 
 
 class Exported(NamedTuple):
-    """What an export came to: the file, the differences from the model, and with fp16 the AP before and after."""
+    """What an export came to: the file, the differences from the model, and unless fp32 the AP before and after."""
 
     path: Path
     cases: list[Case]
@@ -50,11 +54,12 @@ def export_model(
     """Writes the model as a file for another runtime, or refuses where that file does not compute the same.
 
     out: ends in .onnx, .xml (OpenVINO; a .bin goes beside it) or .pt2, as `to` says.
-    precision: fp16 halves the file; it needs `data`, the AP on which may fall by `AP_LOSS` at most.
+    precision: fp16 halves the file, int8 quantizes what bears it (of `quantization.PARTS`), which .pt2 has no form for;
+        both need `data`, the AP on which may fall by `AP_LOSS` at most.
     image_size: (height, width) of all inputs; none: any size. The batch is always open.
     post_processing: also boxes in pixels, scores and labels of the best 100; see `graph.InferenceGraph`.
     sampling: gather for runtimes that miscompute or lack GridSample.
-    data, split, limit: data set for fp16, as in `evaluate`.
+    data, split, limit: data set to measure fp16 and int8 on, as in `evaluate`; int8 is calibrated on its train split.
     report: gets a line for each step done.
 
     Raises UserError for a model that cannot be exported, for a file that cannot be written, and for one that differs.
@@ -63,37 +68,50 @@ def export_model(
     _check(path, to, precision, image_size, data, model)
     for package in _PACKAGES[to]:
         need(package)
+    if precision == "int8":
+        quantizer()
     model = _plain(model)
     described = Described(_config(model), image_size, precision, sampling, post_processing)
     half = precision == "fp16" and to != "openvino"  # OpenVINO stores halves and computes as its device can
     program = trace(InferenceGraph(model, post_processing, torch.half if half else torch.float32), image_size, sampling)
     report("traced")
+    changes: dict[str, Callable[[Any], Any]] = {precision: lambda proto: proto}
+    if precision == "int8":
+        assert data is not None
+        images = Calibration(described, data)
+        report(f"calibrating on {len(images)} training images")
+        changes = {f"int8 in {name}": partial(quantized, images=images, parts=parts) for name, parts in PARTS.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
     try:
-        written = folder / path.name
-        try:
-            write(to, program, written, described.to_strings(), precision, post_processing)
-        except OSError as error:
-            raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
-        report(f"written, {sum(file.stat().st_size for file in folder.iterdir()) / 2**20:.1f} MiB")
-        exported = load(written, "cpu")
-        cases = verify(model, exported) if precision == "fp32" else verify(model, exported, HALF)
-        for case in cases:
-            report(f"verified {case}")
-        ap = None if data is None or precision == "fp32" else _measure(model, exported, data, split, limit)
-        if ap is not None:
-            report(f"AP {ap[0]:.4f} before, {ap[1]:.4f} after")
-            if not ap[1] >= ap[0] - AP_LOSS:
-                raise UserError(f"refused: {precision} takes AP from {ap[0]:.4f} to {ap[1]:.4f}; nothing was written")
-        del exported  # Windows does not move open files
+        before = None if precision == "fp32" else _ap(model, data, split, limit)
+        found: list[float] = []
+        for name, change in changes.items():  # of int8, the first that costs little enough
+            try:
+                write(to, program, folder / path.name, described.to_strings(), precision, post_processing, change)
+            except OSError as error:
+                raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+            size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+            report(f"written, {size:.1f} MiB" + (f", {name}" if precision == "int8" else ""))
+            exported = load(folder / path.name, "cpu")
+            cases = verify(model, exported, TOLERANCES[precision])
+            for case in cases:
+                report(f"verified {case}")
+            if before is not None:
+                found.append(_ap(exported, data, split, limit))
+                report(f"AP {before:.4f} before, {found[-1]:.4f} after")
+            exported = None  # Windows does not move open files
+            if before is None or found[-1] >= before - AP_LOSS:
+                break
+        else:
+            raise UserError(f"refused: {precision} takes AP from {before:.4f} to {max(found):.4f}; nothing was written")
         _put(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Exported(path, cases, ap)
+    return Exported(path, cases, None if before is None else (before, found[-1]))
 
 
 def _check(
@@ -103,6 +121,8 @@ def _check(
         raise UserError(f"--out {path}: a file for {to} ends in {SUFFIXES[to]}")
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder, name a file")
+    if precision == "int8" and to == "torch":
+        raise UserError("--precision int8: for onnx and openvino; PyTorch's own file has no form for it")
     if precision != "fp32" and data is None:
         raise UserError(f"--precision {precision} needs --data DATA, to measure what it costs")
     if image_size is not None and min(image_size) < 32:
@@ -122,15 +142,17 @@ def _config(model: DeformableDETR):
     return model.config.without_download().replace(pixel_mean=tuple(mean), pixel_std=tuple(std))
 
 
-def _measure(
-    model: DeformableDETR, exported: ExportedDetector, data: str | os.PathLike[str], split: str, limit: int | None
-) -> tuple[float, float]:
+def _ap(
+    model: DeformableDETR | ExportedDetector, data: str | os.PathLike[str] | None, split: str, limit: int | None
+) -> float:
     from ..evaluation import evaluate
 
-    before, after = (evaluate(each, data, split=split, batch_size=1, limit=limit)["AP"] for each in (model, exported))
-    if before is None or after is None:
+    assert data is not None  # `_check`
+
+    ap = evaluate(model, data, split=split, batch_size=1, limit=limit)["AP"]
+    if ap is None:
         raise UserError(f"--data {data}: no objects in it, so no AP to compare")
-    return before, after
+    return ap
 
 
 def _put(folder: Path, path: Path) -> None:

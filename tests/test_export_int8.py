@@ -1,0 +1,131 @@
+"""int8: calibrated on the training split, in the parts that bear it, and refused where it costs AP."""
+
+import json
+import re
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from deformable_detr.cli import main
+from deformable_detr.errors import UserError
+from deformable_detr.export import export_model, formats, load, run
+from deformable_detr.export.metadata import Described
+from deformable_detr.export.quantization import PARTS, Calibration
+from export_models import found_set, tiny
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def data(model, tmp_path_factory):
+    return found_set(tmp_path_factory.mktemp("int8") / "set", model, images=6)
+
+
+def described(model, image_size=None):
+    return Described(run._config(model), image_size, "int8", "grid_sample", False)
+
+
+@pytest.mark.parametrize("module", [
+    "backbone.body.layer2.0.conv1", "backbone.body.blocks.1.0.conv_pw", "projections.levels.0.0",
+    "encoder.layers.0.ffn.linear1", "encoder.layers.11.self_attn.value_proj", "encoder.layers.0.self_attn.output_proj",
+])  # fmt: skip
+def test_parts_in_int8(module):
+    assert PARTS["backbone and encoder"].match(f"model.{module}")
+    assert bool(PARTS["encoder"].match(f"model.{module}")) == module.startswith("encoder")
+
+
+@pytest.mark.parametrize("module", [
+    "backbone.body.conv_stem", "backbone.body.blocks.0.0.conv_dw", "backbone.body.layer1.0.conv1",
+    "decoder.heads.classes.0", "decoder.heads.boxes.0.layers.0", "encoder.layers.0.self_attn.sampling_offsets",
+    "encoder.layers.0.self_attn.attention_weights", "decoder.layers.0.self_attn", "encoder.layers.0.norm1",
+    "decoder.position_head.layers.0", "proposals", "",
+])  # fmt: skip
+def test_parts_in_fp32(module):
+    assert not any(parts.match(f"model.{module}") for parts in PARTS.values())
+
+
+def test_calibration_images(model, data):
+    """Those of the training split, all over it, as the model is given them, as often as they are asked for."""
+    images = Calibration(described(model), data)
+    assert len(images) == len(list(images)) == len(list(images)) == 6
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    model.predict(data / "train" / "1.png")
+    torch.testing.assert_close(next(iter(images))[0], seen[0])
+    few = list(Calibration(described(model), data, most=2))
+    assert [pixels.shape for pixels, _ in few] == [list(images)[at][0].shape for at in (0, 3)]
+    pixels, mask = next(iter(Calibration(described(model, (128, 160)), data)))
+    assert pixels.shape == (1, 3, 128, 160)
+    assert mask.any()
+    assert (pixels.permute(0, 2, 3, 1)[mask] == 0).all()
+
+
+def test_mistakes_are_named(model, data, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="for onnx and openvino"):
+        export_model(model, tmp_path / "a.pt2", "torch", "int8", data=data)
+    with pytest.raises(UserError, match="needs --data"):
+        export_model(model, tmp_path / "a.onnx", "onnx", "int8")
+    monkeypatch.setitem(__import__("sys").modules, "nncf", None)
+    with pytest.raises(UserError, match=re.escape("nncf is not installed: pip install 'deformable-detr[export]'")):
+        export_model(model, tmp_path / "a.onnx", "onnx", "int8", data=data)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("bound", "refused"), [(0.005, True), (1.0, False)])
+def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, refused):
+    """A quantizer that spoils the class heads: only the bound on AP keeps its file from being written."""
+
+    def spoiling(proto, images, parts):
+        for weight in proto.graph.initializer:
+            if "classes" in weight.name and weight.name.endswith("bias"):
+                values = onnx.numpy_helper.to_array(weight)
+                changed = np.linspace(9, -9, values.size, dtype=values.dtype)
+                weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
+        return proto
+
+    monkeypatch.setattr(run, "quantizer", lambda: None)
+    monkeypatch.setattr(run, "quantized", spoiling)
+    monkeypatch.setattr(run, "AP_LOSS", bound)
+    path, lines = tmp_path / "model.onnx", []
+    options = {"data": data, "report": lines.append}
+    if refused:
+        with pytest.raises(UserError, match=r"refused: int8 takes AP from 0\.\d+ to 0\.\d+; nothing was written"):
+            export_model(model, path, "onnx", "int8", **options)
+        assert not list(tmp_path.iterdir())
+    else:
+        before, after = export_model(model, path, "onnx", "int8", **options).ap
+        assert after < before - 0.005
+        assert path.exists()
+    # Where one choice of parts costs too much, the next is tried.
+    assert sum(line.startswith("AP ") for line in lines) == (len(PARTS) if refused else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_from_export_to_use(model, data, tmp_path, monkeypatch, capsys, kind):
+    """With the bound lifted: random weights bear nothing. The file predicts and is evaluated as others are."""
+    pytest.importorskip("nncf")
+    pytest.importorskip(kind)
+    monkeypatch.setattr(run, "AP_LOSS", 1.0)
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / f"tiny{formats.SUFFIXES[kind]}"
+    main(["export", str(tmp_path / "model"), "--to", kind, "--out", str(path), "--precision", "int8",
+          "--data", str(data), "--post-processing"])  # fmt: skip
+    said = capsys.readouterr().out
+    assert "calibrating on 6 training images" in said
+    assert re.search(r"AP \d\.\d+ before, \d\.\d+ after", said)
+    assert load(path).described == described(model)._replace(post_processing=True)
+    if kind == "onnx":
+        assert sum(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node) > 5
+    main(["evaluate", str(path), str(data), "--device", "cpu", "--workers", "0", "--json", str(tmp_path / "f.json")])
+    assert json.loads((tmp_path / "f.json").read_text())["AP"] > 0.02
+    main(["predict", str(path), str(data / "valid" / "1.png"), "--threshold", "0", "--json", str(tmp_path / "p.json")])
+    assert json.loads((tmp_path / "p.json").read_text())[0]["detections"]
