@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from deformable_detr.benchmark import export as exported
 from deformable_detr.benchmark import model as bench
 from deformable_detr.benchmark import predict, rounds, scaling, train
 from deformable_detr.benchmark.parts import TimedParts
+from export_models import tiny
 from red_box import RedBoxFinder
 
 TINY = {
@@ -34,6 +36,21 @@ def test_model_beside_transformers():
         assert {"pre", "backbone", "projections", "encoder", "decoder", "heads", "rest", "post"} == set(row.parts_ms)
         assert min(row.parts_ms.values()) >= 0
     assert len({row.gflop for row in rows}) == 1
+
+
+def test_exported_files_beside_eager(tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "figures.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exported, "FORMS", (exported.Form("onnx", "gather"),))
+        exported.run(tiny(), (1, 2), (64, 96), 1, json_path=path)
+    figures = json.loads(path.read_text())
+    assert {"machine", "versions", "commit", "command"} <= set(figures)
+    rows = figures["rows"]
+    assert [row["runtime"] for row in rows] == ["eager", "optimised", "onnx"] * 2
+    for eager, row in zip(rows[0:1] * 3 + rows[3:4] * 3, rows, strict=True):
+        assert row["ratio"] == pytest.approx(eager["median_ms"] / row["median_ms"])
+        assert (row["mib"] is not None) == (row["runtime"] == "onnx")
 
 
 class _Slow(nn.Module):

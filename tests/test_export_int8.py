@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import onnx
@@ -57,8 +58,8 @@ def test_calibration_images(model, data):
     images = Calibration(described(model), data)
     assert len(images) == len(list(images)) == len(list(images)) == 6
     seen = []
-    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    model.predict(data / "train" / "1.png")
+    with model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone())):
+        model.predict(data / "train" / "1.png")
     torch.testing.assert_close(next(iter(images))[0], seen[0])
     few = list(Calibration(described(model), data, most=2))
     assert [pixels.shape for pixels, _ in few] == [list(images)[at][0].shape for at in (0, 3)]
@@ -73,7 +74,7 @@ def test_mistakes_are_named(model, data, tmp_path, monkeypatch):
         export_model(model, tmp_path / "a.pt2", "torch", "int8", data=data)
     with pytest.raises(UserError, match="needs --data"):
         export_model(model, tmp_path / "a.onnx", "onnx", "int8")
-    monkeypatch.setitem(__import__("sys").modules, "nncf", None)
+    monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(UserError, match=re.escape("nncf is not installed: pip install 'deformable-detr[export]'")):
         export_model(model, tmp_path / "a.onnx", "onnx", "int8", data=data)
     assert not list(tmp_path.iterdir())

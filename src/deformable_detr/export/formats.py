@@ -53,7 +53,7 @@ def write(
         need("onnx").save(proto, path)
         return
     openvino = need("openvino")
-    converted = openvino.convert_model(io.BytesIO(proto.SerializeToString()))
+    converted = openvino.Core().read_model(proto.SerializeToString())  # `convert_model` reports each use to its makers
     for key, text in strings.items():
         converted.set_rt_info(text, [_DESCRIPTION, key])
     # The CPU plugin would choose bf16 where the processor has it, which is off by whole units of a logit.
