@@ -78,7 +78,8 @@ def measure(
             path = Path(folder) / f"{number}{SUFFIXES[form.runtime]}"
             kind, sampling, precision = form
             try:
-                export_model(model, path, kind, precision, sampling=sampling, data=data)  # type: ignore[arg-type]
+                said = report if precision == "int8" else lambda line: None
+                export_model(model, path, kind, precision, sampling=sampling, data=data, report=said)  # type: ignore[arg-type]
             except UserError as error:
                 if precision != "int8":
                     raise
