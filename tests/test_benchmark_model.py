@@ -108,8 +108,10 @@ def test_picture_is_a_picture():
     assert widths[1] == pytest.approx(3 * widths[0], abs=0.2)
 
 
-def test_description_names_no_host():
+def test_description_names_no_host(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "benchmark", "model", "--json", "/secret/place/model.json"])
     report = json.dumps(rounds.described(None))
+    assert '"deformable-detr benchmark model --json model.json"' in report
     import socket
 
     assert socket.gethostname() not in report

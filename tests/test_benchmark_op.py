@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deformable_detr import ops
-from deformable_detr.benchmark import machine, op
+from deformable_detr.benchmark import machine, op, rounds
 
 
 @pytest.fixture
@@ -57,10 +57,14 @@ def test_report_is_printed_and_written(small, monkeypatch, tmp_path, capsys):
         stdout = json.dumps(rows)
 
     seen = []
-    monkeypatch.setattr(op.subprocess, "run", lambda command, env, **_: seen.append(env) or Done())
+    monkeypatch.setattr(rounds, "_commit", lambda: "abc1234")
+    monkeypatch.setattr(rounds.subprocess, "run", lambda command, env, **_: seen.append(env) or Done())
     report = op.run(batches=(1,), threads=1, repeats=1, device="cpu", json_path=tmp_path / "op.json")
     assert [environment.get("MALLOC_TRIM_THRESHOLD_") is not None for environment in seen] == [False, True]
     assert json.loads((tmp_path / "op.json").read_text())["rows"] == rows * 2 == report["rows"]
+    assert report["commit"] == "abc1234"
+    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert report["command"].startswith("deformable-detr ")
     printed = capsys.readouterr().out
     assert "transformers" in printed
     assert "encoder" in printed

@@ -10,10 +10,7 @@ figure, so everything is measured with its defaults and tuned (no page is given 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,11 +24,10 @@ from torch import Tensor
 
 from .. import ops
 from .machine import Machine, memory_peak
+from .rounds import BASELINE, by_allocator, described, write
 
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
 HEADS, CHANNELS, POINTS = 8, 32, 4
-TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-BASELINE = "transformers"
 
 
 @dataclass(frozen=True)
@@ -232,23 +228,15 @@ def run(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     threads = threads or torch.get_num_threads()
-    rows: list[dict[str, Any]] = []
-    for allocator in allocators if device == "cpu" else ("default",):
-        arguments = json.dumps([device, list(batches), repeats, allocator])
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **(TUNED if allocator == "tuned" else {})}
-        command = [sys.executable, "-m", "deformable_detr.benchmark.op", arguments]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        rows += json.loads(done.stdout)
-    report = {"machine": asdict(Machine.measured(device)), "threads": threads, "repeats": repeats,
-              "torch": torch.__version__, "python": platform.python_version(),
-              "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-              "backends": [asdict(b) for b in ops.backends()], "rows": rows}  # fmt: skip
+    arguments = {"device": device, "batches": list(batches), "repeats": repeats}
+    rows = by_allocator(
+        "deformable_detr.benchmark.op", arguments, threads, allocators if device == "cpu" else ("default",)
+    )
+    backends = [asdict(backend) for backend in ops.backends()]
+    report = {**described(threads, device), "repeats": repeats, "backends": backends, "rows": rows}
     print(table(report))
     if json_path:
-        path = Path(json_path)
-        temporary = path.with_name(path.name + ".new")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(temporary, path)
+        write(Path(json_path), json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -258,9 +246,9 @@ def table(report: dict[str, Any]) -> str:
     def cell(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 
-    machine = report["machine"]
+    machine, load = report["machine"], cell(report["load"], ".1f")
     lines = [
-        f"{machine['name']}, {report['threads']} threads, torch {report['torch']}, load {cell(report['load'], '.1f')}",
+        f"{machine['name']}, {report['threads']} threads, torch {report['versions']['torch']}, load {load}",
         f"measured: {machine['cached_gb_s']:.0f} GB/s cached reads a thread, {machine['copy_gb_s']:.0f} GB/s copy",
         f"{'case':9}{'B':>2} {'backend':14}{'dtype':10}{'allocator':10}{'forward ms':>18}{'+ backward ms':>18}"
         f"{'extra MiB':>16}{'error':>9}{'of limit':>9}",
@@ -277,4 +265,4 @@ def table(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(row) for row in measure(*json.loads(sys.argv[1]))]))
+    print(json.dumps([asdict(row) for row in measure(**json.loads(sys.argv[1]))]))

@@ -20,9 +20,9 @@ import torch
 
 from ..weights.folder import replace_file
 from .machine import Machine, gemm_gflops
-from .op import TUNED
 
 BASELINE = "transformers"
+TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def described(threads: int | None, device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name, version in versions.items() if version},
         "commit": _commit(),
-        "command": " ".join(["deformable-detr", *sys.argv[1:]]),
+        "command": " ".join(["deformable-detr", *(Path(w).name if w.startswith("/") else w for w in sys.argv[1:])]),
     }
 
 
