@@ -14,6 +14,7 @@ from deformable_detr.evaluation.coco import count, figures
 from deformable_detr.evaluation.compare import evaluate_models, outcome
 from deformable_detr.evaluation.report import MOST_PICTURES, report, write_report
 from deformable_detr.evaluation.run import Evaluated
+from deformable_detr.optimisation import OptimisedDetector
 from detections import synthetic
 from training_fakes import tiny_config, write_dataset
 
@@ -64,6 +65,15 @@ def test_numbers_are_the_evaluations(models, tmp_path, capsys):
     alone = json.loads(table.read_text())
     assert "compare" not in alone
     assert {name: alone[name] for name in shown["models"][0]["figures"]} == shown["models"][0]["figures"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        asked = []
+        original = OptimisedDetector.__init__
+        patch.setattr(OptimisedDetector, "__init__", lambda *a, **k: asked.append(a[2]) or original(*a, **k))
+        options = ("--precision", "fp32", "--workers", "0", "--device", "cpu", "--json", str(table))
+        main(["evaluate", str(one), str(data), *options])
+    assert asked == ["fp32"]
+    assert json.loads(table.read_text())["AP"] == pytest.approx(alone["AP"], abs=1e-3)
 
 
 def test_names_tell_models_apart(models, tmp_path):

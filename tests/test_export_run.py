@@ -116,6 +116,13 @@ def test_fixed_size_and_gather_form_on_the_command_line(model, tmp_path, capsys)
         exported(torch.zeros(1, 3, 65, 96))
 
 
+def test_an_exported_file_has_its_own_precision():
+    from deformable_detr.inference.loading import load_detector
+
+    with pytest.raises(UserError, match=r"model\.onnx: an exported file has a precision of its own"):
+        load_detector("model.onnx", "cpu", "bf16")
+
+
 def test_predicts_as_the_folder_does(model, file, tmp_path):
     from PIL import Image
 

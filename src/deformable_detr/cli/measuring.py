@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from .options import JsonFile, Preset
+from .options import JsonFile, Precision, Preset
 from .program import app
 
 benchmark = App(name="benchmark", help="Measure speed on this machine, beside other software where it is installed.")
@@ -79,7 +79,7 @@ def models(
     *,
     image_size: Annotated[list[str] | None, Parameter(negative=(), help="H,W; 480,640 and 800,1333 by default")] = None,
     batches: Annotated[list[int] | None, Parameter(negative=(), help="images at once; 1 by default")] = None,
-    precision: Annotated[list[Literal["fp32", "bf16"]] | None, Parameter(negative=(), help="both by default")] = None,
+    precision: Annotated[list[Precision] | None, Parameter(negative=(), help="both by default")] = None,
     also: Annotated[
         list[Literal["compiled", "graphs", "onnxruntime", "openvino"]] | None,
         Parameter(negative=(), help="more ways to run it; graphs (CUDA graphs) on a GPU only"),
@@ -112,13 +112,16 @@ def models(
 
 
 @benchmark.command
-def predict(model: Path, images: Path, *, batch_size: int = 1, json: JsonFile = None) -> None:
+def predict(
+    model: Path, images: Path, *, batch_size: int = 1, precision: Precision = "fp32", json: JsonFile = None
+) -> None:
     """Time the whole way from image files to detections, beside the model alone.
 
     Args:
         model: Folder of a run or of a saved model.
         images: Folder of images.
         batch_size: Images at once.
+        precision: fp32 or bf16.
     """
     from ..benchmark.predict import run
     from ..inference.files import prepare_file
@@ -127,7 +130,7 @@ def predict(model: Path, images: Path, *, batch_size: int = 1, json: JsonFile = 
 
     if json is not None:
         prepare_file(json, "--json")
-    run(load_detector(model, precision="fp32"), folder_images(images), batch_size, json)
+    run(load_detector(model, precision=precision), folder_images(images), batch_size, json)
 
 
 @benchmark.command
@@ -168,7 +171,7 @@ def train(
 def scaling(
     preset: Preset = "refine",
     *,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     threads: int | None = None,
     repeats: Repeats = 3,
     device: Literal["cpu", "cuda"] = "cpu",

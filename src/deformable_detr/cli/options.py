@@ -11,6 +11,7 @@ from cyclopts import Parameter
 Flag = Parameter(negative=())
 Preset = Literal["single-scale", "single-scale-dc5", "multi-scale", "refine", "two-stage", "small", "small-portable"]
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1, mps; auto: the fastest there is")]
+Precision = Literal["fp32", "bf16"]
 JsonFile = Annotated[Path | None, Parameter(name="--json", help="file for the results")]
 Overrides = Annotated[
     list[str] | None,

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..errors import UserError
-from .options import Device, JsonFile, complain, table
+from .options import Device, JsonFile, Precision, complain, table
 from .program import app
 
 
@@ -24,6 +24,7 @@ def evaluate(
     batch_size: int = 4,
     workers: int = 2,
     device: Device = "auto",
+    precision: Precision | None = None,
     json: JsonFile = None,
 ) -> None:
     """Measure a model on a data set: COCO's twelve figures and the AP of each class.
@@ -36,6 +37,7 @@ def evaluate(
         compare: Another model, to be measured too and shown beside.
         batch_size: Images at once.
         workers: Processes that load images.
+        precision: fp32 or bf16: of the optimised model, as predict uses it; without it, the model as it was trained.
     """
     from ..evaluation.compare import evaluate_models, outcome
     from ..inference.files import prepare_file, write_json
@@ -47,7 +49,9 @@ def evaluate(
     if json is not None:
         prepare_file(json, "--json")
     models = [model] if compare is None else [model, compare]
-    evaluated = evaluate_models(models, data, split=split, batch_size=batch_size, workers=workers, device=device)
+    evaluated = evaluate_models(
+        models, data, split=split, batch_size=batch_size, workers=workers, device=device, precision=precision
+    )
     if compare is not None:
         print(", ".join(f"{letter}: {name}" for letter, (name, _) in zip("AB", evaluated, strict=True)))
     print(table(*(one.metrics for _, one in evaluated)))
@@ -70,6 +74,7 @@ def predict(
     threshold: float = 0.5,
     batch_size: int = 4,
     device: Device = "auto",
+    precision: Precision = "fp32",
     json: JsonFile = None,
 ) -> None:
     """Find the objects in images, videos or what a camera sees.
@@ -83,6 +88,7 @@ def predict(
             its frames, is written in any case: without a folder as NAME-detected.mp4.
         threshold: Lowest score of a detection, 0 to 1.
         batch_size: Frames of a video at once.
+        precision: fp32, or bf16 where the processor or GPU has it.
     """
     from ..inference.files import find_sources, predict_files
     from ..inference.loading import load_detector
@@ -96,7 +102,7 @@ def predict(
     if not sources and camera is None:
         raise UserError("nothing to look at: give IMAGES, videos or folders of them, or a camera by --camera")
     files = find_sources(sources or [])
-    detector = load_detector(model, device, "fp32")
+    detector = load_detector(model, device, precision)
     if predict_files(detector, files, out, threshold, json, print, complain, camera, batch_size):
         sys.exit(2)
 

@@ -17,8 +17,11 @@ def evaluate_models(
     workers: int = 2,
     limit: int | None = None,
     device: str = "auto",
+    precision: str | None = None,
 ) -> list[tuple[str, Evaluated]]:
     """(name, what was found) of each model, one after the other in memory; options as in `evaluation.evaluate`.
+
+    precision: see `load_detector`.
 
     The name is the last part of the path that tells the models apart.
     """
@@ -26,7 +29,7 @@ def evaluate_models(
 
     named = zip(_names(models), models, strict=True)
     options: dict[str, Any] = {"split": split, "batch_size": batch_size, "workers": workers, "limit": limit}
-    return [(name, detect(load_detector(model, device), data, **options)) for name, model in named]
+    return [(name, detect(load_detector(model, device, precision), data, **options)) for name, model in named]
 
 
 def outcome(evaluated: Sequence[tuple[str, Evaluated]]) -> dict[str, Any]:
