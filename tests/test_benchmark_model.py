@@ -1,5 +1,6 @@
 """The benchmarks of the model, of prediction and of training: what they measure is what they say."""
 
+import copy
 import json
 import time
 import xml.etree.ElementTree as ET
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from deformable_detr import DeformableDETR
 from deformable_detr.benchmark import export as exported
 from deformable_detr.benchmark import model as bench
 from deformable_detr.benchmark import predict, rounds, scaling, train
@@ -51,6 +53,21 @@ def test_exported_files_beside_eager(tmp_path):
     for eager, row in zip(rows[0:1] * 3 + rows[3:4] * 3, rows, strict=True):
         assert row["ratio"] == pytest.approx(eager["median_ms"] / row["median_ms"])
         assert (row["mib"] is not None) == (row["runtime"] == "onnx")
+
+
+def test_another_result_is_seen(monkeypatch):
+    """`error` of an optimised model that is not the same: one layer's norm is shifted a little."""
+    original = DeformableDETR.optimize
+
+    def wrong(self, *options):
+        other = copy.deepcopy(self)
+        other.encoder.layers[0].norm2.bias += 0.05
+        return original(other, *options)
+
+    monkeypatch.setattr(DeformableDETR, "optimize", wrong)
+    rows = bench.measure("refine", [(64, 96)], [1], ["fp32"], ("model", "optimised"), 1, "default", changes=TINY)
+    assert rows[0].error == 0
+    assert rows[1].error > 1e-3
 
 
 class _Slow(nn.Module):

@@ -26,6 +26,7 @@ from .rounds import BASELINE, bars, by_allocator, described, in_turn, write
 
 DEFAULT_SIZES = ((480, 640), (800, 1333))
 WAYS = (BASELINE, "model", "optimised")
+RUNTIMES = {"onnxruntime": ("onnx", "m.onnx"), "openvino": ("openvino", "m.xml")}  # by name: format and file
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,22 @@ def transformers_twin(model: DeformableDETR) -> nn.Module | None:
         return AutoModelForObjectDetection.from_pretrained(folder).eval()
 
 
+def random_model(preset: str, device: str, changes: dict[str, Any] | None = None) -> DeformableDETR:
+    """A preset's model in evaluation mode with batch norms as a trained one has, always with the same random weights.
+
+    Where training starts from zero, in offsets and heads, there are random weights too: else all tokens would look at
+    the same places, and boxes would not tell whether what is measured computes the right thing.
+    """
+    torch.manual_seed(0)
+    base = {"backbone_weights": "none", "backbone_norm": "frozen", **(changes or {})}
+    model = DeformableDETR(presets.MODELS[preset](**base)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("sampling_offsets.weight", "attention_weights.weight")) or "heads.boxes" in name:
+                parameter += 0.05 * torch.randn(parameter.shape)
+    return model.to(device)
+
+
 def ways(
     model: DeformableDETR, precisions: Sequence[str], wanted: Sequence[str], folder: Path
 ) -> dict[tuple[str, str], tuple[Callable[[Tensor, Tensor], Tensor], nn.Module | None]]:
@@ -97,7 +114,7 @@ def ways(
             found["compiled", precision] = (ours(model.optimize(precision, compile=True)), None)
         if "graphs" in wanted:  # a bucket of one pixel: each size is a CUDA graph of its own, and nothing is padded
             found["graphs", precision] = (ours(model.optimize(precision, bucket=1)), None)
-    for runtime, kind, name in (("onnxruntime", "onnx", "m.onnx"), ("openvino", "openvino", "m.xml")):
+    for runtime, (kind, name) in RUNTIMES.items():
         if runtime in wanted:
             from ..export import export_model, load
 
@@ -127,10 +144,8 @@ def measure(
     device: str = "cpu",
     changes: dict[str, Any] | None = None,
 ) -> list[Row]:
-    """All rows of one process. The model has random weights and frozen batch norms, as a trained one has."""
-    torch.manual_seed(0)
-    base = {"backbone_weights": "none", "backbone_norm": "frozen", **(changes or {})}
-    model = DeformableDETR(presets.MODELS[preset](**base)).eval().to(device)
+    """All rows of one process, of `random_model`."""
+    model = random_model(preset, device, changes)
     # Outside of inference mode, in which the counter cannot look into modules.
     gflops = {tuple(size): gflop_of(model, torch.zeros(1, 3, *size, device=device)) for size in sizes}
     rows = []
@@ -157,6 +172,7 @@ def measure(
                 for key, call in plain.items():
                     found, made = times[str(key)], []
                     memory = memory_peak(lambda made=made, call=call: made.append(call()), device)
+                    memory = None if key[0] in RUNTIMES else memory  # their arenas keep what they once took
                     inside = timed[key].medians(repeats) if key in timed else None
                     rows.append(
                         Row(
@@ -224,7 +240,9 @@ def run(
         last = [row for row in rows if row["allocator"] == rows[-1]["allocator"] and row["parts_ms"]]
         largest = max(row["height"] * row["width"] for row in last)
         shown = [row for row in last if row["height"] * row["width"] == largest and row["batch"] == batches[0]]
-        title = f"{preset}, {batches[0]}×3×{shown[0]['height']}×{shown[0]['width']}, {report['threads']} threads"
+        one = shown[0]
+        title = f"{preset}, {one['batch']}×3×{one['height']}×{one['width']}, {report['threads']} threads"
+        title += f", {one['allocator']} allocator: median ms of each part"
         write(picture, bars(title, {f"{row['way']} {row['precision']}": row["parts_ms"] for row in shown}))
     return report
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import presets
 from ..device import pick_device
-from ..model.detector import DeformableDETR
+from .model import random_model
 from .rounds import described, in_turn, write
 
 BATCHES = (1, 2, 4, 8)
@@ -65,9 +64,7 @@ def measure(
     """Times the optimised model, random weights, over all cases in turn."""
     models: dict[int, Any] = {}
     for count in queries:
-        torch.manual_seed(0)
-        base = {"backbone_weights": "none", "backbone_norm": "frozen", **(changes or {}), "num_queries": count}
-        models[count] = DeformableDETR(presets.MODELS[preset](**base)).eval().to(device).optimize(precision)
+        models[count] = random_model(preset, device, {**(changes or {}), "num_queries": count}).optimize(precision)
     calls: dict[Any, Callable[[], object]] = {}  # a case that is in several rows is timed once
     tokens: dict[Any, int] = {}
     every = cases(batches, queries, short_sides)
