@@ -43,7 +43,9 @@ def units(model, source, out, batch_size=1, unit_size=5):
 def expected(model, batch_size=1):
     """What `predict` finds in the good images, by name."""
     good = [(name, decode_image(data, name)) for name, data in FILES if name not in BAD]
-    found = DeformableDETR.from_pretrained(model).predict([image for _, image in good], THRESHOLD, 7, batch_size)
+    found = (
+        DeformableDETR.from_pretrained(model).optimize().predict([image for _, image in good], THRESHOLD, 7, batch_size)
+    )
     return {name: detections for (name, _), detections in zip(good, found, strict=True)}
 
 

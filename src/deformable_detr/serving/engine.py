@@ -55,16 +55,16 @@ class Engine:
     Images share a batch only where the model sees them at the same size: a canvas with padding would change scores.
 
     model: what `load_detector` gives. It is put into evaluation mode and belongs to the engine from then on.
+    fast: what detects in its place with the same outputs, such as its `optimize()`; the model itself still explains.
     """
 
-    def __init__(self, model: nn.Module, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, model: nn.Module, limits: Limits, metrics: Metrics, fast: nn.Module | None = None) -> None:
         from ..model.detector import DeformableDETR
 
         self.model, self.limits, self.metrics = model.eval(), limits, metrics
         self.config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
         self.explains = isinstance(model, DeformableDETR)
-        # What explains is the model itself; what only detects has the same outputs sooner.
-        self.fast: nn.Module = model.optimize() if isinstance(model, DeformableDETR) else model
+        self.fast = model if fast is None else fast
         self.categories = model_categories(self.config)
         self._category_ids = torch.tensor([category.id for category in self.categories])
         self._canvas: tuple[int, int] | None = getattr(model, "canvas", None)
