@@ -55,14 +55,16 @@ class Engine:
     Images share a batch only where the model sees them at the same size: a canvas with padding would change scores.
 
     model: what `load_detector` gives. It is put into evaluation mode and belongs to the engine from then on.
+    fast: what detects in its place with the same outputs, such as its `optimize()`; the model itself still explains.
     """
 
-    def __init__(self, model: nn.Module, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, model: nn.Module, limits: Limits, metrics: Metrics, fast: nn.Module | None = None) -> None:
         from ..model.detector import DeformableDETR
 
         self.model, self.limits, self.metrics = model.eval(), limits, metrics
         self.config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
         self.explains = isinstance(model, DeformableDETR)
+        self.fast = model if fast is None else fast
         self.categories = model_categories(self.config)
         self._category_ids = torch.tensor([category.id for category in self.categories])
         self._canvas: tuple[int, int] | None = getattr(model, "canvas", None)
@@ -197,9 +199,9 @@ class Engine:
     def _detect(self, images: Sequence[_Image]) -> list[Selection]:
         nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, (1, 1))
         batch, _ = collate([(image.pixels, nothing) for image in images])
-        with evaluating(self.model):
+        with evaluating(self.fast):
             most = max(image.top_k for image in images)
-            found = select(forward(self.model, batch), [image.size for image in images], most)
+            found = select(forward(self.fast, batch), [image.size for image in images], most)
         # Best first, so the first few are those of a smaller top_k.
         return [Selection(*(part[: image.top_k] for part in parts)) for image, parts in zip(images, found, strict=True)]
 

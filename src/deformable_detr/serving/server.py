@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..inference.loading import load_detector
+from ..model.detector import DeformableDETR
 from .app import create_app
 from .connections import protocol
 from .door import Status, is_here
@@ -139,10 +140,11 @@ def serve(
     listener = listen(host, port, token)
     with listener:
         model = load_detector(source, device)
+        fast = model.optimize() if isinstance(model, DeformableDETR) else None
         _harden(limits)
         status, metrics = Status(), Metrics()
         name = source.resolve().name
-        server = Server(create_app(Engine(model, limits, metrics), status, token, name), limits, status)
+        server = Server(create_app(Engine(model, limits, metrics, fast), status, token, name), limits, status)
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         started = server.startup

@@ -79,7 +79,7 @@ def unpack_model(files: Mapping[str, bytes], device: str, threads: int) -> Any:
         for name in files:
             if is_exported(name):
                 return load(Path(folder) / name, device, threads)
-        return load_detector(folder, device)
+        return load_detector(folder, device, "fp32")
 
 
 class UnitPredictor:
