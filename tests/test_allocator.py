@@ -43,6 +43,7 @@ def _said(*options):
 def test_verbose_says_what_the_setting_does():
     said = _said("--verbose")
     assert "deformable_detr.allocator: allocator: " in said
+    assert "oneDNN keeps the code of its latest 256 calls" in said
     assert "error: no.jpg: no such image" in said  # the option is nobody else's
     assert "allocator" not in _said()
 

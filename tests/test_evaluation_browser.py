@@ -73,6 +73,9 @@ def test_nothing_sticks_out(browse, pages, name, width, dark):
         return t.left < s.left - 1 || t.right > s.right + 1 || t.top < s.top - 1 || t.bottom > s.bottom + 1;
     }).map(text => text.textContent)"""
     assert driver.execute_script(outside) == []
+    short = """return [...document.querySelectorAll('caption, #speed-table td, #figures-table td')].filter(
+        cell => cell.scrollWidth > cell.clientWidth + 1 || cell.clientHeight > 60).map(cell => cell.textContent)"""
+    assert driver.execute_script(short) == []
     labels = """return [...document.querySelectorAll('#gallery svg')].map(picture => [
         ...picture.querySelectorAll('.label')].map(label => {
             const [p, r, t] = [picture, ...label.children].map(e => e.getBoundingClientRect());

@@ -57,6 +57,9 @@ def test_hover_click_slider_and_toggles(browse, traced, tmp_path):
     find("id", "layer").send_keys(Keys.HOME)
     assert same(points(driver)[0], looks[3][0])
     assert "1 of 2" in find("id", "layer-now").text
+    find("id", "layer").send_keys(Keys.END)
+    assert same(points(driver)[0], looks[3][-1])
+    find("id", "layer").send_keys(Keys.HOME)
 
     find("css selector", "#levels button[data-index='1']").click()
     assert points(driver)[1] == {(level, head) for level in (0, 2) for head in range(HEADS)}
@@ -76,6 +79,9 @@ def test_hover_click_slider_and_toggles(browse, traced, tmp_path):
     assert same(points(driver)[0], looks[top][0])
     ActionChains(driver).move_to_element(find("id", "title")).perform()
     assert same(points(driver)[0], looks[3][0])  # back to the one that was clicked
+    ActionChains(driver).move_to_element(find("css selector", f".hit[data-item='{top}']")).click().perform()
+    ActionChains(driver).move_to_element(find("id", "title")).perform()
+    assert same(points(driver)[0], looks[top][0])  # a box can be clicked too
 
     driver.execute_script("document.querySelector(\".hit[data-item='5']\").focus()")
     ActionChains(driver).send_keys(Keys.ENTER).perform()

@@ -36,7 +36,8 @@ def keep_large_buffers() -> bool:
 def keep_fewer_kernels() -> None:
     """oneDNN keeps the code of the latest 256 of its calls instead of 1024; an environment that says how many decides.
 
-    A training on images of many sizes makes new ones at every step, a fifth of a MiB each, and hardly meets them again.
-    A step of the largest preset has 184 of them. To be called before the first one.
+    Images of many sizes need new ones again and again, a fifth of a MiB each, and hardly meet them again. A training
+    step of the largest preset has 184 of them. To be called before the first one.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    kept = os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    _log.info("oneDNN keeps the code of its latest %s calls (ONEDNN_PRIMITIVE_CACHE_CAPACITY)", kept)

@@ -95,10 +95,8 @@ def train(
     if data is None or out is None:
         raise UserError("train needs a data set and a folder for the run: deformable-detr train DATA --out runs/NAME")
 
-    from ..allocator import keep_fewer_kernels
     from ..training.loop import train_model
 
-    keep_fewer_kernels()
     metrics = train_model(data, out, settings, resume=resume)
     if not is_first():
         return
