@@ -20,7 +20,7 @@ def test_settings_by_name_and_by_section(tmp_path):
 
 
 def test_epochs_or_minutes_alone_end_a_run(tmp_path):
-    assert _config(tmp_path, "small", False, {}).train.epochs == 30
+    assert _config(tmp_path, "small", False, {}).train.epochs == "auto"
     timed = _config(tmp_path, "small", False, {"minutes": 2}).train
     assert (timed.epochs, timed.minutes) == (None, 2)
     both = _config(tmp_path, "small", False, {"minutes": 2, "epochs": 3}).train
