@@ -58,13 +58,14 @@ def test_report_is_printed_and_written(small, monkeypatch, tmp_path, capsys):
 
     seen = []
     monkeypatch.setattr(rounds, "_commit", lambda: "abc1234")
+    monkeypatch.setattr(rounds.sys, "argv", ["/bin/deformable-detr", "benchmark", "op", "--json", "/somewhere/op.json"])
     monkeypatch.setattr(rounds.subprocess, "run", lambda command, env, **_: seen.append(env) or Done())
     report = op.run(batches=(1,), threads=1, repeats=1, device="cpu", json_path=tmp_path / "op.json")
     assert [environment.get("MALLOC_TRIM_THRESHOLD_") is not None for environment in seen] == [False, True]
     assert json.loads((tmp_path / "op.json").read_text())["rows"] == rows * 2 == report["rows"]
     assert report["commit"] == "abc1234"
     assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert report["command"].startswith("deformable-detr ")
+    assert report["command"] == "deformable-detr benchmark op --json op.json"
     printed = capsys.readouterr().out
     assert "transformers" in printed
     assert "encoder" in printed
