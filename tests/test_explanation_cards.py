@@ -29,31 +29,42 @@ def cards_model(shared, tmp_path_factory):
     return DeformableDETR.from_pretrained(out)
 
 
-def shares(model, dataset):
-    """Mean shares of the best detection's attention, (first, last layer): inside the labelled card nearest to it, and
-    inside its own box.
-    """
+def best_detections(model, dataset):
+    """(explanation of the best detection, the labelled card nearest to it) of each image that is looked at."""
     from torchvision.ops import box_convert, box_iou
 
-    on_card, in_box = [], []
+    found = []
     for index in range(0, len(dataset), max(1, len(dataset) // IMAGES)):
         image, target = dataset[index]
         cards = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([*image.shape[:0:-1]] * 2)
         explained = trace(model, image, threshold=0.0, top_k=1).detection(0)
-        card = cards[box_iou(explained.box[None], cards)[0].argmax()]
-        on_card.append(explained.shares_inside(card)[[0, -1]])
-        in_box.append(explained.shares_inside()[[0, -1]])
-    return torch.stack(on_card).mean(0).tolist(), torch.stack(in_box).mean(0).tolist()
+        found.append((explained, cards[box_iou(explained.box[None], cards)[0].argmax()]))
+    return found
+
+
+def mean_shares(explained, boxes):
+    """Share of the attention inside the given boxes, an image each: (first, last decoder layer)."""
+    inside = [one.shares_inside(box)[[0, -1]] for one, box in zip(explained, boxes, strict=True)]
+    return torch.stack(inside).mean(0).tolist()
 
 
 def test_attention_goes_to_the_card(cards_model, shared):
     dataset = open_dataset(shared / "data" / "playing_cards", split="val")
     torch.manual_seed(0)
-    config = cards_model.config.replace(backbone_weights="none")
-    trained, trained_box = shares(cards_model, dataset)
-    untrained, untrained_box = shares(DeformableDETR(config).eval(), dataset)
-    print(f"first and last layer: inside the labelled card {trained}, random weights {untrained};")
-    print(f"inside the detected box {trained_box}, random weights {untrained_box}")
-    assert trained[-1] > untrained[-1] + 0.1
-    assert trained[-1] > trained[0]
-    assert trained[-1] > 0.6
+    untrained_model = DeformableDETR(cards_model.config.replace(backbone_weights="none")).eval()
+    trained, cards = zip(*best_detections(cards_model, dataset), strict=True)
+    untrained, other_cards = zip(*best_detections(untrained_model, dataset), strict=True)
+    detected = [one.box for one in trained]
+
+    on_card, untrained_on_card = mean_shares(trained, cards), mean_shares(untrained, other_cards)
+    in_box, untrained_in_box = mean_shares(trained, detected), mean_shares(untrained, detected)
+    in_own_box = mean_shares(untrained, [one.box for one in untrained])
+    print("first and last decoder layer:")
+    print(f"inside the detected box {in_box}, random weights {untrained_in_box}")
+    print(f"inside the labelled card {on_card}, random weights {untrained_on_card}")
+    print(f"random weights, inside their own box {in_own_box}")
+    for ours, random in zip(in_box, untrained_in_box, strict=True):
+        assert ours > random + 0.1
+    assert on_card[-1] > untrained_on_card[-1] + 0.1
+    assert on_card[-1] > on_card[0]
+    assert on_card[-1] > 0.6
