@@ -102,6 +102,10 @@ KINDS: dict[str, Kind] = {
         "error", "Boxes fit their images only if read as two corners instead of corner and size", "Write x, y, w, h"
     ),
     "annotation-id-duplicate": Kind("warning", "Objects have one id; they are numbered anew", "Number them"),
+    "box-from-polygons": Kind(
+        "warning", "Objects have polygons but no box; the extent of the polygons is taken",
+        "None needed where the polygons are whole",
+    ),
     "box-degenerate": Kind("warning", "A box has no width or height; training skips it", "Correct or remove it"),
     "box-outside": Kind("warning", "A box lies outside its image; training skips it", "Correct or remove it"),
     "box-overhang": Kind(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from ..coco_json import record_name, whole
+from ..coco_json import PolygonBox, record_name, whole
 from ..images import TURNED
 from ..layouts import ROBOFLOW
 from . import Report
@@ -108,10 +108,13 @@ class _Repair:
         return {**rest, "images": images, "annotations": annotations, "categories": categories}
 
     def _raw(self) -> dict[str, Any]:
-        """The records with their masks, which the check itself does without."""
+        """The records as the check has them, with their masks, which it does without."""
+        read = self.split.content
         if self.split.source.format != "coco":
-            return self.split.content
-        return json.loads(self.split.file.read_bytes())
+            return read
+        raw = json.loads(self.split.file.read_bytes())
+        pairs = zip(raw["annotations"], read["annotations"], strict=True)
+        return raw | {"annotations": [own | lean if isinstance(lean, dict) else lean for own, lean in pairs]}
 
     def _mixed_ids(self) -> set[int]:
         """Ids of images whose objects cannot be told apart, because two different files have the id."""
@@ -150,6 +153,8 @@ class _Repair:
                 self.tell("box-duplicate", name, "left out: the box and class of another")
                 continue
             seen.add(key)
+            if isinstance(record["bbox"], PolygonBox):
+                self.tell("box-from-polygons", name, f"bbox {record['bbox']}, the extent of its polygons")
             if why:
                 self.tell(why, name, f"bbox {record['bbox']} → {box}")
                 record |= {"bbox": box, "area": box[2] * box[3]}
