@@ -1,6 +1,7 @@
 """The command line: what it takes, what it writes, and one line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -115,6 +116,31 @@ def test_a_bad_option_in_a_real_process(tmp_path):
     assert done.returncode == 2
     assert is_one_line(done.stderr)
     assert "--nope" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["check DATA", "check NOTHING", "--help"])
+def test_output_that_nobody_reads_ends_quietly(data, tmp_path, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [{"DATA": str(data), "NOTHING": str(tmp_path / "x")}.get(word, word) for word in arguments.split()]
+    done = subprocess.run(
+        [sys.executable, "-m", "deformable_detr", *words], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    if "NOTHING" in arguments:  # which prints nothing
+        assert done.returncode == 2
+        assert is_one_line(done.stderr)
+    else:
+        assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_elsewhere_keeps_its_traceback(run, monkeypatch):
+    def broken(out):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("deformable_detr.demo.run", broken)
+    with pytest.raises(BrokenPipeError):
+        run("demo")
 
 
 def test_ctrl_c_is_code_130(run, monkeypatch):
