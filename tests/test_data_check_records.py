@@ -104,13 +104,23 @@ COCO = {
     "images no list": (edited()(lambda c: c.update(images={})), {"file-unreadable"}, "'images'"),
     "no images": (
         edited()(lambda c: c.update(images=[], annotations=[])),
-        {"image-record", "no-objects", "class-only-in-val", "images-unlisted"}, "no images",
+        {"image-record", "no-training-objects", "class-only-in-val", "images-unlisted"}, "no images",
     ),
     "no categories": (
         edited()(lambda c: c.update(categories=[], annotations=[])),
-        {"category-record", "no-objects", "class-not-in-train"}, "'categories' is empty",
+        {"category-record", "no-training-objects", "class-not-in-train"}, "'categories' is empty",
     ),
-    "no annotations": (edited()(lambda c: c.update(annotations=[])), {"no-objects", "class-only-in-val"}, ""),
+    "no annotations": (
+        edited()(lambda c: c.update(annotations=[])), {"no-training-objects", "class-only-in-val"},
+        f"{FILE}: has no objects to learn from; label its images",
+    ),
+    "crowds alone": (
+        edited()(lambda c: [record.update(iscrowd=1) for record in c["annotations"]]),
+        {"no-training-objects", "class-only-in-val"}, "no objects to learn from",
+    ),
+    "no annotations in the validation": (
+        edited(VAL)(lambda c: c.update(annotations=[])), {"no-objects", "class-not-in-val"}, "",
+    ),
     "image no object": (add("images", 5), {"image-record"}, "images[3]"),
     "image without id": (put("images", 2, id=None), {"image-record", "images-unlisted"}, "images[2]"),
     "image id a text": (put("images", 2, id="3"), {"image-record", "images-unlisted"}, "images[2]"),
@@ -212,6 +222,10 @@ YOLO = {
     "there twice": (row(TWO + "0 0.3 0.4 0.4 0.5\n" * 2), {"box-duplicate"}, ""),
     "over the border": (row("0 0.9 0.4 0.4 0.5\n"), {"box-overhang"}, ""),
     "a polygon": (row("0 0.1 0.1 0.5 0.2 0.3 0.6\n"), set(), ""),
+    "no label files": (
+        lambda root: [path.unlink() for path in (root / "labels/train").iterdir()],
+        {"no-training-objects", "class-only-in-val"}, "labels/…/NAME.txt",
+    ),
     "no label file": (lambda root: (root / "labels/train/b.txt").unlink(), set(), ""),
     "bad image": (
         lambda root: (root / "images/train/a.png").write_bytes(b"x"), {"image-unreadable", "class-only-in-val"},
@@ -231,7 +245,7 @@ YOLO = {
     ),
     "no images": (
         lambda root: [path.unlink() for path in (root / "images/train").iterdir()],
-        {"image-record", "no-objects", "class-only-in-val"}, "images/train",
+        {"image-record", "no-training-objects", "class-only-in-val"}, "images/train",
     ),
 }  # fmt: skip
 

@@ -212,7 +212,7 @@ YOLO = {
     "a list with a name without end": (
         lambda root: ((root / "list.txt").write_text("x" * 6000),
                       head("train: list.txt\nval: images/val\nnames: [cat, dog]")(root)),
-        {"image-missing", "image-record", "no-objects", "class-only-in-val"}, "list.txt",
+        {"image-missing", "image-record", "no-training-objects", "class-only-in-val"}, "list.txt",
     ),
     "a folder with an image's name": (lambda root: (root / "images/train/d.jpg").mkdir(), {"image-missing"},
                                       "d.jpg"),
@@ -232,7 +232,8 @@ VOC = {
     "a list that is no text": (lambda root: (root / "ImageSets/Main/train.txt").write_bytes(b"\xff\xfe\0"),
                                UNREADABLE, "train.txt"),
     "a list of paths out of the set": (lambda root: (root / "ImageSets/Main/train.txt").write_text("../../a\n"),
-                                       {"image-missing", "image-record", "category-record", "no-objects"} | LOST,
+                                       LOST | {"image-missing", "image-record", "category-record",
+                                               "no-training-objects"},
                                        "train.txt"),
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +134,15 @@ def check_for_training(
 ) -> tuple[str, ...]:
     """The lines that a training says about its set before it begins, the warnings in brief; `data.check` says how deep.
 
+    What is wrong within a test split, which training does not use, is left to `check`.
+
     Raises `UserError` of one line, which names the first error, where there are any.
     """
     if data.check == "off":
         return ()
     report = check_dataset(root, data, image_size, long_side, depth=data.check)
+    used = [finding for finding in report.findings if finding.split in (data.train_split, data.val_split)]
+    report = replace(report, findings=Findings(used))
     if errors := report.errors:
         first = next(iter(report.findings.by_code().values()))[0]
         more = f" (the first of {len(errors)} errors; all: deformable-detr check {root})" if len(errors) > 1 else ""

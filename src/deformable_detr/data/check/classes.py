@@ -19,6 +19,8 @@ def check_classes(splits: Sequence[Split], train: Split | None, val: Split | Non
     """Adds what is wrong with the classes; train, val: the splits to train and to validate on, where they exist."""
     for split in splits:
         _find_empty(split, found)
+        if split.crowds.all():  # or there are none
+            _tell_none(split, split is train, found)
         if train is not None and split is not train:
             _compare_lists(train, split, found)
     counts = {id(split): class_counts(split) for split in splits}
@@ -53,6 +55,15 @@ def check_classes(splits: Sequence[Split], train: Split | None, val: Split | Non
             f"{train.categories[least]!r}: {present[most] / present[least]:.0f} times as many"
         )
         found.add("class-imbalance", train.file, "", what, split=train.name)
+
+
+def _tell_none(split: Split, to_train: bool, found: Findings) -> None:
+    if not to_train:
+        found.add("no-objects", split.file, "", "has no objects to measure with", split=split.name)
+        return
+    where = " (a row an object in labels/…/NAME.txt for images/…/NAME.jpg)" * (split.source.format == "yolo")
+    found.add("no-training-objects", split.file, "", "has no objects to learn from",
+              f"label its images{where}", split=split.name)  # fmt: skip
 
 
 def _find_empty(split: Split, found: Findings) -> None:

@@ -101,6 +101,9 @@ KINDS: dict[str, Kind] = {
     "boxes-corners": Kind(
         "error", "Boxes fit their images only if read as two corners instead of corner and size", "Write x, y, w, h"
     ),
+    "no-training-objects": Kind(
+        "error", "The training split has no usable objects at all", "Label its images"
+    ),
     "annotation-id-duplicate": Kind("warning", "Objects have one id; they are numbered anew", "Number them"),
     "box-from-polygons": Kind(
         "warning", "Objects have polygons but no box; the extent of the polygons is taken",
@@ -117,7 +120,9 @@ KINDS: dict[str, Kind] = {
         f"Objects whose shorter side is under {TINY_SIDE:g} pixels after the resize, half a cell of the finest map",
         "Use a larger --image-size, or cut the images into tiles",
     ),
-    "no-objects": Kind("warning", "A split has no usable objects at all", "Label its images"),
+    "no-objects": Kind(
+        "warning", "A split that is not trained on has no usable objects at all", "Label its images"
+    ),
 }  # fmt: skip
 
 
