@@ -182,6 +182,28 @@ def test_class_ids_off_by_one_come_back(tmp_path, capsys):
     assert [r["category_id"] for r in json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]] == [1, 2, 2]
 
 
+def test_the_copy_has_one_list_of_classes(tmp_path, capsys):
+    root = coco_set(tmp_path / "set")
+    content = json.loads((root / "valid/_annotations.coco.json").read_text())
+    content["categories"] = [  # Roboflow's entry for the group comes first
+        {"id": 0, "name": "pets", "supercategory": "none"},
+        {"id": 2, "name": "cat", "supercategory": "pets"},
+        {"id": 1, "name": "dog", "supercategory": "pets"},
+    ]
+    for record in content["annotations"]:
+        record["category_id"] = 3 - record["category_id"]
+    (root / "valid/_annotations.coco.json").write_text(json.dumps(content))
+    assert codes(root) == {"category-renumbered"}
+    code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    assert code == 0
+    assert "still warning category-renumbered" not in printed
+    fixed = json.loads((tmp_path / "copy/val/_annotations.coco.json").read_text())
+    assert {record["id"]: record["name"] for record in fixed["categories"]} == {1: "cat", 2: "dog"}
+    assert [record["category_id"] for record in fixed["annotations"]] == [1, 2]
+    (change,) = [json.loads(line) for line in (tmp_path / "copy/changes.jsonl").read_text().splitlines()]
+    assert (change["code"], change["change"]) == ("category-renumbered", "category ids 2 → 1, 1 → 2")
+
+
 @pytest.mark.parametrize("make", [yolo_set, voc_set])
 def test_other_formats_are_copied_as_coco(tmp_path, capsys, make):
     root = make(tmp_path / "set")

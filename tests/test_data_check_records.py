@@ -85,6 +85,13 @@ def val_from_zero(content):
 
 
 @edited(VAL)
+def exchanged(content):
+    for key, records in (("id", content["categories"]), ("category_id", content["annotations"])):
+        for record in records:
+            record[key] = 3 - record[key]
+
+
+@edited(VAL)
 def unknown_class(content):
     content["categories"].append({"id": 7, "name": "bird"})
     content["annotations"][0]["category_id"] = 7
@@ -172,7 +179,12 @@ COCO = {
     "boxes as corners": (corners, {"boxes-corners"}, "only as x0, y0, x1, y1"),
     "objects count from 0": (objects_from_zero, {"category-off-by-one"}, "add 1 to"),
     "categories count from 0": (categories_from_zero, {"category-off-by-one", "class-not-in-val"}, "take 1 from"),
-    "validation counts from 0": (val_from_zero, {"category-off-by-one", "class-not-in-val"}, "from 0"),
+    "validation counts from 0": (val_from_zero, {"category-renumbered"}, "'cat' 0 instead of 1"),
+    "exchanged in the validation": (exchanged, {"category-renumbered"}, "'cat' 2 instead of 1"),
+    "exchanged, and one more class": (
+        lambda root: (exchanged(root), add("categories", {"id": 3, "name": "lion"}, VAL)(root)),
+        {"category-renamed", "class-unused"}, "",
+    ),
     "a class of the validation only": (
         unknown_class, {"class-not-in-train", "class-not-in-val"}, "'bird' (id 7)",
     ),

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..structures import Category, Target
 from .coco_json import area_of, read_annotations, read_categories, read_images, record_name
 from .images import read_image
-from .sources import CocoSource, Source, content_hash, find_source
+from .sources import CocoSource, Source, content_hash, find_source, renumbered
 from .transforms import MIN_SIDE
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -40,7 +40,7 @@ def open_dataset(
     or of a Pascal VOC set; a split's own folder; a COCO JSON file or a data.yaml.
     split: 'train', 'val', …; `data` can name the files of sets in no known layout.
     categories: those of a model, whose label order is then used; an annotation of a class that the model lacks is an
-    error. None: the set's own, sorted by id.
+    error. Ids decide, or names where `sources.renumbered` says so. None: the set's own, sorted by id.
     transform: (image, target) → (image, target), applied to each sample.
 
     Raises `UserError` with one line that names the file and the record for everything that is wrong.
@@ -63,7 +63,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     `dataset[i]` is (uint8 RGB (3, H, W), Target), after the transform. Left out of the targets: crowds, and boxes with
     no area inside their image (counted in one logged warning); the others are clipped to the image. Images without
-    objects stay. `ground_truth` keeps every record, for evaluation.
+    objects stay. `ground_truth` keeps every record, for evaluation. Both have the category ids of `categories`.
 
     categories: label → `Category`, sorted by id. image_ids: (len,) int64. annotation_file (of other sources: what
     stands for the split), image_folder: what is read.
@@ -85,7 +85,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         content = source.read(categories)
         own = read_categories(content, annotation_file)
         self.categories = tuple(categories) if categories is not None else own
-        _warn_of_other_names(own, self.categories, annotation_file)
+        self._moved = renumbered(own, self.categories)  # category ids of the file → those in `categories`
+        _warn_of_other_names(own, self.categories, self._moved, annotation_file)
 
         # Arrays, not lists of records: worker processes then share their memory instead of copying it piece by piece.
         ids, names, sizes = read_images(content, annotation_file)
@@ -128,7 +129,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     @cached_property
     def ground_truth(self) -> dict[str, Any]:
-        """The COCO dict for metrics: every record with its own ids, crowds too, masks left out.
+        """The COCO dict for metrics: every record, crowds too, masks left out.
 
         Repaired where metrics would stumble: annotation ids are numbered from 1, a missing `area` is that of the box, a
         missing `iscrowd` is 0, a category that only groups others is dropped. Read from the file when first asked for,
@@ -138,11 +139,16 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         kept = {category.id for category in read_categories(content, self.annotation_file)}
         return {
             **content,
-            "categories": [category for category in content["categories"] if category["id"] in kept],
+            "categories": [
+                {**category, "id": self._moved.get(category["id"], category["id"])}
+                for category in content["categories"]
+                if category["id"] in kept
+            ],
             "annotations": [
                 {
                     **{key: value for key, value in annotation.items() if key != "where"},
                     "id": number,
+                    "category_id": self._moved.get(annotation["category_id"], annotation["category_id"]),
                     "area": area_of(annotation),
                     "iscrowd": int(annotation.get("iscrowd") or 0),
                 }
@@ -184,6 +190,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     def _labels_of(self, records: Sequence[Any], ids: np.ndarray, own: Sequence[Category]) -> np.ndarray:
         """Category ids (N,) to labels; a class that the model lacks is an error."""
+        if self._moved:
+            ids = np.array([self._moved[number] for number in ids.tolist()], dtype=np.int64)
         known = np.array([category.id for category in self.categories], dtype=np.int64)
         order = np.argsort(known)
         place = np.minimum(np.searchsorted(known[order], ids), len(known) - 1)
@@ -215,8 +223,17 @@ def _clipped(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return cut, np.min(cut[:, 2:] - cut[:, :2], axis=1) >= MIN_SIDE
 
 
-def _warn_of_other_names(own: Sequence[Category], wanted: Sequence[Category], path: Path) -> None:
+def _warn_of_other_names(
+    own: Sequence[Category], wanted: Sequence[Category], moved: dict[int, int], path: Path
+) -> None:
     names = {category.id: category.name for category in wanted}
+    first = next((category for category in own if moved.get(category.id, category.id) != category.id), None)
+    if first is not None:
+        log.warning(
+            "%s: the classes have other ids here than in the model, such as %r %d instead of %d; names decide",
+            path, first.name, first.id, moved[first.id],
+        )  # fmt: skip
+        return
     for category in own:
         if names.get(category.id, category.name) != category.name:
             log.warning(

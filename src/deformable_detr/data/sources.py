@@ -120,3 +120,17 @@ def ids_by_name(names: Sequence[str], categories: Sequence[Category] | None, fir
             fresh += 1
         ids.append(known.get(name, fresh))
     return ids
+
+
+def renumbered(own: Sequence[Category], wanted: Sequence[Category]) -> dict[int, int]:
+    """Ids in `own` → those in `wanted`, where both list the same names under other ids; {} where ids decide.
+
+    The one rule for categories that two files, or a file and a model, list differently: names decide where each is
+    there once in either list and `wanted` has all of `own`. With an unknown name, it may be the name that is the slip.
+    """
+    ids = {category.name: category.id for category in wanted}
+    names = {category.name for category in own}
+    if len(ids) < len(wanted) or len(names) < len(own) or not names <= ids.keys():
+        return {}
+    moved = {category.id: ids[category.name] for category in own}
+    return moved if any(number != other for number, other in moved.items()) else {}

@@ -76,15 +76,8 @@ def _find_empty(split: Split, found: Findings) -> None:
 
 def _compare_lists(train: Split, split: Split, found: Findings) -> None:
     """The categories of a split beside those to train on."""
-    own, theirs = (sorted(listed.items()) for listed in (split.categories, train.categories))
-    same_names = own and [name for _, name in own] == [name for _, name in theirs]
-    shifts = {number - other for (number, _), (other, _) in zip(own, theirs, strict=False)}
-    if same_names and shifts in ({1}, {-1}):
-        what = f"counts the classes from {own[0][0]}, {train.file} from {theirs[0][0]}"
-        found.add("category-off-by-one", split.file, "", what, split=split.name)
-        return
     counts = class_counts(split)
-    for number, name in own:
+    for number, name in sorted(split.categories.items()):
         known = train.categories.get(number)
         if known is None and counts[number]:
             what = f"has {counts[number]} objects of class {name!r} (id {number}), which {train.file} does not list"

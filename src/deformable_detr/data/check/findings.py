@@ -69,7 +69,7 @@ KINDS: dict[str, Kind] = {
     "category-record": Kind("error", "A category lacks its id or name, or there is none", "Complete the record"),
     "category-id-duplicate": Kind("error", "Two categories have one id", "Give each its own id"),
     "category-off-by-one": Kind(
-        "error", "Ids count from 0 in one place and from 1 in another", "Count alike in both places"
+        "error", "Categories count from 0 and their objects from 1, or the other way", "Count alike in both places"
     ),
     "category-unknown": Kind(
         "error", "An object's category is not among the categories", "List the category, or correct the object"
@@ -79,6 +79,10 @@ KINDS: dict[str, Kind] = {
     ),
     "category-name-duplicate": Kind("warning", "Two categories have one name", "Merge them, or rename one"),
     "category-renamed": Kind("warning", "An id has another name in another split; ids decide", "Use one list for all"),
+    "category-renumbered": Kind(
+        "warning", "The classes of the training set have other ids in another split; names decide",
+        "Use one list for all",
+    ),
     "class-only-in-val": Kind(
         "warning", "A class has objects to validate on, but none to train on", "Add training images with it"
     ),

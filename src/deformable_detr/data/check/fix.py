@@ -103,6 +103,10 @@ class _Repair:
         categories = [
             record for position, record in enumerate(raw["categories"]) if position not in self.left_out["categories"]
         ]
+        if moved := split.moved:
+            changed = ", ".join(f"{number} → {other}" for number, other in moved.items() if number != other)
+            self.tell("category-renumbered", split.file.name, f"category ids {changed}")
+            categories = [record | {"id": moved[record["id"]]} for record in categories if record["id"] in moved]
         annotations = self._annotations(raw["annotations"], {picture.id for picture in kept})
         rest = {key: raw[key] for key in raw if key not in ("images", "annotations", "categories")}
         return {**rest, "images": images, "annotations": annotations, "categories": categories}

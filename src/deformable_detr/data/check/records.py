@@ -16,7 +16,7 @@ from ...errors import UserError
 from ...structures import Category
 from ..coco_json import PolygonBox, four_numbers, is_text, only_groups, positive, record_name, whole
 from ..layouts import best_image_folder
-from ..sources import CocoSource, Source
+from ..sources import CocoSource, Source, renumbered
 from .findings import Findings
 
 
@@ -51,7 +51,8 @@ class Split:
 
     content: the COCO dict as read. categories: id → name. positions (N,), images (N,) indices into `pictures`,
     labels (N,) category ids, crowds (N,) bool, boxes (N, 4) xywh: the objects whose records are whole. shift: what was
-    added to their category ids, where these are off by one. unlisted: images in the folder that no record names.
+    added to their category ids, where these are off by one; moved: category ids of the file → those to train on, where
+    names decide. unlisted: images in the folder that no record names.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Split:
     crowds: np.ndarray
     boxes: np.ndarray
     shift: int = 0
+    moved: dict[int, int] = field(default_factory=dict)
     unlisted: list[str] = field(default_factory=list)
 
     @property
@@ -107,7 +109,22 @@ def read_split(source: Source, name: str, categories: Sequence[Category] | None,
         mend = "add 1 to the objects' category_id" if shift > 0 else "take 1 from the objects' category_id"
         found.add("category-off-by-one", source.file, "", what, mend, split=name)
     arrays = _objects(content, source.file, name, pictures, listed, shift, found)
-    return Split(name, source, content, listed, folder, pictures, *arrays, shift=shift, unlisted=unlisted)
+    split = Split(name, source, content, listed, folder, pictures, *arrays, shift=shift, unlisted=unlisted)
+    if categories is not None:
+        _take_ids(split, categories, found)
+    return split
+
+
+def _take_ids(split: Split, categories: Sequence[Category], found: Findings) -> None:
+    """Gives the objects the ids of the training set's classes, where these have the same names under other ids."""
+    split.moved = moved = renumbered([Category(*item) for item in split.categories.items()], categories)
+    if not moved:
+        return
+    first = next(number for number, other in moved.items() if number != other)
+    what = f"lists the training set's classes under other ids, such as {split.categories[first]!r} {first} instead of "
+    found.add("category-renumbered", split.file, "", f"{what}{moved[first]}: names decide", split=split.name)
+    split.categories = {moved[number]: name for number, name in split.categories.items()}
+    split.labels = np.array([moved[number] for number in split.labels.tolist()], dtype=np.int64)
 
 
 def _categories(content: dict[str, Any], file: Path, split: str, found: Findings) -> dict[int, str]:
