@@ -20,6 +20,7 @@ from deformable_detr.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TRAIN = "train/_annotations.coco.json"
+VAL = "valid/_annotations.coco.json"
 
 
 def call(capsys, *arguments):
@@ -180,6 +181,31 @@ def test_class_ids_off_by_one_come_back(tmp_path, capsys):
     code, _, _ = call(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
     assert [r["category_id"] for r in json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]] == [1, 2, 2]
+
+
+def test_file_names_of_other_systems_come_back(tmp_path, capsys):
+    """As exported on Windows, or with a URL's names: the images are found, looked at, and named in the copy."""
+    root = tmp_path / "set"
+    for split, images in OBJECTS.items():
+        content = json.loads((coco_set(tmp_path / "plain") / {"train": TRAIN}.get(split, VAL)).read_text())
+        for stem, record in zip(images, content["images"], strict=True):
+            picture(root / "images" / split / f"my {stem}.png")
+            record["file_name"] = f"images\\{split}\\my {stem}.png" if split == "val" else f"my%20{stem}.png"
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+    assert codes(root) == {"image-name"}
+    with pytest.raises(UserError, match=r"'my%20a\.png' \(and 2 more\) is missing in .*, which has 'my a\.png'"):
+        open_dataset(root)
+    code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    assert code == 0
+    assert "still error" not in printed
+    for split, images in OBJECTS.items():
+        copied = open_dataset(tmp_path / "copy", split)
+        names = [copied.path(index).name for index in range(len(copied))]
+        assert names == [f"my {stem}.png" for stem in images]
+        assert [len(target.boxes) for _, target in copied] == [len(boxes) for boxes in images.values()]
+    changes = [json.loads(line) for line in (tmp_path / "copy/changes.jsonl").read_text().splitlines()]
+    assert [change["code"] for change in changes] == ["image-name"] * 4
 
 
 def test_the_copy_has_one_list_of_classes(tmp_path, capsys):

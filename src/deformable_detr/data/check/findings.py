@@ -43,6 +43,10 @@ KINDS: dict[str, Kind] = {
     "image-record": Kind("error", "An image's record lacks its id or file name", "Complete or remove the record"),
     "image-id-duplicate": Kind("error", "Two images have one id; their boxes are mixed up", "Give each its own"),
     "image-missing": Kind("error", "An image is listed but its file is missing", "Add the file or remove its record"),
+    "image-name": Kind(
+        "error", "A file name has \\ for /, %20 for a space, or a path of elsewhere; the file is there without",
+        "Write the name of the file",
+    ),
     "image-unreadable": Kind(
         "error", "A file is truncated, no image, empty, or above 89 megapixels", "Replace it or remove its record"
     ),

@@ -94,6 +94,8 @@ class _Repair:
         names: set[str] = {ROBOFLOW}
         for picture in kept:
             record = dict(raw["images"][picture.position])
+            if record["file_name"] != picture.name:
+                self.tell("image-name", f"images[{picture.position}]", f"{record['file_name']!r} → {picture.name!r}")
             record["file_name"] = _put(picture.path, folder, _own_name(picture, names))
             if (size := picture.size) is not None and size != picture.declared:
                 if picture.declared is not None:

@@ -191,7 +191,12 @@ def _pictures(
     alike = {_spelt_alike(name): name for name in unlisted}
     for picture in pictures:
         picture.path = folder / picture.name
-        if picture.name in missing:
+        if way := missing.get(picture.name):
+            found.add("image-name", file, f"images[{picture.position}]",
+                      f"names the image {picture.name!r}, which is missing in {folder}, where {way!r} is",
+                      split=split, section="images", position=picture.position)  # fmt: skip
+            picture.name, picture.path = way, folder / way
+        elif picture.name in missing:
             picture.missing = True
             close = alike.get(_spelt_alike(picture.name))
             hint = f" (there is {close!r}: {_difference(picture.name, close)})" if close else ""
@@ -207,23 +212,21 @@ def _spelt_alike(name: str) -> str:
 
 
 def _difference(name: str, close: str) -> str:
-    if "\\" in name:
-        return "paths are written with / instead of \\"
-    if name.casefold() != close.casefold():
+    if re.split(r"[/\\\\]", name)[-1].casefold() != close.casefold():
         return "its accents are other characters (Unicode NFC and NFD)"
     return "the case differs"
 
 
-def _folder(source: Source, names: list[str], split: str, found: Findings) -> tuple[Path, set[str], list[str]]:
-    """The folder of the images, the names of which it has no file, and its images that no record names."""
+def _folder(source: Source, names: list[str], split: str, found: Findings) -> tuple[Path, dict[str, str], list[str]]:
+    """The folder of the images, the names that it lacks, and its images that no record names; see `layouts`."""
     if not isinstance(source, CocoSource):
         folder = source.image_folder(names)
-        return folder, {name for name in names if not (folder / name).is_file()}, []
+        return folder, {name: "" for name in names if not (folder / name).is_file()}, []
     try:
         return best_image_folder(source.file, source.root, source.split, source.data, names)
     except UserError as error:
         found.add("file-unreadable", source.file, "", str(error), "correct the setting", split=split)
-        return source.file.parent, set(), []
+        return source.file.parent, {}, []
 
 
 def _objects(
