@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from check_cases import assert_as_documented, codes, found
+from check_cases import as_training, assert_as_documented, codes, found
 from data_sets import coco_set, voc_set, voc_xml, yolo_set
 from deformable_detr.errors import UserError
 
@@ -324,7 +324,17 @@ def test_one_split_alone(tmp_path):
     for place in (root / TRAIN, root / "train", root / VAL):
         report = found(place)
         assert [len(split.pictures) for split in report.splits] == [1 if place == root / VAL else 3]
-        assert not report.errors
+        (error,) = report.errors
+        assert error.code == "split-missing", "what training says too"
+        with pytest.raises(UserError, match="no '(train|val)' split"):
+            as_training(place)
+    (root / TRAIN).rename(root / "train/all.json")
+    (root / "train").rename(root / "images")
+    report = found(root / "images/all.json")
+    assert [(split.name, len(split.pictures)) for split in report.splits] == [("train", 3)]
+    assert [finding.code for finding in report.errors] == ["splits-same"]
+    with pytest.raises(UserError, match="would be both the training and the validation split"):
+        as_training(root / "images/all.json")
 
 
 def test_a_third_split_is_looked_at(tmp_path):

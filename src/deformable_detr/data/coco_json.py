@@ -37,6 +37,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_other_json(path: Path) -> bool:
+    """Whether it is an object of neither images nor annotations, such as the notes that some tools export."""
+    try:
+        text = path.read_bytes() if path.is_file() else b""
+        if b'"images"' in text or b'"annotations"' in text:  # a large file need not be parsed
+            return False
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and not content.keys() & {"images", "annotations"}
+
+
 class PolygonBox(list[float]):
     """The xywh box of an object whose record has none: the extent of its polygons."""
 
