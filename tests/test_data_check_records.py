@@ -326,7 +326,7 @@ def test_one_split_alone(tmp_path):
         assert [len(split.pictures) for split in report.splits] == [1 if place == root / VAL else 3]
         (error,) = report.errors
         assert error.code == "split-missing", "what training says too"
-        with pytest.raises(UserError, match="no '(train|val)' split"):
+        with pytest.raises(UserError, match=r"no '(train|val)' split"):
             as_training(place)
     (root / TRAIN).rename(root / "train/all.json")
     (root / "train").rename(root / "images")
