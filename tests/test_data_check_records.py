@@ -178,7 +178,7 @@ COCO = {
     "boxes in 0..1": (normalised, {"boxes-normalised"}, "all boxes in 0..1"),
     "boxes as corners": (corners, {"boxes-corners"}, "only as x0, y0, x1, y1"),
     "objects count from 0": (objects_from_zero, {"category-off-by-one"}, "add 1 to"),
-    "categories count from 0": (categories_from_zero, {"category-off-by-one", "class-not-in-val"}, "take 1 from"),
+    "categories count from 0": (categories_from_zero, {"category-off-by-one", "category-renumbered"}, "take 1 from"),
     "validation counts from 0": (val_from_zero, {"category-renumbered"}, "'cat' 0 instead of 1"),
     "exchanged in the validation": (exchanged, {"category-renumbered"}, "'cat' 2 instead of 1"),
     "exchanged, and one more class": (

@@ -85,15 +85,15 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         content = source.read(categories)
         own = read_categories(content, annotation_file)
         self.categories = tuple(categories) if categories is not None else own
-        self._moved = renumbered(own, self.categories)  # category ids of the file → those in `categories`
-        _warn_of_other_names(own, self.categories, self._moved, annotation_file)
+        moved = renumbered(own, self.categories)
+        _warn_of_other_names(own, self.categories, moved, annotation_file)
 
         # Arrays, not lists of records: worker processes then share their memory instead of copying it piece by piece.
         ids, names, sizes = read_images(content, annotation_file)
         self.image_ids = np.array(ids, dtype=np.int64)
         self._names = np.array(names)
         self._sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)  # (height, width), 0 = not given
-        self._starts, self._labels, self._boxes = self._objects(content, own)
+        self._starts, self._labels, self._boxes = self._objects(content, own, moved)
         self.image_folder = image_folder if image_folder is not None else source.image_folder(names)
 
     def __len__(self) -> int:
@@ -136,19 +136,18 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         so that a training set does not hold it.
         """
         content = self.source.read(self.categories)
-        kept = {category.id for category in read_categories(content, self.annotation_file)}
+        own = read_categories(content, self.annotation_file)
+        ids = {category.id: category.id for category in own} | renumbered(own, self.categories)
         return {
             **content,
             "categories": [
-                {**category, "id": self._moved.get(category["id"], category["id"])}
-                for category in content["categories"]
-                if category["id"] in kept
+                {**category, "id": ids[category["id"]]} for category in content["categories"] if category["id"] in ids
             ],
             "annotations": [
                 {
                     **{key: value for key, value in annotation.items() if key != "where"},
                     "id": number,
-                    "category_id": self._moved.get(annotation["category_id"], annotation["category_id"]),
+                    "category_id": ids[annotation["category_id"]],
                     "area": area_of(annotation),
                     "iscrowd": int(annotation.get("iscrowd") or 0),
                 }
@@ -164,10 +163,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         # What goes to a worker process: never the ground truth, which only the main one asks for.
         return {key: value for key, value in self.__dict__.items() if key != "ground_truth"}
 
-    def _objects(self, content: dict[str, Any], own: Sequence[Category]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _objects(
+        self, content: dict[str, Any], own: Sequence[Category], moved: dict[int, int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Objects to train on, image by image: starts (images + 1,), labels (N,), boxes (N, 4) xyxy in pixels."""
         records = content["annotations"]
         images, categories, crowds, xywh = read_annotations(content, self.annotation_file, self.image_ids, own)
+        if moved:
+            categories = np.array([moved[number] for number in categories.tolist()], dtype=np.int64)
         labels = self._labels_of(records, categories, own)
 
         x, y, w, h = np.clip(xywh, -1e9, 1e9).T
@@ -190,8 +193,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     def _labels_of(self, records: Sequence[Any], ids: np.ndarray, own: Sequence[Category]) -> np.ndarray:
         """Category ids (N,) to labels; a class that the model lacks is an error."""
-        if self._moved:
-            ids = np.array([self._moved[number] for number in ids.tolist()], dtype=np.int64)
         known = np.array([category.id for category in self.categories], dtype=np.int64)
         order = np.argsort(known)
         place = np.minimum(np.searchsorted(known[order], ids), len(known) - 1)
