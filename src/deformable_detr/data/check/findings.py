@@ -60,6 +60,10 @@ KINDS: dict[str, Kind] = {
         "A record has the size before the EXIF rotation; images are read upright, so its boxes may lie turned",
         "Turn the boxes, or store the image upright and label it again",
     ),
+    "image-dim": Kind(
+        "warning", "A grey image of 16 bits uses 12 of them or fewer, and is read almost black",
+        "Scale its values to 0..65535, or save it with 8 bits",
+    ),
     "image-twice": Kind("warning", "Two records of a split name one file", "Merge the records"),
     "image-copy": Kind("note", "Two files of a split hold the same image", "Keep one"),
     "leak": Kind(
