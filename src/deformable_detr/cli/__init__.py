@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 
 from cyclopts import CycloptsError
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         if not _reader_gone():
             raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left goes
         sys.exit(128 + 13)  # what a shell says of a program that SIGPIPE ended
 
 
@@ -57,10 +59,10 @@ def _run(words: list[str]) -> None:
 
 
 def _reader_gone() -> bool:
-    """Whether it is standard output that is closed at its other end; what is left for it then goes nowhere."""
+    """Whether it is standard output that is closed at its other end."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError):  # no poll on Windows; no file behind a notebook's output
+        return False
+    return bool(output.poll(0))
