@@ -1,6 +1,7 @@
 """The command line: what it takes, what it writes, and one line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -115,6 +116,27 @@ def test_a_bad_option_in_a_real_process(tmp_path):
     assert done.returncode == 2
     assert is_one_line(done.stderr)
     assert "--nope" in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_ends_quietly(data, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "deformable_detr", "check", str(data)], stdout=writer, stderr=subprocess.PIPE,
+        text=True, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_elsewhere_keeps_its_traceback(run, monkeypatch):
+    def broken(out):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("deformable_detr.demo.run", broken)
+    with pytest.raises(BrokenPipeError):
+        run("demo")
 
 
 def test_ctrl_c_is_code_130(run, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from check_cases import assert_as_documented, codes
+from check_cases import assert_as_documented, codes, found
 from data_sets import SIZE, coco_set, picture
 
 PIXELS = np.random.default_rng(5).integers(0, 255, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
@@ -30,6 +30,12 @@ def png_of(width, height):
     """A PNG whose header promises these sides."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def grey(highest):
+    """A PNG of 16 bits."""
+    values = np.linspace(0, highest, SIZE[0] * SIZE[1]).reshape(SIZE[::-1])
+    return encoded("PNG", Image.fromarray(values.astype(np.uint16)))
 
 
 def exif(orientation):
@@ -89,8 +95,16 @@ FILES = {
     "WebP": (encoded("WEBP"), set()),
     "progressive JPEG": (encoded("JPEG", progressive=True), set()),
     "PNG with a transparent colour": (encoded("PNG", transparency=(1, 2, 3)), set()),
+    "16 bits": (grey(65535), set()),
+    "13 bits": (grey(8191), set()),
+    "12 bits of 16": (grey(4095), {"image-dim"}),
+    "12 bits of 16, hardly used": (grey(100), {"image-dim"}),
+    "8 bits, almost black": (encoded("PNG", IMAGE.point(lambda value: value // 32)), set()),
     **{
-        f"mode {mode}": (encoded("TIFF" if mode in ("LAB", "CMYK", "F", "YCbCr", "I") else "PNG", image), set())
+        f"mode {mode}": (
+            encoded("TIFF" if mode in ("LAB", "CMYK", "F", "YCbCr", "I") else "PNG", image),
+            {"image-dim"} if mode == "I" else set(),
+        )
         for mode, image in (
             (mode, Image.new(mode, SIZE) if mode in ("LAB", "I;16") else IMAGE.convert(mode)) for mode in MODES
         )
@@ -105,6 +119,16 @@ def test_a_file(tmp_path, case):
     assert codes(root) == set(), "the set without the fault"
     (root / "train/a.png").write_bytes(content)
     assert_as_documented(root, expected, "a.png")
+
+
+def test_a_dim_file_is_named_with_the_mend(tmp_path):
+    root = coco_set(tmp_path)
+    (root / "train/a.png").write_bytes(grey(4095))
+    (finding,) = (finding for finding in found(root).findings if finding.code == "image-dim")
+    assert finding.line == (
+        f"{root / 'train/a.png'}: has 16 bits, but values up to 4095 of 65535 only: it is read almost black; "
+        "scale its values to 0..65535, or save it with 8 bits"
+    )
 
 
 def test_something_else_in_its_place(tmp_path):

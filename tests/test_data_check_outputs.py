@@ -20,6 +20,7 @@ from deformable_detr.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TRAIN = "train/_annotations.coco.json"
+VAL = "valid/_annotations.coco.json"
 
 
 def call(capsys, *arguments):
@@ -149,6 +150,28 @@ def test_boxes_in_another_form_come_back(tmp_path, capsys, kind, change):
     assert code == 0
 
 
+def test_objects_of_polygons_alone_get_their_extent(tmp_path, capsys):
+    root = coco_set(tmp_path / "set")
+    content = json.loads((root / TRAIN).read_text())
+    masks = [[[4, 2, 12, 2, 12, 9], [9, 8, 20, 8, 20, 12.5]], [[20, 5, 39, 5, 39, 19]], [[10, 5, 30, 5, 30, 15]]]
+    for record, mask, box in zip(content["annotations"], masks, [None, [], ...], strict=True):
+        record.pop("bbox")
+        record |= {"segmentation": mask} | ({} if box is ... else {"bbox": box})
+    (root / TRAIN).write_text(json.dumps(content))
+    before = open_dataset(root)
+    code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    assert code == 0
+    assert "warning box-from-polygons: " in printed
+    assert "has 3 objects with polygons but no bbox" in printed
+    objects = json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]
+    assert [record["bbox"] for record in objects] == [[4, 2, 16, 10.5], [20, 5, 19, 14], [10, 5, 20, 10]]
+    assert [record["segmentation"] for record in objects] == masks
+    for (_, old), (_, new) in zip(before, open_dataset(tmp_path / "copy"), strict=True):
+        assert old.boxes.tolist() == new.boxes.tolist()
+    changes = [json.loads(line) for line in (tmp_path / "copy/changes.jsonl").read_text().splitlines()]
+    assert [change["code"] for change in changes] == ["box-from-polygons"] * 3
+
+
 def test_class_ids_off_by_one_come_back(tmp_path, capsys):
     root = coco_set(tmp_path / "set")
     content = json.loads((root / TRAIN).read_text())
@@ -158,6 +181,53 @@ def test_class_ids_off_by_one_come_back(tmp_path, capsys):
     code, _, _ = call(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
     assert [r["category_id"] for r in json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]] == [1, 2, 2]
+
+
+def test_file_names_of_other_systems_come_back(tmp_path, capsys):
+    """As exported on Windows, or with a URL's names: the images are found, looked at, and named in the copy."""
+    root = tmp_path / "set"
+    for split, images in OBJECTS.items():
+        content = json.loads((coco_set(tmp_path / "plain") / {"train": TRAIN}.get(split, VAL)).read_text())
+        for stem, record in zip(images, content["images"], strict=True):
+            picture(root / "images" / split / f"my {stem}.png")
+            record["file_name"] = f"images\\{split}\\my {stem}.png" if split == "val" else f"my%20{stem}.png"
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+    assert codes(root) == {"image-name"}
+    with pytest.raises(UserError, match=r"'my%20a\.png' \(and 2 more\) is missing in .*, which has 'my a\.png'"):
+        open_dataset(root)
+    code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    assert code == 0
+    assert "still error" not in printed
+    for split, images in OBJECTS.items():
+        copied = open_dataset(tmp_path / "copy", split)
+        names = [copied.path(index).name for index in range(len(copied))]
+        assert names == [f"my {stem}.png" for stem in images]
+        assert [len(target.boxes) for _, target in copied] == [len(boxes) for boxes in images.values()]
+    changes = [json.loads(line) for line in (tmp_path / "copy/changes.jsonl").read_text().splitlines()]
+    assert [change["code"] for change in changes] == ["image-name"] * 4
+
+
+def test_the_copy_has_one_list_of_classes(tmp_path, capsys):
+    root = coco_set(tmp_path / "set")
+    content = json.loads((root / "valid/_annotations.coco.json").read_text())
+    content["categories"] = [  # Roboflow's entry for the group comes first
+        {"id": 0, "name": "pets", "supercategory": "none"},
+        {"id": 2, "name": "cat", "supercategory": "pets"},
+        {"id": 1, "name": "dog", "supercategory": "pets"},
+    ]
+    for record in content["annotations"]:
+        record["category_id"] = 3 - record["category_id"]
+    (root / "valid/_annotations.coco.json").write_text(json.dumps(content))
+    assert codes(root) == {"category-renumbered"}
+    code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    assert code == 0
+    assert "still warning category-renumbered" not in printed
+    fixed = json.loads((tmp_path / "copy/val/_annotations.coco.json").read_text())
+    assert {record["id"]: record["name"] for record in fixed["categories"]} == {1: "cat", 2: "dog"}
+    assert [record["category_id"] for record in fixed["annotations"]] == [1, 2]
+    (change,) = [json.loads(line) for line in (tmp_path / "copy/changes.jsonl").read_text().splitlines()]
+    assert (change["code"], change["change"]) == ("category-renumbered", "category ids 2 → 1, 1 → 2")
 
 
 @pytest.mark.parametrize("make", [yolo_set, voc_set])

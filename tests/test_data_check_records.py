@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from check_cases import assert_as_documented, codes, found
+from check_cases import as_training, assert_as_documented, codes, found
 from data_sets import coco_set, voc_set, voc_xml, yolo_set
 from deformable_detr.errors import UserError
 
@@ -85,6 +85,13 @@ def val_from_zero(content):
 
 
 @edited(VAL)
+def exchanged(content):
+    for key, records in (("id", content["categories"]), ("category_id", content["annotations"])):
+        for record in records:
+            record[key] = 3 - record[key]
+
+
+@edited(VAL)
 def unknown_class(content):
     content["categories"].append({"id": 7, "name": "bird"})
     content["annotations"][0]["category_id"] = 7
@@ -104,13 +111,23 @@ COCO = {
     "images no list": (edited()(lambda c: c.update(images={})), {"file-unreadable"}, "'images'"),
     "no images": (
         edited()(lambda c: c.update(images=[], annotations=[])),
-        {"image-record", "no-objects", "class-only-in-val", "images-unlisted"}, "no images",
+        {"image-record", "no-training-objects", "class-only-in-val", "images-unlisted"}, "no images",
     ),
     "no categories": (
         edited()(lambda c: c.update(categories=[], annotations=[])),
-        {"category-record", "no-objects", "class-not-in-train"}, "'categories' is empty",
+        {"category-record", "no-training-objects", "class-not-in-train"}, "'categories' is empty",
     ),
-    "no annotations": (edited()(lambda c: c.update(annotations=[])), {"no-objects", "class-only-in-val"}, ""),
+    "no annotations": (
+        edited()(lambda c: c.update(annotations=[])), {"no-training-objects", "class-only-in-val"},
+        f"{FILE}: has no objects to learn from; label its images",
+    ),
+    "crowds alone": (
+        edited()(lambda c: [record.update(iscrowd=1) for record in c["annotations"]]),
+        {"no-training-objects", "class-only-in-val"}, "no objects to learn from",
+    ),
+    "no annotations in the validation": (
+        edited(VAL)(lambda c: c.update(annotations=[])), {"no-objects", "class-not-in-val"}, "",
+    ),
     "image no object": (add("images", 5), {"image-record"}, "images[3]"),
     "image without id": (put("images", 2, id=None), {"image-record", "images-unlisted"}, "images[2]"),
     "image id a text": (put("images", 2, id="3"), {"image-record", "images-unlisted"}, "images[2]"),
@@ -161,8 +178,13 @@ COCO = {
     "boxes in 0..1": (normalised, {"boxes-normalised"}, "all boxes in 0..1"),
     "boxes as corners": (corners, {"boxes-corners"}, "only as x0, y0, x1, y1"),
     "objects count from 0": (objects_from_zero, {"category-off-by-one"}, "add 1 to"),
-    "categories count from 0": (categories_from_zero, {"category-off-by-one", "class-not-in-val"}, "take 1 from"),
-    "validation counts from 0": (val_from_zero, {"category-off-by-one", "class-not-in-val"}, "from 0"),
+    "categories count from 0": (categories_from_zero, {"category-off-by-one", "category-renumbered"}, "take 1 from"),
+    "validation counts from 0": (val_from_zero, {"category-renumbered"}, "'cat' 0 instead of 1"),
+    "exchanged in the validation": (exchanged, {"category-renumbered"}, "'cat' 2 instead of 1"),
+    "exchanged, and one more class": (
+        lambda root: (exchanged(root), add("categories", {"id": 3, "name": "lion"}, VAL)(root)),
+        {"category-renamed", "class-unused"}, "",
+    ),
     "a class of the validation only": (
         unknown_class, {"class-not-in-train", "class-not-in-val"}, "'bird' (id 7)",
     ),
@@ -212,6 +234,10 @@ YOLO = {
     "there twice": (row(TWO + "0 0.3 0.4 0.4 0.5\n" * 2), {"box-duplicate"}, ""),
     "over the border": (row("0 0.9 0.4 0.4 0.5\n"), {"box-overhang"}, ""),
     "a polygon": (row("0 0.1 0.1 0.5 0.2 0.3 0.6\n"), set(), ""),
+    "no label files": (
+        lambda root: [path.unlink() for path in (root / "labels/train").iterdir()],
+        {"no-training-objects", "class-only-in-val"}, "labels/…/NAME.txt",
+    ),
     "no label file": (lambda root: (root / "labels/train/b.txt").unlink(), set(), ""),
     "bad image": (
         lambda root: (root / "images/train/a.png").write_bytes(b"x"), {"image-unreadable", "class-only-in-val"},
@@ -231,7 +257,7 @@ YOLO = {
     ),
     "no images": (
         lambda root: [path.unlink() for path in (root / "images/train").iterdir()],
-        {"image-record", "no-objects", "class-only-in-val"}, "images/train",
+        {"image-record", "no-training-objects", "class-only-in-val"}, "images/train",
     ),
 }  # fmt: skip
 
@@ -298,7 +324,17 @@ def test_one_split_alone(tmp_path):
     for place in (root / TRAIN, root / "train", root / VAL):
         report = found(place)
         assert [len(split.pictures) for split in report.splits] == [1 if place == root / VAL else 3]
-        assert not report.errors
+        (error,) = report.errors
+        assert error.code == "split-missing", "what training says too"
+        with pytest.raises(UserError, match=r"no '(train|val)' split"):
+            as_training(place)
+    (root / TRAIN).rename(root / "train/all.json")
+    (root / "train").rename(root / "images")
+    report = found(root / "images/all.json")
+    assert [(split.name, len(split.pictures)) for split in report.splits] == [("train", 3)]
+    assert [finding.code for finding in report.errors] == ["splits-same"]
+    with pytest.raises(UserError, match="would be both the training and the validation split"):
+        as_training(root / "images/all.json")
 
 
 def test_a_third_split_is_looked_at(tmp_path):

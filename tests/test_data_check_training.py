@@ -84,3 +84,17 @@ def test_faults_in_the_validation_split_count_too(tmp_path):
     assert [finding.split for finding in found(root).errors] == ["val"]
     with pytest.raises(UserError, match=r"valid/c\.png"):
         check_for_training(root, DataConfig(), 64, 107)
+
+
+def test_faults_in_the_test_split_do_not_stop_training(tmp_path):
+    root = coco_set(tmp_path)
+    coco_set(root, {"test": {"d": [(0, (4, 2, 16, 10))]}}, folders=("test",))
+    (root / "test/d.png").unlink()
+    assert [(finding.code, finding.split) for finding in found(root).errors] == [("image-missing", "test")]
+    lines = check_for_training(root, DataConfig(), 64, 107)
+    assert not [line for line in lines if "/test/" in line]
+    (root / "test/d.png").write_bytes((root / "train/a.png").read_bytes())
+    assert any(line.startswith("warning leak: ") for line in check_for_training(root, DataConfig(), 64, 107))
+    (root / "test/d.png").unlink()
+    with pytest.raises(UserError, match="d\\.png"):
+        check_for_training(root, DataConfig(val_split="test"), 64, 107)

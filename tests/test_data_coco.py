@@ -153,6 +153,29 @@ def test_a_models_categories(tmp_path, caplog):
     assert "category 90 is 'z' here and 'queen' in the model" in caplog.text
 
 
+def test_names_decide_where_only_the_ids_differ(tmp_path, caplog):
+    write(tmp_path)
+    model = (Category(3, "z"), Category(0, "a"), Category(90, "m"), Category(1, "no"), Category(2, "more"))
+    data = open_dataset(tmp_path, categories=model)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "the classes have other ids here than in the model, such as 'a' 3 instead of 0; names decide"
+    ]
+    assert data[1][1].labels.tolist() == [0, 2]
+    truth = data.ground_truth
+    assert [(c["id"], c["name"]) for c in truth["categories"]] == [(3, "z"), (0, "a"), (90, "m"), (1, "no")]
+    assert [a["category_id"] for a in truth["annotations"]] == [3, 0, 0, 90]
+    assert json.loads((tmp_path / "train/_annotations.coco.json").read_text()) == GOOD, "the file is only read"
+
+    # With an unknown name, or one that is there twice, ids decide as they always did.
+    caplog.clear()
+    strange = (Category(3, "z"), Category(44, "a"), Category(90, "m"), Category(1, "other"))
+    for wanted in (strange, (*model[:4], Category(44, "z"))):
+        ids = [category.id for category in wanted]
+        assert open_dataset(tmp_path, categories=wanted)[1][1].labels.tolist() == [ids.index(90), ids.index(44)]
+    assert "ids decide" in caplog.text
+    assert "names decide" not in caplog.text
+
+
 def test_boxes_without_area_are_skipped_and_counted(tmp_path, caplog):
     bad = [[5, 5, 0, 4], [5, 5, 4, -1], [41, 0, 5, 5], [-9, 0, 9, 5], [0, 20, 40, 5], [1e300, 0, 1e300, 4]]
     content = copy.deepcopy(GOOD)

@@ -208,4 +208,5 @@ def test_coco_json_comes_first(tmp_path):
     (tmp_path / "train/classes.json").write_text("{}")
     assert find_source(tmp_path, "train", DataConfig()).format == "yolo", "not a folder's only JSON file"
     (tmp_path / "data.yaml").unlink()
-    assert find_source(tmp_path, "train", DataConfig()).format == "coco"
+    with pytest.raises(UserError, match=r"labels has YOLO's label files, but data\.yaml is missing"):
+        find_source(tmp_path, "train", DataConfig())

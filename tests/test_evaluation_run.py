@@ -64,6 +64,15 @@ def test_known_detections_give_known_figures(tmp_path):
     assert model.moving.training
 
 
+def test_figures_are_those_of_the_names_where_the_file_has_other_ids(tmp_path, caplog):
+    root = write_set(tmp_path, category=3, categories=((3, "red"), (0, "green")))
+    metrics = evaluate(finder(), root, workers=0, progress=False)
+    assert metrics["per_class"] == {"green": None, "red": pytest.approx(1.0)}
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "the classes have other ids here than in the model, such as 'green' 0 instead of 3; names decide"
+    ]
+
+
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 0), (8, 1)])
 def test_batches_and_workers_change_nothing(tmp_path, batch_size, workers):
     model = RedBoxFinder(image_size=50)  # boxes are a little off: figures under 1

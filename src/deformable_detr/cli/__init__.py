@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import select
 import sys
 
 from cyclopts import CycloptsError
@@ -17,7 +19,10 @@ __all__ = ["app", "main", "measuring", "shipping", "training", "using"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command and exits: 0 done, 1 the demo learnt too little, 2 a mistake in the input, 130 interrupted."""
+    """Runs the command and exits: 0 done, 1 the demo learnt too little, 2 a mistake in the input, 130 interrupted.
+
+    141 where nobody reads what is printed any more, as after `| head`.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = words[: words.index("--")] if "--" in words else words
     if "--verbose" in options:
@@ -27,6 +32,19 @@ def main(arguments: list[str] | None = None) -> None:
     keep_large_buffers()
     if words[:1] != ["benchmark"] or words[1:2] == ["predict"]:  # the others compare programs as they come
         keep_fewer_kernels()
+    try:
+        try:
+            _run(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left goes
+        sys.exit(128 + 13)  # what a shell says of a program that SIGPIPE ended
+
+
+def _run(words: list[str]) -> None:
     try:
         app(words, exit_on_error=False, print_error=False, result_action="return_none")
     except UserError as error:
@@ -38,3 +56,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _reader_gone() -> bool:
+    """Whether it is standard output that is closed at its other end."""
+    try:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError):  # no poll on Windows; no file behind a notebook's output
+        return False
+    return bool(output.poll(0))

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..structures import Category, Target
 from .coco_json import area_of, read_annotations, read_categories, read_images, record_name
 from .images import read_image
-from .sources import CocoSource, Source, content_hash, find_source
+from .sources import CocoSource, Source, content_hash, find_source, renumbered
 from .transforms import MIN_SIDE
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -40,7 +40,7 @@ def open_dataset(
     or of a Pascal VOC set; a split's own folder; a COCO JSON file or a data.yaml.
     split: 'train', 'val', …; `data` can name the files of sets in no known layout.
     categories: those of a model, whose label order is then used; an annotation of a class that the model lacks is an
-    error. None: the set's own, sorted by id.
+    error. Ids decide, or names where `sources.renumbered` says so. None: the set's own, sorted by id.
     transform: (image, target) → (image, target), applied to each sample.
 
     Raises `UserError` with one line that names the file and the record for everything that is wrong.
@@ -63,7 +63,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     `dataset[i]` is (uint8 RGB (3, H, W), Target), after the transform. Left out of the targets: crowds, and boxes with
     no area inside their image (counted in one logged warning); the others are clipped to the image. Images without
-    objects stay. `ground_truth` keeps every record, for evaluation.
+    objects stay. `ground_truth` keeps every record, for evaluation. Both have the category ids of `categories`.
 
     categories: label → `Category`, sorted by id. image_ids: (len,) int64. annotation_file (of other sources: what
     stands for the split), image_folder: what is read.
@@ -85,14 +85,15 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         content = source.read(categories)
         own = read_categories(content, annotation_file)
         self.categories = tuple(categories) if categories is not None else own
-        _warn_of_other_names(own, self.categories, annotation_file)
+        moved = renumbered(own, self.categories)
+        _warn_of_other_names(own, self.categories, moved, annotation_file)
 
         # Arrays, not lists of records: worker processes then share their memory instead of copying it piece by piece.
         ids, names, sizes = read_images(content, annotation_file)
         self.image_ids = np.array(ids, dtype=np.int64)
         self._names = np.array(names)
         self._sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)  # (height, width), 0 = not given
-        self._starts, self._labels, self._boxes = self._objects(content, own)
+        self._starts, self._labels, self._boxes = self._objects(content, own, moved)
         self.image_folder = image_folder if image_folder is not None else source.image_folder(names)
 
     def __len__(self) -> int:
@@ -128,21 +129,25 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     @cached_property
     def ground_truth(self) -> dict[str, Any]:
-        """The COCO dict for metrics: every record with its own ids, crowds too, masks left out.
+        """The COCO dict for metrics: every record, crowds too, masks left out.
 
         Repaired where metrics would stumble: annotation ids are numbered from 1, a missing `area` is that of the box, a
         missing `iscrowd` is 0, a category that only groups others is dropped. Read from the file when first asked for,
         so that a training set does not hold it.
         """
         content = self.source.read(self.categories)
-        kept = {category.id for category in read_categories(content, self.annotation_file)}
+        own = read_categories(content, self.annotation_file)
+        ids = {category.id: category.id for category in own} | renumbered(own, self.categories)
         return {
             **content,
-            "categories": [category for category in content["categories"] if category["id"] in kept],
+            "categories": [
+                {**category, "id": ids[category["id"]]} for category in content["categories"] if category["id"] in ids
+            ],
             "annotations": [
                 {
                     **{key: value for key, value in annotation.items() if key != "where"},
                     "id": number,
+                    "category_id": ids[annotation["category_id"]],
                     "area": area_of(annotation),
                     "iscrowd": int(annotation.get("iscrowd") or 0),
                 }
@@ -158,10 +163,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         # What goes to a worker process: never the ground truth, which only the main one asks for.
         return {key: value for key, value in self.__dict__.items() if key != "ground_truth"}
 
-    def _objects(self, content: dict[str, Any], own: Sequence[Category]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _objects(
+        self, content: dict[str, Any], own: Sequence[Category], moved: dict[int, int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Objects to train on, image by image: starts (images + 1,), labels (N,), boxes (N, 4) xyxy in pixels."""
         records = content["annotations"]
         images, categories, crowds, xywh = read_annotations(content, self.annotation_file, self.image_ids, own)
+        if moved:
+            categories = np.array([moved[number] for number in categories.tolist()], dtype=np.int64)
         labels = self._labels_of(records, categories, own)
 
         x, y, w, h = np.clip(xywh, -1e9, 1e9).T
@@ -215,8 +224,17 @@ def _clipped(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return cut, np.min(cut[:, 2:] - cut[:, :2], axis=1) >= MIN_SIDE
 
 
-def _warn_of_other_names(own: Sequence[Category], wanted: Sequence[Category], path: Path) -> None:
+def _warn_of_other_names(
+    own: Sequence[Category], wanted: Sequence[Category], moved: dict[int, int], path: Path
+) -> None:
     names = {category.id: category.name for category in wanted}
+    first = next((category for category in own if moved.get(category.id, category.id) != category.id), None)
+    if first is not None:
+        log.warning(
+            "%s: the classes have other ids here than in the model, such as %r %d instead of %d; names decide",
+            path, first.name, first.id, moved[first.id],
+        )  # fmt: skip
+        return
     for category in own:
         if names.get(category.id, category.name) != category.name:
             log.warning(

@@ -16,11 +16,14 @@ from ..structures import Category
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's dict with its three lists; masks are dropped while reading, or they would fill the memory."""
+    """The file's dict with its three lists; masks are dropped while reading, or they would fill the memory.
+
+    An object with polygons but no box gets a `PolygonBox`.
+    """
     if path.is_fifo():  # reading would wait for ever
         raise UserError(f"{path}: is a pipe; give a COCO JSON file that can be read")
     try:
-        content = json.loads(path.read_bytes(), object_hook=_without_mask)
+        content = json.loads(path.read_bytes(), object_hook=_lean)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give a COCO JSON file that can be read") from None
     except (ValueError, RecursionError) as error:
@@ -34,9 +37,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _without_mask(record: dict[str, Any]) -> dict[str, Any]:
-    record.pop("segmentation", None)
+def is_other_json(path: Path) -> bool:
+    """Whether it is an object of neither images nor annotations, such as the notes that some tools export."""
+    try:
+        text = path.read_bytes() if path.is_file() else b""
+        if b'"images"' in text or b'"annotations"' in text:  # a large file need not be parsed
+            return False
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and not content.keys() & {"images", "annotations"}
+
+
+class PolygonBox(list[float]):
+    """The xywh box of an object whose record has none: the extent of its polygons."""
+
+
+def _lean(record: dict[str, Any]) -> dict[str, Any]:
+    """Without the mask, of which the box is taken where the record has no other."""
+    mask = record.pop("segmentation", None)
+    if record.get("bbox") in (None, []) and isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
+        x, y = ([value for polygon in mask for value in polygon[axis::2]] for axis in (0, 1))
+        record["bbox"] = PolygonBox([min(x), min(y), max(x) - min(x), max(y) - min(y)])
     return record
+
+
+def _is_polygon(points: Any) -> bool:
+    """Whether it is [x, y, x, y, …] of three points or more."""
+    return isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and all(map(_finite, points))
 
 
 def whole(value: Any) -> bool:

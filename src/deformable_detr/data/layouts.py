@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 from ..config import DataConfig
 from ..errors import UserError
@@ -71,14 +73,20 @@ def find_images(annotations: Path, root: Path, split: str, data: DataConfig, nam
     Folders are listed, files are not opened. Raises `UserError` where an image is in none of them.
     """
     folders = _candidates(annotations, root, split, data)
-    best, missing, _ = _best_folder(folders, names)
-    if len(missing) == len(names) and missing:
+    best, lacking, _ = _best_folder(folders, names)
+    missing = list(lacking)
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    if spelt := next((name for name in missing if lacking[name]), None):
+        raise UserError(
+            f"{annotations}: image {spelt!r}{more} is missing in {best}, which has {lacking[spelt]!r}; "
+            "write the names so, as deformable-detr check --fix does"
+        )
+    if missing and len(missing) == len(set(names)):
         option = (_option(split, data) or "").replace("annotations", "images")
         looked = ", ".join(map(str, folders))
         mend = f"; put the images there or give data.{option}" if option else "; put the images there"
         raise UserError(f"{annotations}: image {missing[0]!r} and all others are missing; looked in {looked}{mend}")
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(
             f"{annotations}: image {missing[0]!r}{more} is missing in {best}; add the file or remove its record"
         )
@@ -87,12 +95,12 @@ def find_images(annotations: Path, root: Path, split: str, data: DataConfig, nam
 
 def best_image_folder(
     annotations: Path, root: Path, split: str, data: DataConfig, names: Sequence[str]
-) -> tuple[Path, set[str], list[str]]:
-    """`find_images` that goes on: the folder, the names of which no file is there, and the images without a name."""
+) -> tuple[Path, dict[str, str], list[str]]:
+    """`find_images` that goes on: the folder, `_best_folder`'s names that it lacks, and the images without a name."""
     best, missing, listed = _best_folder(_candidates(annotations, root, split, data), names)
-    own = {os.path.basename(name) for name in names}
+    own = {os.path.basename(missing.get(name) or name) for name in names}
     images = (name for name in listed if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-    return best, set(missing), sorted(name for name in images if name not in own)
+    return best, missing, sorted(name for name in images if name not in own)
 
 
 def _candidates(annotations: Path, root: Path, split: str, data: DataConfig) -> list[Path]:
@@ -106,8 +114,11 @@ def _candidates(annotations: Path, root: Path, split: str, data: DataConfig) -> 
     return [folder]
 
 
-def _best_folder(folders: Sequence[Path], names: Sequence[str]) -> tuple[Path, list[str], frozenset[str]]:
-    """The folder with the most of the images, the names that it lacks, and its listing."""
+def _best_folder(folders: Sequence[Path], names: Sequence[str]) -> tuple[Path, dict[str, str], frozenset[str]]:
+    """The folder with the most of the images, the names that it lacks, and its listing.
+
+    With each name, how the file that is meant is called there, or "" where there is none.
+    """
     listing = cache(_listing)  # each folder is listed once, however many files it is asked for
     grouped: dict[str, list[str]] = {}
     for name in names:
@@ -116,10 +127,31 @@ def _best_folder(folders: Sequence[Path], names: Sequence[str]) -> tuple[Path, l
     counts = {folder: _present(grouped, folder, listing) for folder in folders}
     best = max(folders, key=counts.__getitem__)
     if counts[best] == len(names):
-        return best, [], listing(best)
+        return best, {}, listing(best)
+    if not counts[best]:
+        best = max(folders, key=lambda folder: len(_spelt_otherwise(names, names, folder, listing)))
     missing = [name for name in names if os.path.basename(name) not in listing(best / os.path.dirname(name))]
     # A file system that ignores case or spells accents otherwise finds files that its listing does not show.
-    return best, [name for name in missing if not _is_file(best / name)], listing(best)
+    missing = [name for name in missing if not _is_file(best / name)]
+    return best, dict.fromkeys(missing, "") | _spelt_otherwise(missing, names, best, listing), listing(best)
+
+
+def _spelt_otherwise(
+    missing: Sequence[str], names: Sequence[str], folder: Path, listing: Callable[[Path], frozenset[str]]
+) -> dict[str, str]:
+    """Names with \\ for /, with %20 for a space, or with a path that is not here → those of their files in `folder`.
+
+    Only where no other record has that file.
+    """
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(missing):
+        path = name.replace("\\", "/")
+        for way in (path, unquote(path), os.path.basename(path), os.path.basename(unquote(path))):
+            if way != name and os.path.basename(way) in listing(folder / os.path.dirname(way)):
+                found[name] = way
+                break
+    uses = Counter([*names, *found.values()])
+    return {name: way for name, way in found.items() if uses[way] == 1}
 
 
 def _is_file(path: Path) -> bool:

@@ -12,8 +12,8 @@ from typing import Any, NoReturn, Protocol
 from ..config import DataConfig
 from ..errors import UserError
 from ..structures import Category
-from .coco_json import read_json
-from .layouts import ROBOFLOW, find_annotations, find_images, given_annotations
+from .coco_json import is_other_json, read_json
+from .layouts import ROBOFLOW, find_annotations, find_images, given_annotations, split_aliases
 
 
 class Complain(Protocol):
@@ -85,6 +85,8 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
         certain = given_annotations(split, data) or file == root or file.name == ROBOFLOW
         if certain or file.stem.startswith("instances_"):
             return CocoSource(file, root, split, data)
+        if is_other_json(file):
+            failure = UserError(f"{root}: no '{split}' split; {file.name} has no list 'images'; give COCO JSON")
     except UserError as error:
         if given_annotations(split, data) or not root.is_dir():
             raise
@@ -94,8 +96,27 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
     if (voc := find_voc(root, split)) is not None:
         return voc
     if failure is not None:
-        raise failure
+        raise _nearly_a_set(root, split) or failure
     return CocoSource(file, root, split, data)
+
+
+def _nearly_a_set(root: Path, split: str) -> UserError | None:
+    """What is missing where a folder has YOLO's or VOC's files, but not their layout."""
+    folders = [root, *(root / name for name in split_aliases(split))]
+    for folder in (folder / "labels" for folder in folders):
+        if any(folder.rglob("*.txt")):
+            return UserError(
+                f"{root}: no '{split}' split; {folder} has YOLO's label files, but data.yaml is missing; write one in "
+                f"{root} with 'train' and 'val', a folder or a list of images each, and 'names', the classes"
+            )
+    for folder in (folder / name for folder in folders for name in ("annotations", "Annotations")):
+        if any(folder.glob("*.xml")):
+            return UserError(
+                f"{root}: no '{split}' split; {folder} has Pascal VOC's XML files, but the set is in neither of its "
+                f"layouts; name the folders JPEGImages and Annotations and list the images in "
+                f"ImageSets/Main/{split}.txt, or put images and XML files together in {split}/"
+            )
+    return None
 
 
 def content_hash(source: Source, categories: Sequence[Category] | None = None) -> str:
@@ -120,3 +141,17 @@ def ids_by_name(names: Sequence[str], categories: Sequence[Category] | None, fir
             fresh += 1
         ids.append(known.get(name, fresh))
     return ids
+
+
+def renumbered(own: Sequence[Category], wanted: Sequence[Category]) -> dict[int, int]:
+    """Ids in `own` → those in `wanted`, where both list the same names under other ids; {} where ids decide.
+
+    The one rule for categories that two files, or a file and a model, list differently: names decide where each is
+    there once in either list and `wanted` has all of `own`. With an unknown name, it may be the name that is the slip.
+    """
+    ids = {category.name: category.id for category in wanted}
+    names = {category.name for category in own}
+    if len(ids) < len(wanted) or len(names) < len(own) or not names <= ids.keys():
+        return {}
+    moved = {category.id: ids[category.name] for category in own}
+    return moved if any(number != other for number, other in moved.items()) else {}

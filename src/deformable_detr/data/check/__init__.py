@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...config import DataConfig
 from ...errors import UserError
 from ...structures import Category
-from ..layouts import ROBOFLOW, given_annotations
 from ..sources import Source, find_source
 from .boxes import check_boxes
 from .classes import check_classes, class_counts
@@ -134,11 +133,15 @@ def check_for_training(
 ) -> tuple[str, ...]:
     """The lines that a training says about its set before it begins, the warnings in brief; `data.check` says how deep.
 
+    What is wrong within a test split, which training does not use, is left to `check`.
+
     Raises `UserError` of one line, which names the first error, where there are any.
     """
     if data.check == "off":
         return ()
     report = check_dataset(root, data, image_size, long_side, depth=data.check)
+    used = [finding for finding in report.findings if finding.split in (data.train_split, data.val_split)]
+    report = replace(report, findings=Findings(used))
     if errors := report.errors:
         first = next(iter(report.findings.by_code().values()))[0]
         more = f" (the first of {len(errors)} errors; all: deformable-detr check {root})" if len(errors) > 1 else ""
@@ -164,7 +167,7 @@ def refused(report: Report, data: DataConfig) -> None:
 
 
 def _sources(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]:
-    """The splits that there are; a set of one file or folder has one."""
+    """The splits that there are; of a set of one file or folder, that one."""
     if not root.exists():
         raise UserError(f"{root}: no such data set; give its folder or its annotation file")
     sources: dict[str, Source] = {}
@@ -174,8 +177,6 @@ def _sources(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]
             sources[name] = find_source(root, name, data)
         except UserError as error:
             failures[name] = error
-        if name in sources and _alone(sources[name], root) and not given_annotations(data.val_split, data):
-            return {name: sources[name]}
     for name in (data.train_split, data.val_split):
         if name in failures:
             what, _, mend = str(failures[name]).removeprefix(f"{root}: ").partition("; ")
@@ -185,19 +186,19 @@ def _sources(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]
         found.add("splits-same", train.file, "", "would be both the training and the validation split",
                   "give data.val_images and data.val_annotations", split=data.val_split)  # fmt: skip
         del sources[data.val_split]
-    if not _is_test(sources.get("test"), root) and "test" not in (data.train_split, data.val_split):
+    if (
+        len(sources) > 1
+        and "test" not in (data.train_split, data.val_split)
+        and not _is_test(sources.get("test"), root)
+    ):
         sources.pop("test", None)
     return sources
 
 
 def _is_test(source: Source | None, root: Path) -> bool:
     """Whether it says that it is the test split; a file in the set's own folder that names none serves for any."""
-    return source is not None and (source.file.parent != root or "test" in source.file.name.lower())
-
-
-def _alone(source: Source, root: Path) -> bool:
-    """Whether the set is one annotation file, or the folder of one split."""
-    return source.file == root or source.file == root / ROBOFLOW
+    own = root.parent if root.is_file() else root
+    return source is not None and (source.file.parent != own or "test" in source.file.name.lower())
 
 
 def _count(number: int, what: str) -> str:

@@ -12,9 +12,6 @@ from .records import Split
 def check_boxes(split: Split, image_size: int, long_side: int, found: Findings) -> None:
     """Adds what is wrong with the boxes of a split; sizes are those of the files where these were looked at."""
     kept = np.flatnonzero(~split.crowds)
-    if not len(kept):
-        what = "has no objects to learn from" if split.name == "train" else "has no objects to measure with"
-        found.add("no-objects", split.file, "", what, split=split.name)
     boxes = split.boxes[kept]
     limits = sizes_of(split)[split.images[kept]]  # (N, 2) width, height; infinite where unknown
     if split.source.format == "coco" and (kind := unit_fault(boxes, limits)):

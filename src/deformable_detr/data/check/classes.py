@@ -19,6 +19,8 @@ def check_classes(splits: Sequence[Split], train: Split | None, val: Split | Non
     """Adds what is wrong with the classes; train, val: the splits to train and to validate on, where they exist."""
     for split in splits:
         _find_empty(split, found)
+        if split.crowds.all():  # or there are none
+            _tell_none(split, split is train, found)
         if train is not None and split is not train:
             _compare_lists(train, split, found)
     counts = {id(split): class_counts(split) for split in splits}
@@ -55,6 +57,15 @@ def check_classes(splits: Sequence[Split], train: Split | None, val: Split | Non
         found.add("class-imbalance", train.file, "", what, split=train.name)
 
 
+def _tell_none(split: Split, to_train: bool, found: Findings) -> None:
+    if not to_train:
+        found.add("no-objects", split.file, "", "has no objects to measure with", split=split.name)
+        return
+    where = " (a row an object in labels/…/NAME.txt for images/…/NAME.jpg)" * (split.source.format == "yolo")
+    found.add("no-training-objects", split.file, "", "has no objects to learn from",
+              f"label its images{where}", split=split.name)  # fmt: skip
+
+
 def _find_empty(split: Split, found: Findings) -> None:
     full = set(split.images.tolist())
     for index, picture in enumerate(split.pictures):
@@ -65,15 +76,8 @@ def _find_empty(split: Split, found: Findings) -> None:
 
 def _compare_lists(train: Split, split: Split, found: Findings) -> None:
     """The categories of a split beside those to train on."""
-    own, theirs = (sorted(listed.items()) for listed in (split.categories, train.categories))
-    same_names = own and [name for _, name in own] == [name for _, name in theirs]
-    shifts = {number - other for (number, _), (other, _) in zip(own, theirs, strict=False)}
-    if same_names and shifts in ({1}, {-1}):
-        what = f"counts the classes from {own[0][0]}, {train.file} from {theirs[0][0]}"
-        found.add("category-off-by-one", split.file, "", what, split=split.name)
-        return
     counts = class_counts(split)
-    for number, name in own:
+    for number, name in sorted(split.categories.items()):
         known = train.categories.get(number)
         if known is None and counts[number]:
             what = f"has {counts[number]} objects of class {name!r} (id {number}), which {train.file} does not list"

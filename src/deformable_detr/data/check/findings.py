@@ -43,6 +43,10 @@ KINDS: dict[str, Kind] = {
     "image-record": Kind("error", "An image's record lacks its id or file name", "Complete or remove the record"),
     "image-id-duplicate": Kind("error", "Two images have one id; their boxes are mixed up", "Give each its own"),
     "image-missing": Kind("error", "An image is listed but its file is missing", "Add the file or remove its record"),
+    "image-name": Kind(
+        "error", "A file name has \\ for /, %20 for a space, or a path of elsewhere; the file is there without",
+        "Write the name of the file",
+    ),
     "image-unreadable": Kind(
         "error", "A file is truncated, no image, empty, or above 89 megapixels", "Replace it or remove its record"
     ),
@@ -55,6 +59,10 @@ KINDS: dict[str, Kind] = {
         "warning",
         "A record has the size before the EXIF rotation; images are read upright, so its boxes may lie turned",
         "Turn the boxes, or store the image upright and label it again",
+    ),
+    "image-dim": Kind(
+        "warning", "A grey image of 16 bits uses 12 of them or fewer, and is read almost black",
+        "Scale its values to 0..65535, or save it with 8 bits",
     ),
     "image-twice": Kind("warning", "Two records of a split name one file", "Merge the records"),
     "image-copy": Kind("note", "Two files of a split hold the same image", "Keep one"),
@@ -69,7 +77,7 @@ KINDS: dict[str, Kind] = {
     "category-record": Kind("error", "A category lacks its id or name, or there is none", "Complete the record"),
     "category-id-duplicate": Kind("error", "Two categories have one id", "Give each its own id"),
     "category-off-by-one": Kind(
-        "error", "Ids count from 0 in one place and from 1 in another", "Count alike in both places"
+        "error", "Categories count from 0 and their objects from 1, or the other way", "Count alike in both places"
     ),
     "category-unknown": Kind(
         "error", "An object's category is not among the categories", "List the category, or correct the object"
@@ -79,6 +87,10 @@ KINDS: dict[str, Kind] = {
     ),
     "category-name-duplicate": Kind("warning", "Two categories have one name", "Merge them, or rename one"),
     "category-renamed": Kind("warning", "An id has another name in another split; ids decide", "Use one list for all"),
+    "category-renumbered": Kind(
+        "warning", "The classes of the training set have other ids in another split; names decide",
+        "Use one list for all",
+    ),
     "class-only-in-val": Kind(
         "warning", "A class has objects to validate on, but none to train on", "Add training images with it"
     ),
@@ -101,7 +113,14 @@ KINDS: dict[str, Kind] = {
     "boxes-corners": Kind(
         "error", "Boxes fit their images only if read as two corners instead of corner and size", "Write x, y, w, h"
     ),
+    "no-training-objects": Kind(
+        "error", "The training split has no usable objects at all", "Label its images"
+    ),
     "annotation-id-duplicate": Kind("warning", "Objects have one id; they are numbered anew", "Number them"),
+    "box-from-polygons": Kind(
+        "warning", "Objects have polygons but no box; the extent of the polygons is taken",
+        "None needed where the polygons are whole",
+    ),
     "box-degenerate": Kind("warning", "A box has no width or height; training skips it", "Correct or remove it"),
     "box-outside": Kind("warning", "A box lies outside its image; training skips it", "Correct or remove it"),
     "box-overhang": Kind(
@@ -113,7 +132,9 @@ KINDS: dict[str, Kind] = {
         f"Objects whose shorter side is under {TINY_SIDE:g} pixels after the resize, half a cell of the finest map",
         "Use a larger --image-size, or cut the images into tiles",
     ),
-    "no-objects": Kind("warning", "A split has no usable objects at all", "Label its images"),
+    "no-objects": Kind(
+        "warning", "A split that is not trained on has no usable objects at all", "Label its images"
+    ),
 }  # fmt: skip
 
 

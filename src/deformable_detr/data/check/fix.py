@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from ..coco_json import record_name, whole
+from ..coco_json import PolygonBox, record_name, whole
 from ..images import TURNED
 from ..layouts import ROBOFLOW
 from . import Report
@@ -94,6 +94,8 @@ class _Repair:
         names: set[str] = {ROBOFLOW}
         for picture in kept:
             record = dict(raw["images"][picture.position])
+            if record["file_name"] != picture.name:
+                self.tell("image-name", f"images[{picture.position}]", f"{record['file_name']!r} → {picture.name!r}")
             record["file_name"] = _put(picture.path, folder, _own_name(picture, names))
             if (size := picture.size) is not None and size != picture.declared:
                 if picture.declared is not None:
@@ -103,15 +105,22 @@ class _Repair:
         categories = [
             record for position, record in enumerate(raw["categories"]) if position not in self.left_out["categories"]
         ]
+        if moved := split.moved:
+            changed = ", ".join(f"{number} → {other}" for number, other in moved.items() if number != other)
+            self.tell("category-renumbered", split.file.name, f"category ids {changed}")
+            categories = [record | {"id": moved[record["id"]]} for record in categories if record["id"] in moved]
         annotations = self._annotations(raw["annotations"], {picture.id for picture in kept})
         rest = {key: raw[key] for key in raw if key not in ("images", "annotations", "categories")}
         return {**rest, "images": images, "annotations": annotations, "categories": categories}
 
     def _raw(self) -> dict[str, Any]:
-        """The records with their masks, which the check itself does without."""
+        """The records as the check has them, with their masks, which it does without."""
+        read = self.split.content
         if self.split.source.format != "coco":
-            return self.split.content
-        return json.loads(self.split.file.read_bytes())
+            return read
+        raw = json.loads(self.split.file.read_bytes())
+        pairs = zip(raw["annotations"], read["annotations"], strict=True)
+        return raw | {"annotations": [own | lean if isinstance(lean, dict) else lean for own, lean in pairs]}
 
     def _mixed_ids(self) -> set[int]:
         """Ids of images whose objects cannot be told apart, because two different files have the id."""
@@ -150,6 +159,8 @@ class _Repair:
                 self.tell("box-duplicate", name, "left out: the box and class of another")
                 continue
             seen.add(key)
+            if isinstance(record["bbox"], PolygonBox):
+                self.tell("box-from-polygons", name, f"bbox {record['bbox']}, the extent of its polygons")
             if why:
                 self.tell(why, name, f"bbox {record['bbox']} → {box}")
                 record |= {"bbox": box, "area": box[2] * box[3]}

@@ -14,6 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from PIL import Image
+
 from ...errors import UserError
 from ..images import TURNED, read_header, read_image
 from .findings import Findings
@@ -23,6 +26,7 @@ Depth = Literal["auto", "full"]
 # What `auto` looks at: every header and so many whole images, spread over the set, each for so many seconds at most.
 AUTO_IMAGES = 2000
 AUTO_SECONDS = 20.0
+DIM = 4096  # values of 12 bits, as medical and industrial cameras write them into 16
 CHUNK = 64  # images between two looks at the clock
 
 Task = tuple[Split, Picture]
@@ -53,6 +57,10 @@ def check_pictures(splits: Sequence[Split], depth: Depth, found: Findings, progr
         for (split, picture), (error, digest) in _each(good, _decode, seconds, progress, "images"):
             coverage.decoded += 1
             picture.digest = digest
+            if picture.dim:
+                what = f"has 16 bits, but values up to {picture.dim} of 65535 only: it is read almost black"
+                found.add("image-dim", picture.path, "", what, split=split.name, section="images",
+                          position=picture.position, image=picture.path)  # fmt: skip
             if error is not None:
                 _unreadable(split, picture, error, found)
     for split, picture in tasks:
@@ -101,9 +109,18 @@ def _decode(picture: Picture) -> tuple[str | None, bytes | None]:
         pixels = read_image(picture.path)
     except UserError as error:
         return str(error), None
+    if int(pixels.max()) <= DIM // 256:
+        picture.dim = _dim(picture.path)
     digest = hashlib.blake2b(repr(tuple(pixels.shape)).encode(), digest_size=16)
     digest.update(pixels.numpy().data)
     return None, digest.digest()
+
+
+def _dim(path: Path) -> int:
+    """The highest value of a grey picture of 16 bits that uses 12 of them or fewer; 0 for all others."""
+    with Image.open(path) as image:
+        highest = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
+    return highest if 0 < highest < DIM else 0
 
 
 def _unreadable(split: Split, picture: Picture, error: str, found: Findings) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 
 from ...errors import UserError
 from ...structures import Category
-from ..coco_json import four_numbers, is_text, only_groups, positive, record_name, whole
+from ..coco_json import PolygonBox, four_numbers, is_text, only_groups, positive, record_name, whole
 from ..layouts import best_image_folder
-from ..sources import CocoSource, Source
+from ..sources import CocoSource, Source, renumbered
 from .findings import Findings
 
 
@@ -25,7 +25,7 @@ class Picture:
     """One image of a split. position: in the COCO dict. declared: (height, width) of the record.
 
     Filled in when the file is looked at: size (height, width) upright; orientation: its EXIF value, 1 without;
-    digest: of its pixels.
+    digest: of its pixels; dim: the highest value of a grey picture of 16 bits that uses 12 of them or fewer, else 0.
     """
 
     position: int
@@ -38,6 +38,7 @@ class Picture:
     size: tuple[int, int] | None = None
     orientation: int = 1
     digest: bytes | None = None
+    dim: int = 0
 
     @property
     def best_size(self) -> tuple[int, int] | None:
@@ -51,7 +52,8 @@ class Split:
 
     content: the COCO dict as read. categories: id → name. positions (N,), images (N,) indices into `pictures`,
     labels (N,) category ids, crowds (N,) bool, boxes (N, 4) xywh: the objects whose records are whole. shift: what was
-    added to their category ids, where these are off by one. unlisted: images in the folder that no record names.
+    added to their category ids, where these are off by one; moved: category ids of the file → those to train on, where
+    names decide. unlisted: images in the folder that no record names.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Split:
     crowds: np.ndarray
     boxes: np.ndarray
     shift: int = 0
+    moved: dict[int, int] = field(default_factory=dict)
     unlisted: list[str] = field(default_factory=list)
 
     @property
@@ -107,7 +110,22 @@ def read_split(source: Source, name: str, categories: Sequence[Category] | None,
         mend = "add 1 to the objects' category_id" if shift > 0 else "take 1 from the objects' category_id"
         found.add("category-off-by-one", source.file, "", what, mend, split=name)
     arrays = _objects(content, source.file, name, pictures, listed, shift, found)
-    return Split(name, source, content, listed, folder, pictures, *arrays, shift=shift, unlisted=unlisted)
+    split = Split(name, source, content, listed, folder, pictures, *arrays, shift=shift, unlisted=unlisted)
+    if categories is not None:
+        _take_ids(split, categories, found)
+    return split
+
+
+def _take_ids(split: Split, categories: Sequence[Category], found: Findings) -> None:
+    """Gives the objects the ids of the training set's classes, where these have the same names under other ids."""
+    split.moved = moved = renumbered([Category(*item) for item in split.categories.items()], categories)
+    if not moved:
+        return
+    first = next(number for number, other in moved.items() if number != other)
+    what = f"lists the training set's classes under other ids, such as {split.categories[first]!r} {first} instead of "
+    found.add("category-renumbered", split.file, "", f"{what}{moved[first]}: names decide", split=split.name)
+    split.categories = {moved[number]: name for number, name in split.categories.items()}
+    split.labels = np.array([moved[number] for number in split.labels.tolist()], dtype=np.int64)
 
 
 def _categories(content: dict[str, Any], file: Path, split: str, found: Findings) -> dict[int, str]:
@@ -174,7 +192,12 @@ def _pictures(
     alike = {_spelt_alike(name): name for name in unlisted}
     for picture in pictures:
         picture.path = folder / picture.name
-        if picture.name in missing:
+        if way := missing.get(picture.name):
+            found.add("image-name", file, f"images[{picture.position}]",
+                      f"names the image {picture.name!r}, which is missing in {folder}, where {way!r} is",
+                      split=split, section="images", position=picture.position)  # fmt: skip
+            picture.name, picture.path = way, folder / way
+        elif picture.name in missing:
             picture.missing = True
             close = alike.get(_spelt_alike(picture.name))
             hint = f" (there is {close!r}: {_difference(picture.name, close)})" if close else ""
@@ -190,23 +213,21 @@ def _spelt_alike(name: str) -> str:
 
 
 def _difference(name: str, close: str) -> str:
-    if "\\" in name:
-        return "paths are written with / instead of \\"
-    if name.casefold() != close.casefold():
+    if re.split(r"[/\\\\]", name)[-1].casefold() != close.casefold():
         return "its accents are other characters (Unicode NFC and NFD)"
     return "the case differs"
 
 
-def _folder(source: Source, names: list[str], split: str, found: Findings) -> tuple[Path, set[str], list[str]]:
-    """The folder of the images, the names of which it has no file, and its images that no record names."""
+def _folder(source: Source, names: list[str], split: str, found: Findings) -> tuple[Path, dict[str, str], list[str]]:
+    """The folder of the images, the names that it lacks, and its images that no record names; see `layouts`."""
     if not isinstance(source, CocoSource):
         folder = source.image_folder(names)
-        return folder, {name for name in names if not (folder / name).is_file()}, []
+        return folder, {name: "" for name in names if not (folder / name).is_file()}, []
     try:
         return best_image_folder(source.file, source.root, source.split, source.data, names)
     except UserError as error:
         found.add("file-unreadable", source.file, "", str(error), "correct the setting", split=split)
-        return source.file.parent, set(), []
+        return source.file.parent, {}, []
 
 
 def _objects(
@@ -255,6 +276,9 @@ def _objects(
             continue
         rows.append((position, image_at[image], category + shift, bool(crowd)))
         boxes.append(box)
+    if taken := sum(isinstance(box, PolygonBox) for box in boxes):
+        what = f"has {taken} object{'s' * (taken > 1)} with polygons but no bbox: the extent of the polygons is taken"
+        found.add("box-from-polygons", file, "", what, split=split)
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
     xywh = np.clip(np.array(boxes, dtype=np.float64).reshape(-1, 4), -1e9, 1e9)
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(bool), xywh
