@@ -200,6 +200,50 @@ def test_missing_files_of_voc(tmp_path):
     assert contents(flat, "train")["b"] == [], "an image without objects"
 
 
+@pytest.mark.parametrize(
+    ("lines", "stems"),
+    [
+        ("card (1) train\ncard\n  card 1 \n", ["card (1) train", "card", "card 1"]),
+        ("card.jpg\ncard 1.jpg\ncard (1) train\n", ["card", "card 1", "card (1) train"]),
+        ("card  1\ncard (1) train -1\ncard 1 0\n", ["card", "card (1) train", "card 1"]),
+        ("card\ncard.jpg\ncard -1\n", ["card"]),
+    ],
+    ids=["spaces", "file names", "a class's list", "the same again"],
+)
+def test_lines_of_a_voc_list(tmp_path, lines, stems):
+    for stem in ("card", "card 1", "card (1) train"):
+        picture(tmp_path / f"JPEGImages/{stem}.jpg")
+        notes = tmp_path / f"Annotations/{stem}.xml"
+        notes.parent.mkdir(exist_ok=True)
+        notes.write_text(voc_xml(f"{stem}.jpg", [(0, (len(stem), 2, 16, 10))], 1))
+    (tmp_path / "ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/train.txt").write_text(lines)
+    found = contents(tmp_path, "train")
+    assert list(found) == stems
+    assert all(boxes == [("cat", [len(stem), 2, 16, 10])] for stem, boxes in found.items())
+    (tmp_path / "ImageSets/Main/train.txt").write_text(lines + "card (2) 1\n")
+    with pytest.raises(UserError, match=r"line \d names 'card \(2\) 1', of which no image is in"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_voc_images_that_differ_in_their_endings_alone(tmp_path, flat):
+    folder = voc_set(tmp_path, flat) / ("train" if flat else "JPEGImages")
+    notes = folder / "a.xml" if flat else tmp_path / "Annotations/a.xml"
+    picture(folder / "a.png")
+    picture(folder / "empty.png")
+    found = {record["id"]: record["file_name"] for record in open_dataset(tmp_path).ground_truth["images"]}
+    named = [found[record["image_id"]] for record in open_dataset(tmp_path).ground_truth["annotations"]]
+    assert named == ["a.jpg", "a.jpg", "b.jpg"]
+    assert sorted(found.values()) == ["a.jpg", *["a.png"] * flat, "b.jpg", "empty.jpg", *["empty.png"] * flat]
+    notes.write_text(notes.read_text().replace("a.jpg", "C:\\x\\a.png"))
+    found = {record["id"]: record["file_name"] for record in open_dataset(tmp_path).ground_truth["images"]}
+    assert found[open_dataset(tmp_path).ground_truth["annotations"][0]["image_id"]] == "a.png"
+    notes.write_text(notes.read_text().replace("a.png", "z.png"))
+    with pytest.raises(UserError, match=r"a\.xml: may be of a\.jpg or a\.png; name the image in its <filename>"):
+        open_dataset(tmp_path)
+
+
 def test_coco_json_comes_first(tmp_path):
     yolo_set(coco_set(tmp_path))
     assert find_source(tmp_path, "train", DataConfig()).format == "coco"

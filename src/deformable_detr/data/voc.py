@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from .sources import Complain, ids_by_name, refuse
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
+
+_FLAG = re.compile(r"\s+(-1|0|1)$")  # whether a class is in the image: no, only difficult ones, yes
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,23 @@ class VocSource:
     def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
-        for path, name in self._files(complain):
-            images.append({"id": len(images) + 1, "file_name": name})
+        for path, names in self._files(complain):
             root = _parsed(path, complain)
+            if (own := _labelled(path, names, root, complain)) is None:
+                continue
+            record: dict[str, Any] = {"id": len(images) + 1, "file_name": own}
+            images.append(record)
+            if not self.listed:  # the others have no XML file
+                others = [name for name in names if name != own]
+                images += [{"id": number, "file_name": name} for number, name in enumerate(others, len(images) + 1)]
             if root is None:
                 continue
             height, width = (_number(root, f"size/{side}") or 0 for side in ("height", "width"))
             if height > 0 and width > 0:
-                images[-1] |= {"height": int(height), "width": int(width)}
+                record |= {"height": int(height), "width": int(width)}
             for place, element in enumerate(root.iter("object")):
                 if (found := self._object(path, place, element, complain)) is not None:
-                    objects.append({"image_id": len(images), **found})
+                    objects.append({"image_id": record["id"], **found})
         names = sorted({record["name"] for record in objects})
         ids = dict(zip(names, ids_by_name(names, categories, first=1), strict=True))
         annotations = [
@@ -69,35 +78,39 @@ class VocSource:
             listed += [{"id": c.id, "name": c.name} for c in categories if c.name not in ids]
         return {"images": images, "annotations": annotations, "categories": listed}
 
-    def _files(self, complain: Complain) -> list[tuple[Path, str]]:
-        """XML file and image name of each image of the split."""
-        names = {Path(name).stem: name for name in sorted(os.listdir(self.images)) if _is_image(name)}
-        found = []
-        for record, stem in self._stems(names, complain):
-            path = self.annotations / f"{stem}.xml"
-            if stem not in names:
+    def _files(self, complain: Complain) -> list[tuple[Path, list[str]]]:
+        """XML file and image of each record of the split; several images where they differ in their endings alone."""
+        names: dict[str, list[str]] = {}
+        for name in sorted(os.listdir(self.images)):
+            if _is_image(name):
+                names.setdefault(Path(name).stem, []).append(name)
+        found: dict[tuple[str, ...], tuple[Path, list[str]]] = {}
+        for record, text in self._records(names):
+            stem, images = _listed(text, names) if self.listed else (text, names.get(text, []))
+            if not images:
                 complain(
-                    "image-missing", self.file, record, f"names {stem!r}, of which no image is in {self.images}",
+                    "image-missing", self.file, record, f"names {text!r}, of which no image is in {self.images}",
                     "add the file or remove the record",
                 )  # fmt: skip
                 continue
+            if tuple(images) in found:  # the first of lines that name the same image counts
+                continue
+            path = self.annotations / f"{stem}.xml"
             if self.listed and not path.is_file():
                 complain("label-unreadable", path, "", "is missing", f"add it or remove {stem} from {self.file.name}")
-            found.append((path, names[stem]))
-        return found
+            found[tuple(images)] = path, images
+        return list(found.values())
 
-    def _stems(self, names: dict[str, str], complain: Complain) -> list[tuple[str, str]]:
-        """(where it is said, name without ending) of the split's images."""
+    def _records(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """(where it is said, what is said) of the split's images: lines of its list, or names without ending."""
         if not self.listed:
             own = {Path(name).stem for name in os.listdir(self.annotations) if name.lower().endswith(".xml")}
-            return [(f"{stem}.xml", stem) for stem in sorted(own | names.keys())]
+            return [(f"{stem}.xml", stem) for stem in sorted(own.union(names))]
         try:
             lines = self.file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.file}: cannot be read as text ({error}); write one image name a line") from None
-        found = [(f"line {number}", line.split()[0]) for number, line in enumerate(lines, start=1) if line.strip()]
-        # The first of lines that name the same image counts.
-        return list({stem: (record, stem) for record, stem in reversed(found)}.values())[::-1]
+        return [(f"line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
     def _object(self, path: Path, place: int, element: Element, complain: Complain) -> dict[str, Any] | None:
         name = (element.findtext("name") or "").strip()
@@ -132,6 +145,27 @@ def find_voc(root: Path, split: str) -> VocSource | None:
             return VocSource(root / name, root / name, root / name)
     if _has_xml(root) and not names_other_split(root / "x", split):
         return VocSource(root, root, root)
+    return None
+
+
+def _listed(line: str, names: Mapping[str, list[str]]) -> tuple[str, list[str]]:
+    """Name without ending, and images, of a list's line: `a`, `a.jpg`, or with the flag of a class's list `a -1`."""
+    for text in (line, _FLAG.sub("", line)):
+        if text in names:
+            return text, names[text]
+        if text in names.get(stem := Path(text).stem, ()):
+            return stem, [text]
+    return line, []
+
+
+def _labelled(path: Path, names: Sequence[str], root: Element | None, complain: Complain) -> str | None:
+    """Which of the images whose names differ in their endings alone an XML file is about."""
+    if len(names) == 1 or root is None:
+        return names[0]
+    named = re.split(r"[/\\]", root.findtext("filename") or "")[-1].strip()
+    if named in names:
+        return named
+    complain("image-record", path, "", f"may be of {' or '.join(names)}", "name the image in its <filename>")
     return None
 
 
