@@ -117,6 +117,26 @@ def test_yolo_rows():
             read_row(row, 2)
 
 
+def test_yolo_rows_with_keypoints(tmp_path):
+    box = (1, (0.25, 0.375, 0.75, 0.625))
+    assert read_row("1 0.5 0.5 0.5 0.25 0.9 0.9 2 0 0 0", 2, keypoints=6) == box
+    assert read_row("1 0.5 0.5 0.5 0.25 0.1 0.2 0.3 0.4", 2, keypoints=4) == box
+    for row, keypoints in {"1 0.5 0.5 0.5 0.25": 4, "1 0.5 0.5 0.5 0.25 0.1 0.2 0.3 0.4": 6}.items():
+        with pytest.raises(ValueError, match=f"instead of class cx cy w h and the {keypoints} that kpt_shape says"):
+            read_row(row, 2, keypoints)
+    yolo_set(tmp_path)
+    head = (tmp_path / "data.yaml").read_text()
+    (tmp_path / "data.yaml").write_text(head + "kpt_shape: [2, 3]\n")
+    for labels in (tmp_path / "labels").rglob("*.txt"):
+        rows = labels.read_text().splitlines()
+        labels.write_text("".join(f"{row} 0.1 0.9 2 0.9 0.1 1\n" for row in rows))
+    assert contents(tmp_path, "train") == expected("train")
+    for shape in ("17", "[17]", "[17, x]", "[0, 2]"):
+        (tmp_path / "data.yaml").write_text(head + f"kpt_shape: {shape}\n")
+        with pytest.raises(UserError, match=r"data\.yaml: 'kpt_shape' must be two whole numbers"):
+            open_dataset(tmp_path)
+
+
 def test_a_bad_row_is_named(tmp_path):
     yolo_set(tmp_path)
     labels = tmp_path / "labels/train/a.txt"

@@ -28,12 +28,14 @@ class YoloSource:
     The label file of `…/images/….jpg` is `…/labels/….txt`; of an image in no folder `images` it lies beside the image.
     A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for a polygon, of which the box is taken; all but the
     class in 0..1 of the upright image. An image without a label file, or with an empty one, has no objects.
+    keypoints: how many numbers of keypoints follow the box in each row, where data.yaml has a `kpt_shape`.
     """
 
     yaml: Path
     split: str
     places: tuple[Path, ...]  # folders and text files with lists of images
     names: tuple[str, ...]
+    keypoints: int = 0
     format: str = "yolo"
 
     @property
@@ -94,17 +96,22 @@ class YoloSource:
             if not line.strip():
                 continue
             try:
-                label, box = read_row(line, len(self.names))
+                label, box = read_row(line, len(self.names), self.keypoints)
             except ValueError as error:
                 complain("label-row", path, f"line {number}", str(error), "correct or remove the row")
             else:
                 yield number, label, box
 
 
-def read_row(line: str, classes: int) -> tuple[int, tuple[float, float, float, float]]:
-    """Class and xyxy box in 0..1 of one row of a label file; ValueError says what is wrong with it."""
+def read_row(line: str, classes: int, keypoints: int = 0) -> tuple[int, tuple[float, float, float, float]]:
+    """Class and xyxy box in 0..1 of one row of a label file; ValueError says what is wrong with it.
+
+    keypoints: the numbers that must follow `class cx cy w h`; there are no polygons where there are any.
+    """
     parts = line.split()
-    if len(parts) != 5 and (len(parts) < 7 or len(parts) % 2 == 0):
+    if keypoints and len(parts) != 5 + keypoints:
+        raise ValueError(f"has {len(parts)} values instead of class cx cy w h and the {keypoints} that kpt_shape says")
+    if not keypoints and len(parts) != 5 and (len(parts) < 7 or len(parts) % 2 == 0):
         raise ValueError(f"has {len(parts)} values instead of class cx cy w h (or class and a polygon's x y …)")
     try:
         values = [float(part) for part in parts]
@@ -112,7 +119,7 @@ def read_row(line: str, classes: int) -> tuple[int, tuple[float, float, float, f
         raise ValueError(f"has {line.strip()[:40]!r} instead of numbers") from None
     if not all(map(math.isfinite, values)):
         raise ValueError("has a value that is no finite number")
-    label, *numbers = values
+    label, *numbers = values[: len(values) - keypoints]
     if label != int(label) or not 0 <= label < classes:
         raise ValueError(f"has class {parts[0]}, but data.yaml names the classes 0 to {classes - 1}")
     if min(numbers) < -SLACK or max(numbers) > 1 + SLACK:
@@ -157,7 +164,8 @@ def find_yolo(file: Path, split: str) -> YoloSource:
     if not all(isinstance(entry, str) for entry in values):
         raise UserError(f"{file}: '{key}' must be a folder, a text file, or a list of these")
     base = content.get("path")
-    return YoloSource(file, split, tuple(_place(file, base, entry, key) for entry in values), names)
+    places = tuple(_place(file, base, entry, key) for entry in values)
+    return YoloSource(file, split, places, names, _keypoints(content.get("kpt_shape"), file))
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -193,6 +201,17 @@ def _names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
     if isinstance(count, int) and count != len(names):
         raise UserError(f"{file}: nc is {count} but 'names' has {len(names)} entries; make them agree")
     return tuple(str(name) for name in names)
+
+
+def _keypoints(shape: Any, file: Path) -> int:
+    """Numbers of a row that are keypoints: `kpt_shape` is how many there are and how many numbers each has."""
+    if not shape:
+        return 0
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise UserError(
+            f"{file}: 'kpt_shape' must be two whole numbers, as in [17, 3] for 17 keypoints of x, y, visible"
+        )
+    return shape[0] * shape[1]
 
 
 def _place(file: Path, base: Any, value: str, key: str) -> Path:
