@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -262,6 +263,27 @@ def test_voc_images_that_differ_in_their_endings_alone(tmp_path, flat):
     notes.write_text(notes.read_text().replace("a.png", "z.png"))
     with pytest.raises(UserError, match=r"a\.xml: may be of a\.jpg or a\.png; name the image in its <filename>"):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("make", [yolo_set, coco_set, voc_set, partial(voc_set, flat=True)])
+def test_hidden_files_are_no_part_of_a_set(tmp_path, make):
+    root = make(tmp_path / ".cache" / "set")  # the set's own place may be hidden
+    if make is coco_set:
+        for split in ("train", "valid"):
+            (root / split / "_annotations.coco.json").rename(root / split / "notes.json")
+    files = [path for path in root.rglob("*") if path.is_file()]
+    for path in files:
+        (path.parent / ".ipynb_checkpoints").mkdir(exist_ok=True)
+        for hidden in (path.with_name(f"._{path.name}"), path.parent / ".ipynb_checkpoints" / path.name):
+            hidden.write_bytes(b"\0\5\x16\7")
+    for split in ("train", "val"):
+        assert contents(root, split) == expected(split)
+
+
+def test_a_hidden_yaml_is_no_second_one(tmp_path):
+    (yolo_set(tmp_path) / "data.yaml").rename(tmp_path / "cards.yaml")
+    (tmp_path / "._cards.yaml").write_bytes(b"\0")
+    assert contents(tmp_path, "train") == expected("train")
 
 
 def test_coco_json_comes_first(tmp_path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..structures import Category
-from .layouts import IMAGE_SUFFIXES, names_other_split, split_aliases
+from .layouts import is_hidden, is_image, names_other_split, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class VocSource:
         """XML file and image of each record of the split; several images where they differ in their endings alone."""
         names: dict[str, list[str]] = {}
         for name in sorted(os.listdir(self.images)):
-            if _is_image(name):
+            if is_image(name):
                 names.setdefault(Path(name).stem, []).append(name)
         found: dict[tuple[str, ...], tuple[Path, list[str]]] = {}
         for record, text in self._records(names):
@@ -104,7 +104,7 @@ class VocSource:
     def _records(self, names: Iterable[str]) -> list[tuple[str, str]]:
         """(where it is said, what is said) of the split's images: lines of its list, or names without ending."""
         if not self.listed:
-            own = {Path(name).stem for name in os.listdir(self.annotations) if name.lower().endswith(".xml")}
+            own = {Path(name).stem for name in os.listdir(self.annotations) if _is_xml(name)}
             return [(f"{stem}.xml", stem) for stem in sorted(own.union(names))]
         try:
             lines = self.file.read_text(encoding="utf-8-sig").splitlines()
@@ -204,8 +204,8 @@ def _number(element: Element, key: str) -> float | None:
 
 
 def _has_xml(folder: Path) -> bool:
-    return folder.is_dir() and any(name.lower().endswith(".xml") for name in os.listdir(folder))
+    return folder.is_dir() and any(map(_is_xml, os.listdir(folder)))
 
 
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+def _is_xml(name: str) -> bool:
+    return name.lower().endswith(".xml") and not is_hidden(name)

@@ -14,7 +14,7 @@ import yaml
 from ..errors import UserError
 from ..structures import Category
 from .images import read_size
-from .layouts import IMAGE_SUFFIXES, split_aliases
+from .layouts import is_hidden, is_image, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -70,7 +70,7 @@ class YoloSource:
         found: list[Path] = []
         for place in self.places:
             if place.is_dir():
-                found += sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+                found += sorted(path for path in place.rglob("*") if is_image(path.relative_to(place)))
                 continue
             for number, line in enumerate(_lines(place, complain), start=1):
                 if not line.strip():
@@ -145,7 +145,7 @@ def find_yaml(root: Path) -> Path | None:
     named = [root / name for name in YAML_NAMES if (root / name).is_file()]
     if named or not root.is_dir():
         return named[0] if named else None
-    others = [path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml")]
+    others = [path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml") and not is_hidden(path.name)]
     return others[0] if len(others) == 1 and _may_be_set(others[0]) else None
 
 
