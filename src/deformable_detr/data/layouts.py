@@ -11,7 +11,10 @@ from pathlib import Path, PurePath
 from ..config import DataConfig
 from ..errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png"}
+    | {".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+)
 ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 ROBOFLOW = "_annotations.coco.json"
 
