@@ -12,7 +12,7 @@ from data_sets import OBJECTS, SIZE, coco_set, picture, voc_set, voc_xml, yolo_s
 from deformable_detr.config import DataConfig
 from deformable_detr.data.coco import open_dataset, refuse_same_file
 from deformable_detr.data.sources import find_source
-from deformable_detr.data.yolo import label_file, read_row
+from deformable_detr.data.yolo import label_folder, read_row
 from deformable_detr.errors import UserError
 from deformable_detr.structures import Category
 
@@ -146,9 +146,47 @@ def test_a_bad_row_is_named(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_a_label_lies_beside_or_in_labels(tmp_path):
-    assert label_file(tmp_path / "images/x/images/a.b.jpg") == tmp_path / "images/x/labels/a.b.txt"
-    assert label_file(tmp_path / "pictures/a.jpg") == tmp_path / "pictures/a.txt"
+def test_labels_lie_beside_or_in_labels(tmp_path):
+    for folder in ("images/x/labels/train", "labels/x/images/train", "images/y", "capital/Labels", "images/z/LABELS"):
+        (tmp_path / folder).mkdir(parents=True)
+    for images, labels in {
+        "images/x/images/train": "images/x/labels/train", "pictures": "pictures", "images/y": "images/y",
+        "capital/Images": "capital/Labels", "images/z/images": "images/z/LABELS",
+        "images/x/images/val": "images/x/images/val",
+    }.items():  # fmt: skip
+        assert label_folder(tmp_path / images) == tmp_path / labels
+
+
+@pytest.mark.parametrize(
+    ("root", "layout"),
+    [
+        ("set", "{split}"),
+        ("images/set", "{split}"),
+        ("images/set", "{kind}/{split}"),
+        ("images/set", "{split}/{kind}"),
+        ("images", "{kind}/{split}"),
+        ("set", "{kind}/x/images/{split}"),
+    ],
+)
+def test_a_yolo_set_may_lie_below_images(tmp_path, root, layout):
+    yolo_set(tmp_path / root, layout)
+    for split in ("train", "val"):
+        assert contents(tmp_path / root, split) == expected(split)
+
+
+def test_dots_in_names_of_yolo_images(tmp_path):
+    yolo_set(tmp_path)
+    for path in (tmp_path / "images/train/a.png", tmp_path / "labels/train/a.txt"):
+        path.rename(path.with_stem("a.b"))
+    assert contents(tmp_path, "train")["a.b"] == expected("train")["a"]
+
+
+def test_folders_of_yolo_in_capitals(tmp_path):
+    yolo_set(tmp_path, head="train: Images/train\nval: Images/val\nnames: [cat, dog]\n")
+    for name in ("images", "labels"):
+        (tmp_path / name).rename(tmp_path / name.title())
+    for split in ("train", "val"):
+        assert contents(tmp_path, split) == expected(split)
 
 
 def test_yolo_boxes_are_those_of_the_upright_picture(tmp_path):

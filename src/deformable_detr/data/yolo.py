@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .layouts import is_hidden, is_image, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+LABELS = ("labels", "Labels", "LABELS")
 SLACK = 0.01  # so far outside 0..1 a value may lie: rounding, not another unit
 
 
@@ -25,7 +27,7 @@ SLACK = 0.01  # so far outside 0..1 a value may lie: rounding, not another unit
 class YoloSource:
     """One split: the images of folders and lists, and the labels beside them.
 
-    The label file of `…/images/….jpg` is `…/labels/….txt`; of an image in no folder `images` it lies beside the image.
+    The label file of `…/images/….jpg` is `…/labels/….txt`; where there is no such folder it lies beside the image.
     A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for a polygon, of which the box is taken; all but the
     class in 0..1 of the upright image. An image without a label file, or with an empty one, has no objects.
     keypoints: how many numbers of keypoints follow the box in each row, where data.yaml has a `kpt_shape`.
@@ -48,6 +50,7 @@ class YoloSource:
     def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
         ids = ids_by_name(self.names, categories, first=0)
         images, annotations = [], []
+        labels_of = cache(label_folder)
         for path in self._images(complain):
             size = _size(path, complain)
             images.append({"id": len(images) + 1, "file_name": os.path.relpath(path, self.yaml.parent)})
@@ -55,7 +58,7 @@ class YoloSource:
                 continue
             height, width = size
             images[-1] |= {"height": height, "width": width}
-            labels = label_file(path)
+            labels = labels_of(path.parent) / f"{path.stem}.txt"
             for line, number, box in self._rows(labels, complain):
                 x0, y0, x1, y1 = box
                 bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
@@ -130,12 +133,16 @@ def read_row(line: str, classes: int, keypoints: int = 0) -> tuple[int, tuple[fl
     return int(label), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
 
 
-def label_file(image: Path) -> Path:
-    """Where the rows of an image are: the last folder `images` of its path is `labels`."""
-    parts = list(image.parts[:-1])
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts, image.name).with_suffix(".txt")
+def label_folder(images: Path) -> Path:
+    """Where the label files of a folder's images are: the nearest `images` of the path is `labels`, in any case.
+
+    The folder itself where that is no folder: a set may lie anywhere, also below folders called `images`.
+    """
+    for place, part in reversed(list(enumerate(images.parts))):
+        for name in LABELS if part.lower() == "images" else ():
+            if os.path.isdir(folder := Path(*images.parts[:place], name, *images.parts[place + 1 :])):
+                return folder
+    return images
 
 
 def find_yaml(root: Path) -> Path | None:
