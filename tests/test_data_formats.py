@@ -211,6 +211,27 @@ def test_voc(tmp_path, flat):
         assert contents(tmp_path / "train", "train") == expected("train")
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("names", [("train", "val"), ("train2", "holdout")])
+def test_classes_of_voc_are_those_of_all_splits(tmp_path, flat, names):
+    voc_set(tmp_path, flat)
+    data = DataConfig(train_split=names[0], val_split=names[1])
+    for old, new in zip(("train", "valid" if flat else "val"), names, strict=True):
+        place = tmp_path if flat else tmp_path / "ImageSets/Main"
+        (place / (old if flat else f"{old}.txt")).rename(place / (new if flat else f"{new}.txt"))
+    notes = tmp_path / names[1] / "c.xml" if flat else tmp_path / "Annotations/c.xml"
+    notes.write_text(notes.read_text().replace("dog", "ant"))
+    train = open_dataset(tmp_path, names[0], data)
+    assert train.categories == (Category(1, "ant"), Category(2, "cat"), Category(3, "dog"))
+    val = open_dataset(tmp_path, names[1], data, categories=train.categories)
+    assert val[0][1].labels.tolist() == [1, 0]
+    assert open_dataset(tmp_path, names[0], data, categories=train.categories[1:]).categories == train.categories[1:]
+    with pytest.raises(UserError, match="which the model does not know"):
+        open_dataset(tmp_path, names[1], data, categories=train.categories[1:])
+    notes.write_text("<broken")
+    assert [category.name for category in open_dataset(tmp_path, names[0], data).categories] == ["cat", "dog"]
+
+
 def test_classes_go_by_name_where_a_format_has_no_ids(tmp_path):
     model = (Category(5, "dog"), Category(9, "cat"), Category(11, "bird"))
     for make in (voc_set, yolo_set):

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,13 @@ class VocSource:
     file: the list, or the folder. In the first layout pixels are counted from 1 and both ends of a box belong to it,
     as in the published sets; in the other, coordinates are taken as they are. Objects marked difficult are objects
     like any others. Ids are numbers from 1 in the order of the names, or those of the model's classes of these names.
+    others: the set's other splits, whose classes are listed too: the format has no list of its own.
     """
 
     file: Path
     images: Path
     annotations: Path
+    others: tuple[VocSource, ...] = ()
     format: str = "voc"
 
     @property
@@ -44,6 +46,34 @@ class VocSource:
         return self.images
 
     def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
+        images, objects = self._contents(complain)
+        own = {record["name"] for record in objects}
+        if categories is None:
+            own.update(*(source.class_names() for source in self.others))
+        names = sorted(own)
+        ids = dict(zip(names, ids_by_name(names, categories, first=1), strict=True))
+        annotations = [
+            {
+                "id": number, "image_id": record["image_id"], "category_id": ids[record["name"]],
+                "bbox": record["bbox"], "area": max(0.0, record["bbox"][2]) * max(0.0, record["bbox"][3]),
+                "iscrowd": 0, "where": record["where"],
+            }
+            for number, record in enumerate(objects, start=1)
+        ]  # fmt: skip
+        listed = [{"id": ids[name], "name": name} for name in names]
+        if categories is not None:
+            listed += [{"id": c.id, "name": c.name} for c in categories if c.name not in ids]
+        return {"images": images, "annotations": annotations, "categories": listed}
+
+    def class_names(self) -> set[str]:
+        """Those of the split's objects; what cannot be read is left to whoever reads the split itself."""
+        try:
+            return {record["name"] for record in self._contents(_ignore)[1]}
+        except UserError:
+            return set()
+
+    def _contents(self, complain: Complain) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Images, and objects with the names of their classes."""
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
         for path, names in self._files(complain):
@@ -63,20 +93,7 @@ class VocSource:
             for place, element in enumerate(root.iter("object")):
                 if (found := self._object(path, place, element, complain)) is not None:
                     objects.append({"image_id": record["id"], **found})
-        names = sorted({record["name"] for record in objects})
-        ids = dict(zip(names, ids_by_name(names, categories, first=1), strict=True))
-        annotations = [
-            {
-                "id": number, "image_id": record["image_id"], "category_id": ids[record["name"]],
-                "bbox": record["bbox"], "area": max(0.0, record["bbox"][2]) * max(0.0, record["bbox"][3]),
-                "iscrowd": 0, "where": record["where"],
-            }
-            for number, record in enumerate(objects, start=1)
-        ]  # fmt: skip
-        listed = [{"id": ids[name], "name": name} for name in names]
-        if categories is not None:
-            listed += [{"id": c.id, "name": c.name} for c in categories if c.name not in ids]
-        return {"images": images, "annotations": annotations, "categories": listed}
+        return images, objects
 
     def _files(self, complain: Complain) -> list[tuple[Path, list[str]]]:
         """XML file and image of each record of the split; several images where they differ in their endings alone."""
@@ -126,11 +143,26 @@ class VocSource:
         return {"name": name, "bbox": bbox, "where": f"{path.name} object[{place}]"}
 
 
-def find_voc(root: Path, split: str) -> VocSource | None:
-    """One split of a VOC set; None where the folder is no such set.
+def find_voc(root: Path, split: str, splits: Sequence[str] = ("train", "val", "test")) -> VocSource | None:
+    """One split of a VOC set; None where the folder is no such set. splits: all that there may be.
 
     Raises `UserError` where it is one and lacks the split.
     """
+    found = _find_split(root, split)
+    if found is None:
+        return None
+    others: dict[Path, VocSource] = {}
+    for name in splits:
+        try:
+            other = _find_split(root, name)
+        except UserError:  # no such split
+            continue
+        if other is not None and other.file != found.file:
+            others[other.file] = other
+    return replace(found, others=tuple(others.values()))
+
+
+def _find_split(root: Path, split: str) -> VocSource | None:
     if not root.is_dir():
         return None
     aliases = split_aliases(split)
@@ -193,6 +225,10 @@ def _parsed(path: Path, complain: Complain) -> Element | None:
         what = f"cannot be read ({error.strerror or error})"
     complain("label-unreadable", path, "", what, "export the annotation again")
     return None
+
+
+def _ignore(code: str, file: Path, record: str, what: str, mend: str) -> None:
+    pass
 
 
 def _number(element: Element, key: str) -> float | None:
