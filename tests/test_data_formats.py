@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from data_sets import OBJECTS, SIZE, coco_set, picture, voc_set, voc_xml, yolo_s
 from deformable_detr.config import DataConfig
 from deformable_detr.data.coco import open_dataset, refuse_same_file
 from deformable_detr.data.sources import find_source
-from deformable_detr.data.yolo import label_file, read_row
+from deformable_detr.data.yolo import label_folder, read_row
 from deformable_detr.errors import UserError
 from deformable_detr.structures import Category
 
@@ -117,6 +118,26 @@ def test_yolo_rows():
             read_row(row, 2)
 
 
+def test_yolo_rows_with_keypoints(tmp_path):
+    box = (1, (0.25, 0.375, 0.75, 0.625))
+    assert read_row("1 0.5 0.5 0.5 0.25 0.9 0.9 2 0 0 0", 2, keypoints=6) == box
+    assert read_row("1 0.5 0.5 0.5 0.25 0.1 0.2 0.3 0.4", 2, keypoints=4) == box
+    for row, keypoints in {"1 0.5 0.5 0.5 0.25": 4, "1 0.5 0.5 0.5 0.25 0.1 0.2 0.3 0.4": 6}.items():
+        with pytest.raises(ValueError, match=f"instead of class cx cy w h and the {keypoints} that kpt_shape says"):
+            read_row(row, 2, keypoints)
+    yolo_set(tmp_path)
+    head = (tmp_path / "data.yaml").read_text()
+    (tmp_path / "data.yaml").write_text(head + "kpt_shape: [2, 3]\n")
+    for labels in (tmp_path / "labels").rglob("*.txt"):
+        rows = labels.read_text().splitlines()
+        labels.write_text("".join(f"{row} 0.1 0.9 2 0.9 0.1 1\n" for row in rows))
+    assert contents(tmp_path, "train") == expected("train")
+    for shape in ("17", "[17]", "[17, x]", "[0, 2]"):
+        (tmp_path / "data.yaml").write_text(head + f"kpt_shape: {shape}\n")
+        with pytest.raises(UserError, match=r"data\.yaml: 'kpt_shape' must be two whole numbers"):
+            open_dataset(tmp_path)
+
+
 def test_a_bad_row_is_named(tmp_path):
     yolo_set(tmp_path)
     labels = tmp_path / "labels/train/a.txt"
@@ -125,9 +146,47 @@ def test_a_bad_row_is_named(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_a_label_lies_beside_or_in_labels(tmp_path):
-    assert label_file(tmp_path / "images/x/images/a.b.jpg") == tmp_path / "images/x/labels/a.b.txt"
-    assert label_file(tmp_path / "pictures/a.jpg") == tmp_path / "pictures/a.txt"
+def test_labels_lie_beside_or_in_labels(tmp_path):
+    for folder in ("images/x/labels/train", "labels/x/images/train", "images/y", "capital/Labels", "images/z/LABELS"):
+        (tmp_path / folder).mkdir(parents=True)
+    for images, labels in {
+        "images/x/images/train": "images/x/labels/train", "pictures": "pictures", "images/y": "images/y",
+        "capital/Images": "capital/Labels", "images/z/images": "images/z/LABELS",
+        "images/x/images/val": "images/x/images/val",
+    }.items():  # fmt: skip
+        assert label_folder(tmp_path / images) == tmp_path / labels
+
+
+@pytest.mark.parametrize(
+    ("root", "layout"),
+    [
+        ("set", "{split}"),
+        ("images/set", "{split}"),
+        ("images/set", "{kind}/{split}"),
+        ("images/set", "{split}/{kind}"),
+        ("images", "{kind}/{split}"),
+        ("set", "{kind}/x/images/{split}"),
+    ],
+)
+def test_a_yolo_set_may_lie_below_images(tmp_path, root, layout):
+    yolo_set(tmp_path / root, layout)
+    for split in ("train", "val"):
+        assert contents(tmp_path / root, split) == expected(split)
+
+
+def test_dots_in_names_of_yolo_images(tmp_path):
+    yolo_set(tmp_path)
+    for path in (tmp_path / "images/train/a.png", tmp_path / "labels/train/a.txt"):
+        path.rename(path.with_stem("a.b"))
+    assert contents(tmp_path, "train")["a.b"] == expected("train")["a"]
+
+
+def test_folders_of_yolo_in_capitals(tmp_path):
+    yolo_set(tmp_path, head="train: Images/train\nval: Images/val\nnames: [cat, dog]\n")
+    for name in ("images", "labels"):
+        (tmp_path / name).rename(tmp_path / name.title())
+    for split in ("train", "val"):
+        assert contents(tmp_path, split) == expected(split)
 
 
 def test_yolo_boxes_are_those_of_the_upright_picture(tmp_path):
@@ -150,6 +209,27 @@ def test_voc(tmp_path, flat):
         open_dataset(tmp_path, "test")
     if flat:
         assert contents(tmp_path / "train", "train") == expected("train")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("names", [("train", "val"), ("train2", "holdout")])
+def test_classes_of_voc_are_those_of_all_splits(tmp_path, flat, names):
+    voc_set(tmp_path, flat)
+    data = DataConfig(train_split=names[0], val_split=names[1])
+    for old, new in zip(("train", "valid" if flat else "val"), names, strict=True):
+        place = tmp_path if flat else tmp_path / "ImageSets/Main"
+        (place / (old if flat else f"{old}.txt")).rename(place / (new if flat else f"{new}.txt"))
+    notes = tmp_path / names[1] / "c.xml" if flat else tmp_path / "Annotations/c.xml"
+    notes.write_text(notes.read_text().replace("dog", "ant"))
+    train = open_dataset(tmp_path, names[0], data)
+    assert train.categories == (Category(1, "ant"), Category(2, "cat"), Category(3, "dog"))
+    val = open_dataset(tmp_path, names[1], data, categories=train.categories)
+    assert val[0][1].labels.tolist() == [1, 0]
+    assert open_dataset(tmp_path, names[0], data, categories=train.categories[1:]).categories == train.categories[1:]
+    with pytest.raises(UserError, match="which the model does not know"):
+        open_dataset(tmp_path, names[1], data, categories=train.categories[1:])
+    notes.write_text("<broken")
+    assert [category.name for category in open_dataset(tmp_path, names[0], data).categories] == ["cat", "dog"]
 
 
 def test_classes_go_by_name_where_a_format_has_no_ids(tmp_path):
@@ -198,6 +278,71 @@ def test_missing_files_of_voc(tmp_path):
     flat = voc_set(tmp_path / "flat", flat=True)
     (flat / "train/b.xml").unlink()
     assert contents(flat, "train")["b"] == [], "an image without objects"
+
+
+@pytest.mark.parametrize(
+    ("lines", "stems"),
+    [
+        ("card (1) train\ncard\n  card 1 \n", ["card (1) train", "card", "card 1"]),
+        ("card.jpg\ncard 1.jpg\ncard (1) train\n", ["card", "card 1", "card (1) train"]),
+        ("card  1\ncard (1) train -1\ncard 1 0\n", ["card", "card (1) train", "card 1"]),
+        ("card\ncard.jpg\ncard -1\n", ["card"]),
+    ],
+    ids=["spaces", "file names", "a class's list", "the same again"],
+)
+def test_lines_of_a_voc_list(tmp_path, lines, stems):
+    for stem in ("card", "card 1", "card (1) train"):
+        picture(tmp_path / f"JPEGImages/{stem}.jpg")
+        notes = tmp_path / f"Annotations/{stem}.xml"
+        notes.parent.mkdir(exist_ok=True)
+        notes.write_text(voc_xml(f"{stem}.jpg", [(0, (len(stem), 2, 16, 10))], 1))
+    (tmp_path / "ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/train.txt").write_text(lines)
+    found = contents(tmp_path, "train")
+    assert list(found) == stems
+    assert all(boxes == [("cat", [len(stem), 2, 16, 10])] for stem, boxes in found.items())
+    (tmp_path / "ImageSets/Main/train.txt").write_text(lines + "card (2) 1\n")
+    with pytest.raises(UserError, match=r"line \d names 'card \(2\) 1', of which no image is in"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_voc_images_that_differ_in_their_endings_alone(tmp_path, flat):
+    folder = voc_set(tmp_path, flat) / ("train" if flat else "JPEGImages")
+    notes = folder / "a.xml" if flat else tmp_path / "Annotations/a.xml"
+    picture(folder / "a.png")
+    picture(folder / "empty.png")
+    found = {record["id"]: record["file_name"] for record in open_dataset(tmp_path).ground_truth["images"]}
+    named = [found[record["image_id"]] for record in open_dataset(tmp_path).ground_truth["annotations"]]
+    assert named == ["a.jpg", "a.jpg", "b.jpg"]
+    assert sorted(found.values()) == ["a.jpg", *["a.png"] * flat, "b.jpg", "empty.jpg", *["empty.png"] * flat]
+    notes.write_text(notes.read_text().replace("a.jpg", "C:\\x\\a.png"))
+    found = {record["id"]: record["file_name"] for record in open_dataset(tmp_path).ground_truth["images"]}
+    assert found[open_dataset(tmp_path).ground_truth["annotations"][0]["image_id"]] == "a.png"
+    notes.write_text(notes.read_text().replace("a.png", "z.png"))
+    with pytest.raises(UserError, match=r"a\.xml: may be of a\.jpg or a\.png; name the image in its <filename>"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("make", [yolo_set, coco_set, voc_set, partial(voc_set, flat=True)])
+def test_hidden_files_are_no_part_of_a_set(tmp_path, make):
+    root = make(tmp_path / ".cache" / "set")  # the set's own place may be hidden
+    if make is coco_set:
+        for split in ("train", "valid"):
+            (root / split / "_annotations.coco.json").rename(root / split / "notes.json")
+    files = [path for path in root.rglob("*") if path.is_file()]
+    for path in files:
+        (path.parent / ".ipynb_checkpoints").mkdir(exist_ok=True)
+        for hidden in (path.with_name(f"._{path.name}"), path.parent / ".ipynb_checkpoints" / path.name):
+            hidden.write_bytes(b"\0\5\x16\7")
+    for split in ("train", "val"):
+        assert contents(root, split) == expected(split)
+
+
+def test_a_hidden_yaml_is_no_second_one(tmp_path):
+    (yolo_set(tmp_path) / "data.yaml").rename(tmp_path / "cards.yaml")
+    (tmp_path / "._cards.yaml").write_bytes(b"\0")
+    assert contents(tmp_path, "train") == expected("train")
 
 
 def test_coco_json_comes_first(tmp_path):

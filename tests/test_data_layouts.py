@@ -1,14 +1,19 @@
 """Where a set's files are found: the layouts people have, and what is said where there is none."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from deformable_detr.config import DataConfig
 from deformable_detr.data.coco import open_dataset, refuse_same_file
+from deformable_detr.data.images import read_image, read_size
+from deformable_detr.data.layouts import IMAGE_SUFFIXES, is_image
 from deformable_detr.errors import UserError
+from deformable_detr.inference.predictor import folder_images
 
 
 def put(json_path, image_folder, names, prefix=""):
@@ -31,6 +36,24 @@ def read(root, split, **data):
     for number in range(len(found)):
         assert found[number][0].shape == (3, 6, 8)
     return [found.path(number).name for number in range(len(found))]
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_endings_of_images(tmp_path, suffix):
+    if suffix == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    file = tmp_path / f"a{suffix.upper()}"
+    Image.new({".pbm": "1", ".pgm": "L"}.get(suffix, "RGB"), (8, 6), "white").save(file)
+    assert is_image(file.name)
+    assert read_size(file) == (6, 8)
+    assert read_image(file).min() > 250
+    assert folder_images(tmp_path) == [file]
+
+
+def test_the_endings_of_images_are_documented():
+    page = (Path(__file__).parents[1] / "docs/check.md").read_text()
+    listed = page.partition("these endings count: ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\.\w+)`", listed)) == IMAGE_SUFFIXES
 
 
 @pytest.mark.parametrize("folder", ["val", "valid", "validation"])

@@ -94,6 +94,12 @@ def test_tar(tmp_path, monkeypatch):
     assert (found[0].key, found[-1].key) == ("a00", "b/c03")
 
 
+def test_hidden_members_of_a_tar_are_left_out(tmp_path):
+    names = ["./b/a.png", "b/._a.png", "./.ipynb_checkpoints/a.png"]
+    as_tar(tmp_path / "0.tar", [(name, FILES[0][1]) for name in names])
+    assert [record.image for record in records(tmp_path)] == [f"{tmp_path}/0.tar#{names[0]}"]
+
+
 def test_compressed_tar_is_one_piece(tmp_path):
     path = as_tar(tmp_path / "0.tar.gz", FILES, "w:gz")
     assert [(piece.start, piece.count) for piece in find_pieces([str(path)])[1]] == [(0, -1)]

@@ -84,6 +84,12 @@ def test_folders(tmp_path):
     assert [d.to_dict()["image"] for d in found] == [str(tmp_path / n) for n in ("a.PNG", "b.png", "c.jpg")]
 
 
+def test_hidden_files_of_folders_are_left_out(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")
+    assert [path.name for path in predictor.folder_images(tmp_path)] == ["a.png"]
+
+
 def test_nothing_to_do_and_nothing_found(tmp_path):
     model = RedBoxFinder()
     assert predict(model, []) == []

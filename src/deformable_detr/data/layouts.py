@@ -7,15 +7,31 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import unquote
 
 from ..config import DataConfig
 from ..errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png"}
+    | {".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+)
 ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 ROBOFLOW = "_annotations.coco.json"
+
+
+def is_hidden(path: str | PurePath) -> bool:
+    """Whether a name, or a folder in the path, starts with a dot: what systems and editors leave beside the images.
+
+    path: from a set's own folder on, so that a set may lie in a hidden folder.
+    """
+    return any(part.startswith(".") and part != ".." for part in PurePath(path).parts)
+
+
+def is_image(path: str | PurePath) -> bool:
+    """Whether a set's file is an image by its ending, and not hidden; path: as `is_hidden` takes it."""
+    return PurePath(path).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path)
 
 
 def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
@@ -99,8 +115,7 @@ def best_image_folder(
     """`find_images` that goes on: the folder, `_best_folder`'s names that it lacks, and the images without a name."""
     best, missing, listed = _best_folder(_candidates(annotations, root, split, data), names)
     own = {os.path.basename(missing.get(name) or name) for name in names}
-    images = (name for name in listed if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-    return best, missing, sorted(name for name in images if name not in own)
+    return best, missing, sorted(name for name in listed if is_image(name) and name not in own)
 
 
 def _candidates(annotations: Path, root: Path, split: str, data: DataConfig) -> list[Path]:
@@ -216,7 +231,7 @@ def names_other_split(path: Path, split: str) -> bool:
 def _in_folder(folder: Path) -> Path | None:
     if (folder / ROBOFLOW).is_file():
         return folder / ROBOFLOW
-    files = list(folder.glob("*.json")) if folder.is_dir() else []
+    files = [path for path in folder.glob("*.json") if not is_hidden(path.name)] if folder.is_dir() else []
     return files[0] if len(files) == 1 else None
 
 

@@ -93,7 +93,7 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
         file, failure = root, error
     if (yaml := find_yaml(root)) is not None:
         return find_yolo(yaml, split)
-    if (voc := find_voc(root, split)) is not None:
+    if (voc := find_voc(root, split, (data.train_split, data.val_split, "test"))) is not None:
         return voc
     if failure is not None:
         raise _nearly_a_set(root, split) or failure

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..structures import Category
-from .layouts import IMAGE_SUFFIXES, names_other_split, split_aliases
+from .layouts import is_hidden, is_image, names_other_split, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
+
+_FLAG = re.compile(r"\s+(-1|0|1)$")  # whether a class is in the image: no, only difficult ones, yes
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class VocSource:
     file: the list, or the folder. In the first layout pixels are counted from 1 and both ends of a box belong to it,
     as in the published sets; in the other, coordinates are taken as they are. Objects marked difficult are objects
     like any others. Ids are numbers from 1 in the order of the names, or those of the model's classes of these names.
+    others: the set's other splits, whose classes are listed too: the format has no list of its own.
     """
 
     file: Path
     images: Path
     annotations: Path
+    others: tuple[VocSource, ...] = ()
     format: str = "voc"
 
     @property
@@ -41,20 +46,11 @@ class VocSource:
         return self.images
 
     def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
-        images: list[dict[str, Any]] = []
-        objects: list[dict[str, Any]] = []
-        for path, name in self._files(complain):
-            images.append({"id": len(images) + 1, "file_name": name})
-            root = _parsed(path, complain)
-            if root is None:
-                continue
-            height, width = (_number(root, f"size/{side}") or 0 for side in ("height", "width"))
-            if height > 0 and width > 0:
-                images[-1] |= {"height": int(height), "width": int(width)}
-            for place, element in enumerate(root.iter("object")):
-                if (found := self._object(path, place, element, complain)) is not None:
-                    objects.append({"image_id": len(images), **found})
-        names = sorted({record["name"] for record in objects})
+        images, objects = self._contents(complain)
+        own = {record["name"] for record in objects}
+        if categories is None:
+            own.update(*(source.class_names() for source in self.others))
+        names = sorted(own)
         ids = dict(zip(names, ids_by_name(names, categories, first=1), strict=True))
         annotations = [
             {
@@ -69,35 +65,69 @@ class VocSource:
             listed += [{"id": c.id, "name": c.name} for c in categories if c.name not in ids]
         return {"images": images, "annotations": annotations, "categories": listed}
 
-    def _files(self, complain: Complain) -> list[tuple[Path, str]]:
-        """XML file and image name of each image of the split."""
-        names = {Path(name).stem: name for name in sorted(os.listdir(self.images)) if _is_image(name)}
-        found = []
-        for record, stem in self._stems(names, complain):
-            path = self.annotations / f"{stem}.xml"
-            if stem not in names:
+    def class_names(self) -> set[str]:
+        """Those of the split's objects; what cannot be read is left to whoever reads the split itself."""
+        try:
+            return {record["name"] for record in self._contents(_ignore)[1]}
+        except UserError:
+            return set()
+
+    def _contents(self, complain: Complain) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Images, and objects with the names of their classes."""
+        images: list[dict[str, Any]] = []
+        objects: list[dict[str, Any]] = []
+        for path, names in self._files(complain):
+            root = _parsed(path, complain)
+            if (own := _labelled(path, names, root, complain)) is None:
+                continue
+            record: dict[str, Any] = {"id": len(images) + 1, "file_name": own}
+            images.append(record)
+            if not self.listed:  # the others have no XML file
+                others = [name for name in names if name != own]
+                images += [{"id": number, "file_name": name} for number, name in enumerate(others, len(images) + 1)]
+            if root is None:
+                continue
+            height, width = (_number(root, f"size/{side}") or 0 for side in ("height", "width"))
+            if height > 0 and width > 0:
+                record |= {"height": int(height), "width": int(width)}
+            for place, element in enumerate(root.iter("object")):
+                if (found := self._object(path, place, element, complain)) is not None:
+                    objects.append({"image_id": record["id"], **found})
+        return images, objects
+
+    def _files(self, complain: Complain) -> list[tuple[Path, list[str]]]:
+        """XML file and image of each record of the split; several images where they differ in their endings alone."""
+        names: dict[str, list[str]] = {}
+        for name in sorted(os.listdir(self.images)):
+            if is_image(name):
+                names.setdefault(Path(name).stem, []).append(name)
+        found: dict[tuple[str, ...], tuple[Path, list[str]]] = {}
+        for record, text in self._records(names):
+            stem, images = _listed(text, names) if self.listed else (text, names.get(text, []))
+            if not images:
                 complain(
-                    "image-missing", self.file, record, f"names {stem!r}, of which no image is in {self.images}",
+                    "image-missing", self.file, record, f"names {text!r}, of which no image is in {self.images}",
                     "add the file or remove the record",
                 )  # fmt: skip
                 continue
+            if tuple(images) in found:  # the first of lines that name the same image counts
+                continue
+            path = self.annotations / f"{stem}.xml"
             if self.listed and not path.is_file():
                 complain("label-unreadable", path, "", "is missing", f"add it or remove {stem} from {self.file.name}")
-            found.append((path, names[stem]))
-        return found
+            found[tuple(images)] = path, images
+        return list(found.values())
 
-    def _stems(self, names: dict[str, str], complain: Complain) -> list[tuple[str, str]]:
-        """(where it is said, name without ending) of the split's images."""
+    def _records(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """(where it is said, what is said) of the split's images: lines of its list, or names without ending."""
         if not self.listed:
-            own = {Path(name).stem for name in os.listdir(self.annotations) if name.lower().endswith(".xml")}
-            return [(f"{stem}.xml", stem) for stem in sorted(own | names.keys())]
+            own = {Path(name).stem for name in os.listdir(self.annotations) if _is_xml(name)}
+            return [(f"{stem}.xml", stem) for stem in sorted(own.union(names))]
         try:
             lines = self.file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.file}: cannot be read as text ({error}); write one image name a line") from None
-        found = [(f"line {number}", line.split()[0]) for number, line in enumerate(lines, start=1) if line.strip()]
-        # The first of lines that name the same image counts.
-        return list({stem: (record, stem) for record, stem in reversed(found)}.values())[::-1]
+        return [(f"line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
     def _object(self, path: Path, place: int, element: Element, complain: Complain) -> dict[str, Any] | None:
         name = (element.findtext("name") or "").strip()
@@ -113,11 +143,26 @@ class VocSource:
         return {"name": name, "bbox": bbox, "where": f"{path.name} object[{place}]"}
 
 
-def find_voc(root: Path, split: str) -> VocSource | None:
-    """One split of a VOC set; None where the folder is no such set.
+def find_voc(root: Path, split: str, splits: Sequence[str] = ("train", "val", "test")) -> VocSource | None:
+    """One split of a VOC set; None where the folder is no such set. splits: all that there may be.
 
     Raises `UserError` where it is one and lacks the split.
     """
+    found = _find_split(root, split)
+    if found is None:
+        return None
+    others: dict[Path, VocSource] = {}
+    for name in splits:
+        try:
+            other = _find_split(root, name)
+        except UserError:  # no such split
+            continue
+        if other is not None and other.file != found.file:
+            others[other.file] = other
+    return replace(found, others=tuple(others.values()))
+
+
+def _find_split(root: Path, split: str) -> VocSource | None:
     if not root.is_dir():
         return None
     aliases = split_aliases(split)
@@ -132,6 +177,27 @@ def find_voc(root: Path, split: str) -> VocSource | None:
             return VocSource(root / name, root / name, root / name)
     if _has_xml(root) and not names_other_split(root / "x", split):
         return VocSource(root, root, root)
+    return None
+
+
+def _listed(line: str, names: Mapping[str, list[str]]) -> tuple[str, list[str]]:
+    """Name without ending, and images, of a list's line: `a`, `a.jpg`, or with the flag of a class's list `a -1`."""
+    for text in (line, _FLAG.sub("", line)):
+        if text in names:
+            return text, names[text]
+        if text in names.get(stem := Path(text).stem, ()):
+            return stem, [text]
+    return line, []
+
+
+def _labelled(path: Path, names: Sequence[str], root: Element | None, complain: Complain) -> str | None:
+    """Which of the images whose names differ in their endings alone an XML file is about."""
+    if len(names) == 1 or root is None:
+        return names[0]
+    named = re.split(r"[/\\]", root.findtext("filename") or "")[-1].strip()
+    if named in names:
+        return named
+    complain("image-record", path, "", f"may be of {' or '.join(names)}", "name the image in its <filename>")
     return None
 
 
@@ -161,6 +227,10 @@ def _parsed(path: Path, complain: Complain) -> Element | None:
     return None
 
 
+def _ignore(code: str, file: Path, record: str, what: str, mend: str) -> None:
+    pass
+
+
 def _number(element: Element, key: str) -> float | None:
     try:
         value = float(element.findtext(key) or "")
@@ -170,8 +240,8 @@ def _number(element: Element, key: str) -> float | None:
 
 
 def _has_xml(folder: Path) -> bool:
-    return folder.is_dir() and any(name.lower().endswith(".xml") for name in os.listdir(folder))
+    return folder.is_dir() and any(map(_is_xml, os.listdir(folder)))
 
 
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+def _is_xml(name: str) -> bool:
+    return name.lower().endswith(".xml") and not is_hidden(name)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import yaml
 from ..errors import UserError
 from ..structures import Category
 from .images import read_size
-from .layouts import IMAGE_SUFFIXES, split_aliases
+from .layouts import is_hidden, is_image, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+LABELS = ("labels", "Labels", "LABELS")
 SLACK = 0.01  # so far outside 0..1 a value may lie: rounding, not another unit
 
 
@@ -25,15 +27,17 @@ SLACK = 0.01  # so far outside 0..1 a value may lie: rounding, not another unit
 class YoloSource:
     """One split: the images of folders and lists, and the labels beside them.
 
-    The label file of `…/images/….jpg` is `…/labels/….txt`; of an image in no folder `images` it lies beside the image.
+    The label file of `…/images/….jpg` is `…/labels/….txt`; where there is no such folder it lies beside the image.
     A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for a polygon, of which the box is taken; all but the
     class in 0..1 of the upright image. An image without a label file, or with an empty one, has no objects.
+    keypoints: how many numbers of keypoints follow the box in each row, where data.yaml has a `kpt_shape`.
     """
 
     yaml: Path
     split: str
     places: tuple[Path, ...]  # folders and text files with lists of images
     names: tuple[str, ...]
+    keypoints: int = 0
     format: str = "yolo"
 
     @property
@@ -46,6 +50,7 @@ class YoloSource:
     def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
         ids = ids_by_name(self.names, categories, first=0)
         images, annotations = [], []
+        labels_of = cache(label_folder)
         for path in self._images(complain):
             size = _size(path, complain)
             images.append({"id": len(images) + 1, "file_name": os.path.relpath(path, self.yaml.parent)})
@@ -53,7 +58,7 @@ class YoloSource:
                 continue
             height, width = size
             images[-1] |= {"height": height, "width": width}
-            labels = label_file(path)
+            labels = labels_of(path.parent) / f"{path.stem}.txt"
             for line, number, box in self._rows(labels, complain):
                 x0, y0, x1, y1 = box
                 bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
@@ -68,7 +73,7 @@ class YoloSource:
         found: list[Path] = []
         for place in self.places:
             if place.is_dir():
-                found += sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+                found += sorted(path for path in place.rglob("*") if is_image(path.relative_to(place)))
                 continue
             for number, line in enumerate(_lines(place, complain), start=1):
                 if not line.strip():
@@ -94,17 +99,22 @@ class YoloSource:
             if not line.strip():
                 continue
             try:
-                label, box = read_row(line, len(self.names))
+                label, box = read_row(line, len(self.names), self.keypoints)
             except ValueError as error:
                 complain("label-row", path, f"line {number}", str(error), "correct or remove the row")
             else:
                 yield number, label, box
 
 
-def read_row(line: str, classes: int) -> tuple[int, tuple[float, float, float, float]]:
-    """Class and xyxy box in 0..1 of one row of a label file; ValueError says what is wrong with it."""
+def read_row(line: str, classes: int, keypoints: int = 0) -> tuple[int, tuple[float, float, float, float]]:
+    """Class and xyxy box in 0..1 of one row of a label file; ValueError says what is wrong with it.
+
+    keypoints: the numbers that must follow `class cx cy w h`; there are no polygons where there are any.
+    """
     parts = line.split()
-    if len(parts) != 5 and (len(parts) < 7 or len(parts) % 2 == 0):
+    if keypoints and len(parts) != 5 + keypoints:
+        raise ValueError(f"has {len(parts)} values instead of class cx cy w h and the {keypoints} that kpt_shape says")
+    if not keypoints and len(parts) != 5 and (len(parts) < 7 or len(parts) % 2 == 0):
         raise ValueError(f"has {len(parts)} values instead of class cx cy w h (or class and a polygon's x y …)")
     try:
         values = [float(part) for part in parts]
@@ -112,7 +122,7 @@ def read_row(line: str, classes: int) -> tuple[int, tuple[float, float, float, f
         raise ValueError(f"has {line.strip()[:40]!r} instead of numbers") from None
     if not all(map(math.isfinite, values)):
         raise ValueError("has a value that is no finite number")
-    label, *numbers = values
+    label, *numbers = values[: len(values) - keypoints]
     if label != int(label) or not 0 <= label < classes:
         raise ValueError(f"has class {parts[0]}, but data.yaml names the classes 0 to {classes - 1}")
     if min(numbers) < -SLACK or max(numbers) > 1 + SLACK:
@@ -123,12 +133,16 @@ def read_row(line: str, classes: int) -> tuple[int, tuple[float, float, float, f
     return int(label), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
 
 
-def label_file(image: Path) -> Path:
-    """Where the rows of an image are: the last folder `images` of its path is `labels`."""
-    parts = list(image.parts[:-1])
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts, image.name).with_suffix(".txt")
+def label_folder(images: Path) -> Path:
+    """Where the label files of a folder's images are: the nearest `images` of the path is `labels`, in any case.
+
+    The folder itself where that is no folder: a set may lie anywhere, also below folders called `images`.
+    """
+    for place, part in reversed(list(enumerate(images.parts))):
+        for name in LABELS if part.lower() == "images" else ():
+            if os.path.isdir(folder := Path(*images.parts[:place], name, *images.parts[place + 1 :])):
+                return folder
+    return images
 
 
 def find_yaml(root: Path) -> Path | None:
@@ -138,7 +152,7 @@ def find_yaml(root: Path) -> Path | None:
     named = [root / name for name in YAML_NAMES if (root / name).is_file()]
     if named or not root.is_dir():
         return named[0] if named else None
-    others = [path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml")]
+    others = [path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml") and not is_hidden(path.name)]
     return others[0] if len(others) == 1 and _may_be_set(others[0]) else None
 
 
@@ -157,7 +171,8 @@ def find_yolo(file: Path, split: str) -> YoloSource:
     if not all(isinstance(entry, str) for entry in values):
         raise UserError(f"{file}: '{key}' must be a folder, a text file, or a list of these")
     base = content.get("path")
-    return YoloSource(file, split, tuple(_place(file, base, entry, key) for entry in values), names)
+    places = tuple(_place(file, base, entry, key) for entry in values)
+    return YoloSource(file, split, places, names, _keypoints(content.get("kpt_shape"), file))
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -193,6 +208,17 @@ def _names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
     if isinstance(count, int) and count != len(names):
         raise UserError(f"{file}: nc is {count} but 'names' has {len(names)} entries; make them agree")
     return tuple(str(name) for name in names)
+
+
+def _keypoints(shape: Any, file: Path) -> int:
+    """Numbers of a row that are keypoints: `kpt_shape` is how many there are and how many numbers each has."""
+    if not shape:
+        return 0
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise UserError(
+            f"{file}: 'kpt_shape' must be two whole numbers, as in [17, 3] for 17 keypoints of x, y, visible"
+        )
+    return shape[0] * shape[1]
 
 
 def _place(file: Path, base: Any, value: str, key: str) -> Path:

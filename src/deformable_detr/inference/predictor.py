@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..data.batching import collate
 from ..data.images import read_image
-from ..data.layouts import IMAGE_SUFFIXES
+from ..data.layouts import IMAGE_SUFFIXES, is_hidden
 from ..data.transforms import resize
 from ..errors import UserError
 from ..structures import Category, Detections, Target
@@ -184,10 +184,14 @@ def model_categories(config: ModelConfig) -> tuple[Category, ...]:
 
 
 def folder_images(folder: Path, suffixes: AbstractSet[str] = IMAGE_SUFFIXES, what: str = "images") -> list[Path]:
-    """The images (or files of other suffixes) directly in a folder, by name. Raises UserError where there are none."""
+    """The images (or files of other suffixes) directly in a folder, by name, hidden ones left out.
+
+    Raises UserError where there are none.
+    """
     try:
         with os.scandir(folder) as entries:
-            names = sorted(e.name for e in entries if Path(e.name).suffix.lower() in suffixes and e.is_file())
+            files = (e.name for e in entries if not is_hidden(e.name) and e.is_file())
+            names = sorted(name for name in files if Path(name).suffix.lower() in suffixes)
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read: {error.strerror or error}") from None
     if not names:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...data.images import decode_image, read_image
-from ...data.layouts import IMAGE_SUFFIXES
+from ...data.layouts import IMAGE_SUFFIXES, is_image
 from ...errors import UserError
 from .storage import is_local, one_line, resolve, url_of, walk
 
@@ -228,8 +228,7 @@ def _members(tar: Any) -> Iterator[tarfile.TarInfo]:
     """The images in an archive."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # it would remember them all
-        path = PurePosixPath(member.name)
-        if member.isreg() and path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+        if member.isreg() and is_image(PurePosixPath(member.name)):
             yield member
 
 

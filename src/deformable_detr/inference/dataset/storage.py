@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ...data.layouts import is_hidden
 from ...errors import UserError
 from ...weights.files import replace_file
 
@@ -45,7 +46,7 @@ def walk(system: Any, folder: str, skip: str | None = None) -> Iterator[tuple[st
     """
     folders = []
     for name, path, size in sorted(_scan_local(folder) if is_local(system) else _scan(system, folder)):
-        if name.startswith(".") or path == skip:
+        if is_hidden(name) or path == skip:
             continue
         if size is None:
             folders.append(path)
