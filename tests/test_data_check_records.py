@@ -271,6 +271,13 @@ def test_yolo(tmp_path, case):
     assert_as_documented(root, expected, name)
 
 
+def test_a_fault_of_data_yaml_is_said_once(tmp_path):
+    root = yolo_set(tmp_path)
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, cat]\n")
+    (finding,) = found(root).findings
+    assert "'cat' stands there twice" in finding.line
+
+
 def xml(text):
     return lambda root: (root / "Annotations/a.xml").write_text(text)
 

@@ -70,13 +70,15 @@ def test_ground_truth_of_yolo_is_plain_coco(tmp_path):
         "path: nowhere\ntrain: ../images/train\nval: ../images/val\nnames: {{0: cat, 1: dog}}\n",
         "train: [images/train]\nvalid: images/val\nnames:\n  0: cat\n  1: dog\n",
         "train: lists/train.txt\nval: lists/val.txt\nnames: [cat, dog]\n",
+        "path: .\ntrain: images\\train\nval: ..\\images\\val\nnc: '2'\nnames: {{'0': cat, \"1\": dog}}\n",
     ],
 )
 def test_ways_to_write_data_yaml(tmp_path, head):
     yolo_set(tmp_path, head=head.format(root=tmp_path))
     (tmp_path / "lists").mkdir()
-    (tmp_path / "lists/train.txt").write_text("./../images/train/a.png\nimages/train/b.png\n\nimages/train/empty.png\n")
-    (tmp_path / "lists/val.txt").write_text(f"{tmp_path}/images/val/c.png\r\n")
+    lines = ["./../images/train/a.png", "images/train/b.png", "", f"{tmp_path}/images/train/empty.png", ""]
+    (tmp_path / "lists/train.txt").write_text("\n".join(lines))
+    (tmp_path / "lists/val.txt").write_text("..\\images\\val\\c.png\r\n")
     for split in ("train", "val"):
         assert contents(tmp_path, split) == expected(split)
 
@@ -91,7 +93,11 @@ def test_ways_to_write_data_yaml(tmp_path, head):
         ("train: images/train\nnames: [cat, [dog]]", "entry that is no text"),
         ("train: images/train\nnc: 3\nnames: [cat, dog]", "nc is 3 but 'names' has 2"),
         ("train: pictures\nnames: [cat, dog]", "'train' is pictures, which is neither folder nor file"),
-        ("train: 3\nnames: [cat, dog]", "'train' must be a folder"),
+        ("train: images/train\nnames: {0: cat, 1: }", "entry that is no text"),
+        ("train: {a: b}\nnames: [cat, dog]", "'train' must be a folder"),
+        ("train: images/train\nnames: [cat, cat]", "'names': 'cat' stands there twice; give each class a name of its"),
+        ("train: images/train\nnames: {a: cat, b: dog}", "keys of 'names' are not 0 to 1"),
+        ("train: images\\\\tain\nnames: [cat, dog]", r"'train' is images\\\\tain, which is neither folder nor file"),
         ("val: images/val\nnames: [cat, dog]", "no 'train' split"),
     ],
 )
@@ -101,6 +107,18 @@ def test_faults_of_data_yaml(tmp_path, head, message):
         open_dataset(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}/data.yaml: ")
     assert "\n" not in str(caught.value)
+
+
+def test_class_names_are_what_stands_there(tmp_path):
+    names = ["yes", "no", "on", "off", "y", "null", "~", "007", "1e3", "1.0", "2020-01-01", "0x1f", "1_000", "="]
+    head = "train: images/train\nval: images/val\nnc: 14\n"
+    for text in (f"names: [{', '.join(names)}]\n", "names:\n" + "".join(f"  {n}: {t}\n" for n, t in enumerate(names))):
+        yolo_set(tmp_path, head=head + text)
+        assert [category.name for category in open_dataset(tmp_path).categories] == names
+    yolo_set(tmp_path, head="a: &a {nc: 2, names: [cat, dog], test: }\n<<: *a\ntrain: images/train\nval: images/val\n")
+    assert contents(tmp_path, "train") == expected("train")
+    with pytest.raises(UserError, match="no 'test' split"):
+        open_dataset(tmp_path, "test")
 
 
 def test_yolo_rows():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -21,6 +23,12 @@ from .sources import Complain, ids_by_name, refuse
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 LABELS = ("labels", "Labels", "LABELS")
 SLACK = 0.01  # so far outside 0..1 a value may lie: rounding, not another unit
+
+
+class _TextLoader(yaml.SafeLoader):
+    """All scalars as the text that stands there: a class may be called yes, no, on, off or 007."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # keys <<
 
 
 @dataclass(frozen=True)
@@ -78,9 +86,10 @@ class YoloSource:
             for number, line in enumerate(_lines(place, complain), start=1):
                 if not line.strip():
                     continue
-                path = Path(line.strip())
+                text = line.strip()
                 # Lists hold paths relative to the list (./…), to data.yaml, or to where the tool ran: absolute ones.
-                tried = [place.parent / path, self.yaml.parent / path]
+                texts = dict.fromkeys((text, text.replace("\\", "/")))
+                tried = [base / path for path in texts for base in (place.parent, self.yaml.parent)]
                 existing = next((candidate for candidate in tried if os.path.isfile(candidate)), None)
                 if existing is None:
                     complain(
@@ -176,9 +185,9 @@ def find_yolo(file: Path, split: str) -> YoloSource:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The keys of a data.yaml; `UserError` in one line for anything else."""
+    """The keys of a data.yaml, its scalars as text; `UserError` in one line for anything else."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        content = yaml.load(file.read_text(encoding="utf-8-sig"), _TextLoader)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; give a data.yaml that can be read") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -198,36 +207,48 @@ def _may_be_set(file: Path) -> bool:
 def _names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
     mend = "list the classes, as in names: [cat, dog] or {0: cat, 1: dog}"
     if isinstance(names, dict):
-        if sorted(map(repr, names)) != sorted(map(repr, range(len(names)))):
+        if names.keys() != {str(number) for number in range(len(names))}:
             raise UserError(f"{file}: the keys of 'names' are not 0 to {len(names) - 1}; {mend}")
-        names = [names[number] for number in range(len(names))]
+        names = [names[str(number)] for number in range(len(names))]
     if not isinstance(names, list) or not names:
         raise UserError(f"{file}: 'names' is missing or empty; {mend}")
-    if not all(isinstance(name, str | int | float | bool) for name in names):
+    if not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{file}: 'names' has an entry that is no text; {mend}")
-    if isinstance(count, int) and count != len(names):
+    most, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{file}: 'names': {most[:200]!r} stands there twice; give each class a name of its own")
+    if _is_number(count) and int(count) != len(names):
         raise UserError(f"{file}: nc is {count} but 'names' has {len(names)} entries; make them agree")
-    return tuple(str(name) for name in names)
+    return tuple(names)
 
 
 def _keypoints(shape: Any, file: Path) -> int:
     """Numbers of a row that are keypoints: `kpt_shape` is how many there are and how many numbers each has."""
     if not shape:
         return 0
-    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+    if not isinstance(shape, list) or len(shape) != 2 or not all(_is_number(text) and int(text) for text in shape):
         raise UserError(
             f"{file}: 'kpt_shape' must be two whole numbers, as in [17, 3] for 17 keypoints of x, y, visible"
         )
-    return shape[0] * shape[1]
+    return int(shape[0]) * int(shape[1])
+
+
+def _is_number(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch(r"[0-9]{1,9}", text) is not None
 
 
 def _place(file: Path, base: Any, value: str, key: str) -> Path:
-    """Where a split lies: relative to `path` or to the file; exports also write ../train/images for train/images."""
+    """Where a split lies: relative to `path` or to the file; exports also write ../train/images for train/images.
+
+    What is not there as it stands is looked for with / in place of Windows' separator.
+    """
     own = file.parent
     roots = [own / base, Path(base)] if isinstance(base, str) and base else []
-    tried = [root / value for root in (*roots, own)]
-    if value.startswith("../"):
-        tried += [root / value.removeprefix("../") for root in (*roots, own)]
+    tried = []
+    for text in dict.fromkeys((value, value.replace("\\", "/"))):
+        tried += [root / text for root in (*roots, own)]
+        if text.startswith("../"):
+            tried += [root / text.removeprefix("../") for root in (*roots, own)]
     for path in tried:
         if os.path.exists(path):  # unlike Path.exists, it takes any text
             return path

@@ -177,8 +177,10 @@ def _sources(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]
             sources[name] = find_source(root, name, data)
         except UserError as error:
             failures[name] = error
+    said: set[str] = set()  # what is wrong with a data.yaml is wrong for every split
     for name in (data.train_split, data.val_split):
-        if name in failures:
+        if name in failures and str(failures[name]) not in said:
+            said.add(str(failures[name]))
             what, _, mend = str(failures[name]).removeprefix(f"{root}: ").partition("; ")
             found.add("split-missing", root, "", what, mend, split=name)
     train, val = sources.get(data.train_split), sources.get(data.val_split)
