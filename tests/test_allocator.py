@@ -44,6 +44,7 @@ def test_verbose_says_what_the_setting_does():
     said = _said("--verbose")
     assert "deformable_detr.allocator: allocator: " in said
     assert "oneDNN keeps the code of its latest 256 calls" in said
+    assert "waiting threads look 10000 times" in said
     assert "error: no.jpg: no such image" in said  # the option is nobody else's
     assert "allocator" not in _said()
 
@@ -96,3 +97,26 @@ def test_fewer_kernels_are_kept():
     assert kernels("fewer", **{name: ""})
     assert not kernels("as they come", **{name: ""})
     assert not kernels("fewer", **{name: "1000"})  # who says how many decides
+
+
+EARLY = """
+import os, sys
+from deformable_detr import cli
+found = cli.wait_shortly
+def spy():
+    found()
+    print("torch" in sys.modules, os.environ.get("GOMP_SPINCOUNT"))
+cli.wait_shortly = spy
+cli.main(["predict", "nothing", "no.jpg"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+    ids=["nothing said", "how often", "a policy"],
+)
+def test_waiting_is_settled_before_torch_and_by_the_user(given, seen):
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, env={**clean, **given})
+    assert done.stdout.split() == ["False", seen]

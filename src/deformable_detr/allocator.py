@@ -1,4 +1,4 @@
-"""What our commands ask of the C library's allocator and of oneDNN: which memory to keep, and which to give back."""
+"""What our commands ask of the C library's allocator, oneDNN and OpenMP: what to keep, and how long to wait for it."""
 
 from __future__ import annotations
 
@@ -41,3 +41,17 @@ def keep_fewer_kernels() -> None:
     """
     kept = os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     _log.info("oneDNN keeps the code of its latest %s calls (ONEDNN_PRIMITIVE_CACHE_CAPACITY)", kept)
+
+
+def wait_shortly() -> None:
+    """Threads that wait for the others of a product give the processor away soon; an environment that says how decides.
+
+    GCC's OpenMP lets them spin for milliseconds, which pays as long as nothing else runs. Where something does, and be
+    it the processes that load images, the spinning ones keep the late one from its processor at every product: a step
+    takes up to ten times as long. To be called before torch is imported.
+    """
+    if "OMP_WAIT_POLICY" in os.environ:
+        _log.info("threads wait as OMP_WAIT_POLICY says")
+        return
+    spins = os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    _log.info("waiting threads look %s times before they sleep (GOMP_SPINCOUNT)", spins)
