@@ -228,9 +228,15 @@ def test_a_nan_gradient_in_the_last_step_of_an_epoch_is_not_saved(data, tmp_path
 
 
 def test_images_without_objects(tmp_path):
-    data = write_dataset(tmp_path / "set", train=4, empty=4)
+    data = write_dataset(tmp_path / "set", train=5, empty=4)  # so a batch at least has none at all
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=1, batch_size=2))
-    assert metrics["step"] == 2
+    assert metrics["step"] == 3
+
+
+def test_no_objects_at_all_are_refused(tmp_path):
+    data = write_dataset(tmp_path / "set", train=4, empty=4)
+    with pytest.raises(UserError, match="has no objects to learn from"):
+        train_model(data, tmp_path / "run", tiny_config(epochs=1, batch_size=2))
 
 
 def test_an_unwritable_folder_comes_before_anything_else(tmp_path):
