@@ -85,8 +85,6 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
         certain = given_annotations(split, data) or file == root or file.name == ROBOFLOW
         if certain or file.stem.startswith("instances_"):
             return CocoSource(file, root, split, data)
-        if is_other_json(file):
-            failure = UserError(f"{root}: no '{split}' split; {file.name} has no list 'images'; give COCO JSON")
     except UserError as error:
         if given_annotations(split, data) or not root.is_dir():
             raise
@@ -95,6 +93,8 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
         return find_yolo(yaml, split)
     if (voc := find_voc(root, split, (data.train_split, data.val_split, "test"))) is not None:
         return voc
+    if failure is None and is_other_json(file):
+        failure = UserError(f"{root}: no '{split}' split; {file.name} has no list 'images'; give COCO JSON")
     if failure is not None:
         raise _nearly_a_set(root, split) or failure
     return CocoSource(file, root, split, data)
