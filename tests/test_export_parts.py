@@ -7,12 +7,12 @@ from torch import nn
 from deformable_detr import ops
 from deformable_detr.errors import UserError
 from deformable_detr.export.folding import SameConvolution
-from deformable_detr.export.graph import parse_size
+from deformable_detr.export.graph import InferenceGraph, parse_size, trace
 from deformable_detr.export.verify import difference
 from deformable_detr.model.layers import nearest
 from deformable_detr.model.position import _fitted
 from deformable_detr.optimisation.folding import fold_batch_norms
-from export_models import lively
+from export_models import lively, tiny
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0"])
@@ -60,6 +60,16 @@ def test_same_padding(kernel, stride, dilation):
     for size in ((7, 8), (16, 15), (9, 33)):
         x = torch.randn(1, 3, *size)
         assert torch.equal(theirs(x), ours(x))
+
+
+def test_open_sizes_stay_short():
+    """Nested halvings must simplify: at 500 characters a size, tracing took twice as long, loading a .pt2 minutes."""
+    model = tiny(backbone="tf_efficientnet_lite0", backbone_shape=None, feature_levels=4)
+    graph = trace(InferenceGraph(model, False), None, "grid_sample").graph
+    values = (node.meta.get("val") for node in graph.nodes)
+    sizes = {str(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape}
+    assert any("//8" in size for size in sizes)  # the finest level's height
+    assert max(map(len, sizes)) < 250
 
 
 @pytest.mark.parametrize("reference", [2, 4])

@@ -50,6 +50,7 @@ class Row:
     best_ms: float
     ratio: float
     mib: float | None  # of the file
+    ap: tuple[float, float] | None = None  # of int8: before and after, on the data set's validation split
 
 
 def measure(
@@ -72,6 +73,7 @@ def measure(
     height, width = size or (model.config.image_size, model.config.image_size * 4 // 3)
     ways: dict[Form, Any] = {EAGER: model, OPTIMISED: model.optimize()}
     sizes: dict[Form, float] = {}
+    aps: dict[Form, tuple[float, float] | None] = {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number, form in enumerate(forms):
@@ -79,7 +81,8 @@ def measure(
             kind, sampling, precision = form
             try:
                 said = report if precision == "int8" else lambda line: None
-                export_model(model, path, kind, precision, sampling=sampling, data=data, report=said)  # type: ignore[arg-type]
+                done = export_model(model, path, kind, precision, sampling=sampling, data=data, report=said)  # type: ignore[arg-type]
+                aps[form] = done.ap
             except UserError as error:
                 if precision != "int8":
                     raise
@@ -98,7 +101,7 @@ def measure(
             for form in ways:
                 found = times[str(form)]
                 row = Row(*form, batch, height, width, found.median_ms, found.best_ms, eager / found.median_ms,
-                          sizes.get(form))  # fmt: skip
+                          sizes.get(form), aps.get(form))  # fmt: skip
                 rows.append(row)
         ways.clear()  # opened files cannot be deleted everywhere
     return rows

@@ -33,7 +33,9 @@ class SameConvolution(nn.Module):
         for dim in (3, 2):  # F.pad counts from the last dimension
             size, stride = x.shape[dim], self.stride[dim - 2]
             reach = self.dilation[dim - 2] * (self.weight.shape[dim] - 1) + 1
-            total = (size + stride - 1) // stride * stride - stride + reach - size
+            # Of the equal forms, the one that nests to (size - 1) // 4 + 1 and so on: with (size + 1) // 2 the exporter
+            # carries expressions of half a page for each tensor, and a .pt2 takes minutes to load.
+            total = (size - 1) // stride * stride + reach - size
             if reach < stride:
                 total = torch.sym_max(total, 0)
             pads += [total // 2, total - total // 2]
