@@ -214,6 +214,21 @@ def test_sums_and_activations_become_part_of_convolutions():
     assert len({x.data_ptr() for x in features}) == len(features)  # no map was overwritten by the next
 
 
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@pytest.mark.parametrize("groups", [1, 8])
+@torch.no_grad()
+def test_weights_are_laid_out_for_a_size_that_comes_again(groups):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=groups)
+    ours = onednn.Convolution(plain, None, torch.float32, packed=True)
+    laid_out = []
+    for height, width in ((9, 14), (9, 14), (9, 14), (31, 8), (9, 14), (31, 8), (31, 8)):
+        x = torch.randn(2, 8, height, width)
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+        laid_out.append(ours.kept[1] is not None)
+    assert laid_out == [False, True, True, False, False, False, True]
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled():

@@ -38,15 +38,20 @@ def in_turn(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
     """Each round runs every call once, so what else goes on in the machine meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            gc.collect()
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            if turn:
-                times[name].append((time.perf_counter() - start) * 1e3)
+    gc.collect()
+    gc.freeze()  # what is there already: opened .pt2 files are millions of objects, seconds for each collection
+    try:
+        for turn in range(repeats + 1):
+            for name, call in calls.items():
+                gc.collect()
+                wait()
+                start = time.perf_counter()
+                call()
+                wait()
+                if turn:
+                    times[name].append((time.perf_counter() - start) * 1e3)
+    finally:
+        gc.unfreeze()
     return {name: Times(statistics.median(v), _percentile(v, 0.95), min(v)) for name, v in times.items()}
 
 
