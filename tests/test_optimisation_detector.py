@@ -87,7 +87,7 @@ def test_parts_make_no_difference(monkeypatch):
 
 
 def test_rows_in_parts():
-    a, b = torch.arange(24.0).view(2, 6, 2), torch.arange(12.0).view(1, 6, 2)
+    a, b = torch.arange(28.0).view(2, 7, 2), torch.arange(14.0).view(1, 7, 2)
     seen = []
 
     def run(x, y, nothing):
@@ -96,8 +96,8 @@ def test_rows_in_parts():
         return x + y, x * y
 
     into = [torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)]
-    total, product = in_parts(run, 4, (a, b, None), into)
-    assert seen == [4, 2, 4, 2]
+    total, product = in_parts(run, 3, (a, b, None), into)
+    assert seen == [4, 3, 4, 3]  # and not 3, 3, 1
     assert total is into[0]
     assert torch.equal(total, a + b)
     assert torch.equal(product, a * b)

@@ -163,15 +163,19 @@ class FastProjections(nn.Module):
 
 
 def group_norm(x: Tensor, norm: Any) -> Tensor:
-    """`nn.GroupNorm` of maps (B, H, W, C) with the channels last, sums in fp32 and deviations from the mean squared."""
+    """`nn.GroupNorm` of maps (B, H, W, C) with the channels last, sums in fp32.
+
+    In fp32 on the CPU of deviations from the mean: PyTorch's own, for channels that come last, takes the mean's square
+    from the squares' mean, 2e-4 off where the mean is ten deviations from zero. In bf16 the maps are no more exact.
+    """
     B, _, _, C = x.shape
     groups = norm.num_groups
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
         return F.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, norm.eps).permute(0, 2, 3, 1)
-    flat = x.reshape(B, -1, C).float()
+    flat = x.reshape(B, -1, C)
     mean = flat.mean(1).view(B, groups, -1).mean(-1, keepdim=True).expand(-1, -1, C // groups).reshape(B, 1, C)
     apart = flat - mean
     variance = apart.square().mean(1).view(B, groups, -1).mean(-1, keepdim=True)
     scale = (variance + norm.eps).rsqrt().expand(-1, -1, C // groups).reshape(B, 1, C) * norm.weight
-    return torch.addcmul(norm.bias, apart, scale).to(x.dtype).view(x.shape)
+    return torch.addcmul(norm.bias, apart, scale).view(x.shape)

@@ -191,7 +191,7 @@ class Convolution(nn.Module):
         return y if self.activation is None else self.activation.module(y)
 
 
-ROWS = 1024  # rows of a product at a time: what belongs to them stays in the cache
+ROWS = 2048  # about as many rows of a product at a time: what belongs to them stays in the cache
 
 
 def _example(weight: Tensor, bias: Tensor) -> nn.Conv2d:

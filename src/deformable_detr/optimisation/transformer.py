@@ -49,12 +49,14 @@ def in_parts(
     """`run` over a few rows of its tensors at a time, so that what it makes in between stays in the cache.
 
     tensors: (B or 1, S, …), none is handed on. run takes rows of them, (n, …), and returns rows of results.
-    into: the tensors (B, S, …) for the results; empty ones are made. rows: none: all at once, and nothing is copied.
+    into: the tensors (B, S, …) for the results; empty ones are made. rows: about as many; none: all at once, and
+    nothing is copied.
     """
     if rows is None:
         return list(run(*tensors))
     B = max(len(t) for t in tensors if t is not None)
     S = next(t.shape[1] for t in tensors if t is not None)
+    rows = -(-S // max(1, round(S / rows)))  # parts of one length: a small one at the end would cost as a large one
     for image in range(B):
         for start in range(0, S, rows):
             part = [None if t is None else t[image if len(t) > 1 else 0, start : start + rows] for t in tensors]
