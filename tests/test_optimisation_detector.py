@@ -222,8 +222,8 @@ def test_weights_are_laid_out_for_a_size_that_comes_again(groups):
     plain = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=groups)
     ours = onednn.Convolution(plain, None, torch.float32, packed=True)
     laid_out = []
-    for height, width in ((9, 14), (9, 14), (9, 14), (31, 8), (9, 14), (31, 8), (31, 8)):
-        x = torch.randn(2, 8, height, width)
+    for B, height, width in ((2, 9, 14), (2, 9, 14), (1, 9, 14), (2, 31, 8), (2, 9, 14), (1, 31, 8), (3, 31, 8)):
+        x = torch.randn(B, 8, height, width)
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
         laid_out.append(ours.kept[1] is not None)
     assert laid_out == [False, True, True, False, False, False, True]

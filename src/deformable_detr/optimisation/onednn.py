@@ -151,13 +151,13 @@ class Convolution(nn.Module):
         at others, and a copy for each size too much memory: the latest one is kept.
         """
         size, weight = self.kept
-        if size != x.shape:
-            self.kept = (x.shape, None)
+        if size != x.shape[1:]:  # any batch: the layout depends on it little
+            self.kept = (x.shape[1:], None)
             return self.weight
         if weight is None:
             shape = (self.padding, self.stride, self.dilation, self.groups, list(x.shape))
             weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape)
-            self.kept = (x.shape, weight)
+            self.kept = (size, weight)
         return weight
 
     @staticmethod
