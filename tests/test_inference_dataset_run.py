@@ -269,7 +269,9 @@ def start(model, source, out):
     """The command in a process of its own."""
     command = [sys.executable, "-m", "deformable_detr", "predict-dataset", str(model), str(source), "--out", str(out),
                "--threshold", "0.01", "--unit-size", "16", "--num-cpus", "1", "--concurrency", "1"]  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that was started in the background has interrupts ignored, and so would all that it starts.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
 def stopped(model, source, out, number, after):
