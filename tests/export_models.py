@@ -23,13 +23,13 @@ def tiny(**changes):
     return lively(DeformableDETR(ModelConfig.read({**base, **changes})))
 
 
-def lively(model):
+def lively(model, spread=0.15):
     """Random values where training would have left some: heads, offsets, batch norms' statistics. Evaluation mode."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("heads", "sampling_offsets.weight", "attention_weights", "class")):
-                parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+                parameter += spread * torch.randn(parameter.shape, generator=generator)
         for name, buffer in model.named_buffers():
             if "running_mean" in name:
                 buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
