@@ -130,8 +130,10 @@ def run(
     json_path: Path | None = None,
 ) -> None:
     """Measures, prints the table, and writes JSON where asked to."""
+    # The machine before the other runtimes are in the process: with all of them there, measuring it crashed.
+    machine = None if json_path is None else described(None)
     rows = measure(model, batches, size, repeats, FORMS if data is None else (*FORMS, *INT8), data, report=print)
-    print(table(rows))
     if json_path is not None:
-        report = {**described(None), "repeats": repeats, "rows": [asdict(row) for row in rows]}
+        report = {**(machine or {}), "repeats": repeats, "rows": [asdict(row) for row in rows]}
         write(json_path, json.dumps(report, indent=1) + "\n")
+    print(table(rows))
