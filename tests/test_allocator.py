@@ -37,9 +37,13 @@ def test_large_buffers_are_kept():
 def _said(*options):
     """What a command logs; the command itself is refused."""
     command = [sys.executable, "-m", "deformable_detr", "predict", "nothing", "no.jpg", *options]
-    ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-    clean = {k: v for k, v in os.environ.items() if k not in ours}
-    return subprocess.run(command, capture_output=True, text=True, env=clean).stderr
+    return subprocess.run(command, capture_output=True, text=True, env=_unsettled()).stderr
+
+
+def _unsettled():
+    """The environment without what would settle our commands' settings."""
+    settled = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    return {k: v for k, v in os.environ.items() if k not in settled}
 
 
 def test_verbose_says_what_the_setting_does():
@@ -119,6 +123,5 @@ cli.main(["predict", "nothing", "no.jpg"])
     ids=["nothing said", "how often", "a policy"],
 )
 def test_waiting_is_settled_before_torch_and_by_the_user(given, seen):
-    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, env={**clean, **given})
+    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, env={**_unsettled(), **given})
     assert done.stdout.split() == ["False", seen]

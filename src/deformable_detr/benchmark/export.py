@@ -72,8 +72,7 @@ def measure(
     model = model.cpu().float().eval()
     height, width = size or (model.config.image_size, model.config.image_size * 4 // 3)
     ways: dict[Form, Any] = {EAGER: model, OPTIMISED: model.optimize()}
-    sizes: dict[Form, float] = {}
-    aps: dict[Form, tuple[float, float] | None] = {}
+    made: dict[Form, tuple[float, tuple[float, float] | None]] = {}  # MiB of the file, AP before and after
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number, form in enumerate(forms):
@@ -81,15 +80,15 @@ def measure(
             kind, sampling, precision = form
             try:
                 said = report if precision == "int8" else lambda line: None
-                done = export_model(model, path, kind, precision, sampling=sampling, data=data, report=said)  # type: ignore[arg-type]
-                aps[form] = done.ap
+                exported = export_model(model, path, kind, precision, sampling=sampling, data=data, report=said)  # type: ignore[arg-type]
             except UserError as error:
                 if precision != "int8":
                     raise
                 report(f"{form}: {error}")
                 continue
             ways[form] = load(path, "cpu", threads=torch.get_num_threads())
-            sizes[form] = sum(file.stat().st_size for file in Path(folder).glob(f"{number}.*")) / 2**20
+            mib = sum(file.stat().st_size for file in Path(folder).glob(f"{number}.*")) / 2**20
+            made[form] = mib, exported.ap
             report(f"{form}: exported and verified")
         for batch in batches:
             pixels = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -101,7 +100,7 @@ def measure(
             for form in ways:
                 found = times[str(form)]
                 row = Row(*form, batch, height, width, found.median_ms, found.best_ms, eager / found.median_ms,
-                          sizes.get(form), aps.get(form))  # fmt: skip
+                          *made.get(form, (None, None)))  # fmt: skip
                 rows.append(row)
         ways.clear()  # opened files cannot be deleted everywhere
     return rows
@@ -130,10 +129,10 @@ def run(
     json_path: Path | None = None,
 ) -> None:
     """Measures, prints the table, and writes JSON where asked to."""
-    # The machine before the other runtimes are in the process: with all of them there, measuring it crashed.
-    machine = None if json_path is None else described(None)
+    # First, for with all forms in it the process has crashed after its table, by what is not known.
+    machine = {} if json_path is None else described(None)
     rows = measure(model, batches, size, repeats, FORMS if data is None else (*FORMS, *INT8), data, report=print)
     if json_path is not None:
-        report = {**(machine or {}), "repeats": repeats, "rows": [asdict(row) for row in rows]}
+        report = {**machine, "repeats": repeats, "rows": [asdict(row) for row in rows]}
         write(json_path, json.dumps(report, indent=1) + "\n")
     print(table(rows))

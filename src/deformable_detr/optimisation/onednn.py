@@ -133,9 +133,10 @@ class Convolution(nn.Module):
         super().__init__()
         self.activation, self.packed = activation, packed
         self.kernel, self.stride = convolution.kernel_size, list(convolution.stride)
-        self.dilation, self.groups = list(convolution.dilation), convolution.groups
+        self.dilation = list(convolution.dilation)
         self.same = type(convolution).__name__ == "Conv2dSame"  # TensorFlow's padding, by the input's size
-        self.padding = [0, 0] if self.same else list(convolution.padding)
+        padding: Any = [0, 0] if self.same else list(convolution.padding)  # integers: `takes`
+        self.shape = (padding, self.stride, self.dilation, convolution.groups)
         bias = convolution.bias
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
         weight = convolution.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
@@ -155,8 +156,7 @@ class Convolution(nn.Module):
             self.kept = (x.shape[1:], None)
             return self.weight
         if weight is None:
-            shape = (self.padding, self.stride, self.dilation, self.groups, list(x.shape))
-            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape)
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.shape, list(x.shape))
             self.kept = (size, weight)
         return weight
 
@@ -174,18 +174,18 @@ class Convolution(nn.Module):
             x = pad_same(x, list(self.kernel), self.stride, self.dilation)
         if self.packed:
             x = x.contiguous(memory_format=torch.channels_last)
-            weight, shape = self._weight(x), (self.padding, self.stride, self.dilation, self.groups)
+            weight = self._weight(x)
             if other is None:
-                return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *shape, *self.call)
+                return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *self.shape, *self.call)
             unary = self.call if self.activation else (None, [], None)
             call = torch.ops.mkldnn._convolution_pointwise.binary
             if self.in_place and other.is_contiguous(memory_format=torch.channels_last):
                 call = torch.ops.mkldnn._convolution_pointwise_.binary
-                return call(other, x, weight, self.bias, *shape, "add", 1.0, *unary)
+                return call(other, x, weight, self.bias, *self.shape, "add", 1.0, *unary)
             other = other.contiguous(memory_format=torch.channels_last)
-            return call(x, other, weight, self.bias, *shape, "add", 1.0, *unary)
-        padding: Any = self.padding  # a list of integers, or "same"
-        y = F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+            return call(x, other, weight, self.bias, *self.shape, "add", 1.0, *unary)
+        padding, stride, dilation, groups = self.shape
+        y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         if other is not None:
             y = y + other
         return y if self.activation is None else self.activation.module(y)
