@@ -42,7 +42,7 @@ def _said(*options):
 
 def _unsettled():
     """The environment without what would settle our commands' settings."""
-    settled = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    settled = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "THP_MEM_ALLOC_ENABLE")
     return {k: v for k, v in os.environ.items() if k not in settled}
 
 
@@ -51,6 +51,7 @@ def test_verbose_says_what_the_setting_does():
     assert "deformable_detr.allocator: allocator: " in said
     assert "oneDNN keeps the code of its latest 256 calls" in said
     assert "waiting threads look 10000 times" in said
+    assert "large buffers begin at pages: 1" in said
     assert "error: no.jpg: no such image" in said  # the option is nobody else's
     assert "allocator" not in _said()
 
@@ -73,6 +74,80 @@ def test_older_glibc_takes_less(monkeypatch, caplog):
     assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, 2**31 - 1)]
     assert "up to 32 MiB are kept" in caplog.text
     assert "refused" in caplog.text
+
+
+START = """
+import mmap, sys
+from deformable_detr import cli
+try:
+    cli.main(sys.argv[1:])
+except SystemExit:
+    pass
+import torch
+print(all(torch.empty(3 << 20, dtype=torch.uint8).data_ptr() % mmap.PAGESIZE == 0 for _ in range(5)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch asks for pages on Linux only")
+@pytest.mark.parametrize(
+    ("words", "given", "seen"),
+    [
+        (["predict", "nothing", "no.jpg"], {}, "True"),
+        (["predict", "nothing", "no.jpg"], {"THP_MEM_ALLOC_ENABLE": "0"}, "False"),
+        (["train", "nothing"], {}, "False"),
+    ],
+    ids=["prediction", "the user does not want it", "training"],
+)
+def test_large_buffers_begin_at_pages_in_prediction(words, given, seen):
+    command = [sys.executable, "-c", START, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={**_unsettled(), **given})
+    assert done.stdout.split() == [seen], done.stderr
+
+
+FORKED = """
+import sys
+import torch
+from deformable_detr import allocator
+from deformable_detr.benchmark.machine import resident_mib
+from deformable_detr.data import batching
+if not allocator.keep_large_buffers():
+    print("no glibc")
+    sys.exit()
+if sys.argv[1] == "as it is":
+    batching.give_back = lambda: None
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, key):
+        from deformable_detr.structures import Target
+        nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, (8, 8))
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), nothing
+
+sizes = []
+loader = batching.loader(Images(), 2, workers=1, shuffle=False, seed=0)
+for _ in range(2):
+    buffers = [torch.ones(20 << 20) for _ in range(5)]
+    last = torch.ones(1000)  # above them: without it, all would be the heap's end, which any free gives back
+    del buffers
+    before = resident_mib()
+    for _ in loader:
+        pass
+    sizes.append(before - resident_mib())
+print(*map(int, sizes))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+@pytest.mark.parametrize("how", ["given back", "as it is"])
+def test_free_memory_goes_back_before_workers_are_forked(how):
+    told = subprocess.run([sys.executable, "-c", FORKED, how], capture_output=True, text=True)
+    if told.stdout.startswith("no glibc"):
+        pytest.skip("no glibc here")
+    assert told.returncode == 0, told.stderr
+    first, second = map(int, told.stdout.split())
+    assert (first > 300) == (how == "given back")
+    assert second < 100  # the workers are there already: nothing is forked
 
 
 KERNELS = """

@@ -33,6 +33,26 @@ def keep_large_buffers() -> bool:
     return False
 
 
+def begin_at_pages() -> None:
+    """PyTorch's buffers of 2 MiB and more begin at a page, a huge one where the system has them; an environment decides.
+
+    Those of images of many sizes leave fewer holes between them that none of the next ones fits in: a sixth to a third
+    less memory in prediction, but more in training. To be called before torch is imported.
+    """
+    said = os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _log.info("large buffers begin at pages: %s (THP_MEM_ALLOC_ENABLE)", said)
+
+
+def give_back() -> None:
+    """Gives the free memory that glibc holds back to the system, as before other processes are forked.
+
+    What is forked holds every page of its parent's as it was: where the parent writes again, there are two of them.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def keep_fewer_kernels() -> None:
     """oneDNN keeps the code of the latest 256 of its calls instead of 1024; an environment that says how many decides.
 

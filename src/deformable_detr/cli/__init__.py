@@ -9,7 +9,7 @@ import sys
 
 from cyclopts import CycloptsError
 
-from ..allocator import keep_fewer_kernels, keep_large_buffers, wait_shortly
+from ..allocator import begin_at_pages, keep_fewer_kernels, keep_large_buffers, wait_shortly
 from ..errors import UserError
 from . import measuring, shipping, training, using
 from .options import complain
@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     if words[:1] != ["benchmark"] or words[1:2] == ["predict"]:  # the others compare programs as they come
         keep_fewer_kernels()
         wait_shortly()
+        if words[:1] not in (["train"], ["demo"]):
+            begin_at_pages()
     try:
         try:
             _run(words)

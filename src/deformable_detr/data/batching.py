@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..allocator import give_back
 from ..errors import UserError
 from ..structures import ImageBatch, Target
 
@@ -83,6 +84,8 @@ class Loader(DataLoader):
         """No word from PyTorch on every loader of a process that may use few processors: --workers is the user's."""
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.num_workers and self._iterator is None:  # workers are about to be forked
+            give_back()
         for batch in super().__iter__():
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)

@@ -51,8 +51,8 @@ class Layouts(nn.Module):
     model: gives the encodings.
     """
 
-    MOST = 16
-    BYTES = 256 << 20
+    MOST = 8
+    BYTES = 64 << 20
 
     def __init__(self, model: DeformableDETR, dtype: torch.dtype) -> None:
         super().__init__()
