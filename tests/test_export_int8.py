@@ -12,8 +12,9 @@ import torch
 from deformable_detr.cli import main
 from deformable_detr.errors import UserError
 from deformable_detr.export import export_model, formats, load, run
+from deformable_detr.export.graph import INPUTS
 from deformable_detr.export.metadata import Described
-from deformable_detr.export.quantization import PARTS, Calibration
+from deformable_detr.export.quantization import PARTS, Calibration, quantized
 from export_models import found_set, tiny
 
 pytest.importorskip("onnx")
@@ -84,7 +85,7 @@ def test_mistakes_are_named(model, data, tmp_path, monkeypatch):
 def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, refused):
     """A quantizer that spoils the class heads: only the bound on AP keeps its file from being written."""
 
-    def spoiling(proto, images, parts):
+    def spoiling(proto, images, parts, by_channel):
         for weight in proto.graph.initializer:
             if "classes" in weight.name and weight.name.endswith("bias"):
                 values = onnx.numpy_helper.to_array(weight)
@@ -107,6 +108,34 @@ def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, ref
         assert path.exists()
     # Where one choice of parts costs too much, the next is tried.
     assert sum(line.startswith("AP ") for line in lines) == (len(PARTS) if refused else 1)
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_depthwise_convolutions_run(by_channel):
+    """ONNX Runtime merges such a convolution, here one without bias, with what is around it: one range, or it fails."""
+    pytest.importorskip("nncf")
+    import onnxruntime
+
+    torch.manual_seed(0)
+    depthwise = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+    torch.nn.init.constant_(depthwise.weight, 0.1)
+    layers = [torch.nn.Conv2d(3, 16, 1), torch.nn.ReLU6(), depthwise, torch.nn.ReLU6(), torch.nn.Conv2d(16, 4, 1)]
+    module = torch.nn.Sequential(*layers).eval()
+    pixels = torch.rand(1, 3, 24, 24)
+    program = torch.onnx.export(module, (pixels,), input_names=[INPUTS[0]], dynamo=True, verbose=False)
+    images = [(pixels, torch.zeros(1, 24, 24, dtype=torch.bool))] * 3
+    proto = quantized(program.model_proto, images, re.compile(""), by_channel)
+    assert sum(node.op_type == "DequantizeLinear" for node in proto.graph.node) > 3
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    if by_channel:
+        with pytest.raises(Exception, match="zero point"):
+            session.run(None, {INPUTS[0]: pixels.numpy()})
+    else:
+        found = torch.from_numpy(session.run(None, {INPUTS[0]: pixels.numpy()})[0])
+        wanted = module(pixels)
+        assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def keep_large_buffers() -> bool:
 
 
 def begin_at_pages() -> None:
-    """PyTorch's buffers of 2 MiB and more begin at a page, a huge one where the system has them; an environment decides.
+    """PyTorch's buffers of 2 MiB and more begin at a page, a huge one where there are; an environment decides.
 
     Those of images of many sizes leave fewer holes between them that none of the next ones fits in: a sixth to a third
     less memory in prediction, but more in training. To be called before torch is imported.

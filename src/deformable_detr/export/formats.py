@@ -130,13 +130,17 @@ class OnnxRuntime:
             self.session = runtime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # its exceptions have no common base of their own
             raise UserError(f"{path} cannot be opened by onnxruntime: {_line(error)}") from None
-        self.device = torch.device("cpu")
+        self.path, self.device = path, torch.device("cpu")
         self.strings: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
         self.names = [value.name for value in self.session.get_inputs()]
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         arrays = {name: value.cpu().numpy() for name, value in zip(self.names, inputs, strict=True)}
-        return [torch.from_numpy(array) for array in self.session.run(None, arrays)]
+        try:
+            found = self.session.run(None, arrays)
+        except Exception as error:  # as above
+            raise UserError(f"{self.path} fails in onnxruntime: {_line(error)}") from None
+        return [torch.from_numpy(array) for array in found]
 
 
 class OpenVinoRuntime:

@@ -65,9 +65,14 @@ class Calibration:
             yield fitted(batch.pixels, batch.padding_mask, self.canvas)
 
 
-def quantized(proto: Any, images: Calibration, parts: re.Pattern[str]) -> Any:
-    """An ONNX model with the modules of `parts` in int8, their ranges those that the images cause."""
+def quantized(proto: Any, images: Calibration, parts: re.Pattern[str], by_channel: bool = False) -> Any:
+    """An ONNX model with the modules of `parts` in int8, their ranges those that the images cause.
+
+    by_channel: the inputs of depthwise convolutions have a range each channel. OpenVINO computes with them; ONNX
+        Runtime leaves such a convolution in fp32, or without a bias opens the file and fails at the first image.
+    """
     nncf = quantizer()
+    ranges = nncf.quantization.advanced_parameters.QuantizationParameters(per_channel=None if by_channel else False)
     kept = [node.name for node in proto.graph.node if not parts.match(_module(node))]
     names = [value.name for value in proto.graph.input]
 
@@ -80,6 +85,7 @@ def quantized(proto: Any, images: Calibration, parts: re.Pattern[str]) -> Any:
         proto,
         nncf.Dataset(images, inputs),
         subset_size=len(images),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(activations_quantization_params=ranges),
         ignored_scope=nncf.IgnoredScope(names=kept, validate=False),  # it merges some nodes before it looks
     )
 

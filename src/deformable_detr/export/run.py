@@ -80,7 +80,8 @@ def export_model(
         assert data is not None
         images = Calibration(described, data)
         report(f"calibrating on {len(images)} training images")
-        changes = {f"int8 in {name}": partial(quantized, images=images, parts=parts) for name, parts in PARTS.items()}
+        change = partial(quantized, images=images, by_channel=to == "openvino")
+        changes = {f"int8 in {name}": partial(change, parts=parts) for name, parts in PARTS.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
