@@ -129,7 +129,7 @@ def run(
     json_path: Path | None = None,
 ) -> None:
     """Measures, prints the table, and writes JSON where asked to."""
-    # First, for with all forms in it the process has crashed after its table, by what is not known.
+    # First: in a process that has opened all forms, measuring the machine has crashed, by what is not known.
     machine = {} if json_path is None else described(None)
     rows = measure(model, batches, size, repeats, FORMS if data is None else (*FORMS, *INT8), data, report=print)
     if json_path is not None:
