@@ -1,6 +1,7 @@
 """int8: calibrated on the training split, in the parts that bear it, and refused where it costs AP."""
 
 import json
+import logging
 import re
 import sys
 
@@ -110,9 +111,8 @@ def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, ref
     assert sum(line.startswith("AP ") for line in lines) == (len(PARTS) if refused else 1)
 
 
-@pytest.mark.slow  # NNCF disables the loggers that there are: tests that read them failed after it
 @pytest.mark.parametrize("by_channel", [False, True])
-def test_depthwise_convolutions_run(by_channel):
+def test_depthwise_convolutions_run(by_channel, caplog):
     """ONNX Runtime merges such a convolution, here one without bias, with what is around it: one range, or it fails."""
     pytest.importorskip("nncf")
     import onnxruntime
@@ -127,6 +127,8 @@ def test_depthwise_convolutions_run(by_channel):
     images = [(pixels, torch.zeros(1, 24, 24, dtype=torch.bool))] * 3
     proto = quantized(program.model_proto, images, re.compile(""), by_channel)
     assert sum(node.op_type == "DequantizeLinear" for node in proto.graph.node) > 3
+    logging.getLogger("deformable_detr").warning("heard")
+    assert "heard" in caplog.text
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import sys
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..allocator import give_back
 from ..ops.native import library
 from ..optimisation import onednn
 
@@ -101,7 +101,7 @@ def memory_peak(call: Callable[[], object], device: str) -> float | None:
     if sys.platform != "linux":
         return None
     library.release_scratch()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     before, peak, done = resident_mib(), 0.0, threading.Event()
 
     def watch() -> None:

@@ -84,7 +84,8 @@ class Loader(DataLoader):
         """No word from PyTorch on every loader of a process that may use few processors: --workers is the user's."""
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if self.num_workers and self._iterator is None:  # workers are about to be forked
+        if self.num_workers and self._iterator is None:
+            # Workers are about to be forked. They hold each page as it is now: where we write again, there are two.
             give_back()
         for batch in super().__iter__():
             if isinstance(batch, _Failure):

@@ -65,7 +65,7 @@ class Calibration:
             yield fitted(batch.pixels, batch.padding_mask, self.canvas)
 
 
-def quantized(proto: Any, images: Calibration, parts: re.Pattern[str], by_channel: bool = False) -> Any:
+def quantized(proto: Any, images: Calibration, parts: re.Pattern[str], by_channel: bool) -> Any:
     """An ONNX model with the modules of `parts` in int8, their ranges those that the images cause.
 
     by_channel: the inputs of depthwise convolutions have a range each channel. OpenVINO computes with them; ONNX
@@ -102,5 +102,6 @@ def quantizer() -> Any:
     """NNCF without its chatter, and without the report on each use that it sends. UserError where it is missing."""
     with mock.patch.dict(os.environ, {"NNCF_CI": "1"}):
         nncf = need("nncf")
-    nncf.set_log_level(logging.ERROR)
+    # Its own call would also set the level of its handlers, which the program may use for other things too.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf

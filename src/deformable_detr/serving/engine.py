@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..allocator import give_back
 from ..config import ModelConfig
 from ..data.batching import collate
 from ..data.transforms import resize
@@ -25,7 +26,6 @@ from ..structures import Detections, Target
 from .batching import Batcher
 from .bodies import Upload
 from .limits import Limits, Refused
-from .memory import give_back
 from .metrics import Metrics
 from .pictures import LARGE, decode, open_picture
 
@@ -160,7 +160,7 @@ class Engine:
                 return then(decode(image, upload.label))
             finally:
                 image.close()
-                if large:
+                if large:  # hundreds of MiB, kept as the model's buffers are, which nobody may need again
                     give_back()
 
         result = await self._in(self._large_reader if large else self._readers, work)
