@@ -229,6 +229,41 @@ def test_weights_are_laid_out_for_a_size_that_comes_again(groups):
     assert laid_out == [False, True, True, False, False, False, True]
 
 
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((3, 3), (2, 2)), ((5, 5), (2, 2)), ((2, 2), (2, 2)), ((3, 4), (2, 3)), ((5, 5), (4, 3))]
+)
+@torch.no_grad()
+def test_depthwise_convolutions_with_same_padding_copy_no_map(kernel, stride, monkeypatch):
+    from timm.layers import padding
+    from timm.layers.conv2d_same import Conv2dSame
+
+    torch.manual_seed(0)
+    plain = Conv2dSame(16, 16, kernel, stride=stride, groups=16)
+    ours = onednn.Convolution(plain, None, torch.float32, packed=True)
+    sizes = [(height, width) for height in range(4, 12) for width in (5, 6, 7, 8)]
+    images = [torch.randn(2, 16, *size) for size in sizes]
+    wanted = [plain(x) for x in images]
+    monkeypatch.delattr(padding, "pad_same")
+    for x, y in zip(images, wanted, strict=True):
+        for _ in range(2):  # the second time, the weight is laid out
+            torch.testing.assert_close(ours(x), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@pytest.mark.parametrize("settings", [{"groups": 1}, {"groups": 8}, {"kernel_size": 1}, {"dilation": 2}, {"stride": 1}])
+@torch.no_grad()
+def test_other_convolutions_with_same_padding(settings):
+    from timm.layers.conv2d_same import Conv2dSame
+
+    torch.manual_seed(0)
+    plain = Conv2dSame(16, 16, **{"kernel_size": 3, "stride": 2, "groups": 16, **settings})
+    ours = onednn.Convolution(plain, None, torch.float32, packed=True)
+    for size in ((9, 9), (8, 9), (9, 8), (8, 8)):
+        x = torch.randn(1, 16, *size)
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled():
