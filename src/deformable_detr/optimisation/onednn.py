@@ -166,8 +166,10 @@ class Convolution(nn.Module):
 
     def _margins(self, x: Tensor) -> list[int]:
         """Rows and columns of zeros on each side for a kernel that begins one before its own first ones."""
-        sizes = zip(x.shape[2:], self.kernel, self.stride, strict=True)
-        return [((size - 1) // stride * stride + kernel - size) // 2 + 1 for size, kernel, stride in sizes]
+        from timm.layers.padding import get_same_padding
+
+        sizes = zip(x.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+        return [get_same_padding(*size) // 2 + 1 for size in sizes]  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def takes(module: Any) -> bool:
