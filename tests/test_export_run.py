@@ -96,6 +96,13 @@ def test_default_query_options(tmp_path):
     agree(model, load(tmp_path / "tiny.onnx"), SIZES[:1])
 
 
+def test_one_reference_for_all_decoder_layers(tmp_path):
+    """The paper's plain form: every layer takes the logit of the same points, which an exporter wants to merge too."""
+    model = tiny(decoder_layers=2, refine=False, two_stage=False, query_content="proposal", class_proposals=False)
+    export_model(model, tmp_path / "tiny.onnx", "onnx")
+    agree(model, load(tmp_path / "tiny.onnx"), SIZES[:1])
+
+
 def test_fixed_size_and_gather_form_on_the_command_line(model, tmp_path, capsys):
     import onnx
 

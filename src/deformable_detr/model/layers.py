@@ -102,5 +102,5 @@ def nearest(mask: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """The logit of x in 0..1, bounded by ±log(1 / eps); in fp32 at least, since half precision overflows."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))
