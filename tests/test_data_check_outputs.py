@@ -114,6 +114,42 @@ def test_the_repaired_copy(tmp_path, capsys):
     assert state(root) == before
 
 
+def resized_set(root, box):
+    """A set whose a.png is twice as large as its record says, with one object of that box, outlined too."""
+    coco_set(root)
+    path = root / TRAIN
+    content = json.loads(path.read_text())
+    picture(root / "train/a.png", (SIZE[0] * 2, SIZE[1] * 2))
+    mine = next(record["id"] for record in content["images"] if record["file_name"] == "a.png")
+    x, y, w, h = box
+    polygon = [x, y, x + w, y, x + w, y + h]
+    others = [record for record in content["annotations"] if record["image_id"] != mine]
+    object_ = {"id": 99, "image_id": mine, "category_id": 1, "bbox": box, "segmentation": [polygon]}
+    path.write_text(json.dumps(content | {"annotations": [*others, object_]}))
+    return root
+
+
+def repaired(root, out, capsys):
+    """The box and the outline that `resized_set`'s object has in the copy."""
+    call(capsys, root, "--fix", out)
+    record = next(record for record in json.loads((out / TRAIN).read_text())["annotations"] if record["id"] == 99)
+    return record["bbox"], record["segmentation"]
+
+
+def test_outlines_are_scaled_with_their_boxes(tmp_path, capsys):
+    root = resized_set(tmp_path / "set", [4, 2, 16, 10])
+    assert repaired(root, tmp_path / "copy", capsys) == ([8, 4, 32, 20], [[8, 4, 40, 4, 40, 24]])
+
+
+def test_boxes_that_fit_the_file_alone_stay(tmp_path, capsys):
+    root = resized_set(tmp_path / "set", [50, 20, 20, 15])  # the record: 40 × 20, the file: 80 × 40
+    assert repaired(root, tmp_path / "copy", capsys) == ([50, 20, 20, 15], [[50, 20, 70, 20, 70, 35]])
+    content = json.loads((tmp_path / "copy" / TRAIN).read_text())
+    assert {(record["width"], record["height"]) for record in content["images"] if record["file_name"] == "a.png"} == {
+        (SIZE[0] * 2, SIZE[1] * 2)
+    }
+
+
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_boxes_turn_with_their_image(tmp_path, orientation):
     pixels = np.zeros((20, 40), np.uint8)

@@ -214,6 +214,18 @@ def test_sizes_may_be_missing_or_wrong(tmp_path, caplog):
     assert "image 'a.png' is 40 × 20 pixels, upright, but its record says 20 × 40" in caplog.text
 
 
+def test_a_box_outside_the_records_size_but_in_the_file_is_kept(tmp_path, caplog):
+    content = copy.deepcopy(GOOD)
+    content["images"][0].update(width=20, height=10)  # the file: 40 × 20
+    content["annotations"] = [
+        {"id": 1, "image_id": 11, "category_id": 3, "bbox": [25, 12, 10, 6]},
+        {"id": 2, "image_id": 11, "category_id": 3, "bbox": [45, 12, 10, 6]},
+    ]
+    data = open_dataset(write(tmp_path, content))
+    assert "1 of 2 boxes have no area inside their image" in caplog.text
+    assert pixel_boxes(data[0]) == [[25, 12, 35, 18]]
+
+
 def test_exif_orientation_comes_before_the_boxes(tmp_path):
     write(tmp_path)
     exif = Image.Exif()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..config import DataConfig
 from ..errors import UserError
 from ..structures import Category, Target
 from .coco_json import area_of, read_annotations, read_categories, read_images, record_name
-from .images import read_image
+from .images import read_image, read_size
 from .sources import CocoSource, Source, content_hash, find_source, renumbered
 from .transforms import MIN_SIDE
 
@@ -93,8 +94,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.image_ids = np.array(ids, dtype=np.int64)
         self._names = np.array(names)
         self._sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)  # (height, width), 0 = not given
-        self._starts, self._labels, self._boxes = self._objects(content, own, moved)
         self.image_folder = image_folder if image_folder is not None else source.image_folder(names)
+        self._starts, self._labels, self._boxes = self._objects(content, own, moved)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -176,8 +177,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         x, y, w, h = np.clip(xywh, -1e9, 1e9).T
         # In reach of single precision, far beyond any image.
         corners = np.clip(np.stack([x, y, x + w, y + h], axis=1), -1e7, 1e7)
-        sizes = np.where(self._sizes > 0, self._sizes, 10**7)
-        _, inside = _clipped(corners, sizes[images])
+        inside = self._inside(corners, images)
         lost = np.flatnonzero(~inside & ~crowds)
         if len(lost):
             first = int(lost[0])
@@ -190,6 +190,19 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         kept = kept[np.argsort(images[kept], kind="stable")]
         starts = np.searchsorted(images[kept], np.arange(len(self.image_ids) + 1))
         return starts, labels[kept].astype(np.int32), corners[kept].astype(np.float32)
+
+    def _inside(self, corners: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Which xyxy boxes (N, 4) have an area in their image. Where a record's size says no, the file itself is asked:
+
+        records of turned or resized pictures may have their old size, and the boxes the new one.
+        """
+        sizes = np.where(self._sizes > 0, self._sizes, 10**7)
+        _, inside = _clipped(corners, sizes[images])
+        _, anywhere = _clipped(corners, np.array([[10**7, 10**7]]))
+        for index in np.unique(images[anywhere & ~inside]).tolist():
+            with suppress(UserError):  # a file that cannot be read is named when it is to be used
+                sizes[index] = read_size(self.path(index))
+        return _clipped(corners, sizes[images])[1]
 
     def _labels_of(self, records: Sequence[Any], ids: np.ndarray, own: Sequence[Category]) -> np.ndarray:
         """Category ids (N,) to labels; a class that the model lacks is an error."""

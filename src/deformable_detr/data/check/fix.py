@@ -164,6 +164,8 @@ class _Repair:
             if why:
                 self.tell(why, name, f"bbox {record['bbox']} → {box}")
                 record |= {"bbox": box, "area": box[2] * box[3]}
+                if why == "image-size" and "segmentation" in record:
+                    record["segmentation"] = self._outline(record["segmentation"], int(split.images[index]))
             result.append(record)
         return self._numbered(result, ids)
 
@@ -173,6 +175,17 @@ class _Repair:
                 self.tell("annotation-id-duplicate", f"annotation of image {record['image_id']}", f"id {number}")
                 record["id"] = number
         return records
+
+    def _outline(self, polygons: Any, image: int) -> list[list[float]]:
+        """Polygons moved as the boxes of their image are; none where they are run lengths, which nobody reads here."""
+        picture, moved = self.split.pictures[image], []
+        for polygon in polygons if isinstance(polygons, list) else []:
+            points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+            boxes = np.concatenate([points, np.zeros_like(points)], axis=1)
+            found = _moved(boxes, picture.declared, picture.size, picture.orientation)  # type: ignore[arg-type]
+            assert found is not None  # the boxes were moved
+            moved.append(found[:, :2].round(4).reshape(-1).tolist())
+        return moved
 
     def _boxes(self, kept: np.ndarray) -> tuple[list[list[float] | None], list[str]]:
         """xywh of the objects in the copy, None for those without an area; and why one was changed, '' where not."""
@@ -187,11 +200,10 @@ class _Repair:
         elif unit == "corners":
             boxes[:, 2:] -= boxes[:, :2]
             reasons[:] = "boxes-corners"
-        for index, picture in enumerate(split.pictures):
-            if picture.size is None or picture.declared in (None, picture.size):
-                continue
-            mine = split.images[kept] == index
-            if (moved := _moved(boxes[mine], picture.declared, picture.size, picture.orientation)) is not None:
+        for index in _drawn_before(split, boxes, split.images[kept], crowds):
+            picture, mine = split.pictures[index], split.images[kept] == index
+            moved = _moved(boxes[mine], picture.declared, picture.size, picture.orientation)  # type: ignore[arg-type]
+            if moved is not None:
                 boxes[mine] = moved
                 reasons[mine] = "image-size"
         corners, inside, _ = clipped(boxes, limits)
@@ -220,6 +232,23 @@ class _Ids:
             number, self.next = self.next, self.next + 1
         self.taken.add(number)
         return number
+
+
+def _drawn_before(split: Split, boxes: np.ndarray, images: np.ndarray, crowds: np.ndarray) -> list[int]:
+    """Pictures that are not of their record's size, and whose xywh boxes were drawn on one that was.
+
+    Boxes that reach out of the record's size and fit the file prove that only the record is wrong; where they fit both
+    or neither, most of the others decide.
+    """
+    votes: dict[int, int] = {}
+    for index, picture in enumerate(split.pictures):
+        if picture.size is None or picture.declared is None or picture.declared == picture.size:
+            continue
+        far = (boxes[:, :2] + boxes[:, 2:])[(images == index) & ~crowds].max(axis=0, initial=0) - OVERHANG
+        fits = [int(far[0] <= width and far[1] <= height) for height, width in (picture.declared, picture.size)]
+        votes[index] = fits[0] - fits[1]
+    usual = sum(votes.values())
+    return [index for index, vote in votes.items() if vote > 0 or (vote == 0 and usual >= 0)]
 
 
 def _moved(boxes: np.ndarray, before: tuple[int, int], size: tuple[int, int], orientation: int) -> np.ndarray | None:
