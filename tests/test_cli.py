@@ -225,6 +225,22 @@ def test_evaluate_prints_a_table_and_writes_json(run, data, trained, tmp_path):
     assert "AP of 7" in lines
 
 
+def test_evaluate_finds_files_that_only_options_name(run, data, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(next(data.glob("val*")), tmp_path / "set" / "photos")
+    (tmp_path / "set" / "photos" / "_annotations.coco.json").rename(tmp_path / "set" / "labels.json")
+    places = ["--set", "data.val_images=photos", "--set", "data.val_annotations=labels.json"]
+    common = ["--workers", 0, "--device", "cpu"]
+    _, expected, _ = run("evaluate", trained, data, *common)
+    code, out, _ = run("evaluate", trained, tmp_path / "set", *places, *common)
+    figures = [[line for line in text.splitlines() if line.startswith("A")] for text in (out, expected)]
+    assert (code, figures[0]) == (0, figures[1])
+    code, _, error = run("evaluate", trained, tmp_path / "set", "--set", "model.image_size=64", *common)
+    assert code == 2
+    assert "--set model.image_size=64" in error
+
+
 def test_predict_draws_and_writes_and_goes_on_after_bad_images(run, data, trained, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

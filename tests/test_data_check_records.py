@@ -183,7 +183,14 @@ COCO = {
     "exchanged in the validation": (exchanged, {"category-renumbered"}, "'cat' 2 instead of 1"),
     "exchanged, and one more class": (
         lambda root: (exchanged(root), add("categories", {"id": 3, "name": "lion"}, VAL)(root)),
-        {"category-renamed", "class-unused"}, "",
+        {"category-renumbered"}, "'cat' 2 instead of 1",
+    ),
+    "exchanged, and one more class with objects": (
+        lambda root: (
+            exchanged(root), add("categories", {"id": 3, "name": "lion"}, VAL)(root),
+            add("annotations", {**NEW, "category_id": 3}, VAL)(root),
+        ),
+        {"category-renamed", "class-not-in-train"}, "",
     ),
     "a class of the validation only": (
         unknown_class, {"class-not-in-train", "class-not-in-val"}, "'bird' (id 7)",

@@ -36,7 +36,7 @@ GOOD = {
 def write(folder, content=None, size=(40, 20)):
     """A set with one split 'train' under `folder`; returns a fresh copy of what GOOD holds for changes."""
     train = folder / "train"
-    train.mkdir(exist_ok=True)
+    train.mkdir(parents=True, exist_ok=True)
     for record in GOOD["images"]:
         Image.new("RGB", size, "blue").save(train / record["file_name"])
     text = content if isinstance(content, str) else json.dumps(GOOD if content is None else content)
@@ -212,6 +212,37 @@ def test_sizes_may_be_missing_or_wrong(tmp_path, caplog):
     list(data)
     assert len(caplog.records) == 1
     assert "image 'a.png' is 40 × 20 pixels, upright, but its record says 20 × 40" in caplog.text
+
+
+def test_whole_numbers_may_be_written_as_real_ones(tmp_path):
+    expected = list(map(pixel_boxes, open_dataset(write(tmp_path / "whole", GOOD))))
+    content = copy.deepcopy(GOOD)
+    for record in content["annotations"]:
+        record["category_id"], record["image_id"] = float(record["category_id"]), float(record["image_id"])
+    for record in (*content["images"], *content["categories"]):
+        record["id"] = float(record["id"])
+    data = open_dataset(write(tmp_path / "real", content))
+    assert list(map(pixel_boxes, data)) == expected
+    assert all(type(category.id) is int for category in data.categories)
+
+
+def test_an_unused_unknown_class_does_not_make_ids_decide(tmp_path):
+    """The model has 3 "a" and 44 "z"; the file has an unused "new" with the id 3, and "a" and "z" after it."""
+    content = copy.deepcopy(GOOD)
+    names = {record["id"]: record["name"] for record in content["categories"]}
+    used = {record["category_id"] for record in content["annotations"]}
+    model = tuple(Category(number, names[number]) for number in sorted(used))
+    shifted = {number: number + 100 for number in used}
+    for record in content["annotations"]:
+        record["category_id"] = shifted[record["category_id"]]
+    content["categories"] = [{"id": number, "name": names[old]} for old, number in shifted.items()]
+    expected = [
+        target.labels.tolist() for _, target in open_dataset(write(tmp_path / "names", content), categories=model)
+    ]
+    content["categories"].append({"id": min(used), "name": "new"})
+    data = open_dataset(write(tmp_path / "unused", content), categories=model)
+    assert [target.labels.tolist() for _, target in data] == expected
+    assert {record["name"] for record in data.ground_truth["categories"]} == {names[number] for number in used}
 
 
 def test_a_box_outside_the_records_size_but_in_the_file_is_kept(tmp_path, caplog):

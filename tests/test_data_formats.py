@@ -207,6 +207,18 @@ def test_folders_of_yolo_in_capitals(tmp_path):
         assert contents(tmp_path, split) == expected(split)
 
 
+@pytest.mark.parametrize(
+    ("make", "ending"), [(yolo_set, ".txt"), (partial(voc_set, flat=True), ".xml"), (voc_set, ".xml")]
+)
+def test_labels_with_endings_in_capitals(tmp_path, make, ending):
+    make(tmp_path)
+    before = contents(tmp_path, "train")
+    assert any(before.values())
+    for path in [path for path in tmp_path.rglob(f"*{ending}") if path.parent.name != "Main"]:
+        path.rename(path.with_suffix(ending.upper()))
+    assert contents(tmp_path, "train") == before
+
+
 def test_yolo_boxes_are_those_of_the_upright_picture(tmp_path):
     yolo_set(tmp_path)
     exif = Image.Exif()

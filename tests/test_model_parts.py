@@ -130,6 +130,18 @@ def test_levels_halve_from_stride_8_on(levels):
     assert sizes == [256 // (first * 2**i) for i in range(levels)]
 
 
+def test_one_small_image_trains_a_backbone_whose_norms_learn():
+    body = backbone().train()
+    norms = [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
+    maps = body(torch.randn(1, 3, 32, 32))
+    assert maps[-1].shape[2:] == (1, 1)
+    maps[-1].sum().backward()
+    assert all(norm.training for norm in norms)
+    before = norms[0].running_mean.clone()
+    body(torch.randn(2, 3, 32, 32))
+    assert not torch.equal(norms[0].running_mean, before), "two images are a batch"
+
+
 def test_dc5_keeps_stride_16():
     body = Backbone(presets.single_scale_dc5(backbone="resnet18", backbone_weights="none"))
     assert body(torch.randn(1, 3, 128, 128))[0].shape[-1] == 8

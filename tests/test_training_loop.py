@@ -344,6 +344,43 @@ def test_a_run_that_gets_no_better_ends(data, tmp_path, monkeypatch, capsys):
     assert train_model(data, tmp_path / "run", longer, resume=True)["best_AP"] == 0.9
 
 
+def test_of_equal_models_the_later_is_kept_and_patience_waits_for_the_first_find(data, tmp_path, monkeypatch):
+    from deformable_detr.evaluation import run
+
+    figures = iter([0.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.9])
+    monkeypatch.setattr(run, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+    metrics = train_model(data, tmp_path / "run", tiny_config(epochs=9, patience=2))
+    assert (metrics["epoch"], metrics["best_AP"]) == (6, 0.3)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]["counters"]["epoch"] == 6
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"ema_decay": 0.0}, {"ema_decay": 0.99}, "train.ema_decay"),
+        ({"denoising": 0}, {"denoising": 20}, "train.denoising"),
+        ({"ema_decay": 0.99}, {"ema_decay": 0.0}, None),
+        ({"denoising": 20}, {"denoising": 0}, None),
+    ],
+)
+def test_a_run_goes_on_with_other_helpers_or_says_why_not(data, tmp_path, before, after, named):
+    out = tmp_path / "run"
+    train_model(data, out, tiny_config(epochs=1, **before))
+    changed = run_config(out).merged({"train": {"epochs": 2, **after}})
+    if named is None:
+        assert train_model(data, out, changed, resume=True)["epoch"] == 2
+    else:
+        with pytest.raises(UserError, match=named):
+            train_model(data, out, changed, resume=True)
+
+
+def test_more_of_the_backbone_may_be_frozen_when_a_run_goes_on(data, tmp_path):
+    out = tmp_path / "run"
+    train_model(data, out, tiny_config(epochs=1))
+    changed = run_config(out).merged({"train": {"epochs": 2}, "model": {"frozen_stages": 2}})
+    assert train_model(data, out, changed, resume=True)["epoch"] == 2
+
+
 def test_mosaics_end_before_the_training_does(data, tmp_path, monkeypatch):
     from deformable_detr.data.batching import StepSampler
 

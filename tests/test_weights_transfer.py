@@ -172,6 +172,15 @@ def test_the_sources_network_as_the_start_of_a_config(source, tmp_path):
     assert starting_config(tmp_path / "small").train == presets.config("small").train
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"feature_levels": 3}, {"box_positions": False}, {"query_content": "learned"}, {"class_proposals": False}],
+)
+def test_a_network_close_to_a_preset_is_trained_as_that(tmp_path, change):
+    ours(presets.small, **change).save_pretrained(tmp_path / "small")
+    assert starting_config(tmp_path / "small").preset == "small"
+
+
 def test_a_small_model_goes_on_as_one_for_other_tools(tmp_path):
     """The preset of a source is the one of most settings in common; what only one of the two kinds has starts anew."""
     small = ours(presets.small)

@@ -18,6 +18,11 @@ Overrides = Annotated[
     Parameter(name="--set", negative=(), help="any key of the config, such as train.lr=1e-4; may be repeated"),
 ]
 
+DataOverrides = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative=(), help="a key of the data, such as data.val_images=photos; may be repeated"),
+]
+
 
 def complain(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

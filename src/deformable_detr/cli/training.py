@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -101,7 +102,7 @@ def train(
     if not is_first():
         return
     print(f"{summary(metrics)}; the model is in {out}")
-    print(f"next: deformable-detr predict {out} IMAGE --out pictures")
+    print(f"next: deformable-detr predict {shlex.quote(str(out))} IMAGE --out pictures")
 
 
 @app.command

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..errors import UserError
-from .options import Device, JsonFile, Precision, complain, table
+from .options import DataOverrides, Device, JsonFile, Precision, complain, table
 from .program import app
 
 
@@ -25,6 +25,7 @@ def evaluate(
     workers: int = 2,
     device: Device = "auto",
     precision: Precision | None = None,
+    set_: DataOverrides = None,
     json: JsonFile = None,
 ) -> None:
     """Measure a model on a data set: COCO's twelve figures and the AP of each class.
@@ -41,6 +42,7 @@ def evaluate(
     """
     from ..evaluation.compare import evaluate_models, outcome
     from ..inference.files import prepare_file, write_json
+    from ..settings import resolve
 
     if report is not None:
         if report.suffix.lower() not in {".html", ".htm"}:
@@ -48,17 +50,20 @@ def evaluate(
         prepare_file(report, "--report")
     if json is not None:
         prepare_file(json, "--json")
+    if other := next((item for item in set_ or () if not item.startswith("data.")), None):
+        raise UserError(f"--set {other}: only keys of the data, such as data.val_images; the rest is the model's own")
     models = [model] if compare is None else [model, compare]
     evaluated = evaluate_models(
-        models, data, split=split, batch_size=batch_size, workers=workers, device=device, precision=precision
-    )
+        models, data, resolve(None, None, set_ or (), {}).data,
+        split=split, batch_size=batch_size, workers=workers, device=device, precision=precision,
+    )  # fmt: skip
     if compare is not None:
         print(", ".join(f"{letter}: {name}" for letter, (name, _) in zip("AB", evaluated, strict=True)))
     print(table(*(one.metrics for _, one in evaluated)))
     if report is not None:
         from ..evaluation.report import write_report
 
-        print(f"report in {write_report(report, evaluated, data.name, split)}")
+        print(f"report in {write_report(report, evaluated, data.resolve().name, split)}")
     if json is not None:
         write_json(json, outcome(evaluated))
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from ..config import DataConfig
 from ..errors import UserError
 from ..structures import Category, Target
-from .coco_json import area_of, read_annotations, read_categories, read_images, record_name
+from .coco_json import area_of, read_annotations, read_categories, read_images, record_name, used_categories
 from .images import read_image, read_size
 from .sources import CocoSource, Source, content_hash, find_source, renumbered
 from .transforms import MIN_SIDE
@@ -86,7 +86,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         content = source.read(categories)
         own = read_categories(content, annotation_file)
         self.categories = tuple(categories) if categories is not None else own
-        moved = renumbered(own, self.categories)
+        moved = renumbered(own, self.categories, used_categories(content))
         _warn_of_other_names(own, self.categories, moved, annotation_file)
 
         # Arrays, not lists of records: worker processes then share their memory instead of copying it piece by piece.
@@ -138,7 +138,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """
         content = self.source.read(self.categories)
         own = read_categories(content, self.annotation_file)
-        ids = {category.id: category.id for category in own} | renumbered(own, self.categories)
+        ids = renumbered(own, self.categories, used_categories(content))
+        ids = ids or {category.id: category.id for category in own}
         return {
             **content,
             "categories": [

@@ -54,7 +54,10 @@ class PolygonBox(list[float]):
 
 
 def _lean(record: dict[str, Any]) -> dict[str, Any]:
-    """Without the mask, of which the box is taken where the record has no other."""
+    """Without the mask, of which the box is taken where the record has no other; ids of 7.0 (pandas) are 7."""
+    for key in ("id", "image_id", "category_id"):
+        if type(value := record.get(key)) is float and value.is_integer():
+            record[key] = int(value)
     mask = record.pop("segmentation", None)
     if record.get("bbox") in (None, []) and isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
         x, y = ([value for polygon in mask for value in polygon[axis::2]] for axis in (0, 1))
@@ -116,6 +119,12 @@ def only_groups(records: dict[int, dict[str, Any]], annotations: Sequence[Any]) 
     if not group or not others or any(record.get("supercategory") != group["name"] for record in others):
         return False
     return not any(isinstance(record, dict) and record.get("category_id") == 0 for record in annotations)
+
+
+def used_categories(content: dict[str, Any]) -> set[int]:
+    """Ids of the categories that have objects."""
+    records: list[dict[str, Any]] = [record for record in content["annotations"] if isinstance(record, dict)]
+    return {record["category_id"] for record in records if whole(record.get("category_id"))}
 
 
 def read_images(content: dict[str, Any], path: Path) -> tuple[list[int], list[str], list[tuple[int, int]]]:

@@ -90,7 +90,7 @@ def _refuse_no_file(name: str) -> None:
     try:
         mode = os.stat(name).st_mode
     except (OSError, ValueError):
-        raise UserError(f"{name}: no such image file; add it or remove its record") from None
+        raise UserError(f"{name}: no such image file; put it there or leave it out") from None
     if not stat.S_ISREG(mode):
         raise UserError(f"{name}: cannot be read as an image (it is no file); put the image there")
 

@@ -80,6 +80,13 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
     )
 
 
+def label_file(folder: Path, stem: str, ending: str) -> Path:
+    """`folder/stem.ending`; where there is only one with its ending in capitals, that one."""
+    path = folder / f"{stem}.{ending}"
+    capitals = path.with_name(f"{stem}.{ending.upper()}")
+    return capitals if not os.path.lexists(path) and os.path.lexists(capitals) else path
+
+
 def find_images(annotations: Path, root: Path, split: str, data: DataConfig, names: Sequence[str]) -> Path:
     """The folder to which the file names `names` of an annotation file are relative.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -143,15 +143,17 @@ def ids_by_name(names: Sequence[str], categories: Sequence[Category] | None, fir
     return ids
 
 
-def renumbered(own: Sequence[Category], wanted: Sequence[Category]) -> dict[int, int]:
+def renumbered(own: Sequence[Category], wanted: Sequence[Category], used: Container[int]) -> dict[int, int]:
     """Ids in `own` → those in `wanted`, where both list the same names under other ids; {} where ids decide.
 
     The one rule for categories that two files, or a file and a model, list differently: names decide where each is
-    there once in either list and `wanted` has all of `own`. With an unknown name, it may be the name that is the slip.
+    there once in either list and `wanted` has all of `own` that are `used`, by objects. With an unknown name, it may be
+    the name that is the slip. What is neither used nor wanted gets no id.
     """
     ids = {category.name: category.id for category in wanted}
     names = {category.name for category in own}
-    if len(ids) < len(wanted) or len(names) < len(own) or not names <= ids.keys():
+    unknown = any(category.name not in ids and category.id in used for category in own)
+    if len(ids) < len(wanted) or len(names) < len(own) or unknown:
         return {}
-    moved = {category.id: ids[category.name] for category in own}
+    moved = {category.id: ids[category.name] for category in own if category.name in ids}
     return moved if any(number != other for number, other in moved.items()) else {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..structures import Category
-from .layouts import is_hidden, is_image, names_other_split, split_aliases
+from .layouts import is_hidden, is_image, label_file, names_other_split, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class VocSource:
                 continue
             if tuple(images) in found:  # the first of lines that name the same image counts
                 continue
-            path = self.annotations / f"{stem}.xml"
+            path = label_file(self.annotations, stem, "xml")
             if self.listed and not path.is_file():
                 complain("label-unreadable", path, "", "is missing", f"add it or remove {stem} from {self.file.name}")
             found[tuple(images)] = path, images

@@ -17,7 +17,7 @@ import yaml
 from ..errors import UserError
 from ..structures import Category
 from .images import read_size
-from .layouts import is_hidden, is_image, split_aliases
+from .layouts import is_hidden, is_image, label_file, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -66,7 +66,7 @@ class YoloSource:
                 continue
             height, width = size
             images[-1] |= {"height": height, "width": width}
-            labels = labels_of(path.parent) / f"{path.stem}.txt"
+            labels = label_file(labels_of(path.parent), path.stem, "txt")
             for line, number, box in self._rows(labels, complain):
                 x0, y0, x1, y1 = box
                 bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import DataConfig
 from .run import Evaluated, detect
 
 
 def evaluate_models(
     models: Sequence[Path],
     data: Path,
+    data_config: DataConfig | None = None,
     split: str = "val",
     batch_size: int = 4,
     workers: int = 2,
@@ -28,7 +30,8 @@ def evaluate_models(
     from ..inference.loading import load_detector
 
     named = zip(_names(models), models, strict=True)
-    options: dict[str, Any] = {"split": split, "batch_size": batch_size, "workers": workers, "limit": limit}
+    options: dict[str, Any] = {"split": split, "data_config": data_config, "batch_size": batch_size}
+    options |= {"workers": workers, "limit": limit}
     return [(name, detect(load_detector(model, device, precision), data, **options)) for name, model in named]
 
 

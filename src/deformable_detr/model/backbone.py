@@ -46,7 +46,24 @@ class Backbone(nn.Module):
     def forward(self, pixels: Tensor) -> list[Tensor]:
         if not torch.compiler.is_exporting():  # a graph leaves the layout to what runs it
             pixels = pixels.contiguous(memory_format=torch.channels_last)
+            if self.training and len(pixels) == 1 and max(pixels.shape[2:]) <= STRIDES[-1]:
+                with _running_statistics(self.body):
+                    return self.body(pixels)
         return self.body(pixels)
+
+
+@contextmanager
+def _running_statistics(body: nn.Module) -> Iterator[None]:
+    """Batch norms as in evaluation: the last map has one value a channel, whose mean and variance say nothing."""
+    norms = [module for module in body.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    learning = [norm for norm in norms if norm.training]
+    for norm in learning:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in learning:
+            norm.train()
 
 
 class Projections(nn.Module):

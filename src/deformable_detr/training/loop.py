@@ -285,8 +285,10 @@ class Trainer:
         finally:
             self.stop.at_once = False
         figure = metrics["AP"]
-        better = done.best is None or (figure is not None and figure > done.best)
-        done.metrics, done.evaluated_step, done.stale = metrics, done.step, 0 if better else done.stale + 1
+        # Of equals the later: while nothing is found, the model has seen more; and patience begins with a first find.
+        better = not done.best or (figure is not None and figure >= done.best)
+        gained = not done.best or (figure is not None and figure > done.best)
+        done.metrics, done.evaluated_step, done.stale = metrics, done.step, 0 if gained else done.stale + 1
         if better:
             done.best = figure
             from ..weights.card import Facts

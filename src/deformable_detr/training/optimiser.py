@@ -134,7 +134,10 @@ def blank_optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, torch
 
 
 def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Takes back what `optimiser_tensors` gave; a state of unknown parameters or of other shapes is a `UserError`."""
+    """Takes back what `optimiser_tensors` gave; a state of another shape is a `UserError`.
+
+    What learns no more, since more of the backbone is frozen or denoising is off now, needs no state.
+    """
     parameters = {
         name: parameter
         for group in optimiser.param_groups
@@ -143,7 +146,9 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, 
     for entry, value in tensors.items():
         name, _, key = entry.rpartition("/")
         parameter = parameters.get(name)
-        if parameter is None or (value.ndim and value.shape != parameter.shape):
+        if parameter is None:
+            continue
+        if value.ndim and value.shape != parameter.shape:
             raise UserError(f"the checkpoint's optimiser state does not fit the model: {entry}")
         # In the parameter's own memory format: the fused update walks through memory, not through indices.
         here = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)

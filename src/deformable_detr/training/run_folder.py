@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ class RunFolder:
         if (before.class_names, before.category_ids) != (now.class_names, now.category_ids):
             raise UserError(
                 f"cannot resume {self.path}: the training set's classes are not those of the run "
-                f"({_sample(before)}; now {_sample(now)})"
+                f"({_difference(before, now)})"
             )
         if state["data"] != data_fingerprint:
             raise UserError(f"cannot resume {self.path}: the training set has changed since the run began")
@@ -197,6 +198,10 @@ def fingerprint(dataset: CocoDataset) -> str:
     return dataset.fingerprint()
 
 
-def _sample(model: ModelConfig) -> str:
-    names = ", ".join(model.class_names[:3])
-    return f"{len(model.class_names)} classes: {names}{', …' if len(model.class_names) > 3 else ''}"
+def _difference(before: ModelConfig, now: ModelConfig) -> str:
+    """The first class that is another one, and the numbers of classes."""
+    pairs = [zip_longest(model.category_ids, model.class_names) for model in (before, now)]
+    first = next(pair for pair in zip_longest(*pairs) if pair[0] != pair[1])
+    was, is_now = ("none" if one is None else f"{one[1]!r} with id {one[0]}" for one in first)
+    counts = f"{len(before.class_names)} classes, now {len(now.class_names)}"
+    return f"{counts}; the first that differs was {was} and is {is_now}"

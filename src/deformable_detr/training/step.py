@@ -217,11 +217,13 @@ class Stepper:
         """Goes back to what `tensors` gave."""
         self.model.load_state_dict(tensors["model"])
         load_optimiser_tensors(self.optimiser, tensors["optimiser"])
-        if self.helpers:
-            self.helpers.load_state_dict(tensors["helpers"])
         average = self.average or self.sharded_average
-        if average is not None:
-            average.load_state_dict(tensors["average"])
+        for name, part, setting in (("helpers", self.helpers, "denoising"), ("average", average, "ema_decay")):
+            if not part:  # also where the checkpoint has it: the run goes on without
+                continue
+            if name not in tensors:
+                raise UserError(f"the run was without train.{setting}: set it to 0 to go on, or start a new run")
+            part.load_state_dict(tensors[name])
 
     def settle(self) -> StepFigures | None:
         """The figures of the last step if nobody had them yet; `NonFiniteLoss` if they are not finite.

@@ -61,12 +61,13 @@ def starting_config(source: str | os.PathLike[str]) -> Config:
     kept = {name: value for name, value in found.model_dump().items() if name not in _NOT_INHERITED}
     model = ModelConfig.read({**kept, "backbone_weights": "none"}, f"the network of {source}")
     alike = ("feature_levels", "dilation", "refine", "two_stage", "class_proposals", "query_content", "box_positions")
-    names = [
-        name
-        for name, preset in presets.MODELS.items()
-        if all(getattr(preset(), field) == getattr(model, field) for field in alike)
-    ]
-    nearest = max(names, key=lambda name: _shared(presets.MODELS[name](), model), default="multi-scale")
+
+    def likeness(name: str) -> tuple[bool, int, int]:
+        preset = presets.MODELS[name]()
+        same = {field for field in alike if getattr(preset, field) == getattr(model, field)}
+        return "two_stage" in same, len(same), _shared(preset, model)
+
+    nearest = max(presets.MODELS, key=likeness)
     return presets.config(nearest).replace(model=model)
 
 

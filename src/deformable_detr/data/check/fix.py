@@ -120,7 +120,8 @@ class _Repair:
             return read
         raw = json.loads(self.split.file.read_bytes())
         pairs = zip(raw["annotations"], read["annotations"], strict=True)
-        return raw | {"annotations": [own | lean if isinstance(lean, dict) else lean for own, lean in pairs]}
+        rest = {key: read[key] for key in ("images", "categories")}
+        return raw | rest | {"annotations": [own | lean if isinstance(lean, dict) else lean for own, lean in pairs]}
 
     def _mixed_ids(self) -> set[int]:
         """Ids of images whose objects cannot be told apart, because two different files have the id."""

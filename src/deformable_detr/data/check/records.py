@@ -118,19 +118,21 @@ def read_split(source: Source, name: str, categories: Sequence[Category] | None,
 
 def _take_ids(split: Split, categories: Sequence[Category], found: Findings) -> None:
     """Gives the objects the ids of the training set's classes, where these have the same names under other ids."""
-    split.moved = moved = renumbered([Category(*item) for item in split.categories.items()], categories)
+    own = [Category(*item) for item in split.categories.items()]
+    split.moved = moved = renumbered(own, categories, set(split.labels.tolist()))
     if not moved:
         return
     first = next(number for number, other in moved.items() if number != other)
     what = f"lists the training set's classes under other ids, such as {split.categories[first]!r} {first} instead of "
     found.add("category-renumbered", split.file, "", f"{what}{moved[first]}: names decide", split=split.name)
-    split.categories = {moved[number]: name for number, name in split.categories.items()}
+    split.categories = {moved[number]: name for number, name in split.categories.items() if number in moved}
     split.labels = np.array([moved[number] for number in split.labels.tolist()], dtype=np.int64)
 
 
 def _categories(content: dict[str, Any], file: Path, split: str, found: Findings) -> dict[int, str]:
     listed: dict[int, str] = {}
     records: dict[int, dict[str, Any]] = {}
+    places: dict[int, dict[str, Any]] = {}
     for position, record in enumerate(content["categories"]):
         place = {"split": split, "section": "categories", "position": position}
         if not isinstance(record, dict) or not whole(record.get("id")) or not is_text(record.get("name")):
@@ -140,13 +142,18 @@ def _categories(content: dict[str, Any], file: Path, split: str, found: Findings
             what = f"({record['name']!r}) has the id {record['id']} of {listed[record['id']]!r}"
             found.add("category-id-duplicate", file, f"categories[{position}]", what, **place)
         else:
-            if record["name"] in listed.values():
-                what = f"(id {record['id']}) has the name {record['name']!r} of another"
-                found.add("category-name-duplicate", file, f"categories[{position}]", what, **place)
             listed[record["id"]] = record["name"]
             records[record["id"]] = record
+            places[record["id"]] = place
     if only_groups(records, content["annotations"]):
         del listed[0]
+    named: set[str] = set()
+    for number, name in listed.items():
+        if name in named:
+            what = f"(id {number}) has the name {name!r} of another"
+            place = places[number]
+            found.add("category-name-duplicate", file, f"categories[{place['position']}]", what, **place)
+        named.add(name)
     if not content["categories"]:
         found.add("category-record", file, "", "'categories' is empty", "list the classes with their ids and names",
                   split=split)  # fmt: skip
