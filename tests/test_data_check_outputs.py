@@ -197,15 +197,15 @@ def test_objects_of_polygons_alone_get_their_extent(tmp_path, capsys):
     before = open_dataset(root)
     code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
-    assert "warning box-from-polygons: " in printed
-    assert "has 3 objects with polygons but no bbox" in printed
+    assert "warning box-from-mask: " in printed
+    assert "has 3 objects with a mask but no bbox" in printed
     objects = json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]
     assert [record["bbox"] for record in objects] == [[4, 2, 16, 10.5], [20, 5, 19, 14], [10, 5, 20, 10]]
     assert [record["segmentation"] for record in objects] == masks
     for (_, old), (_, new) in zip(before, open_dataset(tmp_path / "copy"), strict=True):
         assert old.boxes.tolist() == new.boxes.tolist()
     changes = [json.loads(line) for line in (tmp_path / "copy/changes.jsonl").read_text().splitlines()]
-    assert [change["code"] for change in changes] == ["box-from-polygons"] * 3
+    assert [change["code"] for change in changes] == ["box-from-mask"] * 3
 
 
 def test_class_ids_off_by_one_come_back(tmp_path, capsys):

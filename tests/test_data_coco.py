@@ -168,7 +168,7 @@ def test_names_decide_where_only_the_ids_differ(tmp_path, caplog):
 
     # With an unknown name, or one that is there twice, ids decide as they always did.
     caplog.clear()
-    strange = (Category(3, "z"), Category(44, "a"), Category(90, "m"), Category(1, "other"))
+    strange = (Category(3, "z"), Category(44, "a"), Category(90, "other"), Category(1, "no"))
     for wanted in (strange, (*model[:4], Category(44, "z"))):
         ids = [category.id for category in wanted]
         assert open_dataset(tmp_path, categories=wanted)[1][1].labels.tolist() == [ids.index(90), ids.index(44)]
@@ -212,6 +212,17 @@ def test_sizes_may_be_missing_or_wrong(tmp_path, caplog):
     list(data)
     assert len(caplog.records) == 1
     assert "image 'a.png' is 40 × 20 pixels, upright, but its record says 20 × 40" in caplog.text
+
+
+def test_run_lengths_give_the_box_that_a_record_lacks(tmp_path):
+    content = copy.deepcopy(GOOD)
+    packed = {"size": [20, 40], "counts": "b2::00000000000000000000000000000^<"}
+    plain = {"size": [20, 40], "counts": [82, *[10, 10] * 15, 10, 800 - 82 - 310]}
+    content["annotations"] = [
+        {"id": number, "image_id": 11, "category_id": 3, "segmentation": mask}
+        for number, mask in enumerate((packed, plain))
+    ]
+    assert pixel_boxes(open_dataset(write(tmp_path, content))[0]) == [[4, 2, 20, 12]] * 2
 
 
 def test_whole_numbers_may_be_written_as_real_ones(tmp_path):

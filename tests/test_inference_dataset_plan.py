@@ -1,5 +1,6 @@
 """Units that are the same each time, and results of another run that are not mixed in."""
 
+import errno
 import json
 import re
 from multiprocessing import get_context
@@ -126,6 +127,25 @@ def test_damaged_results_come_again(tmp_path):
     for unit in (0, 2):
         write(store, plan, unit)
     assert rows(tmp_path) == whole
+
+
+def test_results_that_cannot_be_read_just_now_stay(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    plan = planned(store, images(10), 4)
+    write(store, plan, 1)
+    opened = store.open
+
+    def failing(name, *arguments):
+        if name == part_name(1):
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(name, *arguments)
+
+    monkeypatch.setattr(store, "open", failing)
+    with pytest.raises(UserError, match=f"{part_name(1)} cannot be read: Input/output error"):
+        finished(store, plan)
+    assert (tmp_path / part_name(1)).exists()
+    monkeypatch.undo()
+    assert finished(store, plan) == {1: Counts(4, 4)}
 
 
 def test_results_that_stop_half_way_leave_no_file(tmp_path):

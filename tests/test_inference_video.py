@@ -1,6 +1,7 @@
 """Videos: every frame once and in time, damage is one line and keeps what was done, memory does not grow."""
 
 import json
+import os
 import sys
 import tracemalloc
 from fractions import Fraction
@@ -14,7 +15,7 @@ from deformable_detr.errors import UserError
 from deformable_detr.inference import video as module
 from deformable_detr.inference.files import find_sources, predict_files
 from deformable_detr.inference.predictor import predict
-from deformable_detr.inference.video import Video, VideoWriter, predict_video
+from deformable_detr.inference.video import Video, VideoWriter, _Lines, predict_video
 from red_box import RedBoxFinder
 from training_fakes import tiny_config
 
@@ -128,6 +129,34 @@ def test_images_and_videos_may_be_mixed(tmp_path):
     assert len(said) == 2
     with pytest.raises(UserError, match="would replace"):
         predict_files(finder(), [source / "b.mp4"], source)
+
+
+def test_nothing_that_is_to_be_read_is_written_over(tmp_path):
+    """The drawing of a.bmp would be a.png, which is another picture; the JSON may not be one either."""
+    Image.new("RGB", (64, 48), (200, 0, 0)).save(tmp_path / "a.bmp")
+    Image.new("RGB", (64, 48), (0, 200, 0)).save(tmp_path / "a.png")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for out, table in ((tmp_path, None), (None, tmp_path / "a.png")):
+        with pytest.raises(UserError, match=r"a\.png would replace .*a\.png, which is to be read"):
+            predict_files(finder(), find_sources([tmp_path]), out, json_file=table)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert predict_files(finder(), find_sources([tmp_path]), None) == 0, "nothing is drawn then"
+
+
+def test_file_names_that_are_no_text(tmp_path):
+    name = os.fsdecode(b"b\xe9.png")
+    Image.new("RGB", (64, 48)).save(tmp_path / name)
+    assert predict_files(finder(), find_sources([tmp_path]), json_file=tmp_path / "all.json") == 0
+    assert json.loads((tmp_path / "all.json").read_text())[0]["image"].endswith(name)
+
+
+def test_a_film_without_a_picture_leaves_the_lines_of_an_earlier_run(tmp_path):
+    lines = tmp_path / "film.jsonl"
+    lines.write_text("an earlier run's\n")
+    with pytest.raises(RuntimeError), _Lines(lines):
+        raise RuntimeError
+    assert lines.read_text() == "an earlier run's\n"
+    assert list(tmp_path.iterdir()) == [lines]
 
 
 def test_odd_sizes_and_changing_ones(tmp_path):

@@ -43,6 +43,43 @@ def batch(size: int, padded: bool):
     return pixels.masked_fill(mask[:, None], 0.0), mask
 
 
+def test_a_map_taken_before_its_norm_stays_as_it_is():
+    """xception41p gives its maps between a convolution and the norm after it."""
+    import timm
+
+    from deformable_detr.optimisation.folding import fold_batch_norms
+
+    torch.manual_seed(0)
+    body = timm.create_model("xception41p", features_only=True, out_indices=(2, 3)).eval()
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = [x.clone() for x in body(pixels)]
+        assert fold_batch_norms(body, pixels) > 0
+        for one, other in zip(before, body(pixels), strict=True):
+            assert float((one - other).abs().max()) < 1e-3 * float(one.abs().max())
+
+
+def test_a_backbone_that_takes_no_small_images():
+    """As maxvit, whose windows have to fit, or inception_v3, which pools what is too small at 64 pixels."""
+    from deformable_detr.config import ModelConfig
+    from deformable_detr.optimisation.folding import example
+
+    class Wide(nn.Module):
+        def forward(self, x):
+            assert x.shape[2] % 96 == 0, "no whole windows"
+            return [x]
+
+    config = ModelConfig(image_size=200, size_multiple=96)
+    assert example(Wide(), config, torch.zeros(3), (96, 128)).shape == (1, 3, 96, 128)
+    assert example(Wide(), config, torch.zeros(3), (64, 64)).shape == (1, 3, 192, 288)
+    with pytest.raises(AssertionError, match="no whole windows"):
+        example(Wide(), ModelConfig(image_size=200), torch.zeros(3), (64, 64))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_outputs_are_the_models(variant):

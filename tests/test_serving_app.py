@@ -57,6 +57,18 @@ def test_one_image_as_the_body(client, model, kind):
     same(answer, predicted(model, data))
 
 
+def test_boxes_end_at_the_border():
+    wide = small_model()
+    with torch.no_grad():
+        for head in wide.decoder.heads.boxes:
+            head.layers[-1].bias[2:] += 3.0
+    data = picture("PNG", 48, 64)
+    with running(wide) as client:
+        (answer,) = raw(client, data).json()["images"]
+    assert any(box["box"][0] == 0 and box["box"][3] == 48 for box in answer["detections"])
+    same(answer, predicted(wide, data))
+
+
 def test_several_images_in_a_form(client, model):
     sizes = [(48, 64), (64, 48), (48, 64), (100, 30), (48, 64)]
     pictures = [picture("PNG", *size, seed=number) for number, size in enumerate(sizes)]

@@ -53,6 +53,15 @@ def test_reads_as_prediction_does(kind):
     assert read(memoryview(data)).shape == (3, 48, 64)
 
 
+def test_what_follows_a_jpeg_has_no_scans():
+    """A motion photo has its film behind the picture, in which any bytes may come."""
+    data = picture("JPEG")
+    assert np.array_equal(read(data + b"\xff\xda\x00\x02" * 500), read(data))
+    scan = data.index(b"\xff\xda")
+    assert refused(data[:scan] + b"\xff\xda\x00\x02" * 500 + data[scan:]) == 422
+    assert refused(data[:scan] + b"\xff\xe5\x00\x02" * 20_000 + data[scan:]) == 422, "no end of segments"
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_films_the_first_frame(kind):
     assert read(animation(kind)).shape == (3, 48, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import select
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
         words.remove("--verbose")
         logging.basicConfig(format="%(name)s: %(message)s")
         logging.getLogger("deformable_detr").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text, or not of the terminal's letters
     keep_large_buffers()
     if words[:1] != ["benchmark"] or words[1:2] == ["predict"]:  # the others compare programs as they come
         keep_fewer_kernels()

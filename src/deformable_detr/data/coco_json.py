@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from ..structures import Category
 def read_json(path: Path) -> dict[str, Any]:
     """The file's dict with its three lists; masks are dropped while reading, or they would fill the memory.
 
-    An object with polygons but no box gets a `PolygonBox`.
+    An object with a mask but no box gets a `MaskBox`.
     """
     if path.is_fifo():  # reading would wait for ever
         raise UserError(f"{path}: is a pipe; give a COCO JSON file that can be read")
@@ -49,8 +50,8 @@ def is_other_json(path: Path) -> bool:
     return isinstance(content, dict) and not content.keys() & {"images", "annotations"}
 
 
-class PolygonBox(list[float]):
-    """The xywh box of an object whose record has none: the extent of its polygons."""
+class MaskBox(list[float]):
+    """The xywh box of an object whose record has none: the extent of its polygons or run lengths."""
 
 
 def _lean(record: dict[str, Any]) -> dict[str, Any]:
@@ -59,9 +60,16 @@ def _lean(record: dict[str, Any]) -> dict[str, Any]:
         if type(value := record.get(key)) is float and value.is_integer():
             record[key] = int(value)
     mask = record.pop("segmentation", None)
-    if record.get("bbox") in (None, []) and isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
+    if record.get("bbox") not in (None, []):
+        return record
+    if isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
         x, y = ([value for polygon in mask for value in polygon[axis::2]] for axis in (0, 1))
-        record["bbox"] = PolygonBox([min(x), min(y), max(x) - min(x), max(y) - min(y)])
+        record["bbox"] = MaskBox([min(x), min(y), max(x) - min(x), max(y) - min(y)])
+    elif isinstance(mask, dict):
+        import hotcoco
+
+        with suppress(ValueError, TypeError, KeyError, OverflowError):  # no run lengths: the record has no box
+            record["bbox"] = MaskBox(hotcoco.mask.to_bbox(mask).tolist())
     return record
 
 

@@ -134,6 +134,8 @@ def detect_dataset(
     for name, value in (("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value} is under 1")
+    if workers < 0:
+        raise UserError(f"workers {workers} is under 0")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     start = time.perf_counter()
     results, seen, model_seconds = _detect(model, dataset, count, batch_size, workers, progress)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,8 @@ def predict_files(
         load_av()
     folder = None if out is None else prepare_folder(out, "--out")
     outputs = _output_paths(every, folder)
+    drawn = [path for path in outputs.values() if out is not None or path.suffix == ".mp4"]
+    _refuse_to_replace(every, drawn, json_file)
     if json_file is not None:
         prepare_file(json_file, "--json")
     records: list[dict[str, Any]] = []
@@ -101,11 +106,10 @@ def predict_files(
 
 def prepare_folder(folder: Path, option: str) -> Path:
     """The folder, made where missing. Raises UserError, naming the option, where nothing can be written there."""
-    probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(f"{option} {folder}: cannot write there: {error.strerror or error}") from None
     return folder
@@ -125,7 +129,8 @@ def write_json(path: Path, value: Any) -> None:
     """The value as JSON, the file whole or not at all. Raises UserError where it cannot be written."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        # A file name that is no text becomes JSON's own \\udc80.
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
@@ -166,8 +171,24 @@ def _output_paths(sources: Sequence[Path | int], out: Path | None) -> dict[Path 
         while path in taken:
             number += 1
             path = folder / f"{stem}-{number}{suffix}"
-        if isinstance(source, Path) and path.exists() and path.samefile(source):
-            raise UserError(f"--out {out}: the drawing would replace {source}; name another folder")
         taken.add(path)
         paths[source] = path
     return paths
+
+
+def _refuse_to_replace(sources: Sequence[Path | int], outputs: Sequence[Path], json_file: Path | None) -> None:
+    """`UserError` where anything that is to be written would take the place of anything that is to be read."""
+    read: dict[tuple[int, int], Path] = {}
+    for source in sources:
+        if isinstance(source, Path):
+            with suppress(OSError):  # who reads it says so
+                found = os.stat(source)
+                read[found.st_dev, found.st_ino] = source
+    lines = [path.with_suffix(".jsonl") for path in outputs if path.suffix == ".mp4"]
+    for path in (*outputs, *lines, *([json_file] if json_file else [])):
+        with suppress(OSError):
+            found = os.stat(path)
+            if (found.st_dev, found.st_ino) in read:
+                option = "--json" if path is json_file else "--out"
+                source = read[found.st_dev, found.st_ino]
+                raise UserError(f"{option}: {path} would replace {source}, which is to be read; name another place")

@@ -247,16 +247,18 @@ def predict_video(
 
 
 class _Lines:
-    """A file of JSON lines, put in place when it is closed."""
+    """A file of JSON lines, put in place when it is closed and has any."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._written = False
 
     def add(self, facts: dict[str, Any], detections: Detections) -> None:
         record = detections.to_dict()
         del record["image"]
         try:
+            self._written = True
             self._file.write(json.dumps({**facts, **record}, ensure_ascii=False, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {_reason(error)}") from None
@@ -271,7 +273,8 @@ class _Lines:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         try:
             self._file.close()
-            os.replace(self._temporary, self.path)
+            if self._written:  # else what an earlier run left stays, as its video does
+                os.replace(self._temporary, self.path)
         except OSError as problem:
             raise UserError(f"{self.path} cannot be written: {_reason(problem)}") from None
         finally:

@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..model.backbone import Projections
 from ..model.detector import DeformableDETR
-from .folding import stripped
+from .folding import example, stripped
 from .fusion import fused
 from .layout import Layout, Layouts
 from .onednn import ROWS, Convolution, available, has_bf16
@@ -55,10 +55,10 @@ class OptimisedDetector(nn.Module):
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, model.get_buffer(name).clone(), persistent=False)
         form = Form(dtype, packed, ROWS if device.type == "cpu" else None)
-        example = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)).to(device)
-        example = example.contiguous(memory_format=torch.channels_last)
+        pixels = example(copied.backbone.body, self.config, model.get_buffer("pixel_mean"), (96, 128))
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         self.layouts = Layouts(copied, dtype)
-        self.backbone = fused(copied.backbone.body, example, dtype, packed)
+        self.backbone = fused(copied.backbone.body, pixels, dtype, packed)
         self.projections = FastProjections(copied.projections, dtype, packed)
         if self.config.two_stage:
             self.proposals = FastProposals(copied.proposals, copied.decoder.heads, form)

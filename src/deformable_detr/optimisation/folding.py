@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..data.transforms import resized_size
+
 if TYPE_CHECKING:
+    from ..config import ModelConfig
     from ..model.detector import DeformableDETR
 
 
@@ -24,12 +27,32 @@ def stripped(model: DeformableDETR, device: torch.device | str | None = None) ->
         model = model.to(device)
     body = model.backbone.body
     with torch.no_grad():
-        fold_batch_norms(body, model.get_buffer("pixel_mean").new_zeros(1, 3, 64, 64))
+        fold_batch_norms(body, example(body, model.config, model.get_buffer("pixel_mean"), (64, 64)))
     classes = model.decoder.heads.classes
     if len(classes) > 1:  # only the last layer's classes (and the proposals') are read: the rest go
         for layer in range(model.config.decoder_layers - 1):
             classes[layer] = classes[model.config.decoder_layers - 1]
     return model
+
+
+def example(body: nn.Module, config: ModelConfig, like: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixels (1, 3, height, width) of noise that the backbone takes: of `size`, or where that is too small, or not of
+    its windows, as images of the config's size have them.
+    """
+    shorter = config.image_size
+    image = resized_size(shorter, shorter * 4 // 3, shorter, config.long_side, config.size_multiple)
+    generator = torch.Generator().manual_seed(0)
+    for height, width in (size, image):
+        pixels = torch.randn(1, 3, height, width, generator=generator).to(like)
+        try:
+            with torch.no_grad():
+                body(pixels)
+        except (RuntimeError, AssertionError):
+            if (height, width) == image:
+                raise
+        else:
+            break
+    return pixels
 
 
 def fold_batch_norms(body: nn.Module, pixels: Tensor) -> int:
@@ -60,14 +83,16 @@ def fold_batch_norms(body: nn.Module, pixels: Tensor) -> int:
         elif _is_batch_norm(module):
             hooks.append(module.register_forward_pre_hook(before_norm))
     with torch.no_grad():
-        body(pixels)
+        maps = body(pixels)
     for hook in hooks:
         hook.remove()
+    # A map that is taken between a convolution and its norm (xception41p) is to stay as it is.
+    taken = {made[id(x)] for x in maps if id(x) in made}
 
     folded = 0
     for name, norm in [item for item in body.named_modules() if item[1] in pairs]:
         convolution = pairs[norm]
-        if runs[norm] > 1 or runs[convolution] > 1:
+        if runs[norm] > 1 or runs[convolution] > 1 or convolution in taken:
             continue
         values: Any = norm
         convolution.weight, convolution.bias = fuse_conv_bn_weights(

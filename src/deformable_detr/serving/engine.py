@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..allocator import give_back
 from ..config import ModelConfig
 from ..data.batching import collate
-from ..data.transforms import resize
-from ..inference.postprocess import Selection, select
+from ..data.transforms import resize, resized_size
+from ..inference.postprocess import Selection, inside, select
 from ..inference.predictor import evaluating, forward, model_categories
 from ..structures import Detections, Target
 from .batching import Batcher
@@ -172,8 +172,9 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
     def _warm_up(self) -> None:
-        side = self.config.image_size
-        pixels = torch.zeros(3, *(self._canvas or (side, min(side * 4 // 3, self.config.long_side))), dtype=torch.uint8)
+        config, side = self.config, self.config.image_size
+        size = resized_size(side, side * 4 // 3, side, config.long_side, config.size_multiple)
+        pixels = torch.zeros(3, *(self._canvas or size), dtype=torch.uint8)
         began = time.perf_counter()
         self._detect([_Image(pixels, (side, side), 100)])
         self._seconds = time.perf_counter() - began
@@ -214,6 +215,7 @@ class Engine:
         kept = selection.scores >= threshold
         boxes, scores, labels = (part[kept] for part in selection)
         names = tuple(self.categories[label].name for label in labels.tolist())
+        boxes = inside(boxes[None], torch.tensor([size]))[0]
         return Detections(boxes, scores, labels, self._category_ids[labels], names, size)
 
 

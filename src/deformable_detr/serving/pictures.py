@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from PIL import Image
 from torch import Tensor
@@ -16,6 +17,8 @@ FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP"
 LARGE = 12_000_000  # pixels; larger images are decoded one at a time
 # A progressive JPEG passes over all its pixels for each scan. Encoders write about ten; a bomb has thousands.
 MOST_SCANS = 100
+MOST_SEGMENTS = 10_000
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of a segment: none between the bits of a scan, no restart
 
 
 def sniff(data: bytes | bytearray | memoryview) -> str | None:
@@ -46,7 +49,7 @@ def open_picture(data: bytes | bytearray | memoryview, name: str, most_pixels: i
     whole = bytes(data)
     if kind == "WEBP":  # Pillow takes memory for all pixels before it tells how many there are
         _check_size(name, *_webp_size(whole, name), most_pixels)
-    if kind == "JPEG" and whole.count(b"\xff\xda") > MOST_SCANS:
+    if kind == "JPEG" and _scans(whole) > MOST_SCANS:
         raise Refused(422, f"{name}: a JPEG with over {MOST_SCANS} scans; save it again")
     try:
         image = Image.open(io.BytesIO(whole), formats=[kind])
@@ -56,6 +59,18 @@ def open_picture(data: bytes | bytearray | memoryview, name: str, most_pixels: i
         raise Refused(422, f"{name}: cannot be read as {kind} ({_reason(error)})") from None
     _check_size(name, *image.size, most_pixels)
     return image
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG's picture; what follows its end, such as the film of a motion photo, is not looked at."""
+    scans, position = 0, 2
+    for _ in range(MOST_SEGMENTS):
+        found = _MARKER.search(data, position)
+        if found is None or data[found.end() - 1] == 0xD9:
+            return scans
+        scans += data[found.end() - 1] == 0xDA
+        position = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2]))
+    return MOST_SCANS + 1
 
 
 def decode(image: Image.Image, name: str) -> Tensor:

@@ -117,9 +117,9 @@ KINDS: dict[str, Kind] = {
         "error", "The training split has no usable objects at all", "Label its images"
     ),
     "annotation-id-duplicate": Kind("warning", "Objects have one id; they are numbered anew", "Number them"),
-    "box-from-polygons": Kind(
-        "warning", "Objects have polygons but no box; the extent of the polygons is taken",
-        "None needed where the polygons are whole",
+    "box-from-mask": Kind(
+        "warning", "Objects have a mask but no box; the extent of the mask is taken",
+        "None needed where the masks are whole",
     ),
     "box-degenerate": Kind("warning", "A box has no width or height; training skips it", "Correct or remove it"),
     "box-outside": Kind("warning", "A box lies outside its image; training skips it", "Correct or remove it"),

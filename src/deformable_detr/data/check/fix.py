@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
-from ..coco_json import PolygonBox, record_name, whole
+from ..coco_json import MaskBox, record_name, whole
 from ..images import TURNED
 from ..layouts import ROBOFLOW
 from . import Report
@@ -160,8 +160,8 @@ class _Repair:
                 self.tell("box-duplicate", name, "left out: the box and class of another")
                 continue
             seen.add(key)
-            if isinstance(record["bbox"], PolygonBox):
-                self.tell("box-from-polygons", name, f"bbox {record['bbox']}, the extent of its polygons")
+            if isinstance(record["bbox"], MaskBox):
+                self.tell("box-from-mask", name, f"bbox {record['bbox']}, the extent of its mask")
             if why:
                 self.tell(why, name, f"bbox {record['bbox']} → {box}")
                 record |= {"bbox": box, "area": box[2] * box[3]}

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...structures import Category
-from ..coco_json import PolygonBox, four_numbers, is_text, only_groups, positive, record_name, whole
+from ..coco_json import MaskBox, four_numbers, is_text, only_groups, positive, record_name, whole
 from ..layouts import best_image_folder
 from ..sources import CocoSource, Source, renumbered
 from .findings import Findings
@@ -283,9 +283,9 @@ def _objects(
             continue
         rows.append((position, image_at[image], category + shift, bool(crowd)))
         boxes.append(box)
-    if taken := sum(isinstance(box, PolygonBox) for box in boxes):
-        what = f"has {taken} object{'s' * (taken > 1)} with polygons but no bbox: the extent of the polygons is taken"
-        found.add("box-from-polygons", file, "", what, split=split)
+    if taken := sum(isinstance(box, MaskBox) for box in boxes):
+        what = f"has {taken} object{'s' * (taken > 1)} with a mask but no bbox: the extent of the mask is taken"
+        found.add("box-from-mask", file, "", what, split=split)
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
     xywh = np.clip(np.array(boxes, dtype=np.float64).reshape(-1, 4), -1e9, 1e9)
     return table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(bool), xywh

@@ -106,8 +106,16 @@ def finished(store: Store, plan: Plan) -> dict[int, Counts]:
     """
     units = [unit for name in store.names() if (unit := part_unit(name)) is not None]
     found: dict[int, Counts] = {}
+
+    def read(unit: int) -> tuple[str, Counts] | None:
+        try:
+            return read_part(store, unit)
+        except OSError as error:
+            what = f"{part_name(unit)} cannot be read: {error.strerror or error}"
+            raise UserError(f"--out {store.root}: {what}; start again when the storage works") from None
+
     with ThreadPoolExecutor(16) as pool:
-        for unit, part in zip(units, pool.map(lambda unit: read_part(store, unit), units), strict=True):
+        for unit, part in zip(units, pool.map(read, units), strict=True):
             if part is None:
                 store.remove(part_name(unit))
             elif part[0] != plan.run or unit >= plan.units:

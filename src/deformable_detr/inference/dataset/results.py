@@ -93,7 +93,10 @@ def write_part(store: Store, unit: int, run: str, rows: Iterable[Mapping[str, An
 
 
 def read_part(store: Store, unit: int) -> tuple[str, Counts] | None:
-    """The run that a part is of and its counts; none: it is damaged or no part."""
+    """The run that a part is of and its counts; none: it is damaged or no part.
+
+    Raises OSError where the storage fails: what cannot be read just now is not damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -101,5 +104,9 @@ def read_part(store: Store, unit: int) -> tuple[str, Counts] | None:
         with store.open(part_name(unit)) as file:
             said = pq.read_metadata(file).metadata or {}
         return said[_RUN].decode(), Counts(int(said[_IMAGES]), int(said[_BAD]))
-    except (pa.ArrowInvalid, OSError, KeyError, ValueError):
+    except (pa.ArrowInvalid, KeyError, ValueError):
         return None
+    except OSError as error:
+        if error.errno is None or isinstance(error, FileNotFoundError):  # Arrow's own word for broken bytes
+            return None
+        raise

@@ -18,7 +18,7 @@ from ...errors import UserError
 from .plan import DONE, Plan, finished, held, make_plan
 from .results import Counts
 from .sources import KINDS, Columns, find_pieces
-from .storage import Store, one_line
+from .storage import Store, one_line, resolve, same
 from .worker import Job, UnitPredictor, pack_model
 
 WORKER_THREADS = 4  # of a processor, where the machine has so many and nothing else is asked for
@@ -91,6 +91,10 @@ def predict_dataset(
     store = Store(os.fspath(out))
     files, digest = pack_model(os.fspath(model))
     names = [os.fspath(source) for source in sources]
+    for name in names:
+        system, path = resolve(name)
+        if type(system) is type(store.system) and same(system, path.rstrip("/"), store.root):
+            raise UserError(f"--out {out}: is the source {name} itself; name a folder for the results alone")
     with held(store):
         kind, pieces = find_pieces(names, form, Columns(image_column, id_column), skip=store.root)
         plan = make_plan(

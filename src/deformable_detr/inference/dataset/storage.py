@@ -46,7 +46,7 @@ def walk(system: Any, folder: str, skip: str | None = None) -> Iterator[tuple[st
     """
     folders = []
     for name, path, size in sorted(_scan_local(folder) if is_local(system) else _scan(system, folder)):
-        if is_hidden(name) or path == skip:
+        if is_hidden(name) or (size is None and skip is not None and same(system, path, skip)):
             continue
         if size is None:
             folders.append(path)
@@ -54,6 +54,11 @@ def walk(system: Any, folder: str, skip: str | None = None) -> Iterator[tuple[st
             yield path, size
     for path in folders:
         yield from walk(system, path, skip)
+
+
+def same(system: Any, one: str, other: str) -> bool:
+    """Whether two paths are one folder, however they are spelt."""
+    return os.path.realpath(one) == os.path.realpath(other) if is_local(system) else one == other
 
 
 Entry = tuple[str, str, int | None]  # name, path, size; folders have none
