@@ -159,6 +159,23 @@ def test_a_film_without_a_picture_leaves_the_lines_of_an_earlier_run(tmp_path):
     assert list(tmp_path.iterdir()) == [lines]
 
 
+@pytest.mark.parametrize("encoder", ["libx264", "mpeg4"])
+def test_each_encoder_alone(tmp_path, monkeypatch, encoder):
+    monkeypatch.setattr(module, "ENCODERS", {encoder: module.ENCODERS[encoder]})
+    writer = VideoWriter(tmp_path / "film.mp4", Fraction(30000, 1001))
+    for number in range(6):
+        writer.add(Image.new("RGB", (64, 48), (40 * number, 0, 0)), number * 1001 / 30000)
+    writer.close()
+    with Video(tmp_path / "film.mp4") as written:
+        seconds = [frame.seconds for frame in written]
+    assert seconds == pytest.approx([number * 1001 / 30000 for number in range(6)], abs=1e-4)
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(UserError, match="no such image, video or folder"):
+        find_sources([tmp_path / ("a" * 300 + ".jpg")])
+
+
 def test_odd_sizes_and_changing_ones(tmp_path):
     writer = VideoWriter(tmp_path / "odd.mp4", Fraction(25))
     writer.add(Image.new("RGB", (33, 21)), 0.0)

@@ -27,7 +27,7 @@ def find_sources(sources: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for source in sources:
-        if not source.exists():
+        if not os.path.exists(source):  # Path.exists raises for a name that is too long
             raise UserError(f"{source}: no such image, video or folder")
         both = IMAGE_SUFFIXES | VIDEO_SUFFIXES
         found += folder_images(source, both, "images or videos") if source.is_dir() else [source]

@@ -26,7 +26,7 @@ VIDEO_SUFFIXES = frozenset(
     {".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"}
 )
 ENCODERS = {"libx264": {"crf": "20", "preset": "veryfast"}, "libopenh264": {}, "mpeg4": {"qscale": "3"}}
-CLOCK = 90000  # ticks a second in the videos written
+CLOCK = 60000  # ticks a second in the videos written; MPEG-4 has 65535 at most
 RATE = Fraction(25)  # frames a second where a source does not say
 MISSING = 0.02  # of its length that a video may lack at its end before that is told
 
