@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..config import DataConfig
+from ..config import DataConfig, ModelConfig
 from ..structures import Target
 
 SCALE_STEPS = 11  # short sides in training: 480, 512, … 800 for the paper's range
@@ -154,6 +154,12 @@ def resized_size(height: int, width: int, image_size: int, long_side: int, multi
     if multiple > 1:
         new_short, new_long = (max(1, (side + multiple // 2) // multiple) * multiple for side in (new_short, new_long))
     return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+def usual_size(config: ModelConfig) -> tuple[int, int]:
+    """(height, width) that an image of four by three comes to a model in."""
+    side = config.image_size
+    return resized_size(side, side * 4 // 3, side, config.long_side, config.size_multiple)
 
 
 def resize(

@@ -15,7 +15,7 @@ from ..data.batching import collate
 from ..data.images import read_image
 from ..data.transforms import resize
 from ..errors import UserError
-from ..inference.postprocess import inside, select
+from ..inference.postprocess import detections_of, select
 from ..inference.predictor import evaluating, model_categories
 from ..model.detector import DeformableDETR
 from ..structures import Detections, Target
@@ -163,14 +163,11 @@ def trace(
         mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         ready = batch.to(mean.device).normalise(mean, std)
         outputs = model(ready.pixels, ready.padding_mask, return_attention=True)
-        boxes, scores, labels = select(outputs, [size], top_k)[0]
-        boxes = inside(boxes[None], torch.tensor([size]))[0]
+        selection = select(outputs, [size], top_k)[0]
+        scores = selection.scores
         queries = _chosen_queries(outputs, len(scores))
     kept = scores >= threshold
-    categories = model_categories(config)
-    ids = torch.tensor([category.id for category in categories])[labels[kept]]
-    names = tuple(categories[label].name for label in labels[kept].tolist())
-    detections = Detections(boxes[kept], scores[kept], labels[kept], ids, names, size, image)
+    detections = detections_of(selection, size, threshold, model_categories(config), image)
     ratios = _valid_ratios(batch.padding_mask[0], outputs["spatial_shapes"])
     best = scores[0].item() if len(scores) else math.nan
     return Trace(image, pixels, threshold, detections, queries[kept], best, _on_host(outputs), ratios)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..structures import Category, Detections
+
 
 class Selection(NamedTuple):
     """The best pairs of one image, best first, on the CPU.
@@ -55,6 +57,22 @@ def best_pairs(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int
     chosen = boxes.gather(1, queries[:, :, None].expand(-1, -1, 4))
     corners = box_convert(chosen, "cxcywh", "xyxy") * _borders(original_sizes)
     return corners, scores, labels
+
+
+def detections_of(
+    selection: Selection,
+    size: tuple[int, int],
+    threshold: float,
+    categories: Sequence[Category],
+    source: Any = None,
+) -> Detections:
+    """The pairs of an image of (height, width) `size` whose score reaches the threshold, cut at its border."""
+    kept = selection.scores >= threshold
+    boxes, scores, labels = (part[kept] for part in selection)
+    boxes = inside(boxes[None].float(), torch.tensor([size]))[0]
+    found = [categories[label] for label in labels.tolist()]
+    ids = torch.tensor([category.id for category in found], dtype=torch.int64)
+    return Detections(boxes, scores.float(), labels, ids, tuple(category.name for category in found), size, source)
 
 
 def inside(corners: Tensor, original_sizes: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..data.layouts import IMAGE_SUFFIXES, is_hidden
 from ..data.transforms import resize
 from ..errors import UserError
 from ..structures import Category, Detections, Target
-from .postprocess import Selection, inside, select
+from .postprocess import Selection, detections_of, select
 
 
 def predict(
@@ -90,7 +90,6 @@ def _predictions(
 ) -> Generator[Detections | UserError, None, None]:
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     categories = model_categories(config)
-    ids = torch.tensor([category.id for category in categories])
     with closing(_read_ahead(model, sources, batch_size)) as images:
         while batch := list(islice(images, batch_size)):
             good = [image for image in batch if isinstance(image.pixels, Tensor)]
@@ -99,12 +98,7 @@ def _predictions(
                 if isinstance(pixels, UserError):
                     yield pixels
                     continue
-                boxes, scores, labels = next(selections)
-                kept = scores >= threshold
-                boxes, scores, labels = boxes[kept].float(), scores[kept].float(), labels[kept]
-                boxes = inside(boxes[None], torch.tensor([size]))[0]
-                names = tuple(categories[label].name for label in labels.tolist())
-                yield Detections(boxes, scores, labels, ids[labels], names, size, source)
+                yield detections_of(next(selections), size, threshold, categories, source)
             del batch, good
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..data.transforms import resized_size
+from ..data.transforms import usual_size
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -39,8 +39,7 @@ def example(body: nn.Module, config: ModelConfig, like: Tensor, size: tuple[int,
     """Pixels (1, 3, height, width) of noise that the backbone takes: of `size`, or where that is too small, or not of
     its windows, as images of the config's size have them.
     """
-    shorter = config.image_size
-    image = resized_size(shorter, shorter * 4 // 3, shorter, config.long_side, config.size_multiple)
+    image = usual_size(config)
     generator = torch.Generator().manual_seed(0)
     for height, width in (size, image):
         pixels = torch.randn(1, 3, height, width, generator=generator).to(like)

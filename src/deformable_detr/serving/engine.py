@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..allocator import give_back
 from ..config import ModelConfig
 from ..data.batching import collate
-from ..data.transforms import resize, resized_size
-from ..inference.postprocess import Selection, inside, select
+from ..data.transforms import resize, usual_size
+from ..inference.postprocess import Selection, detections_of, select
 from ..inference.predictor import evaluating, forward, model_categories
 from ..structures import Detections, Target
 from .batching import Batcher
@@ -66,7 +66,6 @@ class Engine:
         self.explains = isinstance(model, DeformableDETR)
         self.fast = model if fast is None else fast
         self.categories = model_categories(self.config)
-        self._category_ids = torch.tensor([category.id for category in self.categories])
         self._canvas: tuple[int, int] | None = getattr(model, "canvas", None)
         self._batcher = Batcher(self._run, limits.batch, limits.batch_wait, self._warm_up)
         self._taken = self._explaining = 0
@@ -112,7 +111,7 @@ class Engine:
             waiting = [self._batcher.submit(image, self._canvas or image.pixels.shape) for image in read]
             found = await _all(waiting)
         chosen = zip(found, read, strict=True)
-        return [self._detections(selection, image.size, threshold) for selection, image in chosen]
+        return [detections_of(selection, image.size, threshold, self.categories) for selection, image in chosen]
 
     async def explain(self, upload: Upload, threshold: float, top_k: int) -> Any:
         """The `explanation.Trace` of one image. Raises Refused for one that cannot be read."""
@@ -172,9 +171,8 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
     def _warm_up(self) -> None:
-        config, side = self.config, self.config.image_size
-        size = resized_size(side, side * 4 // 3, side, config.long_side, config.size_multiple)
-        pixels = torch.zeros(3, *(self._canvas or size), dtype=torch.uint8)
+        side = self.config.image_size
+        pixels = torch.zeros(3, *(self._canvas or usual_size(self.config)), dtype=torch.uint8)
         began = time.perf_counter()
         self._detect([_Image(pixels, (side, side), 100)])
         self._seconds = time.perf_counter() - began
@@ -210,13 +208,6 @@ class Engine:
         from ..explanation import trace
 
         return [trace(self.model, look.pixels, look.threshold, look.top_k)]  # pyright: ignore[reportArgumentType]
-
-    def _detections(self, selection: Selection, size: tuple[int, int], threshold: float) -> Detections:
-        kept = selection.scores >= threshold
-        boxes, scores, labels = (part[kept] for part in selection)
-        names = tuple(self.categories[label].name for label in labels.tolist())
-        boxes = inside(boxes[None], torch.tensor([size]))[0]
-        return Detections(boxes, scores, labels, self._category_ids[labels], names, size)
 
 
 async def _all(awaitables: Sequence[Any]) -> list[Any]:

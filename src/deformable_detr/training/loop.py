@@ -286,8 +286,8 @@ class Trainer:
             self.stop.at_once = False
         figure = metrics["AP"]
         # Of equals the later: while nothing is found, the model has seen more; and patience begins with a first find.
-        better = not done.best or (figure is not None and figure >= done.best)
         gained = not done.best or (figure is not None and figure > done.best)
+        better = gained or figure == done.best
         done.metrics, done.evaluated_step, done.stale = metrics, done.step, 0 if gained else done.stale + 1
         if better:
             done.best = figure

@@ -178,7 +178,7 @@ class _Repair:
         return records
 
     def _outline(self, polygons: Any, image: int) -> list[list[float]]:
-        """Polygons moved as the boxes of their image are; none where they are run lengths, which nobody reads here."""
+        """Polygons moved as the boxes of their image are; none where they are run lengths, which do not move so."""
         picture, moved = self.split.pictures[image], []
         for polygon in polygons if isinstance(polygons, list) else []:
             points = np.array(polygon, dtype=np.float64).reshape(-1, 2)

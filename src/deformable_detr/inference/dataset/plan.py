@@ -102,7 +102,7 @@ def read_unit(store: Store, unit: int) -> list[Piece]:
 def finished(store: Store, plan: Plan) -> dict[int, Counts]:
     """The units that are done. Damaged files are removed, so that their units come again.
 
-    Raises UserError for a file of another run.
+    Raises UserError for a file of another run, and where the storage fails.
     """
     units = [unit for name in store.names() if (unit := part_unit(name)) is not None]
     found: dict[int, Counts] = {}

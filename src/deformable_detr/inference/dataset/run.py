@@ -89,12 +89,12 @@ def predict_dataset(
         if find_spec(package) is None:
             raise UserError(f"{package} is not installed: pip install 'deformable-detr[dataset]'")
     store = Store(os.fspath(out))
-    files, digest = pack_model(os.fspath(model))
     names = [os.fspath(source) for source in sources]
     for name in names:
         system, path = resolve(name)
         if type(system) is type(store.system) and same(system, path.rstrip("/"), store.root):
             raise UserError(f"--out {out}: is the source {name} itself; name a folder for the results alone")
+    files, digest = pack_model(os.fspath(model))
     with held(store):
         kind, pieces = find_pieces(names, form, Columns(image_column, id_column), skip=store.root)
         plan = make_plan(
