@@ -1,7 +1,7 @@
-# The server. Processor: docker build -t deformable-detr .
-# NVIDIA: docker build -t deformable-detr:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
-#         and run it with --gpus all
-# PyTorch's wheels bring CUDA along, so both stand on the same slim image.
+# The server: docker build -t deformable-detr .
+# PyTorch's ordinary wheels bring CUDA along, so the same image computes on the processor and, run with --gpus all, on
+# NVIDIA's cards. One without CUDA is much smaller: --build-arg TORCH_INDEX=URL, with the index of CPU wheels (or of
+# another CUDA) that PyTorch's page on installing names.
 
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim AS build
@@ -10,8 +10,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     DEFORMABLE_DETR_NATIVE=require
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install torch torchvision --index-url ${TORCH_INDEX} && pip freeze | grep -E '^torch(vision)?==' > /opt/torch.txt
+ARG TORCH_INDEX=
+RUN pip install torch torchvision ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} && pip freeze | grep -E '^torch(vision)?==' > /opt/torch.txt
 WORKDIR /src
 COPY pyproject.toml constraints.txt hatch_build.py README.md LICENSE ./
 COPY src src

@@ -130,6 +130,33 @@ def test_output_that_nobody_reads_ends_quietly(data, unbuffered):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("inherited", [False, True])
+def test_sigterm_lets_the_program_tidy_up(tmp_path, inherited):
+    """As an error would; a process forked from it just ends."""
+    code = f"""
+import os, pathlib, signal, sys, time
+from deformable_detr import cli
+def work(*_, **__):
+    half = pathlib.Path({str(tmp_path)!r}, "half")
+    try:
+        half.touch()
+        reader, writer = os.pipe()
+        if {inherited} and (child := os.fork()):
+            os.read(reader, 1)  # a signal in the middle of a fork is lost
+            os.kill(child, signal.SIGTERM)
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        {"os.write(writer, b'1'); time.sleep(60)" if inherited else "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"}
+    finally:
+        half.unlink()
+        print("tidied")
+cli.app = work
+cli.main(["export"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "tidied\n", "")
+    assert not (tmp_path / "half").exists()
+
+
 def test_ctrl_c_is_code_130(run, monkeypatch):
     def interrupted(out):
         raise KeyboardInterrupt

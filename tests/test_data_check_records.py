@@ -130,7 +130,7 @@ COCO = {
     ),
     "image no object": (add("images", 5), {"image-record"}, "images[3]"),
     "image without id": (put("images", 2, id=None), {"image-record", "images-unlisted"}, "images[2]"),
-    "image id a text": (put("images", 2, id="3"), {"image-record", "images-unlisted"}, "images[2]"),
+    "image id a text": (put("images", 2, id="c"), {"image-record", "images-unlisted"}, "images[2]"),
     "image without name": (put("images", 2, file_name=None), {"image-record", "images-unlisted"}, "images[2] (id 3)"),
     "two images of one id": (
         put("images", 2, id=1), {"image-id-duplicate", "images-unlisted"}, "images[2] ('empty.png') has the id 1",
@@ -154,7 +154,7 @@ COCO = {
     "category without objects": (add("categories", {"id": 5, "name": "bird"}), {"class-unused"}, ""),
     "object no object": (add("annotations", None), {BAD}, "annotations[3]"),
     "unknown category": (put("annotations", 0, category_id=9), {"category-unknown", "class-only-in-val"}, RECORD),
-    "category a text": (put("annotations", 0, category_id="1"), {"category-unknown", "class-only-in-val"}, RECORD),
+    "category a text": (put("annotations", 0, category_id="one"), {"category-unknown", "class-only-in-val"}, RECORD),
     "unknown image": (put("annotations", 0, image_id=77), {"image-unknown", "class-only-in-val"}, RECORD),
     "no box": (put("annotations", 0, bbox=None), {BAD, "class-only-in-val"}, RECORD),
     "three numbers": (box(1, 2, 3), {BAD, "class-only-in-val"}, RECORD),

@@ -152,8 +152,8 @@ COCO = {
         written(lambda text: text.replace('"iscrowd": 0', f'"x": {"[" * 900}{"]" * 900}, "iscrowd": 0').encode()),
         set(), "",
     ),
-    "category name a number": (
-        put("categories", 0, name=5), {"category-record", "category-unknown", "class-not-in-train"}, "categories[0]",
+    "category name no text": (
+        put("categories", 0, name=[5]), {"category-record", "category-unknown", "class-not-in-train"}, "categories[0]",
     ),
     "category name half a character": (
         put("categories", 0, name="\ud800"), {"category-record", "category-unknown", "class-not-in-train"},

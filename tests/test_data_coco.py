@@ -225,16 +225,23 @@ def test_run_lengths_give_the_box_that_a_record_lacks(tmp_path):
     assert pixel_boxes(open_dataset(write(tmp_path, content))[0]) == [[4, 2, 20, 12]] * 2
 
 
-def test_whole_numbers_may_be_written_as_real_ones(tmp_path):
+@pytest.mark.parametrize("form", [float, str, "{:07}".format])
+def test_whole_numbers_may_be_written_as_real_ones_or_as_texts(tmp_path, form):
     expected = list(map(pixel_boxes, open_dataset(write(tmp_path / "whole", GOOD))))
     content = copy.deepcopy(GOOD)
     for record in content["annotations"]:
-        record["category_id"], record["image_id"] = float(record["category_id"]), float(record["image_id"])
+        record["category_id"], record["image_id"] = form(record["category_id"]), form(record["image_id"])
     for record in (*content["images"], *content["categories"]):
-        record["id"] = float(record["id"])
+        record["id"] = form(record["id"])
     data = open_dataset(write(tmp_path / "real", content))
     assert list(map(pixel_boxes, data)) == expected
     assert all(type(category.id) is int for category in data.categories)
+
+
+def test_a_class_may_be_called_by_a_number(tmp_path):
+    content = copy.deepcopy(GOOD)
+    content["categories"][0]["name"] = 3
+    assert "3" in [category.name for category in open_dataset(write(tmp_path, content)).categories]
 
 
 def test_an_unused_unknown_class_does_not_make_ids_decide(tmp_path):
@@ -305,7 +312,7 @@ FAULTS = {
     "empty set": (("images",), [], "'images' is empty"),
     "no classes": (("categories",), [], "'categories' is empty"),
     "image no object": (("images", 1), 5, r"images\[1\] needs a whole number 'id'"),
-    "image id text": (("images", 1, "id"), "7", r"images\[1\] needs a whole number 'id'"),
+    "image id text": (("images", 1, "id"), "7a", r"images\[1\] needs a whole number 'id'"),
     "image id true": (("images", 1, "id"), True, r"images\[1\] needs a whole number 'id'"),
     "image id huge": (("images", 1, "id"), 2**70, r"images\[1\] needs a whole number 'id'"),
     "image id missing": (("images", 1, "id"), DELETE, r"images\[1\] needs a whole number 'id'"),
@@ -317,7 +324,7 @@ FAULTS = {
     "no file name": (("images", 1, "file_name"), DELETE, r"images\[1\] \(id 7\) needs the 'file_name'"),
     "empty file name": (("images", 1, "file_name"), "", r"images\[1\] \(id 7\) needs the 'file_name'"),
     "missing image": (("images", 1, "file_name"), "c.png", r"image 'c\.png' is missing in .*train; add the file or"),
-    "category id text": (("categories", 1, "id"), "3", r"categories\[1\] needs a whole number 'id'"),
+    "category id text": (("categories", 1, "id"), "three", r"categories\[1\] needs a whole number 'id'"),
     "category no name": (("categories", 1, "name"), DELETE, r"categories\[1\] needs .* a text 'name'"),
     "duplicate category": (("categories", 1, "id"), 90, r"categories\[1\] \('a'\) has the id 90 of another"),
     "annotation no object": (("annotations", 3), None, r"annotations\[3\] is no object"),

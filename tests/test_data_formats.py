@@ -296,6 +296,14 @@ def test_faults_of_voc_files(tmp_path, text, message):
     assert str(caught.value).startswith(f"{tmp_path}/Annotations/a.xml: ")
 
 
+def test_voc_without_any_object(tmp_path):
+    voc_set(tmp_path)
+    for path in (tmp_path / "Annotations").glob("*.xml"):
+        path.write_text("<annotation/>")
+    with pytest.raises(UserError, match="no object in any of its XML files, so there is no class"):
+        open_dataset(tmp_path)
+
+
 def test_missing_files_of_voc(tmp_path):
     voc_set(tmp_path)
     (tmp_path / "Annotations/b.xml").unlink()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deformable_detr.data.images import read_image
+from deformable_detr.data.images import read_image, read_size
 from deformable_detr.errors import UserError
 
 WHITE, RED = (255, 255, 255), (200, 30, 40)
@@ -186,3 +186,17 @@ def test_too_many_pixels(tmp_path, monkeypatch):
         pytest.warns(Image.DecompressionBombWarning),
     ):
         read_image(path)
+
+
+@pytest.mark.parametrize(
+    "broken", [b"", b"nothing of the kind", b"II*\x00\xff\xff\xff\xff", b"MM\x00*\x00\x00\x00\x08\xff\xff"]
+)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_broken_exif_does_not_spoil_the_pixels(tmp_path, suffix, broken):
+    path = tmp_path / f"photo.{suffix}"
+    picture = Image.fromarray(colours(64, 48))
+    picture.save(path)
+    wanted = read_image(path)
+    picture.save(path, exif=b"Exif\x00\x00" + broken)
+    assert read_size(path) == (48, 64)
+    assert torch.equal(read_image(path), wanted)

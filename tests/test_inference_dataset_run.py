@@ -176,6 +176,31 @@ def test_shares_of_a_machine(pool, cpus, gpus, wanted):
     assert share(pool, cpus, gpus, own=True) == wanted
 
 
+@pytest.mark.parametrize(("device", "packed", "wanted"), [
+    ("auto", "model.onnx", "auto"), ("auto", "model.safetensors", "cuda"), ("cuda", "model.onnx", "cuda"),
+])  # fmt: skip
+def test_exported_files_take_the_device_that_their_runtime_has(tmp_path, monkeypatch, device, packed, wanted):
+    """A GPU of the machine is none of a runtime that was built without."""
+    from deformable_detr.inference.dataset.plan import make_plan
+    from deformable_detr.inference.dataset.sources import Piece
+    from deformable_detr.inference.dataset.storage import Store
+
+    @contextlib.contextmanager
+    def cluster(pool, model_bytes):
+        resources = {"CPU": 2.0, "GPU": 1.0}
+        yield SimpleNamespace(cluster_resources=lambda: resources, exceptions=SimpleNamespace(RayError=RayError)), True
+
+    jobs, said = [], []
+    monkeypatch.setattr(runs, "_cluster", cluster)
+    monkeypatch.setattr(runs, "_reports", lambda ray, job, *_: jobs.append(job) or iter(()))
+    store = Store(str(tmp_path))
+    settings = {"kind": "images", "threshold": 0.5, "top_k": 9, "batch_size": 1}
+    plan = make_plan(store, "m", ["/set"], iter([Piece("/set/a.png", 0, 1, 7)]), None, **settings)
+    runs._work(store, plan, {packed: b""}, [0], Pool(device=device), Progress(plan, {}, said.append))
+    assert jobs[0].device == wanted
+    assert ("where the file's runtime has it" in said[0]) == (wanted == "auto")
+
+
 def test_workers_that_do_not_fit():
     for pool in (Pool(concurrency=3, num_cpus=1), Pool(num_gpus=1), Pool(device="cuda"), Pool(num_cpus=4)):
         with pytest.raises(UserError, match="do not fit this machine's 2 processors and 0 GPUs"):

@@ -204,3 +204,27 @@ def test_columns_are_named(tmp_path, columns, message):
     with pytest.raises(UserError, match=re.escape(message)):
         list(find_pieces([str(tmp_path)], columns=columns)[1])
     assert len(records(tmp_path, columns=Columns("two"))) == 1
+
+
+def test_overlapping_patterns_give_each_image_once(tmp_path):
+    folder = as_folder(tmp_path / "images", FILES)
+    _, pieces = find_pieces([f"{folder}/a0*.*", f"{folder}/*.png", f"{folder}/a00.png"])
+    names = [piece.file.rsplit("/", 1)[1] for piece in pieces]
+    assert len(names) == len(set(names)) == 10, "and no hidden one"
+
+
+def test_colons_in_a_path_are_no_chain(tmp_path):
+    folder = as_folder(tmp_path / "a::b", FILES)
+    check(records(folder), [f"{folder}/{name}" for name, _ in FILES])
+
+
+def test_ids_that_are_no_text(tmp_path):
+    """A column of strings whose bytes are Latin-1, as some writers make it, and one of bytes."""
+    data = FILES[0][1]
+    for kind in (pa.binary(), pa.string()):
+        ids = pa.array([b"caf\xe9", b"plain", None], pa.binary())
+        if kind == pa.string():
+            ids = pa.Array.from_buffers(kind, len(ids), ids.buffers())
+        table = pa.table({"name": ids, "image": pa.array([{"bytes": data}] * 3)})
+        pq.write_table(table, tmp_path / "set.parquet")
+        assert [record.key for record in records(tmp_path, columns=Columns(id="name"))] == ["caf\\xe9", "plain", None]

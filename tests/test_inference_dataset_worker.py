@@ -1,5 +1,9 @@
 """A unit through the model: rows as `predict` finds them, bad images as rows, any form of model, any form of source."""
 
+import io
+import os
+import tarfile
+
 import pytest
 import torch
 
@@ -173,3 +177,24 @@ def test_models_are_known_by_what_they_hold(model, tmp_path):
     with torch.no_grad():
         wanted, found = DeformableDETR.from_pretrained(model)(pixels), again(pixels)
     assert max(difference(wanted, found)) <= 1e-4
+
+
+def test_names_that_are_no_text(model, tmp_path):
+    """Latin-1 on a disk and in an old tar: the images are found and predicted, the results are text."""
+    name, data = FILES[0]
+    latin = os.fsdecode(b"caf\xe9.png")
+    folder = as_folder(tmp_path / "images", [(latin, data), (f"b{latin}", b"no image")])
+    with tarfile.open(tmp_path / "set.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        info = tarfile.TarInfo("caf\xe9.png")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    wanted = expected(model)[name]
+    for source, image in (
+        (folder, f"{folder}/caf\\udce9.png"),
+        (tmp_path / "set.tar", f"{tmp_path}/set.tar#caf\\udce9.png"),
+    ):
+        _, reports = units(model, source, tmp_path / "out" / source.name)
+        assert set(reports["failure"]) == {""}
+        found = rows(tmp_path / "out" / source.name)
+        assert found[image]["scores"] == wanted.scores.tolist()
+    assert "cannot be read as an image" in rows(tmp_path / "out/images")[f"{folder}/bcaf\\udce9.png"]["error"]

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import deformable_detr
+from deformable_detr.weights.files import replace_file
 
 # What takes seconds to import and only some verbs need.
 HEAVY = ("timm", "torchvision", "scipy", "supervision", "transformers", "hotcoco", "matplotlib", "cyclopts")
@@ -59,3 +60,12 @@ def test_version_is_the_installed_one():
     from importlib.metadata import version
 
     assert deformable_detr.__version__ == version("deformable-detr")
+
+
+@pytest.mark.parametrize("name", ["a", "é" * 120, "n" * 255])
+def test_files_of_any_name_are_replaced(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("before")
+    replace_file(path, lambda temporary: temporary.write_text("after"))
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert path.read_text() == "after"

@@ -298,6 +298,25 @@ def test_the_deadline():
         assert raw(client, picture()).status_code == 200
 
 
+@pytest.mark.parametrize("slow", ["uploads", "_json"])
+def test_the_deadline_is_of_all_from_the_whole_request_to_the_answer(monkeypatch, slow):
+    """Taking the body apart and putting the answer together too."""
+    from deformable_detr.serving import app
+
+    with running(small_model(), deadline=0.3) as client:
+        assert raw(client, picture()).status_code == 200
+        inner = getattr(app, slow)
+        monkeypatch.setattr(app, slow, lambda *given: (time.sleep(1.0), inner(*given))[1])
+        request = threading.Thread(target=lambda: statuses.append(raw(client, picture()).status_code))
+        statuses = []
+        request.start()
+        request.join(10)
+        monkeypatch.undo()
+        assert statuses == [504]
+        time.sleep(1.0)
+        assert raw(client, picture()).status_code == 200
+
+
 def test_nobody_works_for_a_client_that_left():
     model, gate, seen = small_model(), threading.Event(), []
     with running(model, batch=1) as client:

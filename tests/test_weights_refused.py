@@ -189,13 +189,15 @@ def test_broken_repositories(repo, tmp_path):
 def test_other_sources_that_are_none(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "image.pth").write_bytes(b"\x89PNG")
+    (tmp_path / "cards.onnx").write_bytes(b"\x08")
     torch.save({"model": {"backbone.weight": torch.zeros(1)}}, tmp_path / "detr.pth")
     torch.save({"model": {"a": [1, 2]}}, tmp_path / "odd.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     save_file({"a": torch.zeros(1)}, tmp_path / "alone.safetensors")
     for name, message in (
         ("empty", "config.json"), ("image.pth", "broken"), ("detr.pth", "level_embed"), ("odd.pth", "no tensor"),
-        ("list.pth", "dict"), ("alone.safetensors", "config.json beside"), ("gone", "no such"), ("gone.pth", "no such"),
+        ("list.pth", "dict"), ("alone.safetensors", "config.json beside"), ("gone", "no such"), 
+        ("cards.onnx", "an exported file is no model"), ("gone.pth", "no such"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             DeformableDETR.from_pretrained(tmp_path / name)

@@ -6,7 +6,9 @@ import io
 import logging
 import os
 import select
+import signal
 import sys
+import threading
 
 from cyclopts import CycloptsError
 
@@ -32,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger("deformable_detr").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text, or not of the terminal's letters
+    _tidy_up_at_sigterm()
     keep_large_buffers()
     if words[:1] != ["benchmark"] or words[1:2] == ["predict"]:  # the others compare programs as they come
         keep_fewer_kernels()
@@ -62,6 +65,20 @@ def _run(words: list[str]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _tidy_up_at_sigterm() -> None:
+    """SIGTERM ends the program as an error would, so that nothing half-written stays; unless a parent decided."""
+    process = os.getpid()
+
+    def leave(number: int, _: object) -> None:
+        if os.getpid() != process:  # a process that inherited this
+            os._exit(128 + number)
+        sys.exit(128 + number)
+
+    main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+    if main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, leave)
 
 
 def _reader_gone() -> bool:

@@ -139,7 +139,7 @@ def predict_dataset(
         format: What the sources hold; auto: see for yourself.
         image_column: Of Parquet: the column with image bytes; found by its type where there is one.
         id_column: Of Parquet: the column that is to name the rows.
-        unit_size: Images in one file of results, and what is lost at most by each worker when stopped.
+        unit_size: Images in one file of results, and what is lost at most by each worker when stopped; of shards more.
         concurrency: Workers; as many as fit where none is named.
         num_cpus: Processors of each worker, fractions too.
         num_gpus: GPUs of each worker, fractions too; 1 where there are any.

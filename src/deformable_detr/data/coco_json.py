@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..structures import Category
+
+_NUMBER = re.compile("[0-9]{1,18}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,10 +58,13 @@ class MaskBox(list[float]):
 
 
 def _lean(record: dict[str, Any]) -> dict[str, Any]:
-    """Without the mask, of which the box is taken where the record has no other; ids of 7.0 (pandas) are 7."""
+    """Without the mask, of which the box is taken where the record has no other; ids 7.0 (pandas) and "7" are 7."""
     for key in ("id", "image_id", "category_id"):
-        if type(value := record.get(key)) is float and value.is_integer():
+        value = record.get(key)
+        if (type(value) is float and value.is_integer()) or (isinstance(value, str) and _NUMBER.fullmatch(value)):
             record[key] = int(value)
+    if type(name := record.get("name")) is int:  # a class called 3
+        record["name"] = str(name)
     mask = record.pop("segmentation", None)
     if record.get("bbox") not in (None, []):
         return record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int]:
         with Image.open(name) as image:
             _refuse_program(image)
             width, height = image.size
-            orientation = image.getexif().get(_ORIENTATION, 1) if _may_have_exif(image, name) else 1
+            orientation = _orientation(image) if _may_have_exif(image, name) else 1
     except Exception as error:  # decoders raise whatever they like on broken bytes
         raise _unreadable(name, error) from error
     _refuse_size(name, width, height)
@@ -108,6 +109,14 @@ def _may_have_exif(image: Image.Image, name: str) -> bool:
     return False
 
 
+def _orientation(image: Image.Image) -> int:
+    """1 too where the EXIF is broken: the pixels need not be."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return 1
+
+
 def _refuse_size(name: str, width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
@@ -129,7 +138,8 @@ def _decode(image: Image.Image, name: str) -> Tensor:
     _refuse_size(name, *image.size)
     try:
         _refuse_program(image)
-        return _to_tensor(_rgb(ImageOps.exif_transpose(image)))
+        image.load()
+        return _to_tensor(_rgb(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image))
     except Exception as error:  # truncated data and broken headers come as many kinds of error
         raise _unreadable(name, error) from error
 

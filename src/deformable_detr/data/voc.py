@@ -50,6 +50,8 @@ class VocSource:
         own = {record["name"] for record in objects}
         if categories is None:
             own.update(*(source.class_names() for source in self.others))
+        if not own and categories is None:
+            raise UserError(f"{self.file}: no object in any of its XML files, so there is no class; label some first")
         names = sorted(own)
         ids = dict(zip(names, ids_by_name(names, categories, first=1), strict=True))
         annotations = [

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..structures import Detections
+from ..weights.files import temporary_file
 from .draw import draw_on, enlargement
 from .predictor import predict_iter
 
@@ -147,7 +148,7 @@ class VideoWriter:
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path, self.rate = path, rate
         self._av = load_av()
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_file(path)
         self._container: Any = None
         self._ticks = -1
 
@@ -251,7 +252,7 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_file(path)
         self._written = False
 
     def add(self, facts: dict[str, Any], detections: Detections) -> None:

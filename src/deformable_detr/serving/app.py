@@ -74,10 +74,14 @@ def create_app(engine: Engine, status: Status, token: str | None = None, name: s
     async def worked(request: Request, most: int, work: Callable[[list[Upload]], Coroutine[Any, Any, Any]]) -> Response:
         """The answer to a request with images: its body read, `work` done in time, put into JSON."""
         engine.refuse_if_full()
-        async with whole_body(request, limits, ledger) as body:
+
+        async def answered(body: bytearray) -> bytes:
             found = await engine.read(uploads, request.headers.get("content-type", ""), body, most)
-            answer = await _in_time(request, work(found), limits.deadline)
-        return Response(await engine.write(_json, answer), media_type="application/json")
+            return await engine.write(_json, await work(found))
+
+        async with whole_body(request, limits, ledger) as body:
+            answer = await _in_time(request, answered(body), limits.deadline)
+        return Response(answer, media_type="application/json")
 
     @app.post(
         "/v1/detect",

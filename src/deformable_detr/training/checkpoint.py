@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..weights.files import replace_file
 
 KEPT = 2  # generations in a folder: the last, and the one before to fall back to
 _FORMAT = "deformable-detr-checkpoint"
@@ -110,15 +111,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file at once by one with this text, flushed to the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def share_as_folder(path: Path, folder: Path | None = None) -> None:

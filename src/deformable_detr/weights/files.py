@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -180,9 +181,15 @@ def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]]) -> 
         raise UserError(f"folder {folder} cannot be written: {_line(error)}") from None
 
 
+def temporary_file(path: Path) -> Path:
+    """A hidden name beside `path`, this process's own, and no longer than names may be."""
+    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    return path.with_name(f".{name}.{os.getpid()}.tmp")
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, then puts it in place: never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_file(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would make it private

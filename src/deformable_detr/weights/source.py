@@ -75,6 +75,8 @@ def filled(model: DeformableDETR, state: dict[str, Tensor]) -> DeformableDETR:
 
 def locate(source: str | os.PathLike[str]) -> Path:
     """The folder or the official checkpoint that a source names; what is on the hub is fetched."""
+    from ..export.runtime import is_exported
+
     path = Path(source)
     if len(os.fspath(path)) > 4096 or any(len(part) > 255 or "\0" in part for part in path.parts):
         raise UserError(f"model {os.fspath(path)[:80]!r}…: no path and no hub id is as long or has such characters")
@@ -91,6 +93,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
             )
         raise UserError(f"model {path}: no config.json there" + (", and several .pth" if checkpoints else ""))
     if path.is_file():
+        if is_exported(path):
+            raise UserError(f"model {path}: an exported file is no model any more; give the folder it was made of")
         if path.suffix in (".safetensors", ".bin", ".json") and (path.parent / "config.json").is_file():
             return path.parent
         if path.suffix == ".safetensors":

@@ -23,6 +23,7 @@ MANIFEST, PLAN, DONE, LOCK = "_manifest.json", "_plan.parquet", "_SUCCESS", ".lo
 LARGE = 256  # images of a unit; sets of under 32 times as many get smaller units, so that they spread over workers
 SMALL, SPREAD = 8, 32
 _GROUP = 16384  # rows of a row group: what a worker reads to find its unit
+_NAME = ("utf-8", "surrogateescape")  # file names need not be text; Parquet's strings do
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def read_unit(store: Store, unit: int) -> list[Piece]:
 
     with store.open(PLAN) as file:
         table = pq.read_table(file, filters=[("unit", "==", unit)], columns=list(Piece._fields), use_threads=False)
-    return [Piece(*values) for values in zip(*(column.to_pylist() for column in table.columns), strict=True)]
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    return [Piece(file if isinstance(file, str) else file.decode(*_NAME), *rest) for file, *rest in rows]
 
 
 def finished(store: Store, plan: Plan) -> dict[int, Counts]:
@@ -171,15 +173,15 @@ def _write_plan(path: Path, pieces: Iterator[Piece], unit_size: int) -> tuple[in
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = [pa.int64(), pa.string(), pa.int64(), pa.int64(), pa.int64()]
+    kinds = [pa.int64(), pa.binary(), pa.int64(), pa.int64(), pa.int64()]
     schema = pa.schema(list(zip(["unit", *Piece._fields], kinds, strict=True)))
     listing = hashlib.sha256()
     units, images, known, files, last = 0, 0, True, 0, None
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         waiting: list[tuple[Any, ...]] = []
         for unit, piece in _numbered(pieces, unit_size):
-            listing.update(f"{piece.file}\0{piece.start}\0{piece.count}\0{piece.size}\n".encode("utf-8", "replace"))
-            waiting.append((unit, *piece))
+            listing.update(f"{piece.file}\0{piece.start}\0{piece.count}\0{piece.size}\n".encode(*_NAME))
+            waiting.append((unit, piece.file.encode(*_NAME), *piece[1:]))
             units, images, known = unit + 1, images + max(piece.count, 0), known and piece.count >= 0
             files, last = files + (piece.file != last), piece.file
             if len(waiting) == _GROUP:

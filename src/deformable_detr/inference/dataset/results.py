@@ -43,15 +43,20 @@ def schema() -> Any:
 
 
 def row(image: str, key: str | None, found: Detections | str) -> dict[str, Any]:
-    """A row of what was found, or of what is wrong with the image."""
+    """A row of what was found, or of what is wrong with the image. Names that are no text get \\udc80 and the like."""
+    image, key = _text(image), None if key is None else _text(key)
     if isinstance(found, str):
-        return {"image": image, "key": key, "error": found}
+        return {"image": image, "key": key, "error": _text(found)}
     height, width = found.image_size
     return {
         "image": image, "key": key, "width": width, "height": height, "boxes": found.boxes.tolist(),
         "scores": found.scores.tolist(), "labels": found.labels.tolist(), "category_ids": found.category_ids.tolist(),
         "names": list(found.names), "error": None,
     }  # fmt: skip
+
+
+def _text(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def part_name(unit: int) -> str:

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from ...errors import UserError
+from ...export.runtime import is_exported
 from .plan import DONE, Plan, finished, held, make_plan
 from .results import Counts
 from .sources import KINDS, Columns, find_pieces
@@ -74,7 +75,7 @@ def predict_dataset(
     model: what `predict` takes. sources, form, image_column, id_column: see `sources.find_pieces`. out: a folder, or a
     prefix in an object store; where it has results of the same run, only what is missing is done.
     threshold, top_k, batch_size: as `predict`. unit_size: images of one file, and what is lost at most by each worker
-    when the run is stopped.
+    when the run is stopped; of shards it may be more, see `sources.PIECE`.
     report: gets a line for each step and every few seconds.
 
     Returns the number of all images and of those that could not be read, whose rows tell why.
@@ -232,10 +233,13 @@ def _work(
         resources = ray.cluster_resources()
         chosen = share(pool, resources.get("CPU", 0), resources.get("GPU", 0), own)
         workers = min(chosen.workers, len(missing))
-        progress.report(f"{plan.units} units, {workers} {'worker' if workers == 1 else 'workers'} on {chosen.device}")
+        device, where = chosen.device, chosen.device
+        if pool.device == "auto" and device != "cpu" and any(map(is_exported, files)):
+            device, where = "auto", f"{device} where the file's runtime has it"
+        progress.report(f"{plan.units} units, {workers} {'worker' if workers == 1 else 'workers'} on {where}")
         job = Job(
             store.root if store.local else store.system.unstrip_protocol(store.root), plan.run, plan.settings,
-            chosen.device, max(1, math.floor(chosen.num_cpus)), pool.readers,
+            device, max(1, math.floor(chosen.num_cpus)), pool.readers,
         )  # fmt: skip
         progress.started = progress.said = time.monotonic()
         try:

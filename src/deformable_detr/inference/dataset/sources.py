@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...data.images import decode_image, read_image
-from ...data.layouts import IMAGE_SUFFIXES, is_image
+from ...data.layouts import IMAGE_SUFFIXES, is_hidden, is_image
 from ...errors import UserError
 from .storage import is_local, one_line, resolve, url_of, walk
 
@@ -68,7 +68,7 @@ def find_pieces(
     Raises UserError, at once or on the way, for a source that is missing, unreadable or holds nothing to read.
     """
     _refuse_overlap(sources)
-    files = _files(sources, form, skip)
+    files = _once(_files(sources, form, skip)) if len(sources) > 1 else _files(sources, form, skip)
     try:
         first = next(files)
     except StopIteration:
@@ -103,6 +103,15 @@ def _refuse_overlap(sources: Sequence[str]) -> None:
             raise UserError(f"{other} is in {one}, so its images would come twice; name it once")
 
 
+def _once(files: Iterator[tuple[str, str, int]]) -> Iterator[tuple[str, str, int]]:
+    """Without those that came before: patterns may meet in files."""
+    seen: set[str] = set()
+    for entry in files:
+        if entry[1] not in seen:
+            seen.add(entry[1])
+            yield entry
+
+
 def _files(sources: Sequence[str], form: str, skip: str | None) -> Iterator[tuple[str, str, int]]:
     """Kind, path or URL, and size of each file."""
     found = None if form == "auto" else form
@@ -115,7 +124,8 @@ def _files(sources: Sequence[str], form: str, skip: str | None) -> Iterator[tupl
             elif system.exists(root):
                 files, named = iter([(root, system.size(root) or 0)]), True
             elif set(root) & set("*?["):
-                files = ((path, system.size(path) or 0) for path in sorted(system.glob(root)) if system.isfile(path))
+                paths = [path for path in sorted(system.glob(root)) if not is_hidden(PurePosixPath(path).name)]
+                files = ((path, system.size(path) or 0) for path in paths if system.isfile(path))
             else:
                 raise UserError(f"{source}: no such file or folder")
             for path, size in files:
@@ -262,9 +272,8 @@ def _parquet_records(piece: Piece, system: Any, path: str, columns: Columns) -> 
                 for offset in range(max(piece.start - row, 0), min(len(batch), stop - row)):
                     name = f"{piece.file}#{row + offset}"
                     value = batch.column(column)[offset].as_py()
-                    key = None if columns.id is None else batch.column(columns.id)[offset].as_py()
                     data = value.get("bytes") if isinstance(value, dict) else value
-                    key = None if key is None else str(key)
+                    key = None if columns.id is None else _key(batch.column(columns.id)[offset])
                     if data is None:
                         yield Record(name, key, None, f"{name}: no bytes in column {column}")
                     else:
@@ -274,6 +283,17 @@ def _parquet_records(piece: Piece, system: Any, path: str, columns: Columns) -> 
                     return
             if row < end:  # pages that say they are empty are not refused by the reader
                 raise ReadError(f"row {row} and what follows is missing")
+
+
+def _key(scalar: Any) -> str | None:
+    """The text of an id; what claims to be text and is not is shown byte by byte."""
+    try:
+        value = scalar.as_py()
+    except UnicodeDecodeError:
+        value = scalar.as_buffer().to_pybytes()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return None if value is None else str(value)
 
 
 def _parquet(file: str) -> Any:

@@ -19,7 +19,10 @@ def resolve(url: str) -> tuple[Any, str]:
     Raises UserError for an unknown protocol and for one whose package is not installed.
     """
     from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
 
+    if "::" in url and os.path.exists(url):  # what fsspec would take for a chain of protocols
+        return LocalFileSystem(), os.path.abspath(url)
     try:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:
