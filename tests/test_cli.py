@@ -145,7 +145,8 @@ def work(*_, **__):
             os.read(reader, 1)  # a signal in the middle of a fork is lost
             os.kill(child, signal.SIGTERM)
             sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        {"os.write(writer, b'1'); time.sleep(60)" if inherited else "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"}
+        {"os.write(writer, b'1')" if inherited else "os.kill(os.getpid(), signal.SIGTERM)"}
+        time.sleep(60)
     finally:
         half.unlink()
         print("tidied")

@@ -66,6 +66,13 @@ def test_roboflow(tmp_path, folder):
         assert read(tmp_path, name) == [f"{folder}.png"]
 
 
+def test_split_folders_in_capitals(tmp_path):
+    for folder in ("Train", "VALID"):
+        put(tmp_path / folder / "_annotations.coco.json", tmp_path / folder, [f"{folder}.png"])
+    assert read(tmp_path, "train") == ["Train.png"]
+    assert read(tmp_path, "val") == ["VALID.png"]
+
+
 @pytest.mark.parametrize("images", ["{}2017", "images/{}2017", "images/{}", "{}", "images", ""])
 def test_coco(tmp_path, images):
     for split in ("train", "val"):

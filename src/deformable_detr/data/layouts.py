@@ -39,9 +39,10 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
 
     In this order: `data.annotations` (`data.val_annotations` for the validation split); `root` itself where it is a
     JSON file; `<split>/_annotations.coco.json`; `annotations/instances_*.json` or `<split>.json` whose name says the
-    split; `_annotations.coco.json` in `root` itself. `val`, `valid` and `validation` are one split, and likewise
-    `train`/`training` and `test`/`testing`. A file or folder that names no split serves for any; one that names another
-    split for none. A folder's only JSON file counts as its `_annotations.coco.json`.
+    split; `_annotations.coco.json` in `root` itself, or in a folder of the split's name in capitals. `val`, `valid` and
+    `validation` are one split, and likewise `train`/`training` and `test`/`testing`. A file or folder that names no
+    split serves for any; one that names another split for none. A folder's only JSON file counts as its
+    `_annotations.coco.json`.
     """
     if not root.exists():
         raise UserError(f"{root}: no such data set; give its folder or its COCO JSON file")
@@ -74,6 +75,9 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
             return matches[0]
     if (found := _in_folder(root)) and not names_other_split(found, split):
         return found
+    for name in sorted(_listing(root)):
+        if name.lower() in names and (found := _in_folder(root / name)):
+            return found
     raise UserError(
         f"{root}: no '{split}' split; looked for {'|'.join(names)}/{ROBOFLOW}, annotations/instances_{names[0]}*.json "
         f"and {ROBOFLOW}; rename what you have{mend}"
