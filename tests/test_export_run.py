@@ -198,6 +198,16 @@ def test_mistakes_are_named(model, tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_sizes_that_no_memory_holds_are_named():
+    with (
+        pytest.raises(UserError, match=r"--image-size 9,9: this machine's memory does not hold"),
+        run._in_memory((9, 9)),
+    ):
+        torch.empty(2**55)
+    with pytest.raises(RuntimeError, match="shapes"), run._in_memory((9, 9)):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
 def test_foreign_and_broken_files_are_named(tmp_path):
     import onnx
     from onnx import TensorProto, helper

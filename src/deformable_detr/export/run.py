@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -73,7 +74,9 @@ def export_model(
     model = _plain(model)
     described = Described(_config(model), image_size, precision, sampling, post_processing)
     half = precision == "fp16" and to != "openvino"  # OpenVINO stores halves and computes as its device can
-    program = trace(InferenceGraph(model, post_processing, torch.half if half else torch.float32), image_size, sampling)
+    graph = InferenceGraph(model, post_processing, torch.half if half else torch.float32)
+    with _in_memory(image_size):
+        program = trace(graph, image_size, sampling)
     report("traced")
     changes: dict[str, Callable[[Any], Any]] = {precision: lambda proto: proto}
     if precision == "int8":
@@ -98,7 +101,8 @@ def export_model(
             size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
             report(f"written, {size:.1f} MiB" + (f", {name}" if precision == "int8" else ""))
             exported = load(folder / path.name, "cpu")
-            cases = verify(model, exported, TOLERANCES[precision])
+            with _in_memory(image_size):
+                cases = verify(model, exported, TOLERANCES[precision])
             for case in cases:
                 report(f"verified {case}")
             if before is not None:
@@ -128,6 +132,18 @@ def _check(
         raise UserError(f"--precision {precision} needs --data DATA, to measure what it costs")
     if image_size is not None and min(image_size) < 32:
         raise UserError(f"--image-size {image_size[0]},{image_size[1]}: each side must be 32 pixels at least")
+
+
+@contextmanager
+def _in_memory(image_size: tuple[int, int] | None) -> Iterator[None]:
+    """`UserError` where images of that size need more memory than there is."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if image_size is None or not (isinstance(error, MemoryError) or "allocate memory" in str(error)):
+            raise
+        height, width = image_size
+        raise UserError(f"--image-size {height},{width}: this machine's memory does not hold such images") from None
 
 
 def _plain(model: DeformableDETR) -> DeformableDETR:
