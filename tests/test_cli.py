@@ -269,6 +269,14 @@ def test_evaluate_finds_files_that_only_options_name(run, data, trained, tmp_pat
     assert "--set model.image_size=64" in error
 
 
+def test_broken_exif_is_no_news(trained, tmp_path):
+    Image.new("RGB", (80, 60)).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    command = [sys.executable, "-m", "deformable_detr", "predict", str(trained), str(tmp_path / "a.jpg")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+
+
 def test_predict_draws_and_writes_and_goes_on_after_bad_images(run, data, trained, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import threading
+import warnings
 
 from cyclopts import CycloptsError
 
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger("deformable_detr").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text, or not of the terminal's letters
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that it reads all the same; others are errors
     _tidy_up_at_sigterm()
     keep_large_buffers()
     if words[:1] != ["benchmark"] or words[1:2] == ["predict"]:  # the others compare programs as they come
