@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from deformable_detr import DeformableDETR
+from deformable_detr import DeformableDETR, presets
 from deformable_detr.benchmark import export as exported
 from deformable_detr.benchmark import model as bench
 from deformable_detr.benchmark import predict, rounds, scaling, train
@@ -168,3 +168,8 @@ def test_scaling(tmp_path):
     assert points[0].median_ms == points[2].median_ms == points[4].median_ms  # timed once
     scaling.draw(points, "t", tmp_path / "p.svg")
     assert ET.parse(tmp_path / "p.svg").getroot().tag.endswith("svg")
+
+
+def test_a_network_that_transformers_lacks_has_no_twin():
+    model = DeformableDETR(presets.MODELS["small"](backbone="test_resnet", backbone_weights="none", hidden_dim=32))
+    assert bench.transformers_twin(model) is None

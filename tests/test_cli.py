@@ -110,6 +110,47 @@ def test_a_mistake_is_one_line_and_code_2(run, data, trained, tmp_path, argument
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*.*")} == before  # nothing was lost
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["model", "--repeats", 0], "--repeats 0: must be 1 or more"),
+    (["model", "--batches", 2, "--batches", 0], "--batches 0: must be 1 or more"),
+    (["model", "--threads", 0], "--threads 0: must be 1 or more"),
+    (["model", "--json", "a.svg", "--picture", "./a.svg"], "--picture a.svg: --json goes there too"),
+    (["op", "--repeats", 0], "--repeats 0: must be 1 or more"),
+    (["train", "--dropout", 2], "dropout"),
+    (["train", "--batch-size", 0], "--batch-size 0: must be 1 or more"),
+    (["scaling", "--threads", -1], "--threads -1: must be 1 or more"),
+])  # fmt: skip
+def test_a_benchmark_refuses_at_once(run, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("benchmark", *arguments)
+    assert (code, out) == (2, "")
+    assert is_one_line(err)
+    assert message in err
+
+
+def test_two_outputs_are_not_one_file(run, data, trained, tmp_path):
+    both = str(tmp_path / "r.html")
+    image = next(data.rglob("*.jpg"), None) or next(data.rglob("*.png"))
+    commands = [
+        ["evaluate", trained, data, "--report", both, "--json", both],
+        ["explain", trained, image, "--out", both, "--json", both],
+    ]
+    for command in commands:
+        code, _, err = run(*command)
+        assert code == 2
+        assert "goes there too; name another file" in err
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_with_the_second_model_is_said_before_the_first_is_evaluated(
+    run, data, trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("deformable_detr.evaluation.compare.detect_dataset", lambda *_: pytest.fail("evaluated"))
+    code, out, err = run("evaluate", trained, data, "--compare", tmp_path / "nothing", "--workers", 0)
+    assert (code, out) == (2, "")
+    assert "nothing: no such folder or file" in err
+
+
 def test_a_bad_option_in_a_real_process(tmp_path):
     command = [sys.executable, "-m", "deformable_detr", "train", str(tmp_path), "--nope", "3"]
     done = subprocess.run(command, capture_output=True, text=True)

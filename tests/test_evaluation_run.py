@@ -180,3 +180,14 @@ def test_progress_bar_counts_images(tmp_path, monkeypatch, capsys):
     assert "5/5" in capsys.readouterr().err
     evaluate_dataset(finder(), dataset, workers=0, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_a_loader_process_that_was_killed_is_one_line(tmp_path, monkeypatch):
+    from deformable_detr.evaluation import run
+
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(run, "_detect", killed)
+    with pytest.raises(UserError, match=r"was killed \(Killed\), .* fewer --workers \(now 3;.*--batch-size \(now 2\)$"):
+        evaluate(finder(), write_set(tmp_path), batch_size=2, workers=3)

@@ -136,6 +136,32 @@ def test_every_module_keeps_its_mode():
     assert torch.is_grad_enabled()
 
 
+def test_every_thread_that_predicts_has_evaluation_mode():
+    """One that ends does not put the others' model back into training."""
+    model = RedBoxFinder().train()
+    both, first_done, modes = threading.Barrier(2), threading.Event(), []
+    forward = model.forward
+
+    def slow(*given):
+        both.wait(30)
+        if threading.current_thread().name == "second":
+            first_done.wait(30)
+        modes.append(model.moving.training)
+        return forward(*given)
+
+    model.forward = slow
+    first, second = (
+        threading.Thread(target=predict, args=(model, picture()), name=name) for name in ("first", "second")
+    )
+    first.start()
+    second.start()
+    first.join(60)
+    first_done.set()
+    second.join(60)
+    assert modes == [False, False]
+    assert model.moving.training
+
+
 def test_modes_come_back_after_an_error():
     model = RedBoxFinder().train()
     model.forward = lambda *_: 1 / 0

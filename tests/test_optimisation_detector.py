@@ -309,3 +309,14 @@ def test_compiled():
     for size, padded in ((1, False), (3, True)):
         pixels, mask = batch(size, padded)
         assert max(difference(plain(pixels, mask), fast(pixels, mask))) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_models_of_other_precisions(dtype):
+    """Weights in float64 are loaded so, and predict and serve optimise what they load."""
+    made = model("refine").to(dtype)
+    optimised = made.optimize()
+    assert optimised.pixel_mean.dtype == torch.float32
+    pixels = torch.randn(1, 3, 64, 96)
+    expected = made.float()(pixels)
+    torch.testing.assert_close(optimised(pixels)["pred_boxes"], expected["pred_boxes"], atol=1e-4, rtol=0)

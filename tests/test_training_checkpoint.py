@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,3 +238,15 @@ def test_random_state_goes_out_and_back_through_json():
     assert draw() != first
     restore_random_state(state)
     assert draw() == first
+
+
+def test_the_same_bytes_on_a_system_with_other_line_ends(tmp_path, monkeypatch):
+    """Windows writes a text's \\n as two characters; a state is compared to the byte."""
+    written = Path.write_text
+    windows = {"newline": "\r\n"}
+    monkeypatch.setattr(Path, "write_text", lambda self, text, **rest: written(self, text, **rest | windows))
+    (tmp_path / "check").write_text("\n")
+    assert (tmp_path / "check").read_bytes() == b"\r\n"  # the stand-in works
+    save_checkpoint(tmp_path / "last", tensors(1.0), {"step": 1})
+    update_state(tmp_path / "last", {"step": 1, "more": 2})
+    assert load_checkpoint(tmp_path / "last")[1] == {"step": 1, "more": 2}

@@ -31,6 +31,17 @@ def test_going_on_removes_what_came_after_the_checkpoint(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3]
 
 
+def test_an_evaluation_that_was_not_saved_is_removed(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2):
+            log.write("train", {"step": step})
+            log.write("evaluation", {"step": step})
+    with MetricsLog(tmp_path, step=2, evaluated=1):
+        pass
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("evaluation", 1), ("train", 2)]
+
+
 def test_without_a_terminal_only_the_lines_are_shown(capsys):
     with Progress() as bar:
         bar.show(0.5, {"loss": "1.0"})

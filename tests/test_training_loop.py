@@ -162,6 +162,45 @@ def test_a_run_killed_in_its_evaluation_evaluates_when_it_goes_on(data, tmp_path
     assert len(lines(out, "evaluation")) == 1
 
 
+@pytest.mark.parametrize("name", ["Report.evaluated", "update_state", "Report.say_epoch"])
+def test_a_run_killed_just_after_its_evaluation_has_its_line_once(data, tmp_path, monkeypatch, name):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"deformable_detr.training.loop.{name}", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_model(data, out, tiny_config(epochs=1, eval_every=1))
+    train_model(data, out, run_config(out), resume=True)
+    assert [record["step"] for record in lines(out, "evaluation")] == [2]
+    assert (out / "training.html").is_file()
+
+
+def test_lines_of_the_log_that_a_kill_divides_are_the_same(data, tmp_path, monkeypatch):
+    """Means over more steps than an epoch has."""
+    config = tiny_config(epochs=3, log_every=3, eval_every=3)
+    train_model(data, tmp_path / "whole", config)
+    with monkeypatch.context() as patched:
+        original = Stepper.step
+
+        def step(self, *arguments, **options):
+            if self.steps == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.steps += 1
+            return original(self, *arguments, **options)
+
+        patched.setattr(Stepper, "steps", 0, raising=False)
+        patched.setattr(Stepper, "step", step)
+        with pytest.raises(TrainingInterrupted):
+            train_model(data, tmp_path / "run", config)
+    train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
+    times = ("seconds", "images_per_second")
+    found = [
+        [{key: value for key, value in record.items() if key not in times} for record in lines(tmp_path / out, "train")]
+        for out in ("whole", "run")
+    ]
+    assert found[0] == found[1]
+    assert [record["step"] for record in found[0]] == [3, 6]
+
+
 def test_more_epochs_can_be_added(data, tmp_path):
     out = tmp_path / "run"
     train_model(data, out, tiny_config(epochs=1))

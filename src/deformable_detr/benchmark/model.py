@@ -64,6 +64,10 @@ def transformers_twin(model: DeformableDETR) -> nn.Module | None:
         return None
     from ..weights import repository
 
+    try:
+        repository.check_parts(model.config)
+    except UserError:
+        return None
     with tempfile.TemporaryDirectory() as folder:
         repository.save(model, Path(folder))
         return AutoModelForObjectDetection.from_pretrained(folder).eval()

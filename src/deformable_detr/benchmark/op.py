@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..device import pick_device
 from .machine import Machine, memory_peak
 from .rounds import BASELINE, by_allocator, described, write
 
@@ -226,7 +227,7 @@ def run(
 
     Each allocator setting is a process of its own. device: "cpu" or "cuda"; by default cuda where there is one.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     threads = threads or torch.get_num_threads()
     arguments = {"device": device, "batches": list(batches), "repeats": repeats}
     rows = by_allocator(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..weights.folder import replace_file
 from .machine import Machine, gemm_gflops
 
@@ -70,7 +71,9 @@ def by_allocator(module: str, arguments: Mapping[str, Any], threads: int | None,
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         command = [sys.executable, "-m", module, json.dumps({**arguments, "allocator": allocator})]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"the process that measures ended with code {done.returncode}; what it said is above")
         rows += json.loads(done.stdout.splitlines()[-1])
     return rows
 

@@ -126,6 +126,7 @@ def run(
     Raises UserError for a device that there is not.
     """
     pick_device(device)
+    presets.MODELS[preset](**(changes or {}))  # says what is wrong with them
     arguments = {
         "preset": preset, "size": list(size), "batch": batch, "precisions": list(precisions), "repeats": repeats,
         "device": device, "changes": changes,

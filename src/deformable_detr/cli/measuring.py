@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from .options import JsonFile, Precision, Preset
+from .options import JsonFile, Precision, Preset, at_least_one
 from .program import app
 
 benchmark = App(name="benchmark", help="Measure speed on this machine, beside other software where it is installed.")
@@ -35,6 +35,7 @@ def op(
     from ..benchmark.op import run
     from ..inference.files import prepare_file
 
+    at_least_one(batches=batches, threads=threads, repeats=repeats)
     if json is not None:
         prepare_file(json, "--json")
     run(tuple(batches or (1, 8)), threads, repeats, device, json)
@@ -62,6 +63,7 @@ def exports(
     from ..inference.files import prepare_file
     from ..model.detector import DeformableDETR
 
+    at_least_one(batches=batches, repeats=repeats)
     if json is not None:
         prepare_file(json, "--json")
     size = parse_size(image_size) if image_size else None
@@ -99,8 +101,10 @@ def models(
     """
     from ..benchmark.model import DEFAULT_SIZES, WAYS, run
     from ..export.graph import parse_size
-    from ..inference.files import prepare_file
+    from ..inference.files import prepare_file, refuse_one_file
 
+    at_least_one(batches=batches, threads=threads, repeats=repeats)
+    refuse_one_file({"--json": json, "--picture": picture})
     for path, option in ((json, "--json"), (picture, "--picture")):
         if path is not None:
             prepare_file(path, option)
@@ -128,6 +132,7 @@ def predict(
     from ..inference.loading import load_detector
     from ..inference.predictor import folder_images
 
+    at_least_one(batch_size=batch_size)
     if json is not None:
         prepare_file(json, "--json")
     run(load_detector(model, precision=precision), folder_images(images), batch_size, json)
@@ -159,6 +164,7 @@ def train(
     from ..export.graph import parse_size
     from ..inference.files import prepare_file
 
+    at_least_one(batch_size=batch_size, threads=threads, repeats=repeats)
     if json is not None:
         prepare_file(json, "--json")
     size = parse_size(image_size) or (480, 640)
@@ -187,8 +193,10 @@ def scaling(
     """
     from ..benchmark.scaling import run
     from ..errors import UserError
-    from ..inference.files import prepare_file
+    from ..inference.files import prepare_file, refuse_one_file
 
+    at_least_one(threads=threads, repeats=repeats)
+    refuse_one_file({"--json": json, "--picture": picture})
     if picture is not None and picture.suffix.lower() not in (".svg", ".png"):
         raise UserError(f"--picture {picture}: must end in .svg or .png")
     for path, option in ((json, "--json"), (picture, "--picture")):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+
+from ..errors import UserError
 
 Flag = Parameter(negative=())
 Preset = Literal["single-scale", "single-scale-dc5", "multi-scale", "refine", "two-stage", "small", "small-portable"]
@@ -22,6 +25,14 @@ DataOverrides = Annotated[
     list[str] | None,
     Parameter(name="--set", negative=(), help="a key of the data, such as data.val_images=photos; may be repeated"),
 ]
+
+
+def at_least_one(**values: int | Sequence[int] | None) -> None:
+    """`UserError` for a number under 1, by the name of its option."""
+    for name, value in values.items():
+        numbers = () if value is None else (value,) if isinstance(value, int) else value
+        if (low := min(numbers, default=1)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {low}: must be 1 or more")
 
 
 def complain(message: str) -> None:

@@ -41,9 +41,10 @@ def evaluate(
         precision: fp32 or bf16: of the optimised model, as predict uses it; without it, the model as it was trained.
     """
     from ..evaluation.compare import evaluate_models, outcome
-    from ..inference.files import prepare_file, write_json
+    from ..inference.files import prepare_file, refuse_one_file, write_json
     from ..settings import resolve
 
+    refuse_one_file({"--report": report, "--json": json})
     if report is not None:
         if report.suffix.lower() not in {".html", ".htm"}:
             raise UserError(f"--report {report}: must end in .html")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DataConfig
-from .run import Evaluated, detect
+from ..training.failures import machine_failures
+from .run import Evaluated, dataset_for, detect_dataset
 
 
 def evaluate_models(
@@ -21,18 +22,23 @@ def evaluate_models(
     device: str = "auto",
     precision: str | None = None,
 ) -> list[tuple[str, Evaluated]]:
-    """(name, what was found) of each model, one after the other in memory; options as in `evaluation.evaluate`.
+    """(name, what was found) of each model; options as in `evaluation.evaluate`.
 
     precision: see `load_detector`.
 
-    The name is the last part of the path that tells the models apart.
+    The name is the last part of the path that tells the models apart. What is wrong with any of them is said before the
+    first is evaluated.
     """
     from ..inference.loading import load_detector
 
-    named = zip(_names(models), models, strict=True)
-    options: dict[str, Any] = {"split": split, "data_config": data_config, "batch_size": batch_size}
-    options |= {"workers": workers, "limit": limit}
-    return [(name, detect(load_detector(model, device, precision), data, **options)) for name, model in named]
+    detectors = [load_detector(model, device, precision) for model in models]
+    sets = [dataset_for(detector, data, split, data_config) for detector in detectors]
+    with machine_failures(batch_size, workers):
+        found = [
+            detect_dataset(detector, dataset, batch_size, workers, limit)
+            for detector, dataset in zip(detectors, sets, strict=True)
+        ]
+    return list(zip(_names(models), found, strict=True))
 
 
 def outcome(evaluated: Sequence[tuple[str, Evaluated]]) -> dict[str, Any]:

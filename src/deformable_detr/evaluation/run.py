@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..inference.loading import load_detector
 from ..inference.postprocess import select
 from ..inference.predictor import evaluating, forward, model_categories
+from ..training.failures import machine_failures
 from .coco import Counted, Metrics, figures
 from .coco import count as count_detections
 
@@ -80,12 +81,21 @@ def detect(
     device: str = "auto",
 ) -> Evaluated:
     """As `evaluate`, with all that a report needs."""
-    from ..data.coco import open_dataset
-    from ..data.transforms import evaluation
-
     if not isinstance(model, nn.Module):
         loaded: nn.Module = load_detector(model, device)
         model = loaded
+    dataset = dataset_for(model, data, split, data_config)
+    with machine_failures(batch_size, workers):
+        return detect_dataset(model, dataset, batch_size, workers, limit, progress)
+
+
+def dataset_for(
+    model: nn.Module, data: str | os.PathLike[str], split: str = "val", data_config: DataConfig | None = None
+) -> CocoDataset:
+    """The split as the model takes it. Raises UserError where it cannot be read or does not fit the model's classes."""
+    from ..data.coco import open_dataset
+    from ..data.transforms import evaluation
+
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     dataset = open_dataset(
         data,
@@ -94,7 +104,13 @@ def detect(
         categories=model_categories(config) if config.category_ids else None,
         transform=evaluation(config.image_size, config.long_side, getattr(model, "canvas", None), config.size_multiple),
     )
-    return detect_dataset(model, dataset, batch_size, workers, limit, progress)
+    _refuse_more_classes(config, dataset)
+    return dataset
+
+
+def _refuse_more_classes(config: ModelConfig, dataset: CocoDataset) -> None:
+    if len(dataset.categories) > config.num_classes:
+        raise UserError(f"the data set has {len(dataset.categories)} classes, the model {config.num_classes}")
 
 
 def evaluate_dataset(
@@ -171,8 +187,7 @@ def _detect(
 
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     ids = [category.id for category in dataset.categories]
-    if len(ids) > config.num_classes:
-        raise UserError(f"the data set has {len(ids)} classes, the model {config.num_classes}")
+    _refuse_more_classes(config, dataset)
     images = dataset if count == len(dataset) else Subset(dataset, range(count))
     batches = loader(images, batch_size, workers, shuffle=False, seed=0)
     batches.sampler.set_epoch(0, skip=part[0], stride=part[1])

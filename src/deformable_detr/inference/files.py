@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,14 @@ def predict_files(
     if json_file is not None:
         write_json(json_file, records)
     return failures
+
+
+def refuse_one_file(outputs: Mapping[str, Path | None]) -> None:
+    """`UserError` where two options, by name, would write one file."""
+    taken: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
+            raise UserError(f"{option} {path}: {other} goes there too; name another file")
 
 
 def prepare_folder(folder: Path, option: str) -> Path:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -156,17 +157,28 @@ def forward(model: nn.Module, batch: Any) -> dict[str, Any]:
     return model(batch.pixels, batch.padding_mask)
 
 
+_lock = Lock()
+_evaluating: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # threads in it, modes before
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Evaluation mode without gradients; after the last thread that is in it every module is in the mode it was in."""
+    with _lock:
+        users, modes = _evaluating.get(model) or (0, [(module, module.training) for module in model.modules()])
+        _evaluating[model] = users + 1, modes
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with _lock:
+            users, modes = _evaluating.pop(model)
+            if users > 1:
+                _evaluating[model] = users - 1, modes
+            else:
+                for module, mode in modes:
+                    module.training = mode
 
 
 def model_categories(config: ModelConfig) -> tuple[Category, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import fields, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -50,15 +51,21 @@ def padded_to(pixels: Tensor, padding_mask: Tensor | None, bucket: int) -> tuple
 class CudaGraphs:
     """The detector's two halves as one CUDA graph for each size of batch and canvas; the latest are kept.
 
-    Not run on a GPU yet.
+    One call at a time: the graphs' tensors are shared. Not run on a GPU yet.
     """
 
     def __init__(self, detector: OptimisedDetector) -> None:
         self.detector = detector
         self.graphs: OrderedDict[Any, tuple[Any, Tensor, Layout, tuple[Tensor, Tensor]]] = OrderedDict()
+        self._lock = Lock()
 
+    @torch.inference_mode()  # tensors of a graph that `predict` captured cannot be written outside of it
     def __call__(self, pixels: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits and boxes, copied out of the graph's own memory."""
+        with self._lock:
+            return self._replayed(pixels, padding_mask)
+
+    def _replayed(self, pixels: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         detector = self.detector
         canvas = (pixels.shape[2], pixels.shape[3])
         key = (pixels.shape, padding_mask is None)

@@ -53,9 +53,9 @@ class OptimisedDetector(nn.Module):
         self.config: ModelConfig = model.config
         self.precision, self.dtype = precision, dtype
         for name in ("pixel_mean", "pixel_std"):
-            self.register_buffer(name, model.get_buffer(name).clone(), persistent=False)
+            self.register_buffer(name, copied.get_buffer(name).clone(), persistent=False)
         form = Form(dtype, packed, ROWS if device.type == "cpu" else None)
-        pixels = example(copied.backbone.body, self.config, model.get_buffer("pixel_mean"), (96, 128))
+        pixels = example(copied.backbone.body, self.config, self.pixel_mean, (96, 128))
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         self.layouts = Layouts(copied, dtype)
         self.backbone = fused(copied.backbone.body, pixels, dtype, packed)

@@ -50,15 +50,15 @@ def with_classes(config: Config, dataset: CocoDataset) -> Config:
     return config.merged({"model": classes}, "the training set")
 
 
-def build(config: Config, restored: bool) -> DeformableDETR:
+def build(config: Config, restored: bool, speaks: bool = True) -> DeformableDETR:
     from ..model.detector import DeformableDETR
     from ..weights.convert import not_convertible
     from ..weights.transfer import begin
 
-    if not restored and (note := not_convertible(config.model)):
+    if speaks and not restored and (note := not_convertible(config.model)):
         log.warning(note)
     if config.train.weights and not restored:
-        return begin(config.model, config.train.weights)
+        return begin(config.model, config.train.weights, print if speaks else lambda line: None)
     return DeformableDETR(config.model.without_download() if restored else config.model)
 
 

@@ -111,7 +111,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file at once by one with this text, flushed to the disk."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_bytes(text.encode()))  # the same bytes on all systems
 
 
 def share_as_folder(path: Path, folder: Path | None = None) -> None:

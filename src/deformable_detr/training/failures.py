@@ -33,28 +33,45 @@ def said_plainly(folder: RunFolder, config: Config) -> Iterator[None]:
     That is: memory of the device or of the machine full; a loader's process killed; files that cannot be written or
     read. Other errors, which are faults of the program, pass as they are.
     """
+    train, model = config.train, config.model
+    smaller = (
+        f"use a smaller --batch-size (now {train.batch_size}; --effective-batch keeps what the optimiser sees) or "
+        f"--image-size (now {model.image_size}), or --set model.gradient_checkpointing=true"
+    )
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        line = _line(error, config)
+        line = _line(error, smaller, train.batch_size, config.data.workers)
         if line is None:
             raise
         raise UserError(f"{line}; {_saved(folder)}") from error
 
 
-def _line(error: Exception, config: Config) -> str | None:
-    """Cause and mend; None for an error that is none of the machine's."""
+@contextmanager
+def machine_failures(batch_size: int, workers: int) -> Iterator[None]:
+    """As `said_plainly`, for an evaluation."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        line = _line(error, f"use a smaller --batch-size (now {batch_size})", batch_size, workers)
+        if line is None:
+            raise
+        raise UserError(line) from error
+
+
+def _line(error: Exception, smaller: str, batch_size: int, workers: int) -> str | None:
+    """Cause and mend; None for an error that is none of the machine's. smaller: what to make so in full memory."""
     text = str(error)
     own = text.strip().splitlines()[-1].strip() if text.strip() else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
-        return f"the memory of the device is full{f' ({wanted[1]} more wanted)' if wanted else ''}: {_smaller(config)}"
+        return f"the memory of the device is full{f' ({wanted[1]} more wanted)' if wanted else ''}: {smaller}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return f"the memory of this machine is full: {_smaller(config)}, or use fewer --workers"
+        return f"the memory of this machine is full: {smaller}, or use fewer --workers"
     if killed := re.search(r"DataLoader worker \(pid.*?\) (?:is|was) killed by signal: ([\w ]+)", text):
-        return _killed(killed[1].strip(), config)
+        return _killed(killed[1].strip(), batch_size, workers)
     if re.search(r"DataLoader worker \(pid.*?exited unexpectedly", text):
-        return _killed("", config)
+        return _killed("", batch_size, workers)
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror or own}: {_MENDS.get(error.errno, 'mend that')}"
@@ -63,25 +80,16 @@ def _line(error: Exception, config: Config) -> str | None:
     return None
 
 
-def _smaller(config: Config) -> str:
-    """What to make smaller, with its present value."""
-    train, model = config.train, config.model
-    return (
-        f"use a smaller --batch-size (now {train.batch_size}; --effective-batch keeps what the optimiser sees) or "
-        f"--image-size (now {model.image_size}), or --set model.gradient_checkpointing=true"
-    )
-
-
-def _killed(how: str, config: Config) -> str:
+def _killed(how: str, batch_size: int, workers: int) -> str:
     if how == "Bus error":
         return (
             f"shared memory is full (/dev/shm), of which a process that loads images died: use fewer --workers "
-            f"(now {config.data.workers}) or make it larger (docker run --shm-size)"
+            f"(now {workers}) or make it larger (docker run --shm-size)"
         )
     said = f" ({how})" if how else ""
     return (
         f"a process that loads images was killed{said}, as the system does where memory is full: use fewer --workers "
-        f"(now {config.data.workers}; 0: none) or a smaller --batch-size (now {config.train.batch_size})"
+        f"(now {workers}; 0: none) or a smaller --batch-size (now {batch_size})"
     )
 
 

@@ -22,19 +22,20 @@ _log = logging.getLogger(__name__)
 class MetricsLog:
     """Writes each record as a line of `folder`/metrics.jsonl and its numbers to `folder`/tensorboard.
 
-    step: of the checkpoint that the training goes on from; lines of later steps, whose work was lost, are removed.
+    step, evaluated: of the checkpoint that the training goes on from and of its last evaluation; lines of later ones,
+        whose work was lost, are removed.
 
     Raises OSError with the name of metrics.jsonl where either cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, evaluated: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
         self._path = path = folder / "metrics.jsonl"
         try:
             if path.exists():
-                write_text(path, "".join(_lines_until(path, step)))
+                write_text(path, "".join(_lines_until(path, step, step if evaluated is None else evaluated)))
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         except OSError as error:
@@ -122,12 +123,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The whole lines of steps up to `step`; the last line may be cut where a process was killed."""
+def _lines_until(path: Path, step: int, evaluated: int) -> list[str]:
+    """The whole lines of steps up to `step`, of evaluations up to `evaluated`; the last may be cut by a kill."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= (evaluated if record.get("kind") == "evaluation" else step):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

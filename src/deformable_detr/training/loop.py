@@ -88,14 +88,16 @@ def _train_in(
         config = same_batch(config, restored[1], world)
 
     seed_all(config.train.seed)
-    model = world.one_by_one(lambda: build(config, restored is not None)).to(world.device)
+    anew = resume and restored is None
+    model = world.one_by_one(lambda: build(config, restored is not None, world.first)).to(world.device)
     trainer = Trainer(config, model, train_set, validation, folder, Path(data).resolve().name, world)
     if restored is not None:
         trainer.restore(*restored)
+        restored = None  # its files stay open, and on the disk, as long as their tensors are there
     elif not world.first:
         seed_all(config.train.seed, world.rank)  # for dropout; what all must draw alike has seeds of its own
     world.on_first(lambda: folder.write_config(trainer.config))
-    return trainer.run("no checkpoint yet in this run: it starts anew" if resume and restored is None else note)
+    return trainer.run("no checkpoint yet in this run: it starts anew" if anew else note)
 
 
 class Trainer:
@@ -165,7 +167,7 @@ class Trainer:
                 return self._summary()
             self._say_batch()
             with self.stop:
-                report.begin(done.step)
+                report.begin(done)
                 while True:
                     if self._evaluation_due():
                         self._evaluate()
@@ -291,6 +293,8 @@ class Trainer:
         done.metrics, done.evaluated_step, done.stale = metrics, done.step, 0 if gained else done.stale + 1
         if better:
             done.best = figure
+        self.report.evaluated(done)  # before it is saved: a run that is killed in between evaluates again
+        if better:
             from ..weights.card import Facts
 
             figures = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
@@ -299,7 +303,6 @@ class Trainer:
             self.save(best=True)
         state = self._state()
         self.world.on_first(lambda: update_state(self.folder.last, state))
-        self.report.evaluated(done)
         self.report.say_epoch(done, self.progress)
         self._agree()
         if self.stop.received is not None:
@@ -336,6 +339,7 @@ class Trainer:
             "scaler": self.stepper.scaler.state_dict(),
             "random": random_state(),
             "effective_batch": self.effective,
+            "report": self.report.state(),
         }
         if self.world.size > 1:
             state["random_of_others"] = self.world.gather_objects(random_state())[1:]
@@ -359,7 +363,7 @@ class Trainer:
             done.epoch, done.batch = done.epoch + 1, 0
         if self.stepper.scaler.is_enabled() and state["scaler"]:
             self.stepper.scaler.load_state_dict(state["scaler"])
-        self.report.resume(done)
+        self.report.resume(done, state.get("report"))
         others = state.get("random_of_others", [])
         if self.world.first:
             restore_random_state(state["random"])

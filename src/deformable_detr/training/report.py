@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +57,21 @@ class Report:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         return self._open.__exit__(kind, error, trace)
 
-    def begin(self, step: int) -> None:
-        """Goes on with the files of the run from a step on."""
+    def begin(self, done: Counters) -> None:
+        """Goes on with the files of the run from where it is."""
         if self.speaks:
-            self._log = self._open.enter_context(MetricsLog(self.folder, step))
+            self._log = self._open.enter_context(MetricsLog(self.folder, done.step, done.evaluated_step))
 
-    def resume(self, done: Counters) -> None:
-        """Figures count from here."""
+    def state(self) -> dict[str, Any]:
+        """What the next line of the log will be made of."""
+        return {"history": dict(self._history), "logged": self._logged}
+
+    def resume(self, done: Counters, state: Mapping[str, Any] | None = None) -> None:
+        """Figures count from here, or from where `state` says."""
         self._logged = (done.images_seen, done.seconds)
+        if state is not None:
+            self._history.update(state["history"])
+            self._logged = tuple(state["logged"])
 
     def account(self, figures: StepFigures | None, done: Counters, progress: float) -> None:
         """Adds a step's figures to the log; a line every `log_every` steps has the means since the line before."""

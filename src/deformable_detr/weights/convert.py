@@ -105,14 +105,19 @@ def notes(model: DeformableDETR, to: Format, target: Path, tried: bool) -> list[
     """Lines for the user: where the model is, how to load it, and what the format has no place for."""
     if to == "ours":
         return [f"the model is in {target}: DeformableDETR.from_pretrained({str(target)!r})"]
+    multiple = model.config.size_multiple
+    sizes = [] if multiple == 1 else [
+        f"note: it was trained on images whose sides are multiples of {multiple}; what prepares images there "
+        "keeps other sizes, which costs AP: resize them to such sides beforehand"
+    ]  # fmt: skip
     if to == "transformers":
         how = (
             "it gives the same logits and boxes in transformers as here"
             if tried
             else "read back and equal; not run in transformers, which is not installed"
         )
-        return [f"the model is in {target}: AutoModelForObjectDetection.from_pretrained({str(target)!r})", how]
-    lines = [f"the model is in {target / official.FILE}: main.py --resume {target / official.FILE}"]
+        return [f"the model is in {target}: AutoModelForObjectDetection.from_pretrained({str(target)!r})", how, *sizes]
+    lines = [f"the model is in {target / official.FILE}: main.py --resume {target / official.FILE}", *sizes]
     if model.config.num_classes != 91:
         lines.append(
             f"note: build() of the official code counts on 91 classes for COCO; set num_classes = "

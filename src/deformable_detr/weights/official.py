@@ -24,7 +24,7 @@ from .names import check_sizes, gather, official_places, spread
 FILE = "checkpoint.pth"
 OWN = "deformable-detr"  # key of our own config in the files that we write
 _OWN_FIELDS = ("class_names", "category_ids", "image_size", "max_size", "pixel_mean", "pixel_std", "look_forward_twice",
-               "backbone_norm", "frozen_stages")  # fmt: skip
+               "backbone_norm", "frozen_stages", "size_multiple")  # fmt: skip
 # torchvision's networks with the widths that the official code counts on; timm calls them the same.
 _BACKBONES = ("resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2", "resnext50_32x4d",
               "resnext101_32x8d", "resnext101_64x4d")  # fmt: skip

@@ -25,7 +25,7 @@ _MOST_CLASSES = 100_000
 MODEL_TYPE = "deformable_detr"
 # Our own config travels in the weights file's header: whoever writes the weights anew drops it, so it is never stale.
 METADATA = "deformable-detr"
-_OWN_FIELDS = ("backbone_norm", "frozen_stages", "category_ids", "look_forward_twice")
+_OWN_FIELDS = ("backbone_norm", "frozen_stages", "category_ids", "look_forward_twice", "size_multiple")
 _DEFAULTS: dict[str, Any] = {
     "d_model": 256, "encoder_attention_heads": 8, "decoder_attention_heads": 8, "encoder_layers": 6,
     "decoder_layers": 6, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024, "encoder_n_points": 4,
