@@ -198,6 +198,15 @@ def test_mistakes_are_named(model, tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_weights_beside_openvinos_graph_replace_nothing_else(model, tmp_path, folder):
+    other = tmp_path / "pytorch_model.bin"
+    other.mkdir() if folder else other.write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"its weights go to .*pytorch_model\.bin, where there is something else"):
+        export_model(model, tmp_path / "pytorch_model.xml", "openvino")
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
+
+
 def test_sizes_that_no_memory_holds_are_named():
     does_not_hold = "--image-size 9,9: this machine's memory does not hold"
     with pytest.raises(UserError, match=does_not_hold), run._in_memory((9, 9)):

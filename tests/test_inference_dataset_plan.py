@@ -180,6 +180,22 @@ def test_foreign_folders(tmp_path):
         planned(store, images(10))
 
 
+def test_a_lost_plan_is_made_again(tmp_path):
+    store = Store(str(tmp_path))
+    plan = planned(store, images(10), 4)
+    (tmp_path / "_plan.parquet").unlink()
+    assert planned(store, images(10), 4) == plan
+    assert len(read_unit(store, 1)) == 4
+
+
+def test_only_what_a_killed_run_left_is_removed(tmp_path):
+    for name in (".notes.tmp", ".part-000001.parquet.77.tmp", "._manifest.json.9.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / ".cache.tmp").mkdir()
+    with held(Store(str(tmp_path))):
+        assert {path.name for path in tmp_path.iterdir()} == {".notes.tmp", ".cache.tmp", ".lock"}
+
+
 def hold(folder, said, go_on):
     with held(Store(folder)):
         said.set()

@@ -299,17 +299,23 @@ def start(model, source, out):
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
-def stopped(model, source, out, number, after):
-    """Exit code and output of the command that gets a signal once it has done more than so many units."""
+def stopped(model, source, out, number, units):
+    """Exit code and output of the command that gets a signal once it has done so many units."""
     process = start(model, source, out)
+    said = ""
+    while "1 worker on" not in said:  # until then a worker of the run before may still be writing
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        said += line
+    there = len(list(out.glob("part-*.parquet")))
     until = time.monotonic() + 1800
-    while len(list(out.glob("part-*.parquet"))) <= after:
+    while len(list(out.glob("part-*.parquet"))) < there + units:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.05)
     process.send_signal(number)
     output, _ = process.communicate(timeout=600)
-    return process.returncode, output
+    return process.returncode, said + output
 
 
 @pytest.mark.slow
@@ -328,12 +334,12 @@ def test_killed_and_stopped_on_real_sets(model, tmp_path, shared, name):
     (source / "0050x.jpg").symlink_to(tmp_path / "nowhere.jpg")
 
     out = tmp_path / "out"
-    code, _ = stopped(model, source, out, signal.SIGKILL, 1)
+    code, _ = stopped(model, source, out, signal.SIGKILL, 2)
     assert code == -signal.SIGKILL
     killed = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
     units = json.loads((out / "_manifest.json").read_text())["units"]
     assert 2 <= len(killed) < units
-    code, said = stopped(model, source, out, signal.SIGINT, len(killed))
+    code, said = stopped(model, source, out, signal.SIGINT, 1)
     assert code == 130
     assert re.search(rf"stopped: \d+ of {units} units are done; the same command goes on", said)
     process = start(model, source, out)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -228,3 +229,38 @@ def test_ids_that_are_no_text(tmp_path):
         table = pa.table({"name": ids, "image": pa.array([{"bytes": data}] * 3)})
         pq.write_table(table, tmp_path / "set.parquet")
         assert [record.key for record in records(tmp_path, columns=Columns(id="name"))] == ["caf\\xe9", "plain", None]
+
+
+def test_links_in_a_tar_are_told(tmp_path):
+    """Tar writes the second of two hard-linked files as a link."""
+    path = as_tar(tmp_path / "set.tar", FILES[:1])
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a00.png"
+            tar.addfile(info)
+    found = records(path)
+    assert [record.image for record in found] == [f"{path}#{name}" for name in ("a00.png", "hard.png", "soft.png")]
+    assert all("is a link" in outcome(record) or "a link, which" in outcome(record) for record in found[1:])
+
+
+def test_patterns_leave_hidden_folders_out_and_never_mean_results(tmp_path):
+    folder = as_folder(tmp_path / "images", FILES)
+    (folder / ".trash").mkdir()
+    (folder / ".trash/a.png").write_bytes(FILES[0][1])
+    assert len(records(f"{folder}/*/*.png")) == 4
+    with pytest.raises(UserError, match=re.escape(f"--out {folder} holds {folder}/a00.png, which ")):
+        records(f"{folder}/*.png", skip=str(folder))
+
+
+def test_many_sources_are_looked_at_once(tmp_path, monkeypatch):
+    """Each of thousands of names, as a shell expands a pattern, is compared with its parents only."""
+    folder = as_folder(tmp_path / "images", [(f"{number}.png", FILES[0][1]) for number in range(300)])
+    names = [str(folder / f"{number}.png") for number in range(300)]
+    asked = []
+    monkeypatch.setattr(sources, "url_of", lambda system, path: asked.append(path) or path)
+    sources._refuse_overlap(names)
+    assert len(asked) == 300
+    for wrong in ([*names, names[7]], [*names, str(folder)]):
+        with pytest.raises(UserError, match="would come twice"):
+            sources._refuse_overlap(wrong)

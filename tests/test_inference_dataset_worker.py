@@ -94,11 +94,33 @@ def test_every_kind_of_source(model, tmp_path):
     assert keys == {name for name, _ in FILES}
 
 
-def test_batches_are_of_good_images(model, tmp_path):
-    """One unit, batches of three: bad images take no place in them."""
+def test_the_results_are_those_of_each_image_alone(model, tmp_path):
+    """One unit, batches of three: images of other sizes, whose padding would move scores, are not among them."""
     folder = as_folder(tmp_path / "images", FILES)
     units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
-    check(rows(tmp_path / "out"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model, 3))
+    check(rows(tmp_path / "out"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
+
+
+def test_batches_are_of_good_images_of_one_size(model, tmp_path, monkeypatch):
+    """Bad images take no place in them."""
+    batches, predict_iter = [], worker.predict_iter
+    monkeypatch.setattr(
+        worker, "predict_iter", lambda model, some, *rest: batches.append(len(some)) or predict_iter(model, some, *rest)
+    )
+    same = [
+        ("0.png", FILES[0][1]),
+        ("1.png", b""),
+        ("2.png", FILES[0][1]),
+        ("3.png", FILES[2][1]),
+        ("4.png", FILES[0][1]),
+    ]
+    folder = as_folder(tmp_path / "images", same)
+    units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
+    assert batches == [2, 1, 1]
+    found = rows(tmp_path / "out")
+    alone = expected(model)
+    for file, name in (("0.png", "a00.png"), ("2.png", "a00.png"), ("3.png", "a02.png")):
+        assert found[f"{folder}/{file}"]["scores"] == pytest.approx(alone[name].scores.tolist(), abs=1e-5)
 
 
 @pytest.mark.slow

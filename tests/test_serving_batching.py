@@ -97,6 +97,8 @@ def test_cancelled_ones_are_not_worked_on():
         waiting = [batcher.submit(number, 0) for number in range(4)]
         waiting[0].cancel()
         waiting[2].cancel()
+        await asyncio.sleep(0)
+        assert len(batcher) == 2  # and their memory is free
         work.gate.set()
         assert await asyncio.gather(first, waiting[1], waiting[3]) == [-2, 2, 6]
 

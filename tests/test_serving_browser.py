@@ -166,6 +166,29 @@ def test_choose_hover_filter_and_download(browse, client, tmp_path):
     assert complaints(driver) == []
 
 
+def test_of_two_images_the_later_is_shown(browse, client, tmp_path):
+    """Also where the first takes long to be made ready, as a large one that is converted does."""
+    driver = browse(client)
+    wait(driver, "state.facts")
+    driver.execute_script(
+        """const inner = ready;
+        ready = async (file) => {
+          if (file.name === 'slow.png') await new Promise((go) => setTimeout(go, 1500));
+          return inner(file);
+        };"""
+    )
+    for data, name in ((picture("PNG", 96, 128, seed=1), "slow.png"), (picture("PNG", 40, 60, seed=2), "quick.png")):
+        driver.execute_script(transfer(data, name, "image/png") + "detect(t.files[0]);")
+    wait(driver, "state.result && document.getElementById('busy').hidden")
+    time.sleep(2.5)
+    image = driver.execute_script(
+        "const i = document.getElementById('image'); return [i.naturalWidth, i.naturalHeight, i.alt]"
+    )
+    assert image == [60, 40, "quick.png, 60 × 40 pixels"]
+    assert driver.execute_script("return state.file.size") == len(picture("PNG", 40, 60, seed=2))
+    assert complaints(driver) == []
+
+
 def test_by_keys_alone(browse, client, tmp_path):
     from selenium.webdriver import ActionChains, Keys
 

@@ -170,3 +170,21 @@ def test_expect_continue(client):
         assert connection.recv(100).startswith(b"HTTP/1.1 100")
         connection.sendall(data)
         assert heard(connection)[0].startswith(b"HTTP/1.1 200")
+
+
+def test_small_answers_that_are_not_read(client):
+    """Less than what makes the server wait: the connection ends all the same."""
+    ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    before = set(client.server.server_state.connections)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", client.port))
+        wait_until(lambda: client.server.server_state.connections - before)
+        (own,) = client.server.server_state.connections - before
+        for _ in range(1000):
+            if own.transport.get_write_buffer_size():
+                break
+            connection.sendall(ask)
+            time.sleep(0.004)
+        assert 0 < own.transport.get_write_buffer_size() < 65536
+        wait_until(lambda: own not in client.server.server_state.connections, 20)

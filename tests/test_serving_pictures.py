@@ -125,6 +125,20 @@ def test_a_jpeg_of_many_scans_is_refused():
     start = data.index(b"\xff\xda")
     scan = data[start : data.index(b"\xff\xda", start + 2)]
     assert refused(data[:start] + scan * 101 + data[start:]) == 422
+    # Decoders pass over a marker that means nothing, not over what would be its length.
+    hidden = scan + b"\xff\x02" + (len(scan) * 101 + 2).to_bytes(2) + scan * 101
+    with pytest.raises(Refused, match="over 100 scans"):
+        open_picture(data[:start] + hidden + data[start:], "it", 50_000_000)
+
+
+def test_run_lengths_in_bmp_are_not_decoded():
+    """Two bytes a run, decoded in Python: a kilobyte may be a minute."""
+    size = struct.pack("<IiiHHI", 40, 50_000, 1000, 1, 8, 1)
+    head = size + bytes(20) + bytes(1024)
+    with pytest.raises(Refused, match="run lengths"):
+        open_picture(
+            b"BM" + struct.pack("<IHHI", 14 + len(head) + 2, 0, 0, 14 + len(head)) + head + b"\0\1", "it", 10**8
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -141,6 +141,17 @@ def program(tmp_path):
             one.process.communicate()
 
 
+def test_a_model_that_fails_at_its_first_image_is_one_line(tmp_path, monkeypatch):
+    from deformable_detr.serving import server
+
+    model = small_model()
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    monkeypatch.setattr(server, "load_detector", lambda *_: model)
+    monkeypatch.setattr(type(model), "optimize", lambda self: self)
+    with pytest.raises(UserError, match="fails at its first image, so it is not served: division by zero"):
+        server.serve(tmp_path, port=0)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_sigterm_under_load_loses_nothing(program):
     """Clients send on until /readyz says no, as a balancer makes them: a connection that comes in the instant in which

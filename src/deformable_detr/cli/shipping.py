@@ -135,7 +135,7 @@ def predict_dataset(
         out: Folder or URL for the results.
         threshold: Lowest score of a detection, 0 to 1.
         top_k: At most so many detections an image.
-        batch_size: Images that go through the model together.
+        batch_size: Images of one size that go through the model together, at most.
         format: What the sources hold; auto: see for yourself.
         image_column: Of Parquet: the column with image bytes; found by its type where there is one.
         id_column: Of Parquet: the column that is to name the rows.

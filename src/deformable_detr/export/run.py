@@ -113,7 +113,10 @@ def export_model(
                 break
         else:
             raise UserError(f"refused: {precision} takes AP from {before:.4f} to {max(found):.4f}; nothing was written")
-        _put(folder, path)
+        try:
+            _put(folder, path)
+        except OSError as error:
+            raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Exported(path, cases, None if before is None else (before, found[-1]))
@@ -126,6 +129,9 @@ def _check(
         raise UserError(f"--out {path}: a file for {to} ends in {SUFFIXES[to]}")
     if path.is_dir():
         raise UserError(f"--out {path}: is a folder, name a file")
+    beside = path.with_suffix(".bin")
+    if to == "openvino" and beside.exists() and (beside.is_dir() or not path.exists()):
+        raise UserError(f"--out {path}: its weights go to {beside}, where there is something else; choose another name")
     if precision == "int8" and to == "torch":
         raise UserError("--precision int8: for onnx and openvino; PyTorch's own file has no form for it")
     if precision != "fp32" and data is None:

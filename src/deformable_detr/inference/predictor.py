@@ -35,7 +35,7 @@ def predict(
         list or tuple of these, or the path of a folder (all images in it, by name), gives a list in the same order.
     threshold: the least score, 0..1. top_k: at most so many detections an image.
     batch_size: images that go through the model together. They share a canvas, and group normalisation sees its
-        padding: scores of differently shaped images can differ in the second decimal from those at batch_size 1.
+        padding: scores of differently shaped images can differ by up to a tenth from those at batch_size 1.
 
     Images are resized as in evaluation. The model keeps its device and its training mode.
     Raises UserError for bad settings and for images that cannot be read.

@@ -49,7 +49,8 @@ def create_app(engine: Engine, status: Status, token: str | None = None, name: s
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(engine.start)
+        if not engine.alive:
+            await asyncio.to_thread(engine.start)
         engine.metrics.ready.set_function(lambda: float(ready()))
         yield
         await asyncio.to_thread(engine.stop)

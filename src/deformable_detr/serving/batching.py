@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,15 @@ class Batcher:
         with self._changed:
             if self._stopping:
                 raise RuntimeError("the batcher was stopped")
-            self._entries.append(_Entry(payload, key, time.monotonic(), future))
+            self._entries.append(entry := _Entry(payload, key, time.monotonic(), future))
             self._changed.notify()
+        future.add_done_callback(lambda done: self._forget(entry) if done.cancelled() else None)
         return future
+
+    def _forget(self, entry: _Entry) -> None:
+        """Lets go of what nobody waits for any more, and of its memory."""
+        with self._changed, suppress(ValueError):  # it may be with the thread already
+            self._entries.remove(entry)
 
     def _work(self) -> None:
         try:

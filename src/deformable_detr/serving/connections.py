@@ -28,16 +28,21 @@ class Connection(H11Protocol):
     limits: Limits
     _head_clock: asyncio.TimerHandle | None = None
     _write_clock: asyncio.TimerHandle | None = None
+    _close_clock: asyncio.TimerHandle | None = None
     _since = 0.0
+    _dropped = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
         self._since = time.monotonic()
         self._expect_head()
         if len(self.connections) > self.limits.connections:
-            there = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
+            # Those that are closing too: they have not sent all yet.
+            there = [one for one in self.connections if isinstance(one, Connection) and not one._dropped]
             if len(there) > self.limits.connections:
-                min((one for one in there if one.idle), key=lambda one: one._since).transport.abort()
+                longest = min((one for one in there if one.idle), key=lambda one: one._since)
+                longest._dropped = True
+                longest.transport.abort()
 
     @property
     def idle(self) -> bool:
@@ -73,11 +78,20 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             self._expect_close()
 
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        if self.transport.is_closing():
+            self._expect_close()
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        self._expect_close()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        for clock in (self._head_clock, self._write_clock):
+        for clock in (self._head_clock, self._write_clock, self._close_clock):
             if clock is not None:
                 clock.cancel()
-        self._head_clock = self._write_clock = None
+        self._head_clock = self._write_clock = self._close_clock = None
         super().connection_lost(exc)
 
     def _expect_head(self) -> None:
@@ -94,6 +108,6 @@ class Connection(H11Protocol):
         self._expect_close()
 
     def _expect_close(self) -> None:
-        """A close waits until all is sent; not for ever."""
-        if self._write_clock is None:
-            self._write_clock = self.loop.call_later(self.limits.stall_seconds, self.transport.abort)
+        """A close waits until all is sent; not for ever, and whether or not the client reads a little."""
+        if self._close_clock is None:
+            self._close_clock = self.loop.call_later(self.limits.stall_seconds, self.transport.abort)

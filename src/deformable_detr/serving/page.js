@@ -117,12 +117,14 @@ async function detect(file, name) {
   byId("busy").hidden = false;
   say("Looking for objects…");
   try {
+    let content;
     try {
-      state.file = await ready(file);
+      content = await ready(file);
     } catch {
       throw new Refusal(0, "This is no image that the browser can read.");
     }
-    show(state.file);
+    if (state.request !== request) return;  // another image was chosen meanwhile
+    show((state.file = content));
     const answer = await send(`v1/detect?threshold=${LOWEST}&top_k=${MOST}`, request.signal);
     state.result = answer.images[0];
     byId("image").alt = `${state.name}, ${state.result.width} × ${state.result.height} pixels`;
@@ -130,7 +132,7 @@ async function detect(file, name) {
     byId("download").disabled = false;
     draw();
   } catch (error) {
-    if (error.name !== "AbortError") say(error.message, true);
+    if (error.name !== "AbortError" && state.request === request) say(error.message, true);
   } finally {
     if (state.request === request) byId("busy").hidden = true;
   }

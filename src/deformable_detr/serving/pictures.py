@@ -18,7 +18,8 @@ LARGE = 12_000_000  # pixels; larger images are decoded one at a time
 # A progressive JPEG passes over all its pixels for each scan. Encoders write about ten; a bomb has thousands.
 MOST_SCANS = 100
 MOST_SEGMENTS = 10_000
-_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of a segment: none between the bits of a scan, no restart
+# Of a segment: none between the bits of a scan, no restart. Those under C0 are of none: decoders pass over them.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 
 
 def sniff(data: bytes | bytearray | memoryview) -> str | None:
@@ -49,6 +50,8 @@ def open_picture(data: bytes | bytearray | memoryview, name: str, most_pixels: i
     whole = bytes(data)
     if kind == "WEBP":  # Pillow takes memory for all pixels before it tells how many there are
         _check_size(name, *_webp_size(whole, name), most_pixels)
+    if kind == "BMP" and len(whole) > 34 and whole[14] >= 40 and whole[30] in (1, 2):  # decoded in Python, slowly
+        raise Refused(422, f"{name}: a BMP with run lengths is not read; save it without")
     if kind == "JPEG" and _scans(whole) > MOST_SCANS:
         raise Refused(422, f"{name}: a JPEG with over {MOST_SCANS} scans; save it again")
     try:

@@ -144,7 +144,15 @@ def serve(
         _harden(limits)
         status, metrics = Status(), Metrics()
         name = source.resolve().name
-        server = Server(create_app(Engine(model, limits, metrics, fast), status, token, name), limits, status)
+        engine = Engine(model, limits, metrics, fast)
+        try:
+            engine.start()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a runtime or a device raises at its first image
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{source} fails at its first image, so it is not served: {line[:200]}") from None
+        server = Server(create_app(engine, status, token, name), limits, status)
         address, number = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         started = server.startup

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from .storage import Store, one_line
 
 FORMAT, VERSION = "deformable-detr predict-dataset", 1
 MANIFEST, PLAN, DONE, LOCK = "_manifest.json", "_plan.parquet", "_SUCCESS", ".lock"
+_LEFTOVER = re.compile(r"\.(part-\d{6,}\.parquet|_manifest\.json|_plan\.parquet|_SUCCESS)\.\d+\.tmp")
 LARGE = 256  # images of a unit; sets of under 32 times as many get smaller units, so that they spread over workers
 SMALL, SPREAD = 8, 32
 _GROUP = 16384  # rows of a row group: what a worker reads to find its unit
@@ -81,13 +83,14 @@ def make_plan(
             "source": {"files": files, "images": images, "listing": listing},
             "units": units,
         }
-        if before is None:
+        if before is not None:
+            _refuse_other(store, before, manifest)
+        if before is None or PLAN not in store.names():
             store.put(PLAN, lambda target: target.write_bytes(path.read_bytes()))
+        if before is None:
             manifest["sources"] = list(sources)  # for whoever reads it: the listing decides
             text = json.dumps(manifest, indent=2) + "\n"
             store.put(MANIFEST, lambda target: target.write_text(text, encoding="utf-8"))
-        else:
-            _refuse_other(store, before, manifest)
     return Plan(_hash(manifest), units, images, chosen)
 
 
@@ -155,7 +158,8 @@ def held(store: Store) -> Iterator[None]:
         return
     try:
         for leftover in root.glob(".*.tmp"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
+            if _LEFTOVER.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from ...device import pick_device
 from ...errors import UserError
 from ...export.runtime import is_exported
 from .plan import DONE, Plan, finished, held, make_plan
@@ -140,6 +141,8 @@ def _check(threshold: float, top_k: int, batch_size: int, form: str, unit_size: 
         raise UserError(f"--device {pool.device}: must be auto, cpu, cuda or mps; Ray chooses which of several")
     if pool.device == "cuda" and gpus == 0:
         raise UserError("--device cuda needs --num-gpus above 0")
+    if pool.device != "auto" and not pool.address:
+        pick_device(pool.device)
 
 
 def share(pool: Pool, cpus: float, gpus: float, own: bool) -> Share:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...data.images import decode_image, read_image
 from ...data.layouts import IMAGE_SUFFIXES, is_hidden, is_image
 from ...errors import UserError
-from .storage import is_local, one_line, resolve, url_of, walk
+from .storage import is_local, one_line, resolve, same, url_of, walk
 
 KINDS: dict[str, tuple[str, ...]] = {
     "images": tuple(sorted(IMAGE_SUFFIXES)),
@@ -97,10 +97,18 @@ def read_piece(piece: Piece, kind: str, columns: Columns) -> Iterator[Record]:
 
 def _refuse_overlap(sources: Sequence[str]) -> None:
     """Each image is to come once."""
-    paths = [url_of(*resolve(source)).rstrip("/") + "/" for source in sources]
-    for (one, path), (other, inner) in itertools.permutations(zip(sources, paths, strict=True), 2):
-        if inner.startswith(path):
-            raise UserError(f"{other} is in {one}, so its images would come twice; name it once")
+    named: dict[str, str] = {}
+    for source in sources:
+        path = url_of(*resolve(source)).rstrip("/")
+        if path in named:
+            raise UserError(f"{source} is in {named[path]}, so its images would come twice; name it once")
+        named[path] = source
+    for path, source in named.items():
+        place = path
+        while "/" in place:
+            place = place.rpartition("/")[0]
+            if place in named:
+                raise UserError(f"{source} is in {named[place]}, so its images would come twice; name it once")
 
 
 def _once(files: Iterator[tuple[str, str, int]]) -> Iterator[tuple[str, str, int]]:
@@ -124,8 +132,7 @@ def _files(sources: Sequence[str], form: str, skip: str | None) -> Iterator[tupl
             elif system.exists(root):
                 files, named = iter([(root, system.size(root) or 0)]), True
             elif set(root) & set("*?["):
-                paths = [path for path in sorted(system.glob(root)) if not is_hidden(PurePosixPath(path).name)]
-                files = ((path, system.size(path) or 0) for path in paths if system.isfile(path))
+                files = _matching(system, root, source, skip)
             else:
                 raise UserError(f"{source}: no such file or folder")
             for path, size in files:
@@ -142,6 +149,17 @@ def _files(sources: Sequence[str], form: str, skip: str | None) -> Iterator[tupl
             raise
         except Exception as error:  # each store has its own: no access, no such bucket, no network
             raise UserError(f"{source}: cannot be listed: {one_line(error)}") from None
+
+
+def _matching(system: Any, pattern: str, source: str, skip: str | None) -> Iterator[tuple[str, int]]:
+    """Paths and sizes of the files of a pattern, by name, without hidden ones and those in hidden folders."""
+    fixed = pattern[: min(pattern.index(sign) for sign in "*?[" if sign in pattern)].rpartition("/")[0]
+    for path in sorted(system.glob(pattern)):
+        if is_hidden(path[len(fixed) :].lstrip("/")) or not system.isfile(path):
+            continue
+        if skip is not None and same(system, path.rpartition("/")[0], skip):
+            raise UserError(f"--out {skip} holds {path}, which {source} means; name a folder for the results alone")
+        yield path, system.size(path) or 0
 
 
 def _pieces(files: Iterator[tuple[str, str, int]], columns: Columns) -> Iterator[Piece]:
@@ -212,6 +230,11 @@ def _tar_records(piece: Piece, system: Any, file: str, _: Columns) -> Iterator[R
         for member in itertools.islice(_members(tar), piece.start, stop):
             name = f"{piece.file}#{member.name}"
             path = PurePosixPath(member.name)
+            if not member.isreg():
+                yield Record(
+                    name, None, None, f"{name}: is a link, which is not followed in a shard; pack the image itself"
+                )
+                continue
             key = str(path.with_name(path.name.split(".")[0]))  # WebDataset's: up to the first dot of the name
             if member.size > LARGEST:
                 yield Record(name, key, None, f"{name}: {member.size} bytes are too many for an image")
@@ -238,7 +261,7 @@ def _members(tar: Any) -> Iterator[tarfile.TarInfo]:
     """The images in an archive."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # it would remember them all
-        if member.isreg() and is_image(PurePosixPath(member.name)):
+        if (member.isreg() or member.islnk() or member.issym()) and is_image(PurePosixPath(member.name)):
             yield member
 
 

@@ -147,13 +147,19 @@ class UnitPredictor:
             yield first, image.result()
 
     def predicted(self, images: list[tuple[Record, Tensor | str]]) -> Iterator[dict[str, Any]]:
-        """The rows of one batch, through the model together."""
+        """The rows of one batch. Images of one size go through the model together: padding would move their scores."""
         settings = self.job.settings
-        good = [image for _, image in images if isinstance(image, Tensor)]
-        found = predict_iter(self.model, good, settings.threshold, settings.top_k, settings.batch_size)
-        for record, image in images:
-            result: Detections | str = image if isinstance(image, str) else next(found)
-            yield row(record.image, record.key, result)
+        alike: dict[torch.Size, list[int]] = {}
+        for index, (_, image) in enumerate(images):
+            if isinstance(image, Tensor):
+                alike.setdefault(image.shape, []).append(index)
+        results: dict[int, Detections] = {}
+        for indices in alike.values():
+            some = [images[index][1] for index in indices]
+            found = predict_iter(self.model, some, settings.threshold, settings.top_k, settings.batch_size)
+            results.update(zip(indices, found, strict=True))
+        for index, (record, image) in enumerate(images):
+            yield row(record.image, record.key, image if isinstance(image, str) else results[index])
 
 
 def _image(record: Record) -> Tensor | str:
