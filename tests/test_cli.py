@@ -282,6 +282,16 @@ def test_train_leaves_a_run_that_can_be_loaded_and_resumed(run, data, trained, t
     assert max(steps) == 4
 
 
+def test_a_run_keeps_its_preset(run, data, trained):
+    before = (trained / "config.yaml").read_text()
+    code, _, err = run("train", data, "--out", trained, "--resume", "--preset", "refine")
+    assert code == 2
+    assert "--preset refine: the run in" in err
+    assert "began with small, and keeps it" in err
+    assert run("train", data, "--out", trained, "--resume", "--preset", "small")[0] == 0  # as the command was
+    assert (trained / "config.yaml").read_text() == before
+
+
 def test_evaluate_prints_a_table_and_writes_json(run, data, trained, tmp_path):
     file = tmp_path / "new" / "figures.json"
     code, out, _ = run("evaluate", trained, data, "--json", file, "--workers", 0, "--device", "cpu")

@@ -70,7 +70,8 @@ def train(
     from ..distributed.launch import is_first, restarted
     from ..settings import resolve
 
-    if (resume or restarted()) and config is None and out is not None and (out / "config.yaml").is_file():
+    begun = (resume or restarted()) and config is None and out is not None and (out / "config.yaml").is_file()
+    if begun and out is not None:
         config = out / "config.yaml"
     options = {
         "train.epochs": epochs,
@@ -89,7 +90,9 @@ def train(
         "data.check": check,
         "train.seed": seed,
     }
-    settings = resolve(preset, config, set_ or (), options)
+    settings = resolve(None if begun else preset, config, set_ or (), options)
+    if begun and preset not in (None, settings.preset):
+        raise UserError(f"--preset {preset}: the run in {out} began with {settings.preset}, and keeps it")
     if print_config:
         print(settings.to_yaml(), end="")
         return

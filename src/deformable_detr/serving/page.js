@@ -357,7 +357,9 @@ function download() {
 async function startCamera() {
   if (!navigator.mediaDevices?.getUserMedia) { byId("snap").click(); return; }
   try {
-    state.camera = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+    stopCamera();  // of a second click while the first was being answered
+    state.camera = stream;
   } catch (error) {
     say(error.name === "NotAllowedError" ? "The browser may not use the camera." : "There is no camera.", true);
     return;
