@@ -141,7 +141,7 @@ def _check(threshold: float, top_k: int, batch_size: int, form: str, unit_size: 
         raise UserError(f"--device {pool.device}: must be auto, cpu, cuda or mps; Ray chooses which of several")
     if pool.device == "cuda" and gpus == 0:
         raise UserError("--device cuda needs --num-gpus above 0")
-    if pool.device != "auto" and not pool.address:
+    if pool.device == "mps" and not pool.address:  # of the others Ray knows how many there are
         pick_device(pool.device)
 
 
