@@ -9,6 +9,7 @@ import torch
 
 from deformable_detr import ops
 from deformable_detr.benchmark import machine, op, rounds
+from deformable_detr.errors import UserError
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_report_is_printed_and_written(small, monkeypatch, tmp_path, capsys):
     rows = [vars(row) for row in op.measure("cpu", [1], repeats=1, allocator="tuned")]
 
     class Done:
-        stdout = json.dumps(rows)
+        stdout, returncode = json.dumps(rows), 0
 
     seen = []
     monkeypatch.setattr(rounds, "_commit", lambda: "abc1234")
@@ -69,3 +70,12 @@ def test_report_is_printed_and_written(small, monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "transformers" in printed
     assert "encoder" in printed
+
+
+def test_a_measuring_process_that_fails_is_one_line(monkeypatch):
+    class Died:
+        stdout, returncode = "", 7
+
+    monkeypatch.setattr(rounds.subprocess, "run", lambda *_, **__: Died())
+    with pytest.raises(UserError, match="the process that measures ended with code 7"):
+        rounds.by_allocator("m", {}, 1, ["default"])
