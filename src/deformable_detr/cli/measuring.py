@@ -101,13 +101,10 @@ def models(
     """
     from ..benchmark.model import DEFAULT_SIZES, WAYS, run
     from ..export.graph import parse_size
-    from ..inference.files import prepare_file, refuse_one_file
+    from ..inference.files import prepare_files
 
     at_least_one(batches=batches, threads=threads, repeats=repeats)
-    refuse_one_file({"--json": json, "--picture": picture})
-    for path, option in ((json, "--json"), (picture, "--picture")):
-        if path is not None:
-            prepare_file(path, option)
+    prepare_files({"--json": json, "--picture": picture})
     sizes = [size for text in image_size or () if (size := parse_size(text))] or DEFAULT_SIZES
     run(
         preset, sizes, batches or (1,), precision or ("fp32", "bf16"), (*WAYS, *(also or ())), threads, repeats, json,
@@ -193,13 +190,10 @@ def scaling(
     """
     from ..benchmark.scaling import run
     from ..errors import UserError
-    from ..inference.files import prepare_file, refuse_one_file
+    from ..inference.files import prepare_files
 
     at_least_one(threads=threads, repeats=repeats)
-    refuse_one_file({"--json": json, "--picture": picture})
     if picture is not None and picture.suffix.lower() not in (".svg", ".png"):
         raise UserError(f"--picture {picture}: must end in .svg or .png")
-    for path, option in ((json, "--json"), (picture, "--picture")):
-        if path is not None:
-            prepare_file(path, option)
+    prepare_files({"--json": json, "--picture": picture})
     run(preset, precision, threads, repeats, json, picture, device)

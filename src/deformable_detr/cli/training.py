@@ -70,9 +70,10 @@ def train(
     from ..distributed.launch import is_first, restarted
     from ..settings import resolve
 
-    begun = (resume or restarted()) and config is None and out is not None and (out / "config.yaml").is_file()
-    if begun and out is not None:
-        config = out / "config.yaml"
+    own = None if out is None else out / "config.yaml"
+    begun = (resume or restarted()) and config is None and own is not None and own.is_file()
+    if begun:
+        config = own
     options = {
         "train.epochs": epochs,
         "train.minutes": minutes,

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..errors import UserError
-from .options import DataOverrides, Device, JsonFile, Precision, complain, table
+from .options import DataOverrides, Device, JsonFile, Precision, at_least_one, complain, table
 from .program import app
 
 
@@ -41,16 +41,12 @@ def evaluate(
         precision: fp32 or bf16: of the optimised model, as predict uses it; without it, the model as it was trained.
     """
     from ..evaluation.compare import evaluate_models, outcome
-    from ..inference.files import prepare_file, refuse_one_file, write_json
+    from ..inference.files import prepare_files, write_json
     from ..settings import resolve
 
-    refuse_one_file({"--report": report, "--json": json})
-    if report is not None:
-        if report.suffix.lower() not in {".html", ".htm"}:
-            raise UserError(f"--report {report}: must end in .html")
-        prepare_file(report, "--report")
-    if json is not None:
-        prepare_file(json, "--json")
+    if report is not None and report.suffix.lower() not in {".html", ".htm"}:
+        raise UserError(f"--report {report}: must end in .html")
+    prepare_files({"--report": report, "--json": json})
     if other := next((item for item in set_ or () if not item.startswith("data.")), None):
         raise UserError(f"--set {other}: only keys of the data, such as data.val_images; the rest is the model's own")
     models = [model] if compare is None else [model, compare]
@@ -101,8 +97,7 @@ def predict(
 
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: must be from 0 to 1")
-    if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: must be 1 or more")
+    at_least_one(batch_size=batch_size)
     if camera is not None and camera < 0:
         raise UserError(f"--camera {camera}: must be 0 or more")
     if not sources and camera is None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from ..inference.files import prepare_file, refuse_one_file, write_json
+from ..inference.files import prepare_files, write_json
 from ..model.detector import DeformableDETR
 from .looks import DetectionExplanation, Explanation, PointExplanation
 from .page import save_page
@@ -47,12 +47,11 @@ def explain_file(
         picture_kind(out)
     if suffix in ANIMATED and layer is not None:
         raise UserError(f"--layer {layer}: {out.name} goes across all layers; leave --layer out, or write a .png")
-    refuse_one_file({"--out": out, "--json": json_file})
-    for path, option in ((out, "--out"), (json_file, "--json")):
-        if path is not None:
-            prepare_file(path, option)
-            if path.exists() and image.exists() and path.samefile(image):
-                raise UserError(f"{option} {path}: that would replace the image; name another file")
+    outputs = {"--out": out, "--json": json_file}
+    prepare_files(outputs)
+    for option, path in outputs.items():
+        if path is not None and path.exists() and image.exists() and path.samefile(image):
+            raise UserError(f"{option} {path}: that would replace the image; name another file")
     traced = trace(model, image, threshold)
     explanation: DetectionExplanation | PointExplanation
     explanation = traced.detection((detection or 1) - 1) if point is None else traced.point(*point)

@@ -85,19 +85,15 @@ def export_model(
         report(f"calibrating on {len(images)} training images")
         change = partial(quantized, images=images, by_channel=to == "openvino")
         changes = {f"int8 in {name}": partial(change, parts=parts) for name, parts in PARTS.items()}
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
     try:
         before = None if precision == "fp32" else _ap(model, data, split, limit)
         found: list[float] = []
         for name, change in changes.items():  # of int8, the first that costs little enough
-            try:
+            with _writing(path):
                 write(to, program, folder / path.name, described.to_strings(), precision, post_processing, change)
-            except OSError as error:
-                raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
             size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
             report(f"written, {size:.1f} MiB" + (f", {name}" if precision == "int8" else ""))
             exported = load(folder / path.name, "cpu")
@@ -113,10 +109,8 @@ def export_model(
                 break
         else:
             raise UserError(f"refused: {precision} takes AP from {before:.4f} to {max(found):.4f}; nothing was written")
-        try:
+        with _writing(path):
             _put(folder, path)
-        except OSError as error:
-            raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Exported(path, cases, None if before is None else (before, found[-1]))
@@ -138,6 +132,14 @@ def _check(
         raise UserError(f"--precision {precision} needs --data DATA, to measure what it costs")
     if image_size is not None and min(image_size) < 32:
         raise UserError(f"--image-size {image_size[0]},{image_size[1]}: each side must be 32 pixels at least")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -104,12 +104,15 @@ def predict_files(
     return failures
 
 
-def refuse_one_file(outputs: Mapping[str, Path | None]) -> None:
-    """`UserError` where two options, by name, would write one file."""
+def prepare_files(outputs: Mapping[str, Path | None]) -> None:
+    """`prepare_file` for each option that was given; also `UserError` where two of them would write one file."""
     taken: dict[Path, str] = {}
     for option, path in outputs.items():
         if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
             raise UserError(f"{option} {path}: {other} goes there too; name another file")
+    for option, path in outputs.items():
+        if path is not None:
+            prepare_file(path, option)
 
 
 def prepare_folder(folder: Path, option: str) -> Path:

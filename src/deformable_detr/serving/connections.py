@@ -60,8 +60,7 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         self._since = time.monotonic()
         super().on_response_complete()
-        if self.transport.is_closing():
-            self._expect_close()
+        self._expect_close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -75,13 +74,11 @@ class Connection(H11Protocol):
 
     def shutdown(self) -> None:
         super().shutdown()
-        if self.transport.is_closing():
-            self._expect_close()
+        self._expect_close()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        if self.transport.is_closing():
-            self._expect_close()
+        self._expect_close()
 
     def send_400_response(self, msg: str) -> None:
         super().send_400_response(msg)
@@ -109,5 +106,5 @@ class Connection(H11Protocol):
 
     def _expect_close(self) -> None:
         """A close waits until all is sent; not for ever, and whether or not the client reads a little."""
-        if self._close_clock is None:
+        if self.transport.is_closing() and self._close_clock is None:
             self._close_clock = self.loop.call_later(self.limits.stall_seconds, self.transport.abort)

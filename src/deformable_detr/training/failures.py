@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +26,7 @@ _MENDS = {
 }
 
 
-@contextmanager
-def said_plainly(folder: RunFolder, config: Config) -> Iterator[None]:
+def said_plainly(folder: RunFolder, config: Config) -> AbstractContextManager[None]:
     """Turns what the machine does to the training within into a `UserError`: the cause, the mend, what is saved.
 
     That is: memory of the device or of the machine full; a loader's process killed; files that cannot be written or
@@ -38,25 +37,21 @@ def said_plainly(folder: RunFolder, config: Config) -> Iterator[None]:
         f"use a smaller --batch-size (now {train.batch_size}; --effective-batch keeps what the optimiser sees) or "
         f"--image-size (now {model.image_size}), or --set model.gradient_checkpointing=true"
     )
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        line = _line(error, smaller, train.batch_size, config.data.workers)
-        if line is None:
-            raise
-        raise UserError(f"{line}; {_saved(folder)}") from error
+    return machine_failures(train.batch_size, config.data.workers, smaller, lambda: f"; {_saved(folder)}")
 
 
 @contextmanager
-def machine_failures(batch_size: int, workers: int) -> Iterator[None]:
-    """As `said_plainly`, for an evaluation."""
+def machine_failures(
+    batch_size: int, workers: int, smaller: str | None = None, then: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
+    """As `said_plainly`, for an evaluation. smaller: what to make so in full memory; then: gives the line's end."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        line = _line(error, f"use a smaller --batch-size (now {batch_size})", batch_size, workers)
+        line = _line(error, smaller or f"use a smaller --batch-size (now {batch_size})", batch_size, workers)
         if line is None:
             raise
-        raise UserError(line) from error
+        raise UserError(line + then()) from error
 
 
 def _line(error: Exception, smaller: str, batch_size: int, workers: int) -> str | None:
