@@ -4,7 +4,6 @@ import io
 import json
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -285,36 +284,38 @@ def test_explanations_are_bounded():
 
 
 def test_the_deadline():
-    model = small_model()
-    with running(model, deadline=0.3) as client:
-        assert raw(client, picture()).status_code == 200
-        hook = model.register_forward_pre_hook(lambda *_: time.sleep(1.0))
+    model, gate = small_model(), threading.Event()
+    with running(model, deadline=0.5) as client:
+        hook = model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
         response = raw(client, picture())
-        hook.remove()
         assert response.status_code == 504
-        assert response.json()["detail"] == "no answer within 0.3 s"
+        assert response.json()["detail"] == "no answer within 0.5 s"
+        assert not gate.is_set()  # the answer came while the model was still at it
+        hook.remove()
+        gate.set()
         wait_until(lambda: client.engine._taken == 0)
-        time.sleep(1.0)
-        assert raw(client, picture()).status_code == 200
+        wait_until(lambda: raw(client, picture()).status_code == 200)  # a busy machine may miss the deadline too
 
 
-@pytest.mark.parametrize("slow", ["uploads", "_json"])
+@pytest.mark.parametrize("slow", ["uploads", "detected"])
 def test_the_deadline_is_of_all_from_the_whole_request_to_the_answer(monkeypatch, slow):
     """Taking the body apart and putting the answer together too."""
     from deformable_detr.serving import app
 
-    with running(small_model(), deadline=0.3) as client:
-        assert raw(client, picture()).status_code == 200
-        inner = getattr(app, slow)
-        monkeypatch.setattr(app, slow, lambda *given: (time.sleep(1.0), inner(*given))[1])
-        request = threading.Thread(target=lambda: statuses.append(raw(client, picture()).status_code))
-        statuses = []
-        request.start()
-        request.join(10)
+    inner, reached, gate = getattr(app, slow), threading.Event(), threading.Event()
+
+    def held(*given):
+        reached.set()
+        gate.wait(60)
+        return inner(*given)
+
+    with running(small_model(), deadline=0.5) as client:
+        monkeypatch.setattr(app, slow, held)
+        # A busy machine may miss the deadline before it comes to the answer: asked until it does.
+        wait_until(lambda: raw(client, picture()).status_code == 504 and reached.is_set())
         monkeypatch.undo()
-        assert statuses == [504]
-        time.sleep(1.0)
-        assert raw(client, picture()).status_code == 200
+        gate.set()
+        wait_until(lambda: raw(client, picture()).status_code == 200)
 
 
 def test_nobody_works_for_a_client_that_left():
