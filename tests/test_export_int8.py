@@ -82,6 +82,14 @@ def test_mistakes_are_named(model, data, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_ap_of_fp32_is_measured_where_there_is_data(model, data, tmp_path):
+    lines = []
+    before, after = export_model(model, tmp_path / "a.onnx", "onnx", data=data, report=lines.append).ap
+    assert after == pytest.approx(before, abs=1e-6)
+    assert f"AP {before:.4f} before, {after:.4f} after" in lines
+    assert export_model(model, tmp_path / "b.onnx", "onnx").ap is None
+
+
 @pytest.mark.parametrize(("bound", "refused"), [(0.005, True), (1.0, False)])
 def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, refused):
     """A quantizer that spoils the class heads: only the bound on AP keeps its file from being written."""

@@ -1,6 +1,7 @@
 """The page in a real browser: choose, hover, filter, keys, paste, drop, camera, download; nothing sticks out."""
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from deformable_detr.inference.loading import load_detector
 from serving_server import picture, running, small_model
@@ -263,6 +265,45 @@ def test_what_the_server_does_not_read_is_converted_or_told(browse, client):
         + "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: t, bubbles: true, cancelable: true}))"
     )
     wait(driver, "document.getElementById('error').textContent.includes('truncated')")
+
+
+def test_places_are_of_the_image_that_was_chosen_not_of_the_smaller_one_that_is_sent(browse, client, tmp_path):
+    driver = browse(client)
+    wait(driver, "state.facts")
+    driver.execute_script("state.facts.limits.body_bytes = 1000")  # so that it is converted
+    send(driver, large_picture(tmp_path, 5000, 3001))
+    assert driver.execute_script("return [state.result.width, state.result.height]") == [5000, 3001]
+    score(driver, 0.05)
+    assert len(driver.find_elements("css selector", "#boxes .hit")) > 3
+    driver.execute_script("choose(0, true)")
+    wait(driver, "state.looks && state.looks.detections.length")
+    sent = driver.execute_async_script(
+        """const done = arguments[0];
+        (async () => done([(await send(`v1/detect?threshold=${LOWEST}&top_k=${MOST}`)).images[0],
+                           await send(`v1/explain?threshold=${LOWEST}&top_k=${EXPLAINED}`)]))();"""
+    )
+    assert sent[0]["width"] * sent[0]["height"] <= 12.1e6
+    for small, shown, record in zip(sent, ("state.result", "state.looks"), ("box", "layer"), strict=True):
+        large = driver.execute_script(f"return {shown}")
+        scale = [large["width"] / small["width"], large["height"] / small["height"]]
+        assert len(large["detections"]) == len(small["detections"])
+        for one, other in zip(large["detections"], small["detections"], strict=True):
+            pairs = [(one["box"], other["box"])]
+            if record == "layer":
+                for mine, theirs in zip(one["layers"], other["layers"], strict=True):
+                    pairs += [(mine[key], theirs[key]) for key in ("box", "reference_point")]
+                    pairs += [(a[:2], b[:2]) for a, b in zip(mine["points"], theirs["points"], strict=True)]
+                    assert [a[2:] for a in mine["points"]] == [b[2:] for b in theirs["points"]]
+            for mine, theirs in pairs:
+                assert mine == pytest.approx([side * scale[i % 2] for i, side in enumerate(theirs)], abs=0.1)
+    assert complaints(driver) == []
+
+
+def large_picture(tmp_path, width, height):
+    path = tmp_path / "large.png"
+    small = Image.open(io.BytesIO(picture("PNG", 96, 128)))
+    small.resize((width, height)).save(path, compress_level=1)
+    return path
 
 
 def test_the_camera(browse, client):

@@ -9,12 +9,9 @@ import json
 import re
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
-
-from .errors import UserError
 
 
 def fill(package: str, template: str, title: str, data: Any, styles: Sequence[str], scripts: Sequence[str]) -> str:
@@ -33,18 +30,6 @@ def fill(package: str, template: str, title: str, data: Any, styles: Sequence[st
     }
     # In one pass: nothing that is put in is taken for a placeholder.
     return re.sub("__(TITLE|STYLE|SCRIPT|DATA)__", lambda place: parts[place[1]], _asset(package, template))
-
-
-def write(path: Path, text: str) -> Path:
-    """Writes a page, whole or not at all. Raises UserError where that cannot be done."""
-    from .weights.files import replace_file
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    return path
 
 
 def picture(image: Image.Image, longest_side: int, quality: int = 85) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +16,8 @@ from ..errors import UserError
 from ..export import export_model, load
 from ..export.formats import SUFFIXES
 from ..model.detector import DeformableDETR
-from .rounds import described, in_turn, write
+from ..outputs import write_json
+from .rounds import described, in_turn
 
 
 class Form(NamedTuple):
@@ -79,8 +79,8 @@ def measure(
             path = Path(folder) / f"{number}{SUFFIXES[form.runtime]}"
             kind, sampling, precision = form
             try:
-                said = report if precision == "int8" else lambda line: None
-                exported = export_model(model, path, kind, precision, sampling=sampling, data=data, report=said)  # type: ignore[arg-type]
+                measured = {"data": data, "report": report} if precision == "int8" else {}
+                exported = export_model(model, path, kind, precision, sampling=sampling, **measured)  # type: ignore[arg-type]
             except UserError as error:
                 if precision != "int8":
                     raise
@@ -134,5 +134,5 @@ def run(
     rows = measure(model, batches, size, repeats, FORMS if data is None else (*FORMS, *INT8), data, report=print)
     if json_path is not None:
         report = {**machine, "repeats": repeats, "rows": [asdict(row) for row in rows]}
-        write(json_path, json.dumps(report, indent=1) + "\n")
+        write_json(json_path, report)
     print(table(rows))

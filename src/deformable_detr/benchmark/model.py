@@ -20,9 +20,10 @@ from ..device import pick_device
 from ..errors import UserError
 from ..model.detector import DeformableDETR
 from ..optimisation.onednn import has_bf16
+from ..outputs import write_json, write_text
 from .machine import gemm_gflops, memory_peak
 from .parts import TimedParts, around
-from .rounds import BASELINE, bars, by_allocator, described, in_turn, write
+from .rounds import BASELINE, bars, by_allocator, described, in_turn
 
 DEFAULT_SIZES = ((480, 640), (800, 1333))
 WAYS = (BASELINE, "model", "optimised")
@@ -239,7 +240,7 @@ def run(
     report = {**described(threads, device), "preset": preset, "repeats": repeats, "rows": rows}
     print(table(report))
     if json_path is not None:
-        write(json_path, json.dumps(report, indent=1) + "\n")
+        write_json(json_path, report)
     if picture is not None:
         last = [row for row in rows if row["allocator"] == rows[-1]["allocator"] and row["parts_ms"]]
         largest = max(row["height"] * row["width"] for row in last)
@@ -247,7 +248,7 @@ def run(
         one = shown[0]
         title = f"{preset}, {one['batch']}×3×{one['height']}×{one['width']}, {report['threads']} threads"
         title += f", {one['allocator']} allocator: median ms of each part"
-        write(picture, bars(title, {f"{row['way']} {row['precision']}": row["parts_ms"] for row in shown}))
+        write_text(picture, bars(title, {f"{row['way']} {row['precision']}": row["parts_ms"] for row in shown}))
     return report
 
 

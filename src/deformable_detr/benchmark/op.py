@@ -24,8 +24,9 @@ from torch import Tensor
 
 from .. import ops
 from ..device import pick_device
+from ..outputs import write_json
 from .machine import Machine, memory_peak
-from .rounds import BASELINE, by_allocator, described, write
+from .rounds import BASELINE, by_allocator, described
 
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))
 HEADS, CHANNELS, POINTS = 8, 32, 4
@@ -237,7 +238,7 @@ def run(
     report = {**described(threads, device), "repeats": repeats, "backends": backends, "rows": rows}
     print(table(report))
     if json_path:
-        write(Path(json_path), json.dumps(report, indent=1) + "\n")
+        write_json(Path(json_path), report)
     return report
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from ..data.batching import collate
 from ..data.images import read_image
 from ..data.transforms import resize
 from ..inference.predictor import evaluating, forward, predict_iter
+from ..outputs import write_json
 from ..structures import Target
 from .machine import peak_resident_mib, resident_mib
-from .rounds import described, write
+from .rounds import described
 
 PAUSES = 10
 SAMPLE = 8  # images on which the model alone is timed in each pause
@@ -91,5 +91,5 @@ def run(model: Any, images: Sequence[Path], batch_size: int = 1, json_path: Path
         print("MiB at the peak, after each tenth: " + ", ".join(f"{value:.0f}" for value in result.peak_mib))
     report = {**described(None), **result.__dict__}
     if json_path is not None:
-        write(json_path, json.dumps(report, indent=1) + "\n")
+        write_json(json_path, report)
     return report

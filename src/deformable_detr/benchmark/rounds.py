@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..weights.folder import replace_file
 from .machine import Machine, gemm_gflops
 
 BASELINE = "transformers"
@@ -110,11 +109,6 @@ def _commit() -> str | None:
     except OSError:
         return None
     return found.stdout.strip() or None
-
-
-def write(path: Path, text: str) -> None:
-    """The text as a file, whole or not at all."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 
 from ..device import pick_device
+from ..outputs import write_json
 from .model import random_model
-from .rounds import described, in_turn, write
+from .rounds import described, in_turn
 
 BATCHES = (1, 2, 4, 8)
 QUERIES = (300, 900)
@@ -115,7 +115,7 @@ def run(
     print(table(points))
     print(f"furthest from the median of all: {report['furthest']:.0%}")
     if json_path is not None:
-        write(json_path, json.dumps(report, indent=1) + "\n")
+        write_json(json_path, report)
     if picture is not None:
         draw(points, f"{preset}, {precision}, {report['machine']['name']}, {report['threads']} threads", picture)
     return report

@@ -17,11 +17,12 @@ from .. import presets
 from ..config import TrainConfig
 from ..device import pick_device
 from ..model.detector import DeformableDETR
+from ..outputs import write_json
 from ..structures import ImageBatch, Target
 from ..training.step import Stepper
 from .machine import memory_peak
 from .model import transformers_twin
-from .rounds import BASELINE, by_allocator, described, in_turn, write
+from .rounds import BASELINE, by_allocator, described, in_turn
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def run(
             f"| {row['median_ms']:.0f} | {row['p95_ms']:.0f} | {ratio} | {memory} |"
         )
     if json_path is not None:
-        write(json_path, json.dumps(report, indent=1) + "\n")
+        write_json(json_path, report)
     return report
 
 

@@ -33,7 +33,7 @@ def op(
         device: cpu or cuda; cuda where there is one.
     """
     from ..benchmark.op import run
-    from ..inference.files import prepare_file
+    from ..outputs import prepare_file
 
     at_least_one(batches=batches, threads=threads, repeats=repeats)
     if json is not None:
@@ -60,8 +60,8 @@ def exports(
     """
     from ..benchmark.export import run
     from ..export.graph import parse_size
-    from ..inference.files import prepare_file
     from ..model.detector import DeformableDETR
+    from ..outputs import prepare_file
 
     at_least_one(batches=batches, repeats=repeats)
     if json is not None:
@@ -101,7 +101,7 @@ def models(
     """
     from ..benchmark.model import DEFAULT_SIZES, WAYS, run
     from ..export.graph import parse_size
-    from ..inference.files import prepare_files
+    from ..outputs import prepare_files
 
     at_least_one(batches=batches, threads=threads, repeats=repeats)
     prepare_files({"--json": json, "--picture": picture})
@@ -125,9 +125,9 @@ def predict(
         precision: fp32 or bf16.
     """
     from ..benchmark.predict import run
-    from ..inference.files import prepare_file
     from ..inference.loading import load_detector
     from ..inference.predictor import folder_images
+    from ..outputs import prepare_file
 
     at_least_one(batch_size=batch_size)
     if json is not None:
@@ -159,7 +159,7 @@ def train(
     """
     from ..benchmark.train import run
     from ..export.graph import parse_size
-    from ..inference.files import prepare_file
+    from ..outputs import prepare_file
 
     at_least_one(batch_size=batch_size, threads=threads, repeats=repeats)
     if json is not None:
@@ -190,7 +190,7 @@ def scaling(
     """
     from ..benchmark.scaling import run
     from ..errors import UserError
-    from ..inference.files import prepare_files
+    from ..outputs import prepare_files
 
     at_least_one(threads=threads, repeats=repeats)
     if picture is not None and picture.suffix.lower() not in (".svg", ".png"):

@@ -51,7 +51,7 @@ def export(
         image_size: H,W for inputs of that one size, or dynamic. The batch is open either way.
         post_processing: Also give boxes in pixels, scores and labels of the best 100 detections.
         sampling: gather for runtimes that compute GridSample wrongly or lack it.
-        data: Data set to measure the cost of fp16 and int8 on; int8 is calibrated on its training split.
+        data: Data set to measure AP on, before and after; int8 is calibrated on its training split.
         split: Which part of the data set.
         limit: Only its first so many images.
     """

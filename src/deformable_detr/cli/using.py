@@ -41,7 +41,7 @@ def evaluate(
         precision: fp32 or bf16: of the optimised model, as predict uses it; without it, the model as it was trained.
     """
     from ..evaluation.compare import evaluate_models, outcome
-    from ..inference.files import prepare_files, write_json
+    from ..outputs import prepare_files, write_json
     from ..settings import resolve
 
     if report is not None and report.suffix.lower() not in {".html", ".htm"}:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..webpage import fill, write
+from ..outputs import write_text
+from ..webpage import fill
 from .gallery import read_gallery
 
 PAGE = "training.html"
@@ -40,7 +41,8 @@ def write_training_page(run_folder: Path) -> Path:
     title = f"Training of {content['name']}"
     scripts = ["charts.js", "training.js"]
     text = fill("deformable_detr.evaluation.pages", "training.html", title, content, ["style.css"], scripts)
-    return write(run_folder / PAGE, text)
+    write_text(run_folder / PAGE, text)
+    return run_folder / PAGE
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from ..data.images import read_image
 from ..errors import UserError
-from ..webpage import fill, picture, write
+from ..outputs import write_text
+from ..webpage import fill, picture
 from .analysis import Statuses, analyse, match
 from .coco import Counted
 from .run import Evaluated
@@ -28,7 +29,8 @@ def write_report(path: Path, evaluated: Sequence[tuple[str, Evaluated]], data: s
     Raises UserError for two models that were not measured on the same images and classes, and where the file cannot be
     written.
     """
-    return write(path, report(evaluated, data, split))
+    write_text(path, report(evaluated, data, split))
+    return path
 
 
 def report(evaluated: Sequence[tuple[str, Evaluated]], data: str, split: str) -> str:

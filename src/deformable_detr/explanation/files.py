@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from ..inference.files import prepare_files, write_json
 from ..model.detector import DeformableDETR
+from ..outputs import prepare_files, write_json
 from .looks import DetectionExplanation, Explanation, PointExplanation
 from .page import save_page
 from .picture import ANIMATED, check_layer, picture_kind

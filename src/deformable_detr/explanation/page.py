@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..webpage import fill, picture, write
+from ..outputs import write_text
+from ..webpage import fill, picture
 from .looks import DetectionExplanation, Explanation, PointExplanation
 from .picture import COLOURS, check_layer
 from .trace import Trace
@@ -55,7 +56,8 @@ def page(traced: Trace, chosen: Explanation, layer: int | None = None) -> str:
 
 def save_page(traced: Trace, chosen: Explanation, path: Path, layer: int | None = None) -> Path:
     """Writes `page`. Raises UserError where that cannot be done."""
-    return write(path, page(traced, chosen, layer))
+    write_text(path, page(traced, chosen, layer))
+    return path
 
 
 def _item(explanation: Explanation) -> dict[str, Any]:

@@ -56,11 +56,12 @@ def export_model(
 
     out: ends in .onnx, .xml (OpenVINO; a .bin goes beside it) or .pt2, as `to` says.
     precision: fp16 halves the file, int8 quantizes what bears it (of `quantization.PARTS`), which .pt2 has no form for;
-        both need `data`, the AP on which may fall by `AP_LOSS` at most.
+        both need `data`.
     image_size: (height, width) of all inputs; none: any size. The batch is always open.
     post_processing: also boxes in pixels, scores and labels of the best 100; see `graph.InferenceGraph`.
     sampling: gather for runtimes that miscompute or lack GridSample.
-    data, split, limit: data set to measure fp16 and int8 on, as in `evaluate`; int8 is calibrated on its train split.
+    data, split, limit: data set to measure the file on, as in `evaluate`, the AP on which may fall by `AP_LOSS` at
+        most; int8 is calibrated on its train split.
     report: gets a line for each step done.
 
     Raises UserError for a model that cannot be exported, for a file that cannot be written, and for one that differs.
@@ -89,7 +90,7 @@ def export_model(
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
     try:
-        before = None if precision == "fp32" else _ap(model, data, split, limit)
+        before = None if data is None else _ap(model, data, split, limit)
         found: list[float] = []
         for name, change in changes.items():  # of int8, the first that costs little enough
             with _writing(path):

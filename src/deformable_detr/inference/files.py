@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from typing import Any
 from ..data.layouts import IMAGE_SUFFIXES
 from ..errors import UserError
 from ..model.detector import DeformableDETR
+from ..outputs import prepare_file, prepare_folder, write_json
 from ..structures import Detections
-from ..weights.folder import replace_file
 from .predictor import folder_images, predict_each
 from .video import VIDEO_SUFFIXES, is_video, load_av, predict_video
 
@@ -102,48 +100,6 @@ def predict_files(
     if json_file is not None:
         write_json(json_file, records)
     return failures
-
-
-def prepare_files(outputs: Mapping[str, Path | None]) -> None:
-    """`prepare_file` for each option that was given; also `UserError` where two of them would write one file."""
-    taken: dict[Path, str] = {}
-    for option, path in outputs.items():
-        if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
-            raise UserError(f"{option} {path}: {other} goes there too; name another file")
-    for option, path in outputs.items():
-        if path is not None:
-            prepare_file(path, option)
-
-
-def prepare_folder(folder: Path, option: str) -> Path:
-    """The folder, made where missing. Raises UserError, naming the option, where nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{option} {folder}: cannot write there: {error.strerror or error}") from None
-    return folder
-
-
-def prepare_file(path: Path, option: str) -> None:
-    """Makes sure, before long work, that the file can be written afterwards. Raises UserError naming the option."""
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder, name a file")
-    try:
-        prepare_folder(path.parent, option)
-    except UserError as error:
-        raise UserError(str(error).replace(f"{option} {path.parent}:", f"{option} {path}:", 1)) from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """The value as JSON, the file whole or not at all. Raises UserError where it cannot be written."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        # A file name that is no text becomes JSON's own \\udc80.
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def _in_short(detections: Detections, most: int = 5) -> str:

@@ -8,7 +8,7 @@ const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253
 
 const state = {
   facts: null, file: null, name: "", result: null, looks: null, hidden: new Set(), active: -1, pinned: -1, layer: -1,
-  request: null, camera: null, address: "",
+  request: null, camera: null, address: "", grown: [1, 1], // pixels of the chosen image in one of the image that is sent
 };
 
 const colour = (label) => COLOURS[label % COLOURS.length];
@@ -85,19 +85,38 @@ async function meet() {
   say("");
 }
 
-/** The file's content, or where the server would not take it a JPEG of it. */
+/** The file's content, or where the server would not take it a JPEG of it; and `grown`. */
 async function ready(file) {
   const { formats, limits } = state.facts;
   // Its bytes as they are now: a file that is written to later cannot be sent a second time.
-  if (formats.includes(file.type) && file.size <= limits.body_bytes) return new Blob([await file.arrayBuffer()], { type: file.type });
+  if (formats.includes(file.type) && file.size <= limits.body_bytes) {
+    return { content: new Blob([await file.arrayBuffer()], { type: file.type }), grown: [1, 1] };
+  }
   const bitmap = await createImageBitmap(file);
   const scale = Math.min(1, Math.sqrt(12e6 / (bitmap.width * bitmap.height)));
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const grown = [bitmap.width / canvas.width, bitmap.height / canvas.height];
   bitmap.close();
-  return new Promise((keep) => canvas.toBlob(keep, "image/jpeg", 0.92));
+  return { content: await new Promise((keep) => canvas.toBlob(keep, "image/jpeg", 0.92)), grown };
+}
+
+/** An answer of the server's in pixels of the image that was chosen, where a smaller one was sent. */
+function enlarged(answer) {
+  const [wide, high] = state.grown;
+  if (wide === 1 && high === 1) return answer;
+  const place = (values) => values && values.map((value, i) => Number((value * (i % 2 ? high : wide)).toFixed(2)));
+  const layer = (one) => ({
+    ...one, reference_point: place(one.reference_point), reference_box: place(one.reference_box), box: place(one.box),
+    points: one.points.map(([x, y, ...rest]) => [...place([x, y]), ...rest]),
+  });
+  const detection = (one) => ({ ...one, box: place(one.box), ...(one.layers && { layers: one.layers.map(layer) }) });
+  return {
+    ...answer, width: Math.round(answer.width * wide), height: Math.round(answer.height * high),
+    detections: answer.detections.map(detection),
+  };
 }
 
 const send = (path, signal) =>
@@ -117,16 +136,17 @@ async function detect(file, name) {
   byId("busy").hidden = false;
   say("Looking for objects…");
   try {
-    let content;
+    let made;
     try {
-      content = await ready(file);
+      made = await ready(file);
     } catch {
       throw new Refusal(0, "This is no image that the browser can read.");
     }
     if (state.request !== request) return;  // another image was chosen meanwhile
-    show((state.file = content));
+    Object.assign(state, { file: made.content, grown: made.grown });
+    show(state.file);
     const answer = await send(`v1/detect?threshold=${LOWEST}&top_k=${MOST}`, request.signal);
-    state.result = answer.images[0];
+    state.result = enlarged(answer.images[0]);
     byId("image").alt = `${state.name}, ${state.result.width} × ${state.result.height} pixels`;
     byId("side").hidden = false;
     byId("download").disabled = false;
@@ -156,7 +176,7 @@ async function look() {
   try {
     const looks = await send(`v1/explain?threshold=${LOWEST}&top_k=${EXPLAINED}`, state.request.signal);
     if (state.result !== result) return;
-    state.looks = looks;
+    state.looks = enlarged(looks);
     highlight();
   } catch (error) {
     if (state.result === result && error.name !== "AbortError") {

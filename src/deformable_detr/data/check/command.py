@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...config import Config
+from ...outputs import prepare_files, write_json, write_text
 from . import check_dataset, refused
-from .files import prepare, write_json, write_text
 from .fix import CHANGES, prepare_copy, repair
 from .page import page
 
@@ -16,9 +16,7 @@ def run(data: Path, settings: Config, fix: Path | None, report: Path | None, jso
 
     Raises `UserError` for a set or an output that cannot be used at all.
     """
-    for option, path in (("--report", report), ("--json", json)):
-        if path is not None:
-            prepare(path, option)
+    prepare_files({"--report": report, "--json": json})
     if fix is not None:
         prepare_copy(data, fix)
     model = settings.model
@@ -29,9 +27,9 @@ def run(data: Path, settings: Config, fix: Path | None, report: Path | None, jso
         print(line)
     print(found.summary)
     if json is not None:
-        write_json(json, found.to_dict(), "--json")
+        write_json(json, found.to_dict())
     if report is not None:
-        write_text(report, page(found), "--report")
+        write_text(report, page(found))
         print(f"pictures of the suspects: {report}")
     if fix is None:
         return not found.errors

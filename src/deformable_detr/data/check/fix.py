@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserError
+from ...outputs import write_text
 from ..coco_json import MaskBox, record_name, whole
 from ..images import TURNED
 from ..layouts import ROBOFLOW
 from . import Report
 from .boxes import clipped, sizes_of, unit_fault
-from .files import write_text
 from .findings import OVERHANG
 from .records import Picture, Split
 
@@ -62,7 +62,7 @@ def repair(report: Report, out: Path) -> list[Change]:
             (folder / ROBOFLOW).write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--fix {out}: cannot be written: {error.strerror or error}") from None
-    write_text(out / CHANGES, "".join(json.dumps(change, ensure_ascii=False) + "\n" for change in changes), "--fix")
+    write_text(out / CHANGES, "".join(json.dumps(change, ensure_ascii=False) + "\n" for change in changes))
     return changes
 
 

@@ -1,0 +1,61 @@
+"""The files that a command writes: looked at before long work, then written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .weights.files import replace_file
+
+
+def prepare_files(outputs: Mapping[str, Path | None]) -> None:
+    """`prepare_file` for each option that was given; also `UserError` where two of them would write one file."""
+    taken: dict[Path, str] = {}
+    for option, path in outputs.items():
+        if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
+            raise UserError(f"{option} {path}: {other} goes there too; name another file")
+    for option, path in outputs.items():
+        if path is not None:
+            prepare_file(path, option)
+
+
+def prepare_folder(folder: Path, option: str) -> Path:
+    """The folder, made where missing. Raises UserError, naming the option, where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot write there: {error.strerror or error}") from None
+    return folder
+
+
+def prepare_file(path: Path, option: str) -> None:
+    """Makes sure, before long work, that the file can be written afterwards. Raises UserError naming the option."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder, name a file")
+    try:
+        prepare_folder(path.parent, option)
+    except UserError as error:
+        raise UserError(str(error).replace(f"{option} {path.parent}:", f"{option} {path}:", 1)) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """The text as a file, its folder made where missing. Raises UserError where it cannot be written.
+
+    What is no text in the name of a file is written as \\udc80.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of the value as JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
