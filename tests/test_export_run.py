@@ -1,6 +1,7 @@
 """Exports from end to end: files that compute what the model does, say what they are, and are refused otherwise."""
 
 import json
+import os
 import re
 from collections import Counter
 
@@ -205,6 +206,32 @@ def test_weights_beside_openvinos_graph_replace_nothing_else(model, tmp_path, fo
     with pytest.raises(UserError, match=r"its weights go to .*pytorch_model\.bin, where there is something else"):
         export_model(model, tmp_path / "pytorch_model.xml", "openvino")
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("fails", ["a.bin", "a.xml", None])
+def test_a_graph_never_lies_beside_the_weights_of_another_export(fails, tmp_path, monkeypatch):
+    """Wherever putting the two files in place ends, what can be opened belongs together."""
+    new = tmp_path / "new"
+    new.mkdir()
+    for folder in (tmp_path, new):
+        for name in ("a.xml", "a.bin"):
+            (folder / name).write_text(folder.name)
+    replace = os.replace
+
+    def failing(source, target):
+        if target == tmp_path / fails and source.parent == new and source.name == fails:
+            raise PermissionError(13, "in use")
+        replace(source, target)
+
+    if fails:
+        monkeypatch.setattr(os, "replace", failing)
+        with pytest.raises(PermissionError):
+            run._put(new, tmp_path / "a.xml")
+    else:
+        run._put(new, tmp_path / "a.xml")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    old = dict.fromkeys(("a.xml", "a.bin"), tmp_path.name)
+    assert found == {"a.bin": old, "a.xml": {"a.bin": "new"}, None: dict.fromkeys(old, "new")}[fails]
 
 
 def test_sizes_that_no_memory_holds_are_named():

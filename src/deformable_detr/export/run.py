@@ -182,9 +182,22 @@ def _ap(
 
 
 def _put(folder: Path, path: Path) -> None:
-    """The written files to their place, the one that is named last: before it, nothing new is to be found."""
-    files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
-    for file in files:
+    """The written files to their place, the one that is named last: before it, nothing new is to be found.
+
+    OpenVINO reads a graph with whatever weights lie beside it: an old graph goes before new weights come.
+    """
+    *beside, named = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
+    for file in (*beside, named):
         with open(file, "rb+") as opened:
             os.fsync(opened.fileno())
-        os.replace(file, path.parent / file.name)
+    for file in beside:
+        before = folder / f"{path.name}.before"
+        if path.exists():
+            os.replace(path, before)
+        try:
+            os.replace(file, path.parent / file.name)
+        except OSError:
+            if before.exists():
+                os.replace(before, path)
+            raise
+    os.replace(named, path)
