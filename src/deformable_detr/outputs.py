@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from .errors import UserError
@@ -36,12 +39,15 @@ def prepare_folder(folder: Path, option: str) -> Path:
 
 def prepare_file(path: Path, option: str) -> None:
     """Makes sure, before long work, that the file can be written afterwards. Raises UserError naming the option."""
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder, name a file")
     try:
-        prepare_folder(path.parent, option)
-    except UserError as error:
-        raise UserError(str(error).replace(f"{option} {path.parent}:", f"{option} {path}:", 1)) from None
+        with suppress(FileNotFoundError):
+            if S_ISDIR(os.stat(path).st_mode):
+                raise UserError(f"{option} {path}: is a folder, name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror or error}") from None
 
 
 def write_text(path: Path, text: str) -> None:
