@@ -190,6 +190,8 @@ def test_tampered_export_is_refused(model, tmp_path, monkeypatch):
         ({"out": "a.xml", "to": "onnx"}, "ends in .onnx"),
         ({"out": "a.onnx", "to": "onnx", "precision": "fp16"}, "needs --data"),
         ({"out": "a.onnx", "to": "onnx", "image_size": (8, 64)}, "each side must be 32 pixels at least"),
+        ({"out": "a" * 300 + ".onnx", "to": "onnx"}, ".onnx: cannot be written: File name too long"),
+        ({"out": "a" * 300 + ".xml", "to": "openvino"}, ".xml: cannot be written: File name too long"),
     ],
 )
 def test_mistakes_are_named(model, tmp_path, options, message):

@@ -290,7 +290,6 @@ def test_the_deadline():
         response = raw(client, picture())
         assert response.status_code == 504
         assert response.json()["detail"] == "no answer within 0.5 s"
-        assert not gate.is_set()  # the answer came while the model was still at it
         hook.remove()
         gate.set()
         wait_until(lambda: client.engine._taken == 0)

@@ -29,9 +29,7 @@ def prepare_files(outputs: Mapping[str, Path | None]) -> None:
 def prepare_folder(folder: Path, option: str) -> Path:
     """The folder, made where missing. Raises UserError, naming the option, where nothing can be written there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _try(folder)
     except OSError as error:
         raise UserError(f"{option} {folder}: cannot write there: {error.strerror or error}") from None
     return folder
@@ -43,11 +41,15 @@ def prepare_file(path: Path, option: str) -> None:
         with suppress(FileNotFoundError):
             if S_ISDIR(os.stat(path).st_mode):
                 raise UserError(f"{option} {path}: is a folder, name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        _try(path.parent)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written: {error.strerror or error}") from None
+
+
+def _try(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_text(path: Path, text: str) -> None:

@@ -33,11 +33,10 @@ def op(
         device: cpu or cuda; cuda where there is one.
     """
     from ..benchmark.op import run
-    from ..outputs import prepare_file
+    from ..outputs import prepare_files
 
     at_least_one(batches=batches, threads=threads, repeats=repeats)
-    if json is not None:
-        prepare_file(json, "--json")
+    prepare_files({"--json": json})
     run(tuple(batches or (1, 8)), threads, repeats, device, json)
 
 
@@ -61,11 +60,10 @@ def exports(
     from ..benchmark.export import run
     from ..export.graph import parse_size
     from ..model.detector import DeformableDETR
-    from ..outputs import prepare_file
+    from ..outputs import prepare_files
 
     at_least_one(batches=batches, repeats=repeats)
-    if json is not None:
-        prepare_file(json, "--json")
+    prepare_files({"--json": json})
     size = parse_size(image_size) if image_size else None
     run(DeformableDETR.from_pretrained(model), batches or (1, 4), size, repeats, data, json)
 
@@ -127,11 +125,10 @@ def predict(
     from ..benchmark.predict import run
     from ..inference.loading import load_detector
     from ..inference.predictor import folder_images
-    from ..outputs import prepare_file
+    from ..outputs import prepare_files
 
     at_least_one(batch_size=batch_size)
-    if json is not None:
-        prepare_file(json, "--json")
+    prepare_files({"--json": json})
     run(load_detector(model, precision=precision), folder_images(images), batch_size, json)
 
 
@@ -159,11 +156,10 @@ def train(
     """
     from ..benchmark.train import run
     from ..export.graph import parse_size
-    from ..outputs import prepare_file
+    from ..outputs import prepare_files
 
     at_least_one(batch_size=batch_size, threads=threads, repeats=repeats)
-    if json is not None:
-        prepare_file(json, "--json")
+    prepare_files({"--json": json})
     size = parse_size(image_size) or (480, 640)
     allocators = ("default", "tuned") if allocator == "both" else (allocator,)
     changes = None if dropout is None else {"dropout": dropout}

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import UserError
 from ..model.detector import DeformableDETR
+from ..outputs import prepare_file
 from .formats import SUFFIXES, need, write
 from .graph import InferenceGraph, Sampling, trace
 from .metadata import Described
@@ -87,7 +88,6 @@ def export_model(
         change = partial(quantized, images=images, by_channel=to == "openvino")
         changes = {f"int8 in {name}": partial(change, parts=parts) for name, parts in PARTS.items()}
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=path.parent))
     try:
         before = None if data is None else _ap(model, data, split, limit)
@@ -122,17 +122,16 @@ def _check(
 ) -> None:
     if path.suffix != SUFFIXES[to]:
         raise UserError(f"--out {path}: a file for {to} ends in {SUFFIXES[to]}")
-    if path.is_dir():
-        raise UserError(f"--out {path}: is a folder, name a file")
-    beside = path.with_suffix(".bin")
-    if to == "openvino" and beside.exists() and (beside.is_dir() or not path.exists()):
-        raise UserError(f"--out {path}: its weights go to {beside}, where there is something else; choose another name")
     if precision == "int8" and to == "torch":
         raise UserError("--precision int8: for onnx and openvino; PyTorch's own file has no form for it")
     if precision != "fp32" and data is None:
         raise UserError(f"--precision {precision} needs --data DATA, to measure what it costs")
     if image_size is not None and min(image_size) < 32:
         raise UserError(f"--image-size {image_size[0]},{image_size[1]}: each side must be 32 pixels at least")
+    prepare_file(path, "--out")
+    beside = path.with_suffix(".bin")
+    if to == "openvino" and beside.exists() and (beside.is_dir() or not path.exists()):
+        raise UserError(f"--out {path}: its weights go to {beside}, where there is something else; choose another name")
 
 
 @contextmanager

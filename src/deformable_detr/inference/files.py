@@ -12,7 +12,7 @@ from typing import Any
 from ..data.layouts import IMAGE_SUFFIXES
 from ..errors import UserError
 from ..model.detector import DeformableDETR
-from ..outputs import prepare_file, prepare_folder, write_json
+from ..outputs import prepare_files, prepare_folder, write_json
 from ..structures import Detections
 from .predictor import folder_images, predict_each
 from .video import VIDEO_SUFFIXES, is_video, load_av, predict_video
@@ -68,8 +68,7 @@ def predict_files(
     outputs = _output_paths(every, folder)
     drawn = [path for path in outputs.values() if out is not None or path.suffix == ".mp4"]
     _refuse_to_replace(every, drawn, json_file)
-    if json_file is not None:
-        prepare_file(json_file, "--json")
+    prepare_files({"--json": json_file})
     records: list[dict[str, Any]] = []
     failures = 0
     images = predict_each(model, (source for source in every if source not in videos), threshold)  # reads ahead

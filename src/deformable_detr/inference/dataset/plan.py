@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...outputs import prepare_folder
 from .results import Counts, part_name, part_unit, read_part
 from .sources import Columns, Piece
 from .storage import Store, one_line
@@ -141,13 +142,7 @@ def held(store: Store) -> Iterator[None]:
     if not store.local:
         yield
         return
-    root = Path(store.root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {root}: cannot write there: {error.strerror or error}") from None
+    root = prepare_folder(Path(store.root), "--out")
     lock = FileLock(root / LOCK, timeout=0)
     try:
         lock.acquire()
