@@ -10,7 +10,7 @@ from deformable_detr.export.verify import difference
 from deformable_detr.optimisation import OptimisedDetector, onednn
 from deformable_detr.optimisation.fusion import fused
 from deformable_detr.optimisation.layout import Layouts, sizes_of
-from deformable_detr.optimisation.transformer import in_parts
+from deformable_detr.optimisation.transformer import in_parts, part_length
 from export_models import lively
 
 TINY = {
@@ -115,8 +115,9 @@ def test_parts_make_no_difference(monkeypatch):
     plain = model("two-stage")
     pixels, mask = batch(3, True)
     wanted = plain(pixels, mask)
-    for rows in (1, 7, 64):
+    for rows, step in ((1, 1), (7, 3), (64, 64)):
         monkeypatch.setattr("deformable_detr.optimisation.detector.ROWS", rows)
+        monkeypatch.setattr("deformable_detr.optimisation.transformer.STEP", step)
         assert max(difference(wanted, plain.optimize()(pixels, mask))) <= 1e-4
     monkeypatch.setattr("deformable_detr.optimisation.detector.ROWS", None)
     fast = OptimisedDetector(plain, packed=False)  # as on a GPU
@@ -124,7 +125,8 @@ def test_parts_make_no_difference(monkeypatch):
 
 
 def test_rows_in_parts():
-    a, b = torch.arange(28.0).view(2, 7, 2), torch.arange(14.0).view(1, 7, 2)
+    a, b = torch.arange(600.0).view(2, 150, 2), torch.arange(300.0).view(1, 150, 2)
+    wanted = (a + b, a * b)
     seen = []
 
     def run(x, y, nothing):
@@ -132,12 +134,25 @@ def test_rows_in_parts():
         assert nothing is None
         return x + y, x * y
 
-    into = [torch.full_like(a, torch.nan), torch.full_like(a, torch.nan)]
-    total, product = in_parts(run, 3, (a, b, None), into)
-    assert seen == [4, 3, 4, 3]  # and not 3, 3, 1
-    assert total is into[0]
-    assert torch.equal(total, a + b)
-    assert torch.equal(product, a * b)
+    other = torch.full_like(a, torch.nan)
+    total, product = in_parts(run, 50, (a, b, None), [a, other])  # what is read is written over
+    assert seen == [64] * 6  # and not 64, 64, 22
+    assert total is a
+    assert product is other
+    assert torch.equal(total, wanted[0])
+    assert torch.equal(product, wanted[1])
+    assert len(in_parts(run, 50, (b[:, :20], b[:, :20], None), [])[0][0]) == 20
+
+
+def test_images_of_many_sizes_share_few_lengths_of_parts():
+    sizes = range(5000, 9000)
+    lengths = [part_length(size, 2048) for size in sizes]
+    assert len(set(lengths)) <= 16
+    assert min(lengths) > 1500
+    assert max(lengths) < 2700
+    for size, length in zip(sizes, lengths, strict=True):
+        parts = -(-size // length)
+        assert 0 <= parts * length - size < 64 * parts  # rows that are computed twice
 
 
 @pytest.mark.skipif(not onednn.has_bf16(), reason="this processor has no bf16 products")

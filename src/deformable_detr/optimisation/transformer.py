@@ -24,6 +24,8 @@ from ..model.proposals import ProposalStage
 from .layout import Layout
 from .onednn import Product, activation_of
 
+STEP = 64  # rows that the length of a part is a multiple of; the parts overlap by fewer rows each
+
 
 class Form:
     """How the weights are kept: dtype of the heavy parts, oneDNN's layout or not, rows of tokens at a time."""
@@ -56,16 +58,30 @@ def in_parts(
         return list(run(*tensors))
     B = max(len(t) for t in tensors if t is not None)
     S = next(t.shape[1] for t in tensors if t is not None)
-    rows = -(-S // max(1, round(S / rows)))  # parts of one length: a small one at the end would cost as a large one
+    rows = part_length(S, rows)
     for image in range(B):
-        for start in range(0, S, rows):
-            part = [None if t is None else t[image if len(t) > 1 else 0, start : start + rows] for t in tensors]
-            found = run(*part)
-            if not into:
-                into = [rows_found.new_empty(B, S, *rows_found.shape[1:]) for rows_found in found]
-            for whole, rows_found in zip(into, found, strict=True):
-                whole[image, start : start + rows] = rows_found
+
+        def run_from(start: int, image: int = image) -> Sequence[Tensor]:
+            return run(*(None if t is None else t[image if len(t) > 1 else 0, start : start + rows] for t in tensors))
+
+        last = run_from(S - rows)  # first: to be as long, it begins inside the one before it, which writes over what it reads
+        if not into:
+            into = [found.new_empty(B, S, *found.shape[1:]) for found in last]
+        for start in range(0, S - rows, rows):
+            for whole, found in zip(into, run_from(start), strict=True):
+                whole[image, start : start + rows] = found
+        for whole, found in zip(into, last, strict=True):
+            whole[image, S - rows :] = found
     return into
+
+
+def part_length(S: int, rows: int) -> int:
+    """Rows of each part of S, about `rows`: a multiple of `STEP`, so that images of many sizes share a few lengths.
+
+    oneDNN compiles a product anew for each number of rows: half a millisecond and more than half a MiB every time.
+    """
+    parts = max(1, round(S / rows))
+    return min(S, -(-S // (STEP * parts)) * STEP)
 
 
 class Norm(nn.Module):
