@@ -110,6 +110,20 @@ def test_a_mistake_is_one_line_and_code_2(run, data, trained, tmp_path, argument
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*.*")} == before  # nothing was lost
 
 
+@pytest.mark.parametrize(("arguments", "place"), [
+    ([""], "in the first place"),
+    (["predict", ""], "after predict"),
+    (["predict", "RUN", "--out", ""], "after --out"),
+    (["predict", "RUN", "--out="], "after --out"),
+])  # fmt: skip
+def test_an_empty_argument_is_not_the_current_folder(run, trained, arguments, place):
+    arguments = [str(trained) if argument == "RUN" else argument for argument in arguments]
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err == f'error: an argument is empty ("") {place}: perhaps a variable of the shell is not set\n'
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["model", "--repeats", 0], "--repeats 0: must be 1 or more"),
     (["model", "--batches", 2, "--batches", 0], "--batches 0: must be 1 or more"),

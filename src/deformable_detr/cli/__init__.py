@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(words: list[str]) -> None:
     try:
+        _refuse_empty(words)
         app(words, exit_on_error=False, print_error=False, result_action="return_none")
     except UserError as error:
         complain(str(error))
@@ -67,6 +68,16 @@ def _run(words: list[str]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """An empty argument would be the folder that one happens to be in."""
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, value = word.partition("=")
+        if not word or (option.startswith("--") and equals and not value):
+            after = option or before
+            place = f"after {after}" if after else "in the first place"
+            raise UserError(f'an argument is empty ("") {place}: perhaps a variable of the shell is not set')
 
 
 def _tidy_up_at_sigterm() -> None:

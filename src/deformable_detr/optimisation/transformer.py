@@ -64,7 +64,7 @@ def in_parts(
         def run_from(start: int, image: int = image) -> Sequence[Tensor]:
             return run(*(None if t is None else t[image if len(t) > 1 else 0, start : start + rows] for t in tensors))
 
-        last = run_from(S - rows)  # first: to be as long, it begins inside the one before it, which writes over what it reads
+        last = run_from(S - rows)  # first: it begins inside the one before it, which writes over what it reads
         if not into:
             into = [found.new_empty(B, S, *found.shape[1:]) for found in last]
         for start in range(0, S - rows, rows):
