@@ -1,6 +1,11 @@
 """Files that a command writes: what cannot work is named before long work, what is written is whole."""
 
 import json
+import os
+import stat
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -42,3 +47,49 @@ def test_what_is_there_stays_until_all_is_written(tmp_path):
         write_text(path.parent, "text")
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "ä\udc80"}
     assert [one.name for one in path.parent.iterdir()] == ["a.json"]
+
+
+def test_the_file_of_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "far").mkdir()
+    real, link = tmp_path / "far" / "real.json", tmp_path / "link.json"
+    real.write_text("before")
+    link.symlink_to(real)
+    prepare_file(link, "--json")
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert json.loads(real.read_text()) == {"a": 1}
+    assert [path.name for path in real.parent.iterdir()] == ["real.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    prepare_file(pipe, "--json")
+    write_json(pipe, {"a": 1})
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    reader.join(30)
+    assert json.loads(read[0]) == {"a": 1}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no /dev/stdout here")
+@pytest.mark.parametrize("to_file", [False, True])
+def test_standard_output_is_a_place_for_json(tmp_path, to_file):
+    # A link of its own to the same place: a mistake here shall not cost the machine its /dev/stdout.
+    (tmp_path / "out").symlink_to("/proc/self/fd/1" if os.path.exists("/proc/self/fd/1") else "/dev/fd/1")
+    place = tmp_path / "out" if not to_file else "/proc/self/fd/1"
+    code = (
+        "import sys; from pathlib import Path; from deformable_detr.outputs import prepare_file, write_json\n"
+        "print('first', flush=True); prepare_file(Path(sys.argv[1]), '--json'); write_json(Path(sys.argv[1]), 7)"
+    )
+    command = [sys.executable, "-c", code, str(place)]
+    if to_file:
+        with open(tmp_path / "file", "w") as file:
+            subprocess.run(command, stdout=file, check=True)
+        assert (tmp_path / "file").read_text() == "first\n7\n"
+    else:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == "first\n7\n"
+        assert (tmp_path / "out").is_symlink()

@@ -12,7 +12,7 @@ from stat import S_ISDIR
 from typing import Any
 
 from .errors import UserError
-from .weights.files import replace_file
+from .weights.files import is_stream, replace_file
 
 
 def prepare_files(outputs: Mapping[str, Path | None]) -> None:
@@ -36,12 +36,17 @@ def prepare_folder(folder: Path, option: str) -> Path:
 
 
 def prepare_file(path: Path, option: str) -> None:
-    """Makes sure, before long work, that the file can be written afterwards. Raises UserError naming the option."""
+    """Makes sure, before long work, that the file can be written afterwards. Raises UserError naming the option.
+
+    Devices and pipes are written to as they are.
+    """
+    if is_stream(path):
+        return
     try:
         with suppress(FileNotFoundError):
             if S_ISDIR(os.stat(path).st_mode):
                 raise UserError(f"{option} {path}: is a folder, name a file")
-        _try(path.parent)
+        _try(Path(os.path.realpath(path)).parent)  # a link's file is replaced, not the link
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written: {error.strerror or error}") from None
 

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import pickle
+import stat
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -187,8 +189,28 @@ def temporary_file(path: Path) -> Path:
     return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
+def is_stream(path: Path) -> bool:
+    """Whether it is there and no regular file nor folder, or this process's own input or output."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    own = str(path).startswith(("/dev/fd/", "/dev/std", "/proc/"))
+    return own or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it in place: never half a file."""
+    """Lets `write` fill a temporary file beside `path`, then puts it in place: never half a file.
+
+    A link stays one: what it names is replaced. A device or a pipe stays too and is written to.
+    """
+    if is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            write(whole := Path(folder, path.name))
+            with open(path, "ab") as stream:
+                stream.write(whole.read_bytes())
+        return
+    path = Path(os.path.realpath(path))
     temporary = temporary_file(path)
     try:
         temporary.touch()
