@@ -244,6 +244,28 @@ def test_file_names_of_other_systems_come_back(tmp_path, capsys):
     assert [change["code"] for change in changes] == ["image-name"] * 4
 
 
+def test_records_of_one_file_become_one(tmp_path, capsys):
+    root, out = coco_set(tmp_path / "set"), tmp_path / "copy"
+    content = json.loads((root / TRAIN).read_text())
+    first = content["annotations"][0]
+    content["images"].append({**content["images"][0], "id": 50})  # a record an object, and one object in both
+    content["annotations"][1]["image_id"] = 50
+    content["annotations"].append({**first, "id": 60, "image_id": 50})
+    (root / TRAIN).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"images\[3\] names the file 'a.png' of images\[0\], and their objects differ"):
+        open_dataset(root)
+    code, printed, _ = call(capsys, root, "--fix", out)
+    assert code == 0, printed
+    copy = json.loads((out / TRAIN).read_text())
+    assert [record["file_name"] for record in copy["images"]] == ["a.png", "b.png", "empty.png"]
+    assert [record["image_id"] for record in copy["annotations"]] == [1, 1, 2]
+    changes = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]
+    assert [(change["code"], change["record"]) for change in changes] == [
+        ("image-twice", "images[3]"), ("box-duplicate", "annotations[3] (id 60)"),
+    ]  # fmt: skip
+    assert not codes(out) & {"image-in-parts", "image-twice", "image-copy"}
+
+
 def test_the_copy_has_one_list_of_classes(tmp_path, capsys):
     root = coco_set(tmp_path / "set")
     content = json.loads((root / "valid/_annotations.coco.json").read_text())

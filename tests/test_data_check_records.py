@@ -59,6 +59,15 @@ def normalised(content):
 
 
 @edited()
+def listed_again(content):
+    content["images"].append({**content["images"][0], "id": 8})
+    content["annotations"] += [
+        {**record, "id": 90 + record["id"], "image_id": 8}
+        for record in content["annotations"] if record["image_id"] == 1
+    ]  # fmt: skip
+
+
+@edited()
 def corners(content):
     boxes = [[14, 4, 35, 19], [4, 2, 20, 12], [10, 5, 30, 15]]
     for record, values in zip(content["annotations"], boxes, strict=True):
@@ -135,7 +144,18 @@ COCO = {
     "two images of one id": (
         put("images", 2, id=1), {"image-id-duplicate", "images-unlisted"}, "images[2] ('empty.png') has the id 1",
     ),
-    "two records of one file": (add("images", {"id": 8, "file_name": "a.png"}), {"image-twice"}, ""),
+    "two records of one file": (
+        add("images", {"id": 8, "file_name": "a.png"}), {"image-in-parts"},
+        "images[3] (id 8) names the file 'a.png' of images[0], and their objects differ",
+    ),
+    "two records of one file, objects too": (listed_again, {"image-twice"}, ""),
+    "boxes without an area alone": (
+        edited()(lambda c: [record.update(bbox=[9, 9, 0, 0]) for record in c["annotations"]]),
+        {"no-training-objects", "box-degenerate"}, "has no box with an area inside its image",
+    ),
+    "boxes of nothing beside a mask": (
+        put("annotations", 0, bbox=[0, 0, 0, 0], segmentation=[[4, 2, 20, 2, 20, 12]]), {"box-from-mask"}, "",
+    ),
     "image in no folder": (put("images", 0, file_name="x/y.png"), {"image-missing", "images-unlisted"}, "x/y.png"),
     "name with a zero byte": (put("images", 0, file_name="a\0.png"), {"image-missing", "images-unlisted"}, "images[0]"),
     "size of the record wrong": (put("images", 0, width=50), {"image-size"}, ""),
@@ -162,7 +182,8 @@ COCO = {
     "NaN in the box": (box(1, 2, float("nan"), 4), {BAD, "class-only-in-val"}, RECORD),
     "infinity in the box": (box(float("inf"), 2, 3, 4), {BAD, "class-only-in-val"}, RECORD),
     "a number without end": (box(10**400, 2, 3, 4), {BAD, "class-only-in-val"}, RECORD),
-    "iscrowd a text": (put("annotations", 0, iscrowd="0"), {BAD, "class-only-in-val"}, RECORD),
+    "iscrowd a number as text": (put("annotations", 0, iscrowd="0"), set(), ""),
+    "iscrowd a text": (put("annotations", 0, iscrowd="no"), {BAD, "class-only-in-val"}, RECORD),
     "two objects of one id": (put("annotations", 1, id=1), {"annotation-id-duplicate"}, ""),
     "ids of objects missing": (put("annotations", 1, id=None), set(), ""),
     "no width": (box(4, 2, 0, 10), {"box-degenerate"}, ""),

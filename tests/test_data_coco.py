@@ -352,7 +352,7 @@ FAULTS = {
     "infinity in box": (("annotations", 3, "bbox"), [float("inf"), 2, 3, 4], r"annotations\[3\] .* has bbox \[inf"),
     "true in box": (("annotations", 3, "bbox"), [True, 2, 3, 4], r"annotations\[3\] \(id 6\) has bbox \[True"),
     "endless number in box": (("annotations", 3, "bbox"), [10**400, 2, 3, 4], r"annotations\[3\] \(id 6\) has bbox"),
-    "crowd text": (("annotations", 3, "iscrowd"), "0", r"annotations\[3\] \(id 6\) has iscrowd '0'; write 0 or 1"),
+    "crowd text": (("annotations", 3, "iscrowd"), "no", r"annotations\[3\] \(id 6\) has iscrowd 'no'; write 0 or 1"),
 }
 
 

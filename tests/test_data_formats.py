@@ -1,8 +1,10 @@
 """YOLO and Pascal VOC sets give the same images, boxes and classes as the COCO JSON of the same objects."""
 
 import json
+import os
 import pickle
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -393,3 +395,57 @@ def test_coco_json_comes_first(tmp_path):
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(UserError, match=r"labels has YOLO's label files, but data\.yaml is missing"):
         find_source(tmp_path, "train", DataConfig())
+
+
+@pytest.mark.parametrize("reached", ["list", "path"])
+def test_a_yolo_set_reached_through_a_link(tmp_path, reached):
+    root = yolo_set(tmp_path / "deep" / "down" / "set")
+    text = (root / "data.yaml").read_text()
+    if reached == "list":
+        files = sorted((root / "images" / "train").iterdir())
+        (root / "train.txt").write_text("".join(f"{file}\n" for file in files))
+        text = text.replace("train: images/train", "train: train.txt")
+    else:
+        text += f"path: {root}\n"
+    (root / "data.yaml").write_text(text)
+    (tmp_path / "link").symlink_to(root)
+    dataset = open_dataset(tmp_path / "link")
+    assert [os.path.samefile(dataset.path(index), root / "images" / "train" / f"{stem}.png")
+            for index, stem in enumerate(("a", "b", "empty"))] == [True] * 3  # fmt: skip
+    assert [len(target.labels) for _, target in dataset] == [2, 1, 0]
+
+
+def test_yolo_folders_that_may_not_be_read_are_not_empty_ones(tmp_path, monkeypatch):
+    root = yolo_set(tmp_path)
+    access, lstat, read_text = os.access, os.lstat, Path.read_text
+
+    def forbid(folder):
+        """As the system does for a folder with the mode 000; root may read all."""
+
+        def refused(path):
+            if folder in Path(path).parents:
+                raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+        monkeypatch.setattr(os, "lstat", lambda path, **options: refused(path) or lstat(path, **options))
+        monkeypatch.setattr(Path, "read_text", lambda self, **options: refused(self) or read_text(self, **options))
+
+    assert len(open_dataset(root)) == 3
+    forbid(root / "images" / "train")
+    with pytest.raises(UserError, match=r"images/train: Permission denied; make the folder readable"):
+        open_dataset(root)
+    forbid(root / "labels" / "train")
+    with pytest.raises(UserError, match=r"labels/train/a.txt: cannot be read \(Permission denied\)"):
+        open_dataset(root)
+    forbid(root / "labels")
+    with pytest.raises(UserError, match=r"labels: Permission denied; make the folder readable"):
+        open_dataset(root)
+
+
+@pytest.mark.parametrize("folder", ["", "JPEGImages", "Annotations"])
+def test_voc_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch, folder):
+    root = voc_set(tmp_path / "set")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root / folder and access(path, mode))
+    with pytest.raises(UserError, match=r"Permission denied; make the folder readable"):
+        open_dataset(root)

@@ -88,7 +88,9 @@ WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (mo
 def test_a_line_for_each(tmp_path, error, words):
     line = said(error, tmp_path)
     assert all(word in line for word in words), line
-    assert line.endswith("nothing was saved yet: start again with --resume")
+    assert line.endswith("nothing was saved yet: start again")
+    RunFolder(tmp_path).write_config(tiny_config())
+    assert said(error, tmp_path).endswith("nothing was saved yet: start again with --resume")
 
 
 def test_the_line_says_where_a_checkpoint_is(tmp_path):

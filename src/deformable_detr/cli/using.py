@@ -57,12 +57,12 @@ def evaluate(
     if compare is not None:
         print(", ".join(f"{letter}: {name}" for letter, (name, _) in zip("AB", evaluated, strict=True)))
     print(table(*(one.metrics for _, one in evaluated)))
+    if json is not None:
+        write_json(json, outcome(evaluated))
     if report is not None:
         from ..evaluation.report import write_report
 
         print(f"report in {write_report(report, evaluated, data.resolve().name, split)}")
-    if json is not None:
-        write_json(json, outcome(evaluated))
 
 
 @app.command

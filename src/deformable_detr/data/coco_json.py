@@ -63,10 +63,12 @@ def _lean(record: dict[str, Any]) -> dict[str, Any]:
         value = record.get(key)
         if (type(value) is float and value.is_integer()) or (isinstance(value, str) and _NUMBER.fullmatch(value)):
             record[key] = int(value)
+    if record.get("iscrowd") in ("0", "1"):
+        record["iscrowd"] = int(record["iscrowd"])
     if type(name := record.get("name")) is int:  # a class called 3
         record["name"] = str(name)
     mask = record.pop("segmentation", None)
-    if record.get("bbox") not in (None, []):
+    if record.get("bbox") not in (None, [], [0, 0, 0, 0]):
         return record
     if isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
         x, y = ([value for polygon in mask for value in polygon[axis::2]] for axis in (0, 1))
@@ -165,7 +167,29 @@ def read_images(content: dict[str, Any], path: Path) -> tuple[list[int], list[st
         height: Any = record.get("height")
         width: Any = record.get("width")
         sizes.append((height, width) if positive(height) and positive(width) else (0, 0))
+    for position, (other, differ) in records_of_one_file(content).items():
+        if differ:  # each would teach, and expect, that the other's objects are background
+            raise UserError(
+                f"{path}: images[{position}] names the file {names[position]!r} of images[{other}], and their objects "
+                "differ; merge the records, as deformable-detr check --fix does"
+            )
     return list(positions), names, sizes
+
+
+def records_of_one_file(content: dict[str, Any]) -> dict[int, tuple[int, bool]]:
+    """Image records whose file an earlier one names: position → the earlier one's, and whether their objects differ."""
+    first: dict[str, int] = {}
+    again: dict[int, int] = {}
+    for position, record in enumerate(content["images"]):
+        name = record.get("file_name") if isinstance(record, dict) and whole(record.get("id")) else None
+        if isinstance(name, str) and (other := first.setdefault(name, position)) != position:
+            again[position] = other
+    objects: dict[int, set[str]] = {content["images"][one]["id"]: set() for pair in again.items() for one in pair}
+    for record in content["annotations"] if again else ():
+        if isinstance(record, dict) and whole(number := record.get("image_id")) and number in objects:
+            objects[number].add(repr((record.get("category_id"), record.get("bbox"))))
+    mine = {position: objects[content["images"][position]["id"]] for pair in again.items() for position in pair}
+    return {position: (other, mine[position] != mine[other]) for position, other in again.items()}
 
 
 def read_annotations(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -165,19 +166,37 @@ def _best_folder(folders: Sequence[Path], names: Sequence[str]) -> tuple[Path, d
 def _spelt_otherwise(
     missing: Sequence[str], names: Sequence[str], folder: Path, listing: Callable[[Path], frozenset[str]]
 ) -> dict[str, str]:
-    """Names with \\ for /, with %20 for a space, or with a path that is not here → those of their files in `folder`.
+    """Names with \\ for /, with %20 for a space, with a path that is not here, with other capitals or accents, or
+    without their ending → those of their files in `folder`.
 
-    Only where no other record has that file.
+    Only where no other record has that file, and no other file is meant as well.
     """
+
+    @cache
+    def alike(head: str) -> dict[str, list[str]]:
+        files: dict[str, list[str]] = {}
+        for file in filter(is_image, listing(folder / head)):
+            for key in (file, os.path.splitext(file)[0]):
+                files.setdefault(_folded(key), []).append(file)
+        return files
+
     found: dict[str, str] = {}
     for name in dict.fromkeys(missing):
         path = name.replace("\\", "/")
-        for way in (path, unquote(path), os.path.basename(path), os.path.basename(unquote(path))):
-            if way != name and os.path.basename(way) in listing(folder / os.path.dirname(way)):
-                found[name] = way
-                break
+        ways = (path, unquote(path), os.path.basename(path), os.path.basename(unquote(path)))
+        meant = [way for way in ways if way != name and os.path.basename(way) in listing(folder / os.path.dirname(way))]
+        for way in () if meant else dict.fromkeys(ways):
+            head, tail = os.path.split(way)
+            files = alike(head).get(_folded(tail), [])
+            meant += [os.path.join(head, file) for file in files] if len(files) == 1 else []
+        if meant:
+            found[name] = meant[0]
     uses = Counter([*names, *found.values()])
     return {name: way for name, way in found.items() if uses[way] == 1}
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _is_file(path: Path) -> bool:
@@ -240,6 +259,7 @@ def names_other_split(path: Path, split: str) -> bool:
 
 
 def _in_folder(folder: Path) -> Path | None:
+    refuse_unreadable(folder)
     if (folder / ROBOFLOW).is_file():
         return folder / ROBOFLOW
     files = [path for path in folder.glob("*.json") if not is_hidden(path.name)] if folder.is_dir() else []
@@ -254,6 +274,12 @@ def _image_folders(annotations: Path, split: str) -> list[Path]:
     folders = [own, own / "images"]
     folders += [base / "images" / name for name in splits] + [base / name for name in splits] + [base / "images", base]
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def refuse_unreadable(folder: Path, needed: int = os.R_OK | os.X_OK) -> None:
+    """Raises UserError for a folder whose files the user may not see: it would be taken for an empty one."""
+    if os.path.isdir(folder) and not os.access(folder, needed):
+        raise UserError(f"{folder}: Permission denied; make the folder readable")
 
 
 def _listing(folder: Path) -> frozenset[str]:

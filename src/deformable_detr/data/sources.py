@@ -51,6 +51,13 @@ class Source(Protocol):
         ...
 
 
+def other_split(source: Source) -> str:
+    """What to do where a split is the training split too."""
+    if source.format == "yolo":
+        return "name another folder under val in data.yaml"
+    return "give data.val_images and data.val_annotations"
+
+
 @dataclass(frozen=True)
 class CocoSource:
     """A COCO JSON file, its images in `folder` or where `layouts.find_images` finds them."""

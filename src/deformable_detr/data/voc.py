@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..structures import Category
-from .layouts import is_hidden, is_image, label_file, names_other_split, split_aliases
+from .layouts import is_hidden, is_image, label_file, names_other_split, refuse_unreadable, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 if TYPE_CHECKING:
@@ -165,6 +165,8 @@ def find_voc(root: Path, split: str, splits: Sequence[str] = ("train", "val", "t
 
 
 def _find_split(root: Path, split: str) -> VocSource | None:
+    for folder in (root, root / "JPEGImages", root / "Annotations"):
+        refuse_unreadable(folder)
     if not root.is_dir():
         return None
     aliases = split_aliases(split)
@@ -242,6 +244,7 @@ def _number(element: Element, key: str) -> float | None:
 
 
 def _has_xml(folder: Path) -> bool:
+    refuse_unreadable(folder)
     return folder.is_dir() and any(map(_is_xml, os.listdir(folder)))
 
 

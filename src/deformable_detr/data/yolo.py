@@ -17,7 +17,7 @@ import yaml
 from ..errors import UserError
 from ..structures import Category
 from .images import read_size
-from .layouts import is_hidden, is_image, label_file, split_aliases
+from .layouts import is_hidden, is_image, label_file, refuse_unreadable, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -61,7 +61,7 @@ class YoloSource:
         labels_of = cache(label_folder)
         for path in self._images(complain):
             size = _size(path, complain)
-            images.append({"id": len(images) + 1, "file_name": os.path.relpath(path, self.yaml.parent)})
+            images.append({"id": len(images) + 1, "file_name": _name(path, self.yaml.parent)})
             if size is None:
                 continue
             height, width = size
@@ -81,7 +81,10 @@ class YoloSource:
         found: list[Path] = []
         for place in self.places:
             if place.is_dir():
-                found += sorted(path for path in place.rglob("*") if is_image(path.relative_to(place)))
+                inside = sorted(place.rglob("*"))
+                for folder in (place, *(path for path in inside if path.is_dir())):
+                    refuse_unreadable(folder)  # it would look like an empty one
+                found += [path for path in inside if is_image(path.relative_to(place))]
                 continue
             for number, line in enumerate(_lines(place, complain), start=1):
                 if not line.strip():
@@ -102,8 +105,12 @@ class YoloSource:
 
     def _rows(self, path: Path, complain: Complain) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
         """(line number, class, xyxy box in 0..1) of the good rows of a label file."""
-        if not os.path.lexists(path):  # a link to nowhere is a fault
+        try:
+            os.lstat(path)  # a link to nowhere is a fault
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return
+        except OSError:
+            pass  # that it cannot be read is told below
         for number, line in enumerate(_lines(path, complain), start=1):
             if not line.strip():
                 continue
@@ -113,6 +120,13 @@ class YoloSource:
                 complain("label-row", path, f"line {number}", str(error), "correct or remove the row")
             else:
                 yield number, label, box
+
+
+def _name(path: Path, folder: Path) -> str:
+    """A path relative to a folder. Where it leads out of that, as it leads out of what a link to the folder means."""
+    if path.is_relative_to(folder) and ".." not in (inside := path.relative_to(folder)).parts:
+        return str(inside)
+    return os.path.relpath(Path(os.path.realpath(path.parent), path.name), os.path.realpath(folder))
 
 
 def read_row(line: str, classes: int, keypoints: int = 0) -> tuple[int, tuple[float, float, float, float]]:
@@ -149,7 +163,9 @@ def label_folder(images: Path) -> Path:
     """
     for place, part in reversed(list(enumerate(images.parts))):
         for name in LABELS if part.lower() == "images" else ():
-            if os.path.isdir(folder := Path(*images.parts[:place], name, *images.parts[place + 1 :])):
+            folder = Path(*images.parts[:place], name, *images.parts[place + 1 :])
+            refuse_unreadable(folder.parent, os.X_OK)
+            if os.path.isdir(folder):
                 return folder
     return images
 

@@ -88,13 +88,13 @@ def predict_files(
             detections = next(images)
             if isinstance(detections, UserError):
                 raise detections
+            records.append(detections.to_dict())
             if out is not None:
                 detections.save(outputs[source])
         except UserError as error:
             failures += 1
             complain(str(error))
             continue
-        records.append(detections.to_dict())
         report(f"{source}: {_in_short(detections)}")
     if json_file is not None:
         write_json(json_file, records)

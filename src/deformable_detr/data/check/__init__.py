@@ -16,7 +16,7 @@ from typing import Any
 from ...config import DataConfig
 from ...errors import UserError
 from ...structures import Category
-from ..sources import Source, find_source
+from ..sources import Source, find_source, other_split
 from .boxes import check_boxes
 from .classes import check_classes, class_counts
 from .findings import KINDS, SEVERITIES, Finding, Findings
@@ -186,7 +186,7 @@ def _sources(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]
     train, val = sources.get(data.train_split), sources.get(data.val_split)
     if train is not None and val is not None and os.path.realpath(train.file) == os.path.realpath(val.file):
         found.add("splits-same", train.file, "", "would be both the training and the validation split",
-                  "give data.val_images and data.val_annotations", split=data.val_split)  # fmt: skip
+                  other_split(val), split=data.val_split)  # fmt: skip
         del sources[data.val_split]
     if (
         len(sources) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from .boxes import clipped, sizes_of, unit_fault
 from .findings import IMBALANCE, RARE, Findings
 from .records import Split
 
@@ -19,7 +20,7 @@ def check_classes(splits: Sequence[Split], train: Split | None, val: Split | Non
     """Adds what is wrong with the classes; train, val: the splits to train and to validate on, where they exist."""
     for split in splits:
         _find_empty(split, found)
-        if split.crowds.all():  # or there are none
+        if not _usable(split):
             _tell_none(split, split is train, found)
         if train is not None and split is not train:
             _compare_lists(train, split, found)
@@ -57,9 +58,20 @@ def check_classes(splits: Sequence[Split], train: Split | None, val: Split | Non
         found.add("class-imbalance", train.file, "", what, split=train.name)
 
 
+def _usable(split: Split) -> bool:
+    """Whether an object that is no crowd has an area in its image, or would have in the unit that its box is in."""
+    kept = ~split.crowds
+    boxes, limits = split.boxes[kept], sizes_of(split)[split.images[kept]]
+    return bool(clipped(boxes, limits)[1].any() or unit_fault(boxes, limits))
+
+
 def _tell_none(split: Split, to_train: bool, found: Findings) -> None:
     if not to_train:
         found.add("no-objects", split.file, "", "has no objects to measure with", split=split.name)
+        return
+    if not split.crowds.all():
+        what = "has no box with an area inside its image, so nothing to learn from"
+        found.add("no-training-objects", split.file, "", what, "mend the boxes", split=split.name)
         return
     where = " (a row an object in labels/…/NAME.txt for images/…/NAME.jpg)" * (split.source.format == "yolo")
     found.add("no-training-objects", split.file, "", "has no objects to learn from",

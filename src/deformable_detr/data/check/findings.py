@@ -44,7 +44,9 @@ KINDS: dict[str, Kind] = {
     "image-id-duplicate": Kind("error", "Two images have one id; their boxes are mixed up", "Give each its own"),
     "image-missing": Kind("error", "An image is listed but its file is missing", "Add the file or remove its record"),
     "image-name": Kind(
-        "error", "A file name has \\ for /, %20 for a space, or a path of elsewhere; the file is there without",
+        "error",
+        "A file name has \\ for /, %20 for a space, a path of elsewhere, other capitals or accents, or no ending; "
+        "the file is there under its own",
         "Write the name of the file",
     ),
     "image-unreadable": Kind(
@@ -64,7 +66,12 @@ KINDS: dict[str, Kind] = {
         "warning", "A grey image of 16 bits uses 12 of them or fewer, and is read almost black",
         "Scale its values to 0..65535, or save it with 8 bits",
     ),
-    "image-twice": Kind("warning", "Two records of a split name one file", "Merge the records"),
+    "image-in-parts": Kind(
+        "error",
+        "Two records of a split name one file, with different objects: those of one are background in the other",
+        "Merge the records",
+    ),
+    "image-twice": Kind("warning", "Two records of a split name one file, with the same objects", "Merge the records"),
     "image-copy": Kind("note", "Two files of a split hold the same image", "Keep one"),
     "leak": Kind(
         "warning",

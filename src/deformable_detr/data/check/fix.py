@@ -90,6 +90,7 @@ class _Repair:
         raw = self._raw()
         mixed = self._mixed_ids()
         kept = [p for p in split.pictures if p.position not in self.left_out["images"] and p.id not in mixed]
+        kept, merged = self._merged(kept)
         images = []
         names: set[str] = {ROBOFLOW}
         for picture in kept:
@@ -109,9 +110,20 @@ class _Repair:
             changed = ", ".join(f"{number} → {other}" for number, other in moved.items() if number != other)
             self.tell("category-renumbered", split.file.name, f"category ids {changed}")
             categories = [record | {"id": moved[record["id"]]} for record in categories if record["id"] in moved]
-        annotations = self._annotations(raw["annotations"], {picture.id for picture in kept})
+        annotations = self._annotations(raw["annotations"], {picture.id: picture.id for picture in kept} | merged)
         rest = {key: raw[key] for key in raw if key not in ("images", "annotations", "categories")}
         return {**rest, "images": images, "annotations": annotations, "categories": categories}
+
+    def _merged(self, pictures: list[Picture]) -> tuple[list[Picture], dict[int, int]]:
+        """The pictures, each file once; and the ids of the records left out → the ids that their objects get."""
+        first: dict[str, Picture] = {}
+        merged: dict[int, int] = {}
+        for picture in pictures:
+            if (other := first.setdefault(picture.name, picture)) is not picture:
+                merged[picture.id] = other.id
+                change = f"merged into images[{other.position}], which names {picture.name!r} too"
+                self.tell("image-twice", f"images[{picture.position}]", change)
+        return list(first.values()), merged
 
     def _raw(self) -> dict[str, Any]:
         """The records as the check has them, with their masks, which it does without."""
@@ -136,7 +148,7 @@ class _Repair:
                     self.tell(finding.code, f"images with id {record['id']}", "left out with their objects")
         return mixed
 
-    def _annotations(self, records: list[Any], image_ids: set[int]) -> list[dict[str, Any]]:
+    def _annotations(self, records: list[Any], image_ids: dict[int, int]) -> list[dict[str, Any]]:
         split = self.split
         kept: list[int] = [  # indices of the whole records whose image stays
             index
@@ -151,6 +163,7 @@ class _Repair:
         for (position, index), box, why in zip(objects, boxes, changed, strict=True):
             record = {key: value for key, value in records[position].items() if key != "where"}
             record["category_id"] = int(split.labels[index])
+            record["image_id"] = image_ids[record["image_id"]]
             name = record_name(split.content["annotations"], position)
             if box is None:
                 self.tell("box-outside", name, f"left out: bbox {record['bbox']} has no area inside its image")

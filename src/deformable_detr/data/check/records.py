@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 
 from ...errors import UserError
 from ...structures import Category
-from ..coco_json import MaskBox, four_numbers, is_text, only_groups, positive, record_name, whole
+from ..coco_json import MaskBox, four_numbers, is_text, only_groups, positive, record_name, records_of_one_file, whole
 from ..layouts import best_image_folder
 from ..sources import CocoSource, Source, renumbered
 from .findings import Findings
@@ -166,7 +164,7 @@ def _pictures(
     file = source.file
     pictures: list[Picture] = []
     ids: dict[int, int] = {}
-    names: dict[str, int] = {}
+    again = records_of_one_file(content)
     for position, record in enumerate(content["images"]):
         place: dict[str, Any] = {"split": split, "section": "images", "position": position}
         where = f"images[{position}]"
@@ -183,11 +181,12 @@ def _pictures(
             what = f"({name!r}) has the id {number} of images[{ids[number]}] ({first!r})"
             found.add("image-id-duplicate", file, where, what, "give each image its own id", **place)
             continue
-        if name in names:
-            what = f"(id {number}) names the file {name!r} of images[{names[name]}]"
-            found.add("image-twice", file, where, what, **place)
+        if position in again:
+            other, differ = again[position]
+            what = f"(id {number}) names the file {name!r} of images[{other}]"
+            what += ", and their objects differ" if differ else ""
+            found.add("image-in-parts" if differ else "image-twice", file, where, what, **place)
         ids[number] = position
-        names.setdefault(name, position)
         height: Any = record.get("height")
         width: Any = record.get("width")
         declared = (height, width) if positive(height) and positive(width) else None
@@ -196,7 +195,6 @@ def _pictures(
         found.add("image-record", file, "", "has no images", "a set needs at least one image", split=split)
 
     folder, missing, unlisted = _folder(source, [picture.name for picture in pictures], split, found)
-    alike = {_spelt_alike(name): name for name in unlisted}
     for picture in pictures:
         picture.path = folder / picture.name
         if way := missing.get(picture.name):
@@ -206,23 +204,10 @@ def _pictures(
             picture.name, picture.path = way, folder / way
         elif picture.name in missing:
             picture.missing = True
-            close = alike.get(_spelt_alike(picture.name))
-            hint = f" (there is {close!r}: {_difference(picture.name, close)})" if close else ""
             found.add("image-missing", file, f"images[{picture.position}]",
-                      f"names the image {picture.name!r}, which is missing in {folder}{hint}",
+                      f"names the image {picture.name!r}, which is missing in {folder}",
                       split=split, section="images", position=picture.position)  # fmt: skip
     return pictures, folder, unlisted
-
-
-def _spelt_alike(name: str) -> str:
-    """The file's own name, the same however accents, capitals and the path before it are written."""
-    return unicodedata.normalize("NFC", re.split(r"[/\\\\]", name)[-1]).casefold()
-
-
-def _difference(name: str, close: str) -> str:
-    if re.split(r"[/\\\\]", name)[-1].casefold() != close.casefold():
-        return "its accents are other characters (Unicode NFC and NFD)"
-    return "the case differs"
 
 
 def _folder(source: Source, names: list[str], split: str, found: Findings) -> tuple[Path, dict[str, str], list[str]]:
