@@ -50,7 +50,7 @@ class Killer:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
-        for name in ("_write_tensors", "_checksum", "_sync", "write_text"):
+        for name in ("_write_tensors", "checksum", "_sync", "write_text"):
             setattr(checkpoint, name, self.around(getattr(checkpoint, name)))
         os.replace = self.around(os.replace)
         Path.unlink = self.around(Path.unlink)  # pyright: ignore[reportAttributeAccessIssue]

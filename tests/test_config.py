@@ -107,3 +107,13 @@ def test_a_missing_file_is_named_and_an_empty_one_is_no_change(tmp_path):
         read_config_file(tmp_path / "nothing.yaml")
     (tmp_path / "empty.yaml").touch()
     assert read_config_file(tmp_path / "empty.yaml") == {}
+
+
+@pytest.mark.parametrize(("text", "check"), [("off", "off"), ("'off'", "off"), ("full", "full"), ("auto", "auto")])
+def test_off_is_a_word_though_yaml_reads_it_as_false(text, check):
+    assert Config().merged(parse_overrides([f"data.check={text}"])).data.check == check
+
+
+def test_on_is_no_way_to_check():
+    with pytest.raises(UserError, match=r"data.check"):
+        Config().merged(parse_overrides(["data.check=on"]))

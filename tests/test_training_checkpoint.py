@@ -100,8 +100,8 @@ class Crash(BaseException):
     [
         ("_write_tensors", 0),
         ("_write_tensors", 1),
-        ("_checksum", 0),
-        ("_checksum", 1),
+        ("checksum", 0),
+        ("checksum", 1),
         ("_to_json", 0),
         ("write_text", 0),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from .errors import UserError
@@ -193,7 +193,8 @@ class DataConfig(_Section):
         default=False, description="images of like size and shape share a batch in training: less padding"
     )
     workers: NonNegative = Field(default=2, description="processes that load images; 0: none beside the main one")
-    check: Literal["auto", "full", "off"] = Field(
+    # YAML reads off as false.
+    check: Annotated[Literal["auto", "full", "off"], BeforeValidator(lambda x: "off" if x is False else x)] = Field(
         default="auto", description="look for faults in the set before training; auto: at most 40 seconds; full: all"
     )
 

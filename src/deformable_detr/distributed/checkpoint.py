@@ -6,7 +6,9 @@ no tensors then, names that folder and appears after it. Any number of processes
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..weights.files import checksum
 
 if TYPE_CHECKING:
     from .world import World
 
 Groups = dict[str, dict[str, Tensor]]
+CHECKSUMS = "checksums.json"  # of the files of a checkpoint's parts, SHA-256
 
 
 def save_parts(folder: Path, name: str, tensors: Groups, world: World) -> None:
@@ -47,7 +51,7 @@ def load_parts(path: Path, blank: Groups, world: World) -> Groups:
     """Fills `blank`, the tensors of this process, from what any number of processes wrote; all must call it.
 
     What the checkpoint does not have, such as the optimiser's state of a parameter that never learnt, is left out.
-    Raises UserError where it cannot be read.
+    Raises UserError where it cannot be read. Whether it is whole is for `refuse_damaged`.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -58,10 +62,30 @@ def load_parts(path: Path, blank: Groups, world: World) -> Groups:
             stored = FileSystemReader(path).read_metadata().state_dict_metadata
             flat = {name: value for name, value in _flat(blank).items() if name in stored}
             load(flat, checkpoint_id=path)
-        except (OSError, CheckpointException) as error:
+        except (OSError, CheckpointException, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"checkpoint {path} cannot be read: {_first_line(error)}") from None
     return {group: {name: flat[f"{group}:{name}"] for name in values if f"{group}:{name}" in flat}
             for group, values in blank.items()}  # fmt: skip
+
+
+def refuse_damaged(path: Path) -> None:
+    """Raises UserError where a file of the parts is missing or not what was written.
+
+    Parts of before there were checksums count as good: reading them must show it.
+    """
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} is missing")
+    listed = path / CHECKSUMS
+    if not listed.exists():
+        return
+    try:
+        for name, expected in json.loads(listed.read_bytes()).items():
+            if checksum(path / name) != expected:
+                raise UserError(f"checkpoint file {path / name} is damaged (its checksum is wrong)")
+    except OSError as error:
+        raise UserError(f"checkpoint file {error.filename or path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, AttributeError):
+        raise UserError(f"checkpoint file {listed} is damaged") from None
 
 
 def remove_others(folder: Path, needed: Iterable[str]) -> None:
@@ -86,6 +110,8 @@ def _renewed(folder: Path) -> None:
 
 def _finished(unfinished: Path, path: Path) -> None:
     try:
+        sums = {str(file.relative_to(unfinished)): checksum(file) for file in unfinished.rglob("*") if file.is_file()}
+        (unfinished / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
         for file in unfinished.rglob("*"):
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
@@ -98,4 +124,5 @@ def _first_line(error: BaseException) -> str:
     causes = getattr(error, "failures", None)
     if causes:
         error = next(iter(causes.values()))[0]
-    return str(getattr(error, "strerror", None) or error).strip().splitlines()[0]
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

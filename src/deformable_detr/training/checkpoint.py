@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..weights.files import replace_file
+from ..weights.files import checksum, replace_file
 
 KEPT = 2  # generations in a folder: the last, and the one before to fall back to
 _FORMAT = "deformable-detr-checkpoint"
@@ -49,7 +49,7 @@ def save_checkpoint(
             path = folder / f"{group}-{serial}.safetensors"
             written.append(path)
             _write_tensors(path, values)
-            files[group] = {"name": path.name, "sha256": _checksum(path)}
+            files[group] = {"name": path.name, "sha256": checksum(path)}
         _sync(folder)
         write_text(folder / f"state-{serial}.json", _to_json({"files": files, "state": dict(state)}))
         _sync(folder)
@@ -94,7 +94,7 @@ def load_checkpoint(source: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     for group, file in document["files"].items():
         path = path.with_name(file["name"])
         try:
-            if _checksum(path) != file["sha256"]:
+            if checksum(path) != file["sha256"]:
                 raise UserError(f"checkpoint file {path} is damaged (its checksum is wrong)")
             tensors[group] = load_file(path)
         except OSError as error:
@@ -215,11 +215,6 @@ def _write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
         raise OSError(code, os.strerror(code) if number else str(error)) from None
     share_as_folder(path)
     _sync(path)
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

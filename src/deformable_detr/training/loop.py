@@ -313,7 +313,7 @@ class Trainer:
         self.report.account(self.stepper.settle(), self.counters, self.progress)
         state = self._state()
         if self.stepper.sharded:
-            save_parts(self._parts, state["parts"], self.stepper.tensors(), self.world)
+            save_parts(self.folder.parts, state["parts"], self.stepper.tensors(), self.world)
         tensors = {} if self.stepper.sharded or not self.world.first else self.stepper.tensors()
         self.world.on_first(lambda: self.folder.save(tensors, state, best))
         if self.stepper.sharded:
@@ -322,11 +322,7 @@ class Trainer:
     def _tidy(self) -> None:
         """Deletes the parts of checkpoints that are gone."""
         places = [*generations(self.folder.last), *generations(self.folder.best)]
-        remove_others(self._parts, [load_state(place)["parts"] for place in places])
-
-    @property
-    def _parts(self) -> Path:
-        return self.folder.last.parent / "parts"
+        remove_others(self.folder.parts, [load_state(place)["parts"] for place in places])
 
     def _state(self) -> dict[str, Any]:
         """All but the tensors; every process must ask."""
@@ -353,7 +349,7 @@ class Trainer:
             self._refuse_other_kind("parts" in state)
         if self.stepper.sharded:
             self.world.on_first(self._tidy)
-            tensors = load_parts(self._parts / state["parts"], self.stepper.blank_tensors(), self.world)
+            tensors = load_parts(self.folder.parts / state["parts"], self.stepper.blank_tensors(), self.world)
         with self.world.together():
             self.stepper.load(tensors)
         self.counters = done = Counters(**state["counters"])

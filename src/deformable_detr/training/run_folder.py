@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, ModelConfig, read_config_file
+from ..distributed.checkpoint import refuse_damaged
 from ..errors import UserError
 from .checkpoint import KEPT, generations, load_checkpoint, load_state, save_checkpoint, share_as_folder, write_text
 
@@ -97,6 +98,11 @@ class RunFolder:
         """Makes these the last checkpoint, the one before stays too; or the best, of which there is one."""
         save_checkpoint(self.best if best else self.last, tensors, state, 1 if best else KEPT)
 
+    @property
+    def parts(self) -> Path:
+        """Where the checkpoints of models divided among processes have their tensors."""
+        return self.last.parent / "parts"
+
     def restore(self, config: Config, data_fingerprint: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Tensors and state of the latest good checkpoint; None where the run ended before its first.
 
@@ -135,6 +141,8 @@ class RunFolder:
         for step, path in sorted(states, key=lambda item: -item[0]):  # of equal steps, `last` comes first
             try:
                 found = load_checkpoint(path)
+                if parts := found[1].get("parts"):  # of a model divided among processes
+                    refuse_damaged(self.parts / parts)
             except UserError as error:
                 failures.append(error)
                 continue

@@ -189,6 +189,12 @@ def temporary_file(path: Path) -> Path:
     return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def is_stream(path: Path) -> bool:
     """Whether it is there and no regular file nor folder, or this process's own input or output."""
     try:

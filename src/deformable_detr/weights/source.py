@@ -115,7 +115,8 @@ def _fetched(source: str) -> Path:
         try:
             fetched = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
         except Exception as error:  # whatever the hub's client, the network or the disk raise
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            line = line if len(line) <= 300 else line[: line.rfind(" ", 0, 300)] + " …"
             raise UserError(f"model {source}: no such folder, and not to be had from the hub: {line}") from None
         if any(file.suffix in (".safetensors", ".bin", ".pth") for file in fetched.iterdir()):
             break
