@@ -12,6 +12,7 @@ from PIL import Image
 from deformable_detr import Config, DeformableDETR, presets
 from deformable_detr.cli import main
 from deformable_detr.demo import make_data
+from deformable_detr.errors import UserError
 
 TINY = ["--backbone", "test_resnet", "--backbone-weights", "none", "--image-size", "64", "--workers", "0"]
 TINY += ["--set", "model.hidden_dim=64", "--set", "model.ffn_dim=32", "--set", "model.num_queries=5"]
@@ -77,6 +78,9 @@ def is_one_line(text):
         ("evaluate MISSING DATA", ["MISSING"]),
         ("evaluate RUN MISSING", ["MISSING"]),
         ("evaluate RUN DATA --split nowhere", ["nowhere"]),
+        ("evaluate RUN DATA --batch-size 0", ["--batch-size 0: must be 1 or more"]),
+        ("evaluate RUN DATA --workers -1", ["--workers -1: must be 0 or more"]),
+        ("export RUN --to onnx --out OUT/a.onnx --limit 0", ["--limit 0: must be 1 or more"]),
         ("evaluate RUN DATA --json FILE/x.json", ["--json", "FILE/x.json"]),
         ("evaluate RUN DATA --json DATA", ["--json", "is a folder"]),
         ("predict RUN", ["IMAGES"]),
@@ -340,6 +344,21 @@ def test_broken_exif_is_no_news(trained, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
+
+
+def test_what_is_found_is_kept_where_no_picture_can_be_written(run, data, trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr("deformable_detr.structures.Detections.save", full)
+    monkeypatch.setattr("deformable_detr.evaluation.report.write_report", full)
+    file, image = tmp_path / "found.json", data / "train" / "00001.jpg"
+    code, _, err = run("predict", trained, image, "--out", tmp_path / "pictures", "--json", file, "--device", "cpu")
+    assert (code, err) == (2, "error: the disk is full\n")
+    assert [record["image"] for record in json.loads(file.read_text())] == [str(image)]
+    code, _, err = run("evaluate", trained, data, "--report", tmp_path / "a.html", "--json", file, "--device", "cpu")
+    assert (code, err) == (2, "error: the disk is full\n")
+    assert "AP" in json.loads(file.read_text())
 
 
 def test_predict_draws_and_writes_and_goes_on_after_bad_images(run, data, trained, tmp_path):

@@ -259,6 +259,7 @@ def test_records_of_one_file_become_one(tmp_path, capsys):
     copy = json.loads((out / TRAIN).read_text())
     assert [record["file_name"] for record in copy["images"]] == ["a.png", "b.png", "empty.png"]
     assert [record["image_id"] for record in copy["annotations"]] == [1, 1, 2]
+    assert "a repaired copy with 4 of 5 images and 5 of 6 objects; " in printed
     changes = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]
     assert [(change["code"], change["record"]) for change in changes] == [
         ("image-twice", "images[3]"), ("box-duplicate", "annotations[3] (id 60)"),

@@ -91,6 +91,7 @@ def test_ways_to_write_data_yaml(tmp_path, head):
         ("names: [cat", "not valid YAML"),
         ("- a", "must hold the keys"),
         ("train: images/train\n", "'names' is missing or empty"),
+        ("train: images/train\nnames: cat dog\n", "'names' is 'cat dog', which is no list"),
         ("train: images/train\nnames: {1: cat, 2: dog}", "keys of 'names' are not 0 to 1"),
         ("train: images/train\nnames: [cat, [dog]]", "entry that is no text"),
         ("train: images/train\nnc: 3\nnames: [cat, dog]", "nc is 3 but 'names' has 2"),

@@ -313,7 +313,8 @@ def test_parts_without_checksums_that_cannot_be_read_are_one_line(tmp_path):
     parts = folder.parts / "step-1"
     (parts / "checksums.json").unlink()  # as before there were any
     assert folder.restore(Config(), "x") is not None
-    for path in (next(parts.glob("*.distcp")), parts / ".metadata"):
-        path.write_bytes(path.read_bytes()[:40])
+    data, metadata = next(parts.glob("*.distcp")), parts / ".metadata"
+    for path, length in ((data, 40), (metadata, 40), (metadata, 0)):
+        path.write_bytes(path.read_bytes()[:length])
         with pytest.raises(UserError, match=r"checkpoint .*step-1 cannot be read: ."):
             load_parts(parts, {"model": {"weight": torch.zeros(500)}}, World("cpu", size=1))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from .options import Device, Flag
+from .options import Device, Flag, at_least_one
 from .program import app
 
 
@@ -59,6 +59,7 @@ def export(
     from ..export.graph import parse_size
     from ..model.detector import DeformableDETR
 
+    at_least_one(limit=limit)
     size = parse_size(image_size)
     detector = DeformableDETR.from_pretrained(model)
     export_model(detector, out, to, precision, size, post_processing, sampling, data, split, limit, report=print)

@@ -46,6 +46,9 @@ def evaluate(
 
     if report is not None and report.suffix.lower() not in {".html", ".htm"}:
         raise UserError(f"--report {report}: must end in .html")
+    at_least_one(batch_size=batch_size)
+    if workers < 0:
+        raise UserError(f"--workers {workers}: must be 0 or more")
     prepare_files({"--report": report, "--json": json})
     if other := next((item for item in set_ or () if not item.startswith("data.")), None):
         raise UserError(f"--set {other}: only keys of the data, such as data.val_images; the rest is the model's own")

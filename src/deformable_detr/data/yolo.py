@@ -226,6 +226,8 @@ def _names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
         if names.keys() != {str(number) for number in range(len(names))}:
             raise UserError(f"{file}: the keys of 'names' are not 0 to {len(names) - 1}; {mend}")
         names = [names[str(number)] for number in range(len(names))]
+    if isinstance(names, str) and names:
+        raise UserError(f"{file}: 'names' is {names[:80]!r}, which is no list; {mend}")
     if not isinstance(names, list) or not names:
         raise UserError(f"{file}: 'names' is missing or empty; {mend}")
     if not all(isinstance(name, str) and name for name in names):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...config import Config
 from ...outputs import prepare_files, write_json, write_text
-from . import check_dataset, refused
+from . import Report, check_dataset, refused
 from .fix import CHANGES, prepare_copy, repair
 from .page import page
 
@@ -35,10 +35,18 @@ def run(data: Path, settings: Config, fix: Path | None, report: Path | None, jso
         return not found.errors
 
     changes = repair(found, fix)
-    print(f"{fix}: a repaired copy; {fix / CHANGES} lists {len(changes)} changes")
     given = {"images": None, "annotations": None, "val_images": None, "val_annotations": None}
     again = check_dataset(fix, settings.data.replace(**given), model.image_size, model.long_side, progress=True)
+    (images, objects), (images_left, objects_left) = _records(found), _records(again)
+    print(f"{fix}: a repaired copy with {images_left} of {images} images and {objects_left} of {objects} objects; "
+          f"{fix / CHANGES} lists {len(changes)} changes")  # fmt: skip
     for line in again.lines(shown=1):
         print(f"still {line}")
     print(again.summary)
     return not again.errors
+
+
+def _records(report: Report) -> tuple[int, int]:
+    """Images and objects that the files of a set list, good or not."""
+    contents = [split.content for split in report.splits]
+    return sum(len(content["images"]) for content in contents), sum(len(content["annotations"]) for content in contents)
