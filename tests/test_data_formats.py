@@ -418,16 +418,17 @@ def test_a_yolo_set_reached_through_a_link(tmp_path, reached):
 
 def test_yolo_folders_that_may_not_be_read_are_not_empty_ones(tmp_path, monkeypatch):
     root = yolo_set(tmp_path)
-    access, lstat, read_text = os.access, os.lstat, Path.read_text
+    access, lstat, scandir, read_text = os.access, os.lstat, os.scandir, Path.read_text
 
     def forbid(folder):
         """As the system does for a folder with the mode 000; root may read all."""
 
-        def refused(path):
-            if folder in Path(path).parents:
+        def refused(path, itself=False):
+            if folder in Path(path).parents or (itself and folder == Path(path)):
                 raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+        monkeypatch.setattr(os, "scandir", lambda path: refused(path, itself=True) or scandir(path))
         monkeypatch.setattr(os, "lstat", lambda path, **options: refused(path) or lstat(path, **options))
         monkeypatch.setattr(Path, "read_text", lambda self, **options: refused(self) or read_text(self, **options))
 

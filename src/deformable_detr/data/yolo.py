@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
@@ -81,10 +81,7 @@ class YoloSource:
         found: list[Path] = []
         for place in self.places:
             if place.is_dir():
-                inside = sorted(place.rglob("*"))
-                for folder in (place, *(path for path in inside if path.is_dir())):
-                    refuse_unreadable(folder)  # it would look like an empty one
-                found += [path for path in inside if is_image(path.relative_to(place))]
+                found += sorted(path for path in _below(place) if is_image(path.relative_to(place)))
                 continue
             for number, line in enumerate(_lines(place, complain), start=1):
                 if not line.strip():
@@ -120,6 +117,16 @@ class YoloSource:
                 complain("label-row", path, f"line {number}", str(error), "correct or remove the row")
             else:
                 yield number, label, box
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All that lies below a folder. Raises UserError for a folder that may not be read: it would look like an empty one."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename}: {error.strerror}; make the folder readable")
+
+    for head, folders, names in os.walk(folder, onerror=fail):
+        yield from (Path(head, name) for name in (*folders, *names))
 
 
 def _name(path: Path, folder: Path) -> str:
