@@ -120,7 +120,7 @@ class YoloSource:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All that lies below a folder. Raises UserError for a folder that may not be read: it would look like an empty one."""
+    """All that lies below a folder. Raises UserError for one that may not be read: it would look empty."""
 
     def fail(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: {error.strerror}; make the folder readable")
