@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import warnings
+from itertools import pairwise
 
 from cyclopts import CycloptsError
 
@@ -72,7 +73,7 @@ def _run(words: list[str]) -> None:
 
 def _refuse_empty(words: list[str]) -> None:
     """An empty argument would be the folder that one happens to be in."""
-    for before, word in zip(["", *words], words, strict=False):
+    for before, word in pairwise(["", *words]):
         option, equals, value = word.partition("=")
         if not word or (option.startswith("--") and equals and not value):
             after = option or before

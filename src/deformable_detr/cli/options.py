@@ -28,11 +28,16 @@ DataOverrides = Annotated[
 
 
 def at_least_one(**values: int | Sequence[int] | None) -> None:
-    """`UserError` for a number under 1, by the name of its option."""
+    """`at_least` 1."""
+    at_least(1, **values)
+
+
+def at_least(bound: int, /, **values: int | Sequence[int] | None) -> None:
+    """`UserError` for a number under the bound, by the name of its option."""
     for name, value in values.items():
         numbers = () if value is None else (value,) if isinstance(value, int) else value
-        if (low := min(numbers, default=1)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {low}: must be 1 or more")
+        if (low := min(numbers, default=bound)) < bound:
+            raise UserError(f"--{name.replace('_', '-')} {low}: must be {bound} or more")
 
 
 def complain(message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..errors import UserError
-from .options import DataOverrides, Device, JsonFile, Precision, at_least_one, complain, table
+from .options import DataOverrides, Device, JsonFile, Precision, at_least, at_least_one, complain, table
 from .program import app
 
 
@@ -47,8 +47,7 @@ def evaluate(
     if report is not None and report.suffix.lower() not in {".html", ".htm"}:
         raise UserError(f"--report {report}: must end in .html")
     at_least_one(batch_size=batch_size)
-    if workers < 0:
-        raise UserError(f"--workers {workers}: must be 0 or more")
+    at_least(0, workers=workers)
     prepare_files({"--report": report, "--json": json})
     if other := next((item for item in set_ or () if not item.startswith("data.")), None):
         raise UserError(f"--set {other}: only keys of the data, such as data.val_images; the rest is the model's own")
@@ -101,8 +100,7 @@ def predict(
     if not 0 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: must be from 0 to 1")
     at_least_one(batch_size=batch_size)
-    if camera is not None and camera < 0:
-        raise UserError(f"--camera {camera}: must be 0 or more")
+    at_least(0, camera=camera)
     if not sources and camera is None:
         raise UserError("nothing to look at: give IMAGES, videos or folders of them, or a camera by --camera")
     files = find_sources(sources or [])

@@ -188,8 +188,11 @@ def records_of_one_file(content: dict[str, Any]) -> dict[int, tuple[int, bool]]:
     for record in content["annotations"] if again else ():
         if isinstance(record, dict) and whole(number := record.get("image_id")) and number in objects:
             objects[number].add(repr((record.get("category_id"), record.get("bbox"))))
-    mine = {position: objects[content["images"][position]["id"]] for pair in again.items() for position in pair}
-    return {position: (other, mine[position] != mine[other]) for position, other in again.items()}
+
+    def of(position: int) -> set[str]:
+        return objects[content["images"][position]["id"]]
+
+    return {position: (other, of(position) != of(other)) for position, other in again.items()}
 
 
 def read_annotations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import unicodedata
@@ -279,14 +280,18 @@ def _image_folders(annotations: Path, split: str) -> list[Path]:
 def refuse_unreadable(folder: Path, needed: int = os.R_OK | os.X_OK) -> None:
     """Raises UserError for a folder whose files the user may not see: it would be taken for an empty one."""
     if os.path.isdir(folder) and not os.access(folder, needed):
-        raise UserError(f"{folder}: Permission denied; make the folder readable")
+        raise unreadable(folder, os.strerror(errno.EACCES))
+
+
+def unreadable(folder: Path | str, reason: str | None) -> UserError:
+    return UserError(f"{folder}: {reason}; make the folder readable")
 
 
 def _listing(folder: Path) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder))
     except PermissionError as error:
-        raise UserError(f"{folder}: {error.strerror}; make the folder readable") from None
+        raise unreadable(folder, error.strerror) from None
     except (OSError, ValueError):  # no such folder, or a name that can be none: nothing is in it
         return frozenset()
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Protocol
 from ..config import DataConfig
 from ..errors import UserError
 from ..structures import Category
+from ..weights.files import checksum
 from .coco_json import is_other_json, read_json
 from .layouts import ROBOFLOW, find_annotations, find_images, given_annotations, split_aliases
 
@@ -129,8 +130,7 @@ def _nearly_a_set(root: Path, split: str) -> UserError | None:
 def content_hash(source: Source, categories: Sequence[Category] | None = None) -> str:
     """Tells one split's annotations from another's, wherever its folder lies: SHA-256 in hexadecimal."""
     if source.format == "coco":
-        with open(source.file, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return checksum(source.file)
     content = source.read(categories)
     content["annotations"] = [{k: v for k, v in a.items() if k != "where"} for a in content["annotations"]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

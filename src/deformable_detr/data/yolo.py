@@ -17,7 +17,7 @@ import yaml
 from ..errors import UserError
 from ..structures import Category
 from .images import read_size
-from .layouts import is_hidden, is_image, label_file, refuse_unreadable, split_aliases
+from .layouts import is_hidden, is_image, label_file, refuse_unreadable, split_aliases, unreadable
 from .sources import Complain, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -123,7 +123,7 @@ def _below(folder: Path) -> Iterator[Path]:
     """All that lies below a folder. Raises UserError for one that may not be read: it would look empty."""
 
     def fail(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: {error.strerror}; make the folder readable")
+        raise unreadable(error.filename, error.strerror)
 
     for head, folders, names in os.walk(folder, onerror=fail):
         yield from (Path(head, name) for name in (*folders, *names))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..weights.files import checksum
+from ..weights.files import checksum, refuse_changed
 
 if TYPE_CHECKING:
     from .world import World
@@ -79,13 +79,13 @@ def refuse_damaged(path: Path) -> None:
     if not listed.exists():
         return
     try:
-        for name, expected in json.loads(listed.read_bytes()).items():
-            if checksum(path / name) != expected:
-                raise UserError(f"checkpoint file {path / name} is damaged (its checksum is wrong)")
+        sums = dict(json.loads(listed.read_bytes()))
     except OSError as error:
-        raise UserError(f"checkpoint file {error.filename or path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, AttributeError):
+        raise UserError(f"checkpoint file {listed} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError):
         raise UserError(f"checkpoint file {listed} is damaged") from None
+    for name, expected in sums.items():
+        refuse_changed(path / name, expected)
 
 
 def remove_others(folder: Path, needed: Iterable[str]) -> None:

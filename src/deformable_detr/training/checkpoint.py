@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..weights.files import checksum, replace_file
+from ..weights.files import checksum, refuse_changed, replace_file
 
 KEPT = 2  # generations in a folder: the last, and the one before to fall back to
 _FORMAT = "deformable-detr-checkpoint"
@@ -93,9 +93,8 @@ def load_checkpoint(source: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     tensors = {}
     for group, file in document["files"].items():
         path = path.with_name(file["name"])
+        refuse_changed(path, file["sha256"])
         try:
-            if checksum(path) != file["sha256"]:
-                raise UserError(f"checkpoint file {path} is damaged (its checksum is wrong)")
             tensors[group] = load_file(path)
         except OSError as error:
             raise UserError(f"checkpoint file {path} cannot be read: {error.strerror or error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -92,7 +91,4 @@ def _killed(how: str, batch_size: int, workers: int) -> str:
 def _saved(folder: RunFolder) -> str:
     if generations(folder.last):
         return "the last checkpoint is good: go on with --resume"
-    from .run_folder import CONFIG
-
-    begun = os.path.exists(folder.path / CONFIG)
-    return f"nothing was saved yet: start again{' with --resume' if begun else ''}"
+    return f"nothing was saved yet: start again{' with --resume' if folder.begun else ''}"

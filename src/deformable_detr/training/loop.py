@@ -24,7 +24,7 @@ from .failures import said_plainly
 from .optimiser import effective_batch, scaled_lr
 from .recipe import for_size
 from .report import Counters, Report
-from .run_folder import CONFIG, RunFolder, fingerprint
+from .run_folder import RunFolder, fingerprint
 from .step import Stepper
 from .stopping import StopSignals, TrainingInterrupted
 from .totals import Batch, Totals, combined, own_figures
@@ -56,7 +56,7 @@ def train_model(
     """
     folder = RunFolder(out)
     with World(config.train.device) as world:
-        resume = world.on_first(lambda: resume or (restarted() and (folder.path / CONFIG).is_file()))
+        resume = world.on_first(lambda: resume or (restarted() and folder.begun))
         with held(folder, resume, world), said_plainly(folder, config):
             return _train_in(folder, data, config, resume, world)
 

@@ -75,7 +75,7 @@ class RunFolder:
 
     def claim(self, resume: bool) -> None:
         """Makes the folder, or raises `UserError`: not writable, taken by another run, or (resume) no run in it."""
-        if resume and not (self.path / CONFIG).is_file():
+        if resume and not self.begun:
             raise UserError(f"nothing to resume: there is no run in {self.path}; leave --resume out to start one")
         taken = [name for name in _CONTENTS if (self.path / name).exists()]
         if taken and not resume:
@@ -97,6 +97,11 @@ class RunFolder:
     def save(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool = False) -> None:
         """Makes these the last checkpoint, the one before stays too; or the best, of which there is one."""
         save_checkpoint(self.best if best else self.last, tensors, state, 1 if best else KEPT)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run that `resume` finds."""
+        return os.path.isfile(self.path / CONFIG)
 
     @property
     def parts(self) -> Path:

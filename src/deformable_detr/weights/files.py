@@ -195,6 +195,16 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_changed(path: Path, expected: str) -> None:
+    """Raises UserError where a checkpoint's file cannot be read, or its SHA-256 is not the expected one."""
+    try:
+        found = checksum(path)
+    except OSError as error:
+        raise UserError(f"checkpoint file {path} cannot be read: {error.strerror or error}") from None
+    if found != expected:
+        raise UserError(f"checkpoint file {path} is damaged (its checksum is wrong)")
+
+
 def is_stream(path: Path) -> bool:
     """Whether it is there and no regular file nor folder, or this process's own input or output."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def _fetched(source: str) -> Path:
             fetched = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
         except Exception as error:  # whatever the hub's client, the network or the disk raise
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            line = line if len(line) <= 300 else line[: line.rfind(" ", 0, 300)] + " …"
+            line = shorten(line, 300, placeholder=" …")
             raise UserError(f"model {source}: no such folder, and not to be had from the hub: {line}") from None
         if any(file.suffix in (".safetensors", ".bin", ".pth") for file in fetched.iterdir()):
             break
