@@ -25,7 +25,7 @@ def as_training(root, check="full", **data):
     lines = check_for_training(root, config, **SIZES)
     train = open_dataset(root, config.train_split, config)
     val = open_dataset(root, config.val_split, config, categories=train.categories)
-    refuse_same_file(train, val)
+    refuse_same_file(train, val, root)
     for split in (train, val):
         assert len(list(split)) == len(split)
         assert split.ground_truth

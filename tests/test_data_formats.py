@@ -50,7 +50,7 @@ def test_yolo(tmp_path, layout):
         assert contents(tmp_path / "data.yaml", split) == expected(split)
     train, val = (open_dataset(tmp_path, split) for split in ("train", "val"))
     assert train.categories == val.categories == (Category(0, "cat"), Category(1, "dog"))
-    refuse_same_file(train, val)
+    refuse_same_file(train, val, tmp_path)
     assert train.fingerprint() != val.fingerprint()
     assert pickle.loads(pickle.dumps(train)).fingerprint() == train.fingerprint()
 
@@ -131,7 +131,7 @@ def test_yolo_rows():
     assert read_row("0 1.005 0.5 0.1 0.1", 1)[0] == 0, "rounding of the labelling tool"
     for row, message in {
         "0 0.5 0.5 0.5": "has 4 values", "0 0.1 0.1 0.2 0.2 0.3": "has 6 values", "0 a b c d": "instead of numbers",
-        "2 0.5 0.5 0.1 0.1": "has class 2, but data.yaml names the classes 0 to 1", "-1 0 0 0 0": "has class -1",
+        "2 0.5 0.5 0.1 0.1": "has class 2, but the classes are 0 to 1", "-1 0 0 0 0": "has class -1",
         "0.5 0 0 0 0": "has class 0.5", "0 20 10 5 5": "outside 0..1", "0 nan 0 0 0": "no finite number",
         "0 -0.2 0.5 0.1 0.1": "outside 0..1",
     }.items():  # fmt: skip

@@ -139,8 +139,8 @@ def test_training_images_are_no_validation(tmp_path):
     put(tmp_path / "more/_annotations.coco.json", tmp_path / "more", ["c.png"])
     train, val = (open_dataset(tmp_path / "cards", split) for split in ("train", "val"))
     with pytest.raises(UserError, match="would be both the training and the validation split"):
-        refuse_same_file(train, val)
-    refuse_same_file(train, open_dataset(tmp_path / "more", "val"))
+        refuse_same_file(train, val, tmp_path)
+    refuse_same_file(train, open_dataset(tmp_path / "more", "val"), tmp_path)
 
 
 def test_explicit_files(tmp_path, monkeypatch):
@@ -207,13 +207,13 @@ def test_half_a_set_of_another_format_is_told(tmp_path):
     (yolo / "data.yaml").unlink()
     (yolo / "notes.json").write_text('{"categories": [], "info": {}}')
     voc = voc_set(tmp_path / "voc")
-    (voc / "JPEGImages").rename(voc / "images")
+    (voc / "JPEGImages").rename(voc / "photos")
     (voc / "Annotations").rename(voc / "annotations")
     nested = tmp_path / "nested/train"
     nested.parent.mkdir()
     shutil.copytree(voc, nested)
     for root, place, words in [
-        (yolo, "labels", "data.yaml is missing"), (voc, "annotations", "JPEGImages and Annotations"),
+        (yolo, "labels", "data.yaml is missing"), (voc, "annotations", "name the folders images and annotations"),
         (nested.parent, "train/annotations", "images and XML files together in train/"),
     ]:  # fmt: skip
         with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""From a data set to a model: train, check, demo."""
+"""From a data set to a model: train, check, split, demo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from ..errors import UserError
-from .options import Flag, JsonFile, Overrides, Preset, summary
+from .options import DataOverrides, Flag, JsonFile, Overrides, Preset, summary
 from .program import app
 
 
@@ -130,6 +130,35 @@ def check(
 
     settings = resolve(None, None, set_ or (), {"model.image_size": image_size})
     if not run(data, settings, fix, report, json):
+        sys.exit(2)
+
+
+@app.command
+def split(
+    data: Path,
+    *,
+    out: Annotated[Path, Parameter(help="empty folder for the divided copy; the set itself stays")],
+    val: float = 0.2,
+    test: float = 0.0,
+    group_by: str | None = None,
+    seed: int = 0,
+    set_: DataOverrides = None,
+) -> None:
+    """Copy a data set without a validation split into one that has one, repaired as by check --fix.
+
+    Args:
+        data: Folder of the data set: COCO JSON, YOLO or Pascal VOC.
+        val: Part of the images to validate on, 0 to 1.
+        test: Part of the images for a test split, 0 to 1.
+        group_by: Regular expression: images in whose names it matches the same text stay together, as '^[^_]+' for
+            frames called VIDEO_0001.jpg.
+        seed: For another division of the same set.
+    """
+    from ..data.check.command import split as run
+    from ..data.check.division import Shares
+    from ..settings import resolve
+
+    if not run(data, out, resolve(None, None, set_ or ()), Shares(val, test, seed, group_by)):
         sys.exit(2)
 
 

@@ -50,11 +50,12 @@ def open_dataset(
     return CocoDataset(find_source(Path(root).expanduser(), split, data), None, categories, transform)
 
 
-def refuse_same_file(train: CocoDataset, val: CocoDataset) -> None:
+def refuse_same_file(train: CocoDataset, val: CocoDataset, root: str | os.PathLike[str]) -> None:
     """`UserError` where both splits are one annotation file: figures on training images would say nothing."""
     if os.path.realpath(train.annotation_file) == os.path.realpath(val.annotation_file):
         raise UserError(
-            f"{train.annotation_file} would be both the training and the validation split; {other_split(val.source)}"
+            f"{train.annotation_file} would be both the training and the validation split; "
+            f"{other_split(val.source, os.fspath(root))}"
         )
 
 

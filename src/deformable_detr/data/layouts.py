@@ -21,6 +21,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 ROBOFLOW = "_annotations.coco.json"
+DEFAULT = "instances_default.json"  # what CVAT and Datumaro call a set that is not divided
 
 
 def is_hidden(path: str | PurePath) -> bool:
@@ -41,10 +42,10 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
 
     In this order: `data.annotations` (`data.val_annotations` for the validation split); `root` itself where it is a
     JSON file; `<split>/_annotations.coco.json`; `annotations/instances_*.json` or `<split>.json` whose name says the
-    split; `_annotations.coco.json` in `root` itself, or in a folder of the split's name in capitals. `val`, `valid` and
-    `validation` are one split, and likewise `train`/`training` and `test`/`testing`. A file or folder that names no
-    split serves for any; one that names another split for none. A folder's only JSON file counts as its
-    `_annotations.coco.json`.
+    split; `_annotations.coco.json` in `root` itself, or in a folder of the split's name in capitals;
+    `annotations/instances_default.json`, or the only file there. `val`, `valid` and `validation` are one split, and
+    likewise `train`/`training` and `test`/`testing`. A file or folder that names no split serves for any; one that
+    names another split for none. A folder's only JSON file counts as its `_annotations.coco.json`.
     """
     if not root.exists():
         raise UserError(f"{root}: no such data set; give its folder or its COCO JSON file")
@@ -80,6 +81,10 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
     for name in sorted(_listing(root)):
         if name.lower() in names and (found := _in_folder(root / name)):
             return found
+    default = root / "annotations" / DEFAULT
+    found = default if default.is_file() else _only((root / "annotations").glob("*.json"))
+    if found and (found == default or not found.stem.startswith("instances_")) and not names_other_split(found, split):
+        return found
     raise UserError(
         f"{root}: no '{split}' split; looked for {'|'.join(names)}/{ROBOFLOW}, annotations/instances_{names[0]}*.json "
         f"and {ROBOFLOW}; rename what you have{mend}"
@@ -263,8 +268,12 @@ def _in_folder(folder: Path) -> Path | None:
     refuse_unreadable(folder)
     if (folder / ROBOFLOW).is_file():
         return folder / ROBOFLOW
-    files = [path for path in folder.glob("*.json") if not is_hidden(path.name)] if folder.is_dir() else []
-    return files[0] if len(files) == 1 else None
+    return _only(folder.glob("*.json"))
+
+
+def _only(files: Iterable[Path]) -> Path | None:
+    seen = [path for path in files if not is_hidden(path.name)]
+    return seen[0] if len(seen) == 1 else None
 
 
 def _image_folders(annotations: Path, split: str) -> list[Path]:

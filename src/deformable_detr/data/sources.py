@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,16 @@ class Source(Protocol):
         ...
 
 
-def other_split(source: Source) -> str:
+def other_split(source: Source, root: Path | str) -> str:
     """What to do where a split is the training split too."""
     if source.format == "yolo":
-        return "name another folder under val in data.yaml"
-    return "give data.val_images and data.val_annotations"
+        return f"{dividing(root)}, or name another folder under val in data.yaml"
+    return f"{dividing(root)}, or give data.val_images and data.val_annotations"
+
+
+def dividing(root: Path | str) -> str:
+    """The command that makes a validation split."""
+    return f"divide it with deformable-detr split {shlex.quote(str(root))} --out NEW"
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
     Raises `UserError` where there is no such split.
     """
     from .voc import find_voc
-    from .yolo import find_yaml, find_yolo
+    from .yolo import find_listed, find_yaml, find_yolo
 
     if root.is_file() and (yaml := find_yaml(root)):
         return find_yolo(yaml, split)
@@ -101,6 +107,8 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
         return find_yolo(yaml, split)
     if (voc := find_voc(root, split, (data.train_split, data.val_split, "test"))) is not None:
         return voc
+    if (listed := find_listed(root, split)) is not None:
+        return listed
     if failure is None and is_other_json(file):
         failure = UserError(f"{root}: no '{split}' split; {file.name} has no list 'images'; give COCO JSON")
     if failure is not None:
@@ -115,13 +123,14 @@ def _nearly_a_set(root: Path, split: str) -> UserError | None:
         if any(folder.rglob("*.txt")):
             return UserError(
                 f"{root}: no '{split}' split; {folder} has YOLO's label files, but data.yaml is missing; write one in "
-                f"{root} with 'train' and 'val', a folder or a list of images each, and 'names', the classes"
+                f"{root} with 'train' and 'val', a folder or a list of images each, and 'names', the classes, or list "
+                f"the classes in classes.txt, a name a line"
             )
     for folder in (folder / name for folder in folders for name in ("annotations", "Annotations")):
         if any(folder.glob("*.xml")):
             return UserError(
                 f"{root}: no '{split}' split; {folder} has Pascal VOC's XML files, but the set is in neither of its "
-                f"layouts; name the folders JPEGImages and Annotations and list the images in "
+                f"layouts; name the folders images and annotations and put both into {split}/ or list the images in "
                 f"ImageSets/Main/{split}.txt, or put images and XML files together in {split}/"
             )
     return None

@@ -23,10 +23,11 @@ _FLAG = re.compile(r"\s+(-1|0|1)$")  # whether a class is in the image: no, only
 
 @dataclass(frozen=True)
 class VocSource:
-    """One split: `JPEGImages/`, `Annotations/` and the list `ImageSets/Main/<split>.txt`, or one folder with all of it.
+    """One split: `JPEGImages/` (or `images/`), `Annotations/` and the list `ImageSets/Main/<split>.txt`; or these two
+    folders, or one with all of it.
 
-    file: the list, or the folder. In the first layout pixels are counted from 1 and both ends of a box belong to it,
-    as in the published sets; in the other, coordinates are taken as they are. Objects marked difficult are objects
+    file: the list, or the folder of the images. Where there is a list, pixels are counted from 1 and both ends of a box
+    belong to it, as in the published sets; else coordinates are taken as they are. Objects marked difficult are objects
     like any others. Ids are numbers from 1 in the order of the names, or those of the model's classes of these names.
     others: the set's other splits, whose classes are listed too: the format has no list of its own.
     """
@@ -170,18 +171,35 @@ def _find_split(root: Path, split: str) -> VocSource | None:
     if not root.is_dir():
         return None
     aliases = split_aliases(split)
-    if (root / "JPEGImages").is_dir() and (root / "Annotations").is_dir():
-        lists = root / "ImageSets" / "Main"
+    pair = _pair(root)
+    lists = root / "ImageSets" / "Main"
+    if pair and (lists.is_dir() or (pair[0].name == "JPEGImages" and not _has_xml(pair[1]))):
         for name in aliases:
             if (lists / f"{name}.txt").is_file():
-                return VocSource(lists / f"{name}.txt", root / "JPEGImages", root / "Annotations")
+                return VocSource(lists / f"{name}.txt", *pair)
         raise UserError(f"{root}: no '{split}' split; it needs {lists / f'{aliases[0]}.txt'}, an image name a line")
-    for name in aliases:
-        if _has_xml(root / name):
-            return VocSource(root / name, root / name, root / name)
-    if _has_xml(root) and not names_other_split(root / "x", split):
-        return VocSource(root, root, root)
+    folders = [root / name for name in aliases]
+    if not names_other_split(root / "x", split):
+        folders.append(root)
+    for folder in folders:
+        for images, labels in filter(None, (_pair(folder), (folder, folder))):
+            if _has_xml(labels):
+                return VocSource(images, images, labels)
     return None
+
+
+def _pair(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of the images and of their XML files in one, in any case."""
+    if not folder.is_dir():
+        return None
+    refuse_unreadable(folder)
+    found: dict[str, Path] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if (name := entry.name.lower()) in ("jpegimages", "images", "annotations") and entry.is_dir():
+                found[name] = folder / entry.name
+    images = found.get("jpegimages") or found.get("images")
+    return (images, found["annotations"]) if images and "annotations" in found else None
 
 
 def _listed(line: str, names: Mapping[str, list[str]]) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""YOLO sets: `data.yaml` with the class names, and a text file of normalised boxes for each image."""
+"""YOLO sets: the class names in `data.yaml` or `classes.txt`, and a text file of normalised boxes for each image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,20 @@ import yaml
 from ..errors import UserError
 from ..structures import Category
 from .images import read_size
-from .layouts import is_hidden, is_image, label_file, refuse_unreadable, split_aliases, unreadable
+from .layouts import (
+    ALIASES,
+    is_hidden,
+    is_image,
+    label_file,
+    names_other_split,
+    refuse_unreadable,
+    split_aliases,
+    unreadable,
+)
 from .sources import Complain, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+CLASSES = ("classes.txt", "labels/classes.txt", "obj.names")  # of Label Studio, LabelImg and CVAT: a name a line
 LABELS = ("labels", "Labels", "LABELS")
 SLACK = 0.01  # so far outside 0..1 a value may lie: rounding, not another unit
 
@@ -38,11 +48,11 @@ class YoloSource:
     The label file of `…/images/….jpg` is `…/labels/….txt`; where there is no such folder it lies beside the image.
     A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for a polygon, of which the box is taken; all but the
     class in 0..1 of the upright image. An image without a label file, or with an empty one, has no objects.
+    root: the folder of data.yaml, which file names are relative to.
     keypoints: how many numbers of keypoints follow the box in each row, where data.yaml has a `kpt_shape`.
     """
 
-    yaml: Path
-    split: str
+    root: Path
     places: tuple[Path, ...]  # folders and text files with lists of images
     names: tuple[str, ...]
     keypoints: int = 0
@@ -53,7 +63,7 @@ class YoloSource:
         return self.places[0]
 
     def image_folder(self, names: Sequence[str]) -> Path:
-        return self.yaml.parent
+        return self.root
 
     def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
         ids = ids_by_name(self.names, categories, first=0)
@@ -61,7 +71,7 @@ class YoloSource:
         labels_of = cache(label_folder)
         for path in self._images(complain):
             size = _size(path, complain)
-            images.append({"id": len(images) + 1, "file_name": _name(path, self.yaml.parent)})
+            images.append({"id": len(images) + 1, "file_name": _name(path, self.root)})
             if size is None:
                 continue
             height, width = size
@@ -89,7 +99,7 @@ class YoloSource:
                 text = line.strip()
                 # Lists hold paths relative to the list (./…), to data.yaml, or to where the tool ran: absolute ones.
                 texts = dict.fromkeys((text, text.replace("\\", "/")))
-                tried = [base / path for path in texts for base in (place.parent, self.yaml.parent)]
+                tried = [base / path for path in texts for base in (place.parent, self.root)]
                 existing = next((candidate for candidate in tried if os.path.isfile(candidate)), None)
                 if existing is None:
                     complain(
@@ -154,7 +164,7 @@ def read_row(line: str, classes: int, keypoints: int = 0) -> tuple[int, tuple[fl
         raise ValueError("has a value that is no finite number")
     label, *numbers = values[: len(values) - keypoints]
     if label != int(label) or not 0 <= label < classes:
-        raise ValueError(f"has class {parts[0]}, but data.yaml names the classes 0 to {classes - 1}")
+        raise ValueError(f"has class {parts[0]}, but the classes are 0 to {classes - 1}")
     if min(numbers) < -SLACK or max(numbers) > 1 + SLACK:
         raise ValueError("has values outside 0..1 (they must be divided by the image's width and height)")
     if len(numbers) > 4:
@@ -204,7 +214,32 @@ def find_yolo(file: Path, split: str) -> YoloSource:
         raise UserError(f"{file}: '{key}' must be a folder, a text file, or a list of these")
     base = content.get("path")
     places = tuple(_place(file, base, entry, key) for entry in values)
-    return YoloSource(file, split, places, names, _keypoints(content.get("kpt_shape"), file))
+    return YoloSource(file.parent, places, names, _keypoints(content.get("kpt_shape"), file))
+
+
+def find_listed(root: Path, split: str) -> YoloSource | None:
+    """One split of a set without data.yaml whose classes are listed in one of `CLASSES`; None where there is none.
+
+    Images that lie in no folder of a split serve for any.
+    """
+    file = next((root / name for name in CLASSES if (root / name).is_file()), None)
+    if file is None:
+        return None
+    folders = {name: _split_folder(root, name) for names in ALIASES for name in names}
+    place = next((folders[name] for name in split_aliases(split) if folders.get(name)), None)
+    if place is None:
+        if any(folders.values()) or names_other_split(root / "x", split):
+            return None
+        place = root / "images" if (root / "images").is_dir() else root
+    if not any(is_image(path.relative_to(place)) for path in _below(place)):
+        return None
+    names: list[Any] = [line.strip() for line in "\n".join(_lines(file, refuse)).strip().splitlines()]
+    return YoloSource(root, (place,), _names(names, None, file))
+
+
+def _split_folder(root: Path, name: str) -> Path | None:
+    folders = (root / "images" / name, root / name / "images", root / f"obj_{name}_data", root / name)
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

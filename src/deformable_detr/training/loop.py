@@ -81,7 +81,7 @@ def _train_in(
         validation = open_dataset(
             data, split[1], config.data, categories=known, transform=evaluation(*size, multiple=multiple)
         )
-        refuse_same_file(train_set, validation)
+        refuse_same_file(train_set, validation, data)
         config, note = for_size(with_classes(config, train_set), len(train_set))
     restored = world.on_first(lambda: folder.restore(config, fingerprint(train_set)) if resume else None)
     if restored is not None:

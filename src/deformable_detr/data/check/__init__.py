@@ -16,7 +16,7 @@ from typing import Any
 from ...config import DataConfig
 from ...errors import UserError
 from ...structures import Category
-from ..sources import Source, find_source, other_split
+from ..sources import Source, dividing, find_source, other_split
 from .boxes import check_boxes
 from .classes import check_classes, class_counts
 from .findings import KINDS, SEVERITIES, Finding, Findings
@@ -111,7 +111,7 @@ def check_dataset(
     """
     base = Path(root).expanduser()
     found = Findings()
-    sources = _sources(base, data, found)
+    sources = find_splits(base, data, found)
     splits: list[Split] = []
     categories: tuple[Category, ...] | None = None
     for name, source in sources.items():
@@ -166,8 +166,8 @@ def refused(report: Report, data: DataConfig) -> None:
             categories = opened.categories
 
 
-def _sources(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]:
-    """The splits that there are; of a set of one file or folder, that one."""
+def find_splits(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]:
+    """The splits that there are; of a set of one file or folder, that one. What is wrong with them is a finding."""
     if not root.exists():
         raise UserError(f"{root}: no such data set; give its folder or its annotation file")
     sources: dict[str, Source] = {}
@@ -177,30 +177,32 @@ def _sources(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]
             sources[name] = find_source(root, name, data)
         except UserError as error:
             failures[name] = error
+    if "test" not in (data.train_split, data.val_split) and not _is_test(sources, data.train_split, root):
+        sources.pop("test", None)
     said: set[str] = set()  # what is wrong with a data.yaml is wrong for every split
     for name in (data.train_split, data.val_split):
         if name in failures and str(failures[name]) not in said:
             said.add(str(failures[name]))
             what, _, mend = str(failures[name]).removeprefix(f"{root}: ").partition("; ")
+            if data.train_split in sources:
+                other = "take the test split with --set data.val_split=test" if "test" in sources else dividing(root)
+                mend += f"; or {other}"
             found.add("split-missing", root, "", what, mend, split=name)
     train, val = sources.get(data.train_split), sources.get(data.val_split)
     if train is not None and val is not None and os.path.realpath(train.file) == os.path.realpath(val.file):
         found.add("splits-same", train.file, "", "would be both the training and the validation split",
-                  other_split(val), split=data.val_split)  # fmt: skip
+                  other_split(val, root), split=data.val_split)  # fmt: skip
         del sources[data.val_split]
-    if (
-        len(sources) > 1
-        and "test" not in (data.train_split, data.val_split)
-        and not _is_test(sources.get("test"), root)
-    ):
-        sources.pop("test", None)
     return sources
 
 
-def _is_test(source: Source | None, root: Path) -> bool:
-    """Whether it says that it is the test split; a file in the set's own folder that names none serves for any."""
+def _is_test(sources: dict[str, Source], train: str, root: Path) -> bool:
+    """Whether there is a test split that says so, or nothing else; files that name no split serve for any."""
+    test, first = sources.get("test"), sources.get(train)
+    if test is None or (first is not None and os.path.realpath(first.file) == os.path.realpath(test.file)):
+        return False
     own = root.parent if root.is_file() else root
-    return source is not None and (source.file.parent != own or "test" in source.file.name.lower())
+    return len(sources) == 1 or test.file.parent != own or "test" in test.file.name.lower()
 
 
 def _count(number: int, what: str) -> str:

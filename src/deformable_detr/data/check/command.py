@@ -1,13 +1,15 @@
-"""`deformable-detr check`: what it prints and which files it writes."""
+"""`deformable-detr check` and `split`: what they print and which files they write."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ...config import Config
 from ...outputs import prepare_files, write_json, write_text
 from . import Report, check_dataset, refused
-from .fix import CHANGES, prepare_copy, repair
+from .division import Shares, divide, refuse_division
+from .fix import CHANGES, Change, prepare_copy, repair, whole_or_nothing
 from .page import page
 
 
@@ -18,7 +20,7 @@ def run(data: Path, settings: Config, fix: Path | None, report: Path | None, jso
     """
     prepare_files({"--report": report, "--json": json})
     if fix is not None:
-        prepare_copy(data, fix)
+        prepare_copy(data, fix, "--fix")
     model = settings.model
     found = check_dataset(data, settings.data, model.image_size, model.long_side, progress=True)
     if not found.errors:
@@ -34,12 +36,38 @@ def run(data: Path, settings: Config, fix: Path | None, report: Path | None, jso
     if fix is None:
         return not found.errors
 
-    changes = repair(found, fix)
+    with whole_or_nothing(fix, "--fix"):
+        changes = repair(found, fix)
+    return _copied("repaired", found, fix, changes, settings)
+
+
+def split(data: Path, out: Path, settings: Config, shares: Shares) -> bool:
+    """Writes a repaired copy with a validation split, and prints; whether training could use it.
+
+    Raises `UserError` for a set that has one, or too few images, and for an output that cannot be used.
+    """
+    refuse_division(data, settings.data, shares)
+    prepare_copy(data, out, "--out")
+    with whole_or_nothing(out, "--out"):
+        found = check_dataset(data, settings.data, settings.model.image_size, settings.model.long_side, progress=True)
+        changes = repair(found, out)
+        images, groups = divide(found, out, settings.data, shares)
+    if groups < images:
+        print(f"{images} images in {groups} groups that stay together")
+    good = _copied("divided", found, out, changes, settings)
+    if good:
+        print(f"next: deformable-detr train {shlex.quote(str(out))} --out runs/NAME")
+    return good
+
+
+def _copied(what: str, found: Report, copy: Path, changes: list[Change], settings: Config) -> bool:
+    """Checks a copy and says what is left in it; whether training could use it."""
+    model = settings.model
     given = {"images": None, "annotations": None, "val_images": None, "val_annotations": None}
-    again = check_dataset(fix, settings.data.replace(**given), model.image_size, model.long_side, progress=True)
+    again = check_dataset(copy, settings.data.replace(**given), model.image_size, model.long_side, progress=True)
     (images, objects), (images_left, objects_left) = _records(found), _records(again)
-    print(f"{fix}: a repaired copy with {images_left} of {images} images and {objects_left} of {objects} objects; "
-          f"{fix / CHANGES} lists {len(changes)} changes")  # fmt: skip
+    print(f"{copy}: a {what} copy with {images_left} of {images} images and {objects_left} of {objects} objects; "
+          f"{copy / CHANGES} lists {len(changes)} changes")  # fmt: skip
     for line in again.lines(shown=1):
         print(f"still {line}")
     print(again.summary)

@@ -31,8 +31,12 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     # --- files and splits
-    "split-missing": Kind("error", "The set has no such split", "Add it, or name its files in the settings"),
-    "splits-same": Kind("error", "Training and validation are the same file", "Give each split its own file"),
+    "split-missing": Kind(
+        "error", "The set has no such split", "Add it, divide the set with split, or name its files in the settings"
+    ),
+    "splits-same": Kind(
+        "error", "Training and validation are the same file", "Divide it with split, or give each its own file"
+    ),
     "file-unreadable": Kind(
         "error", "The annotation file is missing, no JSON, YAML or XML, or not of a known format", "Export it again"
     ),

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -32,38 +34,50 @@ SAME_SHAPE = 0.02  # relative difference of the two scales up to which an image 
 Change = dict[str, Any]
 
 
-def prepare_copy(data: Path, out: Path) -> None:
+def prepare_copy(data: Path, out: Path, option: str) -> None:
     """Makes the folder of the copy; `UserError` where it is in the set, holds anything, or cannot be written."""
     copy, original = Path(os.path.realpath(out)), Path(os.path.realpath(data))
     inside = copy == original or original in copy.parents
     if inside:
-        raise UserError(f"--fix {out}: lies in the data set; name a folder elsewhere")
+        raise UserError(f"{option} {out}: lies in the data set; name a folder elsewhere")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
-            raise UserError(f"--fix {out}: is not empty; name a new folder")
+            raise UserError(f"{option} {out}: is not empty; name a new folder")
     except OSError as error:
-        raise UserError(f"--fix {out}: cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{option} {out}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def whole_or_nothing(out: Path, option: str) -> Iterator[None]:
+    """Removes the copy `out` where what writes it fails; `UserError` for a file system that takes no more."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(out, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{option} {out}: cannot be written: {error.strerror or error}") from None
+        raise
 
 
 def repair(report: Report, out: Path) -> list[Change]:
     """Writes the copy into the empty folder `out`, with the list of changes, and returns these.
 
-    Images are hard links where the file system has them, else copies. Raises `UserError` where nothing can be written.
+    Images are hard links where the file system has them, else copies.
     """
     changes: list[Change] = []
-    try:
-        for split in report.splits:
-            folder = out / split.name
-            folder.mkdir(parents=True)
-            content = _Repair(report, split, changes).content(folder)
-            # What is no text in a name becomes JSON's own \\udc80.
-            text = json.dumps(content, ensure_ascii=False)
-            (folder / ROBOFLOW).write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"--fix {out}: cannot be written: {error.strerror or error}") from None
+    for split in report.splits:
+        folder = out / split.name
+        folder.mkdir(parents=True)
+        write_annotations(folder, _Repair(report, split, changes).content(folder))
     write_text(out / CHANGES, "".join(json.dumps(change, ensure_ascii=False) + "\n" for change in changes))
     return changes
+
+
+def write_annotations(folder: Path, content: dict[str, Any]) -> None:
+    """The COCO dict as the folder's annotation file. What is no text in a name becomes JSON's own \\udc80."""
+    text = json.dumps(content, ensure_ascii=False)
+    (folder / ROBOFLOW).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 class _Repair:
