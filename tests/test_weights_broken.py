@@ -512,3 +512,15 @@ def test_the_command_line_says_one_line_and_exits_with_2(whole, tmp_path, capsys
             said = capsys.readouterr().err.strip().splitlines()
             assert len(said) == 1, (verb, said)
             assert said[0].startswith("error: "), (verb, said)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_broken(whole, published, monkeypatch):
+    for source, file in [(whole[1] / "repo", whole[1] / "repo/model.safetensors"), (published[1], published[1])]:
+        access = os.access
+
+        def denied(path, mode, file=file, access=access):
+            return os.fspath(path) != os.fspath(file) and access(path, mode)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", denied)  # as for a user who is not root
+            assert f"{file} cannot be read: Permission denied; make it readable" in refusal(source)

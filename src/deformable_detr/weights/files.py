@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -44,8 +45,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file and its metadata. Raises UserError for a missing or broken file."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    _refuse_unreadable(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -61,8 +61,7 @@ def read_pickle(path: Path, classes: tuple[type, ...] = (argparse.Namespace,)) -
 
     Nothing else is let through and nothing in the file is run. Raises UserError for a missing, broken or other file.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    _refuse_unreadable(path)
     try:
         _refuse_swollen(path)
         with torch.serialization.safe_globals(list(classes)), warnings.catch_warnings():
@@ -79,6 +78,13 @@ def read_pickle(path: Path, classes: tuple[type, ...] = (argparse.Namespace,)) -
         raise UserError(f"{path} is broken or no PyTorch checkpoint: {_line(error)}") from None
     except Exception as error:  # damage shows as anything at all; whatever is raised, it is the file that is wrong
         raise UserError(f"{path} is broken or no PyTorch checkpoint: {_line(error)}") from None
+
+
+def _refuse_unreadable(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if not os.access(path, os.R_OK):  # safetensors calls it missing, torch.load broken
+        raise UserError(f"{path} cannot be read: {os.strerror(errno.EACCES)}; make it readable")
 
 
 def _refuse_swollen(path: Path) -> None:
