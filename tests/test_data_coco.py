@@ -174,6 +174,11 @@ def test_names_decide_where_only_the_ids_differ(tmp_path, caplog):
         assert open_dataset(tmp_path, categories=wanted)[1][1].labels.tolist() == [ids.index(90), ids.index(44)]
     assert "ids decide" in caplog.text
     assert "names decide" not in caplog.text
+    assert "no class is called as in the model" not in caplog.text
+    caplog.clear()
+    foreign = (Category(3, "cell"), Category(44, "nucleus"), Category(90, "other"), Category(1, "dust"))
+    open_dataset(tmp_path, categories=foreign)
+    assert "no class is called as in the model: category 3 is 'a' here and 'cell' in the model; ids" in caplog.text
 
 
 def test_boxes_without_area_are_skipped_and_counted(tmp_path, caplog):

@@ -251,8 +251,10 @@ def _warn_of_other_names(
         return
     for category in own:
         if names.get(category.id, category.name) != category.name:
+            none = {other.name for other in own}.isdisjoint(names.values())
             log.warning(
-                "%s: category %d is %r here and %r in the model; ids decide",
-                path, category.id, category.name, names[category.id],
+                "%s: %scategory %d is %r here and %r in the model; ids decide, so the one counts as the other",
+                path, "no class is called as in the model: " if none else "",
+                category.id, category.name, names[category.id],
             )  # fmt: skip
             return
