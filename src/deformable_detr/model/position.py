@@ -39,6 +39,11 @@ class SinePosition(nn.Module):
         half = self.dim // 2
         return torch.cat((sine_encoding(y, half), sine_encoding(x, half)), dim=-1).permute(0, 3, 1, 2).to(dtype)
 
+    def halves(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """The two halves of the channels on a map without padding: (H, 1, C / 2) of rows, (1, W, C / 2) of columns."""
+        y, x = ((torch.arange(length) + 0.5) / (length + 1e-6) for length in (height, width))
+        return sine_encoding(y, self.dim // 2)[:, None], sine_encoding(x, self.dim // 2)[None]
+
 
 class LearnedPosition(nn.Module):
     """A learned vector a column and a row: (B, H, W) mask → (B, C, H, W).
@@ -53,9 +58,13 @@ class LearnedPosition(nn.Module):
 
     def forward(self, padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
         B, H, W = padding_mask.shape
-        columns = _fitted(self.columns, W)[None].expand(H, -1, -1)
-        rows = _fitted(self.rows, H)[:, None].expand(-1, W, -1)
-        return torch.cat((columns, rows), dim=-1).permute(2, 0, 1).expand(B, -1, -1, -1).to(dtype)
+        columns, rows = self.halves(H, W)
+        encoding = torch.cat((columns.expand(H, -1, -1), rows.expand(-1, W, -1)), dim=-1)
+        return encoding.permute(2, 0, 1).expand(B, -1, -1, -1).to(dtype)
+
+    def halves(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """The two halves of the channels: (1, W, C / 2) of columns, (H, 1, C / 2) of rows."""
+        return _fitted(self.columns, width)[None], _fitted(self.rows, height)[:, None]
 
 
 def _fitted(table: Tensor, length: int) -> Tensor:

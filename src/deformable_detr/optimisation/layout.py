@@ -51,7 +51,7 @@ class Layouts(nn.Module):
     model: gives the encodings.
     """
 
-    MOST = 8
+    MOST = 2
     BYTES = 64 << 20
 
     def __init__(self, model: DeformableDETR, dtype: torch.dtype) -> None:
@@ -92,19 +92,24 @@ class Layouts(nn.Module):
     def _made(self, padding_mask: Tensor, shapes: tuple[tuple[int, int], ...], padded: bool) -> Layout:
         masks = level_masks(padding_mask, shapes)
         ratios = valid_ratios_of(masks, torch.float32)
-        position = torch.cat(
-            [
-                self.position(mask, torch.float32).flatten(2).transpose(1, 2) + level
-                for mask, level in zip(masks, self.level_embedding, strict=True)
-            ],
-            dim=1,
-        )
+        encode = self._encoded if padded else self._encoded_whole
+        position = torch.cat(list(map(encode, masks, self.level_embedding)), dim=1)
         mask = torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None
         anchors = usable = None
         if self.two_stage:
             anchors, usable = proposal_anchors(shapes, ratios, mask)
         references = pixel_centres(shapes, ratios)[:, :, None] * ratios[:, None]
-        return Layout(shapes, position.to(self.dtype), references, ratios, mask, anchors, usable)
+        return Layout(shapes, position, references, ratios, mask, anchors, usable)
+
+    def _encoded(self, mask: Tensor, level: Tensor) -> Tensor:
+        """Position plus level encoding of a map, (B, H, W) mask → (B, H · W, C)."""
+        return (self.position(mask, torch.float32).flatten(2).transpose(1, 2) + level).to(self.dtype)
+
+    def _encoded_whole(self, mask: Tensor, level: Tensor) -> Tensor:
+        """The same for a map without padding, where rows and columns are encoded each for themselves."""
+        halves = self.position.halves(*mask.shape[1:])
+        parts = [(half.to(level) + own).to(self.dtype) for half, own in zip(halves, level.chunk(2), strict=True)]
+        return torch.cat(torch.broadcast_tensors(*parts), dim=-1).flatten(0, 1)[None]
 
     def __deepcopy__(self, memo: object) -> Layouts:
         raise TypeError("an optimised model is not copied; optimise the model again")
