@@ -207,6 +207,24 @@ def test_rare_classes_are_in_every_split():
     assert assigned([1], [{0: 1}], {"train": 0.8, "val": 0.2}, 0) == ["train"]
 
 
+def test_shares_are_kept_where_every_class_has_few_images():
+    for counts, shares in [
+        ([{number // 5: 1} for number in range(100)], {"train": 0.9, "val": 0.1}),
+        ([{number // 5: 1} for number in range(100)], {"train": 0.7, "val": 0.2, "test": 0.1}),
+        ([{number // 2: 1} for number in range(100)], {"train": 0.8, "val": 0.2}),
+    ]:
+        found = Counter(assigned([1] * 100, counts, shares, 0))
+        assert found == {name: round(100 * share) for name, share in shares.items()}
+    assert sorted(assigned([1, 1, 1], [{0: 1}] * 3, {"train": 0.7, "val": 0.2, "test": 0.1}, 0)) == [
+        "test",
+        "train",
+        "val",
+    ]
+    for sizes in ([200, 190, 20], [100, 30], [50, 50, 50, 1]):
+        counts = [{0: size, number: 5} for number, size in enumerate(sizes, 1)]
+        assert set(assigned(sizes, counts, {"train": 0.9, "val": 0.1}, 0)) == {"train", "val"}
+
+
 def test_large_groups_do_not_fill_a_split_beyond_its_share():
     sizes = [40, 30, 10, 10, 5, 3, 1, 1]
     names = assigned(sizes, [{} for _ in sizes], {"train": 0.7, "val": 0.3}, 0)
@@ -228,6 +246,8 @@ def test_images_that_belong_together_stay_together(tmp_path, capsys):
     assert "matches no file name, such as 'north_0.png'" in refused(
         capsys, root, "--out", tmp_path / "x", "--group-by", "^Video"
     )
+    assert "give another --group-by than '_'" in refused(capsys, root, "--out", tmp_path / "x", "--group-by", "_")
+    assert "20 images in 20 groups" in split(capsys, root, "--out", tmp_path / "each", "--group-by", ".*")
     assert "is no regular expression" in refused(capsys, root, "--out", tmp_path / "x", "--group-by", "(")
 
 
@@ -260,16 +280,119 @@ def test_what_is_wrong_is_repaired_on_the_way(tmp_path, capsys):
     as_training(tmp_path / "new")
 
 
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("obj_Train_data", "obj_Validation_data", "obj_Test_data"), ("images/Train", "images/Val", "images/Test"),
+        ("images/train2017", "images/val2017", "images/test2017"), ("Train/images", "Valid/images", "Test/images"),
+    ],
+)  # fmt: skip
+def test_splits_of_any_spelling_stay_apart(tmp_path, capsys, places):
+    for place, stem in zip(places, ("a", "c", "e"), strict=True):
+        picture(tmp_path / place / f"{stem}.png")
+        label = tmp_path / place.replace("images", "labels") / f"{stem}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text(yolo_row(0, (4, 2, 16, 10)))
+    (tmp_path / "obj.names").write_text("cat\ndog\n")
+    assert [list(contents(tmp_path, name)) for name in ("train", "val", "test")] == [["a"], ["c"], ["e"]]
+    assert "has a 'val' split already" in refused(capsys, tmp_path, "--out", tmp_path.with_name("new"))
+
+
+@pytest.mark.parametrize("name", ["default", "trainval"])
+def test_the_one_list_of_a_voc_set_that_is_not_divided(tmp_path, name):
+    root = voc_set(tmp_path)
+    lists = root / "ImageSets/Main"
+    (lists / "val.txt").unlink()
+    assert contents(root, "train") == expected("train")
+    (lists / "train.txt").rename(lists / f"{name}.txt")
+    assert contents(root, "train") == contents(root, "val") == expected("train")
+
+
+def test_links_to_folders_of_images(tmp_path):
+    yolo("photos/cam", "photos/cam", "classes.txt")(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/cam").symlink_to(tmp_path / "photos/cam")
+    (tmp_path / "images/cam/back").symlink_to(tmp_path / "images")
+    assert contents(tmp_path, "train") == expected("train")
+
+
+def test_a_list_of_classes_without_images_of_the_split(tmp_path):
+    yolo("images/train", "labels/train")(tmp_path)
+    assert contents(tmp_path, "train") == expected("train")
+    with pytest.raises(UserError, match=r"no 'val' split; classes\.txt is there, but no images in .*images/val or "):
+        contents(tmp_path, "val")
+
+
+def test_an_empty_validation_split_is_made_anew(tmp_path, capsys):
+    root = many(tmp_path / "set")
+    content = json.loads((root / "train" / SPLIT).read_text())
+    (root / "valid").mkdir()
+    (root / "valid" / SPLIT).write_text(json.dumps(content | {"images": [], "annotations": []}))
+    split(capsys, root, "--out", tmp_path / "new")
+    assert {name: len(stems) for name, stems in parts(tmp_path / "new").items()} == {"train": 8, "val": 2}
+
+
+def test_what_cannot_be_read_is_told_and_listed(tmp_path, capsys):
+    root = tmp_path / "set"
+    voc("images", "annotations")(root)
+    (root / "annotations/a.xml").write_text("<annotation>")
+    (root / "images/b.jpg").unlink()
+    for number in range(3):
+        picture(root / f"images/more{number}.jpg", seed=number)
+    (root / "annotations/more0.xml").write_text(voc_xml("more0.jpg", OBJECTS["train"]["a"]))
+    out = split(capsys, root, "--out", tmp_path / "new")
+    assert "error label-unreadable: " in out
+    assert "error image-missing: " in out
+    assert "split-same" not in out
+    assert {json.loads(line)["code"] for line in (tmp_path / "new/changes.jsonl").read_text().splitlines()} == {
+        "label-unreadable", "image-missing"
+    }  # fmt: skip
+
+    broken = many(tmp_path / "broken")
+    (broken / "train" / SPLIT).write_text('{"images": [')
+    assert "not valid JSON" in refused(capsys, broken, "--out", tmp_path / "x")
+    gone = many(tmp_path / "gone")
+    for path in (gone / "train").glob("*.png"):
+        path.unlink()
+    assert "which is missing" in refused(capsys, gone, "--out", tmp_path / "x")
+
+
+def test_splits_of_other_names(tmp_path, capsys):
+    root = many(tmp_path / "set", folder="all")
+    out = split(capsys, root, "--out", tmp_path / "new", "--set", "data.train_split=all", "--set", "data.val_split=dev")
+    assert set(parts(tmp_path / "new")) == {"all", "dev"}
+    assert "--out runs/NAME --set data.train_split=all --set data.val_split=dev" in out
+    said = refused(capsys, root, "--out", tmp_path / "x", "--set", "data.val_split=test", "--test", "0.1")
+    assert "both would be 'test'" in said
+
+
+def test_the_folder_of_the_copy_is_left_as_it_was(tmp_path, capsys, monkeypatch):
+    root = yolo_set(tmp_path / "yolo")
+    (root / "data.yaml").write_text("train: images/train\nnames: [cat, dog]\n")
+    inside = root / "images/train/new"
+    assert "lies in the data set" in refused(capsys, root / "data.yaml", "--out", inside)
+    assert not inside.exists()
+    few = many(tmp_path / "few", "a")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for out in ("mine", "link"):
+        assert "leave none" in refused(capsys, few, "--out", tmp_path / out)
+        assert list((tmp_path / out).iterdir()) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    split(capsys, many(tmp_path / "set"), "--out", "~/home")
+    assert parts(tmp_path / "home")
+
+
 def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch):
     root = many(tmp_path / "set")
     new = tmp_path / "new"
     coco_set(tmp_path / "divided")
-    few = many(tmp_path / "few", "ab")
+    few = many(tmp_path / "few", "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
     for arguments, words in [
         ((tmp_path / "divided", "--out", new), "has a 'val' split already"),
-        ((few, "--out", new), "2 images in 2 groups that stay together leave none for the 'val' split"),
+        ((few, "--out", new), "1 images in 1 groups that stay together leave none for the 'val' split"),
         ((tmp_path / "absent", "--out", new), "no such data set"),
         ((tmp_path / "full", "--out", new), "no 'train' split"),
         ((root, "--out", tmp_path / "full"), "is not empty"), ((root, "--out", root / "in"), "--out"),

@@ -282,8 +282,9 @@ def _image_folders(annotations: Path, split: str) -> list[Path]:
     stem = annotations.stem.removeprefix("instances_")
     splits = (stem, *(name for name in split_aliases(split) if name != stem))
     folders = [own, own / "images"]
-    folders += [base / "images" / name for name in splits] + [base / name for name in splits] + [base / "images", base]
-    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+    folders += [base / "images" / name for name in splits] + [base / name for name in splits]
+    folders += [base / "images", base / "data", base]
+    return [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]  # False below what may not be read
 
 
 def refuse_unreadable(folder: Path, needed: int = os.R_OK | os.X_OK) -> None:

@@ -15,7 +15,15 @@ from ..errors import UserError
 from ..structures import Category
 from ..weights.files import checksum
 from .coco_json import is_other_json, read_json
-from .layouts import ROBOFLOW, find_annotations, find_images, given_annotations, split_aliases
+from .layouts import (
+    ROBOFLOW,
+    find_annotations,
+    find_images,
+    given_annotations,
+    names_other_split,
+    refuse_unreadable,
+    split_aliases,
+)
 
 
 class Complain(Protocol):
@@ -90,6 +98,7 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
     from .voc import find_voc
     from .yolo import find_listed, find_yaml, find_yolo
 
+    refuse_unreadable(root)
     if root.is_file() and (yaml := find_yaml(root)):
         return find_yolo(yaml, split)
     failure: UserError | None = None
@@ -118,6 +127,16 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
 
 def _nearly_a_set(root: Path, split: str) -> UserError | None:
     """What is missing where a folder has YOLO's or VOC's files, but not their layout."""
+    from .yolo import CLASSES
+
+    if names_other_split(root / "x", split):
+        return UserError(
+            f"{root}: no '{split}' split; its name says that it is another one; give the folder that holds both, or "
+            "rename it"
+        )
+    if classes := next((name for name in CLASSES if (root / name).is_file()), None):
+        places = " or ".join(str(root / place) for place in (f"images/{split}", f"{split}/images"))
+        return UserError(f"{root}: no '{split}' split; {classes} is there, but no images in {places}; put them there")
     folders = [root, *(root / name for name in split_aliases(split))]
     for folder in (folder / "labels" for folder in folders):
         if any(folder.rglob("*.txt")):

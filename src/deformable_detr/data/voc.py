@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..structures import Category
-from .layouts import is_hidden, is_image, label_file, names_other_split, refuse_unreadable, split_aliases
+from .layouts import ALIASES, is_hidden, is_image, label_file, names_other_split, refuse_unreadable, split_aliases
 from .sources import Complain, ids_by_name, refuse
 
 if TYPE_CHECKING:
@@ -177,6 +177,9 @@ def _find_split(root: Path, split: str) -> VocSource | None:
         for name in aliases:
             if (lists / f"{name}.txt").is_file():
                 return VocSource(lists / f"{name}.txt", *pair)
+        whole = [lists / f"{name}.txt" for name in ("default", "trainval") if (lists / f"{name}.txt").is_file()]
+        if whole and not any((lists / f"{name}.txt").is_file() for names in ALIASES for name in names):
+            return VocSource(whole[0], *pair)  # CVAT's name of a set that is not divided, and VOC's
         raise UserError(f"{root}: no '{split}' split; it needs {lists / f'{aliases[0]}.txt'}, an image name a line")
     folders = [root / name for name in aliases]
     if not names_other_split(root / "x", split):

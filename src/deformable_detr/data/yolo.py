@@ -135,7 +135,12 @@ def _below(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> NoReturn:
         raise unreadable(error.filename, error.strerror)
 
-    for head, folders, names in os.walk(folder, onerror=fail):
+    seen: set[str] = set()  # links may lead back
+    for head, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(head)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         yield from (Path(head, name) for name in (*folders, *names))
 
 
@@ -225,10 +230,10 @@ def find_listed(root: Path, split: str) -> YoloSource | None:
     file = next((root / name for name in CLASSES if (root / name).is_file()), None)
     if file is None:
         return None
-    folders = {name: _split_folder(root, name) for names in ALIASES for name in names}
-    place = next((folders[name] for name in split_aliases(split) if folders.get(name)), None)
+    folders = _split_folders(root)
+    place = next((folders[name] for name in split_aliases(split) if name in folders), None)
     if place is None:
-        if any(folders.values()) or names_other_split(root / "x", split):
+        if folders or names_other_split(root / "x", split):
             return None
         place = root / "images" if (root / "images").is_dir() else root
     if not any(is_image(path.relative_to(place)) for path in _below(place)):
@@ -237,9 +242,16 @@ def find_listed(root: Path, split: str) -> YoloSource | None:
     return YoloSource(root, (place,), _names(names, None, file))
 
 
-def _split_folder(root: Path, name: str) -> Path | None:
-    folders = (root / "images" / name, root / name / "images", root / f"obj_{name}_data", root / name)
-    return next((folder for folder in folders if folder.is_dir()), None)
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders that say which split they are: images/train, train/images, obj_train_data, train; also Train2017."""
+    words = {name for names in ALIASES for name in names}
+    found: dict[str, Path] = {}
+    for folder in (root / "images", root):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            name = re.fullmatch(r"(?:obj_)?([a-z]+?)(?:_data)?\d*", path.name.lower())
+            if name and name[1] in words and path.is_dir():
+                found.setdefault(name[1], path / "images" if (path / "images").is_dir() else path)
+    return found
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

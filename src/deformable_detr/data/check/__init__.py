@@ -52,10 +52,10 @@ class Report:
     def errors(self) -> list[Finding]:
         return self.findings.of("error")
 
-    def lines(self, shown: int = SHOWN) -> Iterator[str]:
-        """Errors and warnings, a line each, `shown` of a kind, and then how many more."""
+    def lines(self, shown: int = SHOWN, without: Sequence[str] = ()) -> Iterator[str]:
+        """Errors and warnings, a line each, `shown` of a kind, and then how many more; none of the kinds `without`."""
         for code, group in self.findings.by_code().items():
-            if (severity := KINDS[code].severity) == "note":
+            if (severity := KINDS[code].severity) == "note" or code in without:
                 continue
             for finding in group[:shown]:
                 yield f"{severity} {code}: {finding.line}"

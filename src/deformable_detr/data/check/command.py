@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from ...config import Config
+from ...config import Config, DataConfig
+from ...errors import UserError
 from ...outputs import prepare_files, write_json, write_text
 from . import Report, check_dataset, refused
-from .division import Shares, divide, refuse_division
-from .fix import CHANGES, Change, prepare_copy, repair, whole_or_nothing
+from .division import UNDIVIDED, Shares, divide, refuse_division
+from .fix import CHANGES, Change, new_copy, repair
 from .page import page
 
 
@@ -19,24 +21,14 @@ def run(data: Path, settings: Config, fix: Path | None, report: Path | None, jso
     Raises `UserError` for a set or an output that cannot be used at all.
     """
     prepare_files({"--report": report, "--json": json})
-    if fix is not None:
-        prepare_copy(data, fix, "--fix")
-    model = settings.model
-    found = check_dataset(data, settings.data, model.image_size, model.long_side, progress=True)
-    if not found.errors:
-        refused(found, settings.data)
-    for line in found.lines():
-        print(line)
-    print(found.summary)
-    if json is not None:
-        write_json(json, found.to_dict())
-    if report is not None:
-        write_text(report, page(found))
-        print(f"pictures of the suspects: {report}")
     if fix is None:
+        found = _checked(data, settings)
+        _write(found, report, json)
         return not found.errors
-
-    with whole_or_nothing(fix, "--fix"):
+    fix = fix.expanduser()
+    with new_copy(data, fix, "--fix"):
+        found = _checked(data, settings)
+        _write(found, report, json)
         changes = repair(found, fix)
     return _copied("repaired", found, fix, changes, settings)
 
@@ -46,18 +38,46 @@ def split(data: Path, out: Path, settings: Config, shares: Shares) -> bool:
 
     Raises `UserError` for a set that has one, or too few images, and for an output that cannot be used.
     """
-    refuse_division(data, settings.data, shares)
-    prepare_copy(data, out, "--out")
-    with whole_or_nothing(out, "--out"):
-        found = check_dataset(data, settings.data, settings.model.image_size, settings.model.long_side, progress=True)
+    train, val = settings.data.train_split, settings.data.val_split
+    if val == "test" and shares.test:
+        raise UserError(f"data.val_split=test --test {shares.test:g}: both would be 'test'; leave one out")
+    out = out.expanduser()
+    refuse_division(data.expanduser(), settings.data, shares)
+    with new_copy(data, out, "--out"):
+        found = _checked(data, settings, without=UNDIVIDED)
+        if train not in {one.name for one in found.splits}:
+            raise UserError(next(f.line for f in found.errors if f.split == train and f.code == "file-unreadable"))
         changes = repair(found, out)
         images, groups = divide(found, out, settings.data, shares)
-    if groups < images:
+    if groups < images or shares.group is not None:
         print(f"{images} images in {groups} groups that stay together")
     good = _copied("divided", found, out, changes, settings)
     if good:
-        print(f"next: deformable-detr train {shlex.quote(str(out))} --out runs/NAME")
+        own = [f" --set data.{key}={value}" for key, value in (("train_split", train), ("val_split", val))
+               if value != getattr(DataConfig(), key)]  # fmt: skip
+        print(f"next: deformable-detr train {shlex.quote(str(out))} --out runs/NAME{''.join(own)}")
     return good
+
+
+def _checked(data: Path, settings: Config, without: Sequence[str] = ()) -> Report:
+    """What was found, printed; without: kinds of which nothing is said."""
+    model = settings.model
+    found = check_dataset(data, settings.data, model.image_size, model.long_side, progress=True)
+    if not found.errors:
+        refused(found, settings.data)
+    for line in found.lines(without=without):
+        print(line)
+    if not without:
+        print(found.summary)
+    return found
+
+
+def _write(found: Report, report: Path | None, json: Path | None) -> None:
+    if json is not None:
+        write_json(json, found.to_dict())
+    if report is not None:
+        write_text(report, page(found))
+        print(f"pictures of the suspects: {report}")
 
 
 def _copied(what: str, found: Report, copy: Path, changes: list[Change], settings: Config) -> bool:

@@ -22,6 +22,8 @@ from .records import Picture
 
 ROBOFLOWS_COPY = re.compile(r"(.+)\.rf\.[^./\\]+\.[^./\\]+")  # one original, augmented several times: NAME.rf.HASH.jpg
 
+UNDIVIDED = ("split-missing", "splits-same")  # the findings that a division is the mend of
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -53,7 +55,7 @@ def refuse_division(root: Path, data: DataConfig, shares: Shares) -> None:
     if data.train_split not in splits:
         raise UserError(next(finding.line for finding in found if finding.split == data.train_split))
     for name, share in ((data.val_split, shares.val), ("test", shares.test)):
-        if share and name in splits:
+        if share and name in splits and splits[name].read(complain=_ignore)["images"]:
             mend = "train on it as it is" if name == data.val_split else "leave out --test"
             raise UserError(f"{root}: has a '{name}' split already, {splits[name].file}; {mend}")
 
@@ -66,6 +68,9 @@ def divide(report: Report, out: Path, data: DataConfig, shares: Shares) -> tuple
     """
     folder = out / data.train_split
     content = json.loads((folder / ROBOFLOW).read_text(encoding="utf-8"))
+    if not content["images"]:
+        lines = (finding.line for finding in report.errors if finding.code not in UNDIVIDED)
+        raise UserError(next(lines, f"{report.root}: has no images"))
     split = next(split for split in report.splits if split.name == data.train_split)
     groups = _groups({picture.id: picture for picture in split.pictures}, content["images"], shares.group)
     classes: dict[int, set[int]] = defaultdict(set)
@@ -78,13 +83,16 @@ def divide(report: Report, out: Path, data: DataConfig, shares: Shares) -> tuple
     for name in parts:
         if name not in names:
             what = f"{len(content['images'])} images in {len(groups)} groups that stay together"
-            raise UserError(f"{report.root}: {what} leave none for the '{name}' split; add images or give larger parts")
+            mend = "add images or give larger parts"
+            if shares.group is not None:
+                mend = f"give another --group-by than {shares.group!r}, {mend}"
+            raise UserError(f"{report.root}: {what} leave none for the '{name}' split; {mend}")
     part_of = {number: name for name, group in zip(names, groups, strict=True) for number in group}
     for name in parts:
         images = [record for record in content["images"] if part_of[record["id"]] == name]
         objects = [record for record in content["annotations"] if part_of[record["image_id"]] == name]
         if name != data.train_split:
-            (out / name).mkdir()
+            (out / name).mkdir(exist_ok=True)
             for record in images:
                 _move(folder, out / name, record["file_name"])
         write_annotations(out / name, content | {"images": images, "annotations": objects})
@@ -128,7 +136,44 @@ def assigned(
     for group in order:
         if group not in found:
             give(group, None)
+    _balance(found, sizes, counts, wanted, wanted_of)
     return [found[group] for group in range(len(sizes))]
+
+
+def _balance(
+    found: dict[int, str],
+    sizes: Sequence[int],
+    counts: Sequence[Mapping[int, int]],
+    wanted: dict[str, float],
+    wanted_of: dict[str, dict[int, float]],
+) -> None:
+    """Moves groups to splits that lack images: where each class has few, all of them round in favour of training.
+
+    wanted, wanted_of: what the splits still lack, of images and of each class. No split is left empty that need not be.
+    """
+    while True:
+        poor = max(wanted, key=lambda name: (name not in found.values(), wanted[name]))
+        rich = min(wanted, key=lambda name: wanted[name])
+        own = [group for group, name in found.items() if name == rich]
+        lack = min(wanted[poor], -wanted[rich])
+        fitting = [group for group in own if sizes[group] < 2 * lack] if len(own) > 1 else []
+        if poor not in found.values() and not fitting:  # the smallest, where another stays
+            rich = max(wanted, key=lambda name: sum(other == name for other in found.values()))
+            own = [group for group, name in found.items() if name == rich]
+            fitting = [min(own, key=lambda group: sizes[group])] if len(own) > 1 else []
+        if not fitting:
+            return
+
+        def gain(group: int, poor: str = poor, rich: str = rich) -> tuple[float, int]:
+            classes = counts[group].items()
+            return sum(n * (wanted_of[poor][c] - wanted_of[rich][c]) for c, n in classes), -group
+
+        group = max(fitting, key=gain)
+        found[group] = poor
+        for name, sign in ((poor, -1), (rich, 1)):
+            wanted[name] += sign * sizes[group]
+            for label, number in counts[group].items():
+                wanted_of[name][label] += sign * number
 
 
 def _groups(pictures: Mapping[int, Picture], records: Sequence[dict[str, Any]], pattern: str | None) -> list[list[int]]:
@@ -160,6 +205,10 @@ def _groups(pictures: Mapping[int, Picture], records: Sequence[dict[str, Any]], 
     for record in sorted(records, key=lambda record: record["file_name"]):
         groups[first(record["id"])].append(record["id"])
     return list(groups.values())
+
+
+def _ignore(code: str, file: Path, record: str, what: str, mend: str) -> None:
+    pass
 
 
 def _move(folder: Path, other: Path, name: str) -> None:

@@ -28,15 +28,36 @@ LEFT_OUT = {
     "image-record", "image-id-duplicate", "image-missing", "image-unreadable", "leak", "category-record",
     "category-id-duplicate", "category-unknown", "annotation-record", "image-unknown",
 }  # fmt: skip
+NOT_READ = {"label-row", "label-unreadable", "image-record", "image-missing"}  # what readers of YOLO and VOC pass over
 CHANGES = "changes.jsonl"  # not .json: a folder's only JSON file may be taken for annotations
 SAME_SHAPE = 0.02  # relative difference of the two scales up to which an image counts as resized after labelling
 
 Change = dict[str, Any]
 
 
-def prepare_copy(data: Path, out: Path, option: str) -> None:
-    """Makes the folder of the copy; `UserError` where it is in the set, holds anything, or cannot be written."""
-    copy, original = Path(os.path.realpath(out)), Path(os.path.realpath(data))
+@contextmanager
+def new_copy(data: Path, out: Path, option: str) -> Iterator[None]:
+    """Makes the folder of the copy, and empties or removes it where what then writes it fails.
+
+    Raises `UserError` where it is in the set, holds anything, or cannot be written.
+    """
+    existed = out.exists()
+    _prepare_copy(data, out, option)
+    try:
+        yield
+    except BaseException as error:
+        for path in out.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        if not existed:
+            out.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"{option} {out}: cannot be written: {error.strerror or error}") from None
+        raise
+
+
+def _prepare_copy(data: Path, out: Path, option: str) -> None:
+    root = data.expanduser()
+    copy, original = Path(os.path.realpath(out)), Path(os.path.realpath(root if root.is_dir() else root.parent))
     inside = copy == original or original in copy.parents
     if inside:
         raise UserError(f"{option} {out}: lies in the data set; name a folder elsewhere")
@@ -46,18 +67,6 @@ def prepare_copy(data: Path, out: Path, option: str) -> None:
             raise UserError(f"{option} {out}: is not empty; name a new folder")
     except OSError as error:
         raise UserError(f"{option} {out}: cannot be written: {error.strerror or error}") from None
-
-
-@contextmanager
-def whole_or_nothing(out: Path, option: str) -> Iterator[None]:
-    """Removes the copy `out` where what writes it fails; `UserError` for a file system that takes no more."""
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(out, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{option} {out}: cannot be written: {error.strerror or error}") from None
-        raise
 
 
 def repair(report: Report, out: Path) -> list[Change]:
@@ -92,8 +101,8 @@ class _Repair:
                 if finding.position not in self.left_out[finding.section]:
                     self.tell(finding.code, f"{finding.section}[{finding.position}]", f"left out: {finding.what}")
                 self.left_out[finding.section].add(finding.position)
-            elif finding.code == "label-row":
-                self.tell(finding.code, f"{finding.file} {finding.record}", f"left out: {finding.what}")
+            elif finding.code in NOT_READ and finding.position < 0:
+                self.tell(finding.code, f"{finding.file} {finding.record}".strip(), f"left out: {finding.what}")
 
     def tell(self, code: str, record: str, change: str) -> None:
         self.changes.append({"split": self.split.name, "code": code, "record": record, "change": change})
