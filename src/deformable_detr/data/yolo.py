@@ -247,6 +247,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     words = {name for names in ALIASES for name in names}
     found: dict[str, Path] = {}
     for folder in (root / "images", root):
+        refuse_unreadable(folder)
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             name = re.fullmatch(r"(?:obj_)?([a-z]+?)(?:_data)?\d*", path.name.lower())
             if name and name[1] in words and path.is_dir():
