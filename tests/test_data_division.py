@@ -6,16 +6,19 @@ import shlex
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from check_cases import as_training
 from data_sets import NAMES, OBJECTS, coco_set, picture, voc_set, voc_xml, yolo_row, yolo_set
+from deformable_detr import presets
 from deformable_detr.cli import main
 from deformable_detr.data.check import fix
 from deformable_detr.data.check.division import assigned
 from deformable_detr.data.coco import open_dataset
 from deformable_detr.errors import UserError
+from deformable_detr.evaluation.run import dataset_for
 from test_data_check_outputs import state
 from test_data_formats import contents, expected
 
@@ -355,6 +358,19 @@ def test_what_cannot_be_read_is_told_and_listed(tmp_path, capsys):
     for path in (gone / "train").glob("*.png"):
         path.unlink()
     assert "which is missing" in refused(capsys, gone, "--out", tmp_path / "x")
+
+
+def test_measuring_on_training_images_is_told(tmp_path, caplog):
+    model = SimpleNamespace(config=presets.small(num_classes=2, backbone_weights="none"))
+    WHOLE["Label Studio's YOLO"](tmp_path / "whole")
+    said = "is not divided: images that the model was trained on are measured too"
+    dataset_for(model, tmp_path / "whole")
+    assert [said in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    coco_set(tmp_path / "divided")
+    for root, name in [("whole", "train"), ("divided", "val"), ("divided", "train"), ("divided/valid", "val")]:
+        dataset_for(model, tmp_path / root, name)
+    assert said not in caplog.text
 
 
 def test_splits_of_other_names(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..config import DataConfig, ModelConfig
+from ..data.layouts import split_aliases
 from ..errors import UserError
 from ..inference.loading import load_detector
 from ..inference.postprocess import select
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from ..data.coco import CocoDataset
 
     Keep = Callable[[CocoDataset, list[dict[str, Any]]], object]
+
+log = logging.getLogger(__name__)
 
 TOP_K = 100  # detections an image, as COCO counts
 
@@ -105,7 +109,22 @@ def dataset_for(
         transform=evaluation(config.image_size, config.long_side, getattr(model, "canvas", None), config.size_multiple),
     )
     _refuse_more_classes(config, dataset)
+    _warn_of_training_images(dataset, Path(data).expanduser(), split, data_config or DataConfig())
     return dataset
+
+
+def _warn_of_training_images(dataset: CocoDataset, root: Path, split: str, data: DataConfig) -> None:
+    """Says so where a folder's split is its training split too."""
+    from ..data.sources import find_source
+
+    if not root.is_dir() or split in split_aliases(data.train_split):
+        return
+    try:
+        train = find_source(root, data.train_split, data)
+    except UserError:  # there is none
+        return
+    if os.path.realpath(train.file) == os.path.realpath(dataset.annotation_file):
+        log.warning("%s is not divided: images that the model was trained on are measured too", dataset.annotation_file)
 
 
 def _refuse_more_classes(config: ModelConfig, dataset: CocoDataset) -> None:
