@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..structures import Category, Target
 from .coco_json import area_of, read_annotations, read_categories, read_images, record_name, used_categories
 from .images import read_image, read_size
-from .sources import CocoSource, Source, content_hash, find_source, other_split, renumbered
+from .sources import CocoSource, Source, content_hash, find_source, other_split, renumbered, same_split
 from .transforms import MIN_SIDE
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -52,7 +52,7 @@ def open_dataset(
 
 def refuse_same_file(train: CocoDataset, val: CocoDataset, root: str | os.PathLike[str]) -> None:
     """`UserError` where both splits are one annotation file: figures on training images would say nothing."""
-    if os.path.realpath(train.annotation_file) == os.path.realpath(val.annotation_file):
+    if same_split(train.source, val.source):
         raise UserError(
             f"{train.annotation_file} would be both the training and the validation split; "
             f"{other_split(val.source, os.fspath(root))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ def refuse(code: str, file: Path, record: str, what: str, mend: str) -> NoReturn
     raise UserError(f"{file}: {record}{' ' if record else ''}{what}; {mend}")
 
 
+def ignore(code: str, file: Path, record: str, what: str, mend: str) -> None:
+    """The complaint that leaves the record out, for readers who are not the ones to tell."""
+
+
 class Source(Protocol):
     """One split of a data set.
 
@@ -59,6 +64,11 @@ class Source(Protocol):
     def image_folder(self, names: Sequence[str]) -> Path:
         """The folder to which the file names of the images are relative; `UserError` where an image is missing."""
         ...
+
+
+def same_split(one: Source, other: Source) -> bool:
+    """Whether two splits of a set are one."""
+    return os.path.realpath(one.file) == os.path.realpath(other.file)
 
 
 def other_split(source: Source, root: Path | str) -> str:

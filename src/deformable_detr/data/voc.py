@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..structures import Category
 from .layouts import ALIASES, is_hidden, is_image, label_file, names_other_split, refuse_unreadable, split_aliases
-from .sources import Complain, ids_by_name, refuse
+from .sources import Complain, ids_by_name, ignore, refuse
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -71,7 +71,7 @@ class VocSource:
     def class_names(self) -> set[str]:
         """Those of the split's objects; what cannot be read is left to whoever reads the split itself."""
         try:
-            return {record["name"] for record in self._contents(_ignore)[1]}
+            return {record["name"] for record in self._contents(ignore)[1]}
         except UserError:
             return set()
 
@@ -174,12 +174,12 @@ def _find_split(root: Path, split: str) -> VocSource | None:
     pair = _pair(root)
     lists = root / "ImageSets" / "Main"
     if pair and (lists.is_dir() or (pair[0].name == "JPEGImages" and not _has_xml(pair[1]))):
-        for name in aliases:
-            if (lists / f"{name}.txt").is_file():
-                return VocSource(lists / f"{name}.txt", *pair)
-        whole = [lists / f"{name}.txt" for name in ("default", "trainval") if (lists / f"{name}.txt").is_file()]
-        if whole and not any((lists / f"{name}.txt").is_file() for names in ALIASES for name in names):
-            return VocSource(whole[0], *pair)  # CVAT's name of a set that is not divided, and VOC's
+        listed = {file.stem for file in lists.glob("*.txt") if file.is_file()}
+        wanted = aliases
+        if listed.isdisjoint(name for names in ALIASES for name in names):
+            wanted = (*aliases, "default", "trainval")  # CVAT's name of a set that is not divided, and VOC's
+        if found := next((name for name in wanted if name in listed), None):
+            return VocSource(lists / f"{found}.txt", *pair)
         raise UserError(f"{root}: no '{split}' split; it needs {lists / f'{aliases[0]}.txt'}, an image name a line")
     folders = [root / name for name in aliases]
     if not names_other_split(root / "x", split):
@@ -250,10 +250,6 @@ def _parsed(path: Path, complain: Complain) -> Element | None:
         what = f"cannot be read ({error.strerror or error})"
     complain("label-unreadable", path, "", what, "export the annotation again")
     return None
-
-
-def _ignore(code: str, file: Path, record: str, what: str, mend: str) -> None:
-    pass
 
 
 def _number(element: Element, key: str) -> float | None:

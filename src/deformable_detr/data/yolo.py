@@ -48,7 +48,7 @@ class YoloSource:
     The label file of `…/images/….jpg` is `…/labels/….txt`; where there is no such folder it lies beside the image.
     A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 …` for a polygon, of which the box is taken; all but the
     class in 0..1 of the upright image. An image without a label file, or with an empty one, has no objects.
-    root: the folder of data.yaml, which file names are relative to.
+    root: the set's folder, which file names are relative to.
     keypoints: how many numbers of keypoints follow the box in each row, where data.yaml has a `kpt_shape`.
     """
 

@@ -115,7 +115,7 @@ def dataset_for(
 
 def _warn_of_training_images(dataset: CocoDataset, root: Path, split: str, data: DataConfig) -> None:
     """Says so where a folder's split is its training split too."""
-    from ..data.sources import find_source
+    from ..data.sources import find_source, same_split
 
     if not root.is_dir() or split in split_aliases(data.train_split):
         return
@@ -123,7 +123,7 @@ def _warn_of_training_images(dataset: CocoDataset, root: Path, split: str, data:
         train = find_source(root, data.train_split, data)
     except UserError:  # there is none
         return
-    if os.path.realpath(train.file) == os.path.realpath(dataset.annotation_file):
+    if same_split(train, dataset.source):
         log.warning("%s is not divided: images that the model was trained on are measured too", dataset.annotation_file)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ...config import DataConfig
 from ...errors import UserError
 from ...structures import Category
-from ..sources import Source, dividing, find_source, other_split
+from ..sources import Source, dividing, find_source, other_split, same_split
 from .boxes import check_boxes
 from .classes import check_classes, class_counts
 from .findings import KINDS, SEVERITIES, Finding, Findings
@@ -189,7 +189,7 @@ def find_splits(root: Path, data: DataConfig, found: Findings) -> dict[str, Sour
                 mend += f"; or {other}"
             found.add("split-missing", root, "", what, mend, split=name)
     train, val = sources.get(data.train_split), sources.get(data.val_split)
-    if train is not None and val is not None and os.path.realpath(train.file) == os.path.realpath(val.file):
+    if train is not None and val is not None and same_split(train, val):
         found.add("splits-same", train.file, "", "would be both the training and the validation split",
                   other_split(val, root), split=data.val_split)  # fmt: skip
         del sources[data.val_split]
@@ -199,7 +199,7 @@ def find_splits(root: Path, data: DataConfig, found: Findings) -> dict[str, Sour
 def _is_test(sources: dict[str, Source], train: str, root: Path) -> bool:
     """Whether there is a test split that says so, or nothing else; files that name no split serve for any."""
     test, first = sources.get("test"), sources.get(train)
-    if test is None or (first is not None and os.path.realpath(first.file) == os.path.realpath(test.file)):
+    if test is None or (first is not None and same_split(first, test)):
         return False
     own = root.parent if root.is_file() else root
     return len(sources) == 1 or test.file.parent != own or "test" in test.file.name.lower()

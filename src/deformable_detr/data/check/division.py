@@ -15,6 +15,7 @@ from typing import Any
 from ...config import DataConfig
 from ...errors import UserError
 from ..layouts import ROBOFLOW
+from ..sources import ignore
 from . import Report, find_splits
 from .findings import Findings
 from .fix import write_annotations
@@ -55,7 +56,7 @@ def refuse_division(root: Path, data: DataConfig, shares: Shares) -> None:
     if data.train_split not in splits:
         raise UserError(next(finding.line for finding in found if finding.split == data.train_split))
     for name, share in ((data.val_split, shares.val), ("test", shares.test)):
-        if share and name in splits and splits[name].read(complain=_ignore)["images"]:
+        if share and name in splits and splits[name].read(complain=ignore)["images"]:
             mend = "train on it as it is" if name == data.val_split else "leave out --test"
             raise UserError(f"{root}: has a '{name}' split already, {splits[name].file}; {mend}")
 
@@ -205,10 +206,6 @@ def _groups(pictures: Mapping[int, Picture], records: Sequence[dict[str, Any]], 
     for record in sorted(records, key=lambda record: record["file_name"]):
         groups[first(record["id"])].append(record["id"])
     return list(groups.values())
-
-
-def _ignore(code: str, file: Path, record: str, what: str, mend: str) -> None:
-    pass
 
 
 def _move(folder: Path, other: Path, name: str) -> None:
