@@ -1,5 +1,6 @@
 """The allocator's settings save page faults, oneDNN's save memory, in a process of our own only."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -42,7 +43,10 @@ def _said(*options):
 
 def _unsettled():
     """The environment without what would settle our commands' settings."""
-    settled = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "THP_MEM_ALLOC_ENABLE")
+    settled = {
+        "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY",
+        "THP_MEM_ALLOC_ENABLE", "GLIBC_TUNABLES",
+    }  # fmt: skip
     return {k: v for k, v in os.environ.items() if k not in settled}
 
 
@@ -50,6 +54,7 @@ def test_verbose_says_what_the_setting_does():
     said = _said("--verbose")
     assert "deformable_detr.allocator: allocator: " in said
     assert "oneDNN keeps the code of its latest 256 calls" in said
+    assert "PyTorch keeps the code of its latest 256 calls" in said
     assert "waiting threads look 10000 times" in said
     assert "large buffers begin at pages: 1" in said
     assert "error: no.jpg: no such image" in said  # the option is nobody else's
@@ -71,9 +76,82 @@ def test_older_glibc_takes_less(monkeypatch, caplog):
         assert allocator.keep_large_buffers()
         monkeypatch.setattr(Library, "mallopt", staticmethod(lambda *_: 0))
         assert not allocator.keep_large_buffers()
-    assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, 2**31 - 1)]
+    assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, 2**31 - 1), (1, 0)]
     assert "up to 32 MiB are kept" in caplog.text
     assert "refused" in caplog.text
+
+
+BEGUN = """
+import os, sys
+from deformable_detr import cli
+cli.main = lambda: print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.dev_mode)
+from deformable_detr.__main__ import run
+run()
+"""
+
+
+def begun(*words, **settings):
+    """What a program sees that begins as our commands do: its process number is the one it was started with, its
+    GLIBC_TUNABLES, its words and whether its interpreter has the option it was given."""
+    command = [sys.executable, "-X", "dev", "-c", BEGUN, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**_unsettled(), **settings}) as process:
+        said = process.communicate()[0].strip()
+    return said.removeprefix(f"{process.pid} ")
+
+
+@pytest.mark.skipif(not allocator._is_glibc(), reason="glibc only")
+def test_commands_begin_without_thread_caches():
+    off = "glibc.malloc.tcache_count=0"
+    words = ["predict", "a folder", "--verbose", "ä", "*"]
+    assert begun(*words) == f"{off} {words} True"
+    assert begun("benchmark", "predict").startswith(off)
+    assert begun("--verbose", "benchmark", "model") == "None ['--verbose', 'benchmark', 'model'] True"
+    assert begun("train", GLIBC_TUNABLES="glibc.malloc.perturb=0").startswith(f"glibc.malloc.perturb=0:{off} ")
+    assert begun("train", GLIBC_TUNABLES="glibc.malloc.tcache_count=3").startswith("glibc.malloc.tcache_count=3 ")
+
+
+def test_commands_begin_where_they_cannot_begin_anew(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(allocator, "_is_glibc", lambda: True)
+    monkeypatch.setattr(os, "execv", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    allocator.begin_without_thread_caches()
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(allocator, "_is_glibc", lambda: False)
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("begun anew"))
+    allocator.begin_without_thread_caches()
+    assert "GLIBC_TUNABLES" not in os.environ
+
+
+HOLES = """
+import ctypes, torch
+from deformable_detr.allocator import keep_large_buffers
+keep_large_buffers()
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+class Information(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abcdefghi")]
+library.mallinfo2.restype = Information
+heap = []
+for turn in range(40):
+    buffers = [torch.empty((8 << 20) + 4096 * turn + 1000 * i, dtype=torch.uint8) for i in range(6)]
+    del buffers
+    kept = [library.malloc(size) for size in range(24, 120, 8)]
+    heap.append(library.mallinfo2().arena >> 20)
+print(heap[-1] - heap[0])
+"""
+
+
+told_by_glibc = pytest.mark.skipif(
+    not (allocator._is_glibc() and hasattr(ctypes.CDLL(None), "mallinfo2")), reason="glibc 2.33 and newer only"
+)
+
+
+@told_by_glibc
+@pytest.mark.parametrize("count", ["0", "7"])
+def test_buffers_leave_no_holes_without_thread_caches(count):
+    environment = {**_unsettled(), "GLIBC_TUNABLES": f"glibc.malloc.tcache_count={count}"}
+    grown = subprocess.check_output([sys.executable, "-c", HOLES], text=True, env=environment)
+    assert (int(grown) < 50) == (count == "0")  # MiB; six buffers of 8 at a time
 
 
 START = """
@@ -178,6 +256,31 @@ def test_fewer_kernels_are_kept():
     assert kernels("fewer", **{name: ""})
     assert not kernels("as they come", **{name: ""})
     assert not kernels("fewer", **{name: "1000"})  # who says how many decides
+
+
+COPIES = """
+import ctypes, torch
+from deformable_detr.allocator import keep_fewer_kernels
+keep_fewer_kernels()
+library = ctypes.CDLL(None)
+class Information(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("a", "b", "c", "d", "e", "f", "g", "used", "h", "i")]
+library.mallinfo2.restype = Information
+weight = torch.ones(16, 16, 3, 3)
+for side in range(20, 620):
+    if side in (320, 619):
+        print(library.mallinfo2().used >> 10)
+    torch.nn.functional.conv2d(torch.ones(1, 16, 20, side), weight)
+"""
+
+
+@told_by_glibc
+@pytest.mark.parametrize("kept", ["", "1000"])
+def test_fewer_copies_of_kernels_are_kept(kept):
+    settings = {"LRU_CACHE_CAPACITY": kept} if kept else {}
+    said = subprocess.check_output([sys.executable, "-c", COPIES], text=True, env={**_unsettled(), **settings})
+    before, after = map(int, said.split())
+    assert (after - before < 1000) == (kept == "")  # KiB, in which 300 sizes came
 
 
 EARLY = """

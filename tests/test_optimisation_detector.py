@@ -269,16 +269,40 @@ def test_sums_and_activations_become_part_of_convolutions():
 @pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
 @pytest.mark.parametrize("groups", [1, 8])
 @torch.no_grad()
-def test_weights_are_laid_out_for_a_size_that_comes_again(groups):
+def test_weights_are_laid_out_once_for_all_sizes_of_a_layout(groups):
     torch.manual_seed(0)
     plain = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=groups)
     ours = onednn.Convolution(plain, None, torch.float32, packed=True)
-    laid_out = []
-    for B, height, width in ((2, 9, 14), (2, 9, 14), (1, 9, 14), (2, 31, 8), (2, 9, 14), (1, 31, 8), (3, 31, 8)):
+    weights = []
+    for B, height, width in ((2, 9, 14), (2, 9, 14), (1, 9, 14), (2, 9, 15), (2, 31, 8), (2, 9, 14), (3, 31, 8)):
         x = torch.randn(B, 8, height, width)
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
-        laid_out.append(ours.kept[1] is not None)
-    assert laid_out == [False, True, True, False, False, False, True]
+        weights.append(id(ours.laid_out[ours.layouts[x.shape[1:]]]))
+    assert len(ours.layouts) == 3
+    assert len(set(weights)) == len(ours.laid_out)  # one of each layout, and none made anew
+
+
+@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@torch.no_grad()
+def test_layouts_of_weights_and_sizes_are_bounded(monkeypatch):
+    monkeypatch.setattr(onednn, "SIZES", 4)
+    laid_out = torch.ops.mkldnn._get_mkldnn_serialized_md
+    names = iter([0, 1, 0, 2, 3, 0, 1, 1, 1])  # layouts, as if oneDNN wanted these
+    monkeypatch.setattr(
+        torch.ops.mkldnn,
+        "_get_mkldnn_serialized_md",
+        lambda weight: torch.full_like(laid_out(weight), next(names)),
+        raising=False,
+    )
+    plain = nn.Conv2d(4, 4, 3)
+    ours = onednn.Convolution(plain, None, torch.float32, packed=True)
+    kept = []
+    for width in (5, 6, 7, 8, 9, 7, 6, 9, 5):
+        x = torch.randn(1, 4, 5, width)
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+        kept.append([layout[0] for layout in ours.laid_out])
+        assert len(ours.layouts) <= 4
+    assert kept == [[0], [0, 1], [1, 0], [1, 0, 2], [0, 2, 3], [0, 2, 3], [2, 3, 0], [2, 3, 0], [3, 0, 1]]
 
 
 @pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
@@ -298,8 +322,7 @@ def test_depthwise_convolutions_with_same_padding_copy_no_map(kernel, stride, mo
     wanted = [plain(x) for x in images]
     monkeypatch.delattr(padding, "pad_same")
     for x, y in zip(images, wanted, strict=True):
-        for _ in range(2):  # the second time, the weight is laid out
-            torch.testing.assert_close(ours(x), y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")

@@ -1,5 +1,20 @@
-"""`python -m deformable_detr` is the command line too."""
+"""The command line: `deformable-detr` and `python -m deformable_detr`."""
 
-from .cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from .allocator import begin_without_thread_caches, compares
+
+
+def run() -> None:
+    """The command that this program was started with; see `cli.main`."""
+    if not compares(sys.argv[1:]):
+        begin_without_thread_caches()
+    from .cli import main  # takes a while: not before it is clear that the program goes on
+
+    main()
+
+
+if __name__ == "__main__":
+    run()

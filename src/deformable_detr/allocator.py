@@ -1,15 +1,47 @@
-"""What our commands ask of the C library's allocator, oneDNN and OpenMP: what to keep, and how long to wait for it."""
+"""What our commands ask of the C library's allocator, PyTorch's kernels and OpenMP: what to keep, how long to wait."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import sys
+from collections.abc import Sequence
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_MXFAST, _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = 1, -1, -3  # malloc.h
 _LARGEST = (1 << 30, 32 << 20)  # bytes; glibc before 2.35 takes the second at most
 _log = logging.getLogger(__name__)
+
+
+def compares(words: Sequence[str]) -> bool:
+    """Whether a command's words ask for a benchmark that compares programs as they come, with nothing set for them."""
+    verbs = [word for word in words if word != "--verbose"]
+    return verbs[:1] == ["benchmark"] and verbs[1:2] != ["predict"]
+
+
+def begin_without_thread_caches() -> None:
+    """Begins this program anew, as the same process, with glibc's cache of small blocks for each thread switched off.
+
+    A buffer that begins at a multiple of so many bytes leaves a few of them in front of it. Where the cache has these
+    for others, the hole that the buffer leaves is too small for the next one of its size: half of the free memory of a
+    prediction over images of many sizes was such holes. glibc takes the setting when a program begins, never later.
+
+    Nothing happens where the environment has the setting already, whatever its value, and with another C library.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.tcache_count" in tunables or not sys.executable or not _is_glibc():
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.tcache_count=0")))
+    with contextlib.suppress(OSError):  # a system that forbids it: the program goes on with more memory
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _is_glibc() -> bool:
+    try:
+        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (AttributeError, ValueError, OSError):  # Windows; macOS, musl
+        return False
 
 
 def keep_large_buffers() -> bool:
@@ -23,10 +55,12 @@ def keep_large_buffers() -> bool:
         return False
     for largest in _LARGEST:
         if mallopt(_M_MMAP_THRESHOLD, largest) and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1):
+            mallopt(_M_MXFAST, 0)  # no small blocks for all threads either: `begin_without_thread_caches`
             _log.info(
                 "allocator: freed buffers up to %d MiB are kept for the next ones, which saves page faults; the "
-                "process keeps the memory of its peak",
+                "process keeps the memory of its peak; small ones of each thread are kept as GLIBC_TUNABLES says: %s",
                 largest >> 20,
+                os.environ.get("GLIBC_TUNABLES") or "nothing",
             )
             return True
     _log.info("allocator: left as it is, glibc refused the setting")
@@ -51,13 +85,14 @@ def give_back() -> None:
 
 
 def keep_fewer_kernels() -> None:
-    """oneDNN keeps the code of the latest 256 of its calls instead of 1024; an environment that says how many decides.
+    """The code of the latest 256 of oneDNN's calls is kept instead of 1024; an environment that says how many decides.
 
     Images of many sizes need new ones again and again, a fifth of a MiB each, and hardly meet them again. A training
-    step of the largest preset has 184 of them. To be called before the first one.
+    step of the largest preset has 184 of them. oneDNN keeps them and, whatever its own number, PyTorch's part in front
+    of it those of convolutions once more. To be called before the first one.
     """
-    kept = os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    _log.info("oneDNN keeps the code of its latest %s calls (ONEDNN_PRIMITIVE_CACHE_CAPACITY)", kept)
+    for of, name in (("oneDNN", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), ("PyTorch", "LRU_CACHE_CAPACITY")):
+        _log.info("%s keeps the code of its latest %s calls (%s)", of, os.environ.setdefault(name, "256"), name)
 
 
 def wait_shortly() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.batching import collate
 from ..data.images import read_image
@@ -65,19 +66,21 @@ def measure(model: Any, images: Sequence[Path], batch_size: int = 1) -> Result:
 
 
 def _alone(model: Any, images: Sequence[Path], batch_size: int) -> float:
-    """Seconds of the model on batches that are ready."""
-    config, canvas = model.config, getattr(model, "canvas", None)
-    samples = []
-    for path in images:
-        image = resize(read_image(path), config.image_size, config.long_side, canvas, config.size_multiple)
-        nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, (image.shape[1], image.shape[2]))
-        samples.append((image, nothing))
-    batches = [collate(samples[i : i + batch_size])[0] for i in range(0, len(samples), batch_size)]
+    """Seconds of the model on batches that are ready: one at a time, or their memory would be measured too."""
+    seconds = 0.0
     with evaluating(model):
-        start = time.perf_counter()
-        for batch in batches:
+        for first in range(0, len(images), batch_size):
+            batch = collate([_sample(model, path) for path in images[first : first + batch_size]])[0]
+            start = time.perf_counter()
             forward(model, batch)["pred_boxes"].cpu()
-        return time.perf_counter() - start
+            seconds += time.perf_counter() - start
+    return seconds
+
+
+def _sample(model: Any, path: Path) -> tuple[Tensor, Target]:
+    config, canvas = model.config, getattr(model, "canvas", None)
+    image = resize(read_image(path), config.image_size, config.long_side, canvas, config.size_multiple)
+    return image, Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, (image.shape[1], image.shape[2]))
 
 
 def run(model: Any, images: Sequence[Path], batch_size: int = 1, json_path: Path | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from cyclopts import CycloptsError
 
-from ..allocator import begin_at_pages, keep_fewer_kernels, keep_large_buffers, wait_shortly
+from ..allocator import begin_at_pages, compares, keep_fewer_kernels, keep_large_buffers, wait_shortly
 from ..errors import UserError
 from . import measuring, shipping, training, using
 from .options import complain
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that it reads all the same; others are errors
     _tidy_up_at_sigterm()
     keep_large_buffers()
-    if words[:1] != ["benchmark"] or words[1:2] == ["predict"]:  # the others compare programs as they come
+    if not compares(words):
         keep_fewer_kernels()
         wait_shortly()
         if words[:1] not in (["train"], ["demo"]):

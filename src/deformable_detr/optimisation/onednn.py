@@ -62,7 +62,7 @@ def available(dtype: torch.dtype) -> bool:
         mapped = (F.conv2d(pixels, weight[:, :, None, None], bias) + other).relu()
         pairs = [
             (product(x), F.linear(x, weight, bias).relu()),
-            *((convolution(pixels, other), mapped) for _ in range(2)),  # the second time, the weight is laid out
+            (convolution(pixels, other), mapped),
         ]
     except (AttributeError, RuntimeError, TypeError) as error:
         _log.info("no fused products in this PyTorch: %s", str(error).splitlines()[0])
@@ -147,21 +147,26 @@ class Convolution(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.call = (activation.name, activation.scalars, activation.algorithm) if activation else ("none", [], "")
         self.in_place = False
-        self.kept: tuple[torch.Size | None, Tensor | None] = (None, None)  # an input's size, the weight laid out for it
+        self.laid_out: dict[bytes, Tensor] = {}  # weights by their layouts
+        self.layouts: dict[torch.Size, bytes] = {}  # by sizes of the input
 
     def _weight(self, x: Tensor, shape: tuple[Any, ...]) -> Tensor:
-        """The weight in oneDNN's own layout once a size comes twice in a row, else as it is.
+        """The weight in the layout of oneDNN's own that it wants for a size of the input.
 
-        Laying it out at each call takes 3 to 8% of a forward pass. What is made for one size costs up to tenfold time
-        at others, and a copy for each size too much memory: the latest one is kept.
+        Laying it out at each call takes 3 to 8% of a forward pass, and what is made for one size can cost tenfold time
+        at another. But most sizes share a layout: only what a new one gives shows which, and one of each is kept.
         """
-        size, weight = self.kept
-        if size != x.shape[1:]:  # any batch: the layout depends on it little
-            self.kept = (x.shape[1:], None)
-            return self.weight
-        if weight is None:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, list(x.shape))
-            self.kept = (size, weight)
+        size = x.shape[1:]  # any batch: the layout depends on it little
+        known = self.laid_out.get(self.layouts.get(size, b""))
+        if known is not None:
+            return known
+        made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, list(x.shape))
+        layout = torch.ops.mkldnn._get_mkldnn_serialized_md(made).numpy().tobytes()
+        others = {other: kept for other, kept in self.laid_out.items() if other != layout}
+        weight = self.laid_out.get(layout, made)
+        # New dictionaries, as other threads may read the old ones.
+        self.laid_out = {**dict(list(others.items())[1 - LAYOUTS :]), layout: weight}
+        self.layouts = {**dict(list(self.layouts.items())[1 - SIZES :]), size: layout}
         return weight
 
     def _margins(self, x: Tensor) -> list[int]:
@@ -217,6 +222,7 @@ def _may_stand_in_front(convolution: nn.Conv2d) -> bool:
 
 
 ROWS = 2048  # about as many rows of a product at a time: what belongs to them stays in the cache
+LAYOUTS, SIZES = 3, 256  # of a convolution, at most; 60 sizes of images had 3 at most, 1.1 to 1.4 of the weights' size
 
 
 def _example(weight: Tensor, bias: Tensor) -> nn.Conv2d:
