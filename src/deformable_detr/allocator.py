@@ -58,23 +58,13 @@ def keep_large_buffers() -> bool:
             mallopt(_M_MXFAST, 0)  # no small blocks for all threads either: `begin_without_thread_caches`
             _log.info(
                 "allocator: freed buffers up to %d MiB are kept for the next ones, which saves page faults; the "
-                "process keeps the memory of its peak; small ones of each thread are kept as GLIBC_TUNABLES says: %s",
+                "process keeps the memory of its peak (GLIBC_TUNABLES: %s)",
                 largest >> 20,
-                os.environ.get("GLIBC_TUNABLES") or "nothing",
+                os.environ.get("GLIBC_TUNABLES") or "none",
             )
             return True
     _log.info("allocator: left as it is, glibc refused the setting")
     return False
-
-
-def begin_at_pages() -> None:
-    """PyTorch's buffers of 2 MiB and more begin at a page, a huge one where there are; an environment decides.
-
-    Those of images of many sizes leave fewer holes between them that none of the next ones fits in: a tenth to two
-    fifths less memory in prediction, but more in training. To be called before torch is imported.
-    """
-    said = os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    _log.info("large buffers begin at pages: %s (THP_MEM_ALLOC_ENABLE)", said)
 
 
 def give_back() -> None:

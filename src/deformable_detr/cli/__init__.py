@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from cyclopts import CycloptsError
 
-from ..allocator import begin_at_pages, compares, keep_fewer_kernels, keep_large_buffers, wait_shortly
+from ..allocator import compares, keep_fewer_kernels, keep_large_buffers, wait_shortly
 from ..errors import UserError
 from . import measuring, shipping, training, using
 from .options import complain
@@ -42,8 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
     if not compares(words):
         keep_fewer_kernels()
         wait_shortly()
-        if words[:1] not in (["train"], ["demo"]):
-            begin_at_pages()
     try:
         try:
             _run(words)
