@@ -45,7 +45,7 @@ def _unsettled():
     """The environment without what would settle our commands' settings."""
     settled = {
         "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY",
-        "GLIBC_TUNABLES",
+        "GLIBC_TUNABLES", allocator._BEGUN,
     }  # fmt: skip
     return {k: v for k, v in os.environ.items() if k not in settled}
 
@@ -84,6 +84,7 @@ def test_older_glibc_takes_less(monkeypatch, caplog):
 BEGUN = """
 import os, sys
 print("begun", end=" ", flush=True)
+sys.executable = os.environ.get("INTERPRETER", sys.executable)
 from deformable_detr import cli
 cli.main = lambda: print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.dev_mode)
 from deformable_detr.__main__ import run
@@ -114,16 +115,25 @@ def test_commands_begin_without_thread_caches():
     assert begun("train", GLIBC_TUNABLES=chosen) == (1, f"{chosen} ['train'] True")
 
 
+@pytest.mark.skipif(not allocator._is_glibc(), reason="glibc only")
+def test_commands_begin_anew_once_only(tmp_path):
+    forgetful = tmp_path / "python"
+    forgetful.write_text(f'#!/bin/sh\nunset GLIBC_TUNABLES\nexec {sys.executable} "$@"\n')
+    forgetful.chmod(0o755)
+    assert begun("train", INTERPRETER=str(forgetful)) == (2, "None ['train'] True")
+
+
 def test_commands_begin_where_they_cannot_begin_anew(monkeypatch):
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(allocator, "_is_glibc", lambda: True)
     monkeypatch.setattr(os, "execv", lambda *_: (_ for _ in ()).throw(PermissionError()))
     allocator.begin_without_thread_caches()
-    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.tcache_count=0"
+    monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(allocator, "_is_glibc", lambda: False)
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("begun anew"))
     allocator.begin_without_thread_caches()
-    assert "GLIBC_TUNABLES" not in os.environ
+    assert not os.environ
 
 
 HOLES = """

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 _M_MXFAST, _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = 1, -1, -3  # malloc.h
+_BEGUN = "DEFORMABLE_DETR_BEGUN_ANEW"  # the process that was, if its own environment has it
 _LARGEST = (1 << 30, 32 << 20)  # bytes; glibc before 2.35 takes the second at most
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ def begin_without_thread_caches() -> None:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if "glibc.malloc.tcache_count" in tunables or not sys.executable or not _is_glibc():
         return
+    # glibc takes the setting away from interpreters with capabilities of their own: once and no more.
+    if os.environ.get(_BEGUN) == str(os.getpid()):
+        return
+    os.environ[_BEGUN] = str(os.getpid())
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, "glibc.malloc.tcache_count=0")))
     with contextlib.suppress(OSError):  # a system that forbids it: the program goes on with more memory
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
