@@ -199,6 +199,7 @@ for _ in range(2):
         pass
     sizes.append(before - resident_mib())
 print(*map(int, sizes))
+del loader  # or the end of the program waits for its workers, which bear to be told to end for a minute
 """
 
 
