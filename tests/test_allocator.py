@@ -136,15 +136,20 @@ def test_commands_begin_where_they_cannot_begin_anew(monkeypatch):
     assert not os.environ
 
 
-HOLES = """
-import ctypes, torch
+# For the programs below: what glibc tells of its heap, in the order of malloc.h.
+INFORMATION = """
+import ctypes
+library = ctypes.CDLL(None)
+class Information(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abcdef", "uordblks", "g", "h")]
+library.mallinfo2.restype = Information
+"""
+
+HOLES = f"""{INFORMATION}
+import torch
 from deformable_detr.allocator import keep_large_buffers
 keep_large_buffers()
-library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
-class Information(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abcdefghi")]
-library.mallinfo2.restype = Information
 heap = []
 for turn in range(40):
     buffers = [torch.empty((8 << 20) + 4096 * turn + 1000 * i, dtype=torch.uint8) for i in range(6)]
@@ -245,18 +250,14 @@ def test_fewer_kernels_are_kept():
     assert not kernels("fewer", **{name: "1000"})  # who says how many decides
 
 
-COPIES = """
-import ctypes, torch
+COPIES = f"""{INFORMATION}
+import torch
 from deformable_detr.allocator import keep_fewer_kernels
 keep_fewer_kernels()
-library = ctypes.CDLL(None)
-class Information(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in ("a", "b", "c", "d", "e", "f", "g", "used", "h", "i")]
-library.mallinfo2.restype = Information
 weight = torch.ones(16, 16, 3, 3)
 for side in range(20, 620):
     if side in (320, 619):
-        print(library.mallinfo2().used >> 10)
+        print(library.mallinfo2().uordblks >> 10)
     torch.nn.functional.conv2d(torch.ones(1, 16, 20, side), weight)
 """
 
