@@ -62,6 +62,11 @@ class Target:
     image_id: int
     original_size: tuple[int, int]
 
+    @classmethod
+    def empty(cls, image_id: int, original_size: tuple[int, int]) -> Target:
+        """That of an image without objects, or of which none are known."""
+        return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), image_id, original_size)
+
     def to(self, device: torch.device | str, **options: Any) -> Target:
         """The target on another device."""
         return replace(self, labels=self.labels.to(device, **options), boxes=self.boxes.to(device, **options))

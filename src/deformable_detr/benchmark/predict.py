@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..data.batching import collate
@@ -80,7 +79,7 @@ def _alone(model: Any, images: Sequence[Path], batch_size: int) -> float:
 def _sample(model: Any, path: Path) -> tuple[Tensor, Target]:
     config, canvas = model.config, getattr(model, "canvas", None)
     image = resize(read_image(path), config.image_size, config.long_side, canvas, config.size_multiple)
-    return image, Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, (image.shape[1], image.shape[2]))
+    return image, Target.empty(0, (image.shape[1], image.shape[2]))
 
 
 def run(model: Any, images: Sequence[Path], batch_size: int = 1, json_path: Path | None = None) -> dict[str, Any]:

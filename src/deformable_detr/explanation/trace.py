@@ -151,7 +151,7 @@ def trace(
     config: ModelConfig = model.config
     pixels = read_image(image)
     size = (pixels.shape[1], pixels.shape[2])
-    nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, size)
+    nothing = Target.empty(0, size)
     resized = resize(pixels, config.image_size, config.long_side, multiple=config.size_multiple)
     batch, _ = collate([(resized, nothing)])
     if canvas is not None:

@@ -144,7 +144,7 @@ def _detect(model: nn.Module, images: Sequence[_Read], top_k: int) -> list[Selec
     samples = []
     for position, (_, size, pixels) in enumerate(images):
         assert isinstance(pixels, Tensor)
-        samples.append((pixels, Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), position, size)))
+        samples.append((pixels, Target.empty(position, size)))
     batch, _ = collate(samples)
     with evaluating(model):
         return select(forward(model, batch), [image.size for image in images], top_k)

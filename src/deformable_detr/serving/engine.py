@@ -196,7 +196,7 @@ class Engine:
         return results
 
     def _detect(self, images: Sequence[_Image]) -> list[Selection]:
-        nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 0, (1, 1))
+        nothing = Target.empty(0, (1, 1))
         batch, _ = collate([(image.pixels, nothing) for image in images])
         with evaluating(self.fast):
             most = max(image.top_k for image in images)

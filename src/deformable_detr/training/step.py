@@ -277,7 +277,7 @@ def _placeholder() -> Batch:
     """One black image, for a process that has none in a pass and must compute with the others all the same."""
     side = 128  # pixels; two or more cells at every stride that learning norms see
     pixels, mask = torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.zeros(1, side, side, dtype=torch.bool)
-    nothing = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), -1, (side, side))
+    nothing = Target.empty(-1, (side, side))
     return ImageBatch(pixels, mask), [nothing]
 
 
