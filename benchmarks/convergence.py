@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from deformable_detr import DeformableDETR, presets, train
-from deformable_detr.config import Config, DataConfig, ModelConfig
-from deformable_detr.data.batching import loader
-from deformable_detr.data.coco import open_dataset
+from deformable_detr import DeformableDETR, train
+from deformable_detr.config import presets
+from deformable_detr.config.schema import Config, DataConfig, ModelConfig
+from deformable_detr.data.dataloader import loader
+from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.transforms import evaluation, training
-from deformable_detr.evaluation.coco import coco_metrics
+from deformable_detr.evaluation.metrics import coco_metrics
 from deformable_detr.ops import accelerate
 
 Curve = list[dict[str, Any]]

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deformable_detr.data.coco import open_dataset
-from deformable_detr.evaluation.coco import count, figures
+from deformable_detr.data.dataset import open_dataset
+from deformable_detr.evaluation.evaluator import Evaluated
+from deformable_detr.evaluation.metrics import count, figures
 from deformable_detr.evaluation.report import write_report
-from deformable_detr.evaluation.run import Evaluated
 
 SIDES = ((640, 480), (480, 640), (640, 427), (500, 375), (333, 500), (1280, 960), (96, 64))  # width, height
 LARGE = (4000, 3000)  # one image in a hundred

@@ -97,8 +97,8 @@ def main():
 
     from PIL import Image
 
-    from deformable_detr.allocator import keep_large_buffers
-    from deformable_detr.inference.loading import load_detector
+    from deformable_detr.detector import load_detector
+    from deformable_detr.utils.process import keep_large_buffers
 
     keep_large_buffers()  # as the server does, or it would win by page faults
     paths = sorted(path for path in options.images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))

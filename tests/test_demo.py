@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from deformable_detr import UserError, demo
-from deformable_detr.data.coco import open_dataset
+from deformable_detr.data.dataset import open_dataset
 
 
 @pytest.fixture(scope="module")
@@ -98,19 +98,19 @@ def test_an_earlier_demo_is_replaced(tmp_path):
 def test_learning_too_little_is_a_failure(monkeypatch, tmp_path, capsys, ap50, code):
     """The flow with the training left out: what counts is the figure of the evaluation."""
     import deformable_detr.evaluation
-    import deformable_detr.training.loop
+    import deformable_detr.training.trainer
     from deformable_detr import DeformableDETR
-    from red_box import RedBoxFinder
+    from tests.support.red_box import RedBoxFinder
 
     make_data = demo.make_data
     monkeypatch.setattr(demo, "make_data", lambda folder: make_data(folder, train_images=2, val_images=3))
-    monkeypatch.setattr(deformable_detr.training.loop, "train_model", lambda data, out, config: {"AP50": 1.0})
+    monkeypatch.setattr(deformable_detr.training.trainer, "train_model", lambda data, out, config: {"AP50": 1.0})
     monkeypatch.setattr(deformable_detr.evaluation, "evaluate", lambda model, data: {"AP": ap50 / 2, "AP50": ap50})
     monkeypatch.setattr(DeformableDETR, "from_pretrained", lambda folder: Finder())
 
     class Finder(RedBoxFinder):
         def predict(self, source, threshold):
-            from deformable_detr.inference.predictor import predict
+            from deformable_detr.predict.predictor import predict
 
             return predict(self, source, threshold)
 

@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import presets
-    from .config import Config, DataConfig, ModelConfig, TrainConfig
-    from .errors import UserError
+    from .config import presets
+    from .config.schema import Config, DataConfig, ModelConfig, TrainConfig
+    from .detector import DeformableDETR
     from .evaluation import evaluate
     from .explanation import explain
-    from .model.detector import DeformableDETR
     from .structures import Detections, ImageBatch, Target
     from .training import train
+    from .utils.errors import UserError
 
 __version__ = "0.1.0"
 
@@ -35,15 +35,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Config": ".config",
-    "DataConfig": ".config",
-    "DeformableDETR": ".model.detector",
+    "Config": ".config.schema",
+    "DataConfig": ".config.schema",
+    "DeformableDETR": ".detector",
     "Detections": ".structures",
     "ImageBatch": ".structures",
-    "ModelConfig": ".config",
+    "ModelConfig": ".config.schema",
     "Target": ".structures",
-    "TrainConfig": ".config",
-    "UserError": ".errors",
+    "TrainConfig": ".config.schema",
+    "UserError": ".utils.errors",
     "evaluate": ".evaluation",
     "explain": ".explanation",
     "train": ".training",
@@ -52,7 +52,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "presets":
-        return import_module(".presets", __name__)
+        return import_module(".config.presets", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     value = getattr(import_module(_HOMES[name], __name__), name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .allocator import begin_without_thread_caches, compares
+from .utils.process import begin_without_thread_caches, compares
 
 
 def run() -> None:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .config import Config
-from .errors import UserError
+from .config.schema import Config
+from .utils.errors import UserError
 
 LEAST_AP50 = 0.70
 MARKER = "demo.json"  # says that a folder is a demo's, which may be made anew
@@ -36,7 +36,7 @@ MOST_DIGITS = 4
 
 def demo_config() -> Config:
     """The small preset made smaller still, for images of 144 pixels, a backbone from random weights and six minutes."""
-    from . import presets
+    from .config import presets
 
     return presets.config("small").merged(
         {
@@ -71,9 +71,9 @@ def run(out: Path) -> dict[str, Any]:
     Returns the evaluation's figures. Raises SystemExit with code 1 where AP50 is under 0.70, and UserError for a folder
     that cannot be used.
     """
+    from .detector import DeformableDETR
     from .evaluation import evaluate
-    from .model.detector import DeformableDETR
-    from .training.loop import train_model
+    from .training.trainer import train_model
 
     _claim(out)
     data, folder = out / "data", out / "run"
@@ -121,8 +121,8 @@ def make_data(folder: Path, train_images: int = 1500, val_images: int = 200, see
 
 def draw_examples(model: Any, images: Sequence[Path], out: Path, columns: int = 6) -> Path:
     """Writes each image with its detections to `out`/pictures, and all of them in a grid, whose path it returns."""
-    from .inference.draw import draw
-    from .weights.folder import replace_file
+    from .visualize.draw import draw
+    from .weights.native import replace_file
 
     drawn = []
     for image in images:

@@ -165,6 +165,6 @@ class Detections:
 
         Returns the path. Raises UserError where the image cannot be read again or the file cannot be written.
         """
-        from .inference.draw import save
+        from .visualize.draw import save
 
         return save(self, Path(path))

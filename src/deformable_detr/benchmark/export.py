@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import UserError
+from ..detector import DeformableDETR
 from ..export import export_model, load
-from ..export.formats import SUFFIXES
-from ..model.detector import DeformableDETR
-from ..outputs import write_json
+from ..utils.errors import UserError
+from ..utils.files import SUFFIXES, write_json
 from .rounds import described, in_turn
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ..allocator import give_back
 from ..ops.native import library
-from ..optimisation import onednn
+from ..runtimes.fused import onednn
+from ..utils.process import give_back
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import presets
-from ..device import pick_device
-from ..errors import UserError
-from ..model.detector import DeformableDETR
-from ..optimisation.onednn import has_bf16
-from ..outputs import write_json, write_text
+from ..config import presets
+from ..detector import DeformableDETR
+from ..runtimes.fused.onednn import has_bf16
+from ..utils.device import pick_device
+from ..utils.errors import UserError
+from ..utils.files import write_json, write_text
 from .machine import gemm_gflops, memory_peak
 from .parts import TimedParts, around
 from .rounds import BASELINE, bars, by_allocator, described, in_turn
@@ -63,14 +63,14 @@ def transformers_twin(model: DeformableDETR) -> nn.Module | None:
         from transformers import AutoModelForObjectDetection
     except ImportError:
         return None
-    from ..weights import repository
+    from ..weights import transformers_format
 
     try:
-        repository.check_parts(model.config)
+        transformers_format.check_parts(model.config)
     except UserError:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        repository.save(model, Path(folder))
+        transformers_format.save(model, Path(folder))
         return AutoModelForObjectDetection.from_pretrained(folder).eval()
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..device import pick_device
-from ..outputs import write_json
+from ..utils.device import pick_device
+from ..utils.files import write_json
 from .machine import Machine, memory_peak
 from .rounds import BASELINE, by_allocator, described
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inference.postprocess import select
-from ..model.detector import DeformableDETR
+from ..detector import DeformableDETR
+from ..model.postprocess import select
 from ..structures import ImageBatch
 from .rounds import in_turn
 

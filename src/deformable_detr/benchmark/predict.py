@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.batching import collate
-from ..data.images import read_image
+from ..data.dataloader import collate
 from ..data.transforms import resize
-from ..inference.predictor import evaluating, forward, predict_iter
-from ..outputs import write_json
+from ..predict.predictor import evaluating, forward, predict_iter
 from ..structures import Target
+from ..utils.files import write_json
+from ..utils.images import read_image
 from .machine import peak_resident_mib, resident_mib
 from .rounds import described
 

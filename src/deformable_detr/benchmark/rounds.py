@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .machine import Machine, gemm_gflops
 
 BASELINE = "transformers"

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..device import pick_device
-from ..outputs import write_json
+from ..utils.device import pick_device
+from ..utils.files import write_json
 from .model import random_model
 from .rounds import described, in_turn
 

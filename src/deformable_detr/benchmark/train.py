@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from .. import presets
-from ..config import TrainConfig
-from ..device import pick_device
-from ..model.detector import DeformableDETR
-from ..outputs import write_json
+from ..config import presets
+from ..config.schema import TrainConfig
+from ..detector import DeformableDETR
 from ..structures import ImageBatch, Target
 from ..training.step import Stepper
+from ..utils.device import pick_device
+from ..utils.files import write_json
 from .machine import memory_peak
 from .model import transformers_twin
 from .rounds import BASELINE, by_allocator, described, in_turn

@@ -14,13 +14,13 @@ from itertools import pairwise
 
 from cyclopts import CycloptsError
 
-from ..allocator import compares, keep_fewer_kernels, keep_large_buffers, wait_shortly
-from ..errors import UserError
-from . import measuring, shipping, training, using
+from ..utils.errors import UserError
+from ..utils.process import compares, keep_fewer_kernels, keep_large_buffers, wait_shortly
+from . import deploy, infer, measuring, train
+from .app import app
 from .options import complain
-from .program import app
 
-__all__ = ["app", "main", "measuring", "shipping", "training", "using"]
+__all__ = ["app", "deploy", "infer", "main", "measuring", "train"]
 
 
 def main(arguments: list[str] | None = None) -> None:

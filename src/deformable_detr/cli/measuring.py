@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from .app import app
 from .options import JsonFile, Precision, Preset, at_least_one
-from .program import app
 
 benchmark = App(name="benchmark", help="Measure speed on this machine, beside other software where it is installed.")
 app.command(benchmark)
@@ -33,7 +33,7 @@ def op(
         device: cpu or cuda; cuda where there is one.
     """
     from ..benchmark.op import run
-    from ..outputs import prepare_files
+    from ..utils.files import prepare_files
 
     at_least_one(batches=batches, threads=threads, repeats=repeats)
     prepare_files({"--json": json})
@@ -58,9 +58,9 @@ def exports(
         data: Data set to make int8 files with; none: no int8.
     """
     from ..benchmark.export import run
+    from ..detector import DeformableDETR
     from ..export.graph import parse_size
-    from ..model.detector import DeformableDETR
-    from ..outputs import prepare_files
+    from ..utils.files import prepare_files
 
     at_least_one(batches=batches, repeats=repeats)
     prepare_files({"--json": json})
@@ -99,7 +99,7 @@ def models(
     """
     from ..benchmark.model import DEFAULT_SIZES, WAYS, run
     from ..export.graph import parse_size
-    from ..outputs import prepare_files
+    from ..utils.files import prepare_files
 
     at_least_one(batches=batches, threads=threads, repeats=repeats)
     prepare_files({"--json": json, "--picture": picture})
@@ -123,9 +123,9 @@ def predict(
         precision: fp32 or bf16.
     """
     from ..benchmark.predict import run
-    from ..inference.loading import load_detector
-    from ..inference.predictor import folder_images
-    from ..outputs import prepare_files
+    from ..detector import load_detector
+    from ..predict.predictor import folder_images
+    from ..utils.files import prepare_files
 
     at_least_one(batch_size=batch_size)
     prepare_files({"--json": json})
@@ -156,7 +156,7 @@ def train(
     """
     from ..benchmark.train import run
     from ..export.graph import parse_size
-    from ..outputs import prepare_files
+    from ..utils.files import prepare_files
 
     at_least_one(batch_size=batch_size, threads=threads, repeats=repeats)
     prepare_files({"--json": json})
@@ -185,8 +185,8 @@ def scaling(
         device: cpu or cuda.
     """
     from ..benchmark.scaling import run
-    from ..errors import UserError
-    from ..outputs import prepare_files
+    from ..utils.errors import UserError
+    from ..utils.files import prepare_files
 
     at_least_one(threads=threads, repeats=repeats)
     if picture is not None and picture.suffix.lower() not in (".svg", ".png"):

@@ -1,260 +1,253 @@
-"""Data sets, in COCO JSON or made so: found in the layouts people have, checked, and kept small in memory."""
+"""A COCO JSON file, checked record by record: what is wrong is one line that names the record and the mend."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Sequence
+import json
+import math
+import re
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from reprlib import repr as brief
+from typing import Any, NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..config import DataConfig
-from ..errors import UserError
-from ..structures import Category, Target
-from .coco_json import area_of, read_annotations, read_categories, read_images, record_name, used_categories
-from .images import read_image, read_size
-from .sources import CocoSource, Source, content_hash, find_source, other_split, renumbered, same_split
-from .transforms import MIN_SIDE
+from ..structures import Category
+from ..utils.errors import UserError
 
-Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
-
-log = logging.getLogger(__name__)
+_NUMBER = re.compile("[0-9]{1,18}")
 
 
-def open_dataset(
-    root: str | os.PathLike[str],
-    split: str = "train",
-    data: DataConfig | None = None,
-    categories: Sequence[Category] | None = None,
-    transform: Transform | None = None,
-) -> CocoDataset:
-    """One split of the set at `root`, checked record by record; no image is decoded yet.
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's dict with its three lists; masks are dropped while reading, or they would fill the memory.
 
-    root: the folder of a COCO set (`layouts.find_annotations` lists the layouts), of a YOLO set (with its `data.yaml`)
-    or of a Pascal VOC set; a split's own folder; a COCO JSON file or a data.yaml.
-    split: 'train', 'val', …; `data` can name the files of sets in no known layout.
-    categories: those of a model, whose label order is then used; an annotation of a class that the model lacks is an
-    error. Ids decide, or names where `sources.renumbered` says so. None: the set's own, sorted by id.
-    transform: (image, target) → (image, target), applied to each sample.
-
-    Raises `UserError` with one line that names the file and the record for everything that is wrong.
+    An object with a mask but no box gets a `MaskBox`.
     """
-    data = data or DataConfig()
-    return CocoDataset(find_source(Path(root).expanduser(), split, data), None, categories, transform)
+    if path.is_fifo():  # reading would wait for ever
+        raise UserError(f"{path}: is a pipe; give a COCO JSON file that can be read")
+    try:
+        content = json.loads(path.read_bytes(), object_hook=_lean)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give a COCO JSON file that can be read") from None
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid JSON ({reason}); export the annotations again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not COCO JSON: a {type(content).__name__} instead of an object with 'images'")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list):
+            raise UserError(f"{path}: not COCO JSON: it has no list '{key}'; export the annotations as COCO detection")
+    return content
 
 
-def refuse_same_file(train: CocoDataset, val: CocoDataset, root: str | os.PathLike[str]) -> None:
-    """`UserError` where both splits are one annotation file: figures on training images would say nothing."""
-    if same_split(train.source, val.source):
-        raise UserError(
-            f"{train.annotation_file} would be both the training and the validation split; "
-            f"{other_split(val.source, os.fspath(root))}"
-        )
+def is_other_json(path: Path) -> bool:
+    """Whether it is an object of neither images nor annotations, such as the notes that some tools export."""
+    try:
+        text = path.read_bytes() if path.is_file() else b""
+        if b'"images"' in text or b'"annotations"' in text:  # a large file need not be parsed
+            return False
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and not content.keys() & {"images", "annotations"}
 
 
-class CocoDataset(Dataset[tuple[Tensor, Target]]):
-    """Images and objects of one COCO JSON file, or of another `Source`.
+class MaskBox(list[float]):
+    """The xywh box of an object whose record has none: the extent of its polygons or run lengths."""
 
-    `dataset[i]` is (uint8 RGB (3, H, W), Target), after the transform. Left out of the targets: crowds, and boxes with
-    no area inside their image (counted in one logged warning); the others are clipped to the image. Images without
-    objects stay. `ground_truth` keeps every record, for evaluation. Both have the category ids of `categories`.
 
-    categories: label → `Category`, sorted by id. image_ids: (len,) int64. annotation_file (of other sources: what
-    stands for the split), image_folder: what is read.
-    """
+def _lean(record: dict[str, Any]) -> dict[str, Any]:
+    """Without the mask, of which the box is taken where the record has no other; ids 7.0 (pandas) and "7" are 7."""
+    for key in ("id", "image_id", "category_id"):
+        value = record.get(key)
+        if (type(value) is float and value.is_integer()) or (isinstance(value, str) and _NUMBER.fullmatch(value)):
+            record[key] = int(value)
+    if record.get("iscrowd") in ("0", "1"):
+        record["iscrowd"] = int(record["iscrowd"])
+    if type(name := record.get("name")) is int:  # a class called 3
+        record["name"] = str(name)
+    mask = record.pop("segmentation", None)
+    if record.get("bbox") not in (None, [], [0, 0, 0, 0]):
+        return record
+    if isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
+        x, y = ([value for polygon in mask for value in polygon[axis::2]] for axis in (0, 1))
+        record["bbox"] = MaskBox([min(x), min(y), max(x) - min(x), max(y) - min(y)])
+    elif isinstance(mask, dict):
+        import hotcoco
 
-    def __init__(
-        self,
-        source: Source | Path,
-        image_folder: Path | None = None,
-        categories: Sequence[Category] | None = None,
-        transform: Transform | None = None,
-    ) -> None:
-        """source: a split, or its COCO JSON file. image_folder: where the images are; None: where the source says."""
-        if isinstance(source, Path):
-            source = CocoSource(source, source, "", DataConfig())
-        self.source = source
-        self.annotation_file = annotation_file = source.file
-        self.transform = transform
-        content = source.read(categories)
-        own = read_categories(content, annotation_file)
-        self.categories = tuple(categories) if categories is not None else own
-        moved = renumbered(own, self.categories, used_categories(content))
-        _warn_of_other_names(own, self.categories, moved, annotation_file)
+        with suppress(ValueError, TypeError, KeyError, OverflowError):  # no run lengths: the record has no box
+            record["bbox"] = MaskBox(hotcoco.mask.to_bbox(mask).tolist())
+    return record
 
-        # Arrays, not lists of records: worker processes then share their memory instead of copying it piece by piece.
-        ids, names, sizes = read_images(content, annotation_file)
-        self.image_ids = np.array(ids, dtype=np.int64)
-        self._names = np.array(names)
-        self._sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)  # (height, width), 0 = not given
-        self.image_folder = image_folder if image_folder is not None else source.image_folder(names)
-        self._starts, self._labels, self._boxes = self._objects(content, own, moved)
 
-    def __len__(self) -> int:
-        return len(self.image_ids)
+def _is_polygon(points: Any) -> bool:
+    """Whether it is [x, y, x, y, …] of three points or more."""
+    return isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and all(map(_finite, points))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        index = range(len(self))[index]
-        image = read_image(self.path(index))
-        height, width = image.shape[-2:]
-        self._warn_of_other_size(index, (height, width))
-        mine = slice(self._starts[index], self._starts[index + 1])
-        boxes, inside = _clipped(self._boxes[mine].astype(np.float64), np.array([[height, width]]))
-        x0, y0, x1, y1 = boxes[inside].T
-        centred = np.stack([(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height], 1)
-        target = Target(
-            labels=torch.from_numpy(self._labels[mine][inside].astype(np.int64)),
-            boxes=torch.from_numpy(centred.astype(np.float32)),
-            image_id=int(self.image_ids[index]),
-            original_size=(height, width),
-        )
-        return self.transform(image, target) if self.transform else (image, target)
 
-    @property
-    def sizes(self) -> np.ndarray:
-        """(len, 2) height and width of each image as its record has them; 1 where it does not."""
-        return np.maximum(self._sizes, 1)
+def whole(value: Any) -> bool:
+    """Whether it is a whole number of 64 bits; True is none."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
-    def path(self, index: int) -> Path:
-        """The file of one image."""
-        return self.image_folder / str(self._names[index])
 
-    @cached_property
-    def ground_truth(self) -> dict[str, Any]:
-        """The COCO dict for metrics: every record, crowds too, masks left out.
+def positive(value: Any) -> bool:
+    """Whether it is a whole number above 0."""
+    return whole(value) and value > 0
 
-        Repaired where metrics would stumble: annotation ids are numbered from 1, a missing `area` is that of the box, a
-        missing `iscrowd` is 0, a category that only groups others is dropped. Read from the file when first asked for,
-        so that a training set does not hold it.
-        """
-        content = self.source.read(self.categories)
-        own = read_categories(content, self.annotation_file)
-        ids = renumbered(own, self.categories, used_categories(content))
-        ids = ids or {category.id: category.id for category in own}
-        return {
-            **content,
-            "categories": [
-                {**category, "id": ids[category["id"]]} for category in content["categories"] if category["id"] in ids
-            ],
-            "annotations": [
-                {
-                    **{key: value for key, value in annotation.items() if key != "where"},
-                    "id": number,
-                    "category_id": ids[annotation["category_id"]],
-                    "area": area_of(annotation),
-                    "iscrowd": int(annotation.get("iscrowd") or 0),
-                }
-                for number, annotation in enumerate(content["annotations"], start=1)
-            ],
-        }
 
-    def fingerprint(self) -> str:
-        """Tells these annotations from others, wherever their folder lies."""
-        return content_hash(self.source, self.categories)
+def is_text(value: Any) -> bool:
+    """Whether it is a text that a file can hold: half of a surrogate pair is none."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What goes to a worker process: never the ground truth, which only the main one asks for.
-        return {key: value for key, value in self.__dict__.items() if key != "ground_truth"}
 
-    def _objects(
-        self, content: dict[str, Any], own: Sequence[Category], moved: dict[int, int]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Objects to train on, image by image: starts (images + 1,), labels (N,), boxes (N, 4) xyxy in pixels."""
-        records = content["annotations"]
-        images, categories, crowds, xywh = read_annotations(content, self.annotation_file, self.image_ids, own)
-        if moved:
-            categories = np.array([moved[number] for number in categories.tolist()], dtype=np.int64)
-        labels = self._labels_of(records, categories, own)
+def record_name(records: Sequence[Any], position: int) -> str:
+    """An annotation as error messages call it."""
+    record = records[position]
+    if isinstance(record, dict) and isinstance(record.get("where"), str):
+        return record["where"]  # of a set that was no COCO JSON
+    own = f" (id {brief(record['id'])})" if isinstance(record, dict) and "id" in record else ""
+    return f"annotations[{position}]{own}"
 
-        x, y, w, h = np.clip(xywh, -1e9, 1e9).T
-        # In reach of single precision, far beyond any image.
-        corners = np.clip(np.stack([x, y, x + w, y + h], axis=1), -1e7, 1e7)
-        inside = self._inside(corners, images)
-        lost = np.flatnonzero(~inside & ~crowds)
-        if len(lost):
-            first = int(lost[0])
-            log.warning(
-                "%s: %d of %d boxes have no area inside their image and are skipped in training; the first is %s of "
-                "image %r", self.annotation_file, len(lost), len(records), record_name(records, first),
-                str(self._names[images[first]]),
-            )  # fmt: skip
-        kept = np.flatnonzero(inside & ~crowds)
-        kept = kept[np.argsort(images[kept], kind="stable")]
-        starts = np.searchsorted(images[kept], np.arange(len(self.image_ids) + 1))
-        return starts, labels[kept].astype(np.int32), corners[kept].astype(np.float32)
 
-    def _inside(self, corners: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Which xyxy boxes (N, 4) have an area in their image. Where a record's size says no, the file itself is asked:
+def read_categories(content: dict[str, Any], path: Path) -> tuple[Category, ...]:
+    """Sorted by id, without an entry that has no objects and names only the group of the others (Roboflow's id 0)."""
+    records: dict[int, dict[str, Any]] = {}
+    for position, record in enumerate(content["categories"]):
+        place = f"{path}: categories[{position}]"
+        if not isinstance(record, dict) or not whole(record.get("id")) or not is_text(record.get("name")):
+            raise UserError(f"{place} needs a whole number 'id' and a text 'name'")
+        if record["id"] in records:
+            raise UserError(f"{place} ({record['name']!r}) has the id {record['id']} of another; give each its own")
+        records[record["id"]] = record
+    if not records:
+        raise UserError(f"{path}: 'categories' is empty; list the classes with their ids and names")
 
-        records of turned or resized pictures may have their old size, and the boxes the new one.
-        """
-        sizes = np.where(self._sizes > 0, self._sizes, 10**7)
-        _, inside = _clipped(corners, sizes[images])
-        _, anywhere = _clipped(corners, np.array([[10**7, 10**7]]))
-        for index in np.unique(images[anywhere & ~inside]).tolist():
-            with suppress(UserError):  # a file that cannot be read is named when it is to be used
-                sizes[index] = read_size(self.path(index))
-        return _clipped(corners, sizes[images])[1]
+    if only_groups(records, content["annotations"]):
+        del records[0]
+    return tuple(Category(id=key, name=records[key]["name"]) for key in sorted(records))
 
-    def _labels_of(self, records: Sequence[Any], ids: np.ndarray, own: Sequence[Category]) -> np.ndarray:
-        """Category ids (N,) to labels; a class that the model lacks is an error."""
-        known = np.array([category.id for category in self.categories], dtype=np.int64)
-        order = np.argsort(known)
-        place = np.minimum(np.searchsorted(known[order], ids), len(known) - 1)
-        unknown = np.flatnonzero(known[order][place] != ids)
-        if len(unknown):
-            first = int(unknown[0])
-            name = next(category.name for category in own if category.id == ids[first])
+
+def only_groups(records: dict[int, dict[str, Any]], annotations: Sequence[Any]) -> bool:
+    """Whether the category 0 has no objects and only names the group of all others."""
+    group = records.get(0)
+    others = [record for record in records.values() if record is not group]
+    if not group or not others or any(record.get("supercategory") != group["name"] for record in others):
+        return False
+    return not any(isinstance(record, dict) and record.get("category_id") == 0 for record in annotations)
+
+
+def used_categories(content: dict[str, Any]) -> set[int]:
+    """Ids of the categories that have objects."""
+    records: list[dict[str, Any]] = [record for record in content["annotations"] if isinstance(record, dict)]
+    return {record["category_id"] for record in records if whole(record.get("category_id"))}
+
+
+def read_images(content: dict[str, Any], path: Path) -> tuple[list[int], list[str], list[tuple[int, int]]]:
+    """Ids, file names and (height, width) of all images, 0 where a size is not given."""
+    if not content["images"]:
+        raise UserError(f"{path}: 'images' is empty; a set needs at least one image")
+    positions: dict[int, int] = {}
+    names: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    for position, record in enumerate(content["images"]):
+        place = f"{path}: images[{position}]"
+        if not isinstance(record, dict) or not whole(record.get("id")):
+            raise UserError(f"{place} needs a whole number 'id'")
+        number, name = record["id"], record.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{place} (id {number}) needs the 'file_name' of its image")
+        if number in positions:
             raise UserError(
-                f"{self.annotation_file}: {record_name(records, first)} has category {ids[first]} ({name!r}), which "
-                "the model does not know; use the set that the model was trained on, or one with its categories"
+                f"{place} ({name!r}) has the id {number} of images[{positions[number]}] "
+                f"({names[positions[number]]!r}); give each image its own id"
             )
-        return order[place]
-
-    def _warn_of_other_size(self, index: int, size: tuple[int, int]) -> None:
-        declared = tuple(self._sizes[index].tolist())
-        if min(declared) > 0 and declared != size and not getattr(self, "_warned_of_size", False):
-            self._warned_of_size = True
-            log.warning(
-                "%s: image %r is %d × %d pixels, upright, but its record says %d × %d; its boxes are taken in "
-                "pixels of the image as it is (more such images are not reported)",
-                self.annotation_file, str(self._names[index]), *size[::-1], *declared[::-1],
-            )  # fmt: skip
-
-
-def _clipped(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """xyxy boxes (N, 4) cut to their images' (height, width) (N, 2), and which of them (N,) keep an area."""
-    limits = sizes[:, [1, 0, 1, 0]]
-    cut = np.clip(boxes, 0, limits)
-    return cut, np.min(cut[:, 2:] - cut[:, :2], axis=1) >= MIN_SIDE
+        positions[number] = position
+        names.append(name)
+        height: Any = record.get("height")
+        width: Any = record.get("width")
+        sizes.append((height, width) if positive(height) and positive(width) else (0, 0))
+    for position, (other, differ) in records_of_one_file(content).items():
+        if differ:  # each would teach, and expect, that the other's objects are background
+            raise UserError(
+                f"{path}: images[{position}] names the file {names[position]!r} of images[{other}], and their objects "
+                "differ; merge the records, as deformable-detr check --fix does"
+            )
+    return list(positions), names, sizes
 
 
-def _warn_of_other_names(
-    own: Sequence[Category], wanted: Sequence[Category], moved: dict[int, int], path: Path
-) -> None:
-    names = {category.id: category.name for category in wanted}
-    first = next((category for category in own if moved.get(category.id, category.id) != category.id), None)
-    if first is not None:
-        log.warning(
-            "%s: the classes have other ids here than in the model, such as %r %d instead of %d; names decide",
-            path, first.name, first.id, moved[first.id],
-        )  # fmt: skip
-        return
-    for category in own:
-        if names.get(category.id, category.name) != category.name:
-            none = {other.name for other in own}.isdisjoint(names.values())
-            log.warning(
-                "%s: %scategory %d is %r here and %r in the model; ids decide, so the one counts as the other",
-                path, "no class is called as in the model: " if none else "",
-                category.id, category.name, names[category.id],
-            )  # fmt: skip
-            return
+def records_of_one_file(content: dict[str, Any]) -> dict[int, tuple[int, bool]]:
+    """Image records whose file an earlier one names: position → the earlier one's, and whether their objects differ."""
+    first: dict[str, int] = {}
+    again: dict[int, int] = {}
+    for position, record in enumerate(content["images"]):
+        name = record.get("file_name") if isinstance(record, dict) and whole(record.get("id")) else None
+        if isinstance(name, str) and (other := first.setdefault(name, position)) != position:
+            again[position] = other
+    objects: dict[int, set[str]] = {content["images"][one]["id"]: set() for pair in again.items() for one in pair}
+    for record in content["annotations"] if again else ():
+        if isinstance(record, dict) and whole(number := record.get("image_id")) and number in objects:
+            objects[number].add(repr((record.get("category_id"), record.get("bbox"))))
+
+    def of(position: int) -> set[str]:
+        return objects[content["images"][position]["id"]]
+
+    return {position: (other, of(position) != of(other)) for position, other in again.items()}
+
+
+def read_annotations(
+    content: dict[str, Any], path: Path, image_ids: np.ndarray, categories: Sequence[Category]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Every annotation, checked: image positions (N,), category ids (N,), crowds (N,) bool, boxes (N, 4) xywh."""
+    records = content["annotations"]
+    image_at = {number: position for position, number in enumerate(image_ids.tolist())}
+    known = {category.id for category in categories}
+    images, labels, crowds, boxes = [], [], [], []
+
+    def fail(position: int, what: str) -> NoReturn:
+        raise UserError(f"{path}: {record_name(records, position)} {what}")
+
+    for position, record in enumerate(records):
+        if not isinstance(record, dict):
+            fail(position, "is no object; export the annotations again")
+        image, category, crowd = record.get("image_id"), record.get("category_id"), record.get("iscrowd")
+        if not whole(image) or image not in image_at:
+            fail(
+                position,
+                f"has image_id {brief(image)}, which is not among the images; add the image or remove the record",
+            )
+        if not whole(category) or category not in known:
+            fail(position, f"has category_id {brief(category)}, which is not among the categories; add or change it")
+        if crowd not in (None, 0, 1):
+            fail(position, f"has iscrowd {brief(crowd)}; write 0 or 1")
+        box = record.get("bbox")
+        if not four_numbers(box):
+            fail(position, f"has bbox {brief(box)}; write four finite numbers, [x, y, width, height] in pixels")
+        images.append(image_at[image])
+        labels.append(category)
+        crowds.append(bool(crowd))
+        boxes.append(box)
+    return (
+        np.array(images, dtype=np.int64),
+        np.array(labels, dtype=np.int64),
+        np.array(crowds, dtype=bool),
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+    )
+
+
+def four_numbers(box: Any) -> bool:
+    """Whether it is a list of four finite numbers."""
+    return isinstance(box, list) and len(box) == 4 and all(_finite(value) for value in box)
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
+
+
+def area_of(annotation: dict[str, Any]) -> float:
+    """The record's area in square pixels; that of its box where it gives none."""
+    area: Any = annotation.get("area")
+    return area if _finite(area) else annotation["bbox"][2] * annotation["bbox"][3]

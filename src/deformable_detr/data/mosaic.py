@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..structures import Target
-from .coco import CocoDataset
+from .dataset import CocoDataset
 from .transforms import MIN_SIDE
 
 FILL = 114  # grey level of what no image covers

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
 from ..structures import Category
-from .layouts import ALIASES, is_hidden, is_image, label_file, names_other_split, refuse_unreadable, split_aliases
-from .sources import Complain, ids_by_name, ignore, refuse
+from ..utils.errors import UserError
+from .discovery import ALIASES, is_hidden, is_image, label_file, names_other_split, refuse_unreadable, split_aliases
+from .problems import Complain, ids_by_name, ignore, refuse
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NoReturn
 
 import yaml
 
-from ..errors import UserError
 from ..structures import Category
-from .images import read_size
-from .layouts import (
+from ..utils.errors import UserError
+from ..utils.images import read_size
+from .discovery import (
     ALIASES,
     is_hidden,
     is_image,
@@ -27,7 +27,7 @@ from .layouts import (
     split_aliases,
     unreadable,
 )
-from .sources import Complain, ids_by_name, refuse
+from .problems import Complain, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASSES = ("classes.txt", "labels/classes.txt", "obj.names")  # of Label Studio, LabelImg and CVAT: a name a line

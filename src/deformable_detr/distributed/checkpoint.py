@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..errors import UserError
-from ..weights.files import checksum, refuse_changed
+from ..utils.errors import UserError
+from ..utils.files import checksum, refuse_changed
 
 if TYPE_CHECKING:
-    from .world import World
+    from .context import World
 
 Groups = dict[str, dict[str, Tensor]]
 CHECKSUMS = "checksums.json"  # of the files of a checkpoint's parts, SHA-256

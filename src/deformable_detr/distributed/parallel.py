@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .world import World
+from .context import World
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule

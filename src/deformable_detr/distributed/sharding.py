@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from .world import World
+from .context import World
 
 
 def shard(unit: nn.Module, world: World) -> None:

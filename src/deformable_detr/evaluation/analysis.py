@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .coco import AREAS, MAX_DETECTIONS, Counted, figures, mean, tables
+from .metrics import AREAS, MAX_DETECTIONS, Counted, figures, mean, tables
 
 MATCH = 0.5  # least IoU of a match, wherever there is one threshold only
 BACKGROUND = 0.1  # TIDE: detections that overlap no object more than this are background

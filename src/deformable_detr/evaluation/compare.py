@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import DataConfig
-from ..training.failures import machine_failures
-from .run import Evaluated, dataset_for, detect_dataset
+from ..config.schema import DataConfig
+from ..utils.failures import machine_failures
+from .evaluator import Evaluated, dataset_for, detect_dataset
 
 
 def evaluate_models(
@@ -29,7 +29,7 @@ def evaluate_models(
     The name is the last part of the path that tells the models apart. What is wrong with any of them is said before the
     first is evaluated.
     """
-    from ..inference.loading import load_detector
+    from ..detector import load_detector
 
     detectors = [load_detector(model, device, precision) for model in models]
     sets = [dataset_for(detector, data, split, data_config) for detector in detectors]

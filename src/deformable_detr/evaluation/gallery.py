@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from ..data.coco import CocoDataset
+    from ..data.dataset import CocoDataset
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Gallery:
             log.warning("the gallery in %s was not written: %s", self.folder, error.strerror or error)
 
     def _add(self, dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> None:
-        from ..training.checkpoint import write_text
+        from ..utils.files import replace_text
 
         places = np.unique(
             np.linspace(0, len(dataset) - 1, min(MOST_IMAGES, len(dataset))).round().astype(int)
@@ -48,7 +48,7 @@ class Gallery:
         described = self.folder / "images.json"
         if _ids(described) != identities:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(described, json.dumps(_describe(dataset, places, identities), ensure_ascii=False))
+            replace_text(described, json.dumps(_describe(dataset, places, identities), ensure_ascii=False))
         labels = {category.id: label for label, category in enumerate(dataset.categories)}
         found: dict[int, list[list[float]]] = defaultdict(list)
         wanted = set(identities)
@@ -94,8 +94,8 @@ def _describe(dataset: CocoDataset, places: Sequence[int], identities: Sequence[
     """The images with their objects: [x, y, w, h, label], crowds left out."""
     from PIL import Image
 
-    from ..data.images import read_image
-    from ..webpage import picture
+    from ..utils.images import read_image
+    from ..visualize.web.html import picture
 
     labels = {category.id: label for label, category in enumerate(dataset.categories)}
     objects: dict[int, list[list[float]]] = {identity: [] for identity in identities}

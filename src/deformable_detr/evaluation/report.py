@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.images import read_image
-from ..errors import UserError
-from ..outputs import write_text
-from ..webpage import fill, picture
+from ..utils.errors import UserError
+from ..utils.files import write_text
+from ..utils.images import read_image
+from ..visualize.web.html import fill, picture
 from .analysis import Statuses, analyse, match
-from .coco import Counted
-from .run import Evaluated
+from .evaluator import Evaluated
+from .metrics import Counted
 
 MOST_PICTURES = 16
 LONGEST_SIDE = 640  # of a picture in the page, in pixels
@@ -59,7 +59,7 @@ def report(evaluated: Sequence[tuple[str, Evaluated]], data: str, split: str) ->
     }
     title = f"Evaluation of {content['title']}"
     scripts = ["charts.js", "report.js"]
-    return fill("deformable_detr.evaluation.pages", "report.html", title, content, ["style.css"], scripts)
+    return fill("deformable_detr.visualize.web", "report.html", title, content, ["style.css"], scripts)
 
 
 def _pictures(evaluated: Sequence[Evaluated], models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

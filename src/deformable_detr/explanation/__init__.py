@@ -1,7 +1,7 @@
 """Explanations: where a model looked, as arrays, pictures and a page."""
 
 from .explain import explain
-from .looks import DecoderLook, DetectionExplanation, EncoderLook, Explanation, PointExplanation, attention_share
+from .results import DecoderLook, DetectionExplanation, EncoderLook, Explanation, PointExplanation, attention_share
 from .trace import Trace, trace
 
 __all__ = [

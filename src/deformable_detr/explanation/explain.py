@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from typing import Any, overload
 
-from ..errors import UserError
-from ..model.detector import DeformableDETR
-from .looks import DetectionExplanation, PointExplanation
+from ..model.network import DeformableDETRNetwork
+from ..utils.errors import UserError
+from .results import DetectionExplanation, PointExplanation
 from .trace import trace
 
 
 @overload
 def explain(
-    model: DeformableDETR, image: Any, detection: int | None = ..., *, threshold: float = ..., top_k: int = ...
+    model: DeformableDETRNetwork, image: Any, detection: int | None = ..., *, threshold: float = ..., top_k: int = ...
 ) -> DetectionExplanation: ...
 
 
 @overload
 def explain(
-    model: DeformableDETR, image: Any, *, point: tuple[float, float], threshold: float = ..., top_k: int = ...
+    model: DeformableDETRNetwork, image: Any, *, point: tuple[float, float], threshold: float = ..., top_k: int = ...
 ) -> PointExplanation: ...
 
 
 def explain(
-    model: DeformableDETR,
+    model: DeformableDETRNetwork,
     image: Any,
     detection: int | None = None,
     *,

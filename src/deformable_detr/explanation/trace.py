@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..data.batching import collate
-from ..data.images import read_image
+from ..config.schema import ModelConfig
+from ..data.dataloader import collate
 from ..data.transforms import resize
-from ..errors import UserError
-from ..inference.postprocess import detections_of, select
-from ..inference.predictor import evaluating, model_categories
-from ..model.detector import DeformableDETR
+from ..model.network import DeformableDETRNetwork
+from ..model.postprocess import detections_of, select
+from ..predict.predictor import evaluating, model_categories
 from ..structures import Detections, Target
-from .looks import DecoderLook, DetectionExplanation, EncoderLook, PointExplanation
+from ..utils.errors import UserError
+from ..utils.images import read_image
+from .results import DecoderLook, DetectionExplanation, EncoderLook, PointExplanation
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,7 +130,7 @@ class Trace:
 
 
 def trace(
-    model: DeformableDETR,
+    model: DeformableDETRNetwork,
     image: Any,
     threshold: float = 0.5,
     top_k: int = 100,

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim, ExportedProgram
 
-from ..errors import UserError
-from ..inference.postprocess import best_pairs, inside
-from ..model.detector import DeformableDETR
+from ..detector import DeformableDETR
+from ..model.postprocess import best_pairs, inside
 from ..ops import use_backend
-from ..optimisation.folding import stripped
-from .folding import open_same_padding
+from ..runtimes.fused.folding import stripped
+from ..utils.errors import UserError, first_line
+from .padding import open_same_padding
 
 Sampling = Literal["grid_sample", "gather"]
 INPUTS = ("pixels", "padding_mask", "original_sizes")
@@ -88,7 +88,7 @@ def trace(graph: InferenceGraph, image_size: tuple[int, int] | None, sampling: S
         with use_backend(plain), _tracing(), torch.no_grad():
             return torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
     except (RuntimeError, ValueError, TypeError, TorchDynamoException) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        line = first_line(error, 300)
         raise UserError(
             f"a model with backbone '{graph.model.config.backbone}' cannot be exported"
             f"{' with open sizes; try --image-size H,W' if image_size is None else ''}: {line}"

@@ -13,12 +13,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..config import DataConfig
-from ..inference.predictor import model_categories
-from .formats import need
+from ..config.schema import DataConfig
+from ..predict.predictor import model_categories
+from ..runtimes.detector import fitted
+from ..runtimes.metadata import Described
+from ..utils.packages import need
 from .graph import INPUTS
-from .metadata import Described
-from .runtime import fitted
 
 IMAGES = 200  # of the training split, at most
 # Modules whose convolutions and products are in int8, the fastest choice first. All else stays in fp32: the backbone's
@@ -42,7 +42,7 @@ class Calibration:
     """
 
     def __init__(self, described: Described, data: str | os.PathLike[str], most: int = IMAGES) -> None:
-        from ..data.coco import open_dataset
+        from ..data.dataset import open_dataset
         from ..data.transforms import evaluation
 
         config = described.config
@@ -57,7 +57,7 @@ class Calibration:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        from ..data.batching import collate
+        from ..data.dataloader import collate
 
         for number in range(self.count):
             batch, _ = collate([self.dataset[number * len(self.dataset) // self.count]])

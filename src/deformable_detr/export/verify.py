@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..inference.postprocess import best_pairs, inside
-from ..model.detector import DeformableDETR
+from ..detector import DeformableDETR
+from ..model.postprocess import best_pairs, inside
+from ..runtimes.detector import ExportedDetector
+from ..utils.errors import UserError
 from .graph import TOP_K
-from .runtime import ExportedDetector
 
 LOGITS, BOXES = 1e-3, 1e-4  # greatest differences of an fp32 file
 ATTEMPTS = 20

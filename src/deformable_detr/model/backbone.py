@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from ..errors import UserError
+from ..config.schema import ModelConfig
+from ..utils.errors import UserError, first_line
+from ..utils.packages import quiet_loggers
 from .frozen_norm import frozen
 from .resnet import ResNet
 
@@ -131,7 +131,7 @@ def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[
         stages = probe.feature_info.info
     except (RuntimeError, AttributeError, TypeError, NotImplementedError, AssertionError) as error:
         what = "dilated feature maps (DC5)" if config.dilation else "feature maps"
-        raise UserError(f"backbone '{name}' gives no {what}: {_line(error)}") from None
+        raise UserError(f"backbone '{name}' gives no {what}: {first_line(error)}") from None
     last = max(stage["reduction"] for stage in stages)
     wanted = (last,) if len(strides) == 1 else strides
     by_stride = {stage["reduction"]: index for index, stage in enumerate(stages)}  # the deepest of each stride
@@ -142,11 +142,11 @@ def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[
         return timm.create_model(name, **options), stages
     if source == "hub":
         try:
-            with _quiet():
+            with quiet_loggers("timm", "huggingface_hub"):
                 return timm.create_model(name, pretrained=True, **options), stages
         except Exception as error:  # whatever the hub's client, the network or the file raise
             raise UserError(
-                f"weights of backbone '{name}' could not be fetched ({_line(error).split('. ')[0]}); "
+                f"weights of backbone '{name}' could not be fetched ({first_line(error).split('. ')[0]}); "
                 "give --backbone-weights PATH (safetensors in timm's names) or none"
             ) from None
     return _from_file(name, Path(source), options), stages
@@ -159,10 +159,10 @@ def _from_file(name: str, path: Path, options: dict[str, Any]) -> Any:
         raise UserError(f"backbone weights {path}: no such file")
     fresh = timm.create_model(name, **options).state_dict()
     try:
-        with _quiet():
+        with quiet_loggers("timm", "huggingface_hub"):
             body = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **options)
     except Exception as error:  # whatever the reader of the file raises: it is the file that is wrong
-        raise UserError(f"backbone weights {path} are not those of timm's '{name}': {_line(error)}") from None
+        raise UserError(f"backbone weights {path} are not those of timm's '{name}': {first_line(error)}") from None
     # timm loads feature extractors leniently: a file of another model would leave the random start in place.
     missed = [key for key, value in body.state_dict().items() if value.ndim > 1 and torch.equal(value, fresh[key])]
     if missed:
@@ -185,21 +185,3 @@ def _freeze_stages(body: nn.Module, stages: list[dict], count: int, name: str) -
     for module_name in names[: max(ends) + 1]:
         for parameter in body.get_submodule(module_name).parameters(recurse=False):
             parameter.requires_grad_(False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of timm and the hub's client about classifier weights left over and attempts repeated."""
-    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

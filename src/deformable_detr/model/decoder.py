@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
-from ..config import ModelConfig
+from ..config.schema import ModelConfig
 from .attention import AttentionDetails, DeformableAttention
-from .heads import Heads, refined_boxes
+from .geometry import refined_boxes
+from .heads import Heads
 from .layers import MLP, Dropout, FeedForward
-from .position import box_encoding
+from .position_encoding import box_encoding
 
 
 class DecoderOutput(NamedTuple):

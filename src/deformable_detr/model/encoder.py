@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
-from ..config import ModelConfig
+from ..config.schema import ModelConfig
 from .attention import AttentionDetails, DeformableAttention
+from .geometry import pixel_centres
 from .layers import Dropout, FeedForward
 
 
@@ -76,19 +76,3 @@ class Encoder(nn.Module):
                 tokens, details = layer(*inputs)
             every.append(details)
         return self.norm(tokens), [details for details in every if details is not None]
-
-
-def pixel_centres(spatial_shapes: ops.Shapes, valid_ratios: Tensor) -> Tensor:
-    """Centre of each token's pixel, (x, y) in 0..1 of the unpadded image (beyond 1 in the padding): (B, S, 2).
-
-    valid_ratios: (B, L, 2), the unpadded part (width, height) of each level's map.
-    """
-    centres = []
-    for level, (h, w) in enumerate(spatial_shapes):
-        # Divided by the unpadded pixels as a whole number: proposals at exactly 1% of the image depend on it.
-        width, height = (valid_ratios[:, level, :1] * w).round(), (valid_ratios[:, level, 1:] * h).round()  # (B, 1)
-        y = (torch.arange(h, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / height  # (B, h)
-        x = (torch.arange(w, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5) / width  # (B, w)
-        grid = torch.stack((x[:, None].expand(-1, h, -1), y[:, :, None].expand(-1, -1, w)), dim=-1)
-        centres.append(grid.flatten(1, 2))
-    return torch.cat(centres, dim=1)

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from .layers import MLP, inverse_sigmoid
+from ..config.schema import ModelConfig
+from .layers import MLP
 
 
 class Heads(nn.Module):
@@ -43,14 +43,3 @@ class Heads(nn.Module):
         logits, deltas = self.classes[index](x), self.boxes[index](x)
         precision = torch.promote_types(logits.dtype, torch.float32)
         return logits.to(precision), deltas.to(precision)
-
-
-def refined_boxes(deltas: Tensor, reference_points: Tensor) -> Tensor:
-    """Boxes (…, 4) cxcywh in 0..1 from deltas in logit space and what they start from (equation in appendix A.4).
-
-    reference_points: (…, 2) points, to which only the centre is relative, or (…, 4) boxes.
-    """
-    start = inverse_sigmoid(reference_points)
-    if start.shape[-1] == 2:
-        return torch.cat((deltas[..., :2] + start, deltas[..., 2:]), dim=-1).sigmoid()
-    return (deltas + start).sigmoid()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..config import ResNetShape
+from ..config.schema import ResNetShape
 from .layers import ACTIVATIONS
 
 

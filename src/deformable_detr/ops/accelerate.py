@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .dispatch import sample_and_sum
 
 SUPPORTED = (

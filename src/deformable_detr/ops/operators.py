@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import embedding_bag, plain_gradients, reference, triton_backend
+from . import embedding_bag, reference, reference_backward, triton_backend
 from .native import library
 
 logger = logging.getLogger("deformable_detr.ops")
@@ -94,7 +94,7 @@ def _backward(
     reference_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     fast = _fast(value.device.type)
-    run = plain_gradients.backward if fast is None else fast.backward
+    run = reference_backward.backward if fast is None else fast.backward
     return run(grad_output, value, shapes, points, offsets, logits, reference_gradient)
 
 

@@ -6,11 +6,12 @@ import difflib
 import os
 from typing import Any
 
-from ..config import Config, DataConfig, ModelConfig, TrainConfig
-from ..errors import UserError
-from ..settings import resolve
-from .loop import train_model
-from .run_folder import run_config
+from ..config.resolve import resolve
+from ..config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from ..utils.errors import UserError
+from ..weights.finetune import starting_config
+from .run_dir import run_config
+from .trainer import train_model
 
 _SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
 
@@ -46,7 +47,9 @@ def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, setti
     base = (
         run_config(out)
         if resume
-        else resolve(preset, options={"train.weights": values.get("train", {}).get("weights")})
+        else resolve(
+            preset, options={"train.weights": values.get("train", {}).get("weights")}, config_of_weights=starting_config
+        )
     )
     return base.merged(values, "train()")
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..weights.files import checksum, refuse_changed, replace_file
+from ..utils.errors import UserError
+from ..utils.files import checksum, refuse_changed, replace_text
 
 KEPT = 2  # generations in a folder: the last, and the one before to fall back to
 _FORMAT = "deformable-detr-checkpoint"
@@ -51,7 +51,7 @@ def save_checkpoint(
             _write_tensors(path, values)
             files[group] = {"name": path.name, "sha256": checksum(path)}
         _sync(folder)
-        write_text(folder / f"state-{serial}.json", _to_json({"files": files, "state": dict(state)}))
+        replace_text(folder / f"state-{serial}.json", _to_json({"files": files, "state": dict(state)}))
         _sync(folder)
     except OSError as error:
         for path in written:
@@ -68,7 +68,7 @@ def update_state(folder: Path, state: Mapping[str, Any]) -> None:
     path = _latest(folder)
     document = {**_read(path), "state": dict(state)}
     try:
-        write_text(path, _to_json(document))
+        replace_text(path, _to_json(document))
     except OSError as error:
         raise _not_written(folder, error) from None
 
@@ -106,11 +106,6 @@ def load_checkpoint(source: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
 def load_state(path: Path) -> dict[str, Any]:
     """The state alone, of one of `generations`; a `UserError` names a damaged file."""
     return _read(path)["state"]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file at once by one with this text, flushed to the disk."""
-    replace_file(path, lambda temporary: temporary.write_bytes(text.encode()))  # the same bytes on all systems
 
 
 def share_as_folder(path: Path, folder: Path | None = None) -> None:

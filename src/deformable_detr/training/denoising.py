@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..config import TrainConfig
+from ..config.schema import TrainConfig
 from ..model.decoder import ExtraQueries
 from ..structures import Target
 from .matcher import Matches

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..errors import UserError
-from .checkpoint import write_text
+from ..utils.errors import UserError
+from ..utils.files import replace_text
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class MetricsLog:
         self._path = path = folder / "metrics.jsonl"
         try:
             if path.exists():
-                write_text(path, "".join(_lines_until(path, step, step if evaluated is None else evaluated)))
+                replace_text(path, "".join(_lines_until(path, step, step if evaluated is None else evaluated)))
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         except OSError as error:
@@ -60,7 +60,7 @@ class MetricsLog:
             self._write_page()
 
     def _write_page(self) -> None:
-        from ..evaluation.curves import write_training_page
+        from ..evaluation.training_page import write_training_page
 
         try:
             write_training_page(self._folder)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import TrainConfig
+from ..config.schema import TrainConfig
+from ..model.box_ops import generalised_iou, in_float32
 from ..structures import Target
-from .boxes import generalised_iou, in_float32
 
 # Stands for a cost that is not finite: a matching then exists, and the loss of it is not finite either.
 _WORST_COST = 1e6

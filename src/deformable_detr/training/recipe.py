@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..config import Config
+from ..config.schema import Config
 
 # Small sets are seen more often, but fewer images in all; a large one takes its 12 epochs, as DETRs do on COCO.
 _EPOCHS_AT, _IMAGES_AT = 30, 300

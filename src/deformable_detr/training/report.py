@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..config import TrainConfig
+from ..config.schema import TrainConfig
 from .log import MetricsLog, Progress, duration
 from .step import StepFigures
 

@@ -13,30 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import TrainConfig
+from ..config.schema import TrainConfig
+from ..distributed.context import World
 from ..distributed.parallel import gradients, parallelise, touch
-from ..distributed.world import World
-from ..errors import UserError
 from ..structures import ImageBatch, Target
-from .average import average_of
+from ..utils.errors import UserError
+from .criterion import DetectionLoss, Losses
 from .denoising import Denoising, Noise
-from .losses import DetectionLoss, Losses
+from .ema import average_of
 from .matcher import Matches
-from .optimiser import (
+from .optimizer import (
     blank_optimiser_tensors,
     build_optimiser,
     load_optimiser_tensors,
     optimiser_tensors,
     set_learning_rate,
 )
-from .stopping import NonFiniteLoss
+from .signals import NonFiniteLoss
 from .totals import Batch, Totals, combined, own_figures
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+    from ..detector import DeformableDETR
     from ..distributed.sharding import ShardedAverage
-    from ..model.detector import DeformableDETR
 
 _OVERFLOWS = 50  # steps in a row that fp16 may lose to overflow while its scale settles
 

@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from ..config import ModelConfig
-from ..errors import UserError
-from ..model.detector import DeformableDETR
-from . import folder, official, repository, verify
-from .card import Facts, card_writer
-from .files import write_files
+from ..config.schema import ModelConfig
+from ..model.network import DeformableDETRNetwork
+from ..utils.errors import UserError
+from ..utils.files import write_files
+from . import native, official_format, transformers_format, verify
 from .image_processor import PREPROCESSOR
-from .source import load
+from .load import load
+from .model_card import Facts, card_writer
 
 Format = Literal["ours", "transformers", "official"]
 _FILES = {
-    "ours": (folder.CONFIG, folder.WEIGHTS),
-    "transformers": (repository.CONFIG, PREPROCESSOR, "model.safetensors"),
-    "official": (official.FILE,),
+    "ours": (native.CONFIG, native.WEIGHTS),
+    "transformers": (transformers_format.CONFIG, PREPROCESSOR, "model.safetensors"),
+    "official": (official_format.FILE,),
 }
 
 
@@ -49,7 +49,7 @@ def convert(source: str | os.PathLike[str], to: Format, out: str | os.PathLike[s
     return notes(model, to, target, tried)
 
 
-def write(model: DeformableDETR, to: Format, target: Path, facts: Facts | None = None) -> bool:
+def write(model: DeformableDETRNetwork, to: Format, target: Path, facts: Facts | None = None) -> bool:
     """Writes a model into a folder in a format, with a model card. Raises UserError as `convert` does.
 
     What is written is read back, and for transformers run there beside the model, before it is put in place. Returns
@@ -57,17 +57,19 @@ def write(model: DeformableDETR, to: Format, target: Path, facts: Facts | None =
     """
     facts = facts or Facts(library="transformers" if to == "transformers" else "deformable-detr")
     if to == "ours":
-        folder.save(model, target, facts)
+        native.save(model, target, facts)
         return False
     tried = False
     with _staged(target) as made:
         if to == "transformers":
-            repository.save(model, made)
-            verify.same_when_read(model, repository.load(made)[1], made / "model.safetensors")
+            transformers_format.save(model, made)
+            verify.same_when_read(model, transformers_format.load(made)[1], made / "model.safetensors")
             tried = verify.same_in_transformers(model, made)
         else:
-            official.save(model, made)
-            verify.same_when_read(model, official.load(made / official.FILE)[1], made / official.FILE)
+            official_format.save(model, made)
+            verify.same_when_read(
+                model, official_format.load(made / official_format.FILE)[1], made / official_format.FILE
+            )
     write_files(target, card_writer(target, model.config, facts))
     return tried
 
@@ -75,7 +77,7 @@ def write(model: DeformableDETR, to: Format, target: Path, facts: Facts | None =
 def not_convertible(config: ModelConfig) -> str | None:
     """One line for whoever is about to train a network that transformers has no place for; none for the others."""
     try:
-        repository.check_parts(config)
+        transformers_format.check_parts(config)
     except UserError:
         return "note: transformers has no place for this network; --preset small-portable can be converted to it"
     return None
@@ -101,7 +103,7 @@ def _staged(target: Path) -> Iterator[Path]:
             target.rmdir()
 
 
-def notes(model: DeformableDETR, to: Format, target: Path, tried: bool) -> list[str]:
+def notes(model: DeformableDETRNetwork, to: Format, target: Path, tried: bool) -> list[str]:
     """Lines for the user: where the model is, how to load it, and what the format has no place for."""
     if to == "ours":
         return [f"the model is in {target}: DeformableDETR.from_pretrained({str(target)!r})"]
@@ -117,7 +119,10 @@ def notes(model: DeformableDETR, to: Format, target: Path, tried: bool) -> list[
             else "read back and equal; not run in transformers, which is not installed"
         )
         return [f"the model is in {target}: AutoModelForObjectDetection.from_pretrained({str(target)!r})", how, *sizes]
-    lines = [f"the model is in {target / official.FILE}: main.py --resume {target / official.FILE}", *sizes]
+    lines = [
+        f"the model is in {target / official_format.FILE}: main.py --resume {target / official_format.FILE}",
+        *sizes,
+    ]
     if model.config.num_classes != 91:
         lines.append(
             f"note: build() of the official code counts on 91 classes for COCO; set num_classes = "

@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
-import json
 import os
 import pickle
-import stat
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..utils.errors import UserError, first_line
+from ..utils.files import read_json
 
-_MOST_JSON = 100 * 2**20  # bytes; the index of a model in a thousand shards has a few millions
 _WRAPPED = ("model", "state_dict", "model_state_dict", "ema", "model_ema", "ema_state_dict", "state_dict_ema", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. Raises UserError where it is missing or holds anything else."""
-    try:
-        if path.stat().st_size > _MOST_JSON:
-            raise UserError(f"{path} has {path.stat().st_size >> 20} MiB: no config or index is as large")
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return values
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -53,7 +34,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError, OverflowError,
         MemoryError,
     ) as error:  # fmt: skip
-        raise UserError(f"{path} is broken or no safetensors file: {_line(error)}") from None
+        raise UserError(f"{path} is broken or no safetensors file: {first_line(error)}") from None
 
 
 def read_pickle(path: Path, classes: tuple[type, ...] = (argparse.Namespace,)) -> Any:
@@ -75,9 +56,9 @@ def read_pickle(path: Path, classes: tuple[type, ...] = (argparse.Namespace,)) -
                 f"{path} is refused: it holds more than tensors and settings ({_forbidden(error)}), "
                 "and reading that would run code of whoever wrote the file"
             ) from None
-        raise UserError(f"{path} is broken or no PyTorch checkpoint: {_line(error)}") from None
+        raise UserError(f"{path} is broken or no PyTorch checkpoint: {first_line(error)}") from None
     except Exception as error:  # damage shows as anything at all; whatever is raised, it is the file that is wrong
-        raise UserError(f"{path} is broken or no PyTorch checkpoint: {_line(error)}") from None
+        raise UserError(f"{path} is broken or no PyTorch checkpoint: {first_line(error)}") from None
 
 
 def _refuse_unreadable(path: Path) -> None:
@@ -175,83 +156,6 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors_only(unwrapped(values) if isinstance(values, Mapping) else values, path), {}
 
 
-def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """Writes each file of a folder by its function, whole or not at all. Raises UserError where that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, write in files.items():
-            replace_file(folder / name, write)
-    except OSError as error:
-        raise UserError(f"folder {folder} cannot be written: {error.strerror or error}") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # what it raises for a full disk
-            raise
-        raise UserError(f"folder {folder} cannot be written: {_line(error)}") from None
-
-
-def temporary_file(path: Path) -> Path:
-    """A hidden name beside `path`, this process's own, and no longer than names may be."""
-    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    return path.with_name(f".{name}.{os.getpid()}.tmp")
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def refuse_changed(path: Path, expected: str) -> None:
-    """Raises UserError where a checkpoint's file cannot be read, or its SHA-256 is not the expected one."""
-    try:
-        found = checksum(path)
-    except OSError as error:
-        raise UserError(f"checkpoint file {path} cannot be read: {error.strerror or error}") from None
-    if found != expected:
-        raise UserError(f"checkpoint file {path} is damaged (its checksum is wrong)")
-
-
-def is_stream(path: Path) -> bool:
-    """Whether it is there and no regular file nor folder, or this process's own input or output."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    own = str(path).startswith(("/dev/fd/", "/dev/std", "/proc/"))
-    return own or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it in place: never half a file.
-
-    A link stays one: what it names is replaced. A device or a pipe stays too and is written to.
-    """
-    if is_stream(path):
-        with tempfile.TemporaryDirectory() as folder:
-            write(whole := Path(folder, path.name))
-            with open(path, "ab") as stream:
-                stream.write(whole.read_bytes())
-        return
-    path = Path(os.path.realpath(path))
-    temporary = temporary_file(path)
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would make it private
-        write(temporary)
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def json_text(values: Mapping[str, Any]) -> Callable[[Path], object]:
-    """A writer of `values` as JSON, for `write_files`."""
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    return lambda path: path.write_text(text, encoding="utf-8")
-
-
 def _forbidden(error: Exception) -> str:
     words = str(error).replace("`", " ").split()
     dotted = [word.strip(".,:'\"()") for word in words if "." in word.strip(".,:'\"()") and "/" not in word]
@@ -259,7 +163,3 @@ def _forbidden(error: Exception) -> str:
         word for word in dotted if not word.startswith(("torch.serialization", "torch.load", "2.", "weights_only"))
     ]
     return names[0] if names else "an object of another program"
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -7,16 +7,16 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import UserError
-from ..model.detector import DeformableDETR
-from .card import Facts
+from ..model.network import DeformableDETRNetwork
+from ..utils.errors import UserError, first_line
 from .convert import Format, write
+from .model_card import Facts
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def push(
-    model: DeformableDETR,
+    model: DeformableDETRNetwork,
     repository: str,
     to: Format = "ours",
     private: bool = False,
@@ -41,6 +41,6 @@ def push(
             api.create_repo(repository, private=private, exist_ok=True)
             address = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Deformable DETR")
         except Exception as error:  # whatever the hub's client or the network raise
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            line = first_line(error)
             raise UserError(f"hub repository {repository}: {line}") from None
     return str(address)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import ModelConfig
-from ..errors import UserError
+from ..config.schema import ModelConfig
 from ..model.backbone import pixel_statistics
-from .files import read_json
+from ..utils.errors import UserError
+from ..utils.files import read_json
 
 PREPROCESSOR = "preprocessor_config.json"
 _LONGEST = 2**15

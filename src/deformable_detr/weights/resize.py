@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config.schema import ModelConfig
 from ..model.backbone import STRIDES
-from ..model.detector import DeformableDETR
+from ..model.network import DeformableDETRNetwork
 
 _ATTENTION = re.compile(r"(encoder|decoder)\.layers\.\d+\.\w+_attn\.(sampling_offsets|attention_weights)\.")
 _QUERIES = ("query_embedding.weight", "proposals.query_embedding.weight")
@@ -26,7 +26,7 @@ def level_strides(config: ModelConfig) -> list[int]:
 
 
 def resized(
-    state: Mapping[str, Tensor], config: ModelConfig, model: DeformableDETR
+    state: Mapping[str, Tensor], config: ModelConfig, model: DeformableDETRNetwork
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a model with `config` in the shapes of `model`, whose own values fill what the source does not have.
 

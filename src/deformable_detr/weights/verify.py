@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..errors import UserError
-from ..model.detector import DeformableDETR
+from ..config.schema import ModelConfig
+from ..model.network import DeformableDETRNetwork
+from ..utils.errors import UserError, first_line
 from .resize import level_strides
 
 _TOLERANCE = 1e-6  # of logits and boxes in float64, where the two implementations differ by 1e-10 at most
 
 
-def same_when_read(model: DeformableDETR, state: dict[str, Tensor], what: Path) -> None:
+def same_when_read(model: DeformableDETRNetwork, state: dict[str, Tensor], what: Path) -> None:
     """That every tensor read back from a written file is the model's, to the bit. Raises UserError."""
     own = model.state_dict()
     differ = sorted(own.keys() ^ state.keys()) or [
@@ -31,7 +31,7 @@ def same_when_read(model: DeformableDETR, state: dict[str, Tensor], what: Path) 
         raise UserError(f"refused: {what.name} reads back with another {differ[0]} than the model has")
 
 
-def same_in_transformers(model: DeformableDETR, folder: Path) -> bool:
+def same_in_transformers(model: DeformableDETRNetwork, folder: Path) -> bool:
     """That transformers makes the same logits and boxes of random images, two sizes on one canvas, in float64.
 
     folder: the repository. Returns False where transformers is not installed, so that nothing was shown.
@@ -51,7 +51,7 @@ def same_in_transformers(model: DeformableDETR, folder: Path) -> bool:
             there = theirs.double().eval()(pixels, pixel_mask=(~mask).long())
             here = ours(pixels, mask)
     except Exception as error:  # whatever another library's model raises
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        line = first_line(error)
         raise UserError(f"refused: transformers {transformers.__version__} cannot run this model: {line}") from None
     unused = [name for names in report.values() for name in (names or ())]
     if unused:

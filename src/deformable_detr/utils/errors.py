@@ -1,0 +1,13 @@
+"""The one exception for mistakes that a user can mend."""
+
+
+class UserError(Exception):
+    """A mistake in the user's input: its message is one line that names the file, record or option, and the mend.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def first_line(error: object, limit: int = 200) -> str:
+    """Return the first line of an error's message, cut to `limit` characters; its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

@@ -1,0 +1,107 @@
+"""The command `explain`: the file that the ending asks for, the figures, and one line for every mistake."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from deformable_detr.cli import main
+from deformable_detr.explanation import trace
+from tests.support.explanations import picture, random_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("explain")
+    random_model(two_stage=True, refine=True).save_pretrained(folder / "model")
+    Image.fromarray(picture(67, 101).permute(1, 2, 0).numpy()).save(folder / "image.png")
+    (folder / "file").touch()
+    return folder
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+
+    def call(text):
+        capsys.readouterr()
+        try:
+            main(["explain", *text.split(), "--device", "cpu"])
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+def test_the_best_detection_unless_told_otherwise(run, place):
+    code, out, err = run("model image.png --threshold 0 --json raw.json")
+    assert (code, err) == (0, "")
+    assert Image.open(place / "image-explained.png").format == "PNG"
+    raw = json.loads((place / "raw.json").read_text())
+    found = trace(random_model(two_stage=True, refine=True), place / "image.png", 0.0).detection(0)
+    torch.testing.assert_close(torch.tensor(raw["layers"][-1]["locations"]), found.looks[-1].locations)
+    first, last = found.shares_inside().tolist()
+    assert raw["layers"][0]["share_inside_box"] == pytest.approx(first)
+    assert f"inside the detected box: first decoder layer {first:.1%}, last {last:.1%}" in out
+    assert "detection 1 of 18" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file", "start"),
+    [
+        ("--detection 3 --layer 2 --out new/one.png", "new/one.png", b"\x89PNG"),
+        ("--detection 2 --layer all --out moving.gif", "moving.gif", b"GIF8"),
+        ("--point 100.5,3 --out point.jpg", "point.jpg", b"\xff\xd8"),
+        ("--point 0,67 --layer 1 --out point.html", "point.html", b"<!doctype html>"),
+        ("--out page.html", "page.html", b"<!doctype html>"),
+    ],
+)
+def test_the_ending_says_what_is_written(run, place, arguments, file, start):
+    code, out, err = run(f"model image.png --threshold 0 {arguments}")
+    assert (code, err) == (0, "")
+    assert (place / file).read_bytes().startswith(start)
+    assert file in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("model image.png", ["image.png", "no detection scores 0.5 or more"]),
+        ("model image.png --threshold 0 --detection 19", ["no detection 19", "18"]),
+        ("model image.png --threshold 0 --detection 0", ["--detection 0", "start at 1"]),
+        ("model image.png --threshold 0 --layer 3", ["no layer 3", "decoder has 2"]),
+        ("model image.png --threshold 0 --layer 0", ["--layer 0", "start at 1"]),
+        ("model image.png --threshold 0 --layer some", ["--layer some", "all or a number"]),
+        ("model image.png --threshold 0 --layer 1 --out a.gif", ["--layer 1", "a.gif"]),
+        ("model image.png --point 102,3", ["102,3", "outside", "101 × 67"]),
+        ("model image.png --point=-1,3", ["-1,3", "outside"]),
+        ("model image.png --point 5", ["--point 5", "X,Y"]),
+        ("model image.png --point nan,1", ["--point nan,1", "X,Y"]),
+        ("model image.png --point 1,1 --layer 3", ["no layer 3", "encoder has 2"]),
+        ("model image.png --point 1,1 --detection 1", ["--detection and --point"]),
+        ("model image.png --threshold 0 --out file/a.png", ["--out file/a.png"]),
+        ("model image.png --threshold 0 --out model", ["--out", "model"]),
+        ("model image.png --threshold 0 --out a.xyz", ["a.xyz", ".html"]),
+        ("model image.png --threshold 0 --out image.png", ["would replace"]),
+        ("model image.png --threshold 0 --json file/a.json", ["--json file/a.json"]),
+        ("model image.png --threshold 2", ["--threshold 2"]),
+        ("model nothing.png --threshold 0", ["nothing.png", "no such"]),
+        ("nowhere image.png", ["nowhere"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(run, place, arguments, words):
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    code, out, err = run(arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    for word in words:
+        assert word in err
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*") if path != place} == {
+        path: time for path, time in before.items() if path != place
+    }

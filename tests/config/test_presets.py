@@ -1,0 +1,56 @@
+"""The variants: what they are made of, and the paper's sizes."""
+
+import numpy as np
+import pytest
+
+from deformable_detr import DeformableDETR, UserError, explain
+from deformable_detr.config import presets
+
+# Millions of parameters, published (the official repository's table, 91 class slots).
+PUBLISHED = {"single-scale": 34, "single-scale-dc5": 34, "multi-scale": 40, "refine": 41, "two-stage": 41}
+
+
+@pytest.mark.parametrize(("name", "millions"), PUBLISHED.items())
+def test_parameters_are_the_papers_to_one_percent(name, millions):
+    model = DeformableDETR(presets.MODELS[name](backbone_weights="none"))
+    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert count == pytest.approx(millions, rel=0.01)
+
+
+def test_every_published_variant_is_a_preset_and_small_is_smaller():
+    assert set(PUBLISHED) | {"small", "small-portable"} == set(presets.MODELS)
+    small = DeformableDETR(presets.small(backbone_weights="none"))
+    assert sum(parameter.numel() for parameter in small.parameters()) < 10e6
+
+
+def test_variants_differ_as_the_paper_says():
+    assert presets.multi_scale().feature_levels == 4
+    assert presets.single_scale() == presets.multi_scale(feature_levels=1)
+    assert presets.single_scale_dc5() == presets.single_scale(dilation=True)
+    assert presets.refine() == presets.multi_scale(refine=True)
+    assert presets.two_stage() == presets.refine(two_stage=True)
+
+
+@pytest.mark.parametrize("name", presets.MODELS)
+def test_a_change_wins_over_the_preset(name):
+    assert presets.MODELS[name](num_queries=7, num_classes=3).num_queries == 7
+    assert presets.config(name).model == presets.MODELS[name]()
+    assert presets.config(name).preset == name
+
+
+def test_an_unknown_setting_or_preset_is_named():
+    with pytest.raises(UserError, match=r"unknown key 'num_quries'; did you mean 'num_queries'\?"):
+        presets.small(num_quries=3)
+    with pytest.raises(UserError, match=r"unknown preset 'large'; choose from .*two-stage"):
+        presets.config("large")
+
+
+@pytest.mark.parametrize("name", ["small", "small-portable"])
+def test_small_presets_read_sides_that_strides_divide(name):
+    model = DeformableDETR(presets.MODELS[name](backbone_weights="none", image_size=64, num_queries=10)).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    image = np.zeros((75, 130, 3), dtype=np.uint8)
+    model.predict(image)
+    explain(model, image, threshold=0.0)
+    assert seen == [(64, 96)] * 2, "64 × 110 without it"

@@ -1,0 +1,78 @@
+"""Preset < file < --set < option."""
+
+import pytest
+
+from deformable_detr import UserError
+from deformable_detr.config import presets
+from deformable_detr.config.resolve import resolve
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("preset: refine\ntrain: {lr: 2, seed: 2, batch_size: 2}\nmodel: {num_queries: 2}\n")
+    return path
+
+
+def test_nothing_given_is_the_default_preset():
+    assert resolve() == presets.config("small")
+
+
+def test_the_later_wins(file):
+    config = resolve(None, file, ["train.seed=3", "train.batch_size=3"], {"train.batch_size": 4, "train.lr": None})
+    assert (config.train.lr, config.train.seed, config.train.batch_size) == (2, 3, 4)
+    assert config.preset == "refine"
+    assert config.model == presets.refine(num_queries=2)
+
+
+def test_the_preset_of_the_command_line_wins_over_the_files(file):
+    config = resolve("single-scale", file)
+    assert config.preset == "single-scale"
+    assert config.model == presets.single_scale(num_queries=2)
+    assert resolve(None, file, ["preset=small"]).preset == "small"
+
+
+def test_sections_may_only_be_right_together():
+    config = resolve("small", None, ["model.hidden_dim=60"], {"model.num_heads": 3})
+    assert (config.model.hidden_dim, config.model.num_heads) == (60, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"overrides": ["train.epochs=0"]}, r"^--set: train\.epochs"),
+        ({"options": {"train.epochs": 0}}, r"^options: train\.epochs"),
+        ({"overrides": ["model.hidden_dim=64"], "options": {"model.num_heads": 7}}, "num_heads 7"),
+        ({"preset": "huge"}, "^unknown preset 'huge'; choose from .*small"),
+        ({"overrides": ["preset=[1]"]}, r"^preset must be a name, not \[1\]"),
+    ],
+)
+def test_a_mistake_is_named_by_where_it_stands(arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_in_the_file_names_the_file(file):
+    file.write_text("train: {momentum: 1}")
+    with pytest.raises(UserError, match=r"^config file .*mine\.yaml: unknown key 'train\.momentum'"):
+        resolve(None, file)
+
+
+def test_what_is_wrong_only_together_says_so():
+    # Each is right over the preset alone (64 by 4 heads; 128 by 8), not both.
+    settings = {"overrides": ["model.hidden_dim=68"], "options": {"model.num_heads": 8}}
+    assert resolve(overrides=settings["overrides"]).model.hidden_dim == 68
+    assert resolve(options=settings["options"]).model.num_heads == 8
+    with pytest.raises(UserError, match=r"^the settings together: model: hidden_dim 68 is no multiple of num_heads 8"):
+        resolve(**settings)
+
+
+def test_epochs_or_minutes_alone_end_the_run(file):
+    both = resolve(options={"train.epochs": 3, "train.minutes": 2.0}).train
+    assert (both.epochs, both.minutes) == (3, 2.0)
+    minutes = resolve(options={"train.minutes": 2.0}).train
+    assert (minutes.epochs, minutes.minutes) == (None, 2.0)
+    epochs = resolve(overrides=["train.minutes=5"], options={"train.epochs": 3}).train
+    assert (epochs.epochs, epochs.minutes) == (3, None)
+    assert resolve(overrides=["train.minutes=5"]).train.epochs == "auto"

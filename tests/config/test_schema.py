@@ -1,0 +1,120 @@
+"""The config: one clear line for every mistake, YAML there and back."""
+
+import pytest
+import yaml
+
+from deformable_detr import Config, ModelConfig, TrainConfig, UserError
+from deformable_detr.config import presets
+from deformable_detr.config.schema import merge, parse_overrides, read_config_file
+
+
+@pytest.mark.parametrize("name", presets.MODELS)
+def test_yaml_there_and_back(name):
+    config = presets.config(name)
+    assert Config.read(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trian": {}}, ["unknown key 'trian'", "did you mean 'train'?"]),
+        ({"train": {"learning_rat": 1}}, ["unknown key 'train.learning_rat'"]),
+        ({"train": {"epoch": 1}}, ["unknown key 'train.epoch'", "did you mean 'epochs'?"]),
+        ({"train": {"zzz": 1}}, ["unknown key 'train.zzz'", "known are", "weight_decay"]),
+        ({"train": {"epochs": 0}}, ["train.epochs", "greater than 0", "0"]),
+        (
+            {"train": {"epochs": "many"}},
+            ["train.epochs: input should be a valid integer", " or 'auto' (given: 'many')"],
+        ),
+        ({"train": {"lr": float("nan")}}, ["train.lr", "finite", "nan"]),
+        ({"train": {"precision": "fp8"}}, ["train.precision", "fp32", "'fp8'"]),
+        ({"train": 3}, ["train", "3"]),
+        ({"data": {"flip": 1.5}}, ["data.flip", "1.5"]),
+        ({"data": {"train_scales": [1.0, 0.5]}}, ["train_scales", "smallest"]),
+        ({"model": {"hidden_dim": 100}}, ["hidden_dim 100", "num_heads 8"]),
+        ({"model": {"two_stage": True}}, ["two_stage needs refine"]),
+        ({"model": {"class_names": ["a"]}}, ["class_names has 1 entries for num_classes 91"]),
+        ({"model": {"num_classes": 2, "category_ids": [1, 1]}}, ["category_ids", "twice"]),
+        ({"train": {"epochs": 0, "lr": 0}}, ["train.epochs", "(and 1 more)"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(changes, words):
+    with pytest.raises(UserError) as caught:
+        Config().merged(changes, "here")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("here: ")
+    for word in words:
+        assert word in message
+
+
+def test_the_config_cannot_be_changed_in_place():
+    with pytest.raises(ValueError, match="frozen"):
+        TrainConfig().epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_replace_checks_too():
+    assert ModelConfig().replace(num_queries=7).num_queries == 7
+    with pytest.raises(UserError, match="num_queries"):
+        ModelConfig().replace(num_queries=0)
+
+
+def test_long_side_follows_the_paper_unless_given():
+    assert ModelConfig().long_side == 1333
+    assert ModelConfig(image_size=480).long_side == round(480 * 1333 / 800)
+    assert ModelConfig(image_size=480, max_size=500).long_side == 500
+
+
+def test_merge_changes_neither_side():
+    base, changes = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "e": 4}
+    assert merge(base, changes) == {"a": {"b": 5, "c": 2}, "d": 3, "e": 4}
+    assert base == {"a": {"b": 1, "c": 2}, "d": 3}
+    assert changes == {"a": {"b": 5}, "e": 4}
+
+
+def test_overrides_are_yaml_values_at_dotted_keys():
+    read = parse_overrides(
+        ["train.lr=1e-4", "train.epochs=3", "model.refine=true", "data.images=a=b", "model.max_size="]
+    )
+    assert read == {
+        "train": {"lr": "1e-4", "epochs": 3},
+        "model": {"refine": True, "max_size": None},
+        "data": {"images": "a=b"},
+    }
+    assert Config().merged({"train": read["train"]}).train.lr == 1e-4
+
+
+@pytest.mark.parametrize("text", ["lr", "=3", "train.lr=[1", "train=1 train.lr=2"])
+def test_an_override_that_is_none_is_one_line(text):
+    with pytest.raises(UserError, match="--set") as caught:
+        parse_overrides(text.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("a: [", "not valid YAML"), ("- 1", "must hold keys"), ("\x00", "YAML")]
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path, content, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"mine\.yaml") as caught:
+        read_config_file(file)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named_and_an_empty_one_is_no_change(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.yaml: No such file"):
+        read_config_file(tmp_path / "nothing.yaml")
+    (tmp_path / "empty.yaml").touch()
+    assert read_config_file(tmp_path / "empty.yaml") == {}
+
+
+@pytest.mark.parametrize(("text", "check"), [("off", "off"), ("'off'", "off"), ("full", "full"), ("auto", "auto")])
+def test_off_is_a_word_though_yaml_reads_it_as_false(text, check):
+    assert Config().merged(parse_overrides([f"data.check={text}"])).data.check == check
+
+
+def test_on_is_no_way_to_check():
+    with pytest.raises(UserError, match=r"data.check"):
+        Config().merged(parse_overrides(["data.check=on"]))

@@ -1,0 +1,281 @@
+"""Where a set's files are found: the layouts people have, and what is said where there is none."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image, features
+
+from deformable_detr.config.schema import DataConfig
+from deformable_detr.data.dataset import open_dataset, refuse_same_file
+from deformable_detr.data.discovery import IMAGE_SUFFIXES, is_image
+from deformable_detr.predict.predictor import folder_images
+from deformable_detr.utils.errors import UserError
+from deformable_detr.utils.images import read_image, read_size
+
+
+def put(json_path, image_folder, names, prefix=""):
+    """A COCO JSON at one place and its (tiny) images at another."""
+    image_folder.mkdir(parents=True, exist_ok=True)
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (8, 6), "red").save(image_folder / name)
+    content = {
+        "images": [{"id": i, "file_name": prefix + name, "width": 8, "height": 6} for i, name in enumerate(names, 1)],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    json_path.write_text(json.dumps(content))
+
+
+def read(root, split, **data):
+    """File names of a split, its images opened."""
+    found = open_dataset(root, split, DataConfig(**data))
+    for number in range(len(found)):
+        assert found[number][0].shape == (3, 6, 8)
+    return [found.path(number).name for number in range(len(found))]
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_endings_of_images(tmp_path, suffix):
+    if suffix == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    file = tmp_path / f"a{suffix.upper()}"
+    Image.new({".pbm": "1", ".pgm": "L"}.get(suffix, "RGB"), (8, 6), "white").save(file)
+    assert is_image(file.name)
+    assert read_size(file) == (6, 8)
+    assert read_image(file).min() > 250
+    assert folder_images(tmp_path) == [file]
+
+
+def test_the_endings_of_images_are_documented():
+    page = (Path(__file__).parents[2] / "docs/check.md").read_text()
+    listed = page.partition("these endings count: ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\.\w+)`", listed)) == IMAGE_SUFFIXES
+
+
+@pytest.mark.parametrize("folder", ["val", "valid", "validation"])
+def test_roboflow(tmp_path, folder):
+    for split in ("train", folder, "test"):
+        put(tmp_path / split / "_annotations.coco.json", tmp_path / split, [f"{split}.png"])
+    assert read(tmp_path, "train") == ["train.png"]
+    assert read(tmp_path, "test") == ["test.png"]
+    for name in ("val", "valid", "validation"):
+        assert read(tmp_path, name) == [f"{folder}.png"]
+
+
+def test_split_folders_in_capitals(tmp_path):
+    for folder in ("Train", "VALID"):
+        put(tmp_path / folder / "_annotations.coco.json", tmp_path / folder, [f"{folder}.png"])
+    assert read(tmp_path, "train") == ["Train.png"]
+    assert read(tmp_path, "val") == ["VALID.png"]
+
+
+@pytest.mark.parametrize("images", ["{}2017", "images/{}2017", "images/{}", "{}", "images", ""])
+def test_coco(tmp_path, images):
+    for split in ("train", "val"):
+        put(
+            tmp_path / f"annotations/instances_{split}2017.json",
+            tmp_path / images.format(split),
+            [f"{split}-1.png", f"{split}-2.png"],
+        )
+        # These lie in the same folder in the published set.
+        (tmp_path / f"annotations/captions_{split}2017.json").write_text("{}")
+    assert read(tmp_path, "train") == ["train-1.png", "train-2.png"]
+    assert read(tmp_path, "val") == ["val-1.png", "val-2.png"]
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("annotations/instances_train.json", "annotations/instances_val.json"),
+        ("annotations/instances_Train_v2.json", "annotations/instances_my-valid.json"),
+        ("annotations/train.json", "annotations/val.json"),
+        ("train.json", "valid.json"),
+        ("instances_train2017.json", "instances_val2017.json"),
+        ("train/labels.json", "val/labels.json"),
+    ],
+)
+def test_other_file_names(tmp_path, train, val):
+    put(tmp_path / train, tmp_path / "images", ["a.png"], prefix="images/" if "labels" not in train else "../images/")
+    put(tmp_path / val, tmp_path / "images", ["b.png"], prefix="images/" if "labels" not in val else "../images/")
+    assert read(tmp_path, "train") == ["a.png"]
+    assert read(tmp_path, "val") == ["b.png"]
+
+
+def test_split_by_its_own_name(tmp_path):
+    put(tmp_path / "fold1/_annotations.coco.json", tmp_path / "fold1", ["one.png"])
+    put(tmp_path / "annotations/instances_fold10.json", tmp_path / "fold10", ["ten.png"])
+    assert read(tmp_path, "fold1") == ["one.png"]
+    assert read(tmp_path, "fold10") == ["ten.png"]
+    assert read(tmp_path, "fold1", val_split="fold1") == ["one.png"]
+    with pytest.raises(UserError, match="no 'val' split"):
+        read(tmp_path, "val")
+
+
+def test_root_is_a_split_folder_or_a_file(tmp_path):
+    put(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["t.png"])
+    put(tmp_path / "cards/_annotations.coco.json", tmp_path / "cards", ["c.png"])
+    put(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017", ["v.png"])
+    assert read(tmp_path / "train", "train") == ["t.png"]
+    assert read(tmp_path / "train/_annotations.coco.json", "train") == ["t.png"]
+    assert read(tmp_path / "annotations/instances_val2017.json", "val") == ["v.png"]
+    assert read(str(tmp_path / "annotations/instances_val2017.json"), "valid") == ["v.png"]
+    for split in ("train", "val"):  # it names no split
+        assert read(tmp_path / "cards", split) == ["c.png"]
+        assert read(tmp_path / "cards/_annotations.coco.json", split) == ["c.png"]
+    with pytest.raises(UserError, match="train: no 'val' split"):
+        read(tmp_path / "train", "val")
+    with pytest.raises(UserError, match=r"_annotations\.coco\.json is no 'val' split by its name"):
+        read(tmp_path / "train/_annotations.coco.json", "val")
+    with pytest.raises(UserError, match=r"instances_val2017\.json is no 'train' split by its name"):
+        read(tmp_path / "annotations/instances_val2017.json", "train")
+
+
+def test_training_images_are_no_validation(tmp_path):
+    put(tmp_path / "cards/_annotations.coco.json", tmp_path / "cards", ["c.png"])
+    put(tmp_path / "more/_annotations.coco.json", tmp_path / "more", ["c.png"])
+    train, val = (open_dataset(tmp_path / "cards", split) for split in ("train", "val"))
+    with pytest.raises(UserError, match="would be both the training and the validation split"):
+        refuse_same_file(train, val, tmp_path)
+    refuse_same_file(train, open_dataset(tmp_path / "more", "val"), tmp_path)
+
+
+def test_explicit_files(tmp_path, monkeypatch):
+    put(tmp_path / "notes/a.json", tmp_path / "photos", ["a.png"])
+    put(tmp_path / "notes/b.json", tmp_path / "more photos", ["b.png"])
+    given = {
+        "images": "photos",
+        "annotations": "notes/a.json",
+        "val_images": str(tmp_path / "more photos"),
+        "val_annotations": "notes/b.json",
+    }
+    assert read(tmp_path, "train", **given) == ["a.png"]
+    assert read(tmp_path, "val", **given) == ["b.png"]
+    assert read(tmp_path, "holdout", **given, val_split="holdout") == ["b.png"]
+    with pytest.raises(UserError, match="no 'test' split"):
+        read(tmp_path, "test", **given)
+
+    # Relative to where we are, where the set has no such path; images are looked for where none are given.
+    monkeypatch.chdir(tmp_path)
+    assert read(tmp_path / "notes", "train", annotations="notes/a.json", images="photos") == ["a.png"]
+    put(tmp_path / "photos/c.json", tmp_path / "photos", ["c.png"])
+    assert read(tmp_path, "train", annotations="photos/c.json") == ["c.png"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"images": "photos"}, r"data\.images is given without data\.annotations"),
+        ({"annotations": "x.json", "images": "photos"}, r"data\.annotations: x\.json is neither in .* nor here"),
+        ({"annotations": "a.json", "images": "x"}, r"data\.images: x is neither in .* nor here"),
+        ({"annotations": "a.json", "images": "a.json"}, r"data\.images: .*a\.json is no folder"),
+        ({"annotations": "photos", "images": "photos"}, "photos: Is a directory"),
+        ({"annotations": "a.json"}, r"image 'a\.png' and all others are missing; looked in .*; .* give data\.images"),
+    ],
+)
+def test_explicit_mistakes(tmp_path, data, message):
+    put(tmp_path / "a.json", tmp_path / "photos", ["a.png"])
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, "train", **data)
+    assert read(tmp_path, "train", annotations="a.json", images="photos") == ["a.png"]
+
+
+def test_no_validation_split(tmp_path):
+    put(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["t.png"])
+    with pytest.raises(UserError) as caught:
+        read(tmp_path, "val")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: no 'val' split; looked for val|valid|validation/_annotations.coco.json")
+    assert "data.val_images and data.val_annotations" in message
+    assert "\n" not in message
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="no 'train' split"):
+        read(tmp_path, "train")
+    with pytest.raises(UserError, match="gone: no such data set"):
+        read(tmp_path / "gone", "train")
+
+
+def test_half_a_set_of_another_format_is_told(tmp_path):
+    from tests.support.datasets import voc_set, yolo_set
+
+    yolo = yolo_set(tmp_path / "yolo")
+    (yolo / "data.yaml").unlink()
+    (yolo / "notes.json").write_text('{"categories": [], "info": {}}')
+    voc = voc_set(tmp_path / "voc")
+    (voc / "JPEGImages").rename(voc / "photos")
+    (voc / "Annotations").rename(voc / "annotations")
+    nested = tmp_path / "nested/train"
+    nested.parent.mkdir()
+    shutil.copytree(voc, nested)
+    for root, place, words in [
+        (yolo, "labels", "data.yaml is missing"), (voc, "annotations", "name the folders images and annotations"),
+        (nested.parent, "train/annotations", "images and XML files together in train/"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            open_dataset(root)
+        assert str(caught.value).startswith(f"{root}: no 'train' split; {root / place} has ")
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_something_else_is_no_annotation_file(tmp_path):
+    put(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["a.png"])
+    (tmp_path / "notes.json").write_text('{"categories": []}')
+    assert read(tmp_path, "train") == ["a.png"]
+    with pytest.raises(UserError, match=r"no 'val' split; notes\.json has no list 'images'"):
+        read(tmp_path, "val")
+    (tmp_path / "notes.json").write_text('{"annotations": []}')  # part of what is wanted
+    with pytest.raises(UserError, match="no list 'images'; export"):
+        open_dataset(tmp_path, "val")
+
+
+def test_several_files_for_a_split(tmp_path):
+    for year in (2014, 2017):
+        put(tmp_path / f"annotations/instances_val{year}.json", tmp_path / f"val{year}", [f"{year}.png"])
+    with pytest.raises(UserError, match=r"instances_val2014\.json, instances_val2017\.json"):
+        read(tmp_path, "val")
+    assert read(tmp_path, "val2014") == ["2014.png"]
+    assert read(tmp_path, "val2017") == ["2017.png"]
+
+
+def test_a_missing_image_is_named_before_training(tmp_path):
+    put(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["a.png", "b.png", "c.png", "d.png"])
+    assert len(read(tmp_path, "train")) == 4
+    (tmp_path / "train/c.png").unlink()
+    with pytest.raises(
+        UserError, match=r"_annotations\.coco\.json: image 'c\.png' is missing in .*train; add the file"
+    ):
+        open_dataset(tmp_path)
+    (tmp_path / "train/d.png").unlink()
+    with pytest.raises(UserError, match=r"image 'c\.png' \(and 1 more\) is missing"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["nul\0.png", "nul\0/a.png", "x" * 3000 + "/a.png", "x" * 3000, "train", "a.png/b.png"]
+)
+def test_names_that_can_be_no_file(tmp_path, name):
+    path = tmp_path / "train/_annotations.coco.json"
+    put(path, tmp_path / "train", ["a.png"])
+    content = json.loads(path.read_text())
+    content["images"].append({"id": 9, "file_name": name})
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is missing in"):
+        open_dataset(tmp_path)
+
+
+def test_each_folder_is_listed_once(tmp_path, monkeypatch):
+    names = [f"{number}.png" for number in range(30)]
+    put(tmp_path / "annotations/instances_train.json", tmp_path / "train", names)
+    from deformable_detr.data import discovery
+
+    asked = []
+    real = discovery.os.listdir
+    monkeypatch.setattr(discovery.os, "listdir", lambda folder: asked.append(folder) or real(folder))
+    assert len(open_dataset(tmp_path)) == 30
+    assert len(asked) == len(set(asked)) <= 4

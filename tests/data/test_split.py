@@ -1,0 +1,433 @@
+"""Sets that are not divided: they are read whole, and `split` makes a copy of them that is."""
+
+import json
+import re
+import shlex
+import shutil
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deformable_detr.cli import main
+from deformable_detr.config import presets
+from deformable_detr.data.dataset import open_dataset
+from deformable_detr.data.split import assigned
+from deformable_detr.data.validate import repair
+from deformable_detr.evaluation.evaluator import dataset_for
+from deformable_detr.utils.errors import UserError
+from tests.data.test_formats import contents, expected
+from tests.data.validate.test_outputs import state
+from tests.support.data_problems import as_training
+from tests.support.datasets import NAMES, OBJECTS, coco_set, picture, voc_set, voc_xml, yolo_row, yolo_set
+
+SPLIT = "_annotations.coco.json"
+
+
+def coco(images, annotations):
+    """COCO JSON in a folder of its own, as labelling tools export it."""
+
+    def make(root):
+        coco_set(root)
+        (root / annotations).parent.mkdir(exist_ok=True)
+        (root / "train" / SPLIT).rename(root / annotations)
+        (root / images).parent.mkdir(exist_ok=True)
+        (root / "train").rename(root / images)
+        shutil.rmtree(root / "valid")
+
+    return make
+
+
+def yolo(images, labels, classes="classes.txt"):
+    """YOLO without a data.yaml."""
+
+    def make(root):
+        for stem, boxes in OBJECTS["train"].items():
+            picture(root / images / f"{stem}.png")
+            (root / labels).mkdir(parents=True, exist_ok=True)
+            (root / labels / f"{stem}.txt").write_text("".join(yolo_row(*box) for box in boxes))
+        (root / classes).write_text("\n".join(NAMES) + "\n\n")
+        (root / "notes.json").write_text("{}")
+
+    return make
+
+
+def voc(images, annotations):
+    """Pascal VOC without a list of images."""
+
+    def make(root):
+        for stem, boxes in OBJECTS["train"].items():
+            picture(root / images / f"{stem}.jpg")
+            (root / annotations).mkdir(parents=True, exist_ok=True)
+            (root / annotations / f"{stem}.xml").write_text(voc_xml(f"{stem}.jpg", boxes))
+
+    return make
+
+
+WHOLE = {
+    "Label Studio's COCO": coco("images", "result.json"),
+    "CVAT's COCO": coco("images/default", "annotations/instances_default.json"),
+    "a JSON in annotations": coco("images", "annotations/labels.json"),
+    "Label Studio's YOLO": yolo("images", "labels"),
+    "classes beside the labels": yolo("images", "labels", "labels/classes.txt"),
+    "LabelImg's YOLO": yolo(".", "."),
+    "CVAT's YOLO": yolo("obj_train_data", "obj_train_data", "obj.names"),
+    "VOC without lists": voc("JPEGImages", "Annotations"),
+    "images and annotations": voc("images", "annotations"),
+    "LabelImg's VOC": voc(".", "."),
+}
+
+
+def call(capsys, *arguments):
+    """Exit code, standard output, standard error of the command."""
+    capsys.readouterr()
+    try:
+        main(list(map(str, arguments)))
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    written = capsys.readouterr()
+    return code, written.out, written.err
+
+
+def split(capsys, *arguments):
+    code, out, err = call(capsys, "split", *arguments)
+    assert code == 0, err
+    return out
+
+
+def refused(capsys, *arguments):
+    code, _, err = call(capsys, "split", *arguments)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def many(root, names="abcdefghij", folder="train", **more):
+    """An undivided set with one object in each image, of both classes in turn."""
+    objects = {name: [(number % 2, (4, 2, 16, 10))] for number, name in enumerate(names)} | more
+    coco_set(root, {"train": objects}, folders=(folder,))
+    for seed, name in enumerate(objects, start=1000 * len(folder)):
+        picture(root / folder / f"{name}.png", seed=seed)
+    return root
+
+
+def parts(out):
+    """Split → stems of its images."""
+    found = {}
+    for file in sorted(out.glob(f"*/{SPLIT}")):
+        images = json.loads(file.read_text())["images"]
+        assert all((file.parent / image["file_name"]).is_file() for image in images)
+        assert len(list(file.parent.rglob("*.png"))) == len(images)
+        found[file.parent.name] = {Path(image["file_name"]).stem for image in images}
+    return found
+
+
+@pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
+def test_a_set_that_is_not_divided_is_read_whole_and_divided(tmp_path, capsys, make):
+    root = tmp_path / "my set"
+    root.mkdir()
+    make(root)
+    assert contents(root, "train") == expected("train")
+    with pytest.raises(UserError, match="divide it with deformable-detr split") as said:
+        as_training(root)
+    if "no 'val' split" not in str(said.value):  # obj_train_data says what it is
+        assert contents(root, "val") == expected("train")
+    before = state(root)
+    command = re.search(r"divide it with deformable-detr (split .*) --out NEW", str(said.value))[1]
+    split(capsys, *shlex.split(command)[1:], "--out", tmp_path / "new", "--val", "0.4")
+    as_training(tmp_path / "new")
+    both = contents(tmp_path / "new", "train") | contents(tmp_path / "new", "val")
+    assert both == expected("train")
+    assert state(root) == before
+
+
+def test_classes_txt_with_a_folder_for_each_split(tmp_path):
+    for layout in ("{kind}/{split}", "{split}/{kind}"):
+        root = yolo_set(tmp_path / layout[1:5], layout)
+        (root / "data.yaml").unlink()
+        with pytest.raises(UserError, match=r"data\.yaml is missing.*or list the classes in classes\.txt"):
+            contents(root, "val")
+        (root / "classes.txt").write_text("cat\ndog\n")
+        assert contents(root, "train") == expected("train")
+        assert contents(root, "val") == expected("val")
+        with pytest.raises(UserError, match="no 'test' split"):
+            contents(root, "test")
+    (root / "classes.txt").write_text("cat\ncat\n")
+    with pytest.raises(UserError, match=r"classes\.txt.*'cat' stands there twice"):
+        contents(root, "train")
+
+
+def test_lists_of_a_voc_set_say_what_is_in_a_split_whatever_its_folders_are_called(tmp_path):
+    root = voc_set(tmp_path / "voc")
+    (root / "JPEGImages").rename(root / "images")
+    (root / "Annotations").rename(root / "annotations")
+    assert contents(root, "train") == expected("train")
+    assert contents(root, "val") == expected("val")
+    (root / "ImageSets/Main/val.txt").unlink()
+    with pytest.raises(UserError, match=r"no 'val' split; it needs .*val\.txt"):
+        contents(root, "val")
+
+
+def test_what_is_said_of_a_set_without_validation(tmp_path, capsys):
+    many(tmp_path / "set")
+    with pytest.raises(UserError, match=r"no 'val' split; .*; or divide it with deformable-detr split .*set --out NEW"):
+        as_training(tmp_path / "set")
+    many(tmp_path / "set", folder="test")
+    with pytest.raises(UserError, match=r"; or take the test split with --set data\.val_split=test"):
+        as_training(tmp_path / "set")
+    split(capsys, tmp_path / "set", "--out", tmp_path / "new")
+    assert parts(tmp_path / "new")["test"] == set("abcdefghij"), "a test split stays"
+    assert "leave out --test" in refused(capsys, tmp_path / "set", "--out", tmp_path / "x", "--test", "0.1")
+
+
+def test_shares_classes_and_seeds(tmp_path, capsys):
+    many(tmp_path / "set", "abcdefghijklmnopqrst", none1=[], none2=[], none3=[], none4=[], none5=[])
+    out = split(capsys, tmp_path / "set", "--out", tmp_path / "new", "--test", "0.2")
+    assert "next: deformable-detr train" in out
+    assert "stay together" not in out
+    found = parts(tmp_path / "new")
+    assert {name: len(stems) for name, stems in found.items()} == {"train": 15, "val": 5, "test": 5}
+    assert sum(map(len, found.values())) == len(set.union(*found.values())) == 25
+    for name in found:
+        data = open_dataset(tmp_path / "new", name)
+        labels = Counter(int(target.labels[0]) if len(target.labels) else None for _, target in data)
+        assert labels == ({0: 6, 1: 6, None: 3} if name == "train" else {0: 2, 1: 2, None: 1})
+    for seed in (0, 1):
+        split(capsys, tmp_path / "set", "--out", tmp_path / f"seed{seed}", "--test", "0.2", "--seed", seed)
+    assert parts(tmp_path / "seed0") == found != parts(tmp_path / "seed1")
+
+
+def test_rare_classes_are_in_every_split():
+    # One class in ten images of a thousand: at random, a tenth of the divisions would leave it out of validation.
+    counts = [{0: 1, 1: 1} if number < 10 else {0: 1} for number in range(1000)]
+    for seed in range(30):
+        names = assigned([1] * 1000, counts, {"train": 0.8, "val": 0.2}, seed)
+        assert names.count("val") == 200
+        assert sum(name == "val" for name, count in zip(names, counts, strict=True) if 1 in count) == 2
+    assert assigned([1], [{0: 1}], {"train": 0.8, "val": 0.2}, 0) == ["train"]
+
+
+def test_shares_are_kept_where_every_class_has_few_images():
+    for counts, shares in [
+        ([{number // 5: 1} for number in range(100)], {"train": 0.9, "val": 0.1}),
+        ([{number // 5: 1} for number in range(100)], {"train": 0.7, "val": 0.2, "test": 0.1}),
+        ([{number // 2: 1} for number in range(100)], {"train": 0.8, "val": 0.2}),
+    ]:
+        found = Counter(assigned([1] * 100, counts, shares, 0))
+        assert found == {name: round(100 * share) for name, share in shares.items()}
+    assert sorted(assigned([1, 1, 1], [{0: 1}] * 3, {"train": 0.7, "val": 0.2, "test": 0.1}, 0)) == [
+        "test",
+        "train",
+        "val",
+    ]
+    for sizes in ([200, 190, 20], [100, 30], [50, 50, 50, 1]):
+        counts = [{0: size, number: 5} for number, size in enumerate(sizes, 1)]
+        assert set(assigned(sizes, counts, {"train": 0.9, "val": 0.1}, 0)) == {"train", "val"}
+
+
+def test_large_groups_do_not_fill_a_split_beyond_its_share():
+    sizes = [40, 30, 10, 10, 5, 3, 1, 1]
+    names = assigned(sizes, [{} for _ in sizes], {"train": 0.7, "val": 0.3}, 0)
+    assert sum(size for size, name in zip(sizes, names, strict=True) if name == "val") == 30
+
+
+def test_images_that_belong_together_stay_together(tmp_path, capsys):
+    names = [f"{video}_{frame}" for video in ("north", "south", "east", "west", "up") for frame in range(4)]
+    root = many(tmp_path / "set", names)
+    out = split(capsys, root, "--out", tmp_path / "new", "--group-by", "^[a-z]+")
+    assert "20 images in 5 groups that stay together" in out
+    videos = [{stem.split("_")[0] for stem in stems} for stems in parts(tmp_path / "new").values()]
+    assert not set.intersection(*videos)
+    assert sorted(map(len, videos)) == [1, 4]
+
+    split(capsys, root, "--out", tmp_path / "apart")
+    videos = [{stem.split("_")[0] for stem in stems} for stems in parts(tmp_path / "apart").values()]
+    assert set.intersection(*videos), "only what is asked for"
+    assert "matches no file name, such as 'north_0.png'" in refused(
+        capsys, root, "--out", tmp_path / "x", "--group-by", "^Video"
+    )
+    assert "give another --group-by than '_'" in refused(capsys, root, "--out", tmp_path / "x", "--group-by", "_")
+    assert "20 images in 20 groups" in split(capsys, root, "--out", tmp_path / "each", "--group-by", ".*")
+    assert "is no regular expression" in refused(capsys, root, "--out", tmp_path / "x", "--group-by", "(")
+
+
+def test_copies_of_one_image_stay_together(tmp_path, capsys):
+    augmented = [f"card{number}_jpg.rf.{copy:032x}" for number in range(5) for copy in range(3)]
+    root = many(tmp_path / "set", [*augmented, "one", "two", "three"])
+    for name in ("two", "three"):
+        (root / f"train/{name}.png").write_bytes((root / "train/one.png").read_bytes())
+    for seed in range(5):
+        out = split(capsys, root, "--out", tmp_path / f"new{seed}", "--seed", seed)
+        assert "18 images in 6 groups" in out
+        train, val = (parts(tmp_path / f"new{seed}")[name] for name in ("train", "val"))
+        assert {stem.split(".")[0] for stem in train}.isdisjoint(stem.split(".")[0] for stem in val)
+        assert len(val & {"one", "two", "three"}) in (0, 3)
+
+
+def test_what_is_wrong_is_repaired_on_the_way(tmp_path, capsys):
+    root = many(tmp_path / "set")
+    (root / "train/c.png").unlink()
+    (root / "train/sub").mkdir()
+    (root / "train/d.png").rename(root / "train/sub/d.png")
+    content = json.loads((root / "train" / SPLIT).read_text())
+    content["images"][3]["file_name"] = "sub/d.png"
+    content["annotations"][0]["bbox"] = [30, 10, 20, 5]
+    (root / "train" / SPLIT).write_text(json.dumps(content))
+    out = split(capsys, root, "--out", tmp_path / "new", "--seed", 2)
+    assert "a divided copy with 9 of 10 images and 9 of 10 objects" in out
+    found = parts(tmp_path / "new")
+    assert found["train"] | found["val"] == set("abdefghij")
+    as_training(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("obj_Train_data", "obj_Validation_data", "obj_Test_data"), ("images/Train", "images/Val", "images/Test"),
+        ("images/train2017", "images/val2017", "images/test2017"), ("Train/images", "Valid/images", "Test/images"),
+    ],
+)  # fmt: skip
+def test_splits_of_any_spelling_stay_apart(tmp_path, capsys, places):
+    for place, stem in zip(places, ("a", "c", "e"), strict=True):
+        picture(tmp_path / place / f"{stem}.png")
+        label = tmp_path / place.replace("images", "labels") / f"{stem}.txt"
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.write_text(yolo_row(0, (4, 2, 16, 10)))
+    (tmp_path / "obj.names").write_text("cat\ndog\n")
+    assert [list(contents(tmp_path, name)) for name in ("train", "val", "test")] == [["a"], ["c"], ["e"]]
+    assert "has a 'val' split already" in refused(capsys, tmp_path, "--out", tmp_path.with_name("new"))
+
+
+@pytest.mark.parametrize("name", ["default", "trainval"])
+def test_the_one_list_of_a_voc_set_that_is_not_divided(tmp_path, name):
+    root = voc_set(tmp_path)
+    lists = root / "ImageSets/Main"
+    (lists / "val.txt").unlink()
+    assert contents(root, "train") == expected("train")
+    (lists / "train.txt").rename(lists / f"{name}.txt")
+    assert contents(root, "train") == contents(root, "val") == expected("train")
+
+
+def test_links_to_folders_of_images(tmp_path):
+    yolo("photos/cam", "photos/cam", "classes.txt")(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/cam").symlink_to(tmp_path / "photos/cam")
+    (tmp_path / "images/cam/back").symlink_to(tmp_path / "images")
+    assert contents(tmp_path, "train") == expected("train")
+
+
+def test_a_list_of_classes_without_images_of_the_split(tmp_path):
+    yolo("images/train", "labels/train")(tmp_path)
+    assert contents(tmp_path, "train") == expected("train")
+    with pytest.raises(UserError, match=r"no 'val' split; classes\.txt is there, but no images in .*images/val or "):
+        contents(tmp_path, "val")
+
+
+def test_an_empty_validation_split_is_made_anew(tmp_path, capsys):
+    root = many(tmp_path / "set")
+    content = json.loads((root / "train" / SPLIT).read_text())
+    (root / "valid").mkdir()
+    (root / "valid" / SPLIT).write_text(json.dumps(content | {"images": [], "annotations": []}))
+    split(capsys, root, "--out", tmp_path / "new")
+    assert {name: len(stems) for name, stems in parts(tmp_path / "new").items()} == {"train": 8, "val": 2}
+
+
+def test_what_cannot_be_read_is_told_and_listed(tmp_path, capsys):
+    root = tmp_path / "set"
+    voc("images", "annotations")(root)
+    (root / "annotations/a.xml").write_text("<annotation>")
+    (root / "images/b.jpg").unlink()
+    for number in range(3):
+        picture(root / f"images/more{number}.jpg", seed=number)
+    (root / "annotations/more0.xml").write_text(voc_xml("more0.jpg", OBJECTS["train"]["a"]))
+    out = split(capsys, root, "--out", tmp_path / "new")
+    assert "error label-unreadable: " in out
+    assert "error image-missing: " in out
+    assert "split-same" not in out
+    assert {json.loads(line)["code"] for line in (tmp_path / "new/changes.jsonl").read_text().splitlines()} == {
+        "label-unreadable", "image-missing"
+    }  # fmt: skip
+
+    broken = many(tmp_path / "broken")
+    (broken / "train" / SPLIT).write_text('{"images": [')
+    assert "not valid JSON" in refused(capsys, broken, "--out", tmp_path / "x")
+    gone = many(tmp_path / "gone")
+    for path in (gone / "train").glob("*.png"):
+        path.unlink()
+    assert "which is missing" in refused(capsys, gone, "--out", tmp_path / "x")
+
+
+def test_measuring_on_training_images_is_told(tmp_path, caplog):
+    model = SimpleNamespace(config=presets.small(num_classes=2, backbone_weights="none"))
+    WHOLE["Label Studio's YOLO"](tmp_path / "whole")
+    said = "is not divided: images that the model was trained on are measured too"
+    dataset_for(model, tmp_path / "whole")
+    assert [said in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    coco_set(tmp_path / "divided")
+    for root, name in [("whole", "train"), ("divided", "val"), ("divided", "train"), ("divided/valid", "val")]:
+        dataset_for(model, tmp_path / root, name)
+    assert said not in caplog.text
+
+
+def test_splits_of_other_names(tmp_path, capsys):
+    root = many(tmp_path / "set", folder="all")
+    out = split(capsys, root, "--out", tmp_path / "new", "--set", "data.train_split=all", "--set", "data.val_split=dev")
+    assert set(parts(tmp_path / "new")) == {"all", "dev"}
+    assert "--out runs/NAME --set data.train_split=all --set data.val_split=dev" in out
+    said = refused(capsys, root, "--out", tmp_path / "x", "--set", "data.val_split=test", "--test", "0.1")
+    assert "both would be 'test'" in said
+
+
+def test_the_folder_of_the_copy_is_left_as_it_was(tmp_path, capsys, monkeypatch):
+    root = yolo_set(tmp_path / "yolo")
+    (root / "data.yaml").write_text("train: images/train\nnames: [cat, dog]\n")
+    inside = root / "images/train/new"
+    assert "lies in the data set" in refused(capsys, root / "data.yaml", "--out", inside)
+    assert not inside.exists()
+    few = many(tmp_path / "few", "a")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for out in ("mine", "link"):
+        assert "leave none" in refused(capsys, few, "--out", tmp_path / out)
+        assert list((tmp_path / out).iterdir()) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    split(capsys, many(tmp_path / "set"), "--out", "~/home")
+    assert parts(tmp_path / "home")
+
+
+def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch):
+    root = many(tmp_path / "set")
+    new = tmp_path / "new"
+    coco_set(tmp_path / "divided")
+    few = many(tmp_path / "few", "a")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").touch()
+    for arguments, words in [
+        ((tmp_path / "divided", "--out", new), "has a 'val' split already"),
+        ((few, "--out", new), "1 images in 1 groups that stay together leave none for the 'val' split"),
+        ((tmp_path / "absent", "--out", new), "no such data set"),
+        ((tmp_path / "full", "--out", new), "no 'train' split"),
+        ((root, "--out", tmp_path / "full"), "is not empty"), ((root, "--out", root / "in"), "--out"),
+        ((root, "--out", new, "--val", "0"), "--val 0 "),
+        ((root, "--out", new, "--val", "0.6", "--test", "0.4"), "--val"),
+        ((root, "--out", new, "--val", "nan"), "--val nan"),
+    ]:  # fmt: skip
+        assert words in refused(capsys, *arguments), arguments
+        assert not new.exists()
+    assert (tmp_path / "full/mine.txt").exists()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = state(root)
+    monkeypatch.setattr(repair, "_put", full)
+    assert f"--out {new}: cannot be written: No space left" in refused(capsys, root, "--out", new)
+    code, _, err = call(capsys, "check", tmp_path / "divided", "--fix", new)
+    assert code == 2
+    assert f"--fix {new}: cannot be written: No space left" in err
+    assert not new.exists()
+    assert state(root) == before

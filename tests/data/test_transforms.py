@@ -1,0 +1,213 @@
+"""Transforms: every box is checked against the pixels of a rectangle that is drawn into the image."""
+
+import pytest
+import torch
+
+from deformable_detr.config.schema import DataConfig
+from deformable_detr.data import transforms
+from deformable_detr.structures import Target
+
+SIZES = [(100, 160), (160, 100), (97, 97), (61, 203)]
+
+
+def scene(height, width, left=30, top=20, right=55, bottom=48):
+    """A black image with a bright rectangle, and its target."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image[:, top:bottom, left:right] = 255
+    box = torch.tensor([[(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]])
+    boxes = box / torch.tensor([width, height, width, height])
+    return image, Target(torch.tensor([3]), boxes, image_id=5, original_size=(height, width))
+
+
+def drawn(image):
+    """(left, top, right, bottom) of the bright pixels."""
+    rows, columns = (image.float().mean(0) > 127).nonzero(as_tuple=True)
+    return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
+
+
+def corners(image, target):
+    height, width = image.shape[-2:]
+    cx, cy, w, h = (target.boxes[0] * torch.tensor([width, height, width, height])).tolist()
+    return [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+
+
+def follows(image, target, within):
+    return max(abs(a - b) for a, b in zip(drawn(image), corners(image, target), strict=True)) <= within
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_flip(height, width):
+    image, target = scene(height, width)
+    flipped, moved = transforms.flip(image, target)
+    assert follows(flipped, moved, 1e-3)
+    assert not follows(flipped, target, 1), "the unmoved box must be seen to be wrong"
+    back, restored = transforms.flip(flipped, moved)
+    assert torch.equal(back, image)
+    torch.testing.assert_close(restored.boxes, target.boxes)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize(
+    "window", [(0, 0, 60, 60), (10, 20, 50, 40), (30, 40, 20, 40), (0, 0, 30, 40)], ids=["all", "in", "part", "corner"]
+)
+def test_crop(height, width, window):
+    image, target = scene(height, width)
+    cut, moved = transforms.crop(image, target, *window)
+    assert cut.shape == (3, window[2], window[3])
+    assert follows(cut, moved, 1e-3)
+    assert moved.labels.tolist() == [3]
+    assert (moved.boxes >= 0).all()
+    assert (moved.boxes <= 1).all()
+
+
+def test_crop_drops_what_is_outside():
+    image, target = scene(100, 160)
+    for window in [(48, 0, 52, 160), (0, 55, 100, 50), (60, 80, 20, 20)]:
+        cut, moved = transforms.crop(image, target, *window)
+        assert not cut.any()
+        assert moved.boxes.shape == (0, 4)
+        assert moved.labels.shape == (0,)
+    # One row and one column of pixels more, and it stays.
+    for window in [(47, 0, 52, 160), (0, 54, 100, 50)]:
+        cut, moved = transforms.crop(image, target, *window)
+        assert follows(cut, moved, 1e-3)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("image_size", [50, 128, 200])
+def test_resize_keeps_relative_boxes_right(height, width, image_size):
+    image, target = transforms.evaluation(image_size, 400)(*scene(height, width))
+    assert image.dtype == torch.uint8
+    assert follows(image, target, 1.0)
+    assert follows(*transforms.flip(image, target), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((480, 640), (800, 1066)),  # rounded down, as the published evaluation does
+        ((640, 480), (1066, 800)),
+        ((426, 640), (800, 1201)),
+        ((300, 640), (625, 1333)),
+        ((1333, 800), (1333, 800)),
+        ((800, 1334), (799, 1332)),
+        ((500, 500), (800, 800)),
+        ((1, 9000), (1, 1333)),
+        ((9000, 1), (1333, 1)),
+        ((1, 1), (800, 800)),
+    ],
+)
+def test_resized_size(size, expected):
+    assert transforms.resized_size(*size, 800, 1333) == expected
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    assert transforms.resize(image, 800, 1333).shape == (3, *expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((336, 448), (256, 352)), ((448, 252), (416, 256)), ((100, 9000), (32, 416)), ((3, 3), (256, 256))],
+)
+def test_sides_of_whole_multiples(size, expected):
+    assert transforms.resized_size(*size, 256, 427, multiple=32) == expected
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    assert transforms.resize(image, 256, 427, multiple=32).shape == (3, *expected)
+    target = scene(100, 160)[1]
+    assert transforms.evaluation(256, 427, multiple=32)(image, target)[0].shape == (3, *expected)
+    assert transforms.evaluation(256, 427)(image, target)[0].shape != (3, *expected) or size == (3, 3)
+
+
+def test_training_sides_of_whole_multiples():
+    transform = transforms.training(200, 333, DataConfig(), multiple=32)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, _ = transform(*scene(*SIZES[seed % len(SIZES)]))
+        assert image.shape[1] % 32 == 0
+        assert image.shape[2] % 32 == 0
+        torch.manual_seed(seed)
+        assert transform.final_size(*SIZES[seed % len(SIZES)]) == tuple(image.shape[1:])
+
+
+def test_resize_is_antialiased():
+    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    stripes[:, :, ::4] = 255  # a quarter of the columns
+    small = transforms.resize(stripes, 16, 16).float()
+    assert ((small - 255 / 4).abs() < 24).all(), "thin stripes must turn grey"
+    plain = torch.nn.functional.interpolate(stripes[None].float(), scale_factor=0.25, mode="bilinear")
+    assert not plain.any(), "which the plain way loses"
+
+
+def test_training_boxes_follow_the_pixels():
+    transform = transforms.training(200, 333, DataConfig())
+    torch.manual_seed(0)
+    seen, dropped, sizes = 0, 0, set()
+    for number in range(300):
+        height, width = SIZES[number % len(SIZES)]
+        image, target = transform(*scene(height, width))
+        short, long = sorted(image.shape[-2:])
+        assert long <= 333
+        assert short <= 200
+        sizes.add(short)
+        if len(target.boxes):
+            seen += 1
+            size = torch.tensor(image.shape[-2:][::-1])
+            if (target.boxes[0, 2:] * size).min() > 4:  # thinner ones fade in the resize
+                assert follows(image, target, 3.0)
+        else:
+            dropped += 1
+            assert image.float().mean(0).max() < 250
+        assert target.image_id == 5
+        assert target.original_size == (height, width)
+    assert seen > 200
+    assert dropped > 5
+    assert set(range(120, 201, 8)) <= sizes, "all 11 short sides"
+
+
+def test_training_without_chance_is_a_resize():
+    data = DataConfig(train_scales=(1.0, 1.0), flip=0.0, crop=0.0)
+    image, target = scene(100, 160)
+    trained, same = transforms.training(80, 200, data)(image, target)
+    assert torch.equal(trained, transforms.resize(image, 80, 200))
+    assert torch.equal(same.boxes, target.boxes)
+    certain = transforms.training(80, 200, data.replace(flip=1.0))(image, target)
+    assert torch.equal(certain[0], transforms.resize(image.flip(2), 80, 200))
+
+
+def test_crop_sizes_are_the_papers():
+    transform = transforms.training(800, 10_000, DataConfig(flip=0.0, crop=1.0, train_scales=(1.0, 1.0)))
+    torch.manual_seed(1)
+    ratios = []
+    for _ in range(40):
+        image, _ = transform(*scene(61, 203))
+        ratios.append(image.shape[2] / image.shape[1])
+    # Sides of 384 to 600: no crop is longer than 600 : 384, while the image is 3.3 : 1.
+    assert max(ratios) <= 600 / 384 + 0.01
+    assert min(ratios) >= 384 / 600 - 0.01
+
+
+def test_same_seed_same_sample_and_nothing_changed_in_place():
+    image, target = scene(100, 160)
+    before, boxes = image.clone(), target.boxes.clone()
+    transform = transforms.training(96, 160, DataConfig())
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        results.append([transform(image, target) for _ in range(5)])
+    assert all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1].boxes, b[1].boxes) for a, b in zip(*results[:2], strict=True)
+    )
+    assert any(a[0].shape != b[0].shape for a, b in zip(results[0], results[2], strict=True))
+    assert torch.equal(image, before)
+    assert torch.equal(target.boxes, boxes)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
+def test_images_of_one_pixel(size):
+    transform = transforms.training(64, 100, DataConfig(crop=1.0))
+    for seed in range(10):
+        torch.manual_seed(seed)
+        image, target = transform(
+            torch.zeros(3, *size, dtype=torch.uint8),
+            Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 1.0, 1.0]]), 1, size),
+        )
+        assert max(image.shape[-2:]) <= 100
+        assert torch.allclose(target.boxes, torch.tensor([[0.5, 0.5, 1.0, 1.0]]))

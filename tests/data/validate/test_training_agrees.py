@@ -1,0 +1,100 @@
+"""Every bad set of the tables through the real command: trained, or one line and exit code 2; never a traceback."""
+
+import pytest
+
+from deformable_detr.cli import main
+from deformable_detr.config.schema import DataConfig
+from deformable_detr.data.validate import KINDS, check_for_training
+from deformable_detr.utils.errors import UserError
+from tests.data.validate.test_annotations import COCO, VOC, YOLO
+from tests.data.validate.test_images import FILES
+from tests.data.validate.test_unusual_inputs import IMAGES, SETS
+from tests.support.data_problems import USUAL, found
+from tests.support.datasets import coco_set, voc_set, yolo_set
+
+TINY = (
+    "--backbone test_resnet --backbone-weights none --image-size 64 --workers 0 --epochs 1 --device cpu --batch-size 2"
+)
+SMALLER = "model.hidden_dim=32 model.ffn_dim=32 model.num_queries=5 model.encoder_layers=1 model.decoder_layers=1"
+OPTIONS = [*TINY.split(), *(word for key in SMALLER.split() for word in ("--set", key))]
+
+CASES = {
+    **{f"image: {name}": (coco_set, content, expected) for name, (content, expected) in FILES.items()},
+    **{f"coco: {name}": (coco_set, change, expected) for name, (change, expected, _) in COCO.items()},
+    **{f"yolo: {name}": (yolo_set, change, expected) for name, (change, expected, _) in YOLO.items()},
+    **{f"voc: {name}": (voc_set, change, expected) for name, (change, expected, _) in VOC.items()},
+    **{f"strange {name}": (make, change, expected) for name, (make, change, expected, _) in SETS.items()},
+}
+BRIEF = ("image: PNG: half", "yolo: too few values", "voc: a bomb")
+
+
+def train(case, root, out, capsys, *options):
+    """Exit code and standard error of a training on the spoiled set."""
+    make, change, _ = CASES[case]
+    make(root)
+    if callable(change):
+        change(root)
+    else:
+        (root / "train/a.png").write_bytes(change)
+    capsys.readouterr()
+    try:
+        main(["train", str(root), "--out", str(out), *OPTIONS, *options])
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr().err
+
+
+def assert_trained_or_refused(case, tmp_path, capsys):
+    code, err = train(case, tmp_path / "set", tmp_path / "run", capsys)
+    if any(KINDS[kind].severity == "error" for kind in CASES[case][2]):
+        assert code == 2
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert not (tmp_path / "run/config.yaml").exists()
+    else:
+        assert code == 0, err
+        assert (tmp_path / "run/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("case", BRIEF)
+def test_some_cases(tmp_path, capsys, case):
+    assert_trained_or_refused(case, tmp_path, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case not in BRIEF])
+def test_all_cases(tmp_path, capsys, case):
+    assert_trained_or_refused(case, tmp_path, capsys)
+
+
+def test_there_are_as_many_cases_as_were_asked_for():
+    assert len(FILES) >= 40
+    assert len(COCO) + len(YOLO) + len(VOC) >= 30
+    assert len(FILES) + len(IMAGES) >= 70
+    assert len(CASES) >= 250
+    found_by_some = {kind for _, _, expected in CASES.values() for kind in expected}
+    elsewhere = {"leak", "image-copy", "image-missing", "set-refused"}
+    assert KINDS.keys() - found_by_some - USUAL - elsewhere == set(), "a kind that no case has"
+
+
+def test_faults_in_the_validation_split_count_too(tmp_path):
+    root = coco_set(tmp_path)
+    (root / "valid/c.png").write_bytes(b"")
+    assert [finding.split for finding in found(root).errors] == ["val"]
+    with pytest.raises(UserError, match=r"valid/c\.png"):
+        check_for_training(root, DataConfig(), 64, 107)
+
+
+def test_faults_in_the_test_split_do_not_stop_training(tmp_path):
+    root = coco_set(tmp_path)
+    coco_set(root, {"test": {"d": [(0, (4, 2, 16, 10))]}}, folders=("test",))
+    (root / "test/d.png").unlink()
+    assert [(finding.code, finding.split) for finding in found(root).errors] == [("image-missing", "test")]
+    lines = check_for_training(root, DataConfig(), 64, 107)
+    assert not [line for line in lines if "/test/" in line]
+    (root / "test/d.png").write_bytes((root / "train/a.png").read_bytes())
+    assert any(line.startswith("warning leak: ") for line in check_for_training(root, DataConfig(), 64, 107))
+    (root / "test/d.png").unlink()
+    with pytest.raises(UserError, match="d\\.png"):
+        check_for_training(root, DataConfig(val_split="test"), 64, 107)

@@ -1,0 +1,231 @@
+"""PyTorch's own launcher: the documented commands, a restart after a killed process, and SIGTERM."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.run import get_args_parser
+
+from deformable_detr.cli import app
+from deformable_detr.detector import DeformableDETR
+from deformable_detr.training.checkpoint import load_checkpoint
+from tests.support.distributed_jobs import run_config
+from tests.support.processes import _free_ports
+from tests.support.training import write_dataset
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 600  # seconds until the watchdog bites; a run takes some 20 on an idle machine
+EPOCHS = 20  # of two steps each
+KINDS = ("ddp", "fsdp")
+
+
+class Torchrun:
+    """`torchrun … -m deformable_detr train` in two processes; the test fails where they are not done in time."""
+
+    def __init__(self, folder, kind, *options, limit: float = LIMIT, resume=False):
+        self.out, self.limit = folder / kind, limit
+        config = folder / f"{kind}.yaml"
+        config.write_text(run_config(parallel=kind, epochs=EPOCHS, eval_every=EPOCHS).to_yaml())
+        self.said = folder / f"{kind}.txt"
+        port = ["--master-port", str(_free_ports(1)[0])] if "--rdzv-backend" not in options else []
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port, *options]
+        command += ["-m", "deformable_detr", "train", str(folder / "data"), "--out", str(self.out)]
+        command += ["--resume"] if resume else ["--config", str(config)]
+        with open(self.said, "a") as said:
+            self.launcher = subprocess.Popen(
+                command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=said, stderr=said, start_new_session=True
+            )
+        self.deadline = time.monotonic() + limit
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.everything(signal.SIGKILL)
+        self.launcher.wait()
+
+    def everything(self, number):
+        for process in [self.launcher.pid, *self.workers().values()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def workers(self):
+        """Process ids by rank."""
+        found = {}
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int(place.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+                environment = place.joinpath("environ").read_bytes().split(b"\0")
+            except (OSError, ValueError):
+                continue
+            ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
+            if parent == self.launcher.pid and ranks:
+                found[ranks[0]] = int(place.name)
+        return found
+
+    def wait(self, until=None):
+        """Until a condition holds or, without one, the launcher has ended; returns its exit code."""
+        while self.launcher.poll() is None and not (until and until()):
+            if time.monotonic() > self.deadline:
+                pytest.fail(f"torchrun hangs after {self.limit} s\n{self.said.read_text()[-3000:]}")
+            time.sleep(0.02)
+        return self.launcher.poll()
+
+    def steps(self):
+        """The steps whose figures are written down."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        return [record["step"] for record in records if record["kind"] == "train"]
+
+    def saved(self):
+        """The last step that a checkpoint holds; 0 without one."""
+        states = (self.out / "checkpoints" / "last").glob("state-*.json")
+        return max((json.loads(path.read_text())["state"]["counters"]["step"] for path in states), default=0)
+
+
+def outcome(out):
+    """Losses by step, and the weights of the exported model."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+    return losses, DeformableDETR.from_pretrained(out).state_dict()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What two processes give that nobody disturbs, by the README's command, for each kind."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_dataset(folder / "data", train=8, val=2)
+    for kind in KINDS:
+        with Torchrun(folder, kind) as run:
+            assert run.wait() == 0, run.said.read_text()[-3000:]
+            assert "4 images a step (2 processes" in run.said.read_text()
+            assert "Warning" not in run.said.read_text()
+            assert run.steps() == list(range(1, 2 * EPOCHS + 1))
+    return folder
+
+
+def same(out, wanted):
+    losses, weights = outcome(out)
+    expected_losses, expected_weights = outcome(wanted)
+    assert losses == expected_losses
+    assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_process_is_started_again_and_the_run_goes_on(whole, tmp_path, kind):
+    write_dataset(tmp_path / "data", train=8, val=2)
+    options = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_ports(1)[0]}", "--max-restarts", "1")
+    with Torchrun(tmp_path, kind, *options) as run:
+        run.wait(until=lambda: run.saved() >= 4)
+        os.kill(run.workers()[1], signal.SIGKILL)
+        code = run.wait()
+        said = run.said.read_text()
+        assert code == 0, said[-3000:]
+        assert said.count("4 images a step") == 2  # it began, and began again
+        assert run.steps() == list(range(1, 2 * EPOCHS + 1))
+    same(tmp_path / kind, whole / kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_sigterm_to_the_launcher_saves(whole, tmp_path, kind):
+    write_dataset(tmp_path / "data", train=8, val=2)
+    with Torchrun(tmp_path, kind) as run:
+        run.wait(until=lambda: run.saved() >= 2)
+        os.kill(run.launcher.pid, signal.SIGTERM)
+        assert run.wait() != 0
+        assert "go on with --resume" in run.said.read_text()
+        stopped = run.saved()
+        assert 2 <= stopped < 2 * EPOCHS
+        assert max(run.steps()) == stopped
+    with Torchrun(tmp_path, kind, resume=True) as run:
+        assert run.wait() == 0, run.said.read_text()[-3000:]
+    same(tmp_path / kind, whole / kind)
+
+
+@pytest.mark.slow
+def test_without_restarts_a_killed_process_ends_the_run(tmp_path):
+    """The control: it is the launcher's option that makes the run go on."""
+    write_dataset(tmp_path / "data", train=8, val=2)
+    with Torchrun(tmp_path, "ddp") as run:
+        run.wait(until=lambda: run.saved() >= 2)
+        os.kill(run.workers()[1], signal.SIGKILL)
+        assert run.wait() != 0
+        assert max(run.steps()) < 2 * EPOCHS
+    load_checkpoint(tmp_path / "ddp" / "checkpoints" / "last")
+
+
+@pytest.mark.slow
+def test_the_watchdog_bites(tmp_path):
+    write_dataset(tmp_path / "data", train=8, val=2)
+    with Torchrun(tmp_path, "ddp", limit=0.1) as run:
+        with pytest.raises(pytest.fail.Exception, match="hangs"):
+            run.wait()
+        processes = [run.launcher.pid, *run.workers().values()]
+    assert not any(Path(f"/proc/{process}").exists() for process in processes)
+
+
+def documented():
+    """Every torchrun command of README and docs, its words split as the shell would, variables filled in."""
+    commands = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = re.sub(r"\\\n\s*", "", path.read_text())
+        text = text.replace("$resume", "--resume").replace("$SLURM_NNODES", "4").replace("$first", "node0")
+        for line in text.splitlines():
+            if line.startswith("    ") and "torchrun " in line:
+                words = shlex.split(line, comments=True)
+                commands.append(words[words.index("torchrun") + 1 :])
+    return commands
+
+
+def parsed(words):
+    """What torchrun and our command make of it; SystemExit or an error for what they do not know."""
+    launcher = get_args_parser().parse_args(words)
+    assert launcher.module
+    assert launcher.training_script == "deformable_detr"
+    command, bound, _ = app.parse_args(launcher.training_script_args, exit_on_error=False, print_error=False)
+    return launcher, command.__name__, bound.arguments
+
+
+def test_documented_commands_are_understood():
+    commands = documented()
+    assert len(commands) == 5
+    for words in commands:
+        _, verb, options = parsed(words)
+        assert verb == "train"
+        assert options["out"]
+    several = [parsed(words)[0] for words in commands if "--nnodes" in words]
+    assert [launcher.nnodes for launcher in several] == ["4", "4"]
+    assert all(launcher.rdzv_backend == "c10d" and "29500" in launcher.rdzv_endpoint for launcher in several)
+
+
+@pytest.mark.parametrize("wrong", ["--nproc-per-nod8 8", "--max-restart x"])
+def test_what_torchrun_does_not_know_is_noticed(wrong):
+    with pytest.raises((SystemExit, AssertionError)):
+        parsed([*wrong.split(), "-m", "deformable_detr", "train", "DATA", "--out", "x"])
+
+
+def test_what_train_does_not_know_is_noticed():
+    with pytest.raises(Exception, match="effective-bath"):
+        parsed(["-m", "deformable_detr", "train", "DATA", "--out", "x", "--effective-bath", "32"])
+
+
+def test_the_slurm_script_is_a_shell_script():
+    text = (ROOT / "docs" / "scale-out.md").read_text()
+    script = text[text.index("    #!/bin/bash") :]
+    lines = script[: script.index("\n\n")].splitlines()
+    done = subprocess.run(
+        ["bash", "-n"], input="\n".join(line[4:] for line in lines), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

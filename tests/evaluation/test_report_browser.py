@@ -1,0 +1,174 @@
+"""Report and training page in a real browser: sorting, choosing, hovering; nothing sticks out, nothing complains."""
+
+import itertools
+import json
+
+import pytest
+from PIL import Image
+
+from deformable_detr.evaluation.gallery import FOLDER
+from deformable_detr.evaluation.report import write_report
+from deformable_detr.evaluation.training_page import write_training_page
+from deformable_detr.visualize.web.html import picture
+from tests.evaluation.test_report import content, evaluated
+from tests.support.browser import clipped
+from tests.support.detections import synthetic
+
+pytestmark = pytest.mark.slow
+LONG = "a class with a name so long that it fits nowhere, Straßenverkehrsschild"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    truth, results = synthetic(images=20, classes=14, seed=3)
+    truth["categories"][3]["name"], truth["categories"][4]["name"] = LONG, "カード"
+    paths = {}
+    for image in truth["images"]:
+        paths[image["id"]] = folder / f"{image['id']}.png"
+        Image.new("RGB", (640, 480), (120, 90, 60)).save(paths[image["id"]])
+    one, two = evaluated(truth, results, paths), evaluated(truth, results[::2], paths)
+    return {
+        "one": write_report(folder / "one.html", [("a model", one)], "a set", "val"),
+        "two": write_report(folder / "two.html", [("a model", one), ("another", two)], "a set", "val"),
+        "none": write_report(folder / "none.html", [("idle", evaluated(truth, [], paths))], "a set", "val"),
+        "run": write_training_page(run(folder / "run")),
+    }
+
+
+def run(folder):
+    (folder / FOLDER).mkdir(parents=True)
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in range(10, 310, 10):
+            train = {"kind": "train", "step": step, "epoch": step // 100, "seconds": 7.0 * step, "loss": 900 / step,
+                     "loss_class": 90 / step, "loss_boxes": 9 / step, "loss_giou": 30 / step, "lr": 1e-4,
+                     "images_per_second": 12.0}  # fmt: skip
+            file.write(json.dumps(train) + "\n")
+            if step % 100 == 0:
+                evaluation = {"kind": "evaluation", "step": step, "epoch": step // 100, "AP": step / 1000,
+                              "AP50": step / 500, "AP75": None, "AP_small": 0.1}  # fmt: skip
+                file.write(json.dumps(evaluation) + "\n")
+    image = {"name": "x.png", "width": 200, "height": 100, "objects": [[10, 10, 50, 60, 0]],
+             "picture": picture(Image.new("RGB", (200, 100)), 480)}  # fmt: skip
+    described = {"ids": [4], "names": [LONG], "images": [image]}
+    (folder / FOLDER / "images.json").write_text(json.dumps(described))
+    with open(folder / FOLDER / "predictions.jsonl", "w") as file:
+        for step in (100, 200, 300):
+            boxes = [[12, 12, 50, 60, 0, step / 400], [100, 5, 40, 40, 0, 0.2]]
+            file.write(json.dumps({"step": step, "epoch": step // 100, "ids": [4], "images": [boxes]}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("name", ["one", "two", "none", "run"])
+def test_nothing_sticks_out(browse, pages, name, width, dark):
+    driver = browse(pages[name], width, dark)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    assert clipped(driver) == []
+    ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (not dark)
+    outside = """return [...document.querySelectorAll('.chart svg text')].filter(text => {
+        const t = text.getBoundingClientRect(), s = text.ownerSVGElement.getBoundingClientRect();
+        return t.left < s.left - 1 || t.right > s.right + 1 || t.top < s.top - 1 || t.bottom > s.bottom + 1;
+    }).map(text => text.textContent)"""
+    assert driver.execute_script(outside) == []
+    short = """return [...document.querySelectorAll('caption, #speed-table td, #figures-table td')].filter(
+        cell => cell.scrollWidth > cell.clientWidth + 1 || cell.clientHeight > 60).map(cell => cell.textContent)"""
+    assert driver.execute_script(short) == []
+    labels = """return [...document.querySelectorAll('#gallery svg')].map(picture => [
+        ...picture.querySelectorAll('.label')].map(label => {
+            const [p, r, t] = [picture, ...label.children].map(e => e.getBoundingClientRect());
+            return [r.left - p.left, r.top - p.top, r.right - p.left, r.bottom - p.top, p.width, p.height,
+                t.right - r.right];
+        }))"""
+    pictures = driver.execute_script(labels)
+    assert any(len(placed) > 2 for placed in pictures) or name == "run"
+    for placed in pictures:
+        for left, top, right, bottom, picture_width, picture_height, beyond in placed:
+            assert min(left, top, picture_width - right, picture_height - bottom) > -0.5
+            assert beyond < 0.5  # the text ends on its ground
+        for a, b in itertools.combinations(placed, 2):
+            assert min(a[2], b[2]) - max(a[0], b[0]) < 0.5 or min(a[3], b[3]) - max(a[1], b[1]) < 0.5
+    assert driver.get_log("browser") == []
+
+
+def test_report_is_used(browse, pages):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.ui import Select
+
+    shown = content(pages["one"].read_text(encoding="utf-8"))["models"][0]
+    driver = browse(pages["one"])
+    find, every = driver.find_element, driver.find_elements
+
+    def column(number):
+        return [cell.text for cell in every("css selector", f"#classes-table tbody td:nth-child({number})")]
+
+    assert find("css selector", "#figures-table tbody tr td:nth-child(2)").text == f"{shown['figures']['AP']:.3f}"
+    assert column(3) == [f"{row['AP']:.3f}" for row in shown["classes"]]
+    heads = every("css selector", "#classes-table th button")
+    heads[2].click()
+    assert column(3) == sorted((f"{row['AP']:.3f}" for row in shown["classes"]), reverse=True)
+    heads[2].click()
+    assert column(3) == sorted(f"{row['AP']:.3f}" for row in shown["classes"])
+    find("id", "find").send_keys("straß")
+    assert column(1) == [LONG]
+    assert find("id", "find-count").text == "1 of 14 classes"
+
+    Select(find("id", "curve-class")).select_by_index(3)
+    chart = find("css selector", "#curve .chart svg, #curve svg[role=img]")
+    ActionChains(driver).move_to_element(chart).perform()
+    readout = find("css selector", "#curve .readout").text
+    recall = float(readout.split(":")[0].split()[-1])
+    precision = shown["curves"][3]["50"][round(recall * 100)] / 1000
+    assert f"IoU 0.50 {precision:.3g}" in readout
+
+    # A small box inside a large one can be pointed at, and then says what it is.
+    script = """const found = '#gallery figure:nth-child(2) svg .box:not([pointer-events])';
+        const boxes = [...document.querySelectorAll(found)];
+        return boxes.reduce((a, b) => a.getAttribute('width') * a.getAttribute('height') <
+            b.getAttribute('width') * b.getAttribute('height') ? a : b)"""
+    smallest = driver.execute_script(script)
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", smallest)
+    ActionChains(driver).move_to_element(smallest).perform()
+    hovered = driver.execute_script("return arguments[0].ownerSVGElement.lastElementChild.textContent", smallest)
+    title = smallest.find_element("css selector", "title").get_attribute("textContent")
+    assert hovered.split()[:-1] == title.removesuffix(", wrong").split()[:-1]
+
+    matrix = shown["confusion"]["matrix"]
+    cell = find("css selector", "#matrix rect[data-cell='2,2']")
+    ActionChains(driver).move_to_element(cell).perform()
+    assert find("id", "matrix-readout").text == f"{matrix[2][2]} of {sum(matrix[2])} “class 2” were found as “class 2”"
+    gains = [element.text.split(",")[0] for element in every("css selector", "#errors-bars .value")]
+    assert gains == [f"{one['gain']:.3f}" for one in shown["errors"]["kinds"]]
+
+
+def test_other_model_is_chosen(browse, pages):
+    from selenium.webdriver.support.ui import Select
+
+    shown = content(pages["two"].read_text(encoding="utf-8"))["models"]
+    driver = browse(pages["two"])
+    assert len(driver.find_elements("css selector", "#gallery .panels")[0].find_elements("css selector", "figure")) == 3
+    Select(driver.find_element("id", "confusion-model")).select_by_index(1)
+    assert f"{shown[1]['confusion']['threshold']:.3f}" in driver.find_element("id", "confusion-how").text
+    row = driver.find_element("css selector", "#figures-table tbody tr").text.split()
+    first, second = (model["figures"]["AP"] for model in shown)
+    assert row[1:3] == [f"{first:.3f}", f"{second:.3f}"]
+    assert row[4] == f"{second - first:+.3f}".replace("-", "−")
+
+
+def test_gallery_goes_through_the_evaluations(browse, pages):
+    from selenium.webdriver import Keys
+
+    driver = browse(pages["run"])
+    find = driver.find_element
+    assert find("id", "evaluation-now").text == "3 of 3: step 300"
+    assert "1 found, 1 there" in find("css selector", "#gallery figcaption").text
+    find("id", "evaluation").send_keys(Keys.HOME)
+    assert find("id", "evaluation-now").text == "1 of 3: step 100"
+    assert "0 found, 1 there" in find("css selector", "#gallery figcaption").text
+    find("id", "score").send_keys(Keys.HOME)
+    assert "2 found, 1 there" in find("css selector", "#gallery figcaption").text
+    find("id", "follow").click()
+    driver.refresh()
+    assert find("id", "follow").is_selected()

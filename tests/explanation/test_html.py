@@ -1,0 +1,69 @@
+"""The page: all in one file, the tensors' positions in it, names that cannot break it."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from deformable_detr import UserError
+from deformable_detr.explanation import trace
+from deformable_detr.explanation.html import page, save_page
+from tests.support.explanations import HEADS, LEVELS, POINTS, picture, random_model
+
+
+@pytest.fixture(scope="module")
+def traced():
+    model = random_model(two_stage=True, refine=True, class_names=("red", "</script><b>green", "蓝 & <!--"))
+    return trace(model, picture(67, 101), threshold=0.0, top_k=18)
+
+
+def content(text):
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_the_points_in_the_page_are_those_of_the_tensors(traced):
+    chosen = traced.detection(2)
+    data = content(page(traced, chosen))
+    assert data["first"] == 2
+    assert len(data["items"]) == len(traced.detections) == 18
+    for number, item in enumerate(data["items"]):
+        found = traced.detection(number)
+        assert item["name"] == found.name
+        for layer, look, share in zip(item["layers"], found.looks, found.shares_inside().tolist(), strict=True):
+            points = torch.tensor(layer["points"]).view(HEADS, LEVELS, POINTS, 3)
+            torch.testing.assert_close(points[..., :2] / 10, look.locations, atol=0.0501, rtol=0)
+            torch.testing.assert_close(points[..., 2] / 10000, look.weights, atol=5.1e-5, rtol=0)
+            assert layer["box"] == pytest.approx(look.box.tolist(), abs=0.006)
+            assert layer["reference"] == pytest.approx(look.reference_point.tolist(), abs=0.006)
+            assert layer["share"] == pytest.approx(share, abs=1e-4)
+
+
+def test_a_point_is_alone_in_its_page(traced):
+    found = traced.point(20, 30)
+    data = content(page(traced, found, layer=1))
+    assert [item["kind"] for item in data["items"]] == ["point"]
+    assert data["layer"] == 1
+    points = torch.tensor(data["items"][0]["layers"][0]["points"]).view(LEVELS, HEADS, LEVELS, POINTS, 3)
+    torch.testing.assert_close(points[..., :2] / 10, found.looks[0].locations, atol=0.0501, rtol=0)
+
+
+def test_the_page_loads_nothing_and_names_cannot_break_it(traced):
+    text = page(traced, traced.detection(0))
+    addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", re.sub(r"base64,[\w+/=]+", "", text)))
+    assert addresses <= {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"<(?:link|iframe|script)[^>]+(?:href|src)=", text)
+    assert text.count("</script>") == 2
+    assert "<b>green" not in text
+    assert any(item["name"] == "</script><b>green" for item in content(text)["items"])
+    assert text.index("data:image/jpeg;base64,")
+
+
+def test_mistakes_are_one_line(traced, tmp_path):
+    with pytest.raises(UserError, match="no layer 9"):
+        page(traced, traced.detection(0), layer=8)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        save_page(traced, traced.detection(0), tmp_path / "file" / "a.html")

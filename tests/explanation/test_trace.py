@@ -1,0 +1,228 @@
+"""Where the model looked, in pixels: against the tensors, against offsets set by hand, whatever the image's form."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from deformable_detr import UserError, explain
+from deformable_detr.explanation import DetectionExplanation, attention_share, trace
+from deformable_detr.ops.reference import sample_and_sum
+from tests.support.explanations import HEADS, LEVELS, POINTS, hand_set, picture, random_model, some_offsets
+
+ODD = [(67, 101), (101, 67), (64, 64), (13, 47)]  # (height, width)
+CANVAS = (200, 208)
+
+
+def with_known_points(**changes):
+    """References at (0.3, 0.6), offsets and weights by hand; gives the model and those of its two decoder layers."""
+    model = random_model(**changes)
+    known = [some_offsets(1), some_offsets(2)]
+    with torch.no_grad():
+        model.reference_points.weight.zero_()
+        model.reference_points.bias.copy_(torch.logit(torch.tensor([0.3, 0.6])))
+    for layer, (offsets, logits) in zip(model.decoder.layers, known, strict=True):
+        hand_set(layer.cross_attn, offsets, logits)
+    return model, known
+
+
+@pytest.mark.parametrize("size", ODD)
+def test_points_set_by_hand_lie_where_equation_3_puts_them(size):
+    model, known = with_known_points()
+    height, width = size
+    found = explain(model, picture(*size), threshold=0.0)
+    for look, (offsets, logits) in zip(found.looks, known, strict=True):
+        assert look.locations.shape == (HEADS, LEVELS, POINTS, 2)
+        assert look.reference_box is None
+        torch.testing.assert_close(look.reference_point, torch.tensor([0.3 * width, 0.6 * height]))
+        for level, (h, w) in enumerate(found.spatial_shapes):
+            # An offset of 1 is one pixel of the level's map.
+            expected = torch.tensor([0.3, 0.6]) + offsets[:, level] / torch.tensor([w, h])
+            expected = expected * torch.tensor([width, height])
+            torch.testing.assert_close(look.locations[:, level], expected, atol=1e-3, rtol=1e-5)
+        weights = logits.flatten(1).softmax(1).view_as(logits)
+        torch.testing.assert_close(look.weights, weights)
+
+
+def test_points_around_a_box_are_spread_over_half_its_sides():
+    model, known = with_known_points(refine=True)
+    found = explain(model, picture(67, 101), threshold=0.0)
+    first, second = found.looks
+    assert first.reference_box is None
+    torch.testing.assert_close(second.reference_box, first.box)  # each layer starts from the box of the one before
+    x1, y1, x2, y2 = first.box.tolist()
+    centre, half = torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2]), torch.tensor([(x2 - x1) / 2, (y2 - y1) / 2])
+    torch.testing.assert_close(second.reference_point, centre)
+    expected = centre + known[1][0] / POINTS * half
+    torch.testing.assert_close(second.locations, expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", ODD)
+@pytest.mark.parametrize("canvas", [None, CANVAS])
+def test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_positions(size, canvas):
+    """Independent of our arithmetic: what the op reads at its own locations says where in the image that is."""
+    model = random_model(two_stage=True, refine=True)
+    height, width = size
+    traced = trace(model, picture(*size), threshold=0.0, canvas=canvas)
+    shapes = traced.detection(0).spatial_shapes
+    if canvas:
+        assert traced.valid_ratios.min() < 0.7
+    values = []
+    for (h, w), (across, down) in zip(shapes, traced.valid_ratios.tolist(), strict=True):
+        x = (torch.arange(w) + 0.5) / (across * w) * width  # in image pixels; on past the image, into the padding
+        y = (torch.arange(h) + 0.5) / (down * h) * height
+        values.append(torch.stack((x.expand(h, w), y[:, None].expand(h, w)), -1).flatten(0, 1))
+    value = torch.cat(values)[None, :, None]  # (1, S, one head, 2)
+    sides = torch.tensor([(w, h) for h, w in shapes])
+    checked = 0
+    for details, explained in [
+        *zip(traced.outputs["decoder_attention"], traced.detection(0).looks, strict=True),
+        *zip(traced.outputs["encoder_attention"], traced.point(width / 2, height / 3).looks, strict=True),
+    ]:
+        query = (
+            [traced.detection(0).query] if explained.weights.ndim == 3 else traced.point(width / 2, height / 3).tokens
+        )
+        raw = details.locations[0, query]  # (T, M, L, P, 2)
+        drawn = explained.locations.view(raw.shape)
+        inner = ((raw * sides[:, None] >= 0.5) & (raw * sides[:, None] <= sides[:, None] - 0.5)).all(-1)
+        for level in range(LEVELS):
+            at = raw[:, :, level].reshape(1, -1, 1, 1, 1, 2)
+            every = torch.zeros(1, at.shape[1], 1, LEVELS, 1, 2).index_copy_(3, torch.tensor([level]), at)
+            only = torch.zeros(1, at.shape[1], 1, LEVELS, 1).index_fill_(3, torch.tensor([level]), 1.0)
+            read = sample_and_sum(value, shapes, every, only)[0]
+            keep = inner[:, :, level].reshape(-1)
+            torch.testing.assert_close(read[keep], drawn[:, :, level].reshape(-1, 2)[keep], atol=2e-2, rtol=1e-4)
+            checked += int(keep.sum())
+    assert checked > 20
+
+
+@pytest.mark.parametrize("shift", [0.5, 4.0])  # pixels; half a cell of the finest map
+def test_positions_shifted_by_half_a_pixel_or_cell_are_noticed(monkeypatch, shift):
+    module = sys.modules["deformable_detr.explanation.trace"]
+    right = module.from_canvas
+    monkeypatch.setattr(module, "from_canvas", lambda *where: right(*where) + shift)
+    with pytest.raises(AssertionError, match="not close"):
+        test_points_set_by_hand_lie_where_equation_3_puts_them((67, 101))
+    with pytest.raises(AssertionError, match="not close"):
+        test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_positions((67, 101), None)
+
+
+@pytest.mark.parametrize("canvas", [None, CANVAS])
+def test_without_offsets_the_encoder_looks_at_the_very_token_of_the_point(canvas):
+    model = random_model()
+    for layer in model.encoder.layers:
+        hand_set(layer.self_attn, torch.zeros(HEADS, LEVELS, POINTS, 2), torch.zeros(HEADS, LEVELS, POINTS))
+    height, width = 67, 101
+    traced = trace(model, picture(height, width), canvas=canvas)
+    for x, y in [(0, 0), (50.2, 31.9), (100.9, 66.9), (width, height)]:
+        found = traced.point(x, y)
+        for token, (across, down), (h, w) in zip(
+            range(LEVELS), traced.valid_ratios.tolist(), found.spatial_shapes, strict=True
+        ):
+            cell = torch.tensor([width / (across * w), height / (down * h)])  # a token's pixel, in image pixels
+            assert ((found.token_centres[token] - torch.tensor([x, y])).abs() <= cell / 2 + 1e-3).all()
+            for look in found.looks:
+                everywhere = found.token_centres[token].expand(HEADS, LEVELS, POINTS, 2)
+                torch.testing.assert_close(look.locations[token], everywhere, atol=1e-3, rtol=1e-5)
+    assert traced.point(0, 0).tokens[0] == 0
+
+
+def test_a_photograph_on_its_side_is_explained_upright(tmp_path):
+    model = random_model(two_stage=True, refine=True)
+    upright = picture(67, 101).permute(1, 2, 0).numpy()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    Image.fromarray(upright).rotate(90, expand=True).save(tmp_path / "side.png", exif=exif)
+    turned, straight = explain(model, tmp_path / "side.png", threshold=0.0), explain(model, upright, threshold=0.0)
+    assert turned.image_size == (67, 101)
+    assert torch.equal(turned.looks[-1].locations, straight.looks[-1].locations)
+    assert torch.equal(turned.looks[-1].box, straight.looks[-1].box)
+    wide = explain(model, tmp_path / "side.png", point=(100, 10))
+    assert wide.token_centres[:, 0].max() > 67  # right of what the file's own width would allow
+
+
+def test_the_detections_are_those_of_prediction_and_the_last_layer_is_theirs():
+    model = random_model(two_stage=True, refine=True)
+    image = picture(67, 101)
+    predicted = model.predict(image, threshold=0.008, top_k=8)
+    traced = trace(model, image, threshold=0.008, top_k=8)
+    assert len(predicted) > 3
+    assert torch.equal(traced.detections.boxes, predicted.boxes)
+    assert torch.equal(traced.detections.scores, predicted.scores)
+    assert traced.detections.names == predicted.names
+    limits = torch.tensor([101.0, 67.0, 101.0, 67.0])
+    for number in range(len(predicted)):
+        found = traced.detection(number)
+        last = found.looks[-1]
+        assert last.scores[found.label].item() == pytest.approx(found.score, abs=1e-6)
+        torch.testing.assert_close(last.box.clamp(min=torch.zeros(4), max=limits), predicted.boxes[number])
+
+
+def test_the_model_keeps_its_mode_and_prediction_is_not_changed():
+    model = random_model().train()
+    explain(model, picture(64, 64), threshold=0.0)
+    assert model.training
+
+
+def test_share_of_the_attention_inside_a_box():
+    locations = torch.tensor([[1.0, 1.0], [5.0, 5.0], [10.0, 0.0], [11.0, 2.0]])
+    weights = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    assert attention_share(locations, weights, torch.tensor([0.0, 0.0, 10.0, 4.0])).item() == pytest.approx(0.3)
+    assert attention_share(locations, weights * 7, torch.tensor([0.0, 0.0, 99.0, 99.0])).item() == pytest.approx(1.0)
+    assert attention_share(locations, weights, torch.tensor([2.0, 2.0, 4.0, 4.0])).item() == 0.0
+
+
+def test_shares_follow_the_weights_layer_by_layer():
+    model, _ = with_known_points()
+    found = explain(model, picture(67, 101), threshold=0.0)
+    box = torch.tensor([0.0, 0.0, 33.0, 67.0])
+    for share, look in zip(found.shares_inside(box).tolist(), found.looks, strict=True):
+        x, y = look.locations.unbind(-1)
+        inside = (x >= 0) & (x <= 33) & (y >= 0) & (y <= 67)
+        assert 0 < share < 1
+        assert share == pytest.approx(look.weights[inside].sum().item() / HEADS)
+
+
+def test_numbers_for_json():
+    model = random_model(refine=True)
+    found = explain(model, picture(67, 101), 1, threshold=0.0)
+    assert isinstance(found, DetectionExplanation)
+    whole = found.to_dict()
+    assert whole["detection"]["number"] == 2
+    assert whole["detection"]["name"] == found.name
+    assert whole["layers"][0]["reference_box"] is None
+    assert torch.equal(torch.tensor(whole["layers"][1]["locations"]), found.looks[1].locations)
+    assert whole["layers"][1]["share_inside_box"] == found.shares_inside()[1].item()
+    point = explain(model, picture(67, 101), point=(10, 20)).to_dict()
+    assert point["point"] == [10, 20]
+    assert torch.tensor(point["layers"][1]["weights"]).shape == (LEVELS, HEADS, LEVELS, POINTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"detection": 99, "threshold": 0.0}, ["no detection 100", "18"]),
+        ({"detection": -1, "threshold": 0.0}, ["no detection 0"]),
+        ({"threshold": 0.9}, ["0.9", "the best 0.0"]),
+        ({"threshold": 1.5}, ["threshold 1.5"]),
+        ({"top_k": 0}, ["top_k 0"]),
+        ({"point": (102, 5)}, ["102,5", "101 × 67"]),
+        ({"point": (5, -1)}, ["5,-1", "outside"]),
+        ({"point": (float("nan"), 1)}, ["outside"]),
+        ({"point": (5, 5), "detection": 0}, ["not both"]),
+    ],
+)
+def test_mistakes_are_one_line(options, words):
+    with pytest.raises(UserError) as error:
+        explain(random_model(), picture(67, 101), **options)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_model_without_encoder_has_no_points_to_tell_of():
+    model = random_model(encoder_layers=0)
+    with pytest.raises(UserError, match="no encoder layers"):
+        explain(model, picture(67, 101), point=(5, 5))
+    assert len(explain(model, picture(67, 101), threshold=0.0).looks) == 2

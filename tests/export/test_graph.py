@@ -1,0 +1,136 @@
+"""The parts of an export: merged batch norms, open padding, the look-up form of sampling, the comparison."""
+
+import pytest
+import torch
+from torch import nn
+
+from deformable_detr import ops
+from deformable_detr.export.graph import InferenceGraph, parse_size, trace
+from deformable_detr.export.padding import SameConvolution
+from deformable_detr.export.verify import difference
+from deformable_detr.model.layers import nearest
+from deformable_detr.model.position_encoding import _fitted
+from deformable_detr.runtimes.fused.folding import fold_batch_norms
+from deformable_detr.utils.errors import UserError
+from tests.support.models import lively, tiny
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_batch_norms_are_merged(name, frozen):
+    import timm
+    from timm.layers.norm_act import freeze_batch_norm_2d
+
+    torch.manual_seed(0)
+    body = lively(timm.create_model(name, features_only=True, out_indices=(2, 3)))
+    norms = sum("Batch" in type(module).__name__ for module in body.modules())
+    if frozen:
+        body = freeze_batch_norm_2d(body)
+    pixels = torch.randn(2, 3, 65, 70)
+    with torch.no_grad():
+        before = body(pixels)
+        assert fold_batch_norms(body, torch.zeros(1, 3, 64, 64)) == norms > 0
+        after = body(pixels)
+    assert not any("Batch" in type(module).__name__ for module in body.modules())
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_that_runs_twice_stays():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.b(self.norm(self.a(x))))
+
+    body = lively(Twice())
+    assert fold_batch_norms(body, torch.zeros(1, 3, 8, 8)) == 0
+    assert isinstance(body.norm, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (5, 2, 1), (1, 2, 1), (3, 1, 2)])
+def test_same_padding(kernel, stride, dilation):
+    from timm.layers import Conv2dSame
+
+    torch.manual_seed(0)
+    theirs = Conv2dSame(3, 4, kernel, stride=stride, dilation=dilation)
+    ours = SameConvolution(theirs)
+    for size in ((7, 8), (16, 15), (9, 33)):
+        x = torch.randn(1, 3, *size)
+        assert torch.equal(theirs(x), ours(x))
+
+
+def test_open_sizes_stay_short():
+    """Nested halvings must simplify: at 500 characters a size, tracing took twice as long, loading a .pt2 minutes."""
+    model = tiny(backbone="tf_efficientnet_lite0", backbone_shape=None, feature_levels=4)
+    graph = trace(InferenceGraph(model, False), None, "grid_sample").graph
+    values = (node.meta.get("val") for node in graph.nodes)
+    sizes = {str(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape}
+    assert any("//8" in size for size in sizes)  # the finest level's height
+    assert max(map(len, sizes)) < 250
+
+
+@pytest.mark.parametrize("reference", [2, 4])
+def test_gather_is_the_reference(reference):
+    torch.manual_seed(0)
+    shapes = ((5, 7), (3, 4))
+    B, Q, M, D, L, P = 2, 9, 3, 4, 2, 4
+    value = torch.randn(B, 47, M, D, dtype=torch.float64)
+    points = torch.rand(B, Q, L, reference, dtype=torch.float64)
+    offsets = 6 * torch.randn(B, Q, M, L, P, 2, dtype=torch.float64)
+    offsets[0, 0, 0, 0] = float("nan")
+    offsets[0, 1, 0, 0] = 1e12
+    inputs = value, shapes, points, offsets, torch.randn(B, Q, M, L, P, dtype=torch.float64)
+    with ops.use_backend("reference"):
+        wanted = ops.deformable_attention(*inputs)
+    with ops.use_backend("gather"):
+        torch.testing.assert_close(ops.deformable_attention(*inputs), wanted)
+
+
+def test_forms_for_graphs_equal_those_for_eager(monkeypatch):
+    """What the model computes in other words while it is exported."""
+    torch.manual_seed(0)
+    table = torch.rand(50, 6)
+    shapes = [(h, w, -(-h // s), -(-w // s)) for h, w in ((203, 331), (210, 333), (64, 65)) for s in (8, 16, 32, 64)]
+    masks = [torch.rand(2, h, w) < 0.5 for h, w, _, _ in shapes]
+    lengths = (1, 2, 49, 50, 51, 77, 200)
+
+    def computed():
+        small = [nearest(mask, (h, w)) for mask, (_, _, h, w) in zip(masks, shapes, strict=True)]
+        return small, [_fitted(table, length) for length in lengths]
+
+    eager = computed()
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    exported = computed()
+    for one, other in zip(eager[0], exported[0], strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(eager[1], exported[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_difference():
+    torch.manual_seed(0)
+    wanted = {"pred_logits": torch.randn(2, 6, 3), "pred_boxes": torch.rand(2, 6, 4)}
+    order = torch.tensor([1, 0, 2, 5, 4, 3])
+    swapped = {key: value[:, order] for key, value in wanted.items()}
+    assert difference(wanted, swapped) == (0.0, 0.0)
+    for key, place in (("pred_logits", 0), ("pred_boxes", 1)):
+        changed = {name: value.clone() for name, value in swapped.items()}
+        changed[key][1, 2, 0] += 0.01
+        assert difference(wanted, changed)[place] == pytest.approx(0.01, abs=1e-5)
+    # The boxes of two queries exchanged, and not their logits, is no other order.
+    crossed = {"pred_logits": wanted["pred_logits"], "pred_boxes": wanted["pred_boxes"][:, order]}
+    assert max(difference(wanted, crossed)) > 0.01
+    swapped["pred_logits"][0, 0, 0] = float("nan")
+    assert difference(wanted, swapped) == (float("inf"), float("inf"))
+    assert difference(wanted, {**wanted, "pred_boxes": wanted["pred_boxes"][:, :5]}) == (float("inf"), float("inf"))
+
+
+def test_sizes():
+    assert parse_size("dynamic") is None
+    assert parse_size("480,640") == (480, 640)
+    for text in ("480", "480x640", "0,5", "-3,4", "a,b"):
+        with pytest.raises(UserError, match="--image-size"):
+            parse_size(text)

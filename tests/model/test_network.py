@@ -1,0 +1,246 @@
+"""The detector as a whole: shapes, gradients, padding, variants."""
+
+import pytest
+import torch
+
+from deformable_detr import DeformableDETR, UserError
+from deformable_detr.config import presets
+from deformable_detr.model.decoder import ExtraQueries
+
+TINY = {
+    "backbone": "resnet10t", "backbone_weights": "none", "hidden_dim": 64, "num_heads": 4, "ffn_dim": 48,
+    "encoder_layers": 2, "decoder_layers": 2, "num_queries": 12, "num_classes": 5, "dropout": 0.0,
+}  # fmt: skip
+
+
+def tiny(variant=presets.two_stage, **changes) -> DeformableDETR:
+    torch.manual_seed(0)
+    return DeformableDETR(variant(**{**TINY, **changes}))
+
+
+def shaken(model: DeformableDETR) -> DeformableDETR:
+    """The model with its zero-initialised parts moved, so that nothing is equal only because it is still zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model
+
+
+def batch(sizes=((96, 128), (64, 80)), canvas=(96, 128), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.zeros(len(sizes), 3, *canvas)
+    mask = torch.ones(len(sizes), *canvas, dtype=torch.bool)
+    for i, (h, w) in enumerate(sizes):
+        pixels[i, :, :h, :w] = torch.randn(3, h, w, generator=generator)
+        mask[i, :h, :w] = False
+    return pixels, mask
+
+
+VARIANTS = list(presets.MODELS.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=presets.MODELS)
+def test_shapes_and_a_finite_gradient_for_every_parameter(variant):
+    model = shaken(tiny(variant)).train()
+    pixels, mask = batch()
+    out = model(pixels, mask)
+    assert out["pred_logits"].shape == (2, 12, 5)
+    assert out["pred_boxes"].shape == (2, 12, 4)
+    assert out["layer_logits"].shape == (2, 2, 12, 5)
+    assert torch.equal(out["layer_boxes"][-1], out["pred_boxes"])
+    assert ((out["pred_boxes"] >= 0) & (out["pred_boxes"] <= 1)).all()
+    wanted = [out["layer_logits"], out["layer_boxes"]]
+    if model.config.two_stage:
+        wanted += [out["encoder_logits"], out["encoder_boxes"]]
+    sum((x * torch.randn_like(x)).sum() for x in wanted).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("position", ["sine", "learned"])
+@pytest.mark.parametrize("levels", [1, 2, 3, 5])
+def test_options_run_and_learn(norm, position, levels):
+    model = tiny(presets.refine, pre_norm=norm, position_encoding=position, feature_levels=levels).train()
+    out = model(*batch())
+    (out["layer_logits"].square().mean() + out["layer_boxes"].mean()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("variant", [presets.single_scale, presets.two_stage], ids=["one-stage", "two-stage"])
+def test_an_image_gives_the_same_alone_as_in_a_batch_of_the_same_canvas(variant):
+    model = shaken(tiny(variant)).eval()
+    pixels, mask = batch(((96, 128), (64, 80), (96, 100), (50, 128)))
+    with torch.no_grad():
+        together = model(pixels, mask)
+        for i in range(4):
+            alone = model(pixels[i : i + 1], mask[i : i + 1])
+            for name in ("pred_logits", "pred_boxes"):
+                assert torch.allclose(alone[name][0], together[name][i], atol=1e-5, rtol=0), name
+
+
+def test_garbage_in_the_padding_changes_nothing():
+    model = shaken(tiny()).eval()
+    pixels, mask = batch()
+    dirty = torch.where(mask[:, None], torch.full_like(pixels, 1e4), pixels)
+    dirty[1, 0, -1, -1] = torch.nan
+    with torch.no_grad():
+        clean, other, unmasked = model(pixels, mask), model(dirty, mask), model(dirty.nan_to_num(), None)
+    assert torch.equal(clean["pred_logits"], other["pred_logits"])
+    assert torch.equal(clean["pred_boxes"], other["pred_boxes"])
+    assert not torch.allclose(clean["pred_logits"], unmasked["pred_logits"], atol=1e-3)  # the mask it is that helps
+
+
+def test_no_mask_means_no_padding():
+    model = shaken(tiny()).eval()
+    pixels, _ = batch(((96, 128), (96, 128)))
+    with torch.no_grad():
+        assert torch.equal(
+            model(pixels)["pred_boxes"], model(pixels, torch.zeros(2, 96, 128, dtype=torch.bool))["pred_boxes"]
+        )
+
+
+def test_inputs_are_left_as_they_were():
+    model = tiny().train()
+    pixels, mask = batch()
+    dirty = pixels + mask[:, None]
+    before, mask_before = dirty.clone(), mask.clone()
+    model(dirty, mask)
+    assert torch.equal(dirty, before)
+    assert torch.equal(mask, mask_before)
+
+
+def test_attention_on_request_only():
+    model = shaken(tiny()).eval()
+    pixels, mask = batch()
+    with torch.no_grad():
+        plain, seen = model(pixels, mask), model(pixels, mask, return_attention=True)
+    assert torch.equal(plain["pred_boxes"], seen["pred_boxes"])
+    assert "decoder_attention" not in plain
+    S = sum(h * w for h, w in seen["spatial_shapes"])
+    assert len(seen["encoder_attention"]) == len(seen["decoder_attention"]) == 2
+    assert seen["encoder_attention"][0].locations.shape == (2, S, 4, 4, 4, 2)
+    assert seen["decoder_attention"][0].weights.shape == (2, 12, 4, 4, 4)
+    assert torch.allclose(seen["decoder_attention"][1].weights.sum((-1, -2)), torch.ones(2, 12, 4))
+    # Refinement: a layer starts from the boxes of the one before.
+    assert torch.equal(seen["decoder_reference_points"][1], seen["layer_boxes"][0])
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    pixels, mask = batch()
+    grads = []
+    for flag in (False, True):
+        model = shaken(tiny(gradient_checkpointing=flag)).train()
+        out = model(pixels, mask)
+        (out["layer_logits"].square().sum() + out["layer_boxes"].square().sum()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        assert torch.allclose(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-5), name
+
+
+def test_fewer_tokens_than_queries():
+    out = tiny(num_queries=300).eval()(torch.randn(1, 3, 64, 64))
+    assert out["pred_logits"].shape[1] == 64 + 16 + 4 + 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (65, 31)])
+def test_odd_and_tiny_images(size):
+    out = tiny(presets.refine).eval()(torch.randn(2, 3, *size))
+    assert out["pred_boxes"].isfinite().all()
+
+
+def test_bf16_autocast_keeps_boxes_in_fp32():
+    model = shaken(tiny()).eval()
+    pixels, mask = batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model(pixels, mask)
+    assert out["pred_boxes"].dtype == out["pred_logits"].dtype == torch.float32
+
+
+def test_starts_with_the_focal_prior_and_small_boxes():
+    out = tiny(presets.multi_scale).eval()(*batch())
+    assert out["pred_logits"].sigmoid().mean().item() == pytest.approx(0.01, rel=0.5)
+    assert torch.allclose(out["pred_boxes"][..., 2:], torch.full((2, 12, 2), 0.1192), atol=1e-3)
+
+
+def test_heads_are_shared_without_refinement_and_one_a_layer_with_it():
+    assert len(tiny(presets.multi_scale).decoder.heads.classes) == 1
+    assert len(tiny(presets.refine).decoder.heads.classes) == 2
+    assert len(tiny(presets.two_stage).decoder.heads.classes) == 3
+
+
+def test_own_folder_round_trip(tmp_path):
+    model = shaken(tiny(class_names=("a", "b", "ç", "d", "e"), category_ids=(1, 3, 5, 90, 0))).eval()
+    model.save_pretrained(tmp_path / "model")
+    again = DeformableDETR.from_pretrained(tmp_path / "model")
+    assert again.config.class_names == model.config.class_names
+    assert again.config.category_ids == (1, 3, 5, 90, 0)
+    with torch.no_grad():
+        assert torch.equal(model(*batch())["pred_boxes"], again(*batch())["pred_boxes"])
+
+
+def test_model_folder_errors(tmp_path):
+    with pytest.raises(UserError, match="nothing-here"):
+        DeformableDETR.from_pretrained(tmp_path / "nothing-here")
+    tiny().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        DeformableDETR.from_pretrained(tmp_path)
+    weights.write_bytes(whole)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json"):
+        DeformableDETR.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["proposal", "learned", "memory"])
+@pytest.mark.parametrize("positions", [False, True], ids=["fixed-positions", "box-positions"])
+def test_query_options_train_every_parameter(content, positions):
+    options = {
+        "query_content": content,
+        "box_positions": positions,
+        "class_proposals": True,
+        "look_forward_twice": True,
+    }
+    model = shaken(tiny(**options)).train()
+    out = model(*batch())
+    wanted = (out["layer_logits"], out["layer_boxes"], out["encoder_logits"], out["encoder_boxes"])
+    sum((x * torch.randn_like(x)).sum() for x in wanted).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_look_forward_twice_changes_gradients_only():
+    """The second layer's boxes train the first layer's box head, and nothing else is different."""
+    outs, grads = [], []
+    for flag in (False, True):
+        model = shaken(tiny(look_forward_twice=flag)).train()
+        out = model(*batch())
+        out["layer_boxes"][1].sum().backward()
+        outs.append(out["pred_boxes"].detach())
+        grads.append(model.decoder.heads.boxes[0].layers[-1].weight.grad)
+    assert torch.equal(outs[0], outs[1])
+    assert grads[0] is None or not grads[0].any()
+    assert grads[1].any()
+
+
+def test_extra_queries_unseen_by_the_models_own_change_nothing():
+    model = shaken(tiny(box_positions=True)).eval()
+    pixels, mask = batch()
+    extra, Q = 3, 12
+    unseen = torch.zeros(extra + Q, extra + Q, dtype=torch.bool)
+    unseen[extra:, :extra] = True
+    boxes = torch.rand(2, extra, 4)
+    with torch.no_grad():
+        plain = model(pixels, mask)
+        hidden = model(pixels, mask, extra=ExtraQueries(torch.randn(2, extra, 64), boxes, unseen))
+        seen = model(pixels, mask, extra=ExtraQueries(torch.randn(2, extra, 64), boxes, torch.zeros_like(unseen)))
+    assert hidden["extra_boxes"].shape == (2, 2, extra, 4)
+    assert torch.allclose(plain["pred_logits"], hidden["pred_logits"], atol=1e-5)
+    assert not torch.allclose(plain["pred_logits"], seen["pred_logits"], atol=1e-3)

@@ -1,0 +1,170 @@
+"""Our op inside transformers' models: same outputs, same gradients, and undone without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deformable_detr import ops
+from deformable_detr.utils.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+
+RESNET: dict[str, Any] = {
+    "embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
+PIXELS = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+def resnet(**changes):
+    return transformers.ResNetConfig(**{**RESNET, **changes})
+
+
+def deformable_detr():
+    config = transformers.DeformableDetrConfig(
+        use_timm_backbone=False, backbone_config=resnet(), backbone=None, use_pretrained_backbone=False, d_model=32,
+        encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=7,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, two_stage=True, two_stage_num_proposals=7, with_box_refine=True,
+    )  # fmt: skip
+    return transformers.DeformableDetrForObjectDetection(config), lambda m: m(PIXELS).pred_boxes
+
+
+def _rt_detr(name: str, **changes):
+    common: dict[str, Any] = {
+        "d_model": 32, "encoder_hidden_dim": 32, "encoder_in_channels": [16, 16, 16],
+        "decoder_in_channels": [32, 32, 32], "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_layers": 2,
+        "num_queries": 7, "decoder_attention_heads": 4, "encoder_attention_heads": 4, "num_denoising": 0,
+        "hidden_expansion": 0.5,
+    }  # fmt: skip
+    backbone = transformers.RTDetrResNetConfig(**RESNET)
+    config = getattr(transformers, f"{name}Config")(backbone_config=backbone, **{**common, **changes})
+    return getattr(transformers, f"{name}ForObjectDetection")(config), lambda m: m(PIXELS).pred_boxes
+
+
+def d_fine():
+    model, call = _rt_detr("DFine", decoder_n_points=[3, 6, 3], depth_mult=0.34)
+    return model, call
+
+
+def mask2former():
+    config = transformers.Mask2FormerConfig(
+        backbone_config=transformers.SwinConfig(
+            image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=2,
+        decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=5, num_labels=3,
+    )  # fmt: skip
+    return transformers.Mask2FormerForUniversalSegmentation(config), lambda m: m(PIXELS).masks_queries_logits
+
+
+def oneformer():
+    config = transformers.OneFormerConfig(
+        backbone_config=transformers.SwinConfig(
+            image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        conv_dim=32, mask_dim=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=2, decoder_layers=2,
+        num_attention_heads=2, dim_feedforward=32, num_queries=5, text_encoder_width=32, text_encoder_num_layers=1,
+        text_encoder_vocab_size=50, text_encoder_n_ctx=4, task_seq_len=9, num_labels=3,
+    )  # fmt: skip
+    tasks = torch.ones(2, 9)
+    return transformers.OneFormerModel(config), lambda m: m(PIXELS, tasks).transformer_decoder_mask_predictions
+
+
+def grounding_dino():
+    text = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    swin = transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.GroundingDinoConfig(
+        backbone_config=swin, text_config=text, d_model=32, encoder_layers=2, decoder_layers=2, num_queries=7,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_text_len=8,
+    )  # fmt: skip
+    ids = torch.tensor([[2, 7, 8, 3], [2, 9, 5, 3]])
+    call = lambda m: m(pixel_values=PIXELS, input_ids=ids, attention_mask=torch.ones_like(ids)).pred_boxes  # noqa: E731
+    return transformers.GroundingDinoForObjectDetection(config), call
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]] = {
+    "deformable_detr": deformable_detr,
+    "rt_detr": lambda: _rt_detr("RTDetr"),
+    "rt_detr_v2": lambda: _rt_detr("RTDetrV2"),
+    "d_fine": d_fine,
+    "grounding_dino": grounding_dino,
+    "mask2former": mask2former,
+    "oneformer": oneformer,
+}
+
+
+def _scatter_offsets(model: nn.Module) -> None:
+    """Fresh layers look at the same places from everywhere, and fresh heads say the same of everything; not these."""
+    for name, parameter in model.named_parameters():
+        if "sampling_offsets.weight" in name or "attention_weights.weight" in name or not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+
+
+def _gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    output.square().sum().backward()
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and ("sampling_offsets" in name or "attention_weights" in name)
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_stay_within_1e_5(name, monkeypatch):
+    torch.manual_seed(0)
+    model, call = MODELS[name]()
+    _scatter_offsets(model)
+    model.eval()
+    keys = list(model.state_dict())
+    expected = call(model)
+    expected_gradients = _gradients(model, expected)
+    calls = []
+    original = ops.accelerate.__globals__["sample_and_sum"]
+    monkeypatch.setitem(
+        ops.accelerate.__globals__, "sample_and_sum", lambda *given: calls.append(1) or original(*given)
+    )
+
+    changed = ops.accelerate(model)
+    assert changed
+    assert ops.accelerate(model) == ()
+    assert list(model.state_dict()) == keys
+    found = call(model)
+    assert len(calls) == len(changed)  # every layer that changed was used
+    assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+    assert torch.equal(call(copy.deepcopy(model)), found)
+    gradients = _gradients(model, found)
+    assert gradients.keys() == expected_gradients.keys()
+    assert any(gradient.any() for gradient in gradients.values())
+    for key, gradient in gradients.items():
+        assert torch.allclose(gradient, expected_gradients[key], rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+
+    calls.clear()
+    assert set(ops.restore(model)) == set(changed)
+    assert torch.equal(call(model), expected)
+    assert not calls
+    assert ops.restore(model) == ()
+
+
+def test_nearest_neighbour_sampling_is_left_alone():
+    model, _ = _rt_detr("RTDetrV2", decoder_method="discrete")
+    with pytest.raises(UserError, match="bilinear"):
+        ops.accelerate(model)
+
+
+def test_other_models_get_the_list_of_known_ones():
+    with pytest.raises(UserError, match=r"Linear has no .* Deformable DETR, RT-DETR, .*Mask2Former"):
+        ops.accelerate(nn.Linear(2, 2))

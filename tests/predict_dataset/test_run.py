@@ -1,0 +1,356 @@
+"""A whole run: what is stopped or dies goes on, to the same results, none twice. The slow tests are on Ray."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deformable_detr.cli import main
+from deformable_detr.predict_dataset import run as runs
+from deformable_detr.predict_dataset.manifest import Plan, Settings
+from deformable_detr.predict_dataset.parquet import Counts
+from deformable_detr.predict_dataset.run import Pool, Progress, Share, predict_dataset, share
+from deformable_detr.predict_dataset.worker import UnitPredictor
+from deformable_detr.utils.errors import UserError
+from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures, rows
+from tests.support.models import tiny
+
+FILES = list(pictures())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny().save_pretrained(folder)
+    return folder
+
+
+class RayError(Exception):
+    pass
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """One worker in this process in Ray's place. `before` is called with each unit before it is done."""
+    stand_in = SimpleNamespace(before=lambda unit: None, done=[])
+
+    @contextlib.contextmanager
+    def cluster(pool, model_bytes):
+        yield (
+            SimpleNamespace(cluster_resources=lambda: {"CPU": 2.0}, exceptions=SimpleNamespace(RayError=RayError)),
+            True,
+        )
+
+    def reports(ray, job, files, units, chosen):
+        predictor = UnitPredictor(job, files)
+        for unit in units:
+            stand_in.before(unit)
+            images, bad, failure = predictor.run(unit)
+            stand_in.done.append(unit)
+            yield unit, Counts(images, bad), failure
+
+    monkeypatch.setattr(runs, "_cluster", cluster)
+    monkeypatch.setattr(runs, "_reports", reports)
+    return stand_in
+
+
+def predict(model, source, out, said=None, **options):
+    options = {"threshold": 0.01, "top_k": 5, "batch_size": 2, "unit_size": 4, **options}
+    return predict_dataset(model, [source], out, report=(lambda line: None) if said is None else said.append, **options)
+
+
+def test_stopped_and_going_on(model, tmp_path, here):
+    source = as_folder(tmp_path / "images", FILES)
+    assert predict(model, source, tmp_path / "whole") == Counts(14, 3)
+    assert here.done == [0, 1, 2, 3]
+    assert (tmp_path / "whole" / "_SUCCESS").exists()
+
+    def stop(unit):
+        if unit == 2:
+            raise KeyboardInterrupt
+
+    here.done, here.before, said = [], stop, []
+    out = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, source, out, said)
+    assert said[-1] == "stopped: 2 of 4 units are done; the same command goes on"
+    assert not (out / "_SUCCESS").exists()
+    here.done, here.before, said = [], lambda unit: None, []
+    assert predict(model, source, out, said) == Counts(14, 3)
+    assert here.done == [2, 3]
+    assert said[0] == "going on: 2 of 4 units are done"
+    assert rows(out) == rows(tmp_path / "whole")
+    here.done, said = [], []
+    assert predict(model, source, out, said, unit_size=None) == Counts(14, 3)
+    assert here.done == []
+    assert said == [f"{out}: 14 images, 3 of them unreadable, in 4 files; all was done before"]
+    (out / "part-000003.parquet").unlink()
+    assert predict(model, source, out) == Counts(14, 3)
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+def test_another_run_in_the_same_folder_is_refused(model, tmp_path, here):
+    source = as_folder(tmp_path / "images", FILES)
+    predict(model, source, tmp_path / "out")
+    before = rows(tmp_path / "out")
+    with pytest.raises(UserError, match=r"another run \(--threshold 0.01, now 0.3\)"):
+        predict(model, source, tmp_path / "out", threshold=0.3)
+    (source / "new.png").write_bytes(FILES[0][1])
+    with pytest.raises(UserError, match=r"other or changed source files \(14 files, now 15\)"):
+        predict(model, source, tmp_path / "out")
+    assert rows(tmp_path / "out") == before
+
+
+def test_failed_units_are_named_and_tried_again(model, tmp_path, here, monkeypatch):
+    source = as_folder(tmp_path / "images", FILES)
+    honest = UnitPredictor.run
+    monkeypatch.setattr(
+        UnitPredictor, "run", lambda self, unit: (0, 0, "OSError: gone") if unit == 1 else honest(self, unit)
+    )
+    with pytest.raises(UserError, match="1 of 4 units failed, first unit 1: OSError: gone; the same command"):
+        predict(model, source, tmp_path / "out")
+    assert len(rows(tmp_path / "out")) == 10
+    monkeypatch.setattr(UnitPredictor, "run", lambda self, unit: (0, 0, "OSError: gone"))
+    with pytest.raises(UserError, match="stopped, since 10 units failed one after the other: OSError: gone"):
+        predict(model, source, tmp_path / "other", unit_size=1)
+    monkeypatch.setattr(UnitPredictor, "run", honest)
+    assert predict(model, source, tmp_path / "out") == Counts(14, 3)
+
+
+def test_on_the_command_line(model, tmp_path, here, capsys):
+    source = as_folder(tmp_path / "images", FILES)
+    main(["predict-dataset", str(model), str(source), "--out", str(tmp_path / "out"), "--num-cpus", "0.5"])
+    assert "14 images, 3 of them unreadable" in capsys.readouterr().out
+    for wrong, message in (
+        ([str(tmp_path / "gone"), str(source)], f"{tmp_path}/gone"),
+        ([str(model), str(tmp_path / "gone")], f"{tmp_path}/gone: no such file or folder"),
+        ([str(model), str(source), "--threshold", "2"], "--threshold 2.0: must be from 0 to 1"),
+        ([str(model), str(source), "--num-gpus", "1.5"], "--num-gpus 1.5: must be 0, a fraction"),
+        ([str(model), str(source), "--num-cpus", "0"], "--num-cpus 0.0: must be above 0"),
+        ([str(model), str(source), "--batch-size", "0"], "--batch-size 0: must be 1 at least"),
+        ([str(model), str(source), "--object-store-memory", "5"], "Ray needs 80 MiB at least"),
+        ([str(model), str(source), "--device", "cuda:1"], "Ray chooses which of several"),
+        ([str(model), str(source), "--concurrency", "9"], "9 workers of --num-cpus 2 and --num-gpus 0 do not fit"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["predict-dataset", *wrong, "--out", str(tmp_path / "new")])
+        error = capsys.readouterr().err.strip()
+        assert caught.value.code == 2
+        assert error.startswith("error: ")
+        assert message in error
+        assert "\n" not in error
+
+
+def test_without_the_packages(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "find_spec", lambda package: None if package == "ray" else True)
+    with pytest.raises(UserError, match=re.escape("ray is not installed: pip install 'deformable-detr[dataset]'")):
+        predict(model, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("pool", "cpus", "gpus", "wanted"),
+    [
+        (Pool(), 2, 0, Share(1, 2, 0, "cpu")),
+        (Pool(), 64, 0, Share(16, 4, 0, "cpu")),
+        (Pool(), 16, 4, Share(4, 1, 1, "cuda")),
+        (Pool(num_gpus=0.5), 16, 4, Share(8, 1, 0.5, "cuda")),
+        (Pool(num_gpus=0.25, num_cpus=3), 8, 1, Share(2, 3, 0.25, "cuda")),
+        (Pool(device="cpu"), 16, 4, Share(4, 4, 0, "cpu")),
+        (Pool(num_gpus=0), 16, 4, Share(4, 4, 0, "cpu")),
+        (Pool(num_cpus=0.5), 2, 0, Share(4, 0.5, 0, "cpu")),
+        (Pool(num_cpus=0.1), 0.3, 0, Share(3, 0.1, 0, "cpu")),
+        (Pool(concurrency=2), 64, 0, Share(2, 4, 0, "cpu")),
+        (Pool(device="mps"), 8, 0, Share(2, 4, 0, "mps")),
+    ],
+)
+def test_shares_of_a_machine(pool, cpus, gpus, wanted):
+    assert share(pool, cpus, gpus, own=True) == wanted
+
+
+@pytest.mark.parametrize(("device", "packed", "wanted"), [
+    ("auto", "model.onnx", "auto"), ("auto", "model.safetensors", "cuda"), ("cuda", "model.onnx", "cuda"),
+])  # fmt: skip
+def test_exported_files_take_the_device_that_their_runtime_has(tmp_path, monkeypatch, device, packed, wanted):
+    """A GPU of the machine is none of a runtime that was built without."""
+    from deformable_detr.predict_dataset.filesystem import Store
+    from deformable_detr.predict_dataset.manifest import make_plan
+    from deformable_detr.predict_dataset.sources import Piece
+
+    @contextlib.contextmanager
+    def cluster(pool, model_bytes):
+        resources = {"CPU": 2.0, "GPU": 1.0}
+        yield SimpleNamespace(cluster_resources=lambda: resources, exceptions=SimpleNamespace(RayError=RayError)), True
+
+    jobs, said = [], []
+    monkeypatch.setattr(runs, "_cluster", cluster)
+    monkeypatch.setattr(runs, "_reports", lambda ray, job, *_: jobs.append(job) or iter(()))
+    store = Store(str(tmp_path))
+    settings = {"kind": "images", "threshold": 0.5, "top_k": 9, "batch_size": 1}
+    plan = make_plan(store, "m", ["/set"], iter([Piece("/set/a.png", 0, 1, 7)]), None, **settings)
+    runs._work(store, plan, {packed: b""}, [0], Pool(device=device), Progress(plan, {}, said.append))
+    assert jobs[0].device == wanted
+    assert ("where the file's runtime has it" in said[0]) == (wanted == "auto")
+
+
+def test_workers_that_do_not_fit():
+    for pool in (Pool(concurrency=3, num_cpus=1), Pool(num_gpus=1), Pool(device="cuda"), Pool(num_cpus=4)):
+        with pytest.raises(UserError, match="do not fit this machine's 2 processors and 0 GPUs"):
+            share(pool, 2, 0, own=True)
+        assert share(pool, 2, 0, own=False).workers >= 1  # a cluster may grow
+
+
+def test_progress(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    said = []
+    plan = Plan("run", 10, 1000, Settings("images", 0.5, 1, 1, 100))
+    progress = Progress(plan, {0: Counts(100, 1)}, said.append)
+    for unit in range(1, 5):
+        now[0] += 5
+        progress.add(unit, Counts(100, 2), "")
+    assert said == [
+        "300 of 1000 images, 5 unreadable, 20.0 a second, about 0:00:35 left",
+        "500 of 1000 images, 9 unreadable, 20.0 a second, about 0:00:25 left",
+    ]
+    unknown = Progress(plan.__class__("run", 10, None, plan.settings), {}, said.append)
+    now[0] += 10
+    unknown.add(0, Counts(50, 0), "")
+    assert said[-1] == "50 images, 0 unreadable, 5.0 a second, about 0:01:30 left"
+
+
+# On Ray
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    """One cluster of this machine for the tests that need no process of their own."""
+    pytest.importorskip("ray")
+    from ray import cloudpickle
+
+    here = sys.modules[__name__]  # workers have no way to it
+    with runs._cluster(Pool(), 2**20):
+        cloudpickle.register_pickle_by_value(here)
+        yield
+        cloudpickle.unregister_pickle_by_value(here)
+
+
+@pytest.mark.slow
+def test_every_kind_of_source_on_ray(model, tmp_path, ray_here):
+    sources = {
+        "images": as_folder(tmp_path / "images", FILES),
+        "parquet": as_parquet(tmp_path / "set.parquet", FILES),
+        "tar": as_tar(tmp_path / "set.tar", FILES),
+    }
+    found = {}
+    for kind, source in sources.items():
+        pool = Pool(concurrency=2, num_cpus=0.5)
+        assert predict(model, source, tmp_path / "out" / kind, batch_size=1, pool=pool) == Counts(len(FILES), len(BAD))
+        found[kind] = rows(tmp_path / "out" / kind).values()
+    values = ("width", "height", "boxes", "scores", "labels", "category_ids", "names")
+    for images, parquet, tar in zip(found["images"], found["parquet"], found["tar"], strict=True):
+        assert [images[key] for key in values] == [parquet[key] for key in values] == [tar[key] for key in values]
+
+
+class Deadly(UnitPredictor):
+    """Dies at unit 1 as often as the file says."""
+
+    def run(self, unit):
+        deaths = Path(self.store.root) / "deaths"
+        left = int(deaths.read_text())
+        if unit == 1 and left:
+            deaths.write_text(str(left - 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run(unit)
+
+
+@pytest.mark.slow
+def test_dying_workers(model, tmp_path, ray_here, monkeypatch):
+    """Once: the unit comes again. As often as it is tried: the others are done, and the unit is named."""
+    source = as_folder(tmp_path / "images", FILES)
+    monkeypatch.setattr(runs, "UnitPredictor", Deadly)
+    for deaths, out in ((1, tmp_path / "once"), (runs.DEATHS + 1, tmp_path / "always")):
+        out.mkdir()
+        (out / "deaths").write_text(str(deaths))
+        if deaths == 1:
+            assert predict(model, source, out) == Counts(14, 3)
+        else:
+            with pytest.raises(UserError, match="1 of 4 units failed, first unit 1: its worker died 3 times"):
+                predict(model, source, out)
+            assert len(rows(out)) == 10
+            assert predict(model, source, out) == Counts(14, 3)  # the fourth time it lives
+    assert rows(tmp_path / "once") == rows(tmp_path / "always")
+
+
+def start(model, source, out):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "deformable_detr", "predict-dataset", str(model), str(source), "--out", str(out),
+               "--threshold", "0.01", "--unit-size", "16", "--num-cpus", "1", "--concurrency", "1"]  # fmt: skip
+    # A shell that was started in the background has interrupts ignored, and so would all that it starts.
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+
+
+def stopped(model, source, out, number, units):
+    """Exit code and output of the command that gets a signal once it has done so many units."""
+    process = start(model, source, out)
+    said = ""
+    while "1 worker on" not in said:  # until then a worker of the run before may still be writing
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        said += line
+    there = len(list(out.glob("part-*.parquet")))
+    until = time.monotonic() + 1800
+    while len(list(out.glob("part-*.parquet"))) < there + units:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, said + output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["playing_cards", "bccd", "coco_mini"])
+def test_killed_and_stopped_on_real_sets(model, tmp_path, shared, name):
+    """With bad files among them; killed, gone on, stopped, gone on: as if nothing had happened."""
+    pytest.importorskip("ray")
+    source = tmp_path / "images"
+    source.mkdir()
+    files = sorted(path for path in (shared / "data" / name).rglob("*") if path.suffix in {".jpg", ".jpeg", ".png"})
+    for index, path in enumerate(files):
+        shutil.copy(path, source / f"{index:04}{path.suffix}")
+    bad = {"0003x.jpg": b"", "0011x.png": b"no image", "0040x.jpg": files[40].read_bytes()[:2000]}
+    for file, data in bad.items():
+        (source / file).write_bytes(data)
+    (source / "0050x.jpg").symlink_to(tmp_path / "nowhere.jpg")
+
+    out = tmp_path / "out"
+    code, _ = stopped(model, source, out, signal.SIGKILL, 2)
+    assert code == -signal.SIGKILL
+    killed = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
+    units = json.loads((out / "_manifest.json").read_text())["units"]
+    assert 2 <= len(killed) < units
+    code, said = stopped(model, source, out, signal.SIGINT, 1)
+    assert code == 130
+    assert re.search(rf"stopped: \d+ of {units} units are done; the same command goes on", said)
+    process = start(model, source, out)
+    said, complaints = process.communicate(timeout=1800)
+    assert process.returncode == 0, complaints
+    for path, written in killed.items():
+        assert path.stat().st_mtime_ns == written  # not done again
+
+    process = start(model, source, tmp_path / "whole")
+    assert process.wait(timeout=1800) == 0
+    found = rows(out)
+    assert found == rows(tmp_path / "whole")
+    assert len(found) == len(files) + len(bad) + 1
+    assert sum(row["error"] is not None for row in found.values()) == len(bad) + 1

@@ -1,0 +1,266 @@
+"""What predict-dataset reads: every kind of source in a fixed order, and damage as records."""
+
+import itertools
+import re
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deformable_detr.predict_dataset import sources
+from deformable_detr.predict_dataset.sources import Columns, find_pieces, read_piece
+from deformable_detr.utils.errors import UserError
+from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures
+
+FILES = list(pictures())
+
+
+def records(source, form="auto", columns=None, skip=None):
+    kind, pieces = find_pieces([str(source)], form, columns, skip)
+    return [record for piece in pieces for record in read_piece(piece, kind, columns or Columns())]
+
+
+def outcome(record):
+    if record.load is None:
+        return record.error
+    try:
+        return tuple(record.load().shape)
+    except UserError as error:
+        return str(error)
+
+
+def check(found, names):
+    """Each image of FILES in this order, the bad ones with an error that names them."""
+    assert [record.image for record in found] == names
+    for record, (name, _) in zip(found, FILES, strict=True):
+        what = outcome(record)
+        if name in BAD:
+            assert what.startswith(f"{record.image}: cannot be read as an image (")
+            assert "0x" not in what  # an address would be another one each time
+        else:
+            assert what[0] == 3
+
+
+def test_folder(tmp_path):
+    folder = as_folder(tmp_path / "images", FILES)
+    check(records(folder), [f"{folder}/{name}" for name, _ in FILES])
+    assert len(records(f"{folder}/*.jpg")) == 5
+    assert len(records(folder / "a00.png")) == 1
+    assert len(records(folder, skip=str(folder / "b"))) == 10
+    assert len(records(folder, skip=f"{folder}//x/../b")) == 10, "however it is spelt"
+    assert records(f"file://{folder}")[0].image == f"{folder}/a00.png"
+
+
+def test_odd_entries_of_a_folder(tmp_path):
+    folder = as_folder(tmp_path / "images", FILES[:2])
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "linked.png").symlink_to(folder / "a00.png")
+    found = {record.image.rsplit("/", 1)[1]: outcome(record) for record in records(folder)}
+    assert found.keys() == {"a00.png", "a01.jpg", "gone.png", "linked.png"}
+    assert found["linked.png"] == found["a00.png"]
+    assert "no such image file" in found["gone.png"]
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_parquet(tmp_path, struct, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", 2)
+    path = as_parquet(tmp_path / "set.parquet", FILES, struct=struct)
+    kind, pieces = find_pieces([str(tmp_path)])
+    assert kind == "parquet"
+    assert [(piece.start, piece.count) for piece in pieces] == [
+        (0, 2), (2, 2), (4, 1), (5, 2), (7, 2), (9, 1), (10, 2), (12, 2),
+    ]  # fmt: skip
+    found = records(tmp_path, columns=Columns(id="name"))
+    check(found, [f"{path}#{row}" for row in range(len(FILES))])
+    assert [record.key for record in found] == [name for name, _ in FILES]
+
+
+def test_parquet_rows_without_bytes(tmp_path):
+    table = pa.table({"image": pa.array([FILES[0][1], None], pa.binary())})
+    pq.write_table(table, tmp_path / "set.parquet")
+    assert [outcome(record) for record in records(tmp_path)] == [
+        (3, 40, 90), f"{tmp_path}/set.parquet#1: no bytes in column image",
+    ]  # fmt: skip
+
+
+def test_tar(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", 4)
+    path = as_tar(tmp_path / "0.tar", FILES)
+    kind, pieces = find_pieces([str(tmp_path)])
+    assert kind == "webdataset"
+    assert [(piece.start, piece.count) for piece in pieces] == [(0, 4), (4, 4), (8, 4), (12, 2)]
+    found = records(tmp_path)
+    check(found, [f"{path}#{name}" for name, _ in FILES])
+    assert (found[0].key, found[-1].key) == ("a00", "b/c03")
+
+
+def test_hidden_members_of_a_tar_are_left_out(tmp_path):
+    names = ["./b/a.png", "b/._a.png", "./.ipynb_checkpoints/a.png"]
+    as_tar(tmp_path / "0.tar", [(name, FILES[0][1]) for name in names])
+    assert [record.image for record in records(tmp_path)] == [f"{tmp_path}/0.tar#{names[0]}"]
+
+
+def test_compressed_tar_is_one_piece(tmp_path):
+    path = as_tar(tmp_path / "0.tar.gz", FILES, "w:gz")
+    assert [(piece.start, piece.count) for piece in find_pieces([str(path)])[1]] == [(0, -1)]
+    check(records(path), [f"{path}#{name}" for name, _ in FILES])
+    path.rename(tmp_path / "0.tar")  # in a plain one's name
+    check(records(tmp_path), [f"{tmp_path}/0.tar#{name}" for name, _ in FILES])
+
+
+@pytest.mark.parametrize("at", [0.3, 0.5, 0.7])
+def test_tar_cut_anywhere(tmp_path, at):
+    """`tarfile` alone takes a header cut in two for the end, and says nothing."""
+    path = as_tar(tmp_path / "0.tar", FILES)
+    header = int(path.stat().st_size * at) // 512 * 512
+    data = path.read_bytes()
+    for end in (header, header + 100):
+        path.write_bytes(data[:end])
+        assert "cannot be read to its end" in records(path)[-1].error
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
+def test_damaged_shard_gives_what_is_whole_and_says_so(tmp_path, kind):
+    good = [file for file in FILES if file[0] not in BAD]
+    path = tmp_path / f"0.{kind}"
+    if kind == "parquet":
+        as_parquet(path, good)
+        column = pq.read_metadata(path).row_group(1).column(1)  # the index at the file's end stays
+        data = bytearray(path.read_bytes())
+        data[column.data_page_offset : column.data_page_offset + 30] = bytes(30)
+    else:
+        as_tar(path, good, "w:gz" if kind == "tar.gz" else "w")
+        data = path.read_bytes()[: path.stat().st_size // 2]
+    path.write_bytes(data)
+    found = records(path)
+    (damage,) = [record for record in found if record.error]
+    assert re.match(rf"{re.escape(str(path))}(#5-9)?: cannot be read to its end \(", damage.error)
+    assert all(isinstance(outcome(record), tuple) for record in found if record != damage)
+    assert 1 < len(found) < len(good)
+    assert len({record.image for record in found}) == len(found)
+    path.write_bytes(b"nothing of the kind")
+    assert [record.error is not None for record in records(path)] == [True]
+
+
+def test_stores(monkeypatch):
+    """A file system that is not local, by URL; its troubles are not taken for the image's."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name, data in FILES:
+        memory.pipe_file(f"/sources/{name}", data)
+    try:
+        found = records("memory://sources")
+        check(found, [f"memory:///sources/{name}" for name, _ in FILES])
+        memory.rm_file("/sources/a00.png")
+        assert "cannot be read" in outcome(found[0])
+        monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+        tries = itertools.count()
+
+        def unreachable(path):
+            next(tries)
+            raise ConnectionError("no route")
+
+        monkeypatch.setattr(type(memory), "cat_file", lambda self, path, **_: unreachable(path))
+        with pytest.raises(ConnectionError):
+            found[1].load()
+        assert next(tries) == sources.READ_TRIES
+    finally:
+        memory.rm("/sources", recursive=True)
+
+
+def test_mistakes_are_named(tmp_path):
+    folder = as_folder(tmp_path / "images", FILES[:2])
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ([tmp_path / "gone"], {}, f"{tmp_path}/gone: no such file or folder"),
+        ([tmp_path / "empty"], {}, "nothing to predict on"),
+        ([folder], {"form": "parquet"}, "nothing to predict on (.parquet, .pq)"),
+        ([tmp_path, folder], {}, f"{folder} is in {tmp_path}, so its images would come twice"),
+        ([folder, folder], {}, "would come twice"),
+        (["nonsense://bucket"], {}, "nonsense://bucket: Protocol not known"),
+    ]
+    for wrong, options, message in cases:
+        with pytest.raises(UserError, match=re.escape(message)):
+            list(find_pieces([str(source) for source in wrong], **options)[1])
+    as_tar(folder / "z.tar", FILES[:1])
+    with pytest.raises(UserError, match=r"holds images and webdataset \(.*z\.tar\): choose one by --format"):
+        list(find_pieces([str(folder)])[1])
+    assert [piece.file for piece in find_pieces([str(folder)], "webdataset")[1]] == [f"{folder}/z.tar"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (Columns(image="picture"), "has no column picture; of use are: one, two"),
+        (Columns(image="name"), "has no bytes in column name; of use are: one, two"),
+        (Columns(image="one", id="key"), "has no column key, only name, one, two; give another --id-column"),
+        (Columns(), "has several columns with bytes (one, two): name the one with images by --image-column"),
+    ],
+)
+def test_columns_are_named(tmp_path, columns, message):
+    pq.write_table(pa.table({"name": ["a"], "one": [b"1"], "two": [b"2"]}), tmp_path / "set.parquet")
+    with pytest.raises(UserError, match=re.escape(message)):
+        list(find_pieces([str(tmp_path)], columns=columns)[1])
+    assert len(records(tmp_path, columns=Columns("two"))) == 1
+
+
+def test_overlapping_patterns_give_each_image_once(tmp_path):
+    folder = as_folder(tmp_path / "images", FILES)
+    _, pieces = find_pieces([f"{folder}/a0*.*", f"{folder}/*.png", f"{folder}/a00.png"])
+    names = [piece.file.rsplit("/", 1)[1] for piece in pieces]
+    assert len(names) == len(set(names)) == 10, "and no hidden one"
+
+
+def test_colons_in_a_path_are_no_chain(tmp_path):
+    folder = as_folder(tmp_path / "a::b", FILES)
+    check(records(folder), [f"{folder}/{name}" for name, _ in FILES])
+
+
+def test_ids_that_are_no_text(tmp_path):
+    """A column of strings whose bytes are Latin-1, as some writers make it, and one of bytes."""
+    data = FILES[0][1]
+    for kind in (pa.binary(), pa.string()):
+        ids = pa.array([b"caf\xe9", b"plain", None], pa.binary())
+        if kind == pa.string():
+            ids = pa.Array.from_buffers(kind, len(ids), ids.buffers())
+        table = pa.table({"name": ids, "image": pa.array([{"bytes": data}] * 3)})
+        pq.write_table(table, tmp_path / "set.parquet")
+        assert [record.key for record in records(tmp_path, columns=Columns(id="name"))] == ["caf\\xe9", "plain", None]
+
+
+def test_links_in_a_tar_are_told(tmp_path):
+    """Tar writes the second of two hard-linked files as a link."""
+    path = as_tar(tmp_path / "set.tar", FILES[:1])
+    with tarfile.open(path, "a") as tar:
+        for name, kind in (("hard.png", tarfile.LNKTYPE), ("soft.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a00.png"
+            tar.addfile(info)
+    found = records(path)
+    assert [record.image for record in found] == [f"{path}#{name}" for name in ("a00.png", "hard.png", "soft.png")]
+    assert all("is a link" in outcome(record) or "a link, which" in outcome(record) for record in found[1:])
+
+
+def test_patterns_leave_hidden_folders_out_and_never_mean_results(tmp_path):
+    folder = as_folder(tmp_path / "images", FILES)
+    (folder / ".trash").mkdir()
+    (folder / ".trash/a.png").write_bytes(FILES[0][1])
+    assert len(records(f"{folder}/*/*.png")) == 4
+    with pytest.raises(UserError, match=re.escape(f"--out {folder} holds {folder}/a00.png, which ")):
+        records(f"{folder}/*.png", skip=str(folder))
+
+
+def test_many_sources_are_looked_at_once(tmp_path, monkeypatch):
+    """Each of thousands of names, as a shell expands a pattern, is compared with its parents only."""
+    folder = as_folder(tmp_path / "images", [(f"{number}.png", FILES[0][1]) for number in range(300)])
+    names = [str(folder / f"{number}.png") for number in range(300)]
+    asked = []
+    monkeypatch.setattr(sources, "url_of", lambda system, path: asked.append(path) or path)
+    sources._refuse_overlap(names)
+    assert len(asked) == 300
+    for wrong in ([*names, names[7]], [*names, str(folder)]):
+        with pytest.raises(UserError, match="would come twice"):
+            sources._refuse_overlap(wrong)

@@ -1,0 +1,222 @@
+"""A unit through the model: rows as `predict` finds them, bad images as rows, any form of model, any form of source."""
+
+import io
+import os
+import tarfile
+
+import pytest
+import torch
+
+from deformable_detr.detector import DeformableDETR
+from deformable_detr.export.verify import difference
+from deformable_detr.predict_dataset import worker
+from deformable_detr.predict_dataset.filesystem import Store
+from deformable_detr.predict_dataset.manifest import make_plan
+from deformable_detr.predict_dataset.parquet import read_part
+from deformable_detr.predict_dataset.sources import find_pieces
+from deformable_detr.predict_dataset.worker import Job, UnitPredictor, pack_model, unpack_model
+from deformable_detr.utils.images import decode_image
+from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures, rows
+from tests.support.models import tiny
+
+FILES = list(pictures())
+THRESHOLD = 0.01
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny().save_pretrained(folder)
+    return folder
+
+
+def units(model, source, out, batch_size=1, unit_size=5):
+    """All units of a source, done by one worker in this process; what it reported."""
+    files, digest = pack_model(str(model))
+    store = Store(str(out))
+    store.system.makedirs(store.root, exist_ok=True)
+    kind, pieces = find_pieces([str(source)])
+    plan = make_plan(
+        store, digest, [str(source)], pieces, unit_size, kind=kind, threshold=THRESHOLD, top_k=7,
+        batch_size=batch_size, image_column=None, id_column="name" if kind == "parquet" else None,
+    )  # fmt: skip
+    predictor = UnitPredictor(Job(str(out), plan.run, plan.settings, "cpu", 1, 2), files)
+    return predictor, predictor({"unit": range(plan.units)})
+
+
+def expected(model, batch_size=1):
+    """What `predict` finds in the good images, by name."""
+    good = [(name, decode_image(data, name)) for name, data in FILES if name not in BAD]
+    found = (
+        DeformableDETR.from_pretrained(model).optimize().predict([image for _, image in good], THRESHOLD, 7, batch_size)
+    )
+    return {name: detections for (name, _), detections in zip(good, found, strict=True)}
+
+
+def check(found, names, wanted):
+    """found: rows by image. names: of the files, by image."""
+    assert sorted(names[image] for image in found) == sorted(name for name, _ in FILES)
+    assert any(len(row["boxes"] or []) > 0 for row in found.values())
+    for image, row in found.items():
+        if names[image] in BAD:
+            assert row["error"].startswith(f"{image}: cannot be read as an image (")
+            values = {key: value for key, value in row.items() if key not in ("image", "key", "error")}
+            assert set(values.values()) == {None}
+        else:
+            detections = wanted[names[image]]
+            assert row["error"] is None
+            assert (row["height"], row["width"]) == detections.image_size
+            assert row["boxes"] == detections.boxes.tolist()
+            assert row["scores"] == detections.scores.tolist()
+            assert row["labels"] == detections.labels.tolist()
+            assert row["category_ids"] == detections.category_ids.tolist()
+            assert row["names"] == list(detections.names)
+
+
+def test_every_kind_of_source(model, tmp_path):
+    wanted = expected(model)
+    makers = {
+        "images": lambda: (as_folder(tmp_path / "images", FILES), "{source}/{name}"),
+        "parquet": lambda: (as_parquet(tmp_path / "set.parquet", FILES, struct=True), "{source}#{row}"),
+        "tar": lambda: (as_tar(tmp_path / "set.tar", FILES), "{source}#{name}"),
+    }
+    for kind, make in makers.items():
+        source, form = make()
+        _, reports = units(model, source, tmp_path / "out" / kind)
+        assert sum(reports["images"]) == len(FILES)
+        assert sum(reports["bad"]) == len(BAD)
+        assert set(reports["failure"]) == {""}
+        found = rows(tmp_path / "out" / kind)
+        names = {form.format(source=source, name=name, row=row): name for row, (name, _) in enumerate(FILES)}
+        check(found, names, wanted)
+        assert [path.name for path in sorted((tmp_path / "out" / kind).iterdir()) if path.name.startswith(".")] == []
+    keys = {row["key"] for row in rows(tmp_path / "out" / "parquet").values()}
+    assert keys == {name for name, _ in FILES}
+
+
+def test_the_results_are_those_of_each_image_alone(model, tmp_path):
+    """One unit, batches of three: images of other sizes, whose padding would move scores, are not among them."""
+    folder = as_folder(tmp_path / "images", FILES)
+    units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
+    check(rows(tmp_path / "out"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
+
+
+def test_batches_are_of_good_images_of_one_size(model, tmp_path, monkeypatch):
+    """Bad images take no place in them."""
+    batches, predict_iter = [], worker.predict_iter
+    monkeypatch.setattr(
+        worker, "predict_iter", lambda model, some, *rest: batches.append(len(some)) or predict_iter(model, some, *rest)
+    )
+    same = [
+        ("0.png", FILES[0][1]),
+        ("1.png", b""),
+        ("2.png", FILES[0][1]),
+        ("3.png", FILES[2][1]),
+        ("4.png", FILES[0][1]),
+    ]
+    folder = as_folder(tmp_path / "images", same)
+    units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
+    assert batches == [2, 1, 1]
+    found = rows(tmp_path / "out")
+    alone = expected(model)
+    for file, name in (("0.png", "a00.png"), ("2.png", "a00.png"), ("3.png", "a02.png")):
+        assert found[f"{folder}/{file}"]["scores"] == pytest.approx(alone[name].scores.tolist(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_exported_model(model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from deformable_detr.export import export_model
+
+    path = tmp_path / "tiny.onnx"
+    export_model(DeformableDETR.from_pretrained(model), path, "onnx", image_size=(96, 128))
+    folder = as_folder(tmp_path / "images", FILES)
+    units(path, folder, tmp_path / "out")
+    from deformable_detr.export import load
+
+    exported = load(path, "cpu")
+    found = rows(tmp_path / "out")
+    for name in ("a00.png", "b/c03.png"):
+        detections = exported.predict(folder / name, THRESHOLD, 7)
+        assert found[f"{folder}/{name}"]["scores"] == detections.scores.tolist()
+
+
+def test_store_that_is_not_local(model, tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    try:
+        folder = as_folder(tmp_path / "images", FILES)
+        _, reports = units(model, folder, "memory://results/run")
+        assert set(reports["failure"]) == {""}
+        memory.get("/results/run", str(tmp_path / "got"), recursive=True)
+        check(rows(tmp_path / "got"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
+    finally:
+        memory.rm("/results", recursive=True)
+
+
+def test_what_goes_wrong_is_told_and_leaves_no_file(model, tmp_path, monkeypatch):
+    folder = as_folder(tmp_path / "images", FILES)
+    predictor, _ = units(model, folder, tmp_path / "out")
+    first = tmp_path / "out" / "part-000000.parquet"
+    before = first.read_bytes()
+    assert predictor({"unit": [0]})["failure"] == [""]
+    assert first.read_bytes() == before  # it was there
+
+    first.unlink()
+    for error, message in (
+        (torch.OutOfMemoryError("GPU"), "out of GPU memory: lower --batch-size"),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+    ):
+        monkeypatch.setattr(worker, "predict_iter", _raise(error))
+        (failure,) = predictor({"unit": [0]})["failure"]
+        assert failure.startswith(message)
+        assert sorted(path.name[:5] for path in (tmp_path / "out").iterdir()) == ["_mani", "_plan", "part-", "part-"]
+    monkeypatch.undo()
+    assert predictor({"unit": [0]})["failure"] == [""]
+    assert read_part(predictor.store, 0) is not None
+
+
+def _raise(error):
+    def raising(*_):
+        raise error
+
+    return raising
+
+
+def test_models_are_known_by_what_they_hold(model, tmp_path):
+    files, digest = pack_model(str(model))
+    assert files == {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    assert pack_model(str(model))[1] == digest
+    other = DeformableDETR.from_pretrained(model)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-3
+    other.save_pretrained(tmp_path)
+    assert pack_model(str(tmp_path))[1] != digest
+    again = unpack_model(files, "cpu", 1)
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, found = DeformableDETR.from_pretrained(model)(pixels), again(pixels)
+    assert max(difference(wanted, found)) <= 1e-4
+
+
+def test_names_that_are_no_text(model, tmp_path):
+    """Latin-1 on a disk and in an old tar: the images are found and predicted, the results are text."""
+    name, data = FILES[0]
+    latin = os.fsdecode(b"caf\xe9.png")
+    folder = as_folder(tmp_path / "images", [(latin, data), (f"b{latin}", b"no image")])
+    with tarfile.open(tmp_path / "set.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+        info = tarfile.TarInfo("caf\xe9.png")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    wanted = expected(model)[name]
+    for source, image in (
+        (folder, f"{folder}/caf\\udce9.png"),
+        (tmp_path / "set.tar", f"{tmp_path}/set.tar#caf\\udce9.png"),
+    ):
+        _, reports = units(model, source, tmp_path / "out" / source.name)
+        assert set(reports["failure"]) == {""}
+        found = rows(tmp_path / "out" / source.name)
+        assert found[image]["scores"] == wanted.scores.tolist()
+    assert "cannot be read as an image" in rows(tmp_path / "out/images")[f"{folder}/bcaf\\udce9.png"]["error"]

@@ -1,0 +1,456 @@
+"""The routes of a running server: right answers equal `predict`, wrong requests get one line and the right status."""
+
+import io
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deformable_detr.explanation import trace
+from deformable_detr.serve import schemas
+from tests.support.models import NAMES
+from tests.support.server import form, picture, raw, running, slow, small_model, wait_until
+
+TOKEN = "a-token-of-enough-letters"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model(decoder_layers=2)
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    with running(model) as client:
+        yield client
+
+
+def same(answer, found):
+    assert [one["name"] for one in answer["detections"]] == list(found.names)
+    assert [one["category_id"] for one in answer["detections"]] == found.category_ids.tolist()
+    assert (answer["height"], answer["width"]) == found.image_size
+    boxes = torch.tensor([one["box"] for one in answer["detections"]]).view(-1, 4)
+    scores = torch.tensor([one["score"] for one in answer["detections"]])
+    torch.testing.assert_close(boxes, found.boxes, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(scores, found.scores, atol=1e-4, rtol=0)
+
+
+def predicted(model, data, **options):
+    return model.predict(Image.open(io.BytesIO(data)), **options)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_one_image_as_the_body(client, model, kind):
+    data = picture(kind, 50, 71)
+    response = raw(client, data, kind=f"image/{kind.lower()}")
+    assert response.status_code == 200, response.text
+    (answer,) = schemas.Detected.model_validate(response.json()).model_dump()["images"]
+    assert answer["detections"]
+    assert answer["name"] is None
+    same(answer, predicted(model, data))
+
+
+def test_boxes_end_at_the_border():
+    wide = small_model()
+    with torch.no_grad():
+        for head in wide.decoder.heads.boxes:
+            head.layers[-1].bias[2:] += 3.0
+    data = picture("PNG", 48, 64)
+    with running(wide) as client:
+        (answer,) = raw(client, data).json()["images"]
+    assert any(box["box"][0] == 0 and box["box"][3] == 48 for box in answer["detections"])
+    same(answer, predicted(wide, data))
+
+
+def test_several_images_in_a_form(client, model):
+    sizes = [(48, 64), (64, 48), (48, 64), (100, 30), (48, 64)]
+    pictures = [picture("PNG", *size, seed=number) for number, size in enumerate(sizes)]
+    answers = client.post("/v1/detect", files=form(*pictures), params={"threshold": 0.3, "top_k": 7}).json()["images"]
+    assert [answer["name"] for answer in answers] == [f"{number}.png" for number in range(5)]
+    for answer, data in zip(answers, pictures, strict=True):
+        same(answer, predicted(model, data, threshold=0.3, top_k=7))
+
+
+def test_many_clients_get_what_serial_prediction_gives(client, model):
+    pictures = [picture("PNG", *size, seed=seed) for seed in range(6) for size in ((48, 64), (64, 64))]
+    wanted = [predicted(model, data, threshold=0.2, top_k=5 + number) for number, data in enumerate(pictures)]
+    before = client.engine.metrics.batch_images._sum.get()
+
+    def send(number):
+        index = number % len(pictures)
+        response = raw(client, pictures[index], params={"threshold": 0.2, "top_k": 5 + index})
+        assert response.status_code == 200, response.text
+        same(response.json()["images"][0], wanted[index])
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(send, range(60)))
+    assert client.engine.metrics.batch_images._sum.get() - before == 60
+
+
+def test_exif_turns_the_picture(client, model):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = picture("JPEG", 40, 80, exif=exif)
+    (answer,) = raw(client, data).json()["images"]
+    assert (answer["height"], answer["width"]) == (80, 40)
+    same(answer, predicted(model, data))
+
+
+def test_explain_equals_the_trace(client, model):
+    data = picture(seed=3)
+    response = client.post("/v1/explain", files=form(data), params={"threshold": 0.2, "top_k": 4})
+    answer = schemas.Explained.model_validate(response.json()).model_dump()
+    traced = trace(model, Image.open(io.BytesIO(data)), threshold=0.2, top_k=4)
+    assert len(answer["detections"]) == len(traced.detections) == 4
+    same(answer, traced.detections)
+    for index, one in enumerate(answer["detections"]):
+        looks = traced.detection(index).looks
+        assert len(one["layers"]) == len(looks) == 2
+        for layer, look in zip(one["layers"], looks, strict=True):
+            points = torch.tensor(layer["points"])
+            torch.testing.assert_close(points[:, :2], look.locations.view(-1, 2), atol=0.06, rtol=0)
+            torch.testing.assert_close(points[:, 2], look.weights.view(-1), atol=1e-4, rtol=0)
+            assert points[:, 4].tolist() == [head for head in range(2) for _ in range(len(points) // 2)]
+    assert client.post("/v1/explain", files=form(data, data)).status_code == 422
+
+
+def test_the_model_tells_of_itself(client):
+    facts = schemas.Model.model_validate(client.get("/v1/model").json())
+    assert [one.name for one in facts.classes] == list(NAMES)
+    assert facts.explains
+    assert facts.limits.body_bytes == 20_000_000
+
+
+@pytest.mark.slow
+def test_an_exported_model_does_not_explain(tmp_path):
+    from deformable_detr.export import export_model, load
+
+    pytest.importorskip("onnxruntime")
+    export_model(small_model(), tmp_path / "tiny.onnx", "onnx", image_size=(64, 64))
+    exported = load(tmp_path / "tiny.onnx", "cpu")
+    with running(exported) as client:
+        assert not client.get("/v1/model").json()["explains"]
+        assert "/v1/explain" not in client.get("/openapi.json").json()["paths"]
+        assert raw(client, picture(), "/v1/explain").status_code == 404
+        pictures = [picture("PNG", *size) for size in ((48, 64), (64, 48), (30, 90))]
+        answers = client.post("/v1/detect", files=form(*pictures)).json()["images"]
+        for answer, data in zip(answers, pictures, strict=True):
+            same(answer, predicted(exported, data))
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ({"threshold": 1.5}, 422), ({"threshold": -0.1}, 422), ({"threshold": "nan"}, 422), ({"threshold": "x"}, 422),
+        ({"top_k": 0}, 422), ({"top_k": 1001}, 422), ({"top_k": 1.5}, 422), ({"url": "http://127.0.0.1"}, 422),
+        ({"path": "/etc/passwd"}, 422), ({"threshold": 0}, 200), ({"threshold": 1}, 200), ({"top_k": 1000}, 200),
+    ],
+)  # fmt: skip
+def test_parameters(client, query, status):
+    response = raw(client, picture(), params=query)
+    assert response.status_code == status
+    if status != 200:
+        assert next(iter(query)) in response.json()["detail"]
+
+
+def test_a_bad_image_is_named_and_spoils_its_request_only(client):
+    data = picture("JPEG", 100, 100)
+    response = client.post("/v1/detect", files=form(picture(), data[: len(data) // 2], b"nothing"))
+    assert response.status_code == 422
+    assert response.json()["detail"].startswith("image 2 (1.png): cannot be read as an image (image file is truncated")
+    assert client.post("/v1/detect", files=form(picture(), data)).status_code == 200
+
+
+REFUSED = [
+    *(("GET", path, None, None, 404) for path in (
+        "/../etc/passwd", "/..%2f..%2fetc%2fpasswd", "/page.css/../../engine.py", "/%2e%2e/%2e%2e/etc/passwd",
+        "/page.js%00.png", "//etc/passwd", "/static/../../etc/passwd", "/v1/../../etc/passwd",
+        "/v1/detect/..%5c..%5cwin.ini",
+        "/.env", "/.git/config", "/docs", "/redoc", "/page.html/", "/http://169.254.169.254/latest/meta-data",
+    )),
+    *(("POST", "/v1/detect", kind, body, 415) for kind, body in (
+        ("application/json", b'{"url": "http://169.254.169.254/"}'), ("application/json", b'{"path": "/etc/passwd"}'),
+        ("text/uri-list", b"file:///etc/passwd"), ("text/plain", b"http://127.0.0.1:22/"),
+        ("application/x-www-form-urlencoded", b"image=@/etc/passwd"), ("image/png", b"http://127.0.0.1/a.png"),
+        ("image/svg+xml", b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>"),
+        ("application/octet-stream", b"%!PS\n(/etc/passwd) run"), ("image/png", b"\x1f\x8b" + bytes(100)),
+        ("application/xml", b"<!DOCTYPE a [<!ENTITY b SYSTEM 'file:///etc/passwd'>]><a>&b;</a>"),
+        ("application/octet-stream", b"PK\x03\x04" + bytes(100)), ("image/x-icon", b"\0\0\1\0" + bytes(100)),
+    )),
+    ("POST", "/v1/detect?url=http://127.0.0.1/", "image/png", picture(), 422),
+    ("POST", "/v1/detect?file=/etc/passwd", "image/png", picture(), 422),
+    ("POST", "/v1/explain?image=file:///etc/passwd", "image/png", picture(), 422),
+    ("PUT", "/v1/detect", "image/png", picture(), 405),
+    ("DELETE", "/v1/model", None, None, 405),
+    ("POST", "/metrics", "text/plain", b"x", 405),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path", "kind", "body", "status"), REFUSED)
+def test_paths_and_addresses_are_refused(client, method, path, kind, body, status):
+    # By hand, for httpx would tidy the path up.
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+    connection.request(method, path, body, {"Content-Type": kind} if kind else {})
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    assert response.status == status
+    assert b"root:" not in text
+    assert set(json.loads(text)) == {"detail"}
+
+
+def test_there_are_thirty_of_them():
+    assert len(REFUSED) >= 30
+
+
+def test_compressed_bodies_are_not_read(client):
+    assert raw(client, picture(), headers={"Content-Encoding": "gzip"}).status_code == 415
+    assert raw(client, picture(), headers={"Content-Encoding": "identity"}).status_code == 200
+
+
+def test_pixels_are_bounded_by_the_header():
+    with running(pixels=48 * 64) as client:
+        assert raw(client, picture(height=48, width=64)).status_code == 200
+        response = raw(client, picture(height=48, width=65))
+        assert response.status_code == 413
+        assert "megapixels" in response.json()["detail"]
+
+
+def test_bodies_are_bounded_while_they_come():
+    data = picture("BMP", 64, 64)
+    sent = []
+
+    def endless():
+        for _ in range(3000):
+            sent.append(1)
+            yield bytes(10_000)
+
+    with running(body_bytes=len(data)) as client:
+        assert raw(client, data).status_code == 200
+        declared = raw(client, data + b"x")
+        assert declared.status_code == 413
+        assert declared.headers["connection"] == "close"
+        streamed = client.post("/v1/detect", content=endless(), headers={"Content-Type": "image/bmp"})
+        assert streamed.status_code == 413
+        assert raw(client, data).status_code == 200
+        pieces = (data[start : start + 1000] for start in range(0, len(data), 1000))
+        assert client.post("/v1/detect", content=pieces, headers={"Content-Type": "image/bmp"}).status_code == 200
+
+
+def test_held_bytes_are_bounded():
+    data = picture("BMP", 64, 64)
+    with running(held_bytes=len(data)) as client:
+        assert raw(client, data).status_code == 200
+        assert raw(client, data + b"x").status_code == 503
+        assert raw(client, data).status_code == 200
+
+
+def test_images_in_a_request_are_bounded():
+    with running(images=2, waiting=2) as client:
+        assert client.post("/v1/detect", files=form(picture(), picture())).status_code == 200
+        assert client.post("/v1/detect", files=form(picture(), picture(), picture())).status_code == 422
+
+
+def test_overload_gives_only_answers_and_refusals():
+    data = picture()
+    with running(slow(small_model(), 0.05), waiting=4, images=4, batch=2) as client:
+
+        def send(_):
+            response = raw(client, data)
+            if response.status_code == 503:
+                assert 1 <= int(response.headers["retry-after"]) <= 30
+            return response.status_code
+
+        with ThreadPoolExecutor(16) as pool:  # four times what may wait
+            statuses = list(pool.map(send, range(64)))
+        assert set(statuses) == {200, 503}
+        assert send(0) == 200
+        assert client.engine._taken == 0
+
+
+def test_explanations_are_bounded():
+    with running(slow(small_model(), 0.2), explaining=1) as client, ThreadPoolExecutor(4) as pool:
+        statuses = list(pool.map(lambda _: raw(client, picture(), "/v1/explain").status_code, range(4)))
+        assert sorted(set(statuses)) == [200, 503]
+        assert raw(client, picture(), "/v1/explain").status_code == 200
+
+
+def test_the_deadline():
+    model, gate = small_model(), threading.Event()
+    with running(model, deadline=0.5) as client:
+        hook = model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
+        response = raw(client, picture())
+        assert response.status_code == 504
+        assert response.json()["detail"] == "no answer within 0.5 s"
+        hook.remove()
+        gate.set()
+        wait_until(lambda: client.engine._taken == 0)
+        wait_until(lambda: raw(client, picture()).status_code == 200)  # a busy machine may miss the deadline too
+
+
+@pytest.mark.parametrize("slow", ["uploads", "detected"])
+def test_the_deadline_is_of_all_from_the_whole_request_to_the_answer(monkeypatch, slow):
+    """Taking the body apart and putting the answer together too."""
+    from deformable_detr.serve import app
+
+    inner, reached, gate = getattr(app, slow), threading.Event(), threading.Event()
+
+    def held(*given):
+        reached.set()
+        gate.wait(60)
+        return inner(*given)
+
+    with running(small_model(), deadline=0.5) as client:
+        monkeypatch.setattr(app, slow, held)
+        # A busy machine may miss the deadline before it comes to the answer: asked until it does.
+        wait_until(lambda: raw(client, picture()).status_code == 504 and reached.is_set())
+        monkeypatch.undo()
+        gate.set()
+        wait_until(lambda: raw(client, picture()).status_code == 200)
+
+
+def test_nobody_works_for_a_client_that_left():
+    model, gate, seen = small_model(), threading.Event(), []
+    with running(model, batch=1) as client:
+        model.register_forward_pre_hook(lambda *_: gate.wait(30) and None)
+        model.register_forward_hook(lambda *_: seen.append(1))
+        first = threading.Thread(target=raw, args=(client, picture()))
+        first.start()
+        wait_until(lambda: client.engine._taken == 1)
+        head = "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: "
+        with socket.create_connection(("127.0.0.1", client.port)) as leaving:
+            leaving.sendall(f"{head}{len(picture())}\r\n\r\n".encode() + picture())
+            wait_until(lambda: client.engine._taken == 2 and len(client.engine._batcher) == 1)
+        wait_until(lambda: client.engine._taken == 1)
+        gate.set()
+        first.join()
+        assert raw(client, picture()).status_code == 200
+        assert len(seen) == 2  # the first and the last
+
+
+def test_a_fault_of_the_model_is_told_and_the_server_goes_on(caplog):
+    model = small_model()
+    with running(model) as client:
+
+        def fail(*_):
+            raise RuntimeError("secret")
+
+        hook = model.register_forward_pre_hook(fail)
+        response = raw(client, picture())
+        hook.remove()
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert "secret" in caplog.text
+        assert raw(client, picture()).status_code == 200
+        assert client.get("/healthz").status_code == 200
+
+
+def test_health_and_readiness(client):
+    assert client.get("/healthz").json() == {"status": "alive"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+    client.server.status.draining = True
+    try:
+        response = client.get("/readyz")
+        assert response.status_code == 503
+        assert response.headers["connection"] == "close"
+        assert client.get("/healthz").status_code == 200
+        assert raw(client, picture()).status_code == 200
+    finally:
+        client.server.status.draining = False
+    assert client.get("/readyz").status_code == 200
+
+
+def test_a_dead_model_thread_shows():
+    with running() as client:
+        client.engine._batcher.stop()
+        assert client.get("/healthz").status_code == 503
+        assert client.get("/readyz").status_code == 503
+
+
+def test_figures(client):
+    raw(client, picture())
+    client.get("/no/such/path")
+    text = client.get("/metrics").text
+    assert 'deformable_detr_requests_total{path="/v1/detect",status="200"}' in text
+    assert 'deformable_detr_requests_total{path="other",status="404"}' in text
+    assert "no/such" not in text
+    assert "deformable_detr_ready 1.0" in text
+
+
+def test_the_page_loads_nothing_from_elsewhere(client):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for path in ("/", "/page.css", "/page.js"):
+        text = client.get(path).text.replace("http://www.w3.org/2000/svg", "")
+        assert "http:" not in text
+        assert "https:" not in text
+        assert "//cdn" not in text
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    with running(token=TOKEN) as client:
+        yield client
+
+
+class TestToken:
+    @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer x", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
+    def test_is_asked_for(self, guarded, header):
+        headers = {"Authorization": header} if header is not None else {}
+        for method, path in (
+            ("GET", "/v1/model"),
+            ("GET", "/metrics"),
+            ("POST", "/v1/detect"),
+            ("POST", "/v1/explain"),
+        ):
+            response = httpx.request(method, f"{guarded.base_url}{path}", headers=headers, trust_env=False)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+
+    def test_opens(self, guarded):
+        assert raw(guarded, picture()).status_code == 200
+        assert guarded.get("/v1/model").status_code == 200
+        assert guarded.get("/metrics").status_code == 200
+        assert raw(guarded, picture(), headers={"Host": "photos.example"}).status_code == 200
+
+    def test_is_not_needed_for_probes_and_the_page(self, guarded):
+        for path in ("/healthz", "/readyz", "/", "/page.css", "/page.js", "/openapi.json"):
+            assert httpx.get(f"{guarded.base_url}{path}", trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:8000"}, 200), ({"Host": "127.0.0.1"}, 200), ({"Host": "[::1]:80"}, 200),
+        ({"Host": "evil.example"}, 421), ({"Host": "127.0.0.1.evil.example"}, 421), ({"Host": "192.168.0.1"}, 421),
+        ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://[bad"}, 403),
+    ],
+)  # fmt: skip
+def test_without_a_token_other_sites_cannot_reach_it(client, headers, status):
+    assert raw(client, picture(), headers=headers).status_code == status
+
+
+def test_its_own_page_may(client):
+    origin = str(client.base_url).rstrip("/")
+    assert raw(client, picture(), headers={"Origin": origin}).status_code == 200
+
+
+def test_large_images_are_read_one_at_a_time(client, monkeypatch):
+    monkeypatch.setattr("deformable_detr.serve.engine.LARGE", 48 * 64 - 1)
+    names = []
+    real = client.engine._large_reader.submit
+    monkeypatch.setattr(client.engine._large_reader, "submit", lambda *a: names.append(1) or real(*a))
+    assert client.post("/v1/detect", files=form(picture(), picture(height=20, width=20))).status_code == 200
+    assert names == [1]
+    assert np.isfinite(client.engine._seconds)

@@ -1,0 +1,140 @@
+"""Gathering for one thread: equal keys together, the oldest first, nothing lost, nothing done in vain."""
+
+import asyncio
+import threading
+from collections import Counter
+
+import pytest
+
+from deformable_detr.serve.batching import Batcher
+
+
+class Work:
+    """Notes its batches; doubles numbers; waits at a gate."""
+
+    def __init__(self):
+        self.batches, self.gate = [], threading.Event()
+        self.gate.set()
+
+    def __call__(self, payloads):
+        self.gate.wait(10)
+        self.batches.append(list(payloads))
+        if "bad" in payloads:
+            raise ValueError("bad")
+        return [payload * 2 for payload in payloads]
+
+
+def run(scenario, most=4, wait=0.02):
+    work = Work()
+    batcher = Batcher(work, most, wait)
+    batcher.start()
+    try:
+        asyncio.run(asyncio.wait_for(scenario(batcher, work), 20))
+    finally:
+        work.gate.set()
+        batcher.stop()
+    assert not batcher.alive
+    return work.batches
+
+
+async def held(batcher, work):
+    """The thread busy with a batch of its own, so that what comes next waits together."""
+    work.gate.clear()
+    first = batcher.submit(-1, "first")
+    while len(batcher):
+        await asyncio.sleep(0.001)
+    return first
+
+
+def test_equal_keys_go_together_and_the_oldest_first():
+    async def scenario(batcher, work):
+        first = await held(batcher, work)
+        waiting = [batcher.submit(number, "even" if number % 2 == 0 else "odd") for number in range(7)]
+        work.gate.set()
+        assert await asyncio.gather(first, *waiting) == [-2, 0, 2, 4, 6, 8, 10, 12]
+
+    assert run(scenario) == [[-1], [0, 2, 4, 6], [1, 3, 5]]
+
+
+def test_full_batches():
+    async def scenario(batcher, work):
+        first = await held(batcher, work)
+        waiting = [batcher.submit(number, 0) for number in range(10)]
+        work.gate.set()
+        await asyncio.gather(first, *waiting)
+
+    assert run(scenario)[1:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_the_first_waits_for_others_but_not_long():
+    async def scenario(batcher, work):
+        one = batcher.submit(1, 0)
+        await asyncio.sleep(0.05)
+        other = batcher.submit(2, 0)
+        assert await asyncio.gather(one, other) == [2, 4]
+        assert work.batches == [[1, 2]]
+        assert await batcher.submit(3, 0) == 6
+
+    assert run(scenario, wait=0.5) == [[1, 2], [3]]
+
+
+def test_a_failure_is_its_batch_s_alone():
+    async def scenario(batcher, work):
+        first = await held(batcher, work)
+        waiting = [batcher.submit("bad", 0), batcher.submit("good", 0), batcher.submit("other", 1)]
+        work.gate.set()
+        await first
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [ValueError, ValueError, str]
+        assert await batcher.submit(5, 0) == 10
+
+    run(scenario)
+
+
+def test_cancelled_ones_are_not_worked_on():
+    async def scenario(batcher, work):
+        first = await held(batcher, work)
+        waiting = [batcher.submit(number, 0) for number in range(4)]
+        waiting[0].cancel()
+        waiting[2].cancel()
+        await asyncio.sleep(0)
+        assert len(batcher) == 2  # and their memory is free
+        work.gate.set()
+        assert await asyncio.gather(first, waiting[1], waiting[3]) == [-2, 2, 6]
+
+    assert run(scenario)[1:] == [[1, 3]]
+
+
+def test_stopping_finishes_what_is_there():
+    async def scenario(batcher, work):
+        first = await held(batcher, work)
+        waiting = [batcher.submit(number, number) for number in range(5)]
+        stopping = asyncio.ensure_future(asyncio.to_thread(batcher.stop))
+        while not batcher._stopping:
+            await asyncio.sleep(0.001)
+        with pytest.raises(RuntimeError, match="stopped"):
+            batcher.submit(9, 0)
+        work.gate.set()
+        assert await asyncio.gather(first, *waiting) == [-2, 0, 2, 4, 6, 8]
+        await stopping
+
+    run(scenario)
+
+
+def test_a_start_that_fails_says_why():
+    def begin():
+        raise ValueError("no model")
+
+    with pytest.raises(ValueError, match="no model"):
+        Batcher(lambda payloads: payloads, 1, 0.0, begin).start()
+
+
+def test_many_at_once_each_get_their_own():
+    async def scenario(batcher, work):
+        numbers = list(range(500))
+        results = await asyncio.gather(*(batcher.submit(number, number % 3) for number in numbers))
+        assert results == [2 * number for number in numbers]
+
+    batches = run(scenario, most=8, wait=0.001)
+    assert Counter(number for batch in batches for number in batch) == Counter(range(500))
+    assert all(len({number % 3 for number in batch}) == 1 and len(batch) <= 8 for batch in batches)

@@ -1,0 +1,371 @@
+"""The page in a real browser: choose, hover, filter, keys, paste, drop, camera, download; nothing sticks out."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from deformable_detr.detector import load_detector
+from tests.support.server import picture, running, small_model
+
+pytestmark = pytest.mark.slow
+
+TOKEN = "a-token-of-enough-letters"
+
+
+@pytest.fixture(scope="module")
+def client():
+    chosen = os.environ.get("MODEL")  # a folder, for pictures worth looking at
+    with running(load_detector(chosen) if chosen else small_model(decoder_layers=3)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    with running(token=TOKEN) as client:
+        yield client
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Opens a server's page at a width; gives selenium's driver."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    driver_program = shutil.which("chromedriver")
+    if not program or not driver_program:
+        pytest.skip("needs Chromium and its driver")
+    opened = []
+
+    def open_page(client, width=1280, dark=False):
+        options = webdriver.ChromeOptions()
+        options.binary_location = program
+        for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run",
+                     "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'profile'}",
+                     "use-fake-device-for-media-stream", "use-fake-ui-for-media-stream"):  # fmt: skip
+            options.add_argument(f"--{flag}")
+        options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_program))
+        driver.implicitly_wait(0)
+        opened.append(driver)
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        driver.get(str(client.base_url))
+        return driver
+
+    yield open_page
+    for driver in opened:
+        driver.quit()
+
+
+def wait(driver, script, seconds=60):
+    end = time.monotonic() + seconds
+    while not (value := driver.execute_script(f"return {script}")):
+        assert time.monotonic() < end, script
+        time.sleep(0.05)
+    return value
+
+
+def send(driver, path):
+    driver.find_element("id", "file").send_keys(str(path))
+    wait(driver, "state.result && document.getElementById('busy').hidden")
+
+
+def file(tmp_path, seed=0):
+    path = tmp_path / "a photo.png"
+    path.write_bytes(picture("PNG", 96, 128, seed=seed))
+    return path
+
+
+def score(driver, value):
+    driver.execute_script(
+        "const s = document.getElementById('score'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))", value
+    )
+
+
+def count(driver, selector):
+    return driver.execute_script(f"return document.querySelectorAll({json.dumps(selector)}).length")
+
+
+def text(driver, name):
+    return driver.find_element("id", name).text
+
+
+def complaints(driver):
+    return [one["message"] for one in driver.get_log("browser")]
+
+
+def test_choose_hover_filter_and_download(browse, client, tmp_path):
+    from selenium.webdriver import ActionChains, Keys
+
+    driver = browse(client)
+    wait(driver, "state.facts")
+    send(driver, file(tmp_path))
+    score(driver, 0.05)
+    answer = client.post("/v1/detect", content=file(tmp_path).read_bytes(), params={"threshold": 0.05},
+                         headers={"Content-Type": "image/png"}).json()["images"][0]  # fmt: skip
+    found = len(answer["detections"])
+    assert found > 3
+    assert count(driver, "#boxes .hit") == count(driver, "#found button") == found
+    assert f"{found} objects" in text(driver, "status")
+
+    # The boxes lie where the answer says, on the picture as it is shown.
+    place = """const i = document.getElementById('image').getBoundingClientRect();
+        return [...document.querySelectorAll('.hit')].map(g => {
+            const b = g.firstChild.getBoundingClientRect(), w = 128 / i.width, h = 96 / i.height;
+            return [+g.dataset.item, (b.x - i.x) * w, (b.y - i.y) * h, (b.right - i.x) * w, (b.bottom - i.y) * h] })"""
+    for index, *box in driver.execute_script(place):
+        assert box == pytest.approx(answer["detections"][index]["box"], abs=0.5)
+
+    # Hovering shows where the model looked, as /v1/explain tells it.
+    top = driver.execute_script("return +[...document.querySelectorAll('.hit')].at(-1).dataset.item")
+    ActionChains(driver).move_to_element(driver.find_element("css selector", f".hit[data-item='{top}']")).perform()
+    wait(driver, "document.querySelector('#points')")
+    looks = driver.execute_script("return explained(state.active)")
+    assert looks["label"] == answer["detections"][top]["label"]
+    assert count(driver, "#points .point") == len(looks["layers"][-1]["points"])
+    assert "3 of 3" in text(driver, "layer-now")
+    first = driver.execute_script("return document.querySelector('#points').innerHTML")
+    ActionChains(driver).click().perform()  # keeps it
+    driver.find_element("id", "layer").send_keys(Keys.HOME)
+    assert "1 of 3" in text(driver, "layer-now")
+    assert driver.execute_script("return document.querySelector('#points').innerHTML") != first
+
+    # Filters.
+    labels = {one["label"] for one in answer["detections"]}
+    chip = driver.find_element("css selector", "#classes button[data-label]")
+    label = int(chip.get_attribute("data-label"))
+    chip.click()
+    left = [one for one in answer["detections"] if one["label"] != label]
+    assert count(driver, "#boxes .hit") == len(left)
+    assert chip.get_attribute("aria-pressed") == "false"
+    chip.click()
+    if len(labels) > 1:
+        driver.find_element("xpath", "//*[@id='classes']/button[text()='none']").click()
+        assert count(driver, "#boxes .hit") == 0
+        driver.find_element("xpath", "//*[@id='classes']/button[text()='all']").click()
+    middle = sorted(one["score"] for one in answer["detections"])[found // 2]
+    score(driver, round(middle, 2))
+    shown = [one for one in answer["detections"] if one["score"] >= round(middle, 2)]
+    assert count(driver, "#boxes .hit") == len(shown) < found
+
+    driver.find_element("id", "download").click()
+    saved = tmp_path / "a photo.json"
+    end = time.monotonic() + 20
+    while not saved.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    content = json.loads(saved.read_text())
+    assert [one["score"] for one in content["detections"]] == pytest.approx([one["score"] for one in shown], abs=1e-4)
+    assert complaints(driver) == []
+
+
+def test_of_two_images_the_later_is_shown(browse, client, tmp_path):
+    """Also where the first takes long to be made ready, as a large one that is converted does."""
+    driver = browse(client)
+    wait(driver, "state.facts")
+    driver.execute_script(
+        """const inner = ready;
+        ready = async (file) => {
+          if (file.name === 'slow.png') await new Promise((go) => setTimeout(go, 1500));
+          return inner(file);
+        };"""
+    )
+    for data, name in ((picture("PNG", 96, 128, seed=1), "slow.png"), (picture("PNG", 40, 60, seed=2), "quick.png")):
+        driver.execute_script(transfer(data, name, "image/png") + "detect(t.files[0]);")
+    wait(driver, "state.result && document.getElementById('busy').hidden")
+    time.sleep(2.5)
+    image = driver.execute_script(
+        "const i = document.getElementById('image'); return [i.naturalWidth, i.naturalHeight, i.alt]"
+    )
+    assert image == [60, 40, "quick.png, 60 × 40 pixels"]
+    assert driver.execute_script("return state.file.size") == len(picture("PNG", 40, 60, seed=2))
+    assert complaints(driver) == []
+
+
+def test_by_keys_alone(browse, client, tmp_path):
+    from selenium.webdriver import ActionChains, Keys
+
+    driver = browse(client)
+    wait(driver, "state.facts")
+    send(driver, file(tmp_path))
+    score(driver, 0.05)
+    seen = []
+    driver.execute_script("document.body.focus()")
+    for _ in range(60):
+        ActionChains(driver).send_keys(Keys.TAB).perform()
+        seen.append(
+            driver.execute_script("const e = document.activeElement; return e.id || e.dataset.item || e.textContent")
+        )
+        if seen[-1] == "1":
+            break
+    for wanted in ("choose", "camera", "download", "score", "0", "1"):
+        assert wanted in seen
+    wait(driver, "document.querySelector('#points')")
+    assert driver.execute_script("return state.active") == 1
+    ActionChains(driver).send_keys(Keys.ENTER).perform()
+    assert driver.execute_script("return [state.pinned, document.activeElement.dataset.item]") == [1, "1"]
+    ring = driver.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
+    assert ring != "none"
+
+
+def transfer(data, name, kind):
+    return f"""const t = new DataTransfer();
+        t.items.add(new File([Uint8Array.from(atob('{base64.b64encode(data).decode()}'), c => c.charCodeAt(0))],
+            '{name}', {{type: '{kind}'}}));"""
+
+
+def test_drop_and_paste(browse, client):
+    driver = browse(client)
+    wait(driver, "state.facts")
+    driver.execute_script(
+        transfer(picture(), "dropped.png", "image/png")
+        + "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: t, bubbles: true, cancelable: true}))"
+    )
+    wait(driver, "state.result && state.name === 'dropped.png' && document.getElementById('busy').hidden")
+    driver.execute_script(
+        transfer(picture(seed=1), "pasted.png", "image/png")
+        + "document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: t, bubbles: true}))"
+    )
+    wait(driver, "state.result && state.name === 'pasted.png' && document.getElementById('busy').hidden")
+    assert complaints(driver) == []
+
+
+def test_what_the_server_does_not_read_is_converted_or_told(browse, client):
+    driver = browse(client)
+    wait(driver, "state.facts")
+    picture_of_lines = (
+        b"<svg xmlns='http://www.w3.org/2000/svg' width='80' height='60'><rect width='40' height='30'/></svg>"
+    )
+    for data, kind in (
+        (picture_of_lines, "image/svg+xml"),
+        (b"no image at all", "image/heic"),
+        (b"text", "text/plain"),
+    ):
+        driver.execute_script(
+            transfer(data, "x", kind)
+            + "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: t, bubbles: true, cancelable: true}))"
+        )
+        wait(
+            driver,
+            "document.getElementById('busy').hidden && (state.result || document.getElementById('error').textContent)",
+        )
+        assert "image" in text(driver, "error")
+    truncated = picture("JPEG", 200, 200)[:3000]
+    driver.execute_script(
+        transfer(truncated, "x.jpg", "image/jpeg")
+        + "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: t, bubbles: true, cancelable: true}))"
+    )
+    wait(driver, "document.getElementById('error').textContent.includes('truncated')")
+
+
+def test_places_are_of_the_image_that_was_chosen_not_of_the_smaller_one_that_is_sent(browse, client, tmp_path):
+    driver = browse(client)
+    wait(driver, "state.facts")
+    driver.execute_script("state.facts.limits.body_bytes = 1000")  # so that it is converted
+    send(driver, large_picture(tmp_path, 5000, 3001))
+    assert driver.execute_script("return [state.result.width, state.result.height]") == [5000, 3001]
+    score(driver, 0.05)
+    assert len(driver.find_elements("css selector", "#boxes .hit")) > 3
+    driver.execute_script("choose(0, true)")
+    wait(driver, "state.looks && state.looks.detections.length")
+    sent = driver.execute_async_script(
+        """const done = arguments[0];
+        (async () => done([(await send(`v1/detect?threshold=${LOWEST}&top_k=${MOST}`)).images[0],
+                           await send(`v1/explain?threshold=${LOWEST}&top_k=${EXPLAINED}`)]))();"""
+    )
+    assert sent[0]["width"] * sent[0]["height"] <= 12.1e6
+    for small, shown, record in zip(sent, ("state.result", "state.looks"), ("box", "layer"), strict=True):
+        large = driver.execute_script(f"return {shown}")
+        scale = [large["width"] / small["width"], large["height"] / small["height"]]
+        assert len(large["detections"]) == len(small["detections"])
+        for one, other in zip(large["detections"], small["detections"], strict=True):
+            pairs = [(one["box"], other["box"])]
+            if record == "layer":
+                for mine, theirs in zip(one["layers"], other["layers"], strict=True):
+                    pairs += [(mine[key], theirs[key]) for key in ("box", "reference_point")]
+                    pairs += [(a[:2], b[:2]) for a, b in zip(mine["points"], theirs["points"], strict=True)]
+                    assert [a[2:] for a in mine["points"]] == [b[2:] for b in theirs["points"]]
+            for mine, theirs in pairs:
+                assert mine == pytest.approx([side * scale[i % 2] for i, side in enumerate(theirs)], abs=0.1)
+    assert complaints(driver) == []
+
+
+def large_picture(tmp_path, width, height):
+    path = tmp_path / "large.png"
+    small = Image.open(io.BytesIO(picture("PNG", 96, 128)))
+    small.resize((width, height)).save(path, compress_level=1)
+    return path
+
+
+def test_the_camera(browse, client):
+    driver = browse(client)
+    wait(driver, "state.facts")
+    driver.find_element("id", "camera").click()
+    wait(driver, "!document.getElementById('video').hidden && document.getElementById('video').videoWidth")
+    driver.find_element("id", "cancel").click()
+    assert driver.execute_script("return state.camera === null && document.getElementById('video').hidden")
+    driver.find_element("id", "camera").click()
+    wait(driver, "!document.getElementById('video').hidden && document.getElementById('video').videoWidth")
+    driver.find_element("id", "shoot").click()
+    wait(driver, "state.result && state.name === 'camera.jpg'")
+    assert driver.execute_script("return state.camera === null")
+    assert complaints(driver) == []
+
+
+def test_the_token_is_asked_for(browse, guarded, tmp_path):
+    driver = browse(guarded)
+    wait(driver, "!document.getElementById('access').hidden")
+    assert "token" in text(driver, "error")
+    driver.find_element("id", "token").send_keys(TOKEN)
+    driver.find_element("css selector", "#access button").click()
+    wait(driver, "state.facts && document.getElementById('access').hidden")
+    send(driver, file(tmp_path))
+    assert driver.execute_script("return state.result.width") == 128
+    assert TOKEN not in driver.current_url
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_nothing_sticks_out(browse, client, tmp_path, width, dark):
+    """Set SCREENSHOTS to a folder to look at the pages yourself, MODEL and PHOTO to what is on them."""
+    driver = browse(client, width, dark)
+    wait(driver, "state.facts")
+    pages = [keep(driver, f"empty-{width}-{dark}")]
+    send(driver, os.environ.get("PHOTO") or file(tmp_path))
+    score(driver, 0.3)
+    pages.append(keep(driver, f"found-{width}-{dark}"))
+    driver.execute_script("choose(shown()[0][0], true)")
+    wait(driver, "document.querySelector('#points')")
+    pages.append(keep(driver, f"looked-{width}-{dark}"))
+    assert pages == [([], True)] * 3
+    ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (not dark)
+
+
+def keep(driver, name):
+    """What is clipped or lies over something else; whether the page is as wide as the screen. And a screenshot."""
+    if "SCREENSHOTS" in os.environ:
+        (Path(os.environ["SCREENSHOTS"]) / f"{name}.png").write_bytes(
+            base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})["data"])
+        )
+    faults = """const parts = 'button, h1, p, label, .control > span, input[type=range], .legend';
+        const shown = [...document.querySelectorAll(parts)]
+        .filter(e => e.offsetParent && (e.textContent.trim() || e.tagName !== 'P') && !e.closest('#found'));
+        const clipped = shown.filter(e => (e.scrollWidth > e.clientWidth + 1 && e.clientWidth)
+            || e.getBoundingClientRect().right > innerWidth + 0.5);
+        const rects = shown.map(e => [e, e.getBoundingClientRect()]);
+        const lying = rects.filter(([e, a], i) => rects.some(([f, b], j) => i < j && !e.contains(f) && !f.contains(e)
+            && a.x < b.right - 1 && b.x < a.right - 1 && a.y < b.bottom - 1 && b.y < a.bottom - 1));
+        return [...clipped, ...lying.map(([e]) => e)].map(e => e.outerHTML.slice(0, 80))"""
+    return driver.execute_script(faults), driver.execute_script(
+        "return document.documentElement.scrollWidth <= innerWidth"
+    )

@@ -1,0 +1,166 @@
+"""Bytes of clients': known formats only, sizes by the header, nothing that takes for ever."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageFile
+
+from deformable_detr.serve.decoding import decode, open_picture
+from deformable_detr.serve.limits import Refused
+from deformable_detr.utils.images import read_image
+from tests.support.server import picture, pixels
+
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+
+
+def read(data, most=50_000_000):
+    return decode(open_picture(data, "it", most), "it")
+
+
+def refused(data, most=50_000_000):
+    with pytest.raises(Refused) as caught:
+        read(data, most)
+    assert caught.value.detail.startswith("it: ")
+    assert "\n" not in caught.value.detail
+    return caught.value.status
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(width, height):
+    """A PNG of a few kilobytes that says it is huge, and is."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    rows = zlib.compress(bytes(1000) * 1000)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def animation(kind):
+    frames = [Image.fromarray(pixels(seed=seed)) for seed in range(5)]
+    file = io.BytesIO()
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=40)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_as_prediction_does(kind):
+    data = picture(kind)
+    assert np.array_equal(read(data), read_image(Image.open(io.BytesIO(data))))
+    assert read(memoryview(data)).shape == (3, 48, 64)
+
+
+def test_what_follows_a_jpeg_has_no_scans():
+    """A motion photo has its film behind the picture, in which any bytes may come."""
+    data = picture("JPEG")
+    assert np.array_equal(read(data + b"\xff\xda\x00\x02" * 500), read(data))
+    scan = data.index(b"\xff\xda")
+    assert refused(data[:scan] + b"\xff\xda\x00\x02" * 500 + data[scan:]) == 422
+    assert refused(data[:scan] + b"\xff\xe5\x00\x02" * 20_000 + data[scan:]) == 422, "no end of segments"
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_of_films_the_first_frame(kind):
+    assert read(animation(kind)).shape == (3, 48, 64)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "ICO", "PPM", "TGA", "PDF", "EPS", "AVIF"])
+def test_other_formats_are_not_read(kind):
+    try:
+        data = picture(kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {kind}")
+    assert refused(data) == 415
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe", b"http://127.0.0.1/", b"/etc/passwd", bytes(64)],
+)
+def test_what_is_no_image(data):
+    assert refused(data) == 415
+
+
+def test_empty():
+    assert refused(b"") == 422
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_size_counts_by_the_header(kind):
+    data = picture(kind)
+    assert refused(data, most=48 * 64 - 1) == 413
+    assert read(data, most=48 * 64).shape == (3, 48, 64)
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_webp_of_every_kind(lossless):
+    data = picture("WEBP", lossless=lossless)
+    assert data[12:16] == (b"VP8L" if lossless else b"VP8 ")
+    assert refused(data, most=48 * 64 - 1) == 413
+    assert read(data, most=48 * 64).shape == (3, 48, 64)
+
+
+def test_bombs_are_not_decoded(monkeypatch):
+    webp, gif, decoded = bytearray(animation("WEBP")), bytearray(picture("GIF")), []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.size))
+    for side in (7072, 20_000, 2**31 - 1):  # 50.01 megapixels and more
+        assert refused(bomb(side, side)) == 413
+    assert webp[12:16] == b"VP8X"
+    webp[24:30] = b"\xff\x3f\x00" * 2  # 16384 × 16384
+    assert refused(webp) == 413
+    gif[6:10] = b"\xff\xff\xff\xff"
+    assert refused(gif) == 413
+    assert decoded == []
+    small = bomb(7000, 7000)  # 49 megapixels: the header is fine, so decoding begins
+    open_picture(small, "it", 50_000_000).load()
+    assert decoded == [(7000, 7000)]
+
+
+def test_a_jpeg_of_many_scans_is_refused():
+    data = picture("JPEG", progressive=True)
+    assert read(data).shape == (3, 48, 64)
+    start = data.index(b"\xff\xda")
+    scan = data[start : data.index(b"\xff\xda", start + 2)]
+    assert refused(data[:start] + scan * 101 + data[start:]) == 422
+    # Decoders pass over a marker that means nothing, not over what would be its length.
+    hidden = scan + b"\xff\x02" + (len(scan) * 101 + 2).to_bytes(2) + scan * 101
+    with pytest.raises(Refused, match="over 100 scans"):
+        open_picture(data[:start] + hidden + data[start:], "it", 50_000_000)
+
+
+def test_run_lengths_in_bmp_are_not_decoded():
+    """Two bytes a run, decoded in Python: a kilobyte may be a minute."""
+    size = struct.pack("<IiiHHI", 40, 50_000, 1000, 1, 8, 1)
+    head = size + bytes(20) + bytes(1024)
+    with pytest.raises(Refused, match="run lengths"):
+        open_picture(
+            b"BM" + struct.pack("<IHHI", 14 + len(head) + 2, 0, 0, 14 + len(head)) + head + b"\0\1", "it", 10**8
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.9])
+def test_a_truncated_file_is_named(kind, part):
+    data = picture(kind, 200, 300)
+    cut = data[: max(16, int(len(data) * part))]
+    assert refused(cut) in (415, 422)
+    assert read(data).shape == (3, 200, 300)
+
+
+def test_text_and_profile_bombs_are_bounded():
+    packed = zlib.compress(bytes(80_000_000), 9)
+    for kind, head in ((b"zTXt", b"a\0\0"), (b"iCCP", b"a\0\0")):
+        data = picture()
+        data = data[:33] + chunk(kind, head + packed) + data[33:]
+        try:
+            assert read(data).shape == (3, 48, 64)
+        except Refused as error:
+            assert error.status == 422  # noqa: PT017, either is safe
+
+
+def test_a_colour_profile_is_no_harm():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert read(picture("JPEG", icc_profile=profile + bytes(60_000))).shape == (3, 48, 64)

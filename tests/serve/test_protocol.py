@@ -1,0 +1,190 @@
+"""Slow clients: dropped in time, and nobody else notices them."""
+
+import socket
+import statistics
+import time
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from tests.support.server import picture, raw, running, wait_until
+
+HEAD = b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+LIMITS = {"head_seconds": 0.5, "stall_seconds": 0.5, "body_seconds": 1.5}
+
+
+def connect(client):
+    connection = socket.create_connection(("127.0.0.1", client.port), timeout=10)
+    connection.settimeout(10)
+    return connection
+
+
+def heard(connection):
+    """Everything until the server closes; how long that took."""
+    began, text = time.monotonic(), b""
+    try:
+        while piece := connection.recv(65536):
+            text += piece
+    except ConnectionResetError:
+        pass
+    return text, time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def client():
+    with running(**LIMITS) as client:
+        yield client
+
+
+@pytest.mark.parametrize("start", [b"", b"GET /hea", HEAD])
+def test_a_head_that_does_not_come(client, start):
+    with connect(client) as connection:
+        connection.sendall(start)
+        text, seconds = heard(connection)
+    assert 0.3 < seconds < 5
+    assert text.startswith(b"HTTP/1.1 408")
+
+
+def test_a_second_head_that_does_not_come(client):
+    with connect(client) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /")
+        text, seconds = heard(connection)
+    assert 0.3 < seconds < 5
+    assert text.startswith(b"HTTP/1.1 200")
+
+
+def test_a_head_in_drops(client):
+    began = time.monotonic()
+    with connect(client) as connection:
+        for letter in HEAD * 10:
+            try:
+                connection.sendall(bytes([letter]))
+            except OSError:
+                break
+            time.sleep(0.05)
+    assert time.monotonic() - began < 5
+
+
+def test_a_head_that_does_not_end(client):
+    with connect(client) as connection:
+        connection.sendall(HEAD + b"A: " + b"b" * 100_000)
+        assert b" 400 " in heard(connection)[0].split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: 1000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n"]
+)
+def test_a_body_that_stops(client, framing):
+    with connect(client) as connection:
+        connection.sendall(HEAD + framing + b"ab")
+        text, seconds = heard(connection)
+    assert text.startswith(b"HTTP/1.1 408")
+    assert b"did not come in time" in text
+    assert seconds < 8
+
+
+def test_a_body_in_drops(client):
+    began = time.monotonic()
+    with connect(client) as connection:
+        connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
+        connection.setblocking(False)
+        text = b""
+        while time.monotonic() - began < 10 and not text:
+            connection.sendall(b"x")
+            time.sleep(0.1)
+            with suppress(BlockingIOError):
+                text = connection.recv(1000)
+    assert text.startswith(b"HTTP/1.1 408")
+    assert 1 < time.monotonic() - began < 8
+
+
+def test_a_steady_body_is_waited_for(client):
+    data = picture()
+    with connect(client) as connection:
+        connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data))
+        for part in range(4):
+            connection.sendall(data[part * len(data) // 4 : (part + 1) * len(data) // 4])
+            time.sleep(0.2)
+        assert heard(connection)[0].startswith(b"HTTP/1.1 200")
+
+
+def test_two_hundred_slow_clients_do_not_hold_up_the_others():
+    with ExitStack() as stack, running(head_seconds=30, stall_seconds=30, body_seconds=30) as client:
+        slow = [stack.enter_context(connect(client)) for _ in range(200)]
+        for number, connection in enumerate(slow):
+            connection.sendall((b"GET /h", HEAD, HEAD + b"Content-Length: 19000000\r\n\r\nx", b"")[number % 4])
+        wait_until(lambda: len(client.server.server_state.connections) >= 200)
+        waits = []
+        for connection in slow:
+            connection.sendall(b"a")
+            began = time.perf_counter()
+            assert client.get("/healthz").status_code == 200
+            waits.append(time.perf_counter() - began)
+        assert statistics.median(waits) < 1, "a busy machine may hold up a few; a server that waits for them, all"
+        assert raw(client, picture()).status_code == 200
+        for connection in slow:
+            connection.close()
+        wait_until(lambda: len(client.server.server_state.connections) <= 1)
+
+
+def test_the_one_that_waited_longest_makes_room():
+    with running(connections=5, head_seconds=30) as client, ExitStack() as stack:
+        assert client.get("/healthz").status_code == 200
+        slow = [stack.enter_context(connect(client)) for _ in range(20)]
+        for connection in slow:
+            with suppress(OSError):
+                connection.sendall(b"GET ")
+            time.sleep(0.01)
+        wait_until(lambda: len(client.server.server_state.connections) <= 5)
+        with connect(client) as late:
+            late.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert heard(late)[0].startswith(b"HTTP/1.1 200")
+        assert heard(slow[0])[0] == b""
+
+
+def test_an_answer_that_is_not_read(client):
+    ask = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", client.port))
+        connection.settimeout(0.2)
+        began = time.monotonic()
+        with suppress(ConnectionError, TimeoutError):
+            while time.monotonic() - began < 10:
+                connection.sendall(ask * 20)
+        assert time.monotonic() - began < 10  # the server stopped reading, or left
+        before = client.server.server_state.connections
+        wait_until(lambda: all(one.transport.get_write_buffer_size() == 0 for one in before), 8)
+    assert client.get("/healthz").status_code == 200
+
+
+def test_expect_continue(client):
+    """A client that asks before it sends: refused at once, or told to go on."""
+    data = picture()
+    with connect(client) as connection:
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 30000000\r\n\r\n")
+        assert heard(connection)[0].startswith(b"HTTP/1.1 413")
+    with connect(client) as connection:
+        length = b"Content-Length: %d\r\n" % len(data)
+        connection.sendall(HEAD + b"Expect: 100-continue\r\nConnection: close\r\n" + length + b"\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100")
+        connection.sendall(data)
+        assert heard(connection)[0].startswith(b"HTTP/1.1 200")
+
+
+def test_small_answers_that_are_not_read(client):
+    """Less than what makes the server wait: the connection ends all the same."""
+    ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    before = set(client.server.server_state.connections)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", client.port))
+        wait_until(lambda: client.server.server_state.connections - before)
+        (own,) = client.server.server_state.connections - before
+        for _ in range(1000):
+            if own.transport.get_write_buffer_size():
+                break
+            connection.sendall(ask)
+            time.sleep(0.004)
+        assert 0 < own.transport.get_write_buffer_size() < 65536
+        wait_until(lambda: own not in client.server.server_state.connections, 20)

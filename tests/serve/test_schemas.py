@@ -1,0 +1,73 @@
+"""The OpenAPI description is true: what it allows is answered as it says, what it forbids is refused."""
+
+import logging
+
+import pytest
+
+from tests.support.models import NAMES
+from tests.support.server import picture, raw, running, small_model
+
+schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+TOKEN = "a-token-of-enough-letters"
+IMAGES = {
+    f"image/{kind.lower()}": [picture(kind, 8, 12), picture(kind, 20, 9)]
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+}
+SHORT = settings(
+    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+ANY = [image for images in IMAGES.values() for image in images]
+
+
+@pytest.fixture(scope="module")
+def client():
+    with running(small_model(), token=TOKEN) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def schema(client):
+    # What is "any bytes" to OpenAPI has to be an image to be accepted.
+    for kind, images in IMAGES.items():
+        schemathesis.openapi.media_type(kind, st.sampled_from(images))
+    schemathesis.openapi.media_type("application/octet-stream", st.sampled_from(ANY))
+    schemathesis.openapi.format("binary", st.sampled_from(ANY))
+    logging.getLogger("schemathesis").setLevel(logging.WARNING)
+    return schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+
+
+@pytest.mark.parametrize("path", ["/v1/detect", "/v1/explain", "/v1/model", "/healthz", "/readyz"])
+def test_nothing_contradicts_it(client, schema, path):
+    method = "POST" if path in ("/v1/detect", "/v1/explain") else "GET"
+    operation = schema[path][method]
+    # Where there is nothing to give, there is nothing wrong to give.
+    modes = list(schemathesis.GenerationMode) if path.startswith("/v1/") else [schemathesis.GenerationMode.POSITIVE]
+    for mode in modes:
+
+        @SHORT
+        @given(operation.as_strategy(generation_mode=mode))
+        def holds(case):
+            case.call_and_validate(base_url=str(client.base_url), headers={"Authorization": f"Bearer {TOKEN}"})
+
+        holds()
+
+
+def test_a_description_that_lies_is_found(client):
+    """The check above can fail: it finds an answer that the description does not have."""
+    wrong = client.get("/openapi.json").json()
+    wrong["components"]["schemas"]["State"]["properties"]["status"]["type"] = "integer"
+    case = schemathesis.openapi.from_dict(wrong)["/healthz"]["GET"].Case()
+    with pytest.raises(schemathesis.core.failures.FailureGroup):
+        case.call_and_validate(base_url=str(client.base_url))
+
+
+def test_every_status_that_is_given_is_described(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    answers = paths["/v1/detect"]["post"]["responses"]
+    assert {"200", "400", "401", "408", "413", "415", "422", "503", "504"} <= set(answers)
+    for request in (picture(), b"nothing", picture("JPEG", 99, 99)[:400]):
+        assert str(raw(client, request).status_code) in answers
+    assert NAMES[0] == client.get("/v1/model").json()["classes"][0]["name"]

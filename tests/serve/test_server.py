@@ -1,0 +1,210 @@
+"""The program: where it listens, what it refuses to start with, how it leaves."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+import deformable_detr.serve as serving
+from deformable_detr.cli import main
+from deformable_detr.serve.limits import Limits
+from deformable_detr.serve.middleware import is_here
+from deformable_detr.serve.server import TOKEN_VARIABLE, check_token, listen
+from deformable_detr.utils.errors import UserError
+from tests.support.server import picture, small_model
+
+TOKEN = "a-token-of-enough-letters"
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("localhost", True), ("LOCALHOST.", True), ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True),
+        ("::ffff:127.0.0.1", True), ("0.0.0.0", False), ("::", False), ("", False), ("192.168.1.2", False),
+        ("localhost.example", False), ("127.0.0.1.example", False), ("::ffff:10.0.0.1", False), ("2130706433", False),
+    ],
+)  # fmt: skip
+def test_what_is_this_machine(host, here):
+    assert is_here(host) is here
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "photos.example"])
+def test_other_hosts_need_a_token(host, monkeypatch):
+    with pytest.raises(UserError, match=TOKEN_VARIABLE):
+        check_token(None, host)
+    assert check_token(TOKEN, host) == TOKEN
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN + "2")
+    assert check_token(None, host) == TOKEN + "2"
+    assert check_token(TOKEN, host) == TOKEN
+
+
+def test_this_machine_needs_none():
+    assert check_token(None, "127.0.0.1") is None
+
+
+@pytest.mark.parametrize(
+    "token", ["", "short", "fifteen-letters", "with a blank in it", "ümläütümläütümläüt", "x" * 20 + "\n"]
+)
+def test_bad_tokens(token, monkeypatch):
+    with pytest.raises(UserError, match="token"):
+        check_token(token, "127.0.0.1")
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    with pytest.raises(UserError, match="token"):
+        check_token(None, "127.0.0.1")
+
+
+def test_what_a_name_leads_to_counts(monkeypatch):
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real("0.0.0.0", *a, **k))
+    with pytest.raises(UserError, match="token"):
+        listen("localhost", 0, None)
+    listen("localhost", 0, TOKEN).close()
+
+
+def test_a_port_that_is_taken():
+    with listen("127.0.0.1", 0, None) as first:
+        first.listen()
+        with pytest.raises(UserError, match=r"cannot listen at 127\.0\.0\.1 port"):
+            listen("127.0.0.1", first.getsockname()[1], None)
+    with pytest.raises(UserError, match="from 0 to 65535"):
+        listen("127.0.0.1", 70_000, None)
+    with pytest.raises(UserError, match="no such address"):
+        listen("no.such.host.invalid", 0, TOKEN)
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"waiting": 3}, {"deadline": float("inf")}, {"drain_seconds": -1}])
+def test_limits_that_cannot_be(wrong):
+    with pytest.raises(UserError):
+        Limits(**wrong)
+
+
+def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(serving, "_NEEDED", ("no_such_package", "fastapi"))
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", str(tmp_path)])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: serving needs no_such_package: pip install 'deformable-detr[serve]'\n"
+
+
+def test_an_open_host_is_refused_before_the_model_is_read(capsys, tmp_path):
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", str(tmp_path / "missing"), "--host", "0.0.0.0"])
+    assert caught.value.code == 2
+    assert "a token is needed" in capsys.readouterr().err
+
+
+class Program:
+    """`deformable-detr serve` as a process of its own."""
+
+    def __init__(self, model, *options, **environment):
+        command = [sys.executable, "-m", "deformable_detr", "serve", str(model), "--port", "0", *options]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
+        line = self.process.stdout.readline()
+        assert line.startswith("serving "), self.process.stderr.read()
+        self.address = line.split(" at ")[1].split()[0]
+
+    def leave(self, sign):
+        self.process.send_signal(sign)
+
+    def ended(self):
+        """Exit code and what it complained of."""
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def program(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    started = []
+
+    def start(*options, **environment):
+        started.append(Program(tmp_path / "model", *options, **environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.communicate()
+
+
+def test_a_model_that_fails_at_its_first_image_is_one_line(tmp_path, monkeypatch):
+    from deformable_detr.serve import server
+
+    model = small_model()
+    model.register_forward_pre_hook(lambda *_: 1 / 0)
+    monkeypatch.setattr(server, "load_detector", lambda *_: model)
+    monkeypatch.setattr(type(model), "optimize", lambda self: self)
+    with pytest.raises(UserError, match="fails at its first image, so it is not served: division by zero"):
+        server.serve(tmp_path, port=0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_sigterm_under_load_loses_nothing(program):
+    """Clients send on until /readyz says no, as a balancer makes them: a connection that comes in the instant in which
+    the server closes its door is nobody's request yet, and the client's to repeat."""
+    server = program("--drain", "3", "--batch", "2", **{TOKEN_VARIABLE: TOKEN})
+    address, headers = server.address, {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
+    answers, problems, stopping = [], [], threading.Event()
+    not_ready = []
+
+    def load(seed):
+        data = picture(seed=seed)
+        with httpx.Client(base_url=address, headers=headers, timeout=30, trust_env=False) as client:
+            while 503 not in not_ready:
+                try:
+                    response = client.post("/v1/detect", content=data)
+                except httpx.ConnectError:  # nothing listens any more: nothing was taken
+                    assert stopping.is_set()
+                    return
+                except httpx.HTTPError as error:
+                    problems.append(repr(error))
+                    return
+                answers.append(response.status_code)
+
+    clients = [threading.Thread(target=load, args=(seed,)) for seed in range(8)]
+    for client in clients:
+        client.start()
+    while len(answers) < 20:
+        time.sleep(0.01)
+    before = len(answers)
+    stopping.set()
+    server.leave(signal.SIGTERM)
+    try:
+        while True:
+            not_ready.append(httpx.get(f"{address}/readyz", timeout=10, trust_env=False).status_code)
+            time.sleep(0.02)
+    except httpx.HTTPError:
+        pass
+    for client in clients:
+        client.join(60)
+    code, errors = server.ended()
+    assert code == 0, errors
+    assert problems == []
+    assert set(answers) <= {200, 503}
+    assert answers.count(200) > before  # the drain answered some
+    assert 503 in not_ready
+    assert TOKEN not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_it(program):
+    server = program()
+    assert httpx.get(f"{server.address}/readyz", trust_env=False).status_code == 200
+    server.leave(signal.SIGINT)
+    code, errors = server.ended()
+    assert (code, errors) == (130, "")

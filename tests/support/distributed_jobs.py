@@ -1,0 +1,249 @@
+"""What each process of a test does: `python distributed_jobs.py JOB FOLDER`, started by `processes.launch`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deformable_detr.data.dataloader import StepSampler, collate
+from deformable_detr.detector import DeformableDETR
+from deformable_detr.distributed.context import World
+from deformable_detr.structures import Target
+from deformable_detr.training.step import Stepper
+from deformable_detr.training.totals import combined, own_figures
+from deformable_detr.utils.errors import UserError
+from tests.support.training import random_targets, tiny_config
+
+JOBS: dict[str, Callable[[Path], dict[str, Any]]] = {}
+
+
+def job(function: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
+    JOBS[function.__name__] = function
+    return function
+
+
+def outcome(action: Callable[[], Any]) -> dict[str, Any]:
+    """What an action gave, or how it ended."""
+    try:
+        return {"result": action()}
+    except UserError as error:
+        return {"error": str(error), "kind": type(error).__name__}
+    except SystemExit as error:
+        return {"exit": error.code}
+
+
+def next_port() -> None:
+    """Every world has a port of its own: the one before may not be free yet."""
+    port, _, rest = os.environ["JOB_PORTS"].partition(",")
+    os.environ["MASTER_PORT"], os.environ["JOB_PORTS"] = port, rest
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+# Objects of each image of a step, and images a pass.
+CASES = {
+    "mixed": ([2, 1, 5, 0], 2),
+    "one rank empty": ([2, 1, 0, 0], 2),
+    "all empty": ([0, 0, 0, 0], 2),
+    "fewer boxes than ranks": ([1, 0], 2),
+    "uneven last batch": ([2, 1, 3], 2),
+    "no image on one rank": ([2], 2),
+    "accumulation": ([2, 0, 1, 4, 0, 0, 3], 2),
+    "accumulation with an empty pass": ([1, 2, 0, 3, 1], 2),
+}
+
+
+def gradient_config(**train: Any) -> Any:
+    """Every loss there is; norms that do not look at the rest of the batch."""
+    model = {"backbone_norm": "frozen", "class_proposals": True, "query_content": "memory", "look_forward_twice": True}
+    changes = {"denoising": 20, "encoder_matches": 2, "class_loss": "matchability", **train}
+    return tiny_config().merged({"model": model, "train": changes})
+
+
+def gradients_of(stepper: Stepper) -> dict[str, torch.Tensor]:
+    found = {}
+    for module in (stepper.model, stepper.helpers):
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                grad = parameter.grad
+                if grad is not None and hasattr(grad, "full_tensor"):
+                    grad = grad.full_tensor()
+                shape = parameter.shape
+                found[name] = torch.zeros(shape) if grad is None else grad.detach().clone()
+    return found
+
+
+def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@job
+def gradients(folder: Path) -> dict[str, Any]:
+    """How far the gradients of several processes are from those of one, for each case, and with known mistakes."""
+    torch.set_default_dtype(torch.float64)
+    config = gradient_config()
+    torch.manual_seed(0)
+    model = DeformableDETR(config.model).train()
+    next_port()
+    results: dict[str, Any] = {}
+    with World("cpu") as world:
+        steppers = {}
+        torch.manual_seed(1)  # of the vectors that denoising learns
+        steppers["one"] = Stepper(copy.deepcopy(model), config.train)
+        for kind in ("ddp", "fsdp"):
+            torch.manual_seed(1)
+            steppers[kind] = Stepper(copy.deepcopy(model), config.train.replace(parallel=kind), world)
+
+        for name, (sizes, batch_size) in CASES.items():
+            generator = torch.Generator().manual_seed(len(name))
+            targets = random_targets(sizes, 3, generator)
+            images = [torch.randint(256, (3, 64, 64), generator=generator, dtype=torch.uint8) for _ in sizes]
+            samples: list[tuple[torch.Tensor, Target]] = list(zip(images, targets, strict=True))
+            whole = [collate(samples)]
+            steppers["one"].backward(whole, 0, combined([own_figures(whole)]))
+            wanted = gradients_of(steppers["one"])
+
+            place = (world.rank, world.size)
+            sampler = StepSampler(len(sizes), batch_size, False, 0, effective=len(sizes), process=place)
+            keys = [[key.index for key in batch] for batch in sampler]
+            passes = [collate([samples[n] for n in part]) if part else (whole[0][0], []) for part in keys]
+            totals = combined(world.gather(own_figures(passes)), world.rank)
+            mistakes = {
+                "local num_boxes": replace(totals, objects=own_figures(passes)[1] * world.size),
+                "halved": replace(totals, objects=max(totals.objects, world.size)),
+                "local noise": replace(totals, most=max(own_figures(passes)[2], 1), first=0),
+            }
+            results[name] = {"size": max(float(value.abs().max()) for value in wanted.values())}
+            for kind in ("ddp", "fsdp"):
+                steppers[kind].backward(passes, 0, totals)
+                results[name][kind] = furthest(gradients_of(steppers[kind]), wanted)
+            for mistake, wrong in mistakes.items():
+                if mistake == "local noise" and not totals.objects:
+                    continue
+                steppers["ddp"].backward(passes, 0, wrong)
+                results[name][mistake] = furthest(gradients_of(steppers["ddp"]), wanted)
+            results[name]["passes"] = [len(targets) for _, targets in passes]
+    return results
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+
+def run_config(**train: Any) -> Any:
+    return tiny_config(batch_size=2, effective_batch=4, lr_scaling="none", **train).merged(
+        {"model": {"backbone_norm": "frozen"}, "data": {"check": "off"}, "train": {"denoising": 10, "ema_decay": 0.9}}
+    )
+
+
+def train(data: Path, out: Path, config: Any, resume: bool = False) -> dict[str, Any]:
+    from deformable_detr.training.trainer import train_model
+
+    next_port()
+    metrics = train_model(data, out, config, resume=resume)
+    return {name: metrics[name] for name in ("AP", "step", "epoch", "images_seen", "seconds")}
+
+
+@job
+def runs(folder: Path) -> dict[str, Any]:
+    """Trains on 7 images of `folder`/data in two processes, in several ways."""
+    data = folder / "data"
+    return {
+        "ddp": outcome(lambda: train(data, folder / "ddp", run_config())),
+        "fsdp": outcome(lambda: train(data, folder / "fsdp", run_config(parallel="fsdp", epochs=1))),
+        "fsdp resumed": outcome(
+            lambda: train(data, folder / "fsdp", run_config(parallel="fsdp", epochs=2), resume=True)
+        ),
+        "fsdp at once": outcome(lambda: train(data, folder / "fsdp-at-once", run_config(parallel="fsdp", epochs=2))),
+        "fsdp as ddp": outcome(lambda: train(data, folder / "fsdp", run_config(epochs=3), resume=True)),
+        "one resumed": outcome(lambda: train(data, folder / "one", run_config(epochs=2), resume=True)),
+    }
+
+
+@job
+def evaluations(folder: Path) -> dict[str, Any]:
+    """Figures of one process and of all together, on five images of several sizes and on one image."""
+    from deformable_detr.data.dataset import open_dataset
+    from deformable_detr.data.transforms import evaluation
+    from deformable_detr.evaluation.distributed import evaluate_together
+    from deformable_detr.evaluation.evaluator import evaluate_dataset
+
+    torch.manual_seed(0)
+    config = tiny_config().model.replace(class_names=("red", "green", "blue"), category_ids=(10, 20, 30))
+    model = DeformableDETR(config)
+    next_port()
+    results = {}
+    with World("cpu") as world:
+        for name in ("five", "one"):
+            dataset = open_dataset(folder / name, "val", transform=evaluation(64, 128))
+            together = evaluate_together(model, dataset, 2, 0, world)
+            alone = evaluate_dataset(model, dataset, 2, 0, progress=False)
+            results[name] = {"together": together, "alone": alone, "images": len(dataset)}
+    return results
+
+
+@job
+def accidents(folder: Path) -> dict[str, Any]:
+    """A signal, an unreadable image and a NaN, each in the second process alone."""
+    data, original, second = folder / "data", Stepper.step, os.environ["RANK"] == "1"
+    results = {}
+
+    def signalled(self: Stepper, passes: Any, done: int, *rest: Any) -> Any:
+        if done == 1 and second:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, passes, done, *rest)
+
+    def poisoned(self: Stepper, passes: Any, done: int, *rest: Any) -> Any:
+        if done == 2 and second:
+            passes[0][1][0].boxes[0, 0] = float("nan")
+        return original(self, passes, done, *rest)
+
+    for name, step in (("signal", signalled), ("nan", poisoned)):
+        Stepper.step = step
+        results[name] = outcome(lambda name=name: train(data, folder / name, run_config()))
+        Stepper.step = original
+    results["image"] = outcome(lambda: train(folder / "broken", folder / "image", run_config()))
+    results["afterwards"] = outcome(lambda: train(data, folder / "signal", run_config(), resume=True))
+    return results
+
+
+@job
+def crash(folder: Path) -> dict[str, Any]:
+    """The second process is gone without a word in the second step."""
+    original = Stepper.step
+
+    def step(self: Stepper, passes: Any, done: int, *rest: Any) -> Any:
+        if done == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, passes, done, *rest)
+
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        Stepper.step = step
+    return {"run": outcome(lambda: train(folder / "data", folder / "crash", run_config()))}
+
+
+@job
+def stuck(folder: Path) -> dict[str, Any]:
+    """The first process waits for a second one that never speaks."""
+    if os.environ["RANK"] == "0":
+        next_port()
+        with World("cpu") as world:
+            world.gather([1.0])
+    time.sleep(10_000)
+    return {}
+
+
+if __name__ == "__main__":
+    name, place = sys.argv[1], Path(sys.argv[2])
+    found = JOBS[name](place)
+    (place / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(found))

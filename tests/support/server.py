@@ -1,0 +1,85 @@
+"""A server in a thread of the test's own process, at a port of its own, and pictures to send."""
+
+import io
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image
+
+from deformable_detr.serve.app import create_app
+from deformable_detr.serve.engine import Engine
+from deformable_detr.serve.limits import Limits
+from deformable_detr.serve.metrics import Metrics
+from deformable_detr.serve.middleware import Status
+from deformable_detr.serve.server import Server, listen
+from tests.support.models import tiny
+
+
+def small_model(**changes):
+    """64 pixels, 12 queries; its scores spread around a half."""
+    model = tiny(image_size=64, max_size=128, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "class" in name and name.endswith("bias"):
+                parameter.zero_()
+    return model
+
+
+@contextmanager
+def running(model=None, token=None, **limits):
+    """Gives an httpx client of a running server, with `server` and `engine` on it."""
+    limits = Limits(**{"drain_seconds": 0.0, **limits})
+    status, metrics = Status(), Metrics()
+    engine = Engine(small_model() if model is None else model, limits, metrics)
+    server = Server(create_app(engine, status, token, "tiny"), limits, status)
+    listener = listen("127.0.0.1", 0, token)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        wait_until(lambda: server.started or not thread.is_alive())
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60, trust_env=False) as client:
+            client.server, client.engine, client.port = server, engine, port
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def wait_until(true, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def slow(model, seconds):
+    """The model, with so much time spent in each pass."""
+    model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    return model
+
+
+def pixels(height=48, width=64, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height)))
+
+
+def picture(kind="PNG", height=48, width=64, seed=0, **options):
+    """The bytes of a picture."""
+    file = io.BytesIO()
+    Image.fromarray(pixels(height, width, seed)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def form(*pictures):
+    return [("images", (f"{number}.png", data, "image/png")) for number, data in enumerate(pictures)]
+
+
+def raw(client, data, path="/v1/detect", kind="image/png", **options):
+    return client.post(path, content=data, headers={"Content-Type": kind, **options.pop("headers", {})}, **options)

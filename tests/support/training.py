@@ -1,0 +1,90 @@
+"""A model small enough to train in a test, and data for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from deformable_detr.config.schema import Config, ModelConfig
+from deformable_detr.structures import Target
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
+
+
+def tiny_config(**train: Any) -> Config:
+    """A two-stage model of 0.4 M parameters at 64 pixels, without any download or worker process."""
+    model = ModelConfig(
+        backbone="test_resnet", backbone_weights="none", feature_levels=2, hidden_dim=32, num_heads=4,
+        encoder_layers=1, decoder_layers=2, ffn_dim=64, dropout=0.0, num_queries=12, image_size=64,
+        refine=True, two_stage=True, num_classes=3,
+    )  # fmt: skip
+    base = {"epochs": 2, "batch_size": 4, "log_every": 1, "device": "cpu", "lr": 1e-3, "sampling_lr_factor": 1.0,
+            "backbone_lr_factor": 1.0}  # fmt: skip
+    data = {"workers": 0, "crop": 0.0, "train_scales": (1.0, 1.0)}
+    return Config.read({"preset": "small", "model": model.model_dump(), "data": data, "train": {**base, **train}})
+
+
+def write_dataset(root: Path, train: int = 8, val: int = 4, seed: int = 0, empty: int = 0) -> Path:
+    """Coloured rectangles on noise in Roboflow's layout; category ids have gaps; the first `empty` images have none."""
+    random = np.random.default_rng(seed)
+    for split, count in (("train", train), ("valid", val)):
+        folder = root / split
+        folder.mkdir(parents=True)
+        images, annotations = [], []
+        for number in range(count):
+            pixels = random.integers(90, 150, (64, 64, 3), dtype=np.uint8)
+            for _ in range(0 if number < empty else 1 + number % 2):
+                colour = int(random.integers(3))
+                width, height = random.integers(16, 32, 2)
+                x, y = int(random.integers(0, 64 - width)), int(random.integers(0, 64 - height))
+                pixels[y : y + height, x : x + width] = list(COLOURS.values())[colour]
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": 100 + number, "category_id": 10 * (colour + 1),
+                    "bbox": [x, y, int(width), int(height)], "area": int(width * height), "iscrowd": 0,
+                })  # fmt: skip
+            name = f"{number}.png"
+            Image.fromarray(pixels).save(folder / name)
+            images.append({"id": 100 + number, "file_name": name, "width": 64, "height": 64})
+        categories = [{"id": 10 * (index + 1), "name": name} for index, name in enumerate(COLOURS)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "_annotations.coco.json").write_text(json.dumps(content))
+    return root
+
+
+def random_boxes(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    """(…, 4) cxcywh boxes inside the image."""
+    corners = torch.rand(*shape, 2, 2, generator=generator).sort(dim=-2).values
+    low, high = corners.unbind(-2)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def random_targets(sizes: list[int], classes: int, generator: torch.Generator) -> list[Target]:
+    """Targets with so many objects each."""
+    return [
+        Target(
+            torch.randint(classes, (size,), generator=generator),
+            random_boxes(size, generator=generator),
+            100 + number,
+            (64, 64),
+        )
+        for number, size in enumerate(sizes)
+    ]
+
+
+def random_outputs(
+    layers: int, images: int, queries: int, classes: int, generator: torch.Generator, tokens: int = 0
+) -> dict[str, torch.Tensor]:
+    """What the model gives, with gradients; two-stage if it has tokens."""
+    outputs = {
+        "layer_logits": torch.randn(layers, images, queries, classes, generator=generator) * 2,
+        "layer_boxes": random_boxes(layers, images, queries, generator=generator),
+    }
+    if tokens:
+        outputs["encoder_logits"] = torch.randn(images, tokens, classes, generator=generator)
+        outputs["encoder_boxes"] = random_boxes(images, tokens, generator=generator)
+    return {name: value.requires_grad_() for name, value in outputs.items()}

@@ -1,0 +1,57 @@
+import pytest
+
+from deformable_detr.config.schema import DataConfig, ModelConfig, TrainConfig
+from deformable_detr.training.api import _config, train
+from deformable_detr.training.run_dir import RunFolder
+from deformable_detr.utils.errors import UserError
+from tests.support.training import tiny_config, write_dataset
+
+
+def test_keys_are_in_one_section_only():
+    names = [name for kind in (ModelConfig, DataConfig, TrainConfig) for name in kind.model_fields]
+    assert len(names) == len(set(names))
+    assert not {"data", "out", "preset", "resume", "model", "train"} & set(names)
+
+
+def test_settings_by_name_and_by_section(tmp_path):
+    config = _config(tmp_path, "refine", False, {"lr": 0.5, "train": {"epochs": 3}, "num_queries": 7, "flip": 0.0})
+    assert (config.train.lr, config.train.epochs, config.model.num_queries, config.data.flip) == (0.5, 3, 7, 0.0)
+    assert (config.preset, config.model.refine, config.model.two_stage) == ("refine", True, False)
+
+
+def test_epochs_or_minutes_alone_end_a_run(tmp_path):
+    assert _config(tmp_path, "small", False, {}).train.epochs == "auto"
+    timed = _config(tmp_path, "small", False, {"minutes": 2}).train
+    assert (timed.epochs, timed.minutes) == (None, 2)
+    both = _config(tmp_path, "small", False, {"minutes": 2, "epochs": 3}).train
+    assert (both.epochs, both.minutes) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'"),
+        ({"train": 3}, "train must be a dict"),
+        ({"train": {"lr": -1}}, r"train\(\): train.lr"),
+        ({"model": {"queries": 1}}, r"unknown key 'model\.queries'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        _config(tmp_path, "small", False, settings)
+
+
+def test_resume_starts_from_the_run_s_own_config(tmp_path):
+    RunFolder(tmp_path).write_config(tiny_config(lr=0.25))
+    config = _config(tmp_path, "small", True, {"epochs": 9})
+    assert (config.train.lr, config.train.epochs, config.model.hidden_dim) == (0.25, 9, 32)
+    with pytest.raises(UserError, match="nothing to resume"):
+        _config(tmp_path / "none", "small", True, {})
+
+
+def test_train(tmp_path):
+    settings = tiny_config(epochs=1).model_dump()
+    data = write_dataset(tmp_path / "set", train=4)
+    metrics = train(data, tmp_path / "run", model=settings["model"], train=settings["train"], **settings["data"])
+    assert metrics["epoch"] == 1
+    assert train(tmp_path / "set", tmp_path / "run", resume=True) == metrics

@@ -1,0 +1,252 @@
+import errno
+import json
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deformable_detr.training import checkpoint
+from deformable_detr.training.checkpoint import (
+    generations,
+    load_checkpoint,
+    load_state,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    update_state,
+)
+from deformable_detr.utils.errors import UserError
+
+
+def tensors(value: float, size: int = 1000):
+    return {
+        "model": {"weight": torch.full((size,), value)},
+        "optimiser": {"weight/exp_avg": torch.full((size,), -value)},
+    }
+
+
+def files_of(*serials):
+    return sorted(f"{name}" for n in serials for name in (f"model-{n}.safetensors", f"optimiser-{n}.safetensors",
+                                                           f"state-{n}.json"))  # fmt: skip
+
+
+def test_round_trip_and_two_generations_stay(tmp_path):
+    for value in (1.0, 2.0, 3.0):
+        save_checkpoint(tmp_path / "last", tensors(value), {"step": value, "none": None})
+    found, state = load_checkpoint(tmp_path / "last")
+    assert state == {"step": 3.0, "none": None}
+    assert torch.equal(found["model"]["weight"], torch.full((1000,), 3.0))
+    assert torch.equal(found["optimiser"]["weight/exp_avg"], torch.full((1000,), -3.0))
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == files_of(2, 3)
+    latest, before = generations(tmp_path / "last")
+    assert (load_state(latest)["step"], load_state(before)["step"]) == (3.0, 2.0)
+    assert load_checkpoint(before)[0]["model"]["weight"][0] == 2
+    save_checkpoint(tmp_path / "last", tensors(4.0), {}, kept=1)
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == files_of(4)
+
+
+def test_tensors_that_share_memory_are_kept(tmp_path):
+    shared = torch.arange(4.0)
+    save_checkpoint(tmp_path, {"model": {"a": shared, "b": shared, "c": shared[1:]}}, {})
+    found = load_checkpoint(tmp_path)[0]["model"]
+    assert torch.equal(found["b"], shared)
+    assert torch.equal(found["c"], shared[1:])
+
+
+def test_state_alone_can_change(tmp_path):
+    save_checkpoint(tmp_path, tensors(1.0), {"step": 1})
+    update_state(tmp_path, {"step": 1, "AP": 0.5})
+    found, state = load_checkpoint(tmp_path)
+    assert state == {"step": 1, "AP": 0.5}
+    assert found["model"]["weight"][0] == 1
+
+
+@pytest.mark.parametrize("name", ["model-1.safetensors", "optimiser-1.safetensors", "state-1.json"])
+@pytest.mark.parametrize("harm", ["truncated", "missing", "flipped", "empty"])
+def test_damage_is_one_line_that_names_the_file(tmp_path, name, harm):
+    save_checkpoint(tmp_path, tensors(1.0), {"step": 1})
+    path = tmp_path / name
+    content = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    elif harm == "flipped":
+        path.write_bytes(b"\xff" + content[1:] if name == "state-1.json" else content[:-9] + b"\xff" + content[-8:])
+    else:
+        path.write_bytes(content[: len(content) // 2] if harm == "truncated" else b"")
+    expected = name if (name, harm) != ("state-1.json", "missing") else "there is no checkpoint in"
+    with pytest.raises(UserError, match=expected) as caught:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("document", ["[]", "{}", '{"format": "other", "version": 1}', "null"])
+def test_a_foreign_state_file_is_named(tmp_path, document):
+    (tmp_path / "state-1.json").write_text(document)
+    with pytest.raises(UserError, match=r"state-1\.json"):
+        load_checkpoint(tmp_path)
+
+
+class Crash(BaseException):
+    """Ends the process, as far as the code under test can tell."""
+
+
+@pytest.mark.parametrize(
+    ("moment", "call"),
+    [
+        ("_write_tensors", 0),
+        ("_write_tensors", 1),
+        ("checksum", 0),
+        ("checksum", 1),
+        ("_to_json", 0),
+        ("write_text", 0),
+    ],
+)
+def test_a_crash_at_any_moment_leaves_the_one_before(tmp_path, monkeypatch, moment, call):
+    save_checkpoint(tmp_path, tensors(1.0), {"step": 1})
+    calls, original = [], getattr(checkpoint, moment)
+
+    def crash(*arguments):
+        calls.append(moment)
+        if len(calls) > call:
+            raise Crash
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, moment, crash)
+    with pytest.raises(Crash):
+        save_checkpoint(tmp_path, tensors(2.0), {"step": 2})
+    monkeypatch.undo()
+    found, state = load_checkpoint(tmp_path)
+    assert (state["step"], found["model"]["weight"][0].item()) == (1, 1.0)
+    save_checkpoint(tmp_path, tensors(3.0), {"step": 3})
+    assert load_checkpoint(tmp_path)[1] == {"step": 3}
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_disk_full_is_one_line_and_the_one_before_stays(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, tensors(1.0), {"step": 1})
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "replace_text", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_checkpoint(tmp_path, tensors(2.0), {"step": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path)[1] == {"step": 1}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """A checkpoint with all that a run's has, the random state too, in which each file is of a few kilobytes."""
+    folder = tmp_path_factory.mktemp("trial")
+    save_checkpoint(folder, tensors(1.5, size=300), {"step": 1, "seconds": 0.1, "random": random_state()})
+    assert load_checkpoint(folder)
+    return folder
+
+
+def _is_noticed(trial, path, content):
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(trial)
+    finally:
+        path.write_bytes(whole)
+    assert path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hundred_truncations_are_noticed(trial):
+    generator = random.Random(1)
+    files = sorted(trial.iterdir())
+    for attempt in range(100):
+        content = files[attempt % len(files)].read_bytes()
+        # The first bytes, the last, and anything between.
+        length = (attempt // len(files)) if attempt < 12 else len(content) - attempt if attempt < 24 else None
+        length = generator.randrange(len(content)) if length is None else length
+        _is_noticed(trial, files[attempt % len(files)], content[:length])
+
+
+def test_a_hundred_flipped_bits_are_noticed(trial):
+    generator = random.Random(2)
+    files = sorted(trial.iterdir())
+    for attempt in range(100):
+        path = files[attempt % len(files)]
+        content = bytearray(path.read_bytes())
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        _is_noticed(trial, path, bytes(content))
+
+
+def test_every_byte_of_a_state_counts(tmp_path):
+    """Capitals of checksums too, spaces between keys, digits of figures."""
+    save_checkpoint(tmp_path, {"model": {}}, {"step": 1, "loss": 0.25, "text": "ä b"})
+    (path,) = generations(tmp_path)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 0x20 if place % 2 or whole[place : place + 1].isalpha() else 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"state-1\.json is"):
+            load_state(path)
+    path.write_bytes(whole + b"\n")
+    with pytest.raises(UserError, match=r"state-1\.json is damaged"):
+        load_state(path)
+
+
+def _write_for_ever(folder, log):
+    torch.set_num_threads(1)
+    for step in range(1, 10**6):
+        value = torch.full((500_000,), float(step))
+        save_checkpoint(folder, {"model": {"weight": value}}, {"step": step})
+        with open(log, "a") as file:
+            file.write(f"{step}\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_sigkill_while_saving_leaves_a_whole_checkpoint(tmp_path):
+    generator = random.Random(0)
+    for attempt in range(6):
+        folder, log = tmp_path / f"{attempt}", tmp_path / f"{attempt}.log"
+        process = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(folder, log))
+        process.start()
+        while not log.exists():
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        last = int(log.read_text().split()[-1])
+        found, state = load_checkpoint(folder)
+        assert state["step"] in (last, last + 1)
+        assert (found["model"]["weight"] == state["step"]).all()
+
+
+def test_random_state_goes_out_and_back_through_json():
+    torch.manual_seed(3)
+    state = json.loads(json.dumps(random_state()))
+
+    def draw():
+        return torch.rand(3).tolist(), random.random(), np.random.rand(), random.gauss(0, 1), np.random.randn()
+
+    first = draw()
+    assert draw() != first
+    restore_random_state(state)
+    assert draw() == first
+
+
+def test_the_same_bytes_on_a_system_with_other_line_ends(tmp_path, monkeypatch):
+    """Windows writes a text's \\n as two characters; a state is compared to the byte."""
+    written = Path.write_text
+    windows = {"newline": "\r\n"}
+    monkeypatch.setattr(Path, "write_text", lambda self, text, **rest: written(self, text, **rest | windows))
+    (tmp_path / "check").write_text("\n")
+    assert (tmp_path / "check").read_bytes() == b"\r\n"  # the stand-in works
+    save_checkpoint(tmp_path / "last", tensors(1.0), {"step": 1})
+    update_state(tmp_path / "last", {"step": 1, "more": 2})
+    assert load_checkpoint(tmp_path / "last")[1] == {"step": 1, "more": 2}

@@ -1,0 +1,164 @@
+import pytest
+import torch
+from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
+
+from deformable_detr.config.schema import TrainConfig
+from deformable_detr.structures import Target
+from deformable_detr.training.criterion import DetectionLoss, cardinality_error
+from deformable_detr.training.matcher import PackedTargets, Predictions, match
+from tests.support.training import random_boxes, random_outputs, random_targets
+
+CONFIG = TrainConfig()
+
+
+def plain_losses(outputs, targets, num_boxes):
+    """The losses by one loop over layers and images, as the published code defines them."""
+    layers = [
+        (f"_{n}", outputs["layer_logits"][n], outputs["layer_boxes"][n], targets)
+        for n in range(len(outputs["layer_logits"]))
+    ]
+    layers[-1] = ("", *layers[-1][1:])
+    if "encoder_logits" in outputs:
+        binary = [Target(torch.zeros_like(t.labels), t.boxes, t.image_id, t.original_size) for t in targets]
+        layers.append(("_encoder", outputs["encoder_logits"], outputs["encoder_boxes"], binary))
+    parts = {}
+    for suffix, logits, boxes, wanted in layers:
+        found = match([Predictions(logits[None], boxes[None])], PackedTargets.pack(wanted, "cpu"), CONFIG).matches[0]
+        parts |= {f"loss_{kind}{suffix}": torch.zeros(()) for kind in ("class", "boxes", "giou")}
+        first = 0
+        for image, target in enumerate(wanted):
+            here = found.image[0] == image
+            queries, objects = found.query[0][here], found.target[0][here] - first
+            first += len(target.labels)
+            hot = torch.zeros_like(logits[image])
+            hot[queries, target.labels[objects]] = 1
+            parts[f"loss_class{suffix}"] = parts[f"loss_class{suffix}"] + sigmoid_focal_loss(
+                logits[image], hot, alpha=0.25, gamma=2, reduction="sum"
+            )
+            pair = boxes[image][queries], target.boxes[objects]
+            parts[f"loss_boxes{suffix}"] = parts[f"loss_boxes{suffix}"] + (pair[0] - pair[1]).abs().sum()
+            giou = generalized_box_iou(*(box_convert(item, "cxcywh", "xyxy") for item in pair)).diagonal()
+            parts[f"loss_giou{suffix}"] = parts[f"loss_giou{suffix}"] + (1 - giou).sum()
+    parts = {name: value / num_boxes for name, value in parts.items()}
+    weights = {"class": 2.0, "boxes": 5.0, "giou": 2.0}
+    return parts, sum(weights[name.split("_")[1]] * value for name, value in parts.items())
+
+
+@pytest.mark.parametrize("sizes", [[3, 0, 5], [1], [12, 2]])
+@pytest.mark.parametrize("tokens", [0, 14])
+def test_losses_and_gradients_are_the_plain_ones(sizes, tokens):
+    generator = torch.Generator().manual_seed(len(sizes))
+    outputs = random_outputs(3, len(sizes), 8, 5, generator, tokens)
+    targets = random_targets(sizes, 5, generator)
+    result = DetectionLoss(CONFIG)(outputs, targets)
+    gradients = torch.autograd.grad(result.total, list(outputs.values()))
+
+    expected, total = plain_losses(outputs, targets, sum(sizes))
+    torch.testing.assert_close(result.total, total)
+    assert result.parts.keys() == expected.keys() | {"cardinality_error"}
+    for name, value in expected.items():
+        torch.testing.assert_close(result.parts[name], value.detach(), msg=name)
+    for found, wanted in zip(gradients, torch.autograd.grad(total, list(outputs.values())), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_comparison_notices_a_wrong_weight():
+    generator = torch.Generator().manual_seed(2)
+    outputs, targets = random_outputs(2, 1, 8, 5, generator), random_targets([3], 5, generator)
+    wrong = DetectionLoss(CONFIG.replace(giou_weight=1.9))(outputs, targets).total
+    assert not torch.allclose(wrong, plain_losses(outputs, targets, 3)[1])
+
+
+def test_num_boxes_from_outside_divides():
+    generator = torch.Generator().manual_seed(2)
+    outputs, targets = random_outputs(2, 2, 8, 5, generator, 9), random_targets([3, 1], 5, generator)
+    loss = DetectionLoss(CONFIG)
+    torch.testing.assert_close(loss(outputs, targets, num_boxes=8.0).total * 2, loss(outputs, targets).total)
+    torch.testing.assert_close(loss(outputs, targets, num_boxes=torch.tensor(4)).total, loss(outputs, targets).total)
+
+
+def test_no_objects_at_all():
+    outputs = random_outputs(2, 3, 8, 5, torch.Generator().manual_seed(2), 9)
+    result = DetectionLoss(CONFIG)(outputs, random_targets([0, 0, 0], 5, torch.Generator()))
+    result.total.backward()
+    assert result.parts["loss_class"] > 0
+    assert result.parts["loss_boxes"] == result.parts["loss_giou"] == 0
+    for name, value in outputs.items():  # zeros, not None: every parameter takes part on every rank
+        assert value.grad is not None, name
+        assert value.grad.isfinite().all(), name
+    assert outputs["layer_logits"].grad.abs().sum() > 0
+
+
+def test_boxes_without_area_give_finite_gradients():
+    generator = torch.Generator().manual_seed(5)
+    boxes = random_boxes(2, 1, 8, generator=generator)
+    boxes[..., :4, 2:] = 0
+    outputs = {"layer_logits": torch.randn(2, 1, 8, 3, generator=generator), "layer_boxes": boxes}
+    outputs = {name: value.requires_grad_() for name, value in outputs.items()}
+    target = Target(
+        torch.tensor([0, 1, 2]), torch.tensor([[0.5, 0.5, 0, 0], [0.2, 0.2, 0, 0.3], [1.0, 1, 0, 0]]), 1, (9, 9)
+    )
+    result = DetectionLoss(CONFIG)(outputs, [target])
+    result.total.backward()
+    assert result.total.isfinite()
+    assert result.finite == (True,)
+    assert all(value.grad.isfinite().all() for value in outputs.values())
+
+
+def test_predicted_boxes_equal_to_objects_without_area_give_finite_gradients():
+    box = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    outputs = {"layer_logits": torch.zeros(1, 1, 1, 1), "layer_boxes": box.expand(1, 1, 1, 4).clone().requires_grad_()}
+    result = DetectionLoss(CONFIG)(outputs, [Target(torch.tensor([0]), box[None], 1, (9, 9))])
+    result.total.backward()
+    assert result.total.isfinite()
+    assert outputs["layer_boxes"].grad.isfinite().all()
+
+
+def test_encoder_loss_reaches_every_class_column_with_class_0_as_the_object():
+    generator = torch.Generator().manual_seed(7)
+    outputs, targets = random_outputs(1, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
+    result = DetectionLoss(CONFIG)(outputs, targets)
+    (gradient,) = torch.autograd.grad(result.total, outputs["encoder_logits"])
+    assert (gradient.abs().sum(dim=(0, 1)) > 0).all()
+    assert (gradient[..., 0] < 0).sum() == 2  # the two matched proposals are pushed up, nothing else is
+    assert (gradient[..., 1:] > 0).all()
+
+
+def test_auxiliary_losses_can_be_left_out():
+    generator = torch.Generator().manual_seed(7)
+    outputs, targets = random_outputs(3, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
+    parts = DetectionLoss(CONFIG.replace(auxiliary_loss=False))(outputs, targets).parts
+    kinds = ("loss_class", "loss_boxes", "loss_giou")
+    assert parts.keys() == {*kinds, *(f"{kind}_encoder" for kind in kinds), "cardinality_error"}
+    full = DetectionLoss(CONFIG)(outputs, targets).parts
+    torch.testing.assert_close(parts["loss_boxes"], full["loss_boxes"])
+    assert "loss_boxes_1" in full
+    assert "loss_boxes_2" not in full
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_box_maths_is_float32_under_autocast(dtype):
+    generator = torch.Generator().manual_seed(7)
+    outputs, targets = random_outputs(2, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
+    outputs = {name: value.detach().to(dtype) if "logits" in name else value for name, value in outputs.items()}
+    with torch.autocast("cpu", dtype=dtype):
+        inside = DetectionLoss(CONFIG)(outputs, targets)
+    outside = DetectionLoss(CONFIG)(outputs, targets)
+    assert inside.total.dtype == torch.float32
+    assert inside.total == outside.total
+
+
+def test_nan_predictions_give_a_nan_loss_and_say_so():
+    generator = torch.Generator().manual_seed(7)
+    outputs, targets = random_outputs(2, 2, 4, 5, generator), random_targets([2, 0], 5, generator)
+    with torch.no_grad():
+        outputs["layer_logits"][0, 1, 0, 0] = float("nan")
+    result = DetectionLoss(CONFIG)(outputs, targets)
+    assert result.finite == (True, False)
+    assert result.total.isnan()
+
+
+def test_cardinality_error_counts_scores_over_a_half():
+    logits = torch.full((2, 5, 3), -4.0)
+    logits[0, :3, 1] = 4.0
+    assert cardinality_error(logits, torch.tensor([1, 2])) == 2.0

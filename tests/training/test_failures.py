@@ -1,0 +1,274 @@
+"""What the machine does to a training is one line with the mend, exit code 2, and the last checkpoint is good."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from deformable_detr.cli import main
+from deformable_detr.detector import DeformableDETR
+from deformable_detr.evaluation import evaluator
+from deformable_detr.training import checkpoint, run_dir
+from deformable_detr.training.checkpoint import load_checkpoint
+from deformable_detr.training.log import MetricsLog
+from deformable_detr.training.run_dir import RunFolder, run_config
+from deformable_detr.training.setup import said_plainly
+from deformable_detr.training.step import Stepper
+from deformable_detr.training.trainer import train_model
+from deformable_detr.utils.errors import UserError
+from tests.support.training import tiny_config, write_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("set"))
+
+
+def said(error, tmp_path, workers=2):
+    """What the user reads instead of this error."""
+    config = tiny_config(batch_size=4).merged({"data": {"workers": workers}})
+    with pytest.raises(UserError) as caught, said_plainly(RunFolder(tmp_path), config):
+        raise error
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is error
+    return str(caught.value)
+
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.2 GiB is free."
+    "\nIncluding non-PyTorch memory, this process has 14.50 GiB memory in use."
+)
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.OutOfMemoryError(CUDA),
+            ["memory of the device is full (2.00 GiB more wanted)", "--batch-size (now 4", "--effective-batch",
+             "--image-size (now 64)", "gradient_checkpointing"],
+        ),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), ["memory of the device", "--batch-size"]),
+        (RuntimeError(CPU), ["memory of this machine", "--batch-size", "--workers"]),
+        (MemoryError(), ["memory of this machine", "--batch-size", "--workers"]),
+        (MemoryError(WORKER + "MemoryError"), ["memory of this machine"]),
+        (
+            RuntimeError("DataLoader worker (pid 71) is killed by signal: Killed. "),
+            ["was killed (Killed)", "--workers (now 2; 0: none)", "--batch-size (now 4)"],
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 71) is killed by signal: Segmentation fault. Details are lost."),
+            ["was killed (Segmentation fault)"],
+        ),
+        (RuntimeError("DataLoader worker (pid(s) 71, 72) exited unexpectedly"), ["was killed", "--workers (now 2"]),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 71) is killed by signal: Bus error. It is possible that dataloader's workers "
+                "are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            ["/dev/shm", "--workers", "--shm-size"],
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a/x"), ["runs/a/x: No space left on device", "room"]),
+        (OSError(errno.EMFILE, "Too many open files"), ["Too many open files", "--workers", "ulimit"]),
+        (
+            OSError(WORKER + "OSError: [Errno 24] Too many open files"), ["Too many open files, in a process", "ulimit"]
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), ["runs/a: Permission denied"]),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, Exception) else "",
+)  # fmt: skip
+def test_a_line_for_each(tmp_path, error, words):
+    line = said(error, tmp_path)
+    assert all(word in line for word in words), line
+    assert line.endswith("nothing was saved yet: start again")
+    RunFolder(tmp_path).write_config(tiny_config())
+    assert said(error, tmp_path).endswith("nothing was saved yet: start again with --resume")
+
+
+def test_the_line_says_where_a_checkpoint_is(tmp_path):
+    RunFolder(tmp_path).save({"model": {}}, {})
+    assert said(MemoryError(), tmp_path).endswith("the last checkpoint is good: go on with --resume")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x"), OSError()]
+)
+def test_faults_of_the_program_pass_as_they_are(tmp_path, error):
+    with pytest.raises(type(error)) as caught, said_plainly(RunFolder(tmp_path), tiny_config()):
+        raise error
+    assert caught.value is error
+
+
+# --- in a training
+
+
+def good_until_epoch_1(out):
+    """The checkpoint of the first epoch is there and whole, the model too; and the run goes on to its end."""
+    tensors, state = load_checkpoint(out / "checkpoints" / "last")
+    assert state["counters"]["epoch"] == 1
+    assert all(value.isfinite().all() for value in tensors["model"].values())
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name.startswith(".export")]
+    DeformableDETR.from_pretrained(out)
+
+
+def broken_in_epoch_2(monkeypatch, break_it):
+    original = Stepper.step
+
+    def step(self, batch, done, *rest, **options):
+        if done == 2:
+            break_it()
+        return original(self, batch, done, *rest, **options)
+
+    monkeypatch.setattr(Stepper, "step", step)
+
+
+def raiser(error):
+    def work(*_, **__):
+        raise error
+
+    return work
+
+
+def test_memory_of_the_device_full(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        broken_in_epoch_2(patched, raiser(torch.OutOfMemoryError(CUDA)))
+        with pytest.raises(UserError, match=r"memory of the device is full.*the last checkpoint is good"):
+            train_model(data, tmp_path / "run", tiny_config())
+    good_until_epoch_1(tmp_path / "run")
+    assert train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)["step"] == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_killed_loader(data, tmp_path, monkeypatch):
+    import multiprocessing
+
+    def kill():
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+
+    out = tmp_path / "run"
+    config = tiny_config().merged({"data": {"workers": 1}})
+    with monkeypatch.context() as patched:
+        broken_in_epoch_2(patched, kill)
+        with pytest.raises(UserError, match=r"loads images was killed.*--workers \(now 1.*the last checkpoint is good"):
+            train_model(data, out, config)
+    good_until_epoch_1(out)
+    assert train_model(data, out, run_config(out), resume=True)["step"] == 4
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics", "tensorboard", "model"])
+def test_a_full_disk(data, tmp_path, monkeypatch, capsys, what):
+    """As the operating system says it, from the second epoch on."""
+    from tensorboard.summary.writer import record_writer
+
+    out, full = tmp_path / "run", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill():
+        place, name = {
+            "checkpoint": (checkpoint, "_sync"),
+            "metrics": (MetricsLog, "write"),
+            "tensorboard": (record_writer.RecordWriter, "write"),
+            "model": (run_dir, "share_as_folder"),
+        }[what]
+        monkeypatch.setattr(place, name, raiser(full))
+
+    with monkeypatch.context() as patched:
+        broken_in_epoch_2(patched, fill)
+        if what == "model":  # a better one, so that it is written
+            figures = iter([0.1, 0.2])
+            patched.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+        with pytest.raises(UserError, match=r"No space left on device.*go on with --resume") as caught:
+            train_model(data, out, tiny_config())
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    if what == "model":
+        assert load_checkpoint(out / "checkpoints" / "last")[1]["counters"]["epoch"] == 2
+        DeformableDETR.from_pretrained(out)
+    else:
+        good_until_epoch_1(out)
+    assert train_model(data, out, run_config(out), resume=True)["step"] == 4
+
+
+def test_the_hook_of_the_thread_is_put_back_and_hears_other_errors(tmp_path):
+    before, heard = threading.excepthook, []
+    threading.excepthook = lambda arguments: heard.append(arguments.exc_type)
+    own = threading.excepthook
+    try:
+        with MetricsLog(tmp_path):
+            for error in (ValueError, OSError):
+                thread = threading.Thread(target=raiser(error()))
+                thread.start()
+                thread.join()
+        assert threading.excepthook is own
+    finally:
+        threading.excepthook = before
+    assert heard == [ValueError]
+
+
+# --- a real disk that is full
+
+
+def used(folder):
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Makes tmp_path/disk a file system of so many bytes; called again, it is larger or smaller."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root on Linux")
+
+    def mount(size):
+        options = f"{'remount,' if place.is_mount() else ''}size={size}"
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True
+        )
+        if made.returncode:
+            pytest.skip(f"no tmpfs can be mounted: {made.stderr.strip()}")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", "-l", str(place)], check=True)  # lazily: weights may still be mapped
+
+
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.95])
+def test_a_small_disk_runs_full_in_a_save(data, tmp_path, mounted, capsys, part):
+    """Room for the first epoch, and for this part of the next checkpoint."""
+    (tmp_path / "config.yaml").write_text(tiny_config(epochs=1).to_yaml())
+    command = ["train", str(data), "--config", str(tmp_path / "config.yaml"), "--out"]
+    main([*command, str(tmp_path / "measured")])
+    generation = used(tmp_path / "measured/checkpoints/last")
+    place = mounted(used(tmp_path / "measured") + int(part * generation))
+    main([*command, str(place / "run")])
+    whole = {path: path.read_bytes() for path in (place / "run").rglob("*.safetensors")}
+    capsys.readouterr()
+
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(data), "--out", str(place / "run"), "--epochs", "2", "--resume"])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "Traceback" not in err
+    assert "No space left on device" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: checkpoint ")
+    assert whole == {path: path.read_bytes() for path in (place / "run").rglob("*.safetensors")}
+    good_until_epoch_1(place / "run")
+
+    mounted(10 * used(tmp_path / "measured"))
+    main(["train", str(data), "--out", str(place / "run"), "--epochs", "2", "--resume"])
+    assert load_checkpoint(place / "run/checkpoints/last")[1]["counters"]["step"] == 4

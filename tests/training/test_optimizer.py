@@ -1,0 +1,155 @@
+import math
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from deformable_detr.config.schema import TrainConfig
+from deformable_detr.detector import DeformableDETR
+from deformable_detr.training.optimizer import (
+    build_optimiser,
+    effective_batch,
+    group_of,
+    load_optimiser_tensors,
+    lr_factor,
+    optimiser_tensors,
+    parameter_groups,
+    scaled_lr,
+    set_learning_rate,
+)
+from deformable_detr.utils.errors import UserError
+from tests.support.training import tiny_config
+
+CONFIG = TrainConfig(lr=1e-3, backbone_lr_factor=0.1, sampling_lr_factor=0.2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DeformableDETR(tiny_config().model.replace(two_stage=False))
+
+
+def test_every_trainable_parameter_is_in_exactly_one_group(model):
+    groups = parameter_groups(model, CONFIG)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    assert {group["name"]: group["lr"] for group in groups} == {
+        "base": 1e-3,
+        "sampling": pytest.approx(2e-4),
+        "backbone": pytest.approx(1e-4),
+    }
+
+
+def test_the_paper_s_parameters_are_in_the_slow_groups(model):
+    names = {group["name"]: group["names"] for group in parameter_groups(model, CONFIG)}
+    assert any("sampling_offsets" in name for name in names["sampling"])
+    assert any(name.startswith("reference_points") for name in names["sampling"])
+    assert all(name.startswith("backbone.") for name in names["backbone"])
+    assert not any("sampling_offsets" in name or "backbone" in name for name in names["base"])
+    assert group_of("decoder.layers.0.linear.weight") == "base"
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_deeper_parts_of_the_backbone_learn_faster(name):
+    body = timm.create_model(name, features_only=True)
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"body": body}), "encoder": nn.Linear(2, 2)})
+    groups = parameter_groups(model, CONFIG.replace(backbone_layer_decay=0.5))
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert rates["encoder.weight"] == 1e-3
+    backbone = [rate for name, rate in rates.items() if name.startswith("backbone.")]
+    assert backbone == sorted(backbone)
+    assert max(backbone) == pytest.approx(1e-4)
+    steps = sorted(set(backbone))
+    assert len(steps) > 1
+    assert all(b / a == pytest.approx(2) for a, b in pairwise(steps))
+
+
+def test_all_decay_alike(model):
+    assert {group["weight_decay"] for group in build_optimiser(model, CONFIG).param_groups} == {1e-4}
+
+
+def test_nothing_to_train_is_said():
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(UserError, match="no trainable parameter"):
+        parameter_groups(frozen, CONFIG)
+
+
+def test_warm_up_rises_to_one_and_stays():
+    config = CONFIG.replace(warmup_steps=4)
+    assert [lr_factor(config, step, 0.0) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert lr_factor(CONFIG, 0, 0.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("step", [1, 1, 0.1, 0.1]), ("cosine", [1, 0.5, 0.5 * (1 + math.cos(0.8 * math.pi)), 0]), ("constant", [1] * 4)],
+)
+def test_schedules(schedule, expected):
+    config = CONFIG.replace(lr_schedule=schedule)
+    assert [lr_factor(config, 9, at) for at in (0.0, 0.5, 0.8, 1.0)] == pytest.approx(expected)
+
+
+def test_learning_rate_keeps_the_factors(model):
+    optimiser = build_optimiser(model, CONFIG)
+    set_learning_rate(optimiser, CONFIG, step=9, progress=0.9)
+    rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
+    assert rates == pytest.approx({"base": 1e-4, "sampling": 2e-5, "backbone": 1e-5})
+
+
+def _take_steps(model, optimiser, count):
+    for _ in range(count):
+        optimiser.zero_grad()
+        model(torch.ones(1, 3)).square().sum().backward()
+        optimiser.step()
+
+
+def test_state_goes_out_and_back_by_name():
+    torch.manual_seed(0)
+    first, second = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimisers = [build_optimiser(item, CONFIG) for item in (first, second)]
+    _take_steps(first, optimisers[0], 3)
+    tensors = {name: value.clone() for name, value in optimiser_tensors(optimisers[0]).items()}
+    assert tensors.keys() >= {"weight/exp_avg", "bias/exp_avg_sq", "weight/step"}
+    second.load_state_dict(first.state_dict())
+    load_optimiser_tensors(optimisers[1], tensors)
+    _take_steps(first, optimisers[0], 2)
+    _take_steps(second, optimisers[1], 2)
+    assert torch.equal(first.weight, second.weight)
+
+    third = nn.Linear(3, 2)
+    third.load_state_dict(first.state_dict())
+    _take_steps(third, build_optimiser(third, CONFIG), 2)  # without its state it goes another way
+    _take_steps(first, optimisers[0], 2)
+    assert not torch.equal(first.weight, third.weight)
+
+
+def test_a_state_that_does_not_fit_is_named():
+    optimiser = build_optimiser(nn.Linear(3, 2), CONFIG)
+    with pytest.raises(UserError, match="weight/exp_avg"):
+        load_optimiser_tensors(optimiser, {"weight/exp_avg": torch.zeros(7)})
+    load_optimiser_tensors(optimiser, {"frozen_since/exp_avg": torch.zeros(7)})
+    assert not optimiser.state, "what learns no more has none"
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "batch", "rate"),
+    [
+        ({}, 1, 4, 1e-3),
+        ({"batch_size": 8}, 1, 8, 1e-3),  # what a process holds says nothing about the learning rate
+        ({"effective_batch": 4, "batch_size": 2}, 1, 4, 1e-3),
+        ({"effective_batch": 16}, 1, 16, 2e-3),
+        ({"effective_batch": 16}, 8, 16, 2e-3),
+        ({"effective_batch": 16, "lr_scaling": "linear"}, 1, 16, 4e-3),
+        ({"effective_batch": 16, "lr_scaling": "none"}, 1, 16, 1e-3),
+        ({"effective_batch": 16, "lr_batch": 16}, 1, 16, 1e-3),
+        ({"batch_size": 2}, 8, 16, 1e-3 * math.sqrt(8)),
+    ],
+)
+def test_the_learning_rate_follows_the_batch(settings, processes, batch, rate):
+    config = CONFIG.replace(**settings)
+    assert effective_batch(config, processes) == batch
+    found, note = scaled_lr(config, batch)
+    assert found == pytest.approx(rate)
+    assert note.startswith(f"{rate:.3g}")

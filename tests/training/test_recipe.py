@@ -1,0 +1,32 @@
+"""What "auto" becomes."""
+
+import pytest
+
+from deformable_detr.config import presets
+from deformable_detr.training.recipe import auto_epochs, for_size
+from tests.support.training import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs"), [(1, 150), (12, 150), (50, 73), (150, 42), (300, 30), (1876, 12), (118_000, 12)]
+)
+def test_smaller_sets_are_seen_more_often(images, epochs):
+    assert auto_epochs(images) == epochs
+
+
+def test_the_default_preset_gets_numbers_and_says_so():
+    config, note = for_size(presets.config("small"), 150)
+    assert (config.train.epochs, config.train.eval_every) == (42, 1)
+    assert note == "for 150 training images: train.epochs=42, train.eval_every=1"
+    assert "epochs: 42\n" in config.to_yaml()
+
+
+@pytest.mark.parametrize(("images", "every"), [(1, 100), (20, 5), (100, 1), (5000, 1)])
+def test_a_tiny_set_is_not_evaluated_all_the_time(images, every):
+    assert for_size(presets.config("small"), images)[0].train.eval_every == every
+
+
+def test_what_was_given_stays():
+    given = presets.config("small").merged({"train": {"epochs": None, "minutes": 5.0, "eval_every": 2}})
+    assert for_size(given, 150) == (given, None)
+    assert for_size(tiny_config(), 150) == (tiny_config(), None)

@@ -1,0 +1,441 @@
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from deformable_detr.detector import DeformableDETR
+from deformable_detr.evaluation import evaluator
+from deformable_detr.training import trainer
+from deformable_detr.training.checkpoint import load_checkpoint
+from deformable_detr.training.run_dir import run_config
+from deformable_detr.training.signals import NonFiniteLoss, TrainingInterrupted
+from deformable_detr.training.step import Stepper
+from deformable_detr.training.trainer import Counters, train_model
+from deformable_detr.utils.errors import UserError
+from tests.support.training import tiny_config, write_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of two epochs and what it returned."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train_model(data, out, tiny_config())
+
+
+def lines(out, kind):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def model_weights(folder):
+    return load_checkpoint(folder)[0]["model"]
+
+
+def test_a_run_folder_holds_everything(finished):
+    out, metrics = finished
+    assert {path.name for path in out.iterdir()} == {
+        "config.yaml", "config.json", "model.safetensors", "README.md", "metrics.jsonl", "tensorboard", "checkpoints",
+        "gallery", "training.html",
+    }  # fmt: skip
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"last", "best"}
+    assert (metrics["epoch"], metrics["step"], metrics["images_seen"]) == (2, 4, 16)
+    assert {"AP", "AP50", "per_class", "best_AP", "seconds"} <= metrics.keys()
+    assert set(metrics["per_class"]) == {"red", "green", "blue"}
+
+
+def test_who_may_read_the_folder_may_read_the_weights(data, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o755)
+    train_model(data, tmp_path / "run", tiny_config(epochs=1))
+    files = list((tmp_path / "run").rglob("*.safetensors"))
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+def test_the_classes_of_the_set_travel_with_the_model(finished):
+    out, _ = finished
+    model = DeformableDETR.from_pretrained(out)
+    assert model.config.class_names == ("red", "green", "blue")
+    assert model.config.category_ids == (10, 20, 30)
+    assert run_config(out).model.num_classes == 3
+    best = model_weights(out / "checkpoints" / "best")
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+
+
+def test_the_log_has_steps_and_evaluations(finished):
+    out, metrics = finished
+    train, evaluations = lines(out, "train"), lines(out, "evaluation")
+    assert [record["step"] for record in train] == [1, 2, 3, 4]
+    assert [record["images_seen"] for record in train] == [4, 8, 12, 16]
+    assert {"epoch", "lr", "grad_norm", "seconds", "images_per_second", "loss", "loss_class", "loss_boxes_0",
+            "loss_giou_encoder", "cardinality_error"} <= train[0].keys()  # fmt: skip
+    assert [(record["step"], record["epoch"]) for record in evaluations] == [(2, 1), (4, 2)]
+    assert evaluations[-1]["AP"] == metrics["AP"]
+
+
+def test_without_a_terminal_there_is_a_line_an_epoch(data, tmp_path, capsys):
+    train_model(data, tmp_path / "run", tiny_config(epochs=3, eval_every=2))
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in shown] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
+    assert ["AP50" in line for line in shown] == [False, True, True]  # every second epoch, and at the end
+
+
+def test_a_second_run_in_the_folder_is_refused_and_nothing_lost(data, finished):
+    out, _ = finished
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="--resume"):
+        train_model(data, out, tiny_config())
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_says_so(data, finished, capsys):
+    out, metrics = finished
+    before = (out / "metrics.jsonl").read_text()
+    assert train_model(data, out, run_config(out), resume=True) == metrics
+    assert "is finished: 2 epochs, 4 steps" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(data, finished, tmp_path, monkeypatch, stop_after, workers):
+    """SIGTERM in the middle of an epoch (1, 3) or at its end (2): the same weights as without it."""
+    out, config = tmp_path / "run", tiny_config().merged({"data": {"workers": workers}})
+    original, calls = Stepper.step, []
+
+    def step(*arguments, **options):
+        calls.append(1)
+        if len(calls) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", step)
+        with pytest.raises(TrainingInterrupted) as caught:
+            train_model(data, out, config)
+    assert caught.value.code == 143
+    assert load_checkpoint(out / "checkpoints" / "last")[1]["counters"]["step"] == stop_after
+
+    metrics = train_model(data, out, run_config(out), resume=True)
+    whole, whole_metrics = finished
+    assert (metrics["step"], metrics["images_seen"]) == (4, 16)
+    assert metrics["AP"] == whole_metrics["AP"]
+    first, second = (model_weights(folder / "checkpoints" / "last") for folder in (whole, out))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    losses = [[record["loss"] for record in lines(folder, "train")] for folder in (whole, out)]
+    assert losses[0] == losses[1]
+
+
+def test_the_comparison_notices_another_order(data, finished, tmp_path):
+    out, _ = finished
+    train_model(data, tmp_path / "run", tiny_config(seed=1))
+    first, second = (model_weights(folder / "checkpoints" / "last") for folder in (out, tmp_path / "run"))
+    assert not all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_crash_before_the_first_checkpoint_starts_anew(data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_model(data, out, tiny_config(epochs=1))
+    assert train_model(data, out, run_config(out), resume=True)["step"] == 2
+    assert "no checkpoint yet" in capsys.readouterr().err
+
+
+def test_a_run_killed_in_its_evaluation_evaluates_when_it_goes_on(data, tmp_path, monkeypatch, capsys):
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluator, "evaluate_dataset", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(TrainingInterrupted) as caught:
+            train_model(data, out, tiny_config(epochs=1))
+    assert caught.value.code == 130
+    assert "go on with --resume" in capsys.readouterr().err
+    metrics = train_model(data, out, run_config(out), resume=True)
+    assert metrics["step"] == 2
+    assert len(lines(out, "evaluation")) == 1
+
+
+@pytest.mark.parametrize("name", ["Report.evaluated", "update_state", "Report.say_epoch"])
+def test_a_run_killed_just_after_its_evaluation_has_its_line_once(data, tmp_path, monkeypatch, name):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(f"deformable_detr.training.trainer.{name}", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_model(data, out, tiny_config(epochs=1, eval_every=1))
+    train_model(data, out, run_config(out), resume=True)
+    assert [record["step"] for record in lines(out, "evaluation")] == [2]
+    assert (out / "training.html").is_file()
+
+
+def test_lines_of_the_log_that_a_kill_divides_are_the_same(data, tmp_path, monkeypatch):
+    """Means over more steps than an epoch has."""
+    config = tiny_config(epochs=3, log_every=3, eval_every=3)
+    train_model(data, tmp_path / "whole", config)
+    with monkeypatch.context() as patched:
+        original = Stepper.step
+
+        def step(self, *arguments, **options):
+            if self.steps == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.steps += 1
+            return original(self, *arguments, **options)
+
+        patched.setattr(Stepper, "steps", 0, raising=False)
+        patched.setattr(Stepper, "step", step)
+        with pytest.raises(TrainingInterrupted):
+            train_model(data, tmp_path / "run", config)
+    train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
+    times = ("seconds", "images_per_second")
+    found = [
+        [{key: value for key, value in record.items() if key not in times} for record in lines(tmp_path / out, "train")]
+        for out in ("whole", "run")
+    ]
+    assert found[0] == found[1]
+    assert [record["step"] for record in found[0]] == [3, 6]
+
+
+def test_more_epochs_can_be_added(data, tmp_path):
+    out = tmp_path / "run"
+    train_model(data, out, tiny_config(epochs=1))
+    metrics = train_model(data, out, run_config(out).merged({"train": {"epochs": 2}}), resume=True)
+    assert metrics["epoch"] == 2
+    assert run_config(out).train.epochs == 2
+
+
+def test_other_data_is_refused(finished, tmp_path):
+    out, _ = finished
+    with pytest.raises(UserError, match="training set has changed"):
+        train_model(write_dataset(tmp_path / "other", seed=9), out, run_config(out), resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(data, tmp_path):
+    out = tmp_path / "run"
+    train_model(data, out, tiny_config(epochs=1))
+    for path in (out / "checkpoints").glob("*/model-*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last/model-1\.safetensors is damaged"):
+        train_model(data, out, run_config(out), resume=True)
+
+
+def test_minutes_end_a_run_with_an_evaluation(data, tmp_path, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(clock)))  # every look costs a second
+    metrics = train_model(data, tmp_path / "run", tiny_config(epochs=None, minutes=5 / 60, eval_every=100))
+    assert (metrics["step"], metrics["seconds"]) == (5, 5.0)
+    assert [record["step"] for record in lines(tmp_path / "run", "evaluation")] == [5]
+    assert [record["progress"] for record in lines(tmp_path / "run", "train")] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+
+
+def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch):
+    out, original = tmp_path / "run", Stepper.step
+
+    def step(self, passes, done, progress, totals=None):
+        if done == 3:
+            with torch.no_grad():
+                self.model.level_embedding.fill_(float("nan"))
+        return original(self, passes, done, progress, totals)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", step)
+        with pytest.raises(NonFiniteLoss, match=r"step 4: loss nan.*images 10\d, 10\d"):
+            train_model(data, out, tiny_config())
+    tensors, state = load_checkpoint(out / "checkpoints" / "last")
+    assert state["counters"]["step"] == 2
+    assert all(value.isfinite().all() for value in tensors["model"].values())
+    assert train_model(data, out, run_config(out), resume=True)["step"] == 4
+
+
+def test_a_nan_gradient_in_the_last_step_of_an_epoch_is_not_saved(data, tmp_path, monkeypatch):
+    out, original = tmp_path / "run", Stepper.step
+
+    def step(self, passes, done, progress, totals=None):
+        if done == 3:
+            self.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
+        return original(self, passes, done, progress, totals)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    with pytest.raises(NonFiniteLoss, match="gradient of the loss is not finite at step 4"):
+        train_model(data, out, tiny_config())
+    assert load_checkpoint(out / "checkpoints" / "last")[1]["counters"]["step"] == 2
+
+
+def test_images_without_objects(tmp_path):
+    data = write_dataset(tmp_path / "set", train=5, empty=4)  # so a batch at least has none at all
+    metrics = train_model(data, tmp_path / "run", tiny_config(epochs=1, batch_size=2))
+    assert metrics["step"] == 3
+
+
+def test_no_objects_at_all_are_refused(tmp_path):
+    data = write_dataset(tmp_path / "set", train=4, empty=4)
+    with pytest.raises(UserError, match="has no objects to learn from"):
+        train_model(data, tmp_path / "run", tiny_config(epochs=1, batch_size=2))
+
+
+def test_an_unwritable_folder_comes_before_anything_else(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train_model(tmp_path / "no such data", tmp_path / "file" / "run", tiny_config())
+
+
+def test_a_missing_image_is_named_and_the_last_checkpoint_stays(tmp_path):
+    data = write_dataset(tmp_path / "set")
+    (data / "train" / "3.png").unlink()
+    with pytest.raises(UserError, match=r"3\.png") as caught:
+        train_model(data, tmp_path / "run", tiny_config().merged({"data": {"workers": 1}}))
+    assert "\n" not in str(caught.value)
+
+
+def test_best_is_the_highest_and_last_the_latest(data, tmp_path, monkeypatch):
+
+    figures = iter([0.2, 0.5, 0.4])
+    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+    metrics = train_model(data, tmp_path / "run", tiny_config(epochs=3))
+    assert (metrics["AP"], metrics["best_AP"]) == (0.4, 0.5)
+    states = {name: load_checkpoint(tmp_path / "run" / "checkpoints" / name)[1] for name in ("last", "best")}
+    assert {name: state["counters"]["epoch"] for name, state in states.items()} == {"last": 3, "best": 2}
+
+
+def test_figures_that_do_not_exist(data, tmp_path, monkeypatch):
+
+    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": None, "AP50": None})
+    metrics = train_model(data, tmp_path / "run", tiny_config(epochs=2))
+    assert metrics["best_AP"] is None
+    best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]
+    assert best["counters"]["epoch"] == 2
+
+
+def test_another_batch_size_keeps_the_part_of_the_epoch(data, tmp_path, monkeypatch):
+    out, original = tmp_path / "run", Stepper.step
+
+    def step(self, passes, done, progress, totals=None):
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, passes, done, progress, totals)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", step)
+        with pytest.raises(TrainingInterrupted):
+            train_model(data, out, tiny_config(epochs=1, batch_size=2))  # two of four batches
+    config = run_config(out).merged({"train": {"batch_size": 4}})
+    assert train_model(data, out, config, resume=True)["images_seen"] == 8
+
+
+def test_counters_are_plain_json():
+    assert json.loads(json.dumps(vars(Counters()))) == vars(Counters())
+
+
+def test_the_split_names_of_the_config_are_used(data, tmp_path):
+    config = tiny_config(epochs=1).merged({"data": {"val_split": "train"}})
+    with pytest.raises(UserError, match="annotations"):
+        train_model(data, tmp_path / "run", config)  # both splits are one file
+
+
+def test_accumulated_passes_are_one_step(data, finished, tmp_path):
+    """Norms that look at the rest of the batch aside, the batch is what counts, not how it is cut."""
+    frozen = tiny_config(epochs=1, lr_scaling="none").merged({"model": {"backbone_norm": "frozen"}})
+    for name, train in (("whole", {"batch_size": 8}), ("cut", {"batch_size": 3, "effective_batch": 8})):
+        metrics = train_model(data, tmp_path / name, frozen.merged({"train": train}))
+        assert (metrics["step"], metrics["images_seen"]) == (1, 8)
+    whole, cut = (lines(tmp_path / name, "train")[0] for name in ("whole", "cut"))
+    for name in ("loss", "grad_norm", "cardinality_error"):
+        assert cut[name] == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_an_accumulating_run_goes_on_in_the_middle_of_an_epoch(data, tmp_path, monkeypatch):
+    config = tiny_config(batch_size=2, effective_batch=3, epochs=1, denoising=10).merged({"data": {"bucketing": True}})
+    train_model(data, tmp_path / "whole", config)
+    original = Stepper.step
+
+    def step(self, passes, done, progress, totals=None):
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, passes, done, progress, totals)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stepper, "step", step)
+        with pytest.raises(TrainingInterrupted):
+            train_model(data, tmp_path / "cut", config)
+    train_model(data, tmp_path / "cut", run_config(tmp_path / "cut"), resume=True)
+    first, second = (model_weights(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_run_that_gets_no_better_ends(data, tmp_path, monkeypatch, capsys):
+
+    figures = iter([0.2, 0.5, 0.4, 0.5, 0.9, 0.9])
+    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+    metrics = train_model(data, tmp_path / "run", tiny_config(epochs=9, patience=2))
+    assert (metrics["epoch"], metrics["best_AP"]) == (4, 0.5)
+    assert "no better AP in 2 evaluations" in capsys.readouterr().err
+    again = train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
+    assert again["step"] == metrics["step"]
+    longer = run_config(tmp_path / "run").merged({"train": {"patience": 3, "epochs": 5}})
+    assert train_model(data, tmp_path / "run", longer, resume=True)["best_AP"] == 0.9
+
+
+def test_of_equal_models_the_later_is_kept_and_patience_waits_for_the_first_find(data, tmp_path, monkeypatch):
+
+    figures = iter([0.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.9])
+    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+    metrics = train_model(data, tmp_path / "run", tiny_config(epochs=9, patience=2))
+    assert (metrics["epoch"], metrics["best_AP"]) == (6, 0.3)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]["counters"]["epoch"] == 6
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ({"ema_decay": 0.0}, {"ema_decay": 0.99}, "train.ema_decay"),
+        ({"denoising": 0}, {"denoising": 20}, "train.denoising"),
+        ({"ema_decay": 0.99}, {"ema_decay": 0.0}, None),
+        ({"denoising": 20}, {"denoising": 0}, None),
+    ],
+)
+def test_a_run_goes_on_with_other_helpers_or_says_why_not(data, tmp_path, before, after, named):
+    out = tmp_path / "run"
+    train_model(data, out, tiny_config(epochs=1, **before))
+    changed = run_config(out).merged({"train": {"epochs": 2, **after}})
+    if named is None:
+        assert train_model(data, out, changed, resume=True)["epoch"] == 2
+    else:
+        with pytest.raises(UserError, match=named):
+            train_model(data, out, changed, resume=True)
+
+
+def test_more_of_the_backbone_may_be_frozen_when_a_run_goes_on(data, tmp_path):
+    out = tmp_path / "run"
+    train_model(data, out, tiny_config(epochs=1))
+    changed = run_config(out).merged({"train": {"epochs": 2}, "model": {"frozen_stages": 2}})
+    assert train_model(data, out, changed, resume=True)["epoch"] == 2
+
+
+def test_mosaics_end_before_the_training_does(data, tmp_path, monkeypatch):
+    from deformable_detr.data.dataloader import StepSampler
+
+    allowed, original = [], StepSampler.set_epoch
+
+    def set_epoch(self, epoch, skip=0, stride=1, mosaic=False):
+        if self.shuffle:
+            allowed.append(mosaic)
+        original(self, epoch, skip, stride, mosaic)
+
+    monkeypatch.setattr(StepSampler, "set_epoch", set_epoch)
+    config = tiny_config(epochs=4, eval_every=4).merged({"data": {"mosaic": 0.5, "mosaic_until": 0.5}})
+    train_model(data, tmp_path / "run", config)
+    assert allowed == [True, True, False, False]
+
+
+def test_a_run_that_torchrun_starts_again_goes_on(data, tmp_path, monkeypatch):
+    train_model(data, tmp_path / "run", tiny_config(epochs=1))
+    with pytest.raises(UserError, match="already holds a run"):
+        train_model(data, tmp_path / "run", tiny_config(epochs=2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train_model(data, tmp_path / "run", tiny_config(epochs=2))["step"] == 4
+    assert train_model(data, tmp_path / "new", tiny_config(epochs=1))["step"] == 2  # it failed before it had begun
