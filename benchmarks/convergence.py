@@ -34,23 +34,23 @@ from deformable_detr.ops import accelerate
 Curve = list[dict[str, Any]]
 # The default with one thing as the paper has it.
 ABLATION: dict[str, dict[str, Any]] = {
-    "without-denoising": {"denoising": 0},
+    "without-denoising": {"num_denoising": 0},
     "without-overlap-classes": {"class_loss": "focal"},
     "without-averaging": {"ema_decay": 0.0},
     "without-look-forward-twice": {"look_forward_twice": False},
-    "without-class-proposals": {"class_proposals": False},
-    "without-memory-content": {"query_content": "proposal"},
-    "without-box-positions": {"box_positions": False},
+    "without-class-proposals": {"class_aware_proposals": False},
+    "without-memory-content": {"query_init": "box"},
+    "without-box-positions": {"iterative_query_pos": False},
     "without-cosine": {"lr_schedule": "step", "warmup_steps": 0},
-    "with-paper-lr": {"lr": 2e-4, "backbone_lr_factor": 0.1, "sampling_lr_factor": 0.1, "clip_norm": 0.1},
-    "with-mosaic": {"mosaic": 0.5},
-    "with-colour": {"colour": 0.5},
-    "with-bucketing": {"bucketing": True},
-    "with-whole-crops": {"crop_visible": 0.3},
+    "with-paper-lr": {"lr": 2e-4, "backbone_lr_mult": 0.1, "sampling_lr_mult": 0.1, "clip_max_norm": 0.1},
+    "with-mosaic": {"mosaic_prob": 0.5},
+    "with-color": {"color_jitter_prob": 0.5},
+    "with-aspect_ratio_grouping": {"aspect_ratio_grouping": True},
+    "with-whole-crops": {"min_visibility": 0.3},
     "with-one-to-many": {"encoder_matches": 6},
     "with-lower-lr": {"lr": 5e-4},
     "with-higher-lr": {"lr": 2e-3},
-    "with-faster-backbone": {"backbone_lr_factor": 0.5},
+    "with-faster-backbone": {"backbone_lr_mult": 0.5},
     "with-weight-decay": {"weight_decay": 1e-2},
 }
 OURS = ("default", "paper", *ABLATION)
@@ -165,14 +165,14 @@ def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
     config = Config(data=DataConfig(), model=model_config(options, "paper"))
     sizes = config.model.image_size, config.model.long_side
     train_set = open_dataset(
-        options.data, "train", config.data, transform=training(*sizes, config.data, config.model.size_multiple)
+        options.data, "train", config.data, transform=training(*sizes, config.data, config.model.size_divisor)
     )
     val_set = open_dataset(
         options.data,
         "val",
         config.data,
         train_set.categories,
-        transform=evaluation(*sizes, multiple=config.model.size_multiple),
+        transform=evaluation(*sizes, multiple=config.model.size_divisor),
     )
     model = transformers_model(config.model, len(train_set.categories), method)
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)  # what timm states for the backbone
@@ -183,29 +183,29 @@ def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
         {"params": [p for n, p in model.named_parameters() if p.requires_grad and not any(s in n for s in slow)]},
     ]
     groups[0]["lr"], groups[1]["lr"] = 2e-5, 2e-4
-    optimiser = torch.optim.AdamW(groups, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     batches = loader(train_set, options.batch_size, workers=2, shuffle=True, seed=seed)
     drop = round(0.8 * options.epochs)
     seconds, images, curve = 0.0, 0, []
     for epoch in range(options.epochs):
         if epoch == drop:
-            for group in optimiser.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] /= 10
         batches.sampler.set_epoch(epoch)
         model.train()
         mark = time.perf_counter()
         for batch, targets in batches:
-            batch = batch.normalise(mean, std)
+            batch = batch.normalize(mean, std)
             canvas = batch.pixels.shape[-2:]
             labels = [
                 {"class_labels": t.labels, "boxes": on_canvas(t.boxes, ~mask, canvas)}
                 for t, mask in zip(targets, batch.padding_mask, strict=True)
             ]
             loss = model(batch.pixels, (~batch.padding_mask).long(), labels=labels).loss
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            optimiser.step()
+            optimizer.step()
             images += len(targets)
         seconds += time.perf_counter() - mark
         if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
@@ -230,7 +230,7 @@ def transformers_model(config: ModelConfig, classes: int, method: str) -> torch.
             encoder_layers=config.encoder_layers, decoder_layers=config.decoder_layers,
             encoder_attention_heads=config.num_heads, decoder_attention_heads=config.num_heads,
             encoder_ffn_dim=config.ffn_dim, decoder_ffn_dim=config.ffn_dim, num_queries=config.num_queries,
-            num_feature_levels=config.feature_levels, two_stage_num_proposals=config.num_queries,
+            num_feature_levels=config.num_feature_levels, two_stage_num_proposals=config.num_queries,
             with_box_refine=method != "transformers", two_stage=method == "transformers-two-stage",
         )
     )  # fmt: skip
@@ -250,7 +250,7 @@ def evaluate_theirs(model: torch.nn.Module, dataset: Any, mean: torch.Tensor, st
     model.eval()
     results = []
     for batch, targets in loader(dataset, 1, workers=2, shuffle=False, seed=0):  # one by one: no padding at all
-        out = model(batch.normalise(mean, std).pixels, (~batch.padding_mask).long())
+        out = model(batch.normalize(mean, std).pixels, (~batch.padding_mask).long())
         sizes = torch.tensor([target.original_size for target in targets])
         found = processor.post_process_object_detection(out, threshold=0.0, target_sizes=sizes, top_k=100)
         for target, item in zip(targets, found, strict=True):

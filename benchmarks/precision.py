@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model = DeformableDETR.from_pretrained(options.model)
-    ways = {"as trained, fp32": model, "optimised, fp32": model.optimize(), "optimised, bf16": model.optimize("bf16")}
+    ways = {"as trained, fp32": model, "optimized, fp32": model.optimize(), "optimized, bf16": model.optimize("bf16")}
     rows = []
     for name, way in ways.items():
         found = evaluate(way, options.data, batch_size=options.batch_size, workers=0, progress=False)

@@ -27,7 +27,7 @@ FOUND = 100  # detections an image
 
 
 def make_images(folder, number, random):
-    """COCO's records of the images; neighbours of one size share their pixels, which nothing here looks at."""
+    """COCO's records of the images; neighbors of one size share their pixels, which nothing here looks at."""
     folder.mkdir(parents=True)
     files = {}
     for size in (*SIDES, LARGE):

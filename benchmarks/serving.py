@@ -98,9 +98,9 @@ def main():
     from PIL import Image
 
     from deformable_detr.detector import load_detector
-    from deformable_detr.utils.process import keep_large_buffers
+    from deformable_detr.utils.process import retain_freed_memory
 
-    keep_large_buffers()  # as the server does, or it would win by page faults
+    retain_freed_memory()  # as the server does, or it would win by page faults
     paths = sorted(path for path in options.images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
     sizes = {path: Image.open(path).size for path in paths[:200]}
     files = [path.read_bytes() for path, size in sizes.items() if size == sizes[paths[0]]][:64]

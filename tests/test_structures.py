@@ -1,4 +1,4 @@
-"""What travels between the parts: normalised batches, and detections in the forms that people use."""
+"""What travels between the parts: normalized batches, and detections in the forms that people use."""
 
 import json
 
@@ -17,19 +17,19 @@ def found(image=None, count=2):
     return Detections(boxes, scores, labels, torch.tensor([17, 3])[:count], names, (100, 200), image)
 
 
-def test_normalise_is_the_formula_and_padding_is_zero():
+def test_normalize_is_the_formula_and_padding_is_zero():
     pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 4, 5, dtype=torch.bool)
     mask[1, :, 3:] = True
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
-    batch = ImageBatch(pixels, mask).normalise(mean, std)
+    batch = ImageBatch(pixels, mask).normalize(mean, std)
     expected = (pixels.double() / 255 - mean.double()[:, None, None]) / std.double()[:, None, None]
     expected[1, :, :, 3:] = 0
     torch.testing.assert_close(batch.pixels, expected.float(), atol=1e-6, rtol=1e-6)
     assert batch.padding_mask is mask
     assert len(batch) == 2
     with pytest.raises(TypeError, match="uint8"):
-        batch.normalise(mean, std)
+        batch.normalize(mean, std)
 
 
 def test_to_moves_all_tensors():

@@ -43,7 +43,7 @@ def demo_config() -> Config:
             "model": {
                 "backbone": "test_resnet",  # timm's smallest ResNet: 0.4 million parameters
                 "backbone_weights": "none",
-                "feature_levels": 3,
+                "num_feature_levels": 3,
                 "image_size": 128,
                 "max_size": 160,
                 "num_queries": 20,
@@ -51,14 +51,19 @@ def demo_config() -> Config:
                 "decoder_layers": 2,
                 "ffn_dim": 256,
             },
-            "data": {"train_scales": [0.9, 1.0], "flip": 0.0, "crop": 0.0, "workers": 1},  # a flipped digit is none
+            "data": {
+                "train_scales": [0.9, 1.0],
+                "hflip_prob": 0.0,
+                "crop_prob": 0.0,
+                "workers": 1,
+            },  # a flipped digit is none
             "train": {
                 "epochs": None,
                 "minutes": 6,
                 "batch_size": 8,
                 "lr": 8e-4,
-                "backbone_lr_factor": 1.0,
-                "denoising": 40,
+                "backbone_lr_mult": 1.0,
+                "num_denoising": 40,
                 "eval_every": 4,
             },
         }
@@ -239,11 +244,11 @@ def _glyph(pixels: np.ndarray, rng: np.random.Generator) -> _Glyph:
 
 
 def _paint(place: np.ndarray, glyph: _Glyph, rng: np.random.Generator) -> None:
-    """Dark ink with a light halo or the other way round, in random colours, into a part of the picture."""
+    """Dark ink with a light halo or the other way round, in random colors, into a part of the picture."""
     dark, light = rng.uniform(0, 80, 3), rng.uniform(185, 255, 3)
     ink, halo = (dark, light) if rng.random() < 0.5 else (light, dark)
-    for opacity, colour in ((glyph.halo * rng.uniform(0.5, 0.95), halo), (glyph.ink, ink)):
-        place += opacity[..., None] * (colour.astype(np.float32) - place)
+    for opacity, color in ((glyph.halo * rng.uniform(0.5, 0.95), halo), (glyph.ink, ink)):
+        place += opacity[..., None] * (color.astype(np.float32) - place)
 
 
 def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:

@@ -11,8 +11,8 @@ from .utils.errors import UserError
 from .utils.files import is_exported
 
 if TYPE_CHECKING:
-    from .runtimes.fused import OptimisedDetector
-    from .weights.model_card import Facts
+    from .runtimes.fused import OptimizedDetector
+    from .weights.model_card import ModelCardData
 
 
 class DeformableDETR(DeformableDETRNetwork):
@@ -42,7 +42,7 @@ class DeformableDETR(DeformableDETRNetwork):
 
         return load(source, cls, **changes)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], facts: Facts | None = None) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], facts: ModelCardData | None = None) -> None:
         """Write config.json, model.safetensors and a model card, which `from_pretrained` reads.
 
         Args:
@@ -59,7 +59,7 @@ class DeformableDETR(DeformableDETRNetwork):
 
         return push(self, repository, **options)
 
-    def optimize(self, precision: str = "fp32", compile: bool = False, bucket: int | None = None) -> OptimisedDetector:
+    def optimize(self, precision: str = "fp32", compile: bool = False, bucket: int | None = None) -> OptimizedDetector:
         """Return a copy for inference: the same outputs, faster and in less memory.
 
         Args:
@@ -67,9 +67,9 @@ class DeformableDETR(DeformableDETRNetwork):
             compile: Also compile with `torch.compile` (on CPUs this needs a C++ compiler).
             bucket: Pad inputs to multiples of this many pixels, so that few shapes occur. Default: no padding.
         """
-        from .runtimes.fused import optimised
+        from .runtimes.fused import optimized
 
-        return optimised(self, precision, compile, bucket)
+        return optimized(self, precision, compile, bucket)
 
     def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
         """Return `Detections` for one image (path, PIL image, HWC array, CHW tensor), or a list for a list of images.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class ImageBatch:
     """Images of different sizes on one canvas, each in its upper left corner.
 
-    pixels: (B, 3, H, W), uint8 RGB as read, or float after `normalise`.
+    pixels: (B, 3, H, W), uint8 RGB as read, or float after `normalize`.
     padding_mask: (B, H, W) bool, True = padding.
     """
 
@@ -35,10 +35,10 @@ class ImageBatch:
         """The batch in page-locked memory, from which copies to a GPU run in the background."""
         return replace(self, pixels=self.pixels.pin_memory(), padding_mask=self.padding_mask.pin_memory())
 
-    def normalise(self, mean: Tensor, std: Tensor) -> ImageBatch:
+    def normalize(self, mean: Tensor, std: Tensor) -> ImageBatch:
         """uint8 pixels to float: (RGB / 255 − mean) / std with mean and std of shape (3,); padding becomes 0."""
         if self.pixels.dtype != torch.uint8:
-            raise TypeError(f"normalise takes uint8 pixels, not {self.pixels.dtype}")
+            raise TypeError(f"normalize takes uint8 pixels, not {self.pixels.dtype}")
         scale, shift = 1 / (255 * std), -mean / std
         pixels = self.pixels * scale[:, None, None] + shift[:, None, None]
         return replace(self, pixels=pixels.masked_fill_(self.padding_mask[:, None], 0.0))

@@ -28,7 +28,7 @@ TINY = {
 
 def test_model_beside_transformers():
     pytest.importorskip("transformers")
-    wanted = ("transformers", "model", "optimised")
+    wanted = ("transformers", "model", "optimized")
     rows = bench.measure("refine", [(64, 96)], [2], ["fp32"], wanted, 2, "default", changes=TINY)
     assert [row.way for row in rows] == list(wanted)
     assert rows[0].ratio == 1.0
@@ -50,14 +50,14 @@ def test_exported_files_beside_eager(tmp_path):
     figures = json.loads(path.read_text())
     assert {"machine", "versions", "commit", "command"} <= set(figures)
     rows = figures["rows"]
-    assert [row["runtime"] for row in rows] == ["eager", "optimised", "onnx"] * 2
+    assert [row["runtime"] for row in rows] == ["eager", "optimized", "onnx"] * 2
     for eager, row in zip(rows[0:1] * 3 + rows[3:4] * 3, rows, strict=True):
         assert row["ratio"] == pytest.approx(eager["median_ms"] / row["median_ms"])
         assert (row["mib"] is not None) == (row["runtime"] == "onnx")
 
 
 def test_another_result_is_seen(monkeypatch):
-    """`error` of an optimised model that is not the same: one layer's norm is shifted a little."""
+    """`error` of an optimized model that is not the same: one layer's norm is shifted a little."""
     original = DeformableDETR.optimize
 
     def wrong(self, *options):
@@ -66,7 +66,7 @@ def test_another_result_is_seen(monkeypatch):
         return original(other, *options)
 
     monkeypatch.setattr(DeformableDETR, "optimize", wrong)
-    rows = bench.measure("refine", [(64, 96)], [1], ["fp32"], ("model", "optimised"), 1, "default", changes=TINY)
+    rows = bench.measure("refine", [(64, 96)], [1], ["fp32"], ("model", "optimized"), 1, "default", changes=TINY)
     assert rows[0].error == 0
     assert rows[1].error > 1e-3
 

@@ -44,7 +44,7 @@ def test_the_best_detection_unless_told_otherwise(run, place):
     raw = json.loads((place / "raw.json").read_text())
     found = trace(random_model(two_stage=True, refine=True), place / "image.png", 0.0).detection(0)
     torch.testing.assert_close(torch.tensor(raw["layers"][-1]["locations"]), found.looks[-1].locations)
-    first, last = found.shares_inside().tolist()
+    first, last = found.attention_inside_box().tolist()
     assert raw["layers"][0]["share_inside_box"] == pytest.approx(first)
     assert f"inside the detected box: first decoder layer {first:.1%}, last {last:.1%}" in out
     assert "detection 1 of 18" in out

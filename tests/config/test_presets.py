@@ -24,8 +24,8 @@ def test_every_published_variant_is_a_preset_and_small_is_smaller():
 
 
 def test_variants_differ_as_the_paper_says():
-    assert presets.multi_scale().feature_levels == 4
-    assert presets.single_scale() == presets.multi_scale(feature_levels=1)
+    assert presets.multi_scale().num_feature_levels == 4
+    assert presets.single_scale() == presets.multi_scale(num_feature_levels=1)
     assert presets.single_scale_dc5() == presets.single_scale(dilation=True)
     assert presets.refine() == presets.multi_scale(refine=True)
     assert presets.two_stage() == presets.refine(two_stage=True)

@@ -29,7 +29,7 @@ def test_yaml_there_and_back(name):
         ({"train": {"lr": float("nan")}}, ["train.lr", "finite", "nan"]),
         ({"train": {"precision": "fp8"}}, ["train.precision", "fp32", "'fp8'"]),
         ({"train": 3}, ["train", "3"]),
-        ({"data": {"flip": 1.5}}, ["data.flip", "1.5"]),
+        ({"data": {"hflip_prob": 1.5}}, ["data.hflip_prob", "1.5"]),
         ({"data": {"train_scales": [1.0, 0.5]}}, ["train_scales", "smallest"]),
         ({"model": {"hidden_dim": 100}}, ["hidden_dim 100", "num_heads 8"]),
         ({"model": {"two_stage": True}}, ["two_stage needs refine"]),

@@ -81,16 +81,19 @@ def padding(batches):
 
 def test_buckets_have_less_padding_and_all_images():
     data = Pictures(transform=training(64, 128, DataConfig()))
-    plain, bucketed = (list(loader(data, 4, 0, True, 0, bucketing=bucketing)) for bucketing in (False, True))
+    plain, bucketed = (
+        list(loader(data, 4, 0, True, 0, aspect_ratio_grouping=aspect_ratio_grouping))
+        for aspect_ratio_grouping in (False, True)
+    )
     assert padding(bucketed) < 0.5 * padding(plain)
     assert [len(images) for images, _ in bucketed] == [len(images) for images, _ in plain]
-    again = list(loader(data, 4, 0, True, 0, bucketing=True))
+    again = list(loader(data, 4, 0, True, 0, aspect_ratio_grouping=True))
     assert all(torch.equal(a[0].pixels, b[0].pixels) for a, b in zip(bucketed, again, strict=True))
 
 
 def test_the_size_of_a_sample_is_known_beforehand():
     data = Pictures(40, transform=training(64, 128, DataConfig()))
-    batches = loader(data, 1, 0, True, 0, bucketing=True)
+    batches = loader(data, 1, 0, True, 0, aspect_ratio_grouping=True)
     measure = batches.sampler.measure
     for keys, (images, _) in zip(batches.sampler, batches, strict=True):
         assert measure(keys[0]) == images.pixels.shape[-2:]
@@ -152,7 +155,7 @@ def test_mosaics_come_by_chance_where_they_are_allowed():
 def test_mosaics_leave_the_sizes_alone():
     data = Pictures(24, transform=training(64, 128, DataConfig()))
     for mosaics in (False, True):
-        batches = loader(Mosaics(data, 0.5), 1, 0, True, 0, bucketing=True)
+        batches = loader(Mosaics(data, 0.5), 1, 0, True, 0, aspect_ratio_grouping=True)
         batches.sampler.set_epoch(1, mosaic=mosaics)
         sizes = [batches.sampler.measure(keys[0]) for keys in batches.sampler]
         assert [images.pixels.shape[-2:] for images, _ in batches] == sizes

@@ -77,7 +77,7 @@ def test_collate():
         assert (pixels[:, ~mask] > 0).all()
     assert targets == [target for _, target in samples]
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.2, 0.2])
-    normal = images.normalise(mean, std).pixels
+    normal = images.normalize(mean, std).pixels
     assert (normal.permute(0, 2, 3, 1)[images.padding_mask] == 0).all()
     assert not (normal.permute(0, 2, 3, 1)[~images.padding_mask] == 0).all()
 

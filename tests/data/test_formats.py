@@ -128,7 +128,7 @@ def test_yolo_rows():
     assert read_row("1 0.5 0.5 0.5 0.25", 2) == (1, (0.25, 0.375, 0.75, 0.625))
     assert read_row("0.0 0.1 0.2 0.9 0.2 0.5 0.8", 2) == (0, (0.1, 0.2, 0.9, 0.8)), "a polygon's box"
     assert read_row("0 0 0 0 0", 1)[1] == (0, 0, 0, 0)
-    assert read_row("0 1.005 0.5 0.1 0.1", 1)[0] == 0, "rounding of the labelling tool"
+    assert read_row("0 1.005 0.5 0.1 0.1", 1)[0] == 0, "rounding of the labeling tool"
     for row, message in {
         "0 0.5 0.5 0.5": "has 4 values", "0 0.1 0.1 0.2 0.2 0.3": "has 6 values", "0 a b c d": "instead of numbers",
         "2 0.5 0.5 0.1 0.1": "has class 2, but the classes are 0 to 1", "-1 0 0 0 0": "has class -1",

@@ -26,7 +26,7 @@ SPLIT = "_annotations.coco.json"
 
 
 def coco(images, annotations):
-    """COCO JSON in a folder of its own, as labelling tools export it."""
+    """COCO JSON in a folder of its own, as labeling tools export it."""
 
     def make(root):
         coco_set(root)

@@ -131,7 +131,7 @@ def test_resize_is_antialiased():
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::4] = 255  # a quarter of the columns
     small = transforms.resize(stripes, 16, 16).float()
-    assert ((small - 255 / 4).abs() < 24).all(), "thin stripes must turn grey"
+    assert ((small - 255 / 4).abs() < 24).all(), "thin stripes must turn gray"
     plain = torch.nn.functional.interpolate(stripes[None].float(), scale_factor=0.25, mode="bilinear")
     assert not plain.any(), "which the plain way loses"
 
@@ -168,12 +168,12 @@ def test_training_without_chance_is_a_resize():
     trained, same = transforms.training(80, 200, data)(image, target)
     assert torch.equal(trained, transforms.resize(image, 80, 200))
     assert torch.equal(same.boxes, target.boxes)
-    certain = transforms.training(80, 200, data.replace(flip=1.0))(image, target)
+    certain = transforms.training(80, 200, data.replace(hflip_prob=1.0))(image, target)
     assert torch.equal(certain[0], transforms.resize(image.flip(2), 80, 200))
 
 
 def test_crop_sizes_are_the_papers():
-    transform = transforms.training(800, 10_000, DataConfig(flip=0.0, crop=1.0, train_scales=(1.0, 1.0)))
+    transform = transforms.training(800, 10_000, DataConfig(hflip_prob=0.0, crop_prob=1.0, train_scales=(1.0, 1.0)))
     torch.manual_seed(1)
     ratios = []
     for _ in range(40):
@@ -202,7 +202,7 @@ def test_same_seed_same_sample_and_nothing_changed_in_place():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
 def test_images_of_one_pixel(size):
-    transform = transforms.training(64, 100, DataConfig(crop=1.0))
+    transform = transforms.training(64, 100, DataConfig(crop_prob=1.0))
     for seed in range(10):
         torch.manual_seed(seed)
         image, target = transform(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deformable_detr.evaluation import coco_metrics
-from deformable_detr.evaluation.analysis import analyse, best_f1, match
+from deformable_detr.evaluation.analysis import analyze, best_f1, match
 from deformable_detr.evaluation.metrics import count
 from tests.support.detections import synthetic
 
@@ -74,7 +74,7 @@ def test_detections_on_crowds_do_not_count():
 
 
 def test_figures_are_those_of_coco_metrics(case):
-    analysis, metrics = analyse(count(*case)), coco_metrics(*case)
+    analysis, metrics = analyze(count(*case)), coco_metrics(*case)
     classes = metrics.pop("per_class")
     assert analysis["figures"] == metrics
     assert {row["name"]: row["AP"] for row in analysis["classes"]} == classes
@@ -89,7 +89,7 @@ def test_figures_are_those_of_coco_metrics(case):
 
 def test_best_threshold_is_the_best_of_all(case):
     truth, results = case
-    analysis = analyse(count(truth, results))
+    analysis = analyze(count(truth, results))
     slow = slow_matches(truth, results)
     for row, category in [(analysis, None), *zip(analysis["classes"], truth["categories"], strict=True)]:
         own = [
@@ -119,7 +119,7 @@ def test_equal_scores_stand_or_fall_together():
 
 def test_calibration_by_its_definition(case):
     truth, results = case
-    found = analyse(count(truth, results))["calibration"]
+    found = analyze(count(truth, results))["calibration"]
     hits = np.array([partner is not None for partner in slow_matches(truth, results)])
     scores = np.array([result["score"] for result in results])
     gap = 0.0
@@ -135,7 +135,7 @@ def test_calibration_by_its_definition(case):
 
 def test_confusion_by_its_definition(case):
     truth, results = case
-    analysis = analyse(count(truth, results))
+    analysis = analyze(count(truth, results))
     threshold = analysis["confusion"]["threshold"]
     assert threshold == analysis["best"]["threshold"]
     results = [result for result in results if result["score"] >= threshold]
@@ -176,7 +176,7 @@ def reference(truth, results, monkeypatch):
 def test_tide_agrees_with_its_authors(seed, monkeypatch):
     truth, results = synthetic(seed=seed)
     ap, gains, special = reference(truth, results, monkeypatch)
-    errors = analyse(count(truth, results))["errors"]
+    errors = analyze(count(truth, results))["errors"]
     assert 100 * errors["AP50"] == pytest.approx(ap, abs=0.01)
     for one in errors["kinds"]:
         assert 100 * one["gain"] == pytest.approx(gains[one["kind"]], abs=0.01), one["kind"]
@@ -185,7 +185,7 @@ def test_tide_agrees_with_its_authors(seed, monkeypatch):
 
 
 def test_tide_is_as_recorded(case):
-    errors = analyse(count(*case))["errors"]
+    errors = analyze(count(*case))["errors"]
     assert 100 * errors["AP50"] == pytest.approx(TIDE_AP50)
     assert {one["kind"]: 100 * one["gain"] for one in errors["kinds"]} == pytest.approx(TIDE_GAINS)
 
@@ -197,7 +197,7 @@ def test_little_to_count(what):
         truth = {**truth, "annotations": []}
     if what in ("no detections", "nothing"):
         results = []
-    analysis = analyse(count(truth, results))
+    analysis = analyze(count(truth, results))
     assert (analysis["best"] is None) == (what != "one class")
     assert len(analysis["curves"]) == 2
     assert len(analysis["errors"]["kinds"]) == 6

@@ -13,7 +13,7 @@ from deformable_detr.evaluation.compare import evaluate_models, outcome
 from deformable_detr.evaluation.evaluator import Evaluated
 from deformable_detr.evaluation.metrics import count, figures
 from deformable_detr.evaluation.report import MOST_PICTURES, report, write_report
-from deformable_detr.runtimes.fused import OptimisedDetector
+from deformable_detr.runtimes.fused import OptimizedDetector
 from deformable_detr.utils.errors import UserError
 from tests.support.detections import synthetic
 from tests.support.training import tiny_config, write_dataset
@@ -68,8 +68,8 @@ def test_numbers_are_the_evaluations(models, tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         asked = []
-        original = OptimisedDetector.__init__
-        patch.setattr(OptimisedDetector, "__init__", lambda *a, **k: asked.append(a[2]) or original(*a, **k))
+        original = OptimizedDetector.__init__
+        patch.setattr(OptimizedDetector, "__init__", lambda *a, **k: asked.append(a[2]) or original(*a, **k))
         options = ("--precision", "fp32", "--workers", "0", "--device", "cpu", "--json", str(table))
         main(["evaluate", str(one), str(data), *options])
     assert asked == ["fp32"]

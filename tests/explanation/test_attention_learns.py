@@ -30,7 +30,7 @@ def cards_model(shared, tmp_path_factory):
 
 
 def best_detections(model, dataset):
-    """(explanation of the best detection, the labelled card nearest to it) of each image that is looked at."""
+    """(explanation of the best detection, the labeled card nearest to it) of each image that is looked at."""
     from torchvision.ops import box_convert, box_iou
 
     found = []
@@ -44,7 +44,7 @@ def best_detections(model, dataset):
 
 def mean_shares(explained, boxes):
     """Share of the attention inside the given boxes, an image each: (first, last decoder layer)."""
-    inside = [one.shares_inside(box)[[0, -1]] for one, box in zip(explained, boxes, strict=True)]
+    inside = [one.attention_inside_box(box)[[0, -1]] for one, box in zip(explained, boxes, strict=True)]
     return torch.stack(inside).mean(0).tolist()
 
 
@@ -61,7 +61,7 @@ def test_attention_goes_to_the_card(cards_model, shared):
     in_own_box = mean_shares(untrained, [one.box for one in untrained])
     print("first and last decoder layer:")
     print(f"inside the detected box {in_box}, random weights {untrained_in_box}")
-    print(f"inside the labelled card {on_card}, random weights {untrained_on_card}")
+    print(f"inside the labeled card {on_card}, random weights {untrained_on_card}")
     print(f"random weights, inside their own box {in_own_box}")
     for ours, random in zip(in_box, untrained_in_box, strict=True):
         assert ours > random + 0.1

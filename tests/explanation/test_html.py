@@ -32,7 +32,7 @@ def test_the_points_in_the_page_are_those_of_the_tensors(traced):
     for number, item in enumerate(data["items"]):
         found = traced.detection(number)
         assert item["name"] == found.name
-        for layer, look, share in zip(item["layers"], found.looks, found.shares_inside().tolist(), strict=True):
+        for layer, look, share in zip(item["layers"], found.looks, found.attention_inside_box().tolist(), strict=True):
             points = torch.tensor(layer["points"]).view(HEADS, LEVELS, POINTS, 3)
             torch.testing.assert_close(points[..., :2] / 10, look.locations, atol=0.0501, rtol=0)
             torch.testing.assert_close(points[..., 2] / 10000, look.weights, atol=5.1e-5, rtol=0)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from deformable_detr import Detections, UserError, explain
-from deformable_detr.explanation import DecoderLook, DetectionExplanation
+from deformable_detr.explanation import DecoderLayerSampling, DetectionExplanation
 from deformable_detr.explanation.viewport import close_up
 from tests.support.explanations import picture, random_model
 
@@ -22,15 +22,15 @@ def by_hand(image, spots, box=(20.0, 15.0, 180.0, 135.0), name="thing", weights=
         even = torch.full((1, 1, len(places)), 1 / len(places))
         heavy = even if weights is None else torch.tensor(weights).view(1, 1, -1)
         reference, found = torch.tensor([100.0, 75.0]), torch.tensor(box)
-        looks.append(DecoderLook(reference, None, found, torch.tensor([0.7]), locations, heavy))
+        looks.append(DecoderLayerSampling(reference, None, found, torch.tensor([0.7]), locations, heavy))
     detections = Detections(
         torch.tensor([box]), torch.tensor([0.7]), torch.tensor([0]), torch.tensor([1]), (name,), (height, width), image
     )
     return DetectionExplanation(image, (height, width), ((8, 8),), tuple(looks), detections, 0, 3)
 
 
-def centres(mask):
-    """Centres (x, y) of the mask's connected parts of some size, from left to right."""
+def centers(mask):
+    """Centers (x, y) of the mask's connected parts of some size, from left to right."""
     from scipy.ndimage import center_of_mass, label
 
     parts, count = label(mask)
@@ -38,8 +38,8 @@ def centres(mask):
     return sorted((x, y) for y, x in found)
 
 
-def close_to(pixels, colour, tolerance=24):
-    return np.abs(pixels.astype(int) - colour).max(-1) <= tolerance
+def close_to(pixels, color, tolerance=24):
+    return np.abs(pixels.astype(int) - color).max(-1) <= tolerance
 
 
 def drawn_at(spot):
@@ -50,12 +50,12 @@ def drawn_at(spot):
         image[int(y) - 3 : int(y) + 3, int(x) - 3 : int(x) + 3] = (255, 0, 0)
     drawn = np.asarray(by_hand(image, [[spot]]).draw(layer=0))
     panel = drawn[:, drawn.shape[1] // 2 :]  # beside the overview, which has no sampling points
-    red = centres(close_to(panel, (255, 0, 0), 60))
+    red = centers(close_to(panel, (255, 0, 0), 60))
     assert len(red) == 2
     (ax, ay), (bx, by) = red
     top = int(min(ay, by)) - 60
     between = panel[top : int(max(ay, by)) + 60]
-    yellow = centres(close_to(between, (253, 231, 37)))  # the end of the colours: the largest weight
+    yellow = centers(close_to(between, (253, 231, 37)))  # the end of the colors: the largest weight
     assert len(yellow) == 1
     x, y = yellow[0][0], yellow[0][1] + top
     scale_x = (landmarks[1][0] - landmarks[0][0]) / (bx - ax)
@@ -86,15 +86,15 @@ def test_names_are_no_formulas_and_never_empty_boxes(caplog):
     assert "class 1" in caplog.text
 
 
-def test_a_gif_keeps_the_colours_of_the_weights(tmp_path):
+def test_a_gif_keeps_the_colors_of_the_weights(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
     found = by_hand(noise, [[(60.0, 70.0), (90.0, 30.0)]], weights=[0.7, 0.3])
     path = found.save(tmp_path / "a.gif")
     wanted, [shown] = np.asarray(found.draw(layer=0)), [np.asarray(Image.open(path).convert("RGB"))]
-    for colour in ((253, 231, 37), (230, 159, 0)):  # the largest weight's, the box's
-        there = close_to(wanted, colour, 2)
+    for color in ((253, 231, 37), (230, 159, 0)):  # the largest weight's, the box's
+        there = close_to(wanted, color, 2)
         assert there.sum() > 100
-        assert np.median(np.abs(shown[there].astype(int) - colour)) <= 2
+        assert np.median(np.abs(shown[there].astype(int) - color)) <= 2
 
 
 def test_the_close_up_holds_the_box_and_nearly_all_of_the_attention():

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from deformable_detr import UserError, explain
-from deformable_detr.explanation import DetectionExplanation, attention_share, trace
+from deformable_detr.explanation import DetectionExplanation, attention_inside_box, trace
 from deformable_detr.ops.reference import sample_and_sum
 from tests.support.explanations import HEADS, LEVELS, POINTS, hand_set, picture, random_model, some_offsets
 
@@ -52,9 +52,9 @@ def test_points_around_a_box_are_spread_over_half_its_sides():
     assert first.reference_box is None
     torch.testing.assert_close(second.reference_box, first.box)  # each layer starts from the box of the one before
     x1, y1, x2, y2 = first.box.tolist()
-    centre, half = torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2]), torch.tensor([(x2 - x1) / 2, (y2 - y1) / 2])
-    torch.testing.assert_close(second.reference_point, centre)
-    expected = centre + known[1][0] / POINTS * half
+    center, half = torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2]), torch.tensor([(x2 - x1) / 2, (y2 - y1) / 2])
+    torch.testing.assert_close(second.reference_point, center)
+    expected = center + known[1][0] / POINTS * half
     torch.testing.assert_close(second.locations, expected, atol=1e-3, rtol=1e-5)
 
 
@@ -121,9 +121,9 @@ def test_without_offsets_the_encoder_looks_at_the_very_token_of_the_point(canvas
             range(LEVELS), traced.valid_ratios.tolist(), found.spatial_shapes, strict=True
         ):
             cell = torch.tensor([width / (across * w), height / (down * h)])  # a token's pixel, in image pixels
-            assert ((found.token_centres[token] - torch.tensor([x, y])).abs() <= cell / 2 + 1e-3).all()
+            assert ((found.token_centers[token] - torch.tensor([x, y])).abs() <= cell / 2 + 1e-3).all()
             for look in found.looks:
-                everywhere = found.token_centres[token].expand(HEADS, LEVELS, POINTS, 2)
+                everywhere = found.token_centers[token].expand(HEADS, LEVELS, POINTS, 2)
                 torch.testing.assert_close(look.locations[token], everywhere, atol=1e-3, rtol=1e-5)
     assert traced.point(0, 0).tokens[0] == 0
 
@@ -139,7 +139,7 @@ def test_a_photograph_on_its_side_is_explained_upright(tmp_path):
     assert torch.equal(turned.looks[-1].locations, straight.looks[-1].locations)
     assert torch.equal(turned.looks[-1].box, straight.looks[-1].box)
     wide = explain(model, tmp_path / "side.png", point=(100, 10))
-    assert wide.token_centres[:, 0].max() > 67  # right of what the file's own width would allow
+    assert wide.token_centers[:, 0].max() > 67  # right of what the file's own width would allow
 
 
 def test_the_detections_are_those_of_prediction_and_the_last_layer_is_theirs():
@@ -168,16 +168,18 @@ def test_the_model_keeps_its_mode_and_prediction_is_not_changed():
 def test_share_of_the_attention_inside_a_box():
     locations = torch.tensor([[1.0, 1.0], [5.0, 5.0], [10.0, 0.0], [11.0, 2.0]])
     weights = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    assert attention_share(locations, weights, torch.tensor([0.0, 0.0, 10.0, 4.0])).item() == pytest.approx(0.3)
-    assert attention_share(locations, weights * 7, torch.tensor([0.0, 0.0, 99.0, 99.0])).item() == pytest.approx(1.0)
-    assert attention_share(locations, weights, torch.tensor([2.0, 2.0, 4.0, 4.0])).item() == 0.0
+    assert attention_inside_box(locations, weights, torch.tensor([0.0, 0.0, 10.0, 4.0])).item() == pytest.approx(0.3)
+    assert attention_inside_box(locations, weights * 7, torch.tensor([0.0, 0.0, 99.0, 99.0])).item() == pytest.approx(
+        1.0
+    )
+    assert attention_inside_box(locations, weights, torch.tensor([2.0, 2.0, 4.0, 4.0])).item() == 0.0
 
 
 def test_shares_follow_the_weights_layer_by_layer():
     model, _ = with_known_points()
     found = explain(model, picture(67, 101), threshold=0.0)
     box = torch.tensor([0.0, 0.0, 33.0, 67.0])
-    for share, look in zip(found.shares_inside(box).tolist(), found.looks, strict=True):
+    for share, look in zip(found.attention_inside_box(box).tolist(), found.looks, strict=True):
         x, y = look.locations.unbind(-1)
         inside = (x >= 0) & (x <= 33) & (y >= 0) & (y <= 67)
         assert 0 < share < 1
@@ -193,7 +195,7 @@ def test_numbers_for_json():
     assert whole["detection"]["name"] == found.name
     assert whole["layers"][0]["reference_box"] is None
     assert torch.equal(torch.tensor(whole["layers"][1]["locations"]), found.looks[1].locations)
-    assert whole["layers"][1]["share_inside_box"] == found.shares_inside()[1].item()
+    assert whole["layers"][1]["share_inside_box"] == found.attention_inside_box()[1].item()
     point = explain(model, picture(67, 101), point=(10, 20)).to_dict()
     assert point["point"] == [10, 20]
     assert torch.tensor(point["layers"][1]["weights"]).shape == (LEVELS, HEADS, LEVELS, POINTS)

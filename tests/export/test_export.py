@@ -92,14 +92,14 @@ def test_graph(file):
 
 def test_default_query_options(tmp_path):
     """Those of the small preset, over two decoder layers, whose graph has parts that an exporter wants to merge."""
-    model = tiny(decoder_layers=2, box_positions=True, look_forward_twice=True)
+    model = tiny(decoder_layers=2, iterative_query_pos=True, look_forward_twice=True)
     export_model(model, tmp_path / "tiny.onnx", "onnx")
     agree(model, load(tmp_path / "tiny.onnx"), SIZES[:1])
 
 
 def test_one_reference_for_all_decoder_layers(tmp_path):
     """The paper's plain form: every layer takes the logit of the same points, which an exporter wants to merge too."""
-    model = tiny(decoder_layers=2, refine=False, two_stage=False, query_content="proposal", class_proposals=False)
+    model = tiny(decoder_layers=2, refine=False, two_stage=False, query_init="box", class_aware_proposals=False)
     export_model(model, tmp_path / "tiny.onnx", "onnx")
     agree(model, load(tmp_path / "tiny.onnx"), SIZES[:1])
 
@@ -277,7 +277,7 @@ def test_metadata_keys_are_all_written():
 def test_every_format_any_size(kind, tmp_path):
     """Two levels, open sizes; the metadata comes back from each format."""
     pytest.importorskip(kind)
-    model = tiny(feature_levels=2)
+    model = tiny(num_feature_levels=2)
     path = tmp_path / f"tiny{formats.SUFFIXES[kind]}"
     export_model(model, path, kind)
     exported = load(path)

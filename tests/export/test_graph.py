@@ -64,7 +64,7 @@ def test_same_padding(kernel, stride, dilation):
 
 def test_open_sizes_stay_short():
     """Nested halvings must simplify: at 500 characters a size, tracing took twice as long, loading a .pt2 minutes."""
-    model = tiny(backbone="tf_efficientnet_lite0", backbone_shape=None, feature_levels=4)
+    model = tiny(backbone="tf_efficientnet_lite0", backbone_shape=None, num_feature_levels=4)
     graph = trace(InferenceGraph(model, False), None, "grid_sample").graph
     values = (node.meta.get("val") for node in graph.nodes)
     sizes = {str(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape}

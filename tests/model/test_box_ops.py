@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.ops import box_convert, generalized_box_iou
 
-from deformable_detr.model.box_ops import generalised_iou, in_float32
+from deformable_detr.model.box_ops import generalized_iou, in_float32
 from tests.support.training import random_boxes
 
 
@@ -10,18 +10,18 @@ def test_giou_is_torchvisions():
     generator = torch.Generator().manual_seed(0)
     boxes, others = random_boxes(40, generator=generator), random_boxes(30, generator=generator)
     expected = generalized_box_iou(*(box_convert(item, "cxcywh", "xyxy") for item in (boxes, others)))
-    torch.testing.assert_close(generalised_iou(boxes[:, None], others), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(generalized_iou(boxes[:, None], others), expected, rtol=0, atol=2e-6)
 
 
 def test_giou_of_a_small_box_is_not_shifted():
     box = torch.tensor([0.5, 0.5, 1e-3, 1e-3])  # one pixel of a thousand
-    assert generalised_iou(box, box).item() == pytest.approx(1, abs=1e-3)
+    assert generalized_iou(box, box).item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("other", [[0.5, 0.5, 0.0, 0.0], [0.2, 0.3, 0.0, 0.0], [0.5, 0.5, 0.2, 0.0]])
 def test_giou_without_area_is_finite(other):
     box = torch.tensor([0.5, 0.5, 0.0, 0.0], requires_grad=True)
-    value = generalised_iou(box, torch.tensor(other))
+    value = generalized_iou(box, torch.tensor(other))
     value.backward()
     assert value.isfinite()
     assert -1 <= value <= 1

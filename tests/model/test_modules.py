@@ -9,8 +9,8 @@ from torch import nn
 from deformable_detr import UserError
 from deformable_detr.config import presets
 from deformable_detr.model.attention import DeformableAttention
-from deformable_detr.model.backbone import Backbone, Projections
-from deformable_detr.model.geometry import pixel_centres, proposal_anchors, refined_boxes
+from deformable_detr.model.backbone import Backbone, InputProjection
+from deformable_detr.model.geometry import pixel_centers, proposal_anchors, refined_boxes
 from deformable_detr.model.layers import inverse_sigmoid
 from deformable_detr.model.position_encoding import LearnedPosition, SinePosition
 
@@ -78,10 +78,10 @@ def test_learned_positions_grow_beyond_their_table():
     assert torch.allclose(large[..., -1, -1], small[..., -1, -1])
 
 
-def test_pixel_centres_are_relative_to_the_unpadded_image():
-    centres = pixel_centres(((2, 4),), torch.tensor([[[0.5, 1.0]]]))
-    assert centres[0, :4, 0].tolist() == [0.25, 0.75, 1.25, 1.75]
-    assert centres[0, ::4, 1].tolist() == [0.25, 0.75]
+def test_pixel_centers_are_relative_to_the_unpadded_image():
+    centers = pixel_centers(((2, 4),), torch.tensor([[[0.5, 1.0]]]))
+    assert centers[0, :4, 0].tolist() == [0.25, 0.75, 1.25, 1.75]
+    assert centers[0, ::4, 1].tolist() == [0.25, 0.75]
 
 
 # -- boxes
@@ -122,8 +122,8 @@ def backbone(**changes) -> Backbone:
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 6])
 def test_levels_halve_from_stride_8_on(levels):
-    body = backbone(feature_levels=levels)
-    project = Projections(presets.multi_scale(hidden_dim=64, num_heads=4, feature_levels=levels), body.channels)
+    body = backbone(num_feature_levels=levels)
+    project = InputProjection(presets.multi_scale(hidden_dim=64, num_heads=4, num_feature_levels=levels), body.channels)
     sizes = [x.shape[-1] for x in project(body(torch.randn(1, 3, 256, 256)))]
     first = {1: 32, 2: 16}.get(levels, 8)
     assert sizes == [256 // (first * 2**i) for i in range(levels)]

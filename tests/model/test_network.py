@@ -5,7 +5,7 @@ import torch
 
 from deformable_detr import DeformableDETR, UserError
 from deformable_detr.config import presets
-from deformable_detr.model.decoder import ExtraQueries
+from deformable_detr.model.decoder import DenoisingQueries
 
 TINY = {
     "backbone": "resnet10t", "backbone_weights": "none", "hidden_dim": 64, "num_heads": 4, "ffn_dim": 48,
@@ -19,7 +19,7 @@ def tiny(variant=presets.two_stage, **changes) -> DeformableDETR:
 
 
 def shaken(model: DeformableDETR) -> DeformableDETR:
-    """The model with its zero-initialised parts moved, so that nothing is equal only because it is still zero."""
+    """The model with its zero-initialized parts moved, so that nothing is equal only because it is still zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,7 +64,7 @@ def test_shapes_and_a_finite_gradient_for_every_parameter(variant):
 @pytest.mark.parametrize("position", ["sine", "learned"])
 @pytest.mark.parametrize("levels", [1, 2, 3, 5])
 def test_options_run_and_learn(norm, position, levels):
-    model = tiny(presets.refine, pre_norm=norm, position_encoding=position, feature_levels=levels).train()
+    model = tiny(presets.refine, pre_norm=norm, position_encoding=position, num_feature_levels=levels).train()
     out = model(*batch())
     (out["layer_logits"].square().mean() + out["layer_boxes"].mean()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -198,13 +198,13 @@ def test_model_folder_errors(tmp_path):
         DeformableDETR.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["proposal", "learned", "memory"])
+@pytest.mark.parametrize("content", ["box", "learned", "encoder"])
 @pytest.mark.parametrize("positions", [False, True], ids=["fixed-positions", "box-positions"])
 def test_query_options_train_every_parameter(content, positions):
     options = {
-        "query_content": content,
-        "box_positions": positions,
-        "class_proposals": True,
+        "query_init": content,
+        "iterative_query_pos": positions,
+        "class_aware_proposals": True,
         "look_forward_twice": True,
     }
     model = shaken(tiny(**options)).train()
@@ -231,7 +231,7 @@ def test_look_forward_twice_changes_gradients_only():
 
 
 def test_extra_queries_unseen_by_the_models_own_change_nothing():
-    model = shaken(tiny(box_positions=True)).eval()
+    model = shaken(tiny(iterative_query_pos=True)).eval()
     pixels, mask = batch()
     extra, Q = 3, 12
     unseen = torch.zeros(extra + Q, extra + Q, dtype=torch.bool)
@@ -239,8 +239,8 @@ def test_extra_queries_unseen_by_the_models_own_change_nothing():
     boxes = torch.rand(2, extra, 4)
     with torch.no_grad():
         plain = model(pixels, mask)
-        hidden = model(pixels, mask, extra=ExtraQueries(torch.randn(2, extra, 64), boxes, unseen))
-        seen = model(pixels, mask, extra=ExtraQueries(torch.randn(2, extra, 64), boxes, torch.zeros_like(unseen)))
+        hidden = model(pixels, mask, extra=DenoisingQueries(torch.randn(2, extra, 64), boxes, unseen))
+        seen = model(pixels, mask, extra=DenoisingQueries(torch.randn(2, extra, 64), boxes, torch.zeros_like(unseen)))
     assert hidden["extra_boxes"].shape == (2, 2, extra, 4)
     assert torch.allclose(plain["pred_logits"], hidden["pred_logits"], atol=1e-5)
     assert not torch.allclose(plain["pred_logits"], seen["pred_logits"], atol=1e-3)

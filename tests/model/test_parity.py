@@ -32,7 +32,7 @@ def config(variant: str, levels: int, backbone: str = "timm", **changes):
 
 
 @torch.no_grad()
-def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Every weight, norm, bias, offset and running statistic moved, so that nothing is equal by being at its start.
 
     As calm as trained weights are: wilder ones amplify the rounding of fp32 in both implementations beyond 1e-5.
@@ -99,7 +99,7 @@ CASES = [*itertools.product(VARIANTS, (1, 4), BACKBONES)]
 
 @pytest.mark.parametrize(("variant", "levels", "backbone"), CASES, ids=lambda value: str(value))
 def test_weights_of_transformers_give_the_same_here(variant, levels, backbone, tmp_path):
-    theirs = randomised(transformers.DeformableDetrForObjectDetection(config(variant, levels, backbone)))
+    theirs = randomized(transformers.DeformableDetrForObjectDetection(config(variant, levels, backbone)))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = loaded(tmp_path / "theirs")
     transformers_format.save(ours, tmp_path / "back")
@@ -124,7 +124,7 @@ def test_own_resnet_of_any_size_there_and_back(shape, levels, tmp_path):
     stages = ["stage2", "stage3", "stage4"] if levels > 1 else ["stage4"]
     backbone = transformers.ResNetConfig(**SHAPES[shape], out_features=stages)
     theirs = config("refine", levels, "own ResNet", backbone_config=backbone)
-    theirs = randomised(transformers.DeformableDetrForObjectDetection(theirs))
+    theirs = randomized(transformers.DeformableDetrForObjectDetection(theirs))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = loaded(tmp_path / "theirs")
     transformers_format.save(ours, tmp_path / "back")
@@ -138,7 +138,7 @@ def test_own_resnet_of_any_size_there_and_back(shape, levels, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dilated_backbone(variant, tmp_path):
-    theirs = randomised(transformers.DeformableDetrForObjectDetection(config(variant, 1, dilation=True)), seed=1)
+    theirs = randomized(transformers.DeformableDetrForObjectDetection(config(variant, 1, dilation=True)), seed=1)
     theirs.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.float64):
         compare(theirs, loaded(tmp_path), dtype)
@@ -157,7 +157,7 @@ PAPER = [name for name in presets.MODELS if not name.startswith("small")]
 def test_weights_from_here_give_the_same_in_transformers(name, tmp_path):
     torch.manual_seed(0)
     changes = {**OURS, "backbone": "tf_efficientnet_lite0"} if name not in PAPER else OURS
-    ours = randomised(DeformableDETR(presets.MODELS.get(name, presets.two_stage)(**changes)))
+    ours = randomized(DeformableDETR(presets.MODELS.get(name, presets.two_stage)(**changes)))
     transformers_format.save(ours, tmp_path)
     theirs, report = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -169,7 +169,7 @@ def test_silu_gelu_and_learned_positions(tmp_path):
     for activation, position in (("silu", "learned"), ("gelu", "sine")):
         changes = {"activation_function": activation, "position_embedding_type": position}
         theirs = transformers.DeformableDetrForObjectDetection(config("plain", 3, **changes))
-        randomised(theirs).save_pretrained(tmp_path / activation)
+        randomized(theirs).save_pretrained(tmp_path / activation)
         compare(theirs, loaded(tmp_path / activation), torch.float64, width=200)
 
 
@@ -177,7 +177,7 @@ def test_silu_gelu_and_learned_positions(tmp_path):
 @pytest.mark.parametrize("name", [*PAPER, "small-portable"])
 def test_full_size(name, tmp_path):
     torch.manual_seed(0)
-    ours = randomised(DeformableDETR(presets.MODELS[name](backbone_weights="none")))
+    ours = randomized(DeformableDETR(presets.MODELS[name](backbone_weights="none")))
     transformers_format.save(ours, tmp_path)
     theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path)
     compare(theirs.eval(), ours, torch.float32)

@@ -10,9 +10,9 @@ from deformable_detr.model.postprocess import inside, select
 def outputs(B=2, Q=7, K=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(B, Q, K, generator=generator)
-    centres = torch.rand(B, Q, 2, generator=generator)
+    centers = torch.rand(B, Q, 2, generator=generator)
     sizes = torch.rand(B, Q, 2, generator=generator) * 0.8
-    return {"pred_logits": logits, "pred_boxes": torch.cat([centres, sizes], dim=-1)}
+    return {"pred_logits": logits, "pred_boxes": torch.cat([centers, sizes], dim=-1)}
 
 
 def by_definition(out, image, size, top_k):

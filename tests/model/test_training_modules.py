@@ -57,7 +57,7 @@ def test_so_many_go_and_the_others_make_up_for_them(p):
     assert float(share.mean(0).std()) < 0.04  # no column and no row that goes as a whole
     assert float(share.mean(1).std()) < 0.03
     near_by = torch.corrcoef(torch.stack((share[:, :-1].flatten(), share[:, 1:].flatten())))[0, 1]
-    assert abs(float(near_by)) < 0.01  # neighbours share a number and go one by one all the same
+    assert abs(float(near_by)) < 0.01  # neighbors share a number and go one by one all the same
 
 
 def test_the_generator_decides_what_goes():

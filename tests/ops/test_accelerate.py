@@ -159,7 +159,7 @@ def test_outputs_and_gradients_stay_within_1e_5(name, monkeypatch):
     assert ops.restore(model) == ()
 
 
-def test_nearest_neighbour_sampling_is_left_alone():
+def test_nearest_neighbor_sampling_is_left_alone():
     model, _ = _rt_detr("RTDetrV2", decoder_method="discrete")
     with pytest.raises(UserError, match="bilinear"):
         ops.accelerate(model)

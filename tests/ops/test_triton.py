@@ -20,9 +20,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "triton_interpreted.py"
 def test_interpreted_kernels_agree_with_float64():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, SCRIPT], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "all right"
 

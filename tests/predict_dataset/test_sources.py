@@ -48,7 +48,7 @@ def test_folder(tmp_path):
     assert len(records(f"{folder}/*.jpg")) == 5
     assert len(records(folder / "a00.png")) == 1
     assert len(records(folder, skip=str(folder / "b"))) == 10
-    assert len(records(folder, skip=f"{folder}//x/../b")) == 10, "however it is spelt"
+    assert len(records(folder, skip=f"{folder}//x/../b")) == 10, "however it is spelled"
     assert records(f"file://{folder}")[0].image == f"{folder}/a00.png"
 
 

@@ -91,7 +91,7 @@ def test_a_failure_is_its_batch_s_alone():
     run(scenario)
 
 
-def test_cancelled_ones_are_not_worked_on():
+def test_canceled_ones_are_not_worked_on():
     async def scenario(batcher, work):
         first = await held(batcher, work)
         waiting = [batcher.submit(number, 0) for number in range(4)]

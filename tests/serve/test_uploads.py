@@ -2,8 +2,8 @@
 
 import pytest
 
-from deformable_detr.serve.limits import Refused
-from deformable_detr.serve.uploads import Ledger, clean, uploads
+from deformable_detr.serve.limits import HttpError
+from deformable_detr.serve.uploads import BodyBudget, clean, uploads
 
 KIND = "multipart/form-data; boundary=b"
 
@@ -21,7 +21,7 @@ def part(data=b"x", name='name="images"', filename='; filename="a.png"', more=b"
 
 
 def refused(kind, body, most=2):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(HttpError) as caught:
         uploads(kind, bytearray(body), most)
     return caught.value.status
 
@@ -81,9 +81,9 @@ def test_names_are_made_fit_to_be_shown():
 
 
 def test_the_ledger_is_bounded():
-    ledger = Ledger(10)
+    ledger = BodyBudget(10)
     ledger.take(10)
-    with pytest.raises(Refused, match="too much") as caught:
+    with pytest.raises(HttpError, match="too much") as caught:
         ledger.take(1)
     assert caught.value.status == 503
     assert caught.value.retry_after

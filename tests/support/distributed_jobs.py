@@ -17,9 +17,9 @@ import torch
 
 from deformable_detr.data.dataloader import StepSampler, collate
 from deformable_detr.detector import DeformableDETR
-from deformable_detr.distributed.context import World
+from deformable_detr.distributed.context import DistributedContext
 from deformable_detr.structures import Target
-from deformable_detr.training.step import Stepper
+from deformable_detr.training.step import TrainStep
 from deformable_detr.training.totals import combined, own_figures
 from deformable_detr.utils.errors import UserError
 from tests.support.training import random_targets, tiny_config
@@ -65,12 +65,17 @@ CASES = {
 
 def gradient_config(**train: Any) -> Any:
     """Every loss there is; norms that do not look at the rest of the batch."""
-    model = {"backbone_norm": "frozen", "class_proposals": True, "query_content": "memory", "look_forward_twice": True}
-    changes = {"denoising": 20, "encoder_matches": 2, "class_loss": "matchability", **train}
+    model = {
+        "backbone_norm": "frozen",
+        "class_aware_proposals": True,
+        "query_init": "encoder",
+        "look_forward_twice": True,
+    }
+    changes = {"num_denoising": 20, "encoder_matches": 2, "class_loss": "mal", **train}
     return tiny_config().merged({"model": model, "train": changes})
 
 
-def gradients_of(stepper: Stepper) -> dict[str, torch.Tensor]:
+def gradients_of(stepper: TrainStep) -> dict[str, torch.Tensor]:
     found = {}
     for module in (stepper.model, stepper.helpers):
         for name, parameter in module.named_parameters():
@@ -97,13 +102,13 @@ def gradients(folder: Path) -> dict[str, Any]:
     model = DeformableDETR(config.model).train()
     next_port()
     results: dict[str, Any] = {}
-    with World("cpu") as world:
+    with DistributedContext("cpu") as world:
         steppers = {}
         torch.manual_seed(1)  # of the vectors that denoising learns
-        steppers["one"] = Stepper(copy.deepcopy(model), config.train)
+        steppers["one"] = TrainStep(copy.deepcopy(model), config.train)
         for kind in ("ddp", "fsdp"):
             torch.manual_seed(1)
-            steppers[kind] = Stepper(copy.deepcopy(model), config.train.replace(parallel=kind), world)
+            steppers[kind] = TrainStep(copy.deepcopy(model), config.train.replace(parallel=kind), world)
 
         for name, (sizes, batch_size) in CASES.items():
             generator = torch.Generator().manual_seed(len(name))
@@ -141,8 +146,12 @@ def gradients(folder: Path) -> dict[str, Any]:
 
 
 def run_config(**train: Any) -> Any:
-    return tiny_config(batch_size=2, effective_batch=4, lr_scaling="none", **train).merged(
-        {"model": {"backbone_norm": "frozen"}, "data": {"check": "off"}, "train": {"denoising": 10, "ema_decay": 0.9}}
+    return tiny_config(batch_size=2, total_batch_size=4, lr_scaling="none", **train).merged(
+        {
+            "model": {"backbone_norm": "frozen"},
+            "data": {"check": "off"},
+            "train": {"num_denoising": 10, "ema_decay": 0.9},
+        }
     )
 
 
@@ -183,7 +192,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
     model = DeformableDETR(config)
     next_port()
     results = {}
-    with World("cpu") as world:
+    with DistributedContext("cpu") as world:
         for name in ("five", "one"):
             dataset = open_dataset(folder / name, "val", transform=evaluation(64, 128))
             together = evaluate_together(model, dataset, 2, 0, world)
@@ -195,23 +204,23 @@ def evaluations(folder: Path) -> dict[str, Any]:
 @job
 def accidents(folder: Path) -> dict[str, Any]:
     """A signal, an unreadable image and a NaN, each in the second process alone."""
-    data, original, second = folder / "data", Stepper.step, os.environ["RANK"] == "1"
+    data, original, second = folder / "data", TrainStep.step, os.environ["RANK"] == "1"
     results = {}
 
-    def signalled(self: Stepper, passes: Any, done: int, *rest: Any) -> Any:
+    def signalled(self: TrainStep, passes: Any, done: int, *rest: Any) -> Any:
         if done == 1 and second:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, passes, done, *rest)
 
-    def poisoned(self: Stepper, passes: Any, done: int, *rest: Any) -> Any:
+    def poisoned(self: TrainStep, passes: Any, done: int, *rest: Any) -> Any:
         if done == 2 and second:
             passes[0][1][0].boxes[0, 0] = float("nan")
         return original(self, passes, done, *rest)
 
     for name, step in (("signal", signalled), ("nan", poisoned)):
-        Stepper.step = step
+        TrainStep.step = step
         results[name] = outcome(lambda name=name: train(data, folder / name, run_config()))
-        Stepper.step = original
+        TrainStep.step = original
     results["image"] = outcome(lambda: train(folder / "broken", folder / "image", run_config()))
     results["afterwards"] = outcome(lambda: train(data, folder / "signal", run_config(), resume=True))
     return results
@@ -220,15 +229,15 @@ def accidents(folder: Path) -> dict[str, Any]:
 @job
 def crash(folder: Path) -> dict[str, Any]:
     """The second process is gone without a word in the second step."""
-    original = Stepper.step
+    original = TrainStep.step
 
-    def step(self: Stepper, passes: Any, done: int, *rest: Any) -> Any:
+    def step(self: TrainStep, passes: Any, done: int, *rest: Any) -> Any:
         if done == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, passes, done, *rest)
 
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        Stepper.step = step
+        TrainStep.step = step
     return {"run": outcome(lambda: train(folder / "data", folder / "crash", run_config()))}
 
 
@@ -237,7 +246,7 @@ def stuck(folder: Path) -> dict[str, Any]:
     """The first process waits for a second one that never speaks."""
     if os.environ["RANK"] == "0":
         next_port()
-        with World("cpu") as world:
+        with DistributedContext("cpu") as world:
             world.gather([1.0])
     time.sleep(10_000)
     return {}

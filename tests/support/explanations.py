@@ -14,7 +14,7 @@ def small_config(**changes):
         "category_ids": (2, 5, 9),
         "backbone": "test_resnet",
         "backbone_weights": "none",
-        "feature_levels": LEVELS,
+        "num_feature_levels": LEVELS,
         "image_size": 64,
         "max_size": 160,
         "hidden_dim": 32,

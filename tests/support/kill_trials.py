@@ -28,7 +28,7 @@ import torch
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.training import checkpoint, trainer
 from deformable_detr.training.checkpoint import load_checkpoint
-from deformable_detr.training.run_dir import RunFolder, run_config
+from deformable_detr.training.run_dir import RunDir, run_config
 from deformable_detr.training.trainer import train_model
 from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config, write_dataset
@@ -55,7 +55,7 @@ class Killer:
         os.replace = self.around(os.replace)
         Path.unlink = self.around(Path.unlink)  # pyright: ignore[reportAttributeAccessIssue]
         for name in ("save", "export"):
-            setattr(RunFolder, name, self.within(getattr(RunFolder, name)))
+            setattr(RunDir, name, self.within(getattr(RunDir, name)))
 
     def around(self, work):
         def wrapped(*arguments, **options):

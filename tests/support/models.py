@@ -15,10 +15,10 @@ def tiny(**changes):
     """One level, one layer of each kind, a ResNet of four blocks; two-stage with memory queries unless changed."""
     base = {
         "backbone_shape": {"block": "basic", "depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "stem": 8},
-        "backbone_weights": "none", "feature_levels": 1, "hidden_dim": 16, "num_heads": 2, "encoder_layers": 1,
+        "backbone_weights": "none", "num_feature_levels": 1, "hidden_dim": 16, "num_heads": 2, "encoder_layers": 1,
         "decoder_layers": 1, "ffn_dim": 32, "num_queries": 12, "num_classes": 3, "class_names": NAMES,
-        "category_ids": IDS, "image_size": 96, "refine": True, "two_stage": True, "query_content": "memory",
-        "class_proposals": True, "pixel_mean": (0.4, 0.5, 0.6), "pixel_std": (0.2, 0.25, 0.3),
+        "category_ids": IDS, "image_size": 96, "refine": True, "two_stage": True, "query_init": "encoder",
+        "class_aware_proposals": True, "pixel_mean": (0.4, 0.5, 0.6), "pixel_std": (0.2, 0.25, 0.3),
     }  # fmt: skip
     return lively(DeformableDETR(ModelConfig.read({**base, **changes})))
 

@@ -24,8 +24,8 @@ class RedBoxFinder(nn.Module):
         self.seen.append(tuple(pixels.shape))
         B, Q, K = len(pixels), self.config.num_queries, self.config.num_classes
         assert not pixels.masked_select(padding_mask[:, None]).any()
-        colours = pixels * self.pixel_std[:, None, None] + self.pixel_mean[:, None, None]
-        red = (colours[:, 0] > 0.5) & (colours[:, 1] < 0.5) & ~padding_mask
+        colors = pixels * self.pixel_std[:, None, None] + self.pixel_mean[:, None, None]
+        red = (colors[:, 0] > 0.5) & (colors[:, 1] < 0.5) & ~padding_mask
         logits = torch.linspace(-1, -2, Q)[None, :, None].repeat(B, 1, K)
         boxes = torch.full((B, Q, 4), 0.5)
         for i in range(B):

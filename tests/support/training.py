@@ -13,24 +13,24 @@ from PIL import Image
 from deformable_detr.config.schema import Config, ModelConfig
 from deformable_detr.structures import Target
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
 
 
 def tiny_config(**train: Any) -> Config:
     """A two-stage model of 0.4 M parameters at 64 pixels, without any download or worker process."""
     model = ModelConfig(
-        backbone="test_resnet", backbone_weights="none", feature_levels=2, hidden_dim=32, num_heads=4,
+        backbone="test_resnet", backbone_weights="none", num_feature_levels=2, hidden_dim=32, num_heads=4,
         encoder_layers=1, decoder_layers=2, ffn_dim=64, dropout=0.0, num_queries=12, image_size=64,
         refine=True, two_stage=True, num_classes=3,
     )  # fmt: skip
-    base = {"epochs": 2, "batch_size": 4, "log_every": 1, "device": "cpu", "lr": 1e-3, "sampling_lr_factor": 1.0,
-            "backbone_lr_factor": 1.0}  # fmt: skip
-    data = {"workers": 0, "crop": 0.0, "train_scales": (1.0, 1.0)}
+    base = {"epochs": 2, "batch_size": 4, "log_every": 1, "device": "cpu", "lr": 1e-3, "sampling_lr_mult": 1.0,
+            "backbone_lr_mult": 1.0}  # fmt: skip
+    data = {"workers": 0, "crop_prob": 0.0, "train_scales": (1.0, 1.0)}
     return Config.read({"preset": "small", "model": model.model_dump(), "data": data, "train": {**base, **train}})
 
 
 def write_dataset(root: Path, train: int = 8, val: int = 4, seed: int = 0, empty: int = 0) -> Path:
-    """Coloured rectangles on noise in Roboflow's layout; category ids have gaps; the first `empty` images have none."""
+    """Colored rectangles on noise in Roboflow's layout; category ids have gaps; the first `empty` images have none."""
     random = np.random.default_rng(seed)
     for split, count in (("train", train), ("valid", val)):
         folder = root / split
@@ -39,18 +39,18 @@ def write_dataset(root: Path, train: int = 8, val: int = 4, seed: int = 0, empty
         for number in range(count):
             pixels = random.integers(90, 150, (64, 64, 3), dtype=np.uint8)
             for _ in range(0 if number < empty else 1 + number % 2):
-                colour = int(random.integers(3))
+                color = int(random.integers(3))
                 width, height = random.integers(16, 32, 2)
                 x, y = int(random.integers(0, 64 - width)), int(random.integers(0, 64 - height))
-                pixels[y : y + height, x : x + width] = list(COLOURS.values())[colour]
+                pixels[y : y + height, x : x + width] = list(COLORS.values())[color]
                 annotations.append({
-                    "id": len(annotations) + 1, "image_id": 100 + number, "category_id": 10 * (colour + 1),
+                    "id": len(annotations) + 1, "image_id": 100 + number, "category_id": 10 * (color + 1),
                     "bbox": [x, y, int(width), int(height)], "area": int(width * height), "iscrowd": 0,
                 })  # fmt: skip
             name = f"{number}.png"
             Image.fromarray(pixels).save(folder / name)
             images.append({"id": 100 + number, "file_name": name, "width": 64, "height": 64})
-        categories = [{"id": 10 * (index + 1), "name": name} for index, name in enumerate(COLOURS)]
+        categories = [{"id": 10 * (index + 1), "name": name} for index, name in enumerate(COLORS)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (folder / "_annotations.coco.json").write_text(json.dumps(content))
     return root

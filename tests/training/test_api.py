@@ -2,7 +2,7 @@ import pytest
 
 from deformable_detr.config.schema import DataConfig, ModelConfig, TrainConfig
 from deformable_detr.training.api import _config, train
-from deformable_detr.training.run_dir import RunFolder
+from deformable_detr.training.run_dir import RunDir
 from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config, write_dataset
 
@@ -14,8 +14,10 @@ def test_keys_are_in_one_section_only():
 
 
 def test_settings_by_name_and_by_section(tmp_path):
-    config = _config(tmp_path, "refine", False, {"lr": 0.5, "train": {"epochs": 3}, "num_queries": 7, "flip": 0.0})
-    assert (config.train.lr, config.train.epochs, config.model.num_queries, config.data.flip) == (0.5, 3, 7, 0.0)
+    config = _config(
+        tmp_path, "refine", False, {"lr": 0.5, "train": {"epochs": 3}, "num_queries": 7, "hflip_prob": 0.0}
+    )
+    assert (config.train.lr, config.train.epochs, config.model.num_queries, config.data.hflip_prob) == (0.5, 3, 7, 0.0)
     assert (config.preset, config.model.refine, config.model.two_stage) == ("refine", True, False)
 
 
@@ -42,7 +44,7 @@ def test_mistakes_are_named(tmp_path, settings, message):
 
 
 def test_resume_starts_from_the_run_s_own_config(tmp_path):
-    RunFolder(tmp_path).write_config(tiny_config(lr=0.25))
+    RunDir(tmp_path).write_config(tiny_config(lr=0.25))
     config = _config(tmp_path, "small", True, {"epochs": 9})
     assert (config.train.lr, config.train.epochs, config.model.hidden_dim) == (0.25, 9, 32)
     with pytest.raises(UserError, match="nothing to resume"):

@@ -26,12 +26,12 @@ from deformable_detr.utils.errors import UserError
 def tensors(value: float, size: int = 1000):
     return {
         "model": {"weight": torch.full((size,), value)},
-        "optimiser": {"weight/exp_avg": torch.full((size,), -value)},
+        "optimizer": {"weight/exp_avg": torch.full((size,), -value)},
     }
 
 
 def files_of(*serials):
-    return sorted(f"{name}" for n in serials for name in (f"model-{n}.safetensors", f"optimiser-{n}.safetensors",
+    return sorted(f"{name}" for n in serials for name in (f"model-{n}.safetensors", f"optimizer-{n}.safetensors",
                                                            f"state-{n}.json"))  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_round_trip_and_two_generations_stay(tmp_path):
     found, state = load_checkpoint(tmp_path / "last")
     assert state == {"step": 3.0, "none": None}
     assert torch.equal(found["model"]["weight"], torch.full((1000,), 3.0))
-    assert torch.equal(found["optimiser"]["weight/exp_avg"], torch.full((1000,), -3.0))
+    assert torch.equal(found["optimizer"]["weight/exp_avg"], torch.full((1000,), -3.0))
     assert sorted(path.name for path in (tmp_path / "last").iterdir()) == files_of(2, 3)
     latest, before = generations(tmp_path / "last")
     assert (load_state(latest)["step"], load_state(before)["step"]) == (3.0, 2.0)
@@ -66,7 +66,7 @@ def test_state_alone_can_change(tmp_path):
     assert found["model"]["weight"][0] == 1
 
 
-@pytest.mark.parametrize("name", ["model-1.safetensors", "optimiser-1.safetensors", "state-1.json"])
+@pytest.mark.parametrize("name", ["model-1.safetensors", "optimizer-1.safetensors", "state-1.json"])
 @pytest.mark.parametrize("harm", ["truncated", "missing", "flipped", "empty"])
 def test_damage_is_one_line_that_names_the_file(tmp_path, name, harm):
     save_checkpoint(tmp_path, tensors(1.0), {"step": 1})

@@ -17,7 +17,7 @@ def target(count: int, seed: int = 0) -> Target:
 
 def test_each_near_query_belongs_to_its_object():
     torch.manual_seed(0)
-    denoising = Denoising(TrainConfig(denoising=30, box_noise=0.0, label_noise=0.0), num_classes=3, dim=8)
+    denoising = Denoising(TrainConfig(num_denoising=30, box_noise=0.0, label_noise=0.0), num_classes=3, dim=8)
     targets = [target(2, 1), target(0, 2), target(5, 3)]
     extra, matches, groups = denoising(targets, num_queries=4)
     assert groups == 3
@@ -36,7 +36,7 @@ def test_no_objects_no_queries():
 
 
 def test_more_objects_than_the_budget_still_make_one_group():
-    _, _, groups = Denoising(TrainConfig(denoising=10), num_classes=3, dim=8)([target(50)], num_queries=4)
+    _, _, groups = Denoising(TrainConfig(num_denoising=10), num_classes=3, dim=8)([target(50)], num_queries=4)
     assert groups == 1
 
 

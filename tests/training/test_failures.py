@@ -16,9 +16,9 @@ from deformable_detr.evaluation import evaluator
 from deformable_detr.training import checkpoint, run_dir
 from deformable_detr.training.checkpoint import load_checkpoint
 from deformable_detr.training.log import MetricsLog
-from deformable_detr.training.run_dir import RunFolder, run_config
-from deformable_detr.training.setup import said_plainly
-from deformable_detr.training.step import Stepper
+from deformable_detr.training.run_dir import RunDir, run_config
+from deformable_detr.training.setup import machine_errors_as_user_errors
+from deformable_detr.training.step import TrainStep
 from deformable_detr.training.trainer import train_model
 from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config, write_dataset
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 def said(error, tmp_path, workers=2):
     """What the user reads instead of this error."""
     config = tiny_config(batch_size=4).merged({"data": {"workers": workers}})
-    with pytest.raises(UserError) as caught, said_plainly(RunFolder(tmp_path), config):
+    with pytest.raises(UserError) as caught, machine_errors_as_user_errors(RunDir(tmp_path), config):
         raise error
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
@@ -55,7 +55,7 @@ WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (mo
     [
         (
             torch.OutOfMemoryError(CUDA),
-            ["memory of the device is full (2.00 GiB more wanted)", "--batch-size (now 4", "--effective-batch",
+            ["memory of the device is full (2.00 GiB more wanted)", "--batch-size (now 4", "--total-batch-size",
              "--image-size (now 64)", "gradient_checkpointing"],
         ),
         (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), ["memory of the device", "--batch-size"]),
@@ -91,12 +91,12 @@ def test_a_line_for_each(tmp_path, error, words):
     line = said(error, tmp_path)
     assert all(word in line for word in words), line
     assert line.endswith("nothing was saved yet: start again")
-    RunFolder(tmp_path).write_config(tiny_config())
+    RunDir(tmp_path).write_config(tiny_config())
     assert said(error, tmp_path).endswith("nothing was saved yet: start again with --resume")
 
 
 def test_the_line_says_where_a_checkpoint_is(tmp_path):
-    RunFolder(tmp_path).save({"model": {}}, {})
+    RunDir(tmp_path).save({"model": {}}, {})
     assert said(MemoryError(), tmp_path).endswith("the last checkpoint is good: go on with --resume")
 
 
@@ -104,7 +104,7 @@ def test_the_line_says_where_a_checkpoint_is(tmp_path):
     "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x"), OSError()]
 )
 def test_faults_of_the_program_pass_as_they_are(tmp_path, error):
-    with pytest.raises(type(error)) as caught, said_plainly(RunFolder(tmp_path), tiny_config()):
+    with pytest.raises(type(error)) as caught, machine_errors_as_user_errors(RunDir(tmp_path), tiny_config()):
         raise error
     assert caught.value is error
 
@@ -122,14 +122,14 @@ def good_until_epoch_1(out):
 
 
 def broken_in_epoch_2(monkeypatch, break_it):
-    original = Stepper.step
+    original = TrainStep.step
 
     def step(self, batch, done, *rest, **options):
         if done == 2:
             break_it()
         return original(self, batch, done, *rest, **options)
 
-    monkeypatch.setattr(Stepper, "step", step)
+    monkeypatch.setattr(TrainStep, "step", step)
 
 
 def raiser(error):

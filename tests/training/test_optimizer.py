@@ -9,20 +9,20 @@ from torch import nn
 from deformable_detr.config.schema import TrainConfig
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.training.optimizer import (
-    build_optimiser,
-    effective_batch,
+    build_optimizer,
     group_of,
-    load_optimiser_tensors,
+    load_optimizer_tensors,
     lr_factor,
-    optimiser_tensors,
+    optimizer_tensors,
     parameter_groups,
     scaled_lr,
     set_learning_rate,
+    total_batch_size,
 )
 from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config
 
-CONFIG = TrainConfig(lr=1e-3, backbone_lr_factor=0.1, sampling_lr_factor=0.2)
+CONFIG = TrainConfig(lr=1e-3, backbone_lr_mult=0.1, sampling_lr_mult=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_deeper_parts_of_the_backbone_learn_faster(name):
 
 
 def test_all_decay_alike(model):
-    assert {group["weight_decay"] for group in build_optimiser(model, CONFIG).param_groups} == {1e-4}
+    assert {group["weight_decay"] for group in build_optimizer(model, CONFIG).param_groups} == {1e-4}
 
 
 def test_nothing_to_train_is_said():
@@ -92,45 +92,45 @@ def test_schedules(schedule, expected):
 
 
 def test_learning_rate_keeps_the_factors(model):
-    optimiser = build_optimiser(model, CONFIG)
-    set_learning_rate(optimiser, CONFIG, step=9, progress=0.9)
-    rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
+    optimizer = build_optimizer(model, CONFIG)
+    set_learning_rate(optimizer, CONFIG, step=9, progress=0.9)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({"base": 1e-4, "sampling": 2e-5, "backbone": 1e-5})
 
 
-def _take_steps(model, optimiser, count):
+def _take_steps(model, optimizer, count):
     for _ in range(count):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(torch.ones(1, 3)).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def test_state_goes_out_and_back_by_name():
     torch.manual_seed(0)
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)
-    optimisers = [build_optimiser(item, CONFIG) for item in (first, second)]
-    _take_steps(first, optimisers[0], 3)
-    tensors = {name: value.clone() for name, value in optimiser_tensors(optimisers[0]).items()}
+    optimizers = [build_optimizer(item, CONFIG) for item in (first, second)]
+    _take_steps(first, optimizers[0], 3)
+    tensors = {name: value.clone() for name, value in optimizer_tensors(optimizers[0]).items()}
     assert tensors.keys() >= {"weight/exp_avg", "bias/exp_avg_sq", "weight/step"}
     second.load_state_dict(first.state_dict())
-    load_optimiser_tensors(optimisers[1], tensors)
-    _take_steps(first, optimisers[0], 2)
-    _take_steps(second, optimisers[1], 2)
+    load_optimizer_tensors(optimizers[1], tensors)
+    _take_steps(first, optimizers[0], 2)
+    _take_steps(second, optimizers[1], 2)
     assert torch.equal(first.weight, second.weight)
 
     third = nn.Linear(3, 2)
     third.load_state_dict(first.state_dict())
-    _take_steps(third, build_optimiser(third, CONFIG), 2)  # without its state it goes another way
-    _take_steps(first, optimisers[0], 2)
+    _take_steps(third, build_optimizer(third, CONFIG), 2)  # without its state it goes another way
+    _take_steps(first, optimizers[0], 2)
     assert not torch.equal(first.weight, third.weight)
 
 
 def test_a_state_that_does_not_fit_is_named():
-    optimiser = build_optimiser(nn.Linear(3, 2), CONFIG)
+    optimizer = build_optimizer(nn.Linear(3, 2), CONFIG)
     with pytest.raises(UserError, match="weight/exp_avg"):
-        load_optimiser_tensors(optimiser, {"weight/exp_avg": torch.zeros(7)})
-    load_optimiser_tensors(optimiser, {"frozen_since/exp_avg": torch.zeros(7)})
-    assert not optimiser.state, "what learns no more has none"
+        load_optimizer_tensors(optimizer, {"weight/exp_avg": torch.zeros(7)})
+    load_optimizer_tensors(optimizer, {"frozen_since/exp_avg": torch.zeros(7)})
+    assert not optimizer.state, "what learns no more has none"
 
 
 @pytest.mark.parametrize(
@@ -138,18 +138,18 @@ def test_a_state_that_does_not_fit_is_named():
     [
         ({}, 1, 4, 1e-3),
         ({"batch_size": 8}, 1, 8, 1e-3),  # what a process holds says nothing about the learning rate
-        ({"effective_batch": 4, "batch_size": 2}, 1, 4, 1e-3),
-        ({"effective_batch": 16}, 1, 16, 2e-3),
-        ({"effective_batch": 16}, 8, 16, 2e-3),
-        ({"effective_batch": 16, "lr_scaling": "linear"}, 1, 16, 4e-3),
-        ({"effective_batch": 16, "lr_scaling": "none"}, 1, 16, 1e-3),
-        ({"effective_batch": 16, "lr_batch": 16}, 1, 16, 1e-3),
+        ({"total_batch_size": 4, "batch_size": 2}, 1, 4, 1e-3),
+        ({"total_batch_size": 16}, 1, 16, 2e-3),
+        ({"total_batch_size": 16}, 8, 16, 2e-3),
+        ({"total_batch_size": 16, "lr_scaling": "linear"}, 1, 16, 4e-3),
+        ({"total_batch_size": 16, "lr_scaling": "none"}, 1, 16, 1e-3),
+        ({"total_batch_size": 16, "base_batch_size": 16}, 1, 16, 1e-3),
         ({"batch_size": 2}, 8, 16, 1e-3 * math.sqrt(8)),
     ],
 )
 def test_the_learning_rate_follows_the_batch(settings, processes, batch, rate):
     config = CONFIG.replace(**settings)
-    assert effective_batch(config, processes) == batch
+    assert total_batch_size(config, processes) == batch
     found, note = scaled_lr(config, batch)
     assert found == pytest.approx(rate)
     assert note.startswith(f"{rate:.3g}")

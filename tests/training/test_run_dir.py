@@ -14,15 +14,15 @@ import torch
 from deformable_detr.config.schema import Config
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.distributed.checkpoint import load_parts, save_parts
-from deformable_detr.distributed.context import World
+from deformable_detr.distributed.context import DistributedContext
 from deformable_detr.training.checkpoint import generations, save_checkpoint
-from deformable_detr.training.run_dir import LOCK, RunFolder, fingerprint, run_config
+from deformable_detr.training.run_dir import LOCK, RunDir, fingerprint, run_config
 from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config, write_dataset
 
 
 def test_a_new_folder_is_made(tmp_path):
-    RunFolder(tmp_path / "a" / "b").claim(resume=False)
+    RunDir(tmp_path / "a" / "b").claim(resume=False)
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
@@ -30,13 +30,13 @@ def test_a_new_folder_is_made(tmp_path):
 def test_a_folder_with_a_run_or_model_is_not_written_over(tmp_path, name):
     (tmp_path / name).write_text("precious")
     with pytest.raises(UserError, match=f"{name}.*--resume.*another folder"):
-        RunFolder(tmp_path).claim(resume=False)
+        RunDir(tmp_path).claim(resume=False)
     assert (tmp_path / name).read_text() == "precious"
 
 
 def test_a_folder_with_other_things_is_used(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    RunFolder(tmp_path).claim(resume=False)
+    RunDir(tmp_path).claim(resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -44,18 +44,18 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=f"{out} cannot be written"):
-            RunFolder(out).claim(resume=False)
+            RunDir(out).claim(resume=False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no folders from anybody, root included")
 def test_an_unwritable_folder_is_named():
     with pytest.raises(UserError, match="/proc/run cannot be written"):
-        RunFolder("/proc/run").claim(resume=False)
+        RunDir("/proc/run").claim(resume=False)
 
 
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
-        RunFolder(tmp_path).claim(resume=True)
+        RunDir(tmp_path).claim(resume=True)
     with pytest.raises(UserError, match="nothing to resume"):
         run_config(tmp_path)
     assert not (tmp_path / "missing").exists()
@@ -63,7 +63,7 @@ def test_resume_needs_a_run(tmp_path):
 
 def test_config_goes_out_and_back(tmp_path):
     config = tiny_config(minutes=3.0, epochs=None)
-    RunFolder(tmp_path).write_config(config)
+    RunDir(tmp_path).write_config(config)
     assert run_config(tmp_path) == config
 
 
@@ -72,7 +72,7 @@ def state_of(config, data="same", step=1):
 
 
 def test_restore(tmp_path):
-    folder, config = RunFolder(tmp_path), tiny_config()
+    folder, config = RunDir(tmp_path), tiny_config()
     assert folder.restore(config, "same") is None
     save_checkpoint(folder.last, {"model": {}}, state_of(config))
     restored = folder.restore(config.merged({"train": {"epochs": 9}, "model": {"backbone_weights": "hub"}}), "same")
@@ -89,7 +89,7 @@ def test_restore(tmp_path):
     ],
 )
 def test_restore_refuses_what_is_not_the_run_s(tmp_path, change, data, message):
-    folder, config = RunFolder(tmp_path), tiny_config()
+    folder, config = RunDir(tmp_path), tiny_config()
     save_checkpoint(folder.last, {"model": {}}, state_of(config))
     with pytest.raises(UserError, match=message):
         folder.restore(config.merged({"model": change}), data)
@@ -107,7 +107,7 @@ def test_fingerprint_follows_the_annotations_and_not_the_place(tmp_path):
 
 def run_of(tmp_path, steps=(1, 2, 3), best=2):
     """A run folder with checkpoints of these steps and a best one."""
-    folder, config = RunFolder(tmp_path), tiny_config()
+    folder, config = RunDir(tmp_path), tiny_config()
     for step in steps:
         folder.save({"model": {"step": torch.tensor(float(step))}}, state_of(config, step=step))
         if step == best:
@@ -163,14 +163,14 @@ def test_no_good_checkpoint_is_one_line_and_nothing_is_moved(tmp_path):
 
 
 def test_a_run_killed_in_its_first_save_has_nothing_to_restore(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     folder.last.mkdir(parents=True)
     (folder.last / "model-1.safetensors").write_bytes(b"half")
     assert folder.restore(tiny_config(), "same") is None
 
 
 def test_checkpoints_of_an_earlier_version_are_refused(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     folder.last.mkdir(parents=True)
     (folder.last / "state.json").write_text("{}")
     with pytest.raises(UserError, match="earlier version"):
@@ -181,10 +181,10 @@ def test_checkpoints_of_an_earlier_version_are_refused(tmp_path):
 
 
 def test_two_processes_cannot_write_one_run(tmp_path):
-    with RunFolder(tmp_path).held(resume=False):
+    with RunDir(tmp_path).held(resume=False):
         with (
             pytest.raises(UserError, match=f"{tmp_path} is being written by another process"),
-            RunFolder(tmp_path).held(False),
+            RunDir(tmp_path).held(False),
         ):
             raise AssertionError("both were let in")
         probe = f"import filelock\ntry: filelock.FileLock({str(tmp_path / LOCK)!r}, timeout=0).acquire()\n"
@@ -192,19 +192,19 @@ def test_two_processes_cannot_write_one_run(tmp_path):
         said = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
         assert said.stdout == "locked\n"
     assert list(tmp_path.iterdir()) == []
-    with RunFolder(tmp_path).held(resume=False):
+    with RunDir(tmp_path).held(resume=False):
         pass
 
 
 def test_the_lock_is_let_go_after_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path).held(resume=False):
+    with pytest.raises(ZeroDivisionError), RunDir(tmp_path).held(resume=False):
         raise ZeroDivisionError
-    with RunFolder(tmp_path).held(resume=False):
+    with RunDir(tmp_path).held(resume=False):
         pass
 
 
 def _hold(path):
-    with RunFolder(path).held(resume=False):
+    with RunDir(path).held(resume=False):
         if os.fork() == 0:  # as a loader's process, which lives on for seconds after its parent was killed
             time.sleep(60)
             os._exit(0)
@@ -220,7 +220,7 @@ def test_the_lock_of_a_killed_process_is_stale_even_if_its_children_live(tmp_pat
         while not (tmp_path / "held").exists():
             assert process.is_alive()
             time.sleep(0.01)
-        with pytest.raises(UserError, match="another process"), RunFolder(tmp_path).held(False):
+        with pytest.raises(UserError, match="another process"), RunDir(tmp_path).held(False):
             pass
     finally:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -229,7 +229,7 @@ def test_the_lock_of_a_killed_process_is_stale_even_if_its_children_live(tmp_pat
         process.join()
     try:
         assert (tmp_path / LOCK).exists()
-        with RunFolder(tmp_path).held(resume=False):
+        with RunDir(tmp_path).held(resume=False):
             pass
     finally:
         for number in orphans:
@@ -241,7 +241,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(filelock.FileLock, "_acquire", missing)
-    with RunFolder(tmp_path).held(resume=False):
+    with RunDir(tmp_path).held(resume=False):
         pass
     assert f"{tmp_path} cannot be locked" in caplog.text
 
@@ -251,7 +251,7 @@ def test_what_a_killed_process_was_about_to_write_is_deleted(tmp_path):
     (tmp_path / ".export-abc" / "model.safetensors").write_text("half")
     (tmp_path / ".metrics.jsonl.123.tmp").write_text("half")
     (tmp_path / ".mine").write_text("")
-    with RunFolder(tmp_path).held(resume=False):
+    with RunDir(tmp_path).held(resume=False):
         assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, ".mine"]
 
 
@@ -264,21 +264,21 @@ def test_the_config_of_an_exported_model_appears_last(tmp_path, monkeypatch):
         for name in ("README.md", "config.json", "model.safetensors"):
             (folder / name).write_text("")
 
-    RunFolder(tmp_path).export(types.SimpleNamespace(save_pretrained=save))
+    RunDir(tmp_path).export(types.SimpleNamespace(save_pretrained=save))
     assert placed == ["README.md", "model.safetensors", "config.json"]
 
 
 def _divided(folder, step, config):
     """A checkpoint as of a divided model, of a process of its own."""
     values = {"model": {"weight": torch.full((500,), float(step))}}
-    save_parts(folder.parts, f"step-{step}", values, World("cpu", size=1))
+    save_parts(folder.parts, f"step-{step}", values, DistributedContext("cpu", size=1))
     state = {"counters": {"step": step}, "parts": f"step-{step}", "data": "x"}
     folder.save({}, state | {"model": config.model.model_dump(mode="json")})
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "metadata", "gone", "all gone", "checksums"])
 def test_damaged_parts_of_a_divided_model_are_left_for_those_before(tmp_path, caplog, damage):
-    folder, config = RunFolder(tmp_path), Config()
+    folder, config = RunDir(tmp_path), Config()
     for step in (1, 2):
         _divided(folder, step, config)
     assert folder.restore(config, "x")[1]["counters"]["step"] == 2
@@ -303,12 +303,12 @@ def test_damaged_parts_of_a_divided_model_are_left_for_those_before(tmp_path, ca
     assert "step-2" in caplog.text
     assert "the run goes on from" in caplog.text
     blank = {"model": {"weight": torch.zeros(500)}}
-    found = load_parts(folder.parts / "step-1", blank, World("cpu", size=1))
+    found = load_parts(folder.parts / "step-1", blank, DistributedContext("cpu", size=1))
     assert torch.equal(found["model"]["weight"], torch.ones(500))
 
 
 def test_parts_without_checksums_that_cannot_be_read_are_one_line(tmp_path):
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     _divided(folder, 1, Config())
     parts = folder.parts / "step-1"
     (parts / "checksums.json").unlink()  # as before there were any
@@ -317,4 +317,4 @@ def test_parts_without_checksums_that_cannot_be_read_are_one_line(tmp_path):
     for path, length in ((data, 40), (metadata, 40), (metadata, 0)):
         path.write_bytes(path.read_bytes()[:length])
         with pytest.raises(UserError, match=r"checkpoint .*step-1 cannot be read: ."):
-            load_parts(parts, {"model": {"weight": torch.zeros(500)}}, World("cpu", size=1))
+            load_parts(parts, {"model": {"weight": torch.zeros(500)}}, DistributedContext("cpu", size=1))

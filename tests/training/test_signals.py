@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from deformable_detr.training.signals import NonFiniteLoss, StopSignals, TrainingInterrupted
+from deformable_detr.training.signals import GracefulShutdown, NonFiniteLoss, TrainingInterrupted
 from deformable_detr.utils.errors import UserError
 
 
@@ -19,7 +19,7 @@ def interruptible():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_waits_to_be_asked_for(number, code):
     before = signal.getsignal(number)
-    with StopSignals() as stop:
+    with GracefulShutdown() as stop:
         stop.check()
         os.kill(os.getpid(), number)
         assert stop.received == number
@@ -32,7 +32,7 @@ def test_the_first_signal_waits_to_be_asked_for(number, code):
 
 def test_a_second_ctrl_c_acts_as_elsewhere():
     def two():
-        with StopSignals():
+        with GracefulShutdown():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -41,7 +41,7 @@ def test_a_second_ctrl_c_acts_as_elsewhere():
 
 
 def test_at_once_raises_where_the_signal_arrives():
-    with StopSignals() as stop:
+    with GracefulShutdown() as stop:
         stop.at_once = True
         with pytest.raises(TrainingInterrupted):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -51,7 +51,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work():
-        with StopSignals():
+        with GracefulShutdown():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

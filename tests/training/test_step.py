@@ -7,7 +7,7 @@ from deformable_detr.data.transforms import evaluation
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.structures import ImageBatch
 from deformable_detr.training.signals import NonFiniteLoss
-from deformable_detr.training.step import Stepper
+from deformable_detr.training.step import TrainStep
 from tests.support.training import tiny_config, write_dataset
 
 
@@ -20,7 +20,7 @@ def samples(tmp_path_factory):
 def make(**train):
     torch.manual_seed(0)
     config = tiny_config(**train)
-    return Stepper(DeformableDETR(config.model).train(), config.train)
+    return TrainStep(DeformableDETR(config.model).train(), config.train)
 
 
 def weights(stepper):
@@ -124,13 +124,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told_a_step_later(
 def test_without_the_guard_the_weights_would_be_lost(samples, monkeypatch):
     stepper = make()
     stepper.step([collate(samples[:4])], done=0, progress=0.0)
-    original = stepper.optimiser.step
+    original = stepper.optimizer.step
 
     def unguarded():
-        stepper.optimiser.found_inf = torch.zeros(())
+        stepper.optimizer.found_inf = torch.zeros(())
         original()
 
-    monkeypatch.setattr(stepper.optimiser, "step", unguarded)
+    monkeypatch.setattr(stepper.optimizer, "step", unguarded)
     stepper.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
     stepper.step([collate(samples[:4])], done=1, progress=0.0)
     assert not all(value.isfinite().all() for value in weights(stepper).values())
@@ -154,14 +154,14 @@ def test_fp16_bears_overflows_but_not_for_ever(samples):
 
 
 def test_gradients_are_clipped_and_the_norm_is_the_one_before(samples, monkeypatch):
-    stepper = make(clip_norm=0.1)
+    stepper = make(clip_max_norm=0.1)
     norms = []
 
     def measure():
         gradients = [parameter.grad for parameter in stepper.model.parameters() if parameter.grad is not None]
         norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
 
-    monkeypatch.setattr(stepper.optimiser, "step", measure)
+    monkeypatch.setattr(stepper.optimizer, "step", measure)
     stepper.step([collate(samples[:4])], done=0, progress=0.0)
     figures = stepper.settle()
     assert figures is not None

@@ -11,8 +11,8 @@ from deformable_detr.training import trainer
 from deformable_detr.training.checkpoint import load_checkpoint
 from deformable_detr.training.run_dir import run_config
 from deformable_detr.training.signals import NonFiniteLoss, TrainingInterrupted
-from deformable_detr.training.step import Stepper
-from deformable_detr.training.trainer import Counters, train_model
+from deformable_detr.training.step import TrainStep
+from deformable_detr.training.trainer import TrainState, train_model
 from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config, write_dataset
 
@@ -106,7 +106,7 @@ def test_a_finished_run_says_so(data, finished, capsys):
 def test_a_killed_run_goes_on_as_if_nothing_had_been(data, finished, tmp_path, monkeypatch, stop_after, workers):
     """SIGTERM in the middle of an epoch (1, 3) or at its end (2): the same weights as without it."""
     out, config = tmp_path / "run", tiny_config().merged({"data": {"workers": workers}})
-    original, calls = Stepper.step, []
+    original, calls = TrainStep.step, []
 
     def step(*arguments, **options):
         calls.append(1)
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data, finished, tmp_path, m
         return original(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Stepper, "step", step)
+        patched.setattr(TrainStep, "step", step)
         with pytest.raises(TrainingInterrupted) as caught:
             train_model(data, out, config)
     assert caught.value.code == 143
@@ -141,7 +141,7 @@ def test_the_comparison_notices_another_order(data, finished, tmp_path):
 def test_a_crash_before_the_first_checkpoint_starts_anew(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(Stepper, "step", lambda *_, **__: 1 / 0)
+        patched.setattr(TrainStep, "step", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_model(data, out, tiny_config(epochs=1))
     assert train_model(data, out, run_config(out), resume=True)["step"] == 2
@@ -179,7 +179,7 @@ def test_lines_of_the_log_that_a_kill_divides_are_the_same(data, tmp_path, monke
     config = tiny_config(epochs=3, log_every=3, eval_every=3)
     train_model(data, tmp_path / "whole", config)
     with monkeypatch.context() as patched:
-        original = Stepper.step
+        original = TrainStep.step
 
         def step(self, *arguments, **options):
             if self.steps == 3:
@@ -187,8 +187,8 @@ def test_lines_of_the_log_that_a_kill_divides_are_the_same(data, tmp_path, monke
             self.steps += 1
             return original(self, *arguments, **options)
 
-        patched.setattr(Stepper, "steps", 0, raising=False)
-        patched.setattr(Stepper, "step", step)
+        patched.setattr(TrainStep, "steps", 0, raising=False)
+        patched.setattr(TrainStep, "step", step)
         with pytest.raises(TrainingInterrupted):
             train_model(data, tmp_path / "run", config)
     train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
@@ -234,7 +234,7 @@ def test_minutes_end_a_run_with_an_evaluation(data, tmp_path, monkeypatch):
 
 
 def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch):
-    out, original = tmp_path / "run", Stepper.step
+    out, original = tmp_path / "run", TrainStep.step
 
     def step(self, passes, done, progress, totals=None):
         if done == 3:
@@ -243,7 +243,7 @@ def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch
         return original(self, passes, done, progress, totals)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Stepper, "step", step)
+        patched.setattr(TrainStep, "step", step)
         with pytest.raises(NonFiniteLoss, match=r"step 4: loss nan.*images 10\d, 10\d"):
             train_model(data, out, tiny_config())
     tensors, state = load_checkpoint(out / "checkpoints" / "last")
@@ -253,14 +253,14 @@ def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch
 
 
 def test_a_nan_gradient_in_the_last_step_of_an_epoch_is_not_saved(data, tmp_path, monkeypatch):
-    out, original = tmp_path / "run", Stepper.step
+    out, original = tmp_path / "run", TrainStep.step
 
     def step(self, passes, done, progress, totals=None):
         if done == 3:
             self.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
         return original(self, passes, done, progress, totals)
 
-    monkeypatch.setattr(Stepper, "step", step)
+    monkeypatch.setattr(TrainStep, "step", step)
     with pytest.raises(NonFiniteLoss, match="gradient of the loss is not finite at step 4"):
         train_model(data, out, tiny_config())
     assert load_checkpoint(out / "checkpoints" / "last")[1]["counters"]["step"] == 2
@@ -312,7 +312,7 @@ def test_figures_that_do_not_exist(data, tmp_path, monkeypatch):
 
 
 def test_another_batch_size_keeps_the_part_of_the_epoch(data, tmp_path, monkeypatch):
-    out, original = tmp_path / "run", Stepper.step
+    out, original = tmp_path / "run", TrainStep.step
 
     def step(self, passes, done, progress, totals=None):
         if done == 1:
@@ -320,7 +320,7 @@ def test_another_batch_size_keeps_the_part_of_the_epoch(data, tmp_path, monkeypa
         return original(self, passes, done, progress, totals)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Stepper, "step", step)
+        patched.setattr(TrainStep, "step", step)
         with pytest.raises(TrainingInterrupted):
             train_model(data, out, tiny_config(epochs=1, batch_size=2))  # two of four batches
     config = run_config(out).merged({"train": {"batch_size": 4}})
@@ -328,7 +328,7 @@ def test_another_batch_size_keeps_the_part_of_the_epoch(data, tmp_path, monkeypa
 
 
 def test_counters_are_plain_json():
-    assert json.loads(json.dumps(vars(Counters()))) == vars(Counters())
+    assert json.loads(json.dumps(vars(TrainState()))) == vars(TrainState())
 
 
 def test_the_split_names_of_the_config_are_used(data, tmp_path):
@@ -340,7 +340,7 @@ def test_the_split_names_of_the_config_are_used(data, tmp_path):
 def test_accumulated_passes_are_one_step(data, finished, tmp_path):
     """Norms that look at the rest of the batch aside, the batch is what counts, not how it is cut."""
     frozen = tiny_config(epochs=1, lr_scaling="none").merged({"model": {"backbone_norm": "frozen"}})
-    for name, train in (("whole", {"batch_size": 8}), ("cut", {"batch_size": 3, "effective_batch": 8})):
+    for name, train in (("whole", {"batch_size": 8}), ("cut", {"batch_size": 3, "total_batch_size": 8})):
         metrics = train_model(data, tmp_path / name, frozen.merged({"train": train}))
         assert (metrics["step"], metrics["images_seen"]) == (1, 8)
     whole, cut = (lines(tmp_path / name, "train")[0] for name in ("whole", "cut"))
@@ -349,9 +349,11 @@ def test_accumulated_passes_are_one_step(data, finished, tmp_path):
 
 
 def test_an_accumulating_run_goes_on_in_the_middle_of_an_epoch(data, tmp_path, monkeypatch):
-    config = tiny_config(batch_size=2, effective_batch=3, epochs=1, denoising=10).merged({"data": {"bucketing": True}})
+    config = tiny_config(batch_size=2, total_batch_size=3, epochs=1, num_denoising=10).merged(
+        {"data": {"aspect_ratio_grouping": True}}
+    )
     train_model(data, tmp_path / "whole", config)
-    original = Stepper.step
+    original = TrainStep.step
 
     def step(self, passes, done, progress, totals=None):
         if done == 1:
@@ -359,7 +361,7 @@ def test_an_accumulating_run_goes_on_in_the_middle_of_an_epoch(data, tmp_path, m
         return original(self, passes, done, progress, totals)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Stepper, "step", step)
+        patched.setattr(TrainStep, "step", step)
         with pytest.raises(TrainingInterrupted):
             train_model(data, tmp_path / "cut", config)
     train_model(data, tmp_path / "cut", run_config(tmp_path / "cut"), resume=True)
@@ -393,9 +395,9 @@ def test_of_equal_models_the_later_is_kept_and_patience_waits_for_the_first_find
     ("before", "after", "named"),
     [
         ({"ema_decay": 0.0}, {"ema_decay": 0.99}, "train.ema_decay"),
-        ({"denoising": 0}, {"denoising": 20}, "train.denoising"),
+        ({"num_denoising": 0}, {"num_denoising": 20}, "train.num_denoising"),
         ({"ema_decay": 0.99}, {"ema_decay": 0.0}, None),
-        ({"denoising": 20}, {"denoising": 0}, None),
+        ({"num_denoising": 20}, {"num_denoising": 0}, None),
     ],
 )
 def test_a_run_goes_on_with_other_helpers_or_says_why_not(data, tmp_path, before, after, named):
@@ -427,7 +429,7 @@ def test_mosaics_end_before_the_training_does(data, tmp_path, monkeypatch):
         original(self, epoch, skip, stride, mosaic)
 
     monkeypatch.setattr(StepSampler, "set_epoch", set_epoch)
-    config = tiny_config(epochs=4, eval_every=4).merged({"data": {"mosaic": 0.5, "mosaic_until": 0.5}})
+    config = tiny_config(epochs=4, eval_every=4).merged({"data": {"mosaic_prob": 0.5, "close_mosaic": 0.5}})
     train_model(data, tmp_path / "run", config)
     assert allowed == [True, True, False, False]
 

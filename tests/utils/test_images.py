@@ -13,7 +13,7 @@ from deformable_detr.utils.images import read_image, read_size
 WHITE, RED = (255, 255, 255), (200, 30, 40)
 
 
-def colours(width=6, height=4):
+def colors(width=6, height=4):
     """An image in which no two pixels are alike."""
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
@@ -34,7 +34,7 @@ UPRIGHT = {
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 def test_exif_orientation(tmp_path, orientation, suffix):
-    stored = colours()
+    stored = colors()
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"photo.{suffix}"
@@ -51,7 +51,7 @@ def pixel(image):
     return tuple(read_image(image)[:, 0, 0].tolist())
 
 
-def test_colour_modes():
+def test_color_modes():
     rgb = Image.new("RGB", (2, 2), RED)
     assert pixel(rgb) == RED
     assert pixel(rgb.convert("CMYK")) == RED
@@ -109,7 +109,7 @@ def test_whole_numbers_beyond_16_bits():
 
 
 def test_arrays_and_tensors():
-    array = colours()
+    array = colors()
     expected = torch.from_numpy(array).permute(2, 0, 1)
     assert torch.equal(read_image(array), expected)
     assert torch.equal(read_image(array[:, ::-1]), expected.flip(2))
@@ -194,7 +194,7 @@ def test_too_many_pixels(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_broken_exif_does_not_spoil_the_pixels(tmp_path, suffix, broken):
     path = tmp_path / f"photo.{suffix}"
-    picture = Image.fromarray(colours(64, 48))
+    picture = Image.fromarray(colors(64, 48))
     picture.save(path)
     wanted = read_image(path)
     picture.save(path, exif=b"Exif\x00\x00" + broken)

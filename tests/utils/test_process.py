@@ -12,8 +12,8 @@ from deformable_detr.utils import process as allocator
 MEASURE = """
 import resource, sys
 import numpy as np
-from deformable_detr.utils.process import keep_large_buffers
-kept = keep_large_buffers() if sys.argv[1] == "keep" else True
+from deformable_detr.utils.process import retain_freed_memory
+kept = retain_freed_memory() if sys.argv[1] == "keep" else True
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 np.ones(20_000_000)
@@ -73,9 +73,9 @@ def test_older_glibc_takes_less(monkeypatch, caplog):
     monkeypatch.setattr("ctypes.CDLL", lambda _: Library)
     monkeypatch.setattr("sys.platform", "linux")
     with caplog.at_level("INFO", "deformable_detr"):
-        assert allocator.keep_large_buffers()
+        assert allocator.retain_freed_memory()
         monkeypatch.setattr(Library, "mallopt", staticmethod(lambda *_: 0))
-        assert not allocator.keep_large_buffers()
+        assert not allocator.retain_freed_memory()
     assert calls == [(-3, 1 << 30), (-3, 32 << 20), (-1, 2**31 - 1), (1, 0)]
     assert "up to 32 MiB are kept" in caplog.text
     assert "refused" in caplog.text
@@ -147,8 +147,8 @@ library.mallinfo2.restype = Information
 
 HOLES = f"""{INFORMATION}
 import torch
-from deformable_detr.utils.process import keep_large_buffers
-keep_large_buffers()
+from deformable_detr.utils.process import retain_freed_memory
+retain_freed_memory()
 library.malloc.restype = ctypes.c_void_p
 heap = []
 for turn in range(40):
@@ -179,7 +179,7 @@ import torch
 from deformable_detr import allocator
 from deformable_detr.benchmark.machine import resident_mib
 from deformable_detr.data import batching
-if not allocator.keep_large_buffers():
+if not allocator.retain_freed_memory():
     print("no glibc")
     sys.exit()
 if sys.argv[1] == "as it is":
@@ -274,11 +274,11 @@ def test_fewer_copies_of_kernels_are_kept(kept):
 EARLY = """
 import os, sys
 from deformable_detr import cli
-found = cli.wait_shortly
+found = cli.shorten_omp_spin
 def spy():
     found()
     print("torch" in sys.modules, os.environ.get("GOMP_SPINCOUNT"))
-cli.wait_shortly = spy
+cli.shorten_omp_spin = spy
 cli.main(["predict", "nothing", "no.jpg"])
 """
 

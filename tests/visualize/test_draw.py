@@ -29,7 +29,7 @@ def detections(image, boxes, names=None, scores=None, labels=None):
     )
 
 
-def grey(height=400, width=600):
+def gray(height=400, width=600):
     return np.full((height, width, 3), 128, np.uint8)
 
 
@@ -70,12 +70,12 @@ def test_without_detections_the_image_is_as_it_was(tmp_path, size):
 
 
 def test_lines_lie_on_the_box_and_the_image_is_not_touched():
-    image = grey()
+    image = gray()
     picture = np.asarray(draw(detections(image, [[100, 100, 300, 250]])))
     assert (image == 128).all()
-    colour = [int(PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
+    color = [int(PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
     for x, y in [(100, 180), (300, 180), (200, 100), (200, 250)]:
-        assert picture[y, x].tolist() == colour
+        assert picture[y, x].tolist() == color
     changed = (picture != 128).any(-1)
     assert not changed[130:240, 110:290].any()  # inside
     assert not changed[260:].any()
@@ -87,12 +87,12 @@ def test_lines_lie_on_the_box_and_the_image_is_not_touched():
 )
 def test_small_images_are_enlarged_and_boxes_with_them(size, drawn):
     height, width = size
-    found = detections(grey(height, width), [[width / 2, height / 2, width, height]])
+    found = detections(gray(height, width), [[width / 2, height / 2, width, height]])
     picture = draw(found)
     assert picture.size == drawn
     row = np.asarray(picture)[round(drawn[1] * 0.9)]
-    colour = [int(PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
-    columns = (row == colour).all(-1).nonzero()[0]
+    color = [int(PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
+    columns = (row == color).all(-1).nonzero()[0]
     assert columns.min() == pytest.approx(drawn[0] / 2, abs=2)
     assert columns.max() == drawn[0] - 1  # the line on the border shows
 
@@ -100,7 +100,7 @@ def test_small_images_are_enlarged_and_boxes_with_them(size, drawn):
 def test_line_and_text_grow_with_the_image(monkeypatch):
     heights, lines = [], []
     for scale in (1, 2, 4):
-        image = grey(600 * scale, 800 * scale)
+        image = gray(600 * scale, 800 * scale)
         box = [[100 * scale, 200 * scale, 700 * scale, 500 * scale]]
         _, [place], picture = labels_of(monkeypatch, detections(image, box))
         heights.append(place[3] - place[1])
@@ -120,7 +120,7 @@ def test_labels_keep_inside_and_apart(monkeypatch):
         [0, 0, 600, 400],
         [5, 5, 65, 65],
     ]
-    texts, places, _ = labels_of(monkeypatch, detections(grey(), boxes, scores=[0.931, 0.9, 0.8, 0.7, 0.6, 0.5]))
+    texts, places, _ = labels_of(monkeypatch, detections(gray(), boxes, scores=[0.931, 0.9, 0.8, 0.7, 0.6, 0.5]))
     assert texts[-1] == "cat 0.93"  # the best is drawn last
     for left, top, right, bottom in places:
         assert left >= 0
@@ -131,13 +131,13 @@ def test_labels_keep_inside_and_apart(monkeypatch):
 
 
 def test_labels_of_one_place_find_room(monkeypatch):
-    _, places, _ = labels_of(monkeypatch, detections(grey(), [[200, 150, 400, 300]] * 6))
+    _, places, _ = labels_of(monkeypatch, detections(gray(), [[200, 150, 400, 300]] * 6))
     assert not any(overlap(a, b) for a, b in itertools.combinations(places, 2))
 
 
 @pytest.mark.parametrize("size", [(400, 330), (2000, 40), (40, 2000)])
 def test_long_names_are_shortened_to_the_image(monkeypatch, size):
-    found = detections(grey(*size), [[0, 0, 20, 20]], names=["a name that no image has the room for " * 20])
+    found = detections(gray(*size), [[0, 0, 20, 20]], names=["a name that no image has the room for " * 20])
     [text], [(left, _, right, _)], _ = labels_of(monkeypatch, found)
     assert left >= 0
     assert right <= size[1]
@@ -148,8 +148,8 @@ def test_many_boxes_are_drawn():
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 300, (300, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(1, 100, (300, 2))], axis=1)
-    assert draw(detections(grey(), boxes.tolist())).size == (600, 400)
-    large = detections(grey(3000, 4000), (10 * boxes).tolist())
+    assert draw(detections(gray(), boxes.tolist())).size == (600, 400)
+    large = detections(gray(3000, 4000), (10 * boxes).tolist())
     start = time.process_time()
     assert draw(large).size == (4000, 3000)
     assert time.process_time() - start < 3  # with lines that cost as much as the image is large it was 20
@@ -179,7 +179,7 @@ def test_letters_without_a_font_are_never_drawn_as_empty_boxes(caplog, monkeypat
         assert len(caplog.records) == 2
         assert "猫 cat" in caplog.text
         assert "class 7" in caplog.text
-        found = detections(grey(), [[100, 100, 300, 250]] * 2, names=["猫", "cat"], labels=[4, 5])
+        found = detections(gray(), [[100, 100, 300, 250]] * 2, names=["猫", "cat"], labels=[4, 5])
         texts, _, _ = labels_of(monkeypatch, found)
         assert texts == ["cat 0.90", "class 4 0.90"]
     finally:
@@ -194,15 +194,15 @@ def test_each_name_has_a_font_of_its_own(monkeypatch):
     fonts_used = []
     font_of = drawing._font
     monkeypatch.setattr(drawing, "_font", lambda file, size: fonts_used.append(file) or font_of(file, size))
-    draw(detections(grey(), [[0, 0, 99, 99], [200, 200, 300, 300]], names=["猫", "cat"]))
+    draw(detections(gray(), [[0, 0, 99, 99], [200, 200, 300, 300]], names=["猫", "cat"]))
     assert fonts_used == [files["猫"], files["cat"]]
 
 
-def test_text_reads_on_every_colour():
+def test_text_reads_on_every_color():
     """Contrast of at least 4.5 to 1, as WCAG 2 asks of text; the other ink does not reach it everywhere."""
 
-    def luminance(colour):
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -210,30 +210,30 @@ def test_text_reads_on_every_colour():
         high, low = sorted([luminance(a), luminance(b)], reverse=True)
         return (high + 0.05) / (low + 0.05)
 
-    assert min(contrast(colour, drawing._ink(colour)) for colour in PALETTE) >= 4.5
-    assert min(contrast(colour, "#FFFFFF") for colour in PALETTE) < 4.5
+    assert min(contrast(color, drawing._ink(color)) for color in PALETTE) >= 4.5
+    assert min(contrast(color, "#FFFFFF") for color in PALETTE) < 4.5
     assert len(set(PALETTE)) == 7
 
 
 def test_sources_of_every_kind(tmp_path):
-    Image.fromarray(grey()).save(tmp_path / "a.png")
-    tensor = torch.from_numpy(grey()).permute(2, 0, 1)
-    expected = np.asarray(draw(detections(grey(), [[10, 10, 50, 50]])))
+    Image.fromarray(gray()).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(gray()).permute(2, 0, 1)
+    expected = np.asarray(draw(detections(gray(), [[10, 10, 50, 50]])))
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), tensor):
-        found = Detections(*vars(detections(grey(), [[10, 10, 50, 50]])).values())
+        found = Detections(*vars(detections(gray(), [[10, 10, 50, 50]])).values())
         picture = draw(Detections(**{**vars(found), "image": source}))
         assert (np.asarray(picture) == expected).all()
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".JPEG", ".webp"])
 def test_formats(tmp_path, ending):
-    path = save(detections(grey(), [[10, 10, 50, 50]]), tmp_path / f"a{ending}")
+    path = save(detections(gray(), [[10, 10, 50, 50]]), tmp_path / f"a{ending}")
     assert Image.open(path).size == (600, 400)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no temporary file left
 
 
 def test_failures_are_named_and_lose_nothing(tmp_path):
-    found = detections(grey(), [[10, 10, 50, 50]])
+    found = detections(gray(), [[10, 10, 50, 50]])
     with pytest.raises(UserError, match=re.escape("no picture format has the ending '.xyz'")):
         save(found, tmp_path / "a.xyz")
     with pytest.raises(UserError, match="no picture format has the ending ''"):
@@ -243,9 +243,9 @@ def test_failures_are_named_and_lose_nothing(tmp_path):
         save(found, tmp_path / "file" / "b.png")
     assert (tmp_path / "file").read_text() == "mine"
 
-    Image.fromarray(grey()).save(tmp_path / "source.png")
+    Image.fromarray(gray()).save(tmp_path / "source.png")
     from_file = detections(tmp_path / "source.png", [[10, 10, 50, 50]])
-    Image.fromarray(grey(50, 50)).save(tmp_path / "source.png")
+    Image.fromarray(gray(50, 50)).save(tmp_path / "source.png")
     with pytest.raises(UserError, match="has changed since"):
         from_file.save(tmp_path / "c.png")
     (tmp_path / "source.png").unlink()

@@ -129,7 +129,7 @@ REPOSITORIES = {
         EQUAL,
     ),
     "ordered dict": (lambda f: pickled(f, OrderedDict(tensors_of(f))), EQUAL),
-    "unknown keys in the config": (lambda f: edit(f / "config.json", colour="red", auxiliary_loss=True), EQUAL),
+    "unknown keys in the config": (lambda f: edit(f / "config.json", color="red", auxiliary_loss=True), EQUAL),
     "no image processor": (lambda f: (f / "preprocessor_config.json").unlink(), EQUAL),
     "null in the image size": (
         lambda f: edit(f / "preprocessor_config.json", size={"shortest_edge": 800, "longest_edge": None}),
@@ -207,7 +207,7 @@ REPOSITORIES = {
     ),
     "image size is infinite": (lambda f: edit(f / "preprocessor_config.json", size={"height": float("inf")}), "number"),
     "image size is nothing": (lambda f: edit(f / "preprocessor_config.json", size={"shortest_edge": 0}), "pixels"),
-    "grey statistics": (lambda f: edit(f / "preprocessor_config.json", image_mean=[0.5], image_std=[0.5]), "3 numbers"),
+    "gray statistics": (lambda f: edit(f / "preprocessor_config.json", image_mean=[0.5], image_std=[0.5]), "3 numbers"),
     "deviation of nothing": (lambda f: edit(f / "preprocessor_config.json", image_std=[0, 1, 1]), "pixel_std"),
     # Weights.
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
@@ -338,7 +338,7 @@ CHECKPOINTS = {
     "averaged weights": (lambda v: {"model_ema": v["model"], "args": v["args"], "epoch": 3}, EQUAL),
     "averaged weights in a module": (lambda v: {"ema": {"module": v["model"]}, "args": v["args"]}, EQUAL),
     "prefixes": (lambda v: {**v, "model": {f"module.{n}": t for n, t in v["model"].items()}}, EQUAL),
-    "optimiser beside it": (lambda v: {**v, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 49}, EQUAL),
+    "optimizer beside it": (lambda v: {**v, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 49}, EQUAL),
     "our own config is nonsense": (lambda v: {**v, official_format.OWN: {"model": {"num_classes": "x"}}}, EQUAL),
     "our own config is of other classes": (
         lambda v: {**v, official_format.OWN: {"model": {"num_classes": 9, "category_ids": list(range(9))}}},

@@ -16,7 +16,7 @@ from deformable_detr.model.postprocess import select
 from deformable_detr.weights import official_format, transformers_format
 from deformable_detr.weights.convert import convert, not_convertible
 from deformable_detr.weights.convert import write as convert_model
-from tests.model.test_parity import batch, randomised, transformers
+from tests.model.test_parity import batch, randomized, transformers
 from tests.weights.test_load import OURS, ours, same
 
 PAPER = [name for name in presets.MODELS if not name.startswith("small")]
@@ -27,7 +27,7 @@ def big_enough(name: str, **changes) -> DeformableDETR:
     torch.manual_seed(0)
     widths = {"hidden_dim": 256, "num_heads": 8} if name == "two-stage" else {}
     values = {**OURS, "backbone": "resnet50", **widths, **changes}
-    return randomised(DeformableDETR(presets.MODELS[name](**values)))
+    return randomized(DeformableDETR(presets.MODELS[name](**values)))
 
 
 LITE = {"backbone": "tf_efficientnet_lite0", "hidden_dim": 128}
@@ -36,7 +36,7 @@ THERE = [*((name, "frozen", {}) for name in PAPER), ("two-stage", "train", {}), 
 
 @pytest.mark.parametrize(("name", "norm", "changes"), THERE)
 def test_to_transformers_and_back(name, norm, changes, tmp_path):
-    sizes = {"image_size": 320, "size_multiple": 32}
+    sizes = {"image_size": 320, "size_divisor": 32}
     model = ours(presets.MODELS[name], backbone_norm=norm, dropout=0.0, **sizes, **changes)
     counted = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
     assert bool(counted) == (norm == "train")
@@ -59,7 +59,7 @@ def test_to_transformers_and_back(name, norm, changes, tmp_path):
 
 @pytest.mark.parametrize(("name", "norm"), [*((name, "frozen") for name in PAPER), ("two-stage", "train")])
 def test_to_the_official_format_and_back(name, norm, tmp_path):
-    model = big_enough(name, backbone_norm=norm, image_size=320, size_multiple=32)
+    model = big_enough(name, backbone_norm=norm, image_size=320, size_divisor=32)
     for key, value in model.state_dict().items():
         if key.endswith("num_batches_tracked"):
             value.fill_(5)
@@ -173,13 +173,13 @@ def test_a_model_that_was_trained_on_there_does_not_keep_our_stale_config(tmp_pa
     ("changes", "to", "message"),
     [
         ({"pre_norm": True}, "transformers", "pre_norm"),
-        ({"class_proposals": True}, "transformers", "class_proposals"),
-        ({"box_positions": True}, "official", "box_positions"),
-        ({"query_content": "memory"}, "official", "query_content"),
+        ({"class_aware_proposals": True}, "transformers", "class_aware_proposals"),
+        ({"iterative_query_pos": True}, "official", "iterative_query_pos"),
+        ({"query_init": "encoder"}, "official", "query_init"),
         ({}, "official", "test_resnet"),
         ({"backbone": "resnet50"}, "official", "hidden_dim"),
         ({"backbone": "resnet50", "activation": "gelu"}, "official", "activation"),
-        ({"backbone": "resnet50", "feature_levels": 2}, "official", "feature_levels"),
+        ({"backbone": "resnet50", "num_feature_levels": 2}, "official", "num_feature_levels"),
         ({"hidden_dim": 48}, "transformers", "hidden_dim"),
     ],
 )
@@ -339,11 +339,11 @@ def official_code():
 def test_the_official_code_gives_the_same(official_code, name, tmp_path):
     """At full size, in both directions; what their modules themselves save, and what we write for them."""
     torch.manual_seed(0)
-    model = randomised(DeformableDETR(presets.MODELS[name](backbone_weights="none")))
+    model = randomized(DeformableDETR(presets.MODELS[name](backbone_weights="none")))
     official_format.save(model, tmp_path)
     values = torch.load(tmp_path / official_format.FILE, weights_only=False)
     theirs = official_code.build(values["args"], 91)
-    torch.save({"model": randomised(theirs, seed=2).state_dict(), "args": values["args"]}, tmp_path / "theirs.pth")
+    torch.save({"model": randomized(theirs, seed=2).state_dict(), "args": values["args"]}, tmp_path / "theirs.pth")
     for path in (tmp_path / "theirs.pth", tmp_path / official_format.FILE):
         theirs.float().load_state_dict(torch.load(path, weights_only=False)["model"], strict=True)
         here = DeformableDETR.from_pretrained(path)

@@ -109,9 +109,9 @@ def test_other_variants_take_what_they_share(source, tmp_path):
 
 
 def test_more_queries_and_more_levels(tmp_path):
-    plain = ours(presets.refine, feature_levels=3)
+    plain = ours(presets.refine, num_feature_levels=3)
     plain.save_pretrained(tmp_path)
-    new = fresh(presets.refine, feature_levels=5, num_queries=25)
+    new = fresh(presets.refine, num_feature_levels=5, num_queries=25)
     before = {name: value.clone() for name, value in new.state_dict().items()}
     report = load_for_training(new, tmp_path, quiet)
     assert torch.equal(new.query_embedding.weight[:20], plain.query_embedding.weight)
@@ -175,7 +175,12 @@ def test_the_sources_network_as_the_start_of_a_config(source, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"feature_levels": 3}, {"box_positions": False}, {"query_content": "learned"}, {"class_proposals": False}],
+    [
+        {"num_feature_levels": 3},
+        {"iterative_query_pos": False},
+        {"query_init": "learned"},
+        {"class_aware_proposals": False},
+    ],
 )
 def test_a_network_close_to_a_preset_is_trained_as_that(tmp_path, change):
     ours(presets.small, **change).save_pretrained(tmp_path / "small")
@@ -198,7 +203,7 @@ def test_a_small_model_goes_on_as_one_for_other_tools(tmp_path):
         "proposals.query_norm.weight", "proposals.query_proj.bias", "proposals.query_proj.weight",
     ]  # fmt: skip
     assert all(name.startswith("decoder.position_head.") for name in report.unused)
-    assert "class_proposals True in the source" in report.fresh["decoder.heads.classes.2.weight"]
+    assert "class_aware_proposals True in the source" in report.fresh["decoder.heads.classes.2.weight"]
     for name, value in new.state_dict().items():
         assert torch.equal(value, before[name] if name in report.fresh else small.state_dict()[name]), name
     assert torch.equal(new.decoder.heads.classes[2].bias, torch.full((3,), PRIOR))

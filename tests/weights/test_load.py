@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from deformable_detr import DeformableDETR, UserError
 from deformable_detr.config import presets
 from deformable_detr.weights import load, official_format, transformers_format
-from tests.model.test_parity import TINY, batch, compare, config, randomised, transformers
+from tests.model.test_parity import TINY, batch, compare, config, randomized, transformers
 
 OURS = {
     "backbone": "test_resnet", "backbone_weights": "none", "hidden_dim": 64, "num_heads": 4, "ffn_dim": 48,
@@ -22,11 +22,11 @@ OURS = {
 
 def ours(variant=presets.two_stage, **changes) -> DeformableDETR:
     torch.manual_seed(0)
-    return randomised(DeformableDETR(variant(**{**OURS, **changes})))
+    return randomized(DeformableDETR(variant(**{**OURS, **changes})))
 
 
 def theirs(variant="two-stage", **changes):
-    return randomised(transformers.DeformableDetrForObjectDetection(config(variant, 4, **changes)))
+    return randomized(transformers.DeformableDetrForObjectDetection(config(variant, 4, **changes)))
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_official_checkpoint_with_and_without_settings(tmp_path):
     found = DeformableDETR.from_pretrained(path)
     assert same(model, DeformableDETR(model.config)) is False
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in found.state_dict().items())
-    assert (found.config.refine, found.config.feature_levels, found.config.num_queries) == (True, 4, 20)
+    assert (found.config.refine, found.config.num_feature_levels, found.config.num_queries) == (True, 4, 20)
     assert found.config.category_ids == (0, 1, 2)
     torch.save(values, path, _use_new_zipfile_serialization=False)  # the format of the published files
     assert same(found, DeformableDETR.from_pretrained(path))
@@ -257,7 +257,7 @@ def test_changes_that_have_a_meaning(repo, tmp_path):
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_fewer_levels_keep_what_their_strides_learned(repo, levels):
     whole = DeformableDETR.from_pretrained(repo)
-    fewer = DeformableDETR.from_pretrained(repo, feature_levels=levels)
+    fewer = DeformableDETR.from_pretrained(repo, num_feature_levels=levels)
     kept = {1: [2], 2: [1, 2], 3: [0, 1, 2]}[levels]
     assert torch.equal(fewer.level_embedding, whole.level_embedding[kept])
     there = whole.encoder.layers[0].self_attn.sampling_offsets.weight.view(4, 4, 4, 2, -1)
@@ -270,7 +270,7 @@ def test_fewer_levels_keep_what_their_strides_learned(repo, levels):
 
 def test_changes_that_have_none(repo):
     for changes, message in (
-        ({"feature_levels": 5}, r"feature_levels 4.*--weights"),
+        ({"num_feature_levels": 5}, r"num_feature_levels 4.*--weights"),
         ({"hidden_dim": 128}, "hidden_dim"),
         ({"refine": False}, "refine"),
         ({"num_querys": 5}, "num_querys"),

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from deformable_detr import Config, DeformableDETR, ModelConfig, UserError
-from deformable_detr.weights.model_card import Facts, card
+from deformable_detr.weights.model_card import ModelCardData, card
 from tests.weights.test_load import ours, same
 
 NASTY = 'a|b</td>\n---\n# "x": {y}'
@@ -17,7 +17,9 @@ def fields(text: str) -> dict:
 def test_what_a_card_tells():
     config = ModelConfig(num_classes=2, class_names=("cat", NASTY), category_ids=(7, 9), refine=True, image_size=640)
     settings = Config(model=config).merged({"train": {"epochs": 3}})
-    facts = Facts(data="pets: 2018", figures={"AP": 0.4567, "AP50": None}, settings=settings, licence="apache-2.0")
+    facts = ModelCardData(
+        data="pets: 2018", figures={"AP": 0.4567, "AP50": None}, settings=settings, license="apache-2.0"
+    )
     text = card(config, facts)
     found = fields(text)
     assert found["license"] == "apache-2.0"
@@ -38,7 +40,7 @@ def test_the_hub_reads_the_fields_of_a_card():
 
     figures = {"AP": 0.4567, "AP50": 0.7, "AP_small": None}
     for data, library in (("pets: 2018", "deformable-detr"), (None, "transformers")):
-        found = ModelCard(card(ModelConfig(), Facts(data=data, figures=figures, library=library))).data
+        found = ModelCard(card(ModelConfig(), ModelCardData(data=data, figures=figures, library=library))).data
         assert (found.license, found.library_name, found.pipeline_tag) == ("unknown", library, "object-detection")
         assert found.eval_results is not None
         assert [(one.metric_type, one.metric_value) for one in found.eval_results] == [("AP", 0.4567), ("AP50", 0.7)]
@@ -46,7 +48,7 @@ def test_the_hub_reads_the_fields_of_a_card():
 
 
 def test_a_card_of_what_is_not_known():
-    text = card(ModelConfig(), Facts())
+    text = card(ModelConfig(), ModelCardData())
     assert fields(text)["license"] == "unknown"
     assert "model-index" not in fields(text)
     assert "None measured." in text
@@ -55,21 +57,21 @@ def test_a_card_of_what_is_not_known():
 
 def test_the_card_lies_beside_the_weights_and_spares_that_of_others(tmp_path):
     model = ours()
-    model.save_pretrained(tmp_path, Facts(data="first"))
+    model.save_pretrained(tmp_path, ModelCardData(data="first"))
     assert "first" in (tmp_path / "README.md").read_text()
-    model.save_pretrained(tmp_path, Facts(data="second"))
+    model.save_pretrained(tmp_path, ModelCardData(data="second"))
     assert "second" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("my own words")
-    model.save_pretrained(tmp_path, Facts(data="third"))
+    model.save_pretrained(tmp_path, ModelCardData(data="third"))
     assert (tmp_path / "README.md").read_text() == "my own words"
 
 
 def test_a_run_spares_the_card_of_others_too(tmp_path):
-    from deformable_detr.training.run_dir import RunFolder
+    from deformable_detr.training.run_dir import RunDir
 
-    for words, kept in (("my own words", "my own words"), (card(ModelConfig(), Facts()), "## Data\n\nsecond")):
+    for words, kept in (("my own words", "my own words"), (card(ModelConfig(), ModelCardData()), "## Data\n\nsecond")):
         (tmp_path / "README.md").write_text(words)
-        RunFolder(tmp_path).export(ours(), Facts(data="second"))
+        RunDir(tmp_path).export(ours(), ModelCardData(data="second"))
         assert kept in (tmp_path / "README.md").read_text()
 
 

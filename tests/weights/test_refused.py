@@ -163,7 +163,7 @@ def test_broken_repositories(repo, tmp_path):
         with pytest.raises(UserError, match=message):
             DeformableDETR.from_pretrained(repo)
     config_file.write_text(whole)
-    (repo / "preprocessor_config.json").write_text('{"image_mean": "grey"}')
+    (repo / "preprocessor_config.json").write_text('{"image_mean": "gray"}')
     with pytest.raises(UserError, match=r"preprocessor_config\.json"):
         DeformableDETR.from_pretrained(repo)
     (repo / "preprocessor_config.json").unlink()

@@ -20,7 +20,7 @@ from .rounds import described, in_turn
 
 
 class Form(NamedTuple):
-    """A way to run the model: eager, optimised, or a format of `export` with its sampling and precision."""
+    """A way to run the model: eager, optimized, or a format of `export` with its sampling and precision."""
 
     runtime: str
     sampling: str = "native"
@@ -30,7 +30,7 @@ class Form(NamedTuple):
         return f"{self.runtime} {self.precision}" + ("" if self.sampling == "native" else f", {self.sampling}")
 
 
-EAGER, OPTIMISED = Form("eager"), Form("optimised")
+EAGER, OPTIMIZED = Form("eager"), Form("optimized")
 FORMS = tuple(Form(kind, sampling) for kind in SUFFIXES for sampling in ("grid_sample", "gather"))
 INT8 = (Form("onnx", "grid_sample", "int8"), Form("openvino", "grid_sample", "int8"))  # with a data set
 
@@ -61,7 +61,7 @@ def measure(
     data: str | os.PathLike[str] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Exports the model in each of `forms` with open sizes, and times them all in turn, beside eager and optimised.
+    """Exports the model in each of `forms` with open sizes, and times them all in turn, beside eager and optimized.
 
     All use as many threads as PyTorch does here. Each round runs every one of them once on the same input, so what else
     goes on in the machine meets all of them; medians of `repeats` rounds are compared, after one that does not count.
@@ -70,7 +70,7 @@ def measure(
     """
     model = model.cpu().float().eval()
     height, width = size or (model.config.image_size, model.config.image_size * 4 // 3)
-    ways: dict[Form, Any] = {EAGER: model, OPTIMISED: model.optimize()}
+    ways: dict[Form, Any] = {EAGER: model, OPTIMIZED: model.optimize()}
     made: dict[Form, tuple[float, tuple[float, float] | None]] = {}  # MiB of the file, AP before and after
     rows = []
     with tempfile.TemporaryDirectory() as folder:

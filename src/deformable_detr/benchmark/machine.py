@@ -131,7 +131,7 @@ def gemm_gflops(dtype: torch.dtype, device: str = "cpu") -> float:
     x, weight, bias = (t.to(device=device, dtype=dtype) for t in (x, weight, bias))
     calls = [lambda: torch.nn.functional.linear(x, weight, bias)]
     if device == "cpu" and onednn.available(dtype):
-        packed = onednn.Product(weight, bias, None, dtype, packed=True)
+        packed = onednn.PackedLinear(weight, bias, None, dtype, packed=True)
         calls.append(lambda: packed(x))
     best = float("inf")
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""`deformable-detr benchmark model`: the detector as it is and optimised, beside transformers' with its weights."""
+"""`deformable-detr benchmark model`: the detector as it is and optimized, beside transformers' with its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .parts import TimedParts, around
 from .rounds import BASELINE, bars, by_allocator, described, in_turn
 
 DEFAULT_SIZES = ((480, 640), (800, 1333))
-WAYS = (BASELINE, "model", "optimised")
+WAYS = (BASELINE, "model", "optimized")
 RUNTIMES = {"onnxruntime": ("onnx", "m.onnx"), "openvino": ("openvino", "m.xml")}  # by name: format and file
 
 
@@ -112,9 +112,9 @@ def ways(
     for precision in precisions:
         if precision == "bf16" and not (has_bf16() or device.type == "cuda"):
             continue
-        if "optimised" in wanted:
+        if "optimized" in wanted:
             fast = model.optimize(precision)
-            found["optimised", precision] = (ours(fast), fast)
+            found["optimized", precision] = (ours(fast), fast)
         if "compiled" in wanted:
             found["compiled", precision] = (ours(model.optimize(precision, compile=True)), None)
         if "graphs" in wanted:  # a bucket of one pixel: each size is a CUDA graph of its own, and nothing is padded

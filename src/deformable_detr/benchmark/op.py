@@ -56,10 +56,10 @@ def make_inputs(case: str, batch: int, dtype: torch.dtype, device: str, queries:
     random = torch.Generator().manual_seed(0)
     tokens = sum(h * w for h, w in LEVELS)
     if case == "encoder":
-        centres = [
+        centers = [
             torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1) for h, w in LEVELS
         ]
-        reference = torch.cat(centres)
+        reference = torch.cat(centers)
         reference = reference if queries is None else reference[:: max(1, tokens // queries)]
     else:
         reference = torch.rand(queries or 300, 2, generator=random)

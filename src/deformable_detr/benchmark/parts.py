@@ -94,13 +94,13 @@ class TimedParts:
 def around(
     model: DeformableDETR, device: str, batch: int, height: int, width: int, outputs: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Milliseconds of what comes before the model (uint8 to normalised) and after it (selection)."""
+    """Milliseconds of what comes before the model (uint8 to normalized) and after it (selection)."""
     pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
     images = ImageBatch(pixels, torch.zeros(batch, height, width, dtype=torch.bool))
     mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
     times = in_turn(
         {
-            "pre": lambda: images.to(device).normalise(mean, std),
+            "pre": lambda: images.to(device).normalize(mean, std),
             "post": lambda: select(outputs, [(height, width)] * batch),
         },
         5,

@@ -78,7 +78,7 @@ def _alone(model: Any, images: Sequence[Path], batch_size: int) -> float:
 
 def _sample(model: Any, path: Path) -> tuple[Tensor, Target]:
     config, canvas = model.config, getattr(model, "canvas", None)
-    image = resize(read_image(path), config.image_size, config.long_side, canvas, config.size_multiple)
+    image = resize(read_image(path), config.image_size, config.long_side, canvas, config.size_divisor)
     return image, Target.empty(0, (image.shape[1], image.shape[2]))
 
 

@@ -111,13 +111,13 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
-_COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e")
+_COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e")
 
 
 def bars(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
     """An SVG of stacked bars: for each row its parts in milliseconds, in the order they run."""
     parts = list(dict.fromkeys(part for values in rows.values() for part in values))
-    colours = dict(zip(parts, (_COLOURS * 2)[: len(parts)], strict=True))
+    colors = dict(zip(parts, (_COLORS * 2)[: len(parts)], strict=True))
     longest = max(sum(values.values()) for values in rows.values())
     width, left, high = 760, 190, 30
     lines = [f'<text x="10" y="22" font-size="15">{title}</text>']
@@ -127,7 +127,7 @@ def bars(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
         for part, milliseconds in values.items():
             length = milliseconds / longest * (width - left - 90)
             tip = f"<title>{part}: {milliseconds:.1f} ms</title>"
-            shape = f'x="{x:.1f}" y="{y}" width="{length:.1f}" height="{high}" fill="{colours[part]}"'
+            shape = f'x="{x:.1f}" y="{y}" width="{length:.1f}" height="{high}" fill="{colors[part]}"'
             lines.append(f"<rect {shape}>{tip}</rect>")
             if length > 40:  # room for the number
                 lines.append(
@@ -139,7 +139,7 @@ def bars(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
     for number, part in enumerate(parts):
         x = 10 + number % 6 * 125
         row = y + number // 6 * 22
-        lines.append(f'<rect x="{x}" y="{row - 11}" width="12" height="12" fill="{colours[part]}"/>')
+        lines.append(f'<rect x="{x}" y="{row - 11}" width="12" height="12" fill="{colors[part]}"/>')
         lines.append(f'<text x="{x + 18}" y="{row}">{part}</text>')
     height = y + (len(parts) - 1) // 6 * 22 + 16
     font = 'font-family="sans-serif" font-size="13"'

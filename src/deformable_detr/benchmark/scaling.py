@@ -61,7 +61,7 @@ def measure(
     short_sides: Sequence[int] = SHORT_SIDES,
     changes: dict[str, Any] | None = None,
 ) -> list[Point]:
-    """Times the optimised model, random weights, over all cases in turn."""
+    """Times the optimized model, random weights, over all cases in turn."""
     models: dict[int, Any] = {}
     for count in queries:
         models[count] = random_model(preset, device, {**(changes or {}), "num_queries": count}).optimize(precision)

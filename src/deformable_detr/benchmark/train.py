@@ -17,7 +17,7 @@ from ..config import presets
 from ..config.schema import TrainConfig
 from ..detector import DeformableDETR
 from ..structures import ImageBatch, Target
-from ..training.step import Stepper
+from ..training.step import TrainStep
 from ..utils.device import pick_device
 from ..utils.files import write_json
 from .machine import memory_peak
@@ -70,7 +70,7 @@ def measure(
         model.to(device)
         if theirs is not None:
             calls[BASELINE, precision] = _their_step(theirs, model, images, targets, precision)
-        stepper = Stepper(model, TrainConfig(precision=precision))  # type: ignore[arg-type]  # of the config's names
+        stepper = TrainStep(model, TrainConfig(precision=precision))  # type: ignore[arg-type]  # of the config's names
         calls["ours", precision] = partial(stepper.step, [(images, targets)], 1, 0.5)
     times = in_turn({str(key): call for key, call in calls.items()}, repeats)
     baseline = times.get(str((BASELINE, "fp32")))
@@ -92,20 +92,20 @@ def _their_step(
 ) -> Callable[[], object]:
     """transformers' step: its own losses, AdamW, the same clipping."""
     theirs.train().requires_grad_(True).to(images.pixels.device)
-    optimiser = torch.optim.AdamW(theirs.parameters(), lr=2e-4, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=2e-4, weight_decay=1e-4)
     labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets]
     mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
 
     def step() -> None:
-        ready = images.normalise(mean, std)
+        ready = images.normalize(mean, std)
         half = torch.autocast(ready.pixels.device.type, dtype=torch.bfloat16)
         context = half if precision == "bf16" else contextlib.nullcontext()
         with context:
             loss = theirs(ready.pixels, pixel_mask=(~ready.padding_mask).long(), labels=labels).loss
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.1)
-        optimiser.step()
+        optimizer.step()
 
     return step
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from cyclopts import CycloptsError
 
 from ..utils.errors import UserError
-from ..utils.process import compares, keep_fewer_kernels, keep_large_buffers, wait_shortly
+from ..utils.process import compares, keep_fewer_kernels, retain_freed_memory, shorten_omp_spin
 from . import deploy, infer, measuring, train
 from .app import app
 from .options import complain
@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no text, or not of the terminal's letters
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that it reads all the same; others are errors
     _tidy_up_at_sigterm()
-    keep_large_buffers()
+    retain_freed_memory()
     if not compares(words):
         keep_fewer_kernels()
-        wait_shortly()
+        shorten_omp_spin()
     try:
         try:
             _run(words)

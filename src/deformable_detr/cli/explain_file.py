@@ -96,7 +96,7 @@ def summary(explanation: Explanation) -> list[str]:
     """The figures of an explanation, for a terminal."""
     lines = [explanation.title]
     if isinstance(explanation, DetectionExplanation):
-        shares = explanation.shares_inside().tolist()
+        shares = explanation.attention_inside_box().tolist()
         for number, (look, share) in enumerate(zip(explanation.looks, shares, strict=True), 1):
             box = ", ".join(f"{side:.0f}" for side in look.box.tolist())
             score = look.scores[explanation.label]
@@ -108,6 +108,6 @@ def summary(explanation: Explanation) -> list[str]:
             f"(the box covers {(x2 - x1) * (y2 - y1) / (width * height):.1%} of the image)"
         )
     elif isinstance(explanation, PointExplanation):
-        tokens = zip(explanation.spatial_shapes, explanation.token_centres.tolist(), strict=True)
+        tokens = zip(explanation.spatial_shapes, explanation.token_centers.tolist(), strict=True)
         lines += [f"level {n}, {w} × {h}: token at {x:.1f}, {y:.1f}" for n, ((h, w), (x, y)) in enumerate(tokens, 1)]
     return lines

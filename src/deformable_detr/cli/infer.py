@@ -38,7 +38,7 @@ def evaluate(
         compare: Another model, to be measured too and shown beside.
         batch_size: Images at once.
         workers: Processes that load images.
-        precision: fp32 or bf16: of the optimised model, as predict uses it; without it, the model as it was trained.
+        precision: fp32 or bf16: of the optimized model, as predict uses it; without it, the model as it was trained.
     """
     from ..config.resolve import resolve
     from ..evaluation.compare import evaluate_models, outcome

@@ -50,7 +50,7 @@ def exports(
     data: Path | None = None,
     json: JsonFile = None,
 ) -> None:
-    """Time a model in every runtime it can be exported to, beside PyTorch eager and the optimised model.
+    """Time a model in every runtime it can be exported to, beside PyTorch eager and the optimized model.
 
     Args:
         model: A run or model folder, a transformers folder or hub id, or an official .pth.
@@ -91,7 +91,7 @@ def models(
     json: JsonFile = None,
     picture: Annotated[Path | None, Parameter(help="SVG file: time by part")] = None,
 ) -> None:
-    """Time a preset with random weights: as it is, optimised, in bf16, beside transformers' with the same weights.
+    """Time a preset with random weights: as it is, optimized, in bf16, beside transformers' with the same weights.
 
     Args:
         threads: Processor threads; as many as PyTorch takes where none is named.
@@ -177,7 +177,7 @@ def scaling(
     json: JsonFile = None,
     picture: Annotated[Path | None, Parameter(help="SVG or PNG file: time a token")] = None,
 ) -> None:
-    """Time the optimised model over more images, queries and pixels: whether the cost grows with the tokens alone.
+    """Time the optimized model over more images, queries and pixels: whether the cost grows with the tokens alone.
 
     Args:
         precision: fp32 or bf16.

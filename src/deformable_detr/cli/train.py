@@ -24,7 +24,7 @@ def train(
     minutes: float | None = None,
     image_size: int | None = None,
     batch_size: int | None = None,
-    effective_batch: int | None = None,
+    total_batch_size: int | None = None,
     patience: int | None = None,
     backbone: str | None = None,
     backbone_weights: str | None = None,
@@ -52,7 +52,7 @@ def train(
         minutes: Minutes of training, at most.
         image_size: Short side of the input in pixels.
         batch_size: Images that a process has in memory at a time.
-        effective_batch: Images an optimiser step, over all passes and processes; lr follows (train.lr_scaling).
+        total_batch_size: Images an optimizer step, over all passes and processes; lr follows (train.lr_scaling).
         patience: Stop after so many evaluations without a better AP.
         backbone: Any timm model that gives feature maps.
         backbone_weights: hub (download), none (random) or the path of a safetensors file.
@@ -80,7 +80,7 @@ def train(
         "train.minutes": minutes,
         "model.image_size": image_size,
         "train.batch_size": batch_size,
-        "train.effective_batch": effective_batch,
+        "train.total_batch_size": total_batch_size,
         "train.patience": patience,
         "model.backbone": backbone,
         "model.backbone_weights": backbone_weights,

@@ -26,4 +26,4 @@ def resized_size(height: int, width: int, image_size: int, long_side: int, multi
 def usual_size(config: ModelConfig) -> tuple[int, int]:
     """(height, width) that an image of four by three comes to a model in."""
     side = config.image_size
-    return resized_size(side, side * 4 // 3, side, config.long_side, config.size_multiple)
+    return resized_size(side, side * 4 // 3, side, config.long_side, config.size_divisor)

@@ -19,7 +19,7 @@ def multi_scale(**changes: Any) -> ModelConfig:
 
 def single_scale(**changes: Any) -> ModelConfig:
     """One level, the backbone's last map at stride 32 (table 1, "single scale")."""
-    return multi_scale(**{"feature_levels": 1, **changes})
+    return multi_scale(**{"num_feature_levels": 1, **changes})
 
 
 def single_scale_dc5(**changes: Any) -> ModelConfig:
@@ -45,10 +45,15 @@ def small(**changes: Any) -> ModelConfig:
     """
     # On small images a stride that does not divide the side matters: maps then end beyond the image, each by another
     # part of it, and some backbones shift them by whole pixels, so that boxes come out beside their objects.
-    base = {"backbone": "tf_efficientnet_lite0", "image_size": 480, "size_multiple": 32}
+    base = {"backbone": "tf_efficientnet_lite0", "image_size": 480, "size_divisor": 32}
     base |= {"num_queries": 100, "dropout": 0.0}
     base |= {"hidden_dim": 128, "num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512}
-    base |= {"class_proposals": True, "query_content": "memory", "box_positions": True, "look_forward_twice": True}
+    base |= {
+        "class_aware_proposals": True,
+        "query_init": "encoder",
+        "iterative_query_pos": True,
+        "look_forward_twice": True,
+    }
     return two_stage(**{**base, **changes})
 
 
@@ -57,7 +62,7 @@ def small_portable(**changes: Any) -> ModelConfig:
 
     The look forward twice concerns training only, so it may stay.
     """
-    base = {"class_proposals": False, "query_content": "proposal", "box_positions": False}
+    base = {"class_aware_proposals": False, "query_init": "box", "iterative_query_pos": False}
     return small(**{**base, **changes})
 
 
@@ -82,13 +87,13 @@ def config(name: str) -> Config:
             epochs="auto",
             eval_every="auto",
             lr=1e-3,
-            backbone_lr_factor=0.2,
+            backbone_lr_mult=0.2,
             lr_schedule="cosine",
             warmup_steps=100,
-            sampling_lr_factor=1.0,
-            clip_norm=1.0,
-            class_loss="matchability",
-            denoising=100,
+            sampling_lr_mult=1.0,
+            clip_max_norm=1.0,
+            class_loss="mal",
+            num_denoising=100,
             ema_decay=0.9998,
         )
         return Config(preset=name, model=model, train=train)

@@ -81,10 +81,12 @@ class ModelConfig(_Section):
         description="leading backbone stages kept fixed; none given: 2 where it starts from weights, else 0",
     )
     dilation: bool = Field(default=False, description="DC5: the last backbone stage keeps stride 16 by dilation")
-    feature_levels: Positive = Field(default=4, description="1: the last feature map; more: strides 8, 16, 32, 64, …")
+    num_feature_levels: Positive = Field(
+        default=4, description="1: the last feature map; more: strides 8, 16, 32, 64, …"
+    )
     image_size: Positive = Field(default=800, description="short side of the input in pixels")
     max_size: Positive | None = Field(default=None, description="long side at most; none: image_size × 1333 / 800")
-    size_multiple: Positive = Field(
+    size_divisor: Positive = Field(
         default=1, description="sides of the input are rounded to multiples of so many pixels"
     )
     pixel_mean: Triple | None = Field(default=None, description="RGB mean in 0..1; none given: the backbone's own")
@@ -104,15 +106,15 @@ class ModelConfig(_Section):
     num_queries: Positive = 300
     refine: bool = Field(default=False, description="each decoder layer refines the boxes of the one before")
     two_stage: bool = Field(default=False, description="the encoder proposes the queries' boxes; needs refine")
-    class_proposals: bool = Field(
+    class_aware_proposals: bool = Field(
         default=False, description="two-stage: proposals scored by their best class, not by 'object' (DINO)"
     )
-    query_content: Literal["proposal", "learned", "memory"] = Field(
-        default="proposal",
+    query_init: Literal["box", "learned", "encoder"] = Field(
+        default="box",
         description="two-stage: queries start from the proposal's box (paper), from learned vectors (DINO's mixed "
         "query selection) or from the encoder's token (RT-DETR)",
     )
-    box_positions: bool = Field(
+    iterative_query_pos: bool = Field(
         default=False, description="refine: query positions follow the refined boxes layer by layer (DAB-DETR)"
     )
     look_forward_twice: bool = Field(
@@ -130,16 +132,16 @@ class ModelConfig(_Section):
             raise ValueError("two_stage needs refine: true")
         if self.two_stage and not self.encoder_layers:
             raise ValueError("two_stage needs at least one encoder layer")
-        if not self.two_stage and (self.class_proposals or self.query_content != "proposal"):
-            raise ValueError("class_proposals and query_content are for two_stage: true")
-        if self.box_positions and not self.two_stage:
-            raise ValueError("box_positions needs two_stage: true, where queries have boxes from the start")
+        if not self.two_stage and (self.class_aware_proposals or self.query_init != "box"):
+            raise ValueError("class_aware_proposals and query_init are for two_stage: true")
+        if self.iterative_query_pos and not self.two_stage:
+            raise ValueError("iterative_query_pos needs two_stage: true, where queries have boxes from the start")
         if self.look_forward_twice and not self.refine:
             raise ValueError("look_forward_twice needs refine: true")
         if self.backbone_shape and (self.dilation or self.backbone_weights != "none"):
             raise ValueError("backbone_shape needs backbone_weights: none and has no dilation")
-        if self.dilation and self.feature_levels != 1:
-            raise ValueError("dilation (DC5) is for feature_levels: 1")
+        if self.dilation and self.num_feature_levels != 1:
+            raise ValueError("dilation (DC5) is for num_feature_levels: 1")
         for name in ("class_names", "category_ids"):
             values = getattr(self, name)
             if values and len(values) != self.num_classes:
@@ -173,23 +175,23 @@ class DataConfig(_Section):
     train_scales: tuple[PositiveFloat, PositiveFloat] = Field(
         default=(0.6, 1.0), description="range of the short side in training, relative to image_size"
     )
-    flip: Fraction = Field(default=0.5, description="chance of a horizontal flip in training")
-    crop: Fraction = Field(default=0.5, description="chance of a random crop before the resize in training")
+    hflip_prob: Fraction = Field(default=0.5, description="chance of a horizontal flip in training")
+    crop_prob: Fraction = Field(default=0.5, description="chance of a random crop before the resize in training")
     train_split: str = "train"
     val_split: str = "val"
     images: str | None = Field(default=None, description="folder of the training images, for sets in no known layout")
     annotations: str | None = Field(default=None, description="COCO JSON of the training images, likewise")
     val_images: str | None = None
     val_annotations: str | None = None
-    crop_visible: Fraction = Field(
+    min_visibility: Fraction = Field(
         default=0.0, description="a crop is drawn again where it would leave less than this part of an object's area"
     )
-    colour: Fraction = Field(
+    color_jitter_prob: Fraction = Field(
         default=0.0, description="chance of another brightness, contrast and saturation in training (SSD)"
     )
-    mosaic: Fraction = Field(default=0.0, description="chance that three more images share the picture (YOLOv4)")
-    mosaic_until: Fraction = Field(default=0.8, description="part of the training after which there is no mosaic")
-    bucketing: bool = Field(
+    mosaic_prob: Fraction = Field(default=0.0, description="chance that three more images share the picture (YOLOv4)")
+    close_mosaic: Fraction = Field(default=0.8, description="part of the training after which there is no mosaic")
+    aspect_ratio_grouping: bool = Field(
         default=False, description="images of like size and shape share a batch in training: less padding"
     )
     workers: NonNegative = Field(default=2, description="processes that load images; 0: none beside the main one")
@@ -206,7 +208,7 @@ class DataConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """The optimisation. Defaults are the paper's (section 5 and the published configurations)."""
+    """The optimization. Defaults are the paper's (section 5 and the published configurations)."""
 
     weights: str | None = Field(
         default=None, description="model to start from: a folder, a hub id or an official checkpoint; none: no model"
@@ -219,26 +221,27 @@ class TrainConfig(_Section):
         default=None, description="stop after so many minutes of training, evaluation and saving not counted"
     )
     batch_size: Positive = Field(default=4, description="images that a process has in memory at a time")
-    effective_batch: Positive | None = Field(
-        default=None, description="images an optimiser step, over all processes; none: batch_size in each process"
+    total_batch_size: Positive | None = Field(
+        default=None, description="images an optimizer step, over all processes; none: batch_size in each process"
     )
     lr: PositiveFloat = 2e-4
-    lr_batch: Positive | None = Field(
+    base_batch_size: Positive | None = Field(
         default=None,
-        description="images an optimiser step that lr is meant for; none: 4 with effective_batch, else batch_size",
+        description="images an optimizer step that lr is meant for; none: 4 with total_batch_size, else batch_size",
     )
     lr_scaling: Literal["sqrt", "linear", "none"] = Field(
-        default="sqrt", description="how lr follows the batch: × √(effective batch / lr_batch), × the ratio, or not"
+        default="sqrt",
+        description="how lr follows the batch: × √(effective batch / base_batch_size), × the ratio, or not",
     )
-    backbone_lr_factor: Weight = Field(default=0.1, description="backbone's learning rate, relative to lr")
+    backbone_lr_mult: Weight = Field(default=0.1, description="backbone's learning rate, relative to lr")
     backbone_layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="learning rate of each backbone stage, relative to the next one's (ELECTRA, BEiT)"
     )
-    sampling_lr_factor: Weight = Field(
+    sampling_lr_mult: Weight = Field(
         default=0.1, description="learning rate of sampling offsets and reference points, relative to lr"
     )
     weight_decay: Weight = 1e-4
-    clip_norm: Weight = Field(default=0.1, description="limit of the gradient's norm; 0: none")
+    clip_max_norm: Weight = Field(default=0.1, description="limit of the gradient's norm; 0: none")
     warmup_steps: NonNegative = 0
     lr_schedule: Literal["step", "cosine", "constant"] = "step"
     lr_drop: Fraction = Field(default=0.8, description="part of the training after which lr falls to a tenth")
@@ -264,13 +267,13 @@ class TrainConfig(_Section):
     focal_gamma: Weight = 2.0
     auxiliary_loss: bool = True
 
-    class_loss: Literal["focal", "varifocal", "matchability"] = Field(
+    class_loss: Literal["focal", "varifocal", "mal"] = Field(
         default="focal", description="focal (paper), or targets that follow the overlap: VarifocalNet's, DEIM's"
     )
     encoder_matches: Positive = Field(
         default=1, description="two-stage: proposals that learn from each object (H-DETR's one-to-many matching: 6)"
     )
-    denoising: NonNegative = Field(default=0, description="extra denoising queries, about; 0: none (DINO: 100)")
+    num_denoising: NonNegative = Field(default=0, description="extra denoising queries, about; 0: none (DINO: 100)")
     box_noise: Weight = Field(default=1.0, description="of denoising: how far sides move, relative to half a side")
     label_noise: Fraction = Field(default=0.5, description="of denoising: twice the part of labels drawn anew")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(

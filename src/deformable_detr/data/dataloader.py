@@ -46,7 +46,7 @@ def loader(
     drop_last: bool = False,
     effective: int | None = None,
     process: tuple[int, int] = (0, 1),
-    bucketing: bool = False,
+    aspect_ratio_grouping: bool = False,
 ) -> Loader:
     """Batches of `dataset` (which has a length) as `collate` makes them.
 
@@ -55,10 +55,10 @@ def loader(
     caller's random numbers are left alone. workers: processes that load; 0: the caller's own. Batches lie in pinned
     memory where CUDA is available. A `UserError` about an image arrives as it was raised, also from a worker.
 
-    effective, process, bucketing: see `StepSampler`; bucketing needs a dataset with `sizes` and a `Training` transform.
+    effective, process, aspect_ratio_grouping: see `StepSampler`; aspect_ratio_grouping needs a dataset with `sizes` and a `Training` transform.
     """
     assert isinstance(dataset, Sized)
-    measure = _final_size(dataset, seed) if bucketing else None
+    measure = _final_size(dataset, seed) if aspect_ratio_grouping else None
     sampler = StepSampler(len(dataset), batch_size, shuffle, seed, drop_last, effective, process, measure)
     ahead = max(2, math.ceil(2 * sampler.passes(0) / workers)) if workers else None  # of a worker; all: two steps
     return Loader(
@@ -102,7 +102,7 @@ class Key(NamedTuple):
 
 
 class StepSampler(Sampler[list[Key]]):
-    """What each optimiser step sees, and which part of it each process makes, batch by batch.
+    """What each optimizer step sees, and which part of it each process makes, batch by batch.
 
     The order of the images is that of the set, or follows from the seed and the epoch. A step takes the next
     `effective` images, the last one what is left, and divides them among the processes, as evenly as may be, and these
@@ -176,7 +176,7 @@ POOL = 16  # steps whose images are sorted by size together
 
 
 def _alike(sizes: np.ndarray, places: np.ndarray, units: tuple[int, ...]) -> np.ndarray:
-    """The places in an order in which each `units[0]` neighbours are of like size, and in these each `units[1]`.
+    """The places in an order in which each `units[0]` neighbors are of like size, and in these each `units[1]`.
 
     sizes: (N, 2) logarithms of height and width. Halves along the side that differs more, as a k-d tree.
     """

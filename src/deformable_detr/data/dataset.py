@@ -111,10 +111,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         mine = slice(self._starts[index], self._starts[index + 1])
         boxes, inside = _clipped(self._boxes[mine].astype(np.float64), np.array([[height, width]]))
         x0, y0, x1, y1 = boxes[inside].T
-        centred = np.stack([(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height], 1)
+        centerd = np.stack([(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height], 1)
         target = Target(
             labels=torch.from_numpy(self._labels[mine][inside].astype(np.int64)),
-            boxes=torch.from_numpy(centred.astype(np.float32)),
+            boxes=torch.from_numpy(centerd.astype(np.float32)),
             image_id=int(self.image_ids[index]),
             original_size=(height, width),
         )

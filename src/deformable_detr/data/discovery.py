@@ -110,9 +110,9 @@ def find_images(annotations: Path, root: Path, split: str, data: DataConfig, nam
     best, lacking, _ = _best_folder(folders, names)
     missing = list(lacking)
     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-    if spelt := next((name for name in missing if lacking[name]), None):
+    if spelled := next((name for name in missing if lacking[name]), None):
         raise UserError(
-            f"{annotations}: image {spelt!r}{more} is missing in {best}, which has {lacking[spelt]!r}; "
+            f"{annotations}: image {spelled!r}{more} is missing in {best}, which has {lacking[spelled]!r}; "
             "write the names so, as deformable-detr check --fix does"
         )
     if missing and len(missing) == len(set(names)):
@@ -162,14 +162,14 @@ def _best_folder(folders: Sequence[Path], names: Sequence[str]) -> tuple[Path, d
     if counts[best] == len(names):
         return best, {}, listing(best)
     if not counts[best]:
-        best = max(folders, key=lambda folder: len(_spelt_otherwise(names, names, folder, listing)))
+        best = max(folders, key=lambda folder: len(_spelled_otherwise(names, names, folder, listing)))
     missing = [name for name in names if os.path.basename(name) not in listing(best / os.path.dirname(name))]
     # A file system that ignores case or spells accents otherwise finds files that its listing does not show.
     missing = [name for name in missing if not _is_file(best / name)]
-    return best, dict.fromkeys(missing, "") | _spelt_otherwise(missing, names, best, listing), listing(best)
+    return best, dict.fromkeys(missing, "") | _spelled_otherwise(missing, names, best, listing), listing(best)
 
 
-def _spelt_otherwise(
+def _spelled_otherwise(
     missing: Sequence[str], names: Sequence[str], folder: Path, listing: Callable[[Path], frozenset[str]]
 ) -> dict[str, str]:
     """Names with \\ for /, with %20 for a space, with a path that is not here, with other capitals or accents, or

@@ -20,7 +20,7 @@ from .discovery import (
     refuse_unreadable,
     split_aliases,
 )
-from .problems import Complain, Source, refuse
+from .problems import OnProblem, Source, refuse
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CocoSource:
     data: DataConfig
     format: str = "coco"
 
-    def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
+    def read(self, categories: Sequence[Category] | None = None, complain: OnProblem = refuse) -> dict[str, Any]:
         return read_json(self.file)
 
     def image_folder(self, names: Sequence[str]) -> Path:

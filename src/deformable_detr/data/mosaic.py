@@ -1,4 +1,4 @@
-"""Mosaics: four images share a picture, so that a small set shows more scales and neighbours (YOLOv4, section 3.3)."""
+"""Mosaics: four images share a picture, so that a small set shows more scales and neighbors (YOLOv4, section 3.3)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..structures import Target
 from .dataset import CocoDataset
 from .transforms import MIN_SIDE
 
-FILL = 114  # grey level of what no image covers
-CENTRE = (0.3, 0.7)  # where the four meet, in parts of the picture
+FILL = 114  # gray level of what no image covers
+CENTER = (0.3, 0.7)  # where the four meet, in parts of the picture
 
 
 class Mosaics(Dataset[tuple[Tensor, Target]]):
@@ -47,23 +47,23 @@ class Mosaics(Dataset[tuple[Tensor, Target]]):
             others = torch.randint(len(self), (3,), generator=generator).tolist()
             samples = [(image, target), *(self.raw[other] for other in others)]
             order = torch.randperm(4, generator=generator).tolist()
-            low, high = CENTRE
-            centre = low + (high - low) * torch.rand(2, generator=generator)
-            image, merged = mosaic([samples[n] for n in order], image.shape[-2:], centre.tolist())
+            low, high = CENTER
+            center = low + (high - low) * torch.rand(2, generator=generator)
+            image, merged = mosaic([samples[n] for n in order], image.shape[-2:], center.tolist())
             target = replace(merged, image_id=target.image_id, original_size=target.original_size)
         return self.transform(image, target) if self.transform else (image, target)
 
 
-def mosaic(samples: list[tuple[Tensor, Target]], size: tuple[int, ...], centre: list[float]) -> tuple[Tensor, Target]:
+def mosaic(samples: list[tuple[Tensor, Target]], size: tuple[int, ...], center: list[float]) -> tuple[Tensor, Target]:
     """Four images in the quarters of a picture, each whole, as large as fits, touching the point where they meet.
 
-    size: (height, width) of the picture. centre: (y, x) of that point in 0..1. The image_id and original_size are the
+    size: (height, width) of the picture. center: (y, x) of that point in 0..1. The image_id and original_size are the
     first sample's. Boxes that would become thinner than a thousandth of a pixel are dropped.
     """
     from torchvision.transforms.v2 import functional
 
     height, width = size
-    cy, cx = (min(max(1, round(part * side)), max(1, side - 1)) for part, side in zip(centre, size, strict=True))
+    cy, cx = (min(max(1, round(part * side)), max(1, side - 1)) for part, side in zip(center, size, strict=True))
     picture = torch.full((3, height, width), FILL, dtype=torch.uint8)
     labels, boxes = [], []
     for number, (image, target) in enumerate(samples):

@@ -15,7 +15,7 @@ from ..utils.errors import UserError
 from ..utils.files import checksum
 
 
-class Complain(Protocol):
+class OnProblem(Protocol):
     """What a reader calls for a record that it cannot use; where it returns, the record is left out."""
 
     def __call__(self, code: str, file: Path, record: str, what: str, mend: str) -> object:
@@ -45,7 +45,7 @@ class Source(Protocol):
     @property
     def format(self) -> str: ...
 
-    def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
+    def read(self, categories: Sequence[Category] | None = None, complain: OnProblem = refuse) -> dict[str, Any]:
         """The COCO dict. Formats without ids of their own take those of `categories` by name."""
         ...
 

@@ -25,7 +25,12 @@ MIN_SIDE = 1e-3  # pixels
 
 def training(image_size: int, long_side: int, data: DataConfig, multiple: int = 1) -> Training:
     """The paper's augmentation for a short side of `image_size` and a long side of at most `long_side` pixels."""
-    chances = {"flip": data.flip, "crop": data.crop, "visible": data.crop_visible, "colour": data.colour}
+    chances = {
+        "flip": data.hflip_prob,
+        "crop": data.crop_prob,
+        "visible": data.min_visibility,
+        "color": data.color_jitter_prob,
+    }
     return Training(image_size, long_side, data.train_scales, multiple=multiple, **chances)
 
 
@@ -54,7 +59,7 @@ class Training:
     Before a crop the image is resized to a short side of 1/2, 5/8 or 3/4 `image_size`; the crop's sides are drawn from
     0.48 to 0.75 `image_size`, or the image's own where that is smaller. Boxes without a visible part are dropped; a
     crop that would leave less than `visible` of an object's area is tried elsewhere (after SSD, section 2.2). Last, by
-    chance `colour`, `change_colours`.
+    chance `color`, `change_colors`.
     """
 
     image_size: int
@@ -63,7 +68,7 @@ class Training:
     flip: float = 0.5
     crop: float = 0.5
     visible: float = 0.0
-    colour: float = 0.0
+    color: float = 0.0
     multiple: int = 1
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
@@ -74,7 +79,7 @@ class Training:
             image = resize(image, choice.before, 8 * self.long_side)
             image, target = crop(image, target, *self._moved(choice.part, target, *image.shape[-2:]))
         image = resize(image, choice.short, self.long_side, multiple=self.multiple)
-        return change_colours(image) if _happens(self.colour) else image, target
+        return change_colors(image) if _happens(self.color) else image, target
 
     def choose(self, height: int, width: int) -> Choice:
         """Draws what happens to an image of this size."""
@@ -178,7 +183,7 @@ def crop(image: Tensor, target: Target, top: int, left: int, height: int, width:
     return functional.crop(image, top, left, height, width), replace(target, labels=target.labels[visible], boxes=boxes)
 
 
-def change_colours(image: Tensor) -> Tensor:
+def change_colors(image: Tensor) -> Tensor:
     """Brightness, contrast and saturation between 0.6 and 1.4 times what they were (after SSD, section 2.2).
 
     The hue stays: it often tells classes apart, as of lamps, fruit and stained cells, and takes longer than all else.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..structures import Category
 from ..utils.errors import UserError
 from .discovery import ALIASES, is_hidden, is_image, label_file, names_other_split, refuse_unreadable, split_aliases
-from .problems import Complain, ids_by_name, ignore, refuse
+from .problems import OnProblem, ids_by_name, ignore, refuse
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -46,7 +46,7 @@ class VocSource:
     def image_folder(self, names: Sequence[str]) -> Path:
         return self.images
 
-    def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
+    def read(self, categories: Sequence[Category] | None = None, complain: OnProblem = refuse) -> dict[str, Any]:
         images, objects = self._contents(complain)
         own = {record["name"] for record in objects}
         if categories is None:
@@ -75,13 +75,13 @@ class VocSource:
         except UserError:
             return set()
 
-    def _contents(self, complain: Complain) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def _contents(self, complain: OnProblem) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Images, and objects with the names of their classes."""
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
         for path, names in self._files(complain):
             root = _parsed(path, complain)
-            if (own := _labelled(path, names, root, complain)) is None:
+            if (own := _labeled(path, names, root, complain)) is None:
                 continue
             record: dict[str, Any] = {"id": len(images) + 1, "file_name": own}
             images.append(record)
@@ -98,7 +98,7 @@ class VocSource:
                     objects.append({"image_id": record["id"], **found})
         return images, objects
 
-    def _files(self, complain: Complain) -> list[tuple[Path, list[str]]]:
+    def _files(self, complain: OnProblem) -> list[tuple[Path, list[str]]]:
         """XML file and image of each record of the split; several images where they differ in their endings alone."""
         names: dict[str, list[str]] = {}
         for name in sorted(os.listdir(self.images)):
@@ -132,7 +132,7 @@ class VocSource:
             raise UserError(f"{self.file}: cannot be read as text ({error}); write one image name a line") from None
         return [(f"line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
-    def _object(self, path: Path, place: int, element: Element, complain: Complain) -> dict[str, Any] | None:
+    def _object(self, path: Path, place: int, element: Element, complain: OnProblem) -> dict[str, Any] | None:
         name = (element.findtext("name") or "").strip()
         record = f"object[{place}]" + (f" ({name!r})" if name else "")
         corners = [_number(element, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
@@ -215,7 +215,7 @@ def _listed(line: str, names: Mapping[str, list[str]]) -> tuple[str, list[str]]:
     return line, []
 
 
-def _labelled(path: Path, names: Sequence[str], root: Element | None, complain: Complain) -> str | None:
+def _labeled(path: Path, names: Sequence[str], root: Element | None, complain: OnProblem) -> str | None:
     """Which of the images whose names differ in their endings alone an XML file is about."""
     if len(names) == 1 or root is None:
         return names[0]
@@ -226,7 +226,7 @@ def _labelled(path: Path, names: Sequence[str], root: Element | None, complain: 
     return None
 
 
-def _parsed(path: Path, complain: Complain) -> Element | None:
+def _parsed(path: Path, complain: OnProblem) -> Element | None:
     """The root element; entities, which can be made to fill the memory or to read other files, are refused."""
     from xml.etree.ElementTree import ParseError
 

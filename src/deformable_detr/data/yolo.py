@@ -1,4 +1,4 @@
-"""YOLO sets: the class names in `data.yaml` or `classes.txt`, and a text file of normalised boxes for each image."""
+"""YOLO sets: the class names in `data.yaml` or `classes.txt`, and a text file of normalized boxes for each image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .discovery import (
     split_aliases,
     unreadable,
 )
-from .problems import Complain, ids_by_name, refuse
+from .problems import OnProblem, ids_by_name, refuse
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASSES = ("classes.txt", "labels/classes.txt", "obj.names")  # of Label Studio, LabelImg and CVAT: a name a line
@@ -65,7 +65,7 @@ class YoloSource:
     def image_folder(self, names: Sequence[str]) -> Path:
         return self.root
 
-    def read(self, categories: Sequence[Category] | None = None, complain: Complain = refuse) -> dict[str, Any]:
+    def read(self, categories: Sequence[Category] | None = None, complain: OnProblem = refuse) -> dict[str, Any]:
         ids = ids_by_name(self.names, categories, first=0)
         images, annotations = [], []
         labels_of = cache(label_folder)
@@ -87,7 +87,7 @@ class YoloSource:
         listed = [{"id": number, "name": name} for number, name in zip(ids, self.names, strict=True)]
         return {"images": images, "annotations": annotations, "categories": listed}
 
-    def _images(self, complain: Complain) -> list[Path]:
+    def _images(self, complain: OnProblem) -> list[Path]:
         found: list[Path] = []
         for place in self.places:
             if place.is_dir():
@@ -110,7 +110,7 @@ class YoloSource:
                     found.append(existing)
         return found
 
-    def _rows(self, path: Path, complain: Complain) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
+    def _rows(self, path: Path, complain: OnProblem) -> Iterator[tuple[int, int, tuple[float, float, float, float]]]:
         """(line number, class, xyxy box in 0..1) of the good rows of a label file."""
         try:
             os.lstat(path)  # a link to nowhere is a fault
@@ -329,7 +329,7 @@ def _place(file: Path, base: Any, value: str, key: str) -> Path:
     raise UserError(f"{file}: '{key}' is {value[:200]}, which is neither folder nor file ({place}); correct the path")
 
 
-def _size(path: Path, complain: Complain) -> tuple[int, int] | None:
+def _size(path: Path, complain: OnProblem) -> tuple[int, int] | None:
     try:
         return read_size(path)
     except UserError as error:
@@ -338,7 +338,7 @@ def _size(path: Path, complain: Complain) -> tuple[int, int] | None:
     return None
 
 
-def _lines(path: Path, complain: Complain) -> list[str]:
+def _lines(path: Path, complain: OnProblem) -> list[str]:
     if path.is_fifo():
         complain("label-unreadable", path, "", "is a pipe", "put a file there")
         return []

@@ -20,13 +20,13 @@ from ..utils.errors import UserError
 from ..utils.files import checksum, refuse_changed
 
 if TYPE_CHECKING:
-    from .context import World
+    from .context import DistributedContext
 
 Groups = dict[str, dict[str, Tensor]]
 CHECKSUMS = "checksums.json"  # of the files of a checkpoint's parts, SHA-256
 
 
-def save_parts(folder: Path, name: str, tensors: Groups, world: World) -> None:
+def save_parts(folder: Path, name: str, tensors: Groups, world: DistributedContext) -> None:
     """Makes `folder`/`name` hold these tensors, of which this process has its parts; all processes must call it.
 
     A folder of that name is there already where the same step was saved before, and is left.
@@ -35,29 +35,29 @@ def save_parts(folder: Path, name: str, tensors: Groups, world: World) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    if world.share((folder / name).is_dir()):
+    if world.broadcast_object((folder / name).is_dir()):
         return
     unfinished = folder / f".{name}.tmp"
-    world.on_first(lambda: _renewed(unfinished))
-    with world.together():
+    world.on_rank_zero(lambda: _renewed(unfinished))
+    with world.sync_errors():
         try:
             save(_flat(tensors), checkpoint_id=unfinished)
         except (OSError, CheckpointException) as error:  # the latter in all processes
             raise UserError(f"checkpoint {folder / name} cannot be written: {_first_line(error)}") from None
-    world.on_first(lambda: _finished(unfinished, folder / name))
+    world.on_rank_zero(lambda: _finished(unfinished, folder / name))
 
 
-def load_parts(path: Path, blank: Groups, world: World) -> Groups:
+def load_parts(path: Path, blank: Groups, world: DistributedContext) -> Groups:
     """Fills `blank`, the tensors of this process, from what any number of processes wrote; all must call it.
 
-    What the checkpoint does not have, such as the optimiser's state of a parameter that never learnt, is left out.
+    What the checkpoint does not have, such as the optimizer's state of a parameter that never learnt, is left out.
     Raises UserError where it cannot be read. Whether it is whole is for `refuse_damaged`.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    with world.together():
+    with world.sync_errors():
         try:
             stored = FileSystemReader(path).read_metadata().state_dict_metadata
             flat = {name: value for name, value in _flat(blank).items() if name in stored}

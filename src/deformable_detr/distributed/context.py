@@ -29,7 +29,7 @@ _PATIENCE = timedelta(minutes=30)  # until a process that does not answer counts
 _FAILURE = "deformable-detr/failure"  # in the launcher's store: why the first process left
 
 
-class World:
+class DistributedContext:
     """This process among those of the run: `rank` of `size`, with its `device`. A run without torchrun is a world of 1.
 
     Use it as a context: it connects the processes, and ends all of them where one fails. Numbers and messages travel
@@ -49,7 +49,7 @@ class World:
         self._store: Any = None
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
@@ -82,7 +82,7 @@ class World:
             except (RuntimeError, ValueError, OSError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(f"the processes of the run cannot reach each other: {reason}") from None
-            if not self.first:  # what all would say, the first one says
+            if not self.is_rank_zero:  # what all would say, the first one says
                 logging.getLogger("deformable_detr").setLevel(logging.ERROR)
         return self
 
@@ -91,7 +91,7 @@ class World:
             return
         if error is None or self.agreed:
             dist.destroy_process_group()
-            if isinstance(error, UserError) and not self.first:  # the first one tells it
+            if isinstance(error, UserError) and not self.is_rank_zero:  # the first one tells it
                 raise SystemExit(2) from None
         else:
             self._leave(error)
@@ -133,7 +133,7 @@ class World:
         dist.all_gather(everyone, mine)
         return [numbers.tolist() for numbers in everyone]
 
-    def gather_objects(self, item: T) -> list[T]:
+    def all_gather_object(self, item: T) -> list[T]:
         """The items of every process, by rank, for every process."""
         if self.size == 1:
             return [item]
@@ -145,15 +145,15 @@ class World:
         """The items of every process, by rank, for the first process; None for the others."""
         if self.size == 1:
             return [item]
-        items: list[Any] | None = [None] * self.size if self.first else None
+        items: list[Any] | None = [None] * self.size if self.is_rank_zero else None
         dist.gather_object(item, items)
         return items
 
-    def share(self, item: T) -> T:
+    def broadcast_object(self, item: T) -> T:
         """The first process's item."""
         if self.size == 1:
             return item
-        items = [item if self.first else None]
+        items = [item if self.is_rank_zero else None]
         dist.broadcast_object_list(items, device=torch.device("cpu"))
         return cast("T", items[0])
 
@@ -164,50 +164,50 @@ class World:
             values /= self.size
         return values
 
-    def agree(self, error: UserError | None) -> None:
+    def raise_if_any(self, error: UserError | None) -> None:
         """Raises in every process if one of them has an error; all must call it."""
         if self.size == 1:
             if error is not None:
                 raise error
             return
         if any(failed for (failed,) in self.gather([error is not None])):
-            self.raise_together(error)
+            self.raise_on_all_ranks(error)
 
-    def raise_together(self, error: UserError | None) -> None:
+    def raise_on_all_ranks(self, error: UserError | None) -> None:
         """Raises the error of the first process that has one; all must call it, and one has one."""
         if self.size == 1:
             assert error is not None
             raise error
-        messages = self.gather_objects(None if error is None else str(error))
+        messages = self.all_gather_object(None if error is None else str(error))
         rank, message = next((rank, text) for rank, text in enumerate(messages) if text is not None)
         self.agreed = True
         raise UserError(message if rank == 0 else f"process {rank} of {self.size}: {message}") from None
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def sync_errors(self) -> Iterator[None]:
         """A `UserError` of one process inside becomes that of all. Nothing inside may need another process."""
         try:
             yield
         except UserError as error:
             if self.agreed or self.size == 1:
                 raise
-            self.agree(error)
+            self.raise_if_any(error)
         else:
-            self.agree(None)
+            self.raise_if_any(None)
 
-    def on_first(self, action: Callable[[], T]) -> T:
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
         """What `action` gives in the first process, which alone runs it; its `UserError` is that of all."""
         result: Any = None
-        with self.together():
-            if self.first:
+        with self.sync_errors():
+            if self.is_rank_zero:
                 result = action()
-        return self.share(result)
+        return self.broadcast_object(result)
 
-    def one_by_one(self, action: Callable[[], T]) -> T:
+    def local_rank_zero_first(self, action: Callable[[], T]) -> T:
         """`action` in every process, first in one of each machine: it may fetch files that the others then find."""
         result: Any = None
         for turn in (True, False):
-            with self.together():
+            with self.sync_errors():
                 if (self.local_rank == 0) is turn:
                     result = action()
         return result

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .context import World
+from .context import DistributedContext
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
-def parallelise(unit: nn.Module, world: World, kind: str) -> nn.Module:
+def parallelize(unit: nn.Module, world: DistributedContext, kind: str) -> nn.Module:
     """The module to call in the place of `unit`, whose gradients are then the mean over the processes.
 
     kind: "ddp": each process keeps all of it; "fsdp": a part of each parameter, which becomes a DTensor, in place.

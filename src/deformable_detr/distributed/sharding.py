@@ -1,4 +1,4 @@
-"""FSDP2: each process holds a part of every parameter and its optimiser state; a layer is whole while it computes."""
+"""FSDP2: each process holds a part of every parameter and its optimizer state; a layer is whole while it computes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from .context import World
+from .context import DistributedContext
 
 
-def shard(unit: nn.Module, world: World) -> None:
+def shard(unit: nn.Module, world: DistributedContext) -> None:
     """Divides the parameters of `unit` among the processes, in place: layers of the transformer one by one."""
     from torch.distributed.fsdp import fully_shard
 

@@ -40,7 +40,7 @@ class Statuses(NamedTuple):
     partners: np.ndarray
 
 
-def analyse(counted: Counted) -> dict[str, Any]:
+def analyze(counted: Counted) -> dict[str, Any]:
     """Everything that the report shows of one model, as plain numbers.
 
     "figures": see `coco_metrics`. "classes": a record each, with its objects, AP at all, one and each size, and

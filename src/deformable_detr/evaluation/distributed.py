@@ -9,12 +9,17 @@ from torch import nn
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
-    from ..distributed.context import World
+    from ..distributed.context import DistributedContext
     from .evaluator import Keep
 
 
 def evaluate_together(
-    model: nn.Module, dataset: CocoDataset, batch_size: int, workers: int, world: World, keep: Keep | None = None
+    model: nn.Module,
+    dataset: CocoDataset,
+    batch_size: int,
+    workers: int,
+    world: DistributedContext,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """What `evaluation.run.evaluate_dataset` gives, for every process; each has the same model and calls it.
 
@@ -26,7 +31,7 @@ def evaluate_together(
     from .metrics import coco_metrics
 
     start = time.perf_counter()
-    with world.together():
+    with world.sync_errors():
         part = (world.rank, world.size)
         found = _detect(model, dataset, len(dataset), batch_size, workers, progress=False, part=part)[0]
     parts = world.collect(found)
@@ -41,4 +46,4 @@ def evaluate_together(
         metrics = coco_metrics(dataset.ground_truth, everything)
         return {**metrics, "images": count, "images_per_second": count / seconds}
 
-    return world.on_first(figures)
+    return world.on_rank_zero(figures)

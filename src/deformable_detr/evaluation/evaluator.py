@@ -106,7 +106,7 @@ def dataset_for(
         split=split,
         data=data_config or DataConfig(),
         categories=model_categories(config) if config.category_ids else None,
-        transform=evaluation(config.image_size, config.long_side, getattr(model, "canvas", None), config.size_multiple),
+        transform=evaluation(config.image_size, config.long_side, getattr(model, "canvas", None), config.size_divisor),
     )
     _refuse_more_classes(config, dataset)
     _warn_of_training_images(dataset, Path(data).expanduser(), split, data_config or DataConfig())

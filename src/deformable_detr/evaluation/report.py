@@ -13,7 +13,7 @@ from ..utils.errors import UserError
 from ..utils.files import write_text
 from ..utils.images import read_image
 from ..visualize.web.html import fill, picture
-from .analysis import Statuses, analyse, match
+from .analysis import Statuses, analyze, match
 from .evaluator import Evaluated
 from .metrics import Counted
 
@@ -47,7 +47,7 @@ def report(evaluated: Sequence[tuple[str, Evaluated]], data: str, split: str) ->
             "images_per_second": one.metrics["images_per_second"],
             "model_milliseconds": 1000 * seconds / images if images else None,
         }
-        models.append({"name": name, "speed": speed, **analyse(one.counted)})
+        models.append({"name": name, "speed": speed, **analyze(one.counted)})
     content = {
         "title": " and ".join(name for name, _ in evaluated) + f" on {data}",
         "data": data,

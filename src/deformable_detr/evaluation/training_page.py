@@ -63,7 +63,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def _thin(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most so many rows: means of neighbours, at the step of the last of them."""
+    """At most so many rows: means of neighbors, at the step of the last of them."""
     group = max(1, math.ceil(len(records) / MOST_POINTS))
     thinned = []
     for start in range(0, len(records), group):

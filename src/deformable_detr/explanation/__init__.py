@@ -1,17 +1,24 @@
 """Explanations: where a model looked, as arrays, pictures and a page."""
 
 from .explain import explain
-from .results import DecoderLook, DetectionExplanation, EncoderLook, Explanation, PointExplanation, attention_share
+from .results import (
+    DecoderLayerSampling,
+    DetectionExplanation,
+    EncoderLayerSampling,
+    Explanation,
+    PointExplanation,
+    attention_inside_box,
+)
 from .trace import Trace, trace
 
 __all__ = [
-    "DecoderLook",
+    "DecoderLayerSampling",
     "DetectionExplanation",
-    "EncoderLook",
+    "EncoderLayerSampling",
     "Explanation",
     "PointExplanation",
     "Trace",
-    "attention_share",
+    "attention_inside_box",
     "explain",
     "trace",
 ]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..utils.files import write_text
 from ..visualize.web.html import fill, picture
-from .plot import COLOURS, check_layer
+from .plot import COLORS, check_layer
 from .results import DetectionExplanation, Explanation, PointExplanation
 from .trace import Trace
 from .viewport import close_up
@@ -46,7 +46,7 @@ def page(traced: Trace, chosen: Explanation, layer: int | None = None) -> str:
         "heads": weights.shape[-3],
         "points": weights.shape[-1],
         "heaviest": max(float(look.weights.max()) for one in shown for look in one.layers),
-        "colours": _colours(),
+        "colors": _colors(),
         "first": shown.index(chosen),
         "layer": layer,
         "items": [_item(one) for one in shown],
@@ -72,7 +72,7 @@ def _item(explanation: Explanation) -> dict[str, Any]:
     view = close_up(explanation)
     item: dict[str, Any] = {"layers": layers, "view": _round([view.x1, view.y1, view.width, view.height])}
     if isinstance(explanation, DetectionExplanation):
-        shares = explanation.shares_inside().tolist()
+        shares = explanation.attention_inside_box().tolist()
         for layer, look, share in zip(layers, explanation.looks, shares, strict=True):
             layer["reference"] = _round(look.reference_point.tolist())
             layer["referenceBox"] = None if look.reference_box is None else _round(look.reference_box.tolist())
@@ -101,7 +101,7 @@ def _round(values: Any) -> list[float]:
     return [round(float(value), 2) for value in values]
 
 
-def _colours(steps: int = 17) -> list[list[int]]:
+def _colors(steps: int = 17) -> list[list[int]]:
     from matplotlib import colormaps
 
-    return [[round(255 * part) for part in colour[:3]] for colour in colormaps[COLOURS](np.linspace(0, 1, steps))]
+    return [[round(255 * part) for part in color[:3]] for color in colormaps[COLORS](np.linspace(0, 1, steps))]

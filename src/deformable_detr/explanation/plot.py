@@ -1,6 +1,6 @@
 """Explanations as pictures and animations: an overview of the image, and each layer's sampling points close up.
 
-Sampling points are coloured by weight in viridis, which rises in brightness and so serves any colour vision, sized by
+Sampling points are colored by weight in viridis, which rises in brightness and so serves any color vision, sized by
 weight, and shaped by level. Every layer is shown over the same part of the image.
 """
 
@@ -16,15 +16,15 @@ from PIL import Image, ImageColor
 
 from ..utils.errors import UserError
 from ..utils.images import read_image
-from .results import DecoderLook, DetectionExplanation, Explanation, PointExplanation
-from .viewport import View, close_up, panel_aspect
+from .results import DecoderLayerSampling, DetectionExplanation, Explanation, PointExplanation
+from .viewport import Viewport, close_up, panel_aspect
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = ("o", "s", "^", "D", "P", "v", "X", "*")  # of the levels, the finest first
 BOX, REFERENCE, HALO, VIEW = "#E69F00", "#FFFFFF", "#111111", "#56B4E9"  # Okabe and Ito's orange and sky blue
-COLOURS = "viridis"
+COLORS = "viridis"
 INK, QUIET, PAPER, OUTSIDE = "#1A1A1A", "#4D4D4D", "#FFFFFF", "#D9D9D9"
 DPI = 100
 TEXT, SMALL = 11, 9  # points
@@ -79,10 +79,10 @@ def save(explanation: Explanation, path: Path, layer: int | None = None) -> Path
 
 
 def _with_palette(frame: Image.Image) -> Image.Image:
-    """In 256 colours, as GIF has it: those of weights and lines exactly, the others as the frame needs them."""
+    """In 256 colors, as GIF has it: those of weights and lines exactly, the others as the frame needs them."""
     from matplotlib import colormaps
 
-    shades = (255 * colormaps[COLOURS](np.linspace(0, 1, 48))[:, :3]).round().astype(np.uint8)
+    shades = (255 * colormaps[COLORS](np.linspace(0, 1, 48))[:, :3]).round().astype(np.uint8)
     inks = [ImageColor.getrgb(ink) for ink in (BOX, REFERENCE, HALO, VIEW, INK, QUIET, PAPER, OUTSIDE)]
     fixed = [*shades.reshape(-1).tolist(), *(part for ink in inks for part in ink)]
     others = frame.quantize(256 - len(fixed) // 3, Image.Quantize.MEDIANCUT).getpalette() or []
@@ -120,7 +120,7 @@ class _Drawing:
             raise UserError("the image has changed since it was explained; explain it again")
         self.image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         self.aspect = panel_aspect(*self.image.size)
-        # Weights crowd near zero: their square root spreads them over the colours.
+        # Weights crowd near zero: their square root spreads them over the colors.
         self.heaviest = max(float(look.weights.max()) for look in explanation.layers)
         self.norm = PowerNorm(0.5, vmin=0.0, vmax=self.heaviest)
         self.view = view = close_up(explanation)
@@ -175,7 +175,7 @@ class _Drawing:
         image, view = self.image, self.view
         width = max(image.width, image.height * self.aspect)
         left, top = (image.width - width) / 2, (image.height - width / self.aspect) / 2
-        self._show(axes, View(left, top, left + width, top + width / self.aspect))
+        self._show(axes, Viewport(left, top, left + width, top + width / self.aspect))
         if not self.whole:
             corner = (max(view.x1, left), max(view.y1, top))
             far = (min(view.x2, left + width), min(view.y2, top + width / self.aspect))
@@ -186,7 +186,7 @@ class _Drawing:
         if isinstance(self.explanation, DetectionExplanation):
             shown = [looks[layer] for layer in layers]
             for step, look in enumerate(shown, 1):
-                assert isinstance(look, DecoderLook)
+                assert isinstance(look, DecoderLayerSampling)
                 last = step == len(shown)
                 _box(axes, look.box.numpy(), BOX, 2.0 if last else 0.8, "solid", 1.0 if last else 0.75)
             _path(axes, np.stack([look.reference_point.numpy() for look in shown]))  # type: ignore[union-attr]
@@ -214,7 +214,7 @@ class _Drawing:
                 *points[order].T,
                 s=6 + MOST_AREA * heavy[order] / self.heaviest,
                 c=heavy[order],
-                cmap=COLOURS,
+                cmap=COLORS,
                 norm=self.norm,
                 marker=MARKERS[level % len(MARKERS)],
                 linewidths=0.8,
@@ -223,17 +223,17 @@ class _Drawing:
             )
         text = f"layer {layer + 1}"
         if isinstance(explanation, DetectionExplanation):
-            assert isinstance(look, DecoderLook)
+            assert isinstance(look, DecoderLayerSampling)
             if look.reference_box is not None:
                 _box(axes, look.reference_box.numpy(), REFERENCE, 1.4, (0, (4, 2.5)))
             _box(axes, look.box.numpy(), BOX, 2.2, "solid")
             _path(axes, look.reference_point.numpy()[None])
-            share = float(explanation.shares_inside()[layer])
+            share = float(explanation.attention_inside_box()[layer])
             text += f": score {look.scores[explanation.label]:.2f}, {share:.0%} inside"
         else:
             assert isinstance(explanation, PointExplanation)
-            centres = explanation.token_centres.numpy()
-            _path(axes, np.array([explanation.point]) if token is None else centres[token : token + 1])
+            centers = explanation.token_centers.numpy()
+            _path(axes, np.array([explanation.point]) if token is None else centers[token : token + 1])
             if token is not None:
                 h, w = explanation.spatial_shapes[token]
                 text += f", from level {token + 1} ({w} × {h})"
@@ -242,7 +242,7 @@ class _Drawing:
             text += f", {beyond:.0%} beyond"
         _caption(axes, text)
 
-    def _show(self, axes: Axes, view: View) -> None:
+    def _show(self, axes: Axes, view: Viewport) -> None:
         """The part of the image, at no more pixels than the panel can show."""
         axes.set_facecolor(OUTSIDE)
         axes.set(xticks=[], yticks=[])
@@ -257,16 +257,16 @@ class _Drawing:
         axes.set(xlim=(view.x1, view.x2), ylim=(view.y2, view.y1), aspect="auto")
 
     def _legend(self, figure: Any) -> None:
-        """Under the panels: what shapes, lines and colours mean."""
+        """Under the panels: what shapes, lines and colors mean."""
         from matplotlib.cm import ScalarMappable
         from matplotlib.lines import Line2D
 
         def line(label: str, **style: Any) -> Any:
             return Line2D([], [], label=label, **{"linestyle": "none", "markersize": 8, **style})
 
-        grey = {"markerfacecolor": "#7C7B78", "markeredgecolor": HALO}
+        gray = {"markerfacecolor": "#7C7B78", "markeredgecolor": HALO}
         entries = [
-            line(f"level {number} ({w} × {h})", marker=MARKERS[(number - 1) % len(MARKERS)], **grey)
+            line(f"level {number} ({w} × {h})", marker=MARKERS[(number - 1) % len(MARKERS)], **gray)
             for number, (h, w) in enumerate(self.explanation.spatial_shapes, 1)
         ]
         point = {"marker": "P", "markersize": 11, "markerfacecolor": REFERENCE, "markeredgecolor": HALO}
@@ -287,7 +287,7 @@ class _Drawing:
         )  # fmt: skip
         width, height = figure.get_figwidth(), figure.get_figheight()
         bar = figure.add_axes((0.5 - 1.6 / width, 0.42 / height, 3.2 / width, 0.11 / height))
-        scale = figure.colorbar(ScalarMappable(self.norm, COLOURS), cax=bar, orientation="horizontal")
+        scale = figure.colorbar(ScalarMappable(self.norm, COLORS), cax=bar, orientation="horizontal")
         top = self.heaviest
         scale.set_ticks([0, top / 16, top / 4, top], labels=["0", *(f"{v:.2g}" for v in (top / 16, top / 4, top))])
         scale.ax.tick_params(labelsize=SMALL, labelcolor=INK, length=2)
@@ -297,20 +297,20 @@ class _Drawing:
         )  # fmt: skip
 
 
-def _Outlined(x: Any, y: Any, colour: str, **style: Any) -> Any:
+def _Outlined(x: Any, y: Any, color: str, **style: Any) -> Any:
     """A line on a dark one, which stands out from any background."""
     from matplotlib import patheffects
     from matplotlib.lines import Line2D
 
     dark = [patheffects.withStroke(linewidth=style.pop("lw", 1.8) + 2.0, foreground=HALO)]
-    return Line2D(x, y, color=colour, path_effects=dark, **style)
+    return Line2D(x, y, color=color, path_effects=dark, **style)
 
 
-def _box(axes: Axes, box: np.ndarray, colour: str, width: float, dash: Any, alpha: float = 1.0) -> None:
+def _box(axes: Axes, box: np.ndarray, color: str, width: float, dash: Any, alpha: float = 1.0) -> None:
     from matplotlib.patches import Rectangle
 
     x1, y1, x2, y2 = box.tolist()
-    for ink, extra, style in ((HALO, 1.6, "solid"), (colour, 0.0, dash)):
+    for ink, extra, style in ((HALO, 1.6, "solid"), (color, 0.0, dash)):
         axes.add_patch(
             Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=ink, lw=width + extra, ls=style, alpha=alpha, zorder=3)
         )

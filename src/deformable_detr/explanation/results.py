@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-class DecoderLook(NamedTuple):
+class DecoderLayerSampling(NamedTuple):
     """One decoder layer's work on one query.
 
-    reference_point: (2,), where the layer looked from; where it looked from a box, that box's centre.
+    reference_point: (2,), where the layer looked from; where it looked from a box, that box's center.
     reference_box: (4,) x1, y1, x2, y2, the box that the layer started from; none where it had only a point.
     box: (4,) x1, y1, x2, y2, the box that the layer gave; it may reach out of the image.
     scores: (K,) in 0..1, each class's score after the layer.
@@ -38,7 +38,7 @@ class DecoderLook(NamedTuple):
     weights: Tensor
 
 
-class EncoderLook(NamedTuple):
+class EncoderLayerSampling(NamedTuple):
     """One encoder layer's work on the tokens at a point, one token a level, the finest first (T = L).
 
     locations: (T, M, L, P, 2), the sampling points. weights: (T, M, L, P), over L × P they sum to 1.
@@ -61,7 +61,7 @@ class Explanation:
     spatial_shapes: tuple[tuple[int, int], ...]
 
     @property
-    def layers(self) -> tuple[DecoderLook, ...] | tuple[EncoderLook, ...]:
+    def layers(self) -> tuple[DecoderLayerSampling, ...] | tuple[EncoderLayerSampling, ...]:
         raise NotImplementedError
 
     @property
@@ -104,13 +104,13 @@ class DetectionExplanation(Explanation):
     detections: all that were found in the image. index: which of them this is. query: the decoder's query behind it.
     """
 
-    looks: tuple[DecoderLook, ...]
+    looks: tuple[DecoderLayerSampling, ...]
     detections: Detections
     index: int
     query: int
 
     @property
-    def layers(self) -> tuple[DecoderLook, ...]:
+    def layers(self) -> tuple[DecoderLayerSampling, ...]:
         return self.looks
 
     @property
@@ -134,16 +134,16 @@ class DetectionExplanation(Explanation):
     def title(self) -> str:
         return f"{self.name} {self.score:.2f}, detection {self.index + 1} of {len(self.detections)}"
 
-    def shares_inside(self, box: Tensor | None = None) -> Tensor:
+    def attention_inside_box(self, box: Tensor | None = None) -> Tensor:
         """Part of each layer's attention weight that lies inside the detected box, or inside another: (N,) in 0..1.
 
         box: (4,) x1, y1, x2, y2 in pixels of the original image.
         """
         inside = self.box if box is None else box
-        return torch.stack([attention_share(look.locations, look.weights, inside) for look in self.looks])
+        return torch.stack([attention_inside_box(look.locations, look.weights, inside) for look in self.looks])
 
     def to_dict(self) -> dict[str, Any]:
-        shares = self.shares_inside().tolist()
+        shares = self.attention_inside_box().tolist()
         found = self.detections.to_dict()["detections"][self.index]
         whole = super().to_dict()
         for layer, share in zip(whole["layers"], shares, strict=True):
@@ -161,16 +161,16 @@ class PointExplanation(Explanation):
     looks: of each encoder layer.
     point: (x, y) in pixels.
     tokens: (T,) positions in the encoder's memory of the tokens whose pixels the point lies in, one a level.
-    token_centres: (T, 2), the centres of these pixels.
+    token_centers: (T, 2), the centers of these pixels.
     """
 
-    looks: tuple[EncoderLook, ...]
+    looks: tuple[EncoderLayerSampling, ...]
     point: tuple[float, float]
     tokens: Tensor
-    token_centres: Tensor
+    token_centers: Tensor
 
     @property
-    def layers(self) -> tuple[EncoderLook, ...]:
+    def layers(self) -> tuple[EncoderLayerSampling, ...]:
         return self.looks
 
     @property
@@ -179,14 +179,14 @@ class PointExplanation(Explanation):
         return f"the encoder at x {x:g}, y {y:g}"
 
     def to_dict(self) -> dict[str, Any]:
-        facts = {"tokens": self.tokens.tolist(), "token_centres": self.token_centres.tolist()}
+        facts = {"tokens": self.tokens.tolist(), "token_centers": self.token_centers.tolist()}
         return {**super().to_dict(), "point": list(self.point), **facts}
 
     def __repr__(self) -> str:
         return f"PointExplanation({self.title}; {len(self.looks)} encoder layers)"
 
 
-def attention_share(locations: Tensor, weights: Tensor, box: Tensor) -> Tensor:
+def attention_inside_box(locations: Tensor, weights: Tensor, box: Tensor) -> Tensor:
     """Part of the attention weight whose sampling points lie inside a box or on its edge, a number in 0..1.
 
     locations: (…, 2) and box: (4,) x1, y1, x2, y2, in the same units. weights: (…).

@@ -19,7 +19,7 @@ from ..predict.predictor import evaluating, model_categories
 from ..structures import Detections, Target
 from ..utils.errors import UserError
 from ..utils.images import read_image
-from .results import DecoderLook, DetectionExplanation, EncoderLook, PointExplanation
+from .results import DecoderLayerSampling, DetectionExplanation, EncoderLayerSampling, PointExplanation
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,7 +67,7 @@ class Trace:
         for layer, details in enumerate(self.outputs["decoder_attention"]):
             reference = self.outputs["decoder_reference_points"][layer][0, query]
             looks.append(
-                DecoderLook(
+                DecoderLayerSampling(
                     reference_point=self._in_pixels(reference[:2]),
                     reference_box=self._corners(reference) if len(reference) == 4 else None,
                     box=self._corners(self.outputs["layer_boxes"][layer, 0, query]),
@@ -90,21 +90,21 @@ class Trace:
             raise UserError(f"{self._name}: the point {x:g},{y:g} is outside the image of {width} × {height} pixels")
         if not self.outputs["encoder_attention"]:
             raise UserError("the model has no encoder layers, which a point would show; ask for a detection")
-        tokens, centres, start = [], [], 0
+        tokens, centers, start = [], [], 0
         for (h, w), (across, down) in zip(self._shapes, self.valid_ratios.tolist(), strict=True):
             columns, rows = max(1, round(across * w)), max(1, round(down * h))  # those that are no padding
             column, row = min(int(x / width * columns), columns - 1), min(int(y / height * rows), rows - 1)
             tokens.append(start + row * w + column)
-            centres.append(((column + 0.5) / columns * width, (row + 0.5) / rows * height))
+            centers.append(((column + 0.5) / columns * width, (row + 0.5) / rows * height))
             start += h * w
         looks = [
-            EncoderLook(
+            EncoderLayerSampling(
                 self._locations(details.locations[0, tokens]), details.weights[0, tokens].to(torch.float32, copy=True)
             )
             for details in self.outputs["encoder_attention"]
         ]
         return PointExplanation(
-            self.image, self.image_size, self._shapes, tuple(looks), (x, y), torch.tensor(tokens), torch.tensor(centres)
+            self.image, self.image_size, self._shapes, tuple(looks), (x, y), torch.tensor(tokens), torch.tensor(centers)
         )
 
     @property
@@ -152,7 +152,7 @@ def trace(
     pixels = read_image(image)
     size = (pixels.shape[1], pixels.shape[2])
     nothing = Target.empty(0, size)
-    resized = resize(pixels, config.image_size, config.long_side, multiple=config.size_multiple)
+    resized = resize(pixels, config.image_size, config.long_side, multiple=config.size_divisor)
     batch, _ = collate([(resized, nothing)])
     if canvas is not None:
         below, beside = canvas[0] - batch.pixels.shape[2], canvas[1] - batch.pixels.shape[3]
@@ -161,7 +161,7 @@ def trace(
         )
     with evaluating(model):
         mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
-        ready = batch.to(mean.device).normalise(mean, std)
+        ready = batch.to(mean.device).normalize(mean, std)
         outputs = model(ready.pixels, ready.padding_mask, return_attention=True)
         selection = select(outputs, [size], top_k)[0]
         scores = selection.scores

@@ -14,7 +14,7 @@ BORDER = 0.08  # so much around the image can be shown, relative to its sides
 
 
 @dataclass(frozen=True)
-class View:
+class Viewport:
     """A part of the image and a little around it: x1, y1, x2, y2 in pixels."""
 
     x1: float
@@ -47,7 +47,7 @@ def panel_aspect(width: int, height: int) -> float:
     return min(max(width / height, 0.5), 2.0)
 
 
-def close_up(explanation: Explanation) -> View:
+def close_up(explanation: Explanation) -> Viewport:
     """Where nearly all of the attention is, with the boxes, in the panels' proportions."""
     height, width = explanation.image_size
     size, aspect = np.array([width, height]), panel_aspect(width, height)
@@ -63,14 +63,14 @@ def close_up(explanation: Explanation) -> View:
     limit = size * BORDER
     low = np.maximum(np.min(corners, axis=0), -limit)
     high = np.minimum(np.max(corners, axis=0), size + limit)
-    centre, extent = (low + high) / 2, np.maximum(high - low, 4) * 1.16
+    center, extent = (low + high) / 2, np.maximum(high - low, 4) * 1.16
     extent = np.minimum(extent, size + 2 * limit)
     width = max(extent[0], extent[1] * aspect)
     sides = np.array([width, width / aspect])
     # Moved inside where it would show more than the border around the image.
     room = size + limit - sides
-    low = np.where(room > -limit, np.clip(centre - sides / 2, -limit, room), (size - sides) / 2)
-    return View(*low.tolist(), *(low + sides).tolist())
+    low = np.where(room > -limit, np.clip(center - sides / 2, -limit, room), (size - sides) / 2)
+    return Viewport(*low.tolist(), *(low + sides).tolist())
 
 
 def _flat(looks: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -40,7 +40,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
 class InferenceGraph(nn.Module):
     """What an exported file computes.
 
-    forward(pixels (B, 3, H, W) normalised fp32, padding_mask (B, H, W) bool) → pred_logits (B, Q, K), pred_boxes
+    forward(pixels (B, 3, H, W) normalized fp32, padding_mask (B, H, W) bool) → pred_logits (B, Q, K), pred_boxes
     (B, Q, 4), as the model's; with post_processing also original_sizes (B, 2) int64 (height, width) in, and boxes
     (B, k, 4) xyxy pixels inside the original images, scores (B, k) and labels (B, k) int64 out, best first, k = 100 or
     all.

@@ -23,7 +23,7 @@ from .graph import INPUTS
 IMAGES = 200  # of the training split, at most
 # Modules whose convolutions and products are in int8, the fastest choice first. All else stays in fp32: the backbone's
 # stem and first stage (by timm's names), for they alone cost a trained model 0.013 AP; what places and scores boxes
-# (heads, sampling offsets, attention weights, reference points); normalisation, softmax and the sampling itself; and
+# (heads, sampling offsets, attention weights, reference points); normalization, softmax and the sampling itself; and
 # the decoder, whose few queries take little time.
 _FIRST = r"body\.(conv_stem|conv1|stem|blocks\.0|layer1|stages\.0|stages_0)\b"
 _ENCODER = r"model\.encoder\.layers\.\d+\.(ffn|self_attn\.(value_proj|output_proj))\b"
@@ -37,7 +37,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which modules 
 class Calibration:
     """Inputs of the graph, one image each, from all over the training split; read anew each time they are asked for.
 
-    Iteration gives (pixels (1, 3, H, W) normalised, padding mask (1, H, W)), resized as in evaluation.
+    Iteration gives (pixels (1, 3, H, W) normalized, padding mask (1, H, W)), resized as in evaluation.
     Raises UserError for a set without that split, and for one whose classes are not the model's.
     """
 
@@ -47,7 +47,7 @@ class Calibration:
 
         config = described.config
         self.canvas = described.image_size
-        transform = evaluation(config.image_size, config.long_side, self.canvas, config.size_multiple)
+        transform = evaluation(config.image_size, config.long_side, self.canvas, config.size_divisor)
         categories = model_categories(config) if config.category_ids else None
         self.dataset = open_dataset(data, DataConfig().train_split, categories=categories, transform=transform)
         self.mean, self.std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
@@ -61,7 +61,7 @@ class Calibration:
 
         for number in range(self.count):
             batch, _ = collate([self.dataset[number * len(self.dataset) // self.count]])
-            batch = batch.normalise(self.mean, self.std)
+            batch = batch.normalize(self.mean, self.std)
             yield fitted(batch.pixels, batch.padding_mask, self.canvas)
 
 

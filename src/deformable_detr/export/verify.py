@@ -115,7 +115,7 @@ def _on_the_edge(model: DeformableDETR, out: dict[str, Tensor], gap: float = 1e-
     if not model.config.two_stage:
         return False
     logits = out["encoder_logits"]
-    scores = logits.amax(-1) if model.config.class_proposals else logits[..., 0]
+    scores = logits.amax(-1) if model.config.class_aware_proposals else logits[..., 0]
     count = model.config.num_queries
     if scores.shape[1] <= count:
         return False

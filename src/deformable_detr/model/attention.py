@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 
 
-class AttentionDetails(NamedTuple):
+class SamplingDetails(NamedTuple):
     """Where one layer looked.
 
     locations: (B, Q, M, L, P, 2), (x, y) in 0..1 of the padded canvas.
@@ -60,7 +60,7 @@ class DeformableAttention(nn.Module):
         spatial_shapes: ops.Shapes,
         padding_mask: Tensor | None = None,
         return_details: bool = False,
-    ) -> tuple[Tensor, AttentionDetails | None]:
+    ) -> tuple[Tensor, SamplingDetails | None]:
         """What the queries read, (B, Q, C), and on request where they read it.
 
         queries: (B, Q, C). memory: (B, S, C). padding_mask: (B, S), True = padding, which reads as zero.
@@ -78,5 +78,5 @@ class DeformableAttention(nn.Module):
         details = None
         if return_details:
             locations = ops.sampling_locations(spatial_shapes, reference_points, offsets)
-            details = AttentionDetails(locations, logits.flatten(-2).softmax(-1).view_as(logits))
+            details = SamplingDetails(locations, logits.flatten(-2).softmax(-1).view_as(logits))
         return self.output_proj(out), details

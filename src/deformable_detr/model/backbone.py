@@ -31,7 +31,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        levels = min(config.feature_levels, len(STRIDES))
+        levels = min(config.num_feature_levels, len(STRIDES))
         body, stages = _features(config, STRIDES[-levels:])
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         pretrained = config.backbone_weights != "none"
@@ -66,8 +66,8 @@ def _running_statistics(body: nn.Module) -> Iterator[None]:
             norm.train()
 
 
-class Projections(nn.Module):
-    """Backbone maps → `feature_levels` maps of C channels, the coarser ones by 3×3 convolutions of stride 2."""
+class InputProjection(nn.Module):
+    """Backbone maps → `num_feature_levels` maps of C channels, the coarser ones by 3×3 convolutions of stride 2."""
 
     def __init__(self, config: ModelConfig, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Projections(nn.Module):
         groups = math.gcd(32, C)  # 32 in the paper; widths that it does not divide take what does
         convolutions = [nn.Conv2d(c, C, 1) for c in channels]
         width = channels[-1]
-        for _ in range(config.feature_levels - len(channels)):
+        for _ in range(config.num_feature_levels - len(channels)):
             convolutions.append(nn.Conv2d(width, C, 3, stride=2, padding=1))
             width = C
         for convolution in convolutions:
@@ -119,7 +119,9 @@ def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[
         try:
             body = ResNet(config.backbone_shape, strides if len(strides) > 1 else None)
         except ValueError as error:
-            raise UserError(f"backbone_shape gives {error}; {config.feature_levels} feature levels need that") from None
+            raise UserError(
+                f"backbone_shape gives {error}; {config.num_feature_levels} feature levels need that"
+            ) from None
         return body, body.feature_info.info
     name, source = config.backbone, config.backbone_weights
     if not timm.is_model(name):

@@ -15,8 +15,8 @@ def in_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def generalised_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al. 2019, equation 1) of each pair of boxes.
+def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalized IoU (Rezatofighi et al. 2019, equation 1) of each pair of boxes.
 
     boxes, others: (..., 4) cxcywh in 0..1, of shapes that broadcast; halves are read as float32.
     Returns (...) in −1..1. Areas below 1e-8 of the image divide as 1e-8, so boxes without area give a finite value and
@@ -27,7 +27,7 @@ def generalised_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def overlap_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of each pair of boxes, in 0..1; shapes and small areas as in `generalised_iou`."""
+    """IoU of each pair of boxes, in 0..1; shapes and small areas as in `generalized_iou`."""
     intersection, union, _ = _areas(boxes, others)
     return intersection / union.clamp(min=_SMALLEST_AREA)
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config.schema import ModelConfig
-from .attention import AttentionDetails, DeformableAttention
+from .attention import DeformableAttention, SamplingDetails
 from .geometry import refined_boxes
 from .heads import Heads
 from .layers import MLP, Dropout, FeedForward
@@ -29,10 +29,10 @@ class DecoderOutput(NamedTuple):
     logits: Tensor
     boxes: Tensor
     reference_points: list[Tensor]
-    details: list[AttentionDetails]
+    details: list[SamplingDetails]
 
 
-class ExtraQueries(NamedTuple):
+class DenoisingQueries(NamedTuple):
     """Queries beside the model's own, for training only (denoising, more queries an object). N: their number.
 
     queries: (B, N, C). boxes: (B, N, 4) cxcywh in 0..1, where they start.
@@ -78,7 +78,7 @@ class DecoderLayer(nn.Module):
         self.pre_norm = config.pre_norm
         self.self_attn = SelfAttention(C, config.num_heads, config.dropout)
         self.norm1 = nn.LayerNorm(C)
-        self.cross_attn = DeformableAttention(C, config.num_heads, config.feature_levels, config.decoder_points)
+        self.cross_attn = DeformableAttention(C, config.num_heads, config.num_feature_levels, config.decoder_points)
         self.norm2 = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.ffn_dim, config.activation, config.dropout)
         self.norm3 = nn.LayerNorm(C)
@@ -94,7 +94,7 @@ class DecoderLayer(nn.Module):
         padding_mask: Tensor | None,
         self_attention_mask: Tensor | None = None,
         return_details: bool = False,
-    ) -> tuple[Tensor, AttentionDetails | None]:
+    ) -> tuple[Tensor, SamplingDetails | None]:
         pre = self.pre_norm
         x = self.norm1(queries) if pre else queries
         queries = queries + self.dropout(self.self_attn(x, query_position, self_attention_mask))
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
         self.heads = heads
         self.refine, self.look_forward_twice = config.refine, config.look_forward_twice
         C = config.hidden_dim
-        self.position_head = MLP(2 * C, C, C, layers=2) if config.box_positions else None
+        self.position_head = MLP(2 * C, C, C, layers=2) if config.iterative_query_pos else None
         self.gradient_checkpointing = config.gradient_checkpointing
 
     def forward(
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         """queries, query_position: (B, Q, C). reference_points: (B, Q, 2 or 4) in 0..1 of the unpadded image.
 
         memory: (B, S, C). valid_ratios: (B, L, 2). padding_mask: (B, S). self_attention_mask: (Q, Q), True = unseen.
-        query_position is not read with box_positions: it then follows from the reference boxes.
+        query_position is not read with iterative_query_pos: it then follows from the reference boxes.
         """
         all_logits, all_boxes, all_references, every = [], [], [], []
         start = reference_points  # what boxes are relative to; the same numbers, but with a gradient to look twice

@@ -7,19 +7,19 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config.schema import ModelConfig
-from .attention import AttentionDetails, DeformableAttention
-from .geometry import pixel_centres
+from .attention import DeformableAttention, SamplingDetails
+from .geometry import pixel_centers
 from .layers import Dropout, FeedForward
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention and a feed-forward network, normalised after (post-norm) or before (pre-norm) each."""
+    """Deformable self-attention and a feed-forward network, normalized after (post-norm) or before (pre-norm) each."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         C = config.hidden_dim
         self.pre_norm = config.pre_norm
-        self.self_attn = DeformableAttention(C, config.num_heads, config.feature_levels, config.encoder_points)
+        self.self_attn = DeformableAttention(C, config.num_heads, config.num_feature_levels, config.encoder_points)
         self.norm1 = nn.LayerNorm(C)
         self.ffn = FeedForward(C, config.ffn_dim, config.activation, config.dropout)
         self.norm2 = nn.LayerNorm(C)
@@ -33,7 +33,7 @@ class EncoderLayer(nn.Module):
         spatial_shapes: ops.Shapes,
         padding_mask: Tensor | None,
         return_details: bool = False,
-    ) -> tuple[Tensor, AttentionDetails | None]:
+    ) -> tuple[Tensor, SamplingDetails | None]:
         x = self.norm1(tokens) if self.pre_norm else tokens
         read, details = self.self_attn(x + position, reference_points, x, spatial_shapes, padding_mask, return_details)
         tokens = tokens + self.dropout(read)
@@ -60,13 +60,13 @@ class Encoder(nn.Module):
         valid_ratios: Tensor,
         padding_mask: Tensor | None,
         return_details: bool = False,
-    ) -> tuple[Tensor, list[AttentionDetails]]:
+    ) -> tuple[Tensor, list[SamplingDetails]]:
         """Refined tokens, and on request where each layer looked.
 
         position: (B, S, C), position plus level encoding. valid_ratios: (B, L, 2). padding_mask: (B, S).
         """
-        centres = pixel_centres(spatial_shapes, valid_ratios)
-        reference_points = centres[:, :, None] * valid_ratios[:, None]  # (B, S, L, 2)
+        centers = pixel_centers(spatial_shapes, valid_ratios)
+        reference_points = centers[:, :, None] * valid_ratios[:, None]  # (B, S, L, 2)
         every = []
         for layer in self.layers:
             inputs = (tokens, position, reference_points, spatial_shapes, padding_mask, return_details)

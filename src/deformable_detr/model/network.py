@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from ..config.schema import ModelConfig
 from .attention import DeformableAttention
-from .backbone import Backbone, Projections, pixel_statistics
-from .decoder import Decoder, ExtraQueries
+from .backbone import Backbone, InputProjection, pixel_statistics
+from .decoder import Decoder, DenoisingQueries
 from .encoder import Encoder
 from .geometry import level_masks, valid_ratios_of
 from .heads import Heads
 from .position_encoding import LearnedPosition, SinePosition
-from .two_stage import ProposalStage
+from .two_stage import TwoStageProposals
 
 N = TypeVar("N", bound="DeformableDETRNetwork")
 
@@ -31,13 +31,13 @@ class DeformableDETRNetwork(nn.Module):
         self.config = config
         C = config.hidden_dim
         self.backbone = Backbone(config)
-        self.projections = Projections(config, self.backbone.channels)
+        self.projections = InputProjection(config, self.backbone.channels)
         self.position = SinePosition(C) if config.position_encoding == "sine" else LearnedPosition(C)
-        self.level_embedding = nn.Parameter(torch.empty(config.feature_levels, C))
+        self.level_embedding = nn.Parameter(torch.empty(config.num_feature_levels, C))
         self.encoder = Encoder(config)
         heads = Heads(config)
         if config.two_stage:
-            self.proposals = ProposalStage(config)
+            self.proposals = TwoStageProposals(config)
         else:
             self.query_embedding = nn.Embedding(config.num_queries, 2 * C)
             self.reference_points = nn.Linear(C, 2)
@@ -68,18 +68,18 @@ class DeformableDETRNetwork(nn.Module):
         padding_mask: Tensor | None = None,
         *,
         return_attention: bool = False,
-        extra: ExtraQueries | None = None,
+        extra: DenoisingQueries | None = None,
     ) -> dict[str, Any]:
         """Class logits and boxes of every query.
 
-        pixels: (B, 3, H, W), normalised RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
+        pixels: (B, 3, H, W), normalized RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
         Returns a dict of
             pred_logits (B, Q, K) and pred_boxes (B, Q, 4), cxcywh in 0..1 of the unpadded image;
             layer_logits (N, B, Q, K) and layer_boxes (N, B, Q, 4), the same of all N decoder layers;
             two-stage: encoder_logits (B, S, K), of which column 0 says "object" (all columns their class with
-            class_proposals), and encoder_boxes (B, S, 4);
+            class_aware_proposals), and encoder_boxes (B, S, 4);
             with extra queries (two-stage, training): extra_logits and extra_boxes, the layers' words on them;
-            with return_attention: encoder_attention and decoder_attention, lists of `AttentionDetails` a layer,
+            with return_attention: encoder_attention and decoder_attention, lists of `SamplingDetails` a layer,
             decoder_reference_points, what each layer started from, and spatial_shapes, (height, width) a level.
         """
         if padding_mask is None:

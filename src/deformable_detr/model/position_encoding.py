@@ -25,7 +25,7 @@ def box_encoding(boxes: Tensor, channels: int) -> Tensor:
 
 
 class SinePosition(nn.Module):
-    """Sines of each pixel's centre, relative to the unpadded part of the map: (B, H, W) mask → (B, C, H, W)."""
+    """Sines of each pixel's center, relative to the unpadded part of the map: (B, H, W) mask → (B, C, H, W)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ class Proposals(NamedTuple):
 
     queries, query_position: (B, Q, C); no position where it follows from the boxes.
     reference_points: (B, Q, 4) cxcywh in 0..1.
-    logits: (B, S, K), of which column 0 says "object", or each its class with class_proposals.
+    logits: (B, S, K), of which column 0 says "object", or each its class with class_aware_proposals.
     boxes: (B, S, 4) cxcywh in 0..1.
     """
 
@@ -30,18 +30,18 @@ class Proposals(NamedTuple):
     boxes: Tensor
 
 
-class ProposalStage(nn.Module):
+class TwoStageProposals(nn.Module):
     """Scores a box at every token and turns the best ones into queries."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         C = config.hidden_dim
         self.num_queries = config.num_queries
-        self.class_proposals, self.content = config.class_proposals, config.query_content
+        self.class_aware_proposals, self.content = config.class_aware_proposals, config.query_init
         self.memory_proj = nn.Linear(C, C)
         self.memory_norm = nn.LayerNorm(C)
         # What is made from a proposal's box: the query's position, its content, or both (the paper).
-        self.parts = (not config.box_positions, self.content == "proposal")
+        self.parts = (not config.iterative_query_pos, self.content == "box")
         if any(self.parts):
             self.query_proj = nn.Linear(2 * C, sum(self.parts) * C)
             self.query_norm = nn.LayerNorm(sum(self.parts) * C)
@@ -73,11 +73,11 @@ class ProposalStage(nn.Module):
         logits, deltas = heads(tokens, -1)
         unactivated = deltas + anchors
         count = torch.sym_min(self.num_queries, memory.shape[1])  # `min`, but open in an exported graph
-        scores = logits.amax(-1) if self.class_proposals else logits[..., 0]
+        scores = logits.amax(-1) if self.class_aware_proposals else logits[..., 0]
         best = scores.topk(count, dim=1).indices[..., None]  # (B, Q, 1)
         chosen = unactivated.gather(1, best.expand(-1, -1, 4)).detach().sigmoid()
         query_position, queries = self.encode(chosen, memory)
-        if self.content == "memory":
+        if self.content == "encoder":
             queries = tokens.gather(1, best.expand(-1, -1, tokens.shape[-1])).detach()
         elif self.content == "learned":
             queries = self.query_embedding.weight[:count].expand(memory.shape[0], -1, -1)

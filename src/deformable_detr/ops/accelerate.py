@@ -128,7 +128,7 @@ def _accelerate_layer(layer: nn.Module) -> bool:
 def accelerate(model: nn.Module) -> tuple[str, ...]:
     """Swaps this package's op into the model, in place; returns the names of the layers that changed.
 
-    Outputs agree within 1e-5 (fp32). Layers that sample by nearest neighbour (`decoder_method="discrete"`) stay as they
+    Outputs agree within 1e-5 (fp32). Layers that sample by nearest neighbor (`decoder_method="discrete"`) stay as they
     are, and so do layers that were changed before. UserError where there is no layer to change: it lists the models
     whose layers are known.
     """

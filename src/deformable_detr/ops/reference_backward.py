@@ -46,13 +46,13 @@ def backward(
 
 def _located(by_locations: Tensor, shapes: Shapes, points: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Through `sampling_locations`: gradients of the reference points and of the offsets, contiguous."""
-    centre = by_locations.sum((2, 4))  # (B, Q, L, 2)
+    center = by_locations.sum((2, 4))  # (B, Q, L, 2)
     if points.shape[-1] == 2:
         sizes = torch.tensor([(w, h) for h, w in shapes], dtype=points.dtype, device=points.device)
-        return centre, by_locations / sizes[:, None]
+        return center, by_locations / sizes[:, None]
     half = 0.5 / offsets.shape[-2]
     size = (by_locations * offsets).sum((2, 4)) * half
-    return torch.cat([centre, size], -1), by_locations * (points[:, :, None, :, None, 2:] * half)
+    return torch.cat([center, size], -1), by_locations * (points[:, :, None, :, None, 2:] * half)
 
 
 def _sampled(

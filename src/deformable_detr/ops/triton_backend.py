@@ -58,7 +58,7 @@ def _geometry(shapes: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _order(shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The encoder's queries, square by square: neighbours read the same values while they are in the cache."""
+    """The encoder's queries, square by square: neighbors read the same values while they are in the cache."""
     order, start = [], 0
     for height, width in zip(shapes[::2], shapes[1::2], strict=True):
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -149,13 +149,13 @@ def _by_reference(by_pixel: Tensor, shapes: list[int], reference: Tensor, offset
     if reference.shape[-1] == 2 and by_pixel.dtype != torch.float32:
         return reference, by_pixel  # nobody asked for the first
     size = torch.tensor(shapes, dtype=torch.float32).view(-1, 2).flip(-1).to(by_pixel.device)  # (L, 2)
-    centre = by_pixel.sum((2, 4)) * size
+    center = by_pixel.sum((2, 4)) * size
     if reference.shape[-1] == 2:
-        return centre.to(reference.dtype), by_pixel.to(offsets.dtype)
+        return center.to(reference.dtype), by_pixel.to(offsets.dtype)
     half = 0.5 / offsets.shape[4]
     extent = (by_pixel * offsets.float()).sum((2, 4)) * size * half
     scale = reference[:, :, None, :, None, 2:].float() * size[:, None] * half
-    return torch.cat([centre, extent], -1).to(reference.dtype), (by_pixel * scale).to(offsets.dtype)
+    return torch.cat([center, extent], -1).to(reference.dtype), (by_pixel * scale).to(offsets.dtype)
 
 
 def _fixed_point(grad_output: Tensor, logits: Tensor, reference: Tensor | None, offsets: Tensor) -> Tensor:

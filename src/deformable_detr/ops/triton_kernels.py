@@ -3,7 +3,7 @@
 B images, S tokens, Q queries, M heads, D channels a head, L levels, P points; LP = L·P, padded to a power of two N; D
 padded to DP. All tensors contiguous: value (B, S, M, D), offsets (B, Q, M, L, P, 2), logits (B, Q, M, L, P), reference
 (B, Q, L, REF). geometry: int32 (L, 3), height, width and first token of each level. order: int32 permutation of the
-queries (neighbours on the map side by side, for the caches), read if ORDERED. REF: coordinates of a reference point, or
+queries (neighbors on the map side by side, for the caches), read if ORDERED. REF: coordinates of a reference point, or
 0 where offsets are locations in 0..1 and logits are weights. Arithmetic is fp32 whatever the tensors hold.
 
 Indices of pixels are clamped into the map and carry weight zero outside it: no load needs a mask for that.

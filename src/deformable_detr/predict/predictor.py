@@ -34,7 +34,7 @@ def predict(
     source: a path, a PIL image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8, both RGB, gives `Detections`; a
         list or tuple of these, or the path of a folder (all images in it, by name), gives a list in the same order.
     threshold: the least score, 0..1. top_k: at most so many detections an image.
-    batch_size: images that go through the model together. They share a canvas, and group normalisation sees its
+    batch_size: images that go through the model together. They share a canvas, and group normalization sees its
         padding: scores of differently shaped images can differ by up to a tenth from those at batch_size 1.
 
     Images are resized as in evaluation. The model keeps its device and its training mode.
@@ -116,7 +116,7 @@ def _read_ahead(model: nn.Module, sources: Iterator[Any], batch_size: int) -> Ge
             image = read_image(source)
         except UserError as error:
             return _Read(source, (0, 0), error)
-        resized = resize(image, config.image_size, config.long_side, canvas, config.size_multiple)
+        resized = resize(image, config.image_size, config.long_side, canvas, config.size_divisor)
         return _Read(source, (image.shape[1], image.shape[2]), resized)
 
     threads = min(8, max(1, (os.cpu_count() or 1) // 2))
@@ -153,7 +153,7 @@ def _detect(model: nn.Module, images: Sequence[_Read], top_k: int) -> list[Selec
 def forward(model: nn.Module, batch: Any) -> dict[str, Any]:
     """The outputs of the model for a uint8 `ImageBatch`, on the model's device."""
     mean, std = model.pixel_mean, model.pixel_std
-    batch = batch.to(mean.device, non_blocking=True).normalise(mean, std)
+    batch = batch.to(mean.device, non_blocking=True).normalize(mean, std)
     return model(batch.pixels, batch.padding_mask)
 
 

@@ -60,7 +60,7 @@ def walk(system: Any, folder: str, skip: str | None = None) -> Iterator[tuple[st
 
 
 def same(system: Any, one: str, other: str) -> bool:
-    """Whether two paths are one folder, however they are spelt."""
+    """Whether two paths are one folder, however they are spelled."""
     return os.path.realpath(one) == os.path.realpath(other) if is_local(system) else one == other
 
 

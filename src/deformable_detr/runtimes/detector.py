@@ -44,7 +44,7 @@ class ExportedDetector(nn.Module):
     ) -> dict[str, Any]:
         """pred_logits (B, Q, K) and pred_boxes (B, Q, 4), cxcywh in 0..1 of the unpadded image.
 
-        pixels: (B, 3, H, W), normalised RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
+        pixels: (B, 3, H, W), normalized RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
         Raises UserError for attention, which is not in the file, and for pixels larger than a fixed canvas.
         """
         if return_attention:

@@ -13,7 +13,7 @@ FORMAT, VERSION = "deformable-detr", 1
 
 
 class Described(NamedTuple):
-    """The model's config with its normalisation in it, and how it was exported.
+    """The model's config with its normalization in it, and how it was exported.
 
     image_size: (height, width) of the input, none: any. precision: fp32, fp16 or int8.
     """
@@ -38,7 +38,7 @@ class Described(NamedTuple):
             "image_size": self.image_size,
             "short_side": config.image_size,
             "long_side": config.long_side,
-            "size_multiple": config.size_multiple,
+            "size_divisor": config.size_divisor,
             "precision": self.precision,
             "sampling": self.sampling,
             "post_processing": self.post_processing,
@@ -72,5 +72,5 @@ _DESCRIPTION = "deformable_detr"  # where OpenVINO's IR and .pt2 keep the metada
 
 METADATA_KEYS = (
     "format", "version", "model", "class_names", "category_ids", "pixel_mean", "pixel_std", "image_size", "short_side",
-    "long_side", "size_multiple", "precision", "sampling", "post_processing",
+    "long_side", "size_divisor", "precision", "sampling", "post_processing",
 )  # fmt: skip

@@ -16,10 +16,10 @@ from .. import __version__
 from . import schemas
 from .decoding import FORMATS
 from .engine import Engine
-from .limits import Gone, Refused
-from .middleware import Door, Status
+from .limits import ClientDisconnected, HttpError
+from .middleware import AccessMiddleware, Status
 from .responses import detected, explained
-from .uploads import PART, Ledger, Upload, uploads, whole_body
+from .uploads import PART, BodyBudget, Upload, uploads, whole_body
 
 _WHY = {
     400: "a form that is broken",
@@ -44,7 +44,7 @@ def create_app(engine: Engine, status: Status, token: str | None = None, name: s
     token: see `door.Door`. name: of the model, as it is shown.
     """
     limits = engine.limits
-    ledger = Ledger(limits.held_bytes)
+    ledger = BodyBudget(limits.held_bytes)
     secured = token is not None
 
     @asynccontextmanager
@@ -66,7 +66,7 @@ def create_app(engine: Engine, status: Status, token: str | None = None, name: s
         docs_url=None,  # these load their scripts from elsewhere
         redoc_url=None,
     )
-    app.add_middleware(Door, limits=limits, status=status, metrics=engine.metrics, token=token)
+    app.add_middleware(AccessMiddleware, limits=limits, status=status, metrics=engine.metrics, token=token)
     _add_errors(app)
     always = (401,) if secured else (403, 421)
     on_images = (400, 408, 413, 415, 422, 500, 503, 504, *always)
@@ -137,14 +137,14 @@ def create_app(engine: Engine, status: Status, token: str | None = None, name: s
     async def healthz() -> dict[str, str]:
         """Whether the server lives; where not, start it again."""
         if not engine.alive:
-            raise Refused(503, "the thread that runs the model has ended")
+            raise HttpError(503, "the thread that runs the model has ended")
         return {"status": "alive"}
 
     @app.get("/readyz", response_model=schemas.State, responses=_problems(503, *_open(always)))
     async def readyz() -> dict[str, str]:
         """Whether to send requests here."""
         if not ready():
-            raise Refused(503, "leaving" if status.draining else "not ready", retry_after=5)
+            raise HttpError(503, "leaving" if status.draining else "not ready", retry_after=5)
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, include_in_schema=False)
@@ -158,7 +158,7 @@ def create_app(engine: Engine, status: Status, token: str | None = None, name: s
 
 
 async def _in_time(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
-    """The result; Refused (504) after that time, Gone where the client leaves; then the work is cancelled."""
+    """The result; Refused (504) after that time, Gone where the client leaves; then the work is canceled."""
 
     async def left() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -169,7 +169,7 @@ async def _in_time(request: Request, work: Coroutine[Any, Any, Any], seconds: fl
         await asyncio.wait({working, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Gone if leaving.done() else Refused(504, f"no answer within {seconds:g} s")
+        raise ClientDisconnected if leaving.done() else HttpError(504, f"no answer within {seconds:g} s")
     finally:
         working.cancel()
         leaving.cancel()
@@ -180,8 +180,8 @@ def _json(make: Callable[[], Any]) -> bytes:
 
 
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
+    @app.exception_handler(HttpError)
+    async def refused(_: Request, error: HttpError) -> Response:
         headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
         return _problem(error.status, error.detail, headers)
 
@@ -190,8 +190,8 @@ def _add_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         return _problem(422, f"{'.'.join(map(str, first['loc'][1:]))[:60]}: {first['msg'][:200]}")
 
-    @app.exception_handler(Gone)
-    async def gone(_: Request, __: Gone) -> Response:
+    @app.exception_handler(ClientDisconnected)
+    async def gone(_: Request, __: ClientDisconnected) -> Response:
         return _problem(499, "the client is gone")  # nobody reads it; the figures do
 
 

@@ -30,7 +30,7 @@ class Batcher:
     wait: seconds that the oldest payload waits for others of its key; a full batch does not wait.
     begin: is called in the thread before anything else.
 
-    The oldest payload's batch always comes first. Futures that were cancelled meanwhile are not worked on. The number
+    The oldest payload's batch always comes first. Futures that were canceled meanwhile are not worked on. The number
     of waiting payloads is the caller's to bound.
     """
 

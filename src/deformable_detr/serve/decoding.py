@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..utils.errors import UserError
 from ..utils.images import read_image
-from .limits import Refused
+from .limits import HttpError
 
 # What browsers show too. No TIFF: many readers in one, and no browser could draw boxes on it.
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "GIF": "image/gif"}
@@ -43,23 +43,23 @@ def open_picture(data: bytes | bytearray | memoryview, name: str, most_pixels: i
     Raises Refused: 415 for a format that is none of FORMATS, 413 for too many pixels, 422 for a broken header.
     """
     if not len(data):
-        raise Refused(422, f"{name}: is empty")
+        raise HttpError(422, f"{name}: is empty")
     kind = sniff(data)
     if kind is None:
-        raise Refused(415, f"{name}: not a format that is read here; send {', '.join(FORMATS)}")
+        raise HttpError(415, f"{name}: not a format that is read here; send {', '.join(FORMATS)}")
     whole = bytes(data)
     if kind == "WEBP":  # Pillow takes memory for all pixels before it tells how many there are
         _check_size(name, *_webp_size(whole, name), most_pixels)
     if kind == "BMP" and len(whole) > 34 and whole[14] >= 40 and whole[30] in (1, 2):  # decoded in Python, slowly
-        raise Refused(422, f"{name}: a BMP with run lengths is not read; save it without")
+        raise HttpError(422, f"{name}: a BMP with run lengths is not read; save it without")
     if kind == "JPEG" and _scans(whole) > MOST_SCANS:
-        raise Refused(422, f"{name}: a JPEG with over {MOST_SCANS} scans; save it again")
+        raise HttpError(422, f"{name}: a JPEG with over {MOST_SCANS} scans; save it again")
     try:
         image = Image.open(io.BytesIO(whole), formats=[kind])
     except Image.DecompressionBombError:
-        raise Refused(413, _too_large(name, most_pixels)) from None
+        raise HttpError(413, _too_large(name, most_pixels)) from None
     except Exception as error:  # decoders raise whatever they like on broken bytes
-        raise Refused(422, f"{name}: cannot be read as {kind} ({_reason(error)})") from None
+        raise HttpError(422, f"{name}: cannot be read as {kind} ({_reason(error)})") from None
     _check_size(name, *image.size, most_pixels)
     return image
 
@@ -82,14 +82,14 @@ def decode(image: Image.Image, name: str) -> Tensor:
         return read_image(image)
     except UserError as error:
         detail = str(error).removeprefix("the PIL image: ").removesuffix("; replace or remove it")
-        raise Refused(422, f"{name}: {detail}") from None
+        raise HttpError(422, f"{name}: {detail}") from None
 
 
 def _check_size(name: str, width: int, height: int, most_pixels: int) -> None:
     if width * height > most_pixels:
-        raise Refused(413, f"{_too_large(name, most_pixels)}, not {width} × {height}")
+        raise HttpError(413, f"{_too_large(name, most_pixels)}, not {width} × {height}")
     if width < 1 or height < 1:
-        raise Refused(422, f"{name}: has no pixels ({width} × {height})")
+        raise HttpError(422, f"{name}: has no pixels ({width} × {height})")
 
 
 def _too_large(name: str, most_pixels: int) -> str:
@@ -107,7 +107,7 @@ def _webp_size(data: bytes, name: str) -> tuple[int, int]:
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
         if kind == b"VP8 ":
             return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-    raise Refused(422, f"{name}: cannot be read as WEBP (broken header)")
+    raise HttpError(422, f"{name}: cannot be read as WEBP (broken header)")
 
 
 def _reason(error: Exception) -> str:

@@ -26,7 +26,7 @@ from ..structures import Detections, Target
 from ..utils.process import give_back
 from .batching import Batcher
 from .decoding import LARGE, decode, open_picture
-from .limits import Limits, Refused
+from .limits import HttpError, Limits
 from .metrics import Metrics
 from .uploads import Upload
 
@@ -42,7 +42,7 @@ class _Image(NamedTuple):
     top_k: int
 
 
-class _Look(NamedTuple):
+class _ExplainJob(NamedTuple):
     """pixels: (3, H, W) uint8, the original."""
 
     pixels: Tensor
@@ -122,7 +122,7 @@ class Engine:
         try:
             with self._places(1):
                 pixels = await self._pixels(upload)
-                look = _Look(pixels, threshold, top_k)
+                look = _ExplainJob(pixels, threshold, top_k)
                 return await self._batcher.submit(look, id(look))
         finally:
             self._explaining -= 1
@@ -137,14 +137,14 @@ class Engine:
         finally:
             self._taken -= count
 
-    def _full(self, why: str) -> Refused:
+    def _full(self, why: str) -> HttpError:
         seconds = math.ceil(min(max(self._taken * self._seconds, 1), 30))
-        return Refused(503, f"{why}; try again in {seconds} s", retry_after=seconds)
+        return HttpError(503, f"{why}; try again in {seconds} s", retry_after=seconds)
 
     async def _read(self, upload: Upload, top_k: int) -> _Image:
         def resized(pixels: Tensor) -> _Image:
             config = self.config
-            small = resize(pixels, config.image_size, config.long_side, self._canvas, config.size_multiple)
+            small = resize(pixels, config.image_size, config.long_side, self._canvas, config.size_divisor)
             return _Image(small, (pixels.shape[1], pixels.shape[2]), top_k)
 
         return await self._pixels(upload, resized)
@@ -182,11 +182,11 @@ class Engine:
         """Results of a batch, in the model's thread."""
         began = time.perf_counter()
         try:
-            results = self._look(payloads[0]) if isinstance(payloads[0], _Look) else self._detect(payloads)
+            results = self._look(payloads[0]) if isinstance(payloads[0], _ExplainJob) else self._detect(payloads)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             _log.exception("the device's memory does not hold a batch of %d", len(payloads))
-            raise Refused(503, "the device's memory is full; try again", retry_after=2) from None
+            raise HttpError(503, "the device's memory is full; try again", retry_after=2) from None
         except Exception:
             _log.exception("a batch of %d failed", len(payloads))
             raise
@@ -205,14 +205,14 @@ class Engine:
         # Best first, so the first few are those of a smaller top_k.
         return [Selection(*(part[: image.top_k] for part in parts)) for image, parts in zip(images, found, strict=True)]
 
-    def _look(self, look: _Look) -> list[Any]:
+    def _look(self, look: _ExplainJob) -> list[Any]:
         from ..explanation import trace
 
         return [trace(self.model, look.pixels, look.threshold, look.top_k)]  # pyright: ignore[reportArgumentType]
 
 
 async def _all(awaitables: Sequence[Any]) -> list[Any]:
-    """All results; or the first error by position, the others being cancelled or awaited."""
+    """All results; or the first error by position, the others being canceled or awaited."""
     futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         results = await asyncio.gather(*futures, return_exceptions=True)

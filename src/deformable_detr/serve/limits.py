@@ -49,7 +49,7 @@ class Limits:
                 raise UserError(f"{name} {value} must be a number of seconds")
 
 
-class Refused(Exception):
+class HttpError(Exception):
     """A request that is not served: an HTTP status and one line that says why.
 
     retry_after: seconds after which it may go better.
@@ -60,5 +60,5 @@ class Refused(Exception):
         self.status, self.detail, self.retry_after = status, detail, retry_after
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client went away; nobody reads the answer."""

@@ -38,7 +38,7 @@ class Status:
     draining: bool = False
 
 
-class Door:
+class AccessMiddleware:
     """ASGI middleware: token, host and origin; headers; a close that lets the client read the answer first; figures.
 
     token: what /v1 and /metrics ask for as `Authorization: Bearer TOKEN`; none: nothing is asked for, and only requests
@@ -54,7 +54,7 @@ class Door:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await _Visit(self, scope, receive, send).run()
+            await _RequestHandler(self, scope, receive, send).run()
 
     def refusal(self, scope: Any, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         """Status and reason where the request may not enter."""
@@ -76,10 +76,10 @@ class Door:
         return None
 
 
-class _Visit:
+class _RequestHandler:
     """One request and its answer."""
 
-    def __init__(self, door: Door, scope: Any, receive: Any, send: Any) -> None:
+    def __init__(self, door: AccessMiddleware, scope: Any, receive: Any, send: Any) -> None:
         self.door, self.scope, self._receive, self._send = door, scope, receive, send
         self.headers = dict(scope["headers"])
         self.unread = b"transfer-encoding" in self.headers or self.headers.get(b"content-length", b"0") != b"0"

@@ -2,8 +2,8 @@
 const byId = (id) => document.getElementById(id);
 const NS = "http://www.w3.org/2000/svg";
 const LOWEST = 0.05, MOST = 100, EXPLAINED = 50;
-// Okabe and Ito's colours, which differ for any colour vision; classes beyond them start again.
-const COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
+// Okabe and Ito's colors, which differ for any color vision; classes beyond them start again.
+const COLORS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
 const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
 const state = {
@@ -11,7 +11,7 @@ const state = {
   request: null, camera: null, address: "", grown: [1, 1], // pixels of the chosen image in one of the image that is sent
 };
 
-const colour = (label) => COLOURS[label % COLOURS.length];
+const color = (label) => COLORS[label % COLORS.length];
 const threshold = () => Number(byId("score").value);
 const all = () => (state.result ? state.result.detections : []);
 const shown = () => [...all().entries()].filter(([, one]) => one.score >= threshold() && !state.hidden.has(one.label));
@@ -34,7 +34,7 @@ function button(parent, act, ...content) {
 
 function swatch(label) {
   const sign = document.createElement("i");
-  sign.style.background = colour(label);
+  sign.style.background = color(label);
   return sign;
 }
 
@@ -212,7 +212,7 @@ function draw() {
     const group = make("g", { class: "hit", "data-item": index, opacity: state.active >= 0 && !active ? 0.35 : 1 }, svg);
     make("rect", { ...place, fill: "transparent", "pointer-events": "all" }, group);
     make("rect", { ...place, fill: "none", stroke: "#111111", "stroke-width": (active ? 5 : 4) * unit }, group);
-    make("rect", { ...place, fill: "none", stroke: colour(one.label), "stroke-width": (active ? 3 : 2) * unit }, group);
+    make("rect", { ...place, fill: "none", stroke: color(one.label), "stroke-width": (active ? 3 : 2) * unit }, group);
     group.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") choose(index, false); });
     group.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") choose(state.pinned, false); });
     group.addEventListener("click", () => choose(index === state.pinned ? -1 : index, true));

@@ -30,7 +30,7 @@ def explained(traced: Any, name: str | None) -> dict[str, Any]:
 
 
 def _layers(explanation: Any) -> list[dict[str, Any]]:
-    shares = explanation.shares_inside().tolist()
+    shares = explanation.attention_inside_box().tolist()
     return [
         {
             "reference_point": _rounded(look.reference_point.tolist()),

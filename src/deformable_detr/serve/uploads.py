@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
-from .limits import Gone, Limits, Refused
+from .limits import ClientDisconnected, HttpError, Limits
 
 PART = "images"  # the name of the parts of a form
 HOW = f"send an image as the body with its Content-Type (image/jpeg, …), or multipart/form-data with parts '{PART}'"
@@ -23,7 +23,7 @@ class Upload(NamedTuple):
     filename: str | None
 
 
-class Ledger:
+class BodyBudget:
     """How many bytes of bodies are held by all requests."""
 
     def __init__(self, most: int) -> None:
@@ -31,20 +31,20 @@ class Ledger:
 
     def take(self, count: int) -> None:
         if self.held + count > self.most:
-            raise Refused(503, "too much is being sent to this server at once; try again", retry_after=2)
+            raise HttpError(503, "too much is being sent to this server at once; try again", retry_after=2)
         self.held += count
 
 
 @asynccontextmanager
-async def whole_body(request: Any, limits: Limits, ledger: Ledger) -> AsyncIterator[bytearray]:
+async def whole_body(request: Any, limits: Limits, ledger: BodyBudget) -> AsyncIterator[bytearray]:
     """The body of a Starlette request, held in the ledger until the block ends.
 
     Raises Refused: 413 as soon as it is over the limit, 408 when it does not come, 415 where it is compressed, 503
     where all requests together hold too much. Raises Gone where the client leaves.
     """
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
-        raise Refused(415, "compressed bodies are not read; send the image as it is")
-    too_large = Refused(413, f"the request may have {limits.body_bytes / 1e6:g} MB at most")
+        raise HttpError(415, "compressed bodies are not read; send the image as it is")
+    too_large = HttpError(413, f"the request may have {limits.body_bytes / 1e6:g} MB at most")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > limits.body_bytes:
         raise too_large
@@ -58,14 +58,14 @@ async def whole_body(request: Any, limits: Limits, ledger: Ledger) -> AsyncItera
                     clock.reschedule(min(end, loop.time() + limits.stall_seconds))
                     message = await request.receive()
                     if message["type"] == "http.disconnect":
-                        raise Gone
+                        raise ClientDisconnected
                     piece, more = message.get("body", b""), message.get("more_body", False)
                     if len(data) + len(piece) > limits.body_bytes:
                         raise too_large
                     ledger.take(len(piece))
                     data += piece
         except TimeoutError:
-            raise Refused(408, "the request's body did not come in time") from None
+            raise HttpError(408, "the request's body did not come in time") from None
         yield data
     finally:
         ledger.held -= len(data)
@@ -81,7 +81,7 @@ def uploads(content_type: str, data: bytearray, most: int) -> list[Upload]:
         return _form(content_type, data, most)
     if kind.startswith("image/") or kind == "application/octet-stream":
         return [Upload(memoryview(data), "the image", None)]
-    raise Refused(415, f"a body of the type {kind[:60] or '(none)'!r} is not read; {HOW}")
+    raise HttpError(415, f"a body of the type {kind[:60] or '(none)'!r} is not read; {HOW}")
 
 
 def _form(content_type: str, data: bytearray, most: int) -> list[Upload]:
@@ -91,16 +91,16 @@ def _form(content_type: str, data: bytearray, most: int) -> list[Upload]:
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if not boundary:
-        raise Refused(400, "the form's Content-Type names no boundary")
+        raise HttpError(400, "the form's Content-Type names no boundary")
     form = _Form(most)
     try:
         MultipartParser(boundary, form.callbacks()).write(bytes(data))  # pyright: ignore[reportArgumentType]
     except (FormParserError, UnicodeDecodeError) as error:
-        raise Refused(400, f"the form is broken ({' '.join(str(error).split())[:120]})") from None
+        raise HttpError(400, f"the form is broken ({' '.join(str(error).split())[:120]})") from None
     if not form.ended:
-        raise Refused(400, "the form ends before its last boundary")
+        raise HttpError(400, "the form ends before its last boundary")
     if not form.uploads:
-        raise Refused(422, f"no image: {HOW}")
+        raise HttpError(422, f"no image: {HOW}")
     return form.uploads
 
 
@@ -125,7 +125,7 @@ class _Form:
 
     def _begin(self) -> None:
         if len(self.uploads) == self.most:
-            raise Refused(422, f"a request may have {self.most} images at most")
+            raise HttpError(422, f"a request may have {self.most} images at most")
         self.headers, self.pieces = {}, bytearray()
 
     def _header(self) -> None:
@@ -138,7 +138,7 @@ class _Form:
         _, self.options = parse_options_header(self.headers.get(b"content-disposition", b""))
         name = clean(self.options.get(b"name", b""))
         if name != PART:
-            raise Refused(422, f"the form has a part {name!r}; only images are read, in parts called '{PART}'")
+            raise HttpError(422, f"the form has a part {name!r}; only images are read, in parts called '{PART}'")
 
     def _end(self) -> None:
         filename = clean(self.options.get(b"filename", b"")) or None

@@ -1,7 +1,7 @@
-"""Training: matching and losses, the optimiser, the loop, and the runs it leaves behind."""
+"""Training: matching and losses, the optimizer, the loop, and the runs it leaves behind."""
 
 from .api import train
-from .criterion import DetectionLoss
+from .criterion import SetCriterion
 from .trainer import train_model
 
-__all__ = ["DetectionLoss", "train", "train_model"]
+__all__ = ["SetCriterion", "train", "train_model"]

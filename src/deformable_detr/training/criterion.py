@@ -1,4 +1,4 @@
-"""The set loss: focal class loss, L1 and generalised IoU of matched pairs, for every layer at once (appendix A.4)."""
+"""The set loss: focal class loss, L1 and generalized IoU of matched pairs, for every layer at once (appendix A.4)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config.schema import TrainConfig
-from ..model.box_ops import generalised_iou, in_float32, overlap_iou
+from ..model.box_ops import generalized_iou, in_float32, overlap_iou
 from ..structures import Target
 from .matcher import Matches, PackedTargets, Predictions, focal_terms, match
 
@@ -18,7 +18,7 @@ KINDS = ("loss_class", "loss_boxes", "loss_giou")
 
 
 @dataclass(frozen=True)
-class Losses:
+class LossOutput:
     """The loss of a batch.
 
     total: scalar, the weighted sum, to differentiate.
@@ -34,11 +34,11 @@ class Losses:
     finite: tuple[bool, ...]
 
 
-class DetectionLoss:
+class SetCriterion:
     """Matches the outputs of the model with the objects and measures what is wrong."""
 
-    def __init__(self, config: TrainConfig, class_proposals: bool = False) -> None:
-        self.config, self.class_proposals = config, class_proposals
+    def __init__(self, config: TrainConfig, class_aware_proposals: bool = False) -> None:
+        self.config, self.class_aware_proposals = config, class_aware_proposals
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class DetectionLoss:
         targets: Sequence[Target],
         num_boxes: float | Tensor | None = None,
         known: tuple[Matches, int] | None = None,
-    ) -> Losses:
+    ) -> LossOutput:
         """The losses of a batch, in float32 also under autocast.
 
         outputs: of the model: "layer_logits" (L, B, Q, K), "layer_boxes" (L, B, Q, 4) and, of a two-stage model,
@@ -59,7 +59,7 @@ class DetectionLoss:
         sets = [Predictions(outputs["layer_logits"][layers], outputs["layer_boxes"][layers])]
         if "encoder_logits" in outputs:
             logits, boxes = outputs["encoder_logits"][None], outputs["encoder_boxes"][None]
-            sets.append(Predictions(logits, boxes, not self.class_proposals, config.encoder_matches))
+            sets.append(Predictions(logits, boxes, not self.class_aware_proposals, config.encoder_matches))
         device = outputs["layer_logits"].device
         objects = PackedTargets.pack(targets, device)
         if num_boxes is None:
@@ -81,7 +81,7 @@ class DetectionLoss:
             total = config.class_weight * class_loss + config.l1_weight * l1_loss + config.giou_weight * giou_loss
             last = outputs["layer_logits"][-1].detach()
             parts["cardinality_error"] = cardinality_error(last, objects.counts)
-        return Losses(total, parts, matching.finite)
+        return LossOutput(total, parts, matching.finite)
 
     def _denoising(self, outputs: Mapping[str, Tensor], objects: PackedTargets, once: Matches, groups: int) -> Tensor:
         """(3,): what is wrong with the extra queries, over all layers, as if each object were there once."""
@@ -102,7 +102,7 @@ def set_losses(predictions: Predictions, targets: PackedTargets, matches: Matche
 
     found, wanted = boxes[place], targets.boxes[matches.target]  # (L, M, 4)
     l1_loss = (found - wanted).abs().sum(dim=(1, 2))
-    giou = generalised_iou(found, wanted)
+    giou = generalized_iou(found, wanted)
     giou_loss = (1 - giou).sum(1)
 
     # Every logit as if it should be 0, then the matched ones put right: no (L, B, Q, K) table of zeros and ones.
@@ -119,7 +119,7 @@ def class_terms(logits: Tensor, overlap: Tensor | None, config: TrainConfig) -> 
     """Class loss of each logit if it is its object's class, and if it should be 0.
 
     overlap: IoU of the matched boxes in 0..1, which the score should tell, of the shape of logits; only for the first
-    term of "varifocal" (VarifocalNet, equation 2) and "matchability" (DEIM, equation 4).
+    term of "varifocal" (VarifocalNet, equation 2) and "mal" (DEIM, equation 4).
     """
     if config.class_loss == "focal":
         return focal_terms(logits, config.focal_alpha, config.focal_gamma)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
-from ..model.decoder import ExtraQueries
+from ..model.decoder import DenoisingQueries
 from ..structures import Target
 from .matcher import Matches
 
@@ -22,12 +22,16 @@ class Denoising(nn.Module):
 
     def __init__(self, config: TrainConfig, num_classes: int, dim: int) -> None:
         super().__init__()
-        self.budget, self.box_noise, self.label_noise = config.denoising, config.box_noise, config.label_noise
+        self.budget, self.box_noise, self.label_noise = config.num_denoising, config.box_noise, config.label_noise
         self.classes = nn.Embedding(num_classes, dim)
 
     def forward(
-        self, targets: Sequence[Target], num_queries: int, most: int | None = None, noise: Noise | None = None
-    ) -> tuple[ExtraQueries, Matches, int] | None:
+        self,
+        targets: Sequence[Target],
+        num_queries: int,
+        most: int | None = None,
+        noise: BatchConsistentRng | None = None,
+    ) -> tuple[DenoisingQueries, Matches, int] | None:
         """The queries, which object each of the first kind belongs to, and the number of groups; none without objects.
 
         num_queries: how many queries the model has of its own. The matches are those of one layer, (1, M); objects
@@ -38,7 +42,7 @@ class Denoising(nn.Module):
         device = self.classes.weight.device
         sizes = [len(target.labels) for target in targets]
         most = max(sizes, default=0) if most is None else most
-        noise = noise or Noise()
+        noise = noise or BatchConsistentRng()
         if not most:
             return None
         groups = max(1, self.budget // (2 * most))
@@ -66,10 +70,10 @@ class Denoising(nn.Module):
 
         content = self.classes(labels.to(device)) * filled.to(device)[..., None]
         mask = group_mask(groups, 2 * most, num_queries)
-        return ExtraQueries(content, boxes.to(device), mask.to(device)), matches, groups
+        return DenoisingQueries(content, boxes.to(device), mask.to(device)), matches, groups
 
 
-class Noise:
+class BatchConsistentRng:
     """Random numbers for `count` images of a batch of `images`, of which `first` is theirs first.
 
     With a seed, they are the same however the batch is divided: numbers are drawn for all of it, and these images take
@@ -97,21 +101,21 @@ class Noise:
         return numbers[first : first + shape[0]]
 
 
-def noisy_labels(labels: Tensor, num_classes: int, part: float, noise: Noise | None = None) -> Tensor:
+def noisy_labels(labels: Tensor, num_classes: int, part: float, noise: BatchConsistentRng | None = None) -> Tensor:
     """Labels (B, N) of which part / 2 is drawn anew from all classes (DN-DETR, section 4.2)."""
-    noise = noise or Noise()
+    noise = noise or BatchConsistentRng()
     redrawn = noise.uniform(labels.shape) < part / 2
     return torch.where(redrawn, noise.whole(num_classes, labels.shape), labels)
 
 
-def noisy_boxes(boxes: Tensor, far: Tensor, size: float, noise: Noise | None = None) -> Tensor:
+def noisy_boxes(boxes: Tensor, far: Tensor, size: float, noise: BatchConsistentRng | None = None) -> Tensor:
     """Boxes whose sides moved: each by up to size × half the side's length, twice that and at least once where far.
 
     boxes: (B, N, 4) cxcywh in 0..1; far: (N,) bool. Returns boxes inside the image.
     """
     from torchvision.ops import box_convert
 
-    noise = noise or Noise()
+    noise = noise or BatchConsistentRng()
     half = boxes[..., 2:].repeat(1, 1, 2) / 2
     amount = (noise.uniform(boxes.shape) + far[:, None]) * size
     sign = noise.whole(2, boxes.shape) * 2 - 1

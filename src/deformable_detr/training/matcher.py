@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config.schema import TrainConfig
-from ..model.box_ops import generalised_iou, in_float32
+from ..model.box_ops import generalized_iou, in_float32
 from ..structures import Target
 
 # Stands for a cost that is not finite: a matching then exists, and the loss of it is not finite either.
@@ -135,7 +135,7 @@ def _costs(predictions: Predictions, targets: PackedTargets, config: TrainConfig
     boxes = in_float32(predictions.boxes.transpose(0, 1)[targets.image])  # (T, L, Q, 4)
     objects = targets.boxes[:, None, None]
     l1 = (boxes - objects).abs().sum(-1)
-    giou = generalised_iou(boxes, objects)
+    giou = generalized_iou(boxes, objects)
     cost = config.class_cost * (positive - negative) + config.l1_cost * l1 - config.giou_cost * giou
     return cost.flatten(1)
 

@@ -20,11 +20,11 @@ def parameter_groups(model: nn.Module, config: TrainConfig, helpers: nn.Module |
     With `backbone_layer_decay` the backbone has a group for each of its parts, "backbone_0" nearest to the pixels.
     helpers: what learns beside the model; its parameters join the base group, named "helpers.…".
     """
-    factors = {"base": 1.0, "sampling": config.sampling_lr_factor, "backbone": config.backbone_lr_factor}
+    factors = {"base": 1.0, "sampling": config.sampling_lr_mult, "backbone": config.backbone_lr_mult}
     parts = backbone_parts(model) if config.backbone_layer_decay < 1 else []
     for depth in range(len(parts)):
         fallen = config.backbone_layer_decay ** (len(parts) - 1 - depth)
-        factors[f"backbone_{depth}"] = config.backbone_lr_factor * fallen
+        factors[f"backbone_{depth}"] = config.backbone_lr_mult * fallen
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -65,7 +65,7 @@ def backbone_parts(model: nn.Module) -> list[str]:
     return [f"{prefix}{name}." for name, child in children.items() if any(True for _ in child.parameters())]
 
 
-def build_optimiser(model: nn.Module, config: TrainConfig, helpers: nn.Module | None = None) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: TrainConfig, helpers: nn.Module | None = None) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, in its fused form, which can skip a step without asking the host."""
     return torch.optim.AdamW(parameter_groups(model, config, helpers), weight_decay=config.weight_decay, fused=True)
 
@@ -73,18 +73,18 @@ def build_optimiser(model: nn.Module, config: TrainConfig, helpers: nn.Module | 
 PRESET_BATCH = 4  # images a step that the presets' learning rates are for
 
 
-def effective_batch(config: TrainConfig, processes: int) -> int:
-    """Images an optimiser step, over all processes."""
-    return config.effective_batch or config.batch_size * processes
+def total_batch_size(config: TrainConfig, processes: int) -> int:
+    """Images an optimizer step, over all processes."""
+    return config.total_batch_size or config.batch_size * processes
 
 
 def scaled_lr(config: TrainConfig, batch: int) -> tuple[float, str]:
     """The learning rate for steps of `batch` images, and how it came about.
 
-    lr × √(batch / lr_batch): AdamW divides by the gradient's own size, so that what a larger batch brings is less
+    lr × √(batch / base_batch_size): AdamW divides by the gradient's own size, so that what a larger batch brings is less
     noise, which falls with the root (Malladi et al. 2022). "linear" is the rule of SGD (Goyal et al. 2017).
     """
-    meant = config.lr_batch or (PRESET_BATCH if config.effective_batch else config.batch_size)
+    meant = config.base_batch_size or (PRESET_BATCH if config.total_batch_size else config.batch_size)
     if config.lr_scaling == "none" or batch == meant:
         return config.lr, f"{config.lr:g}"
     ratio = batch / meant
@@ -95,7 +95,7 @@ def scaled_lr(config: TrainConfig, batch: int) -> tuple[float, str]:
 def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
     """What the learning rates are multiplied by.
 
-    step: optimiser steps done; the first `warmup_steps` steps rise linearly from 1 / warmup_steps to 1.
+    step: optimizer steps done; the first `warmup_steps` steps rise linearly from 1 / warmup_steps to 1.
     progress: 0..1, part of the training done. "step" divides by 10 at lr_drop, "cosine" falls to 0 at 1.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
@@ -106,41 +106,41 @@ def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
     return warmup
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, step: int, progress: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, progress: float) -> None:
     """Gives every group the learning rate of this step."""
     factor = lr_factor(config, step, progress)
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = config.lr * group["factor"] * factor
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state by parameter: "NAME/exp_avg" and so on, so that it does not depend on their order."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state by parameter: "NAME/exp_avg" and so on, so that it does not depend on their order."""
     return {
         f"{name}/{key}": value
-        for group in optimiser.param_groups
+        for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
-        for key, value in optimiser.state.get(parameter, {}).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def blank_optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What `optimiser_tensors` would give if every parameter had a state, with values that mean nothing."""
+def blank_optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What `optimizer_tensors` would give if every parameter had a state, with values that mean nothing."""
     blank = {}
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             blank |= {f"{name}/{key}": torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
             blank[f"{name}/step"] = torch.zeros((), device=parameter.device)
     return blank
 
 
-def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Takes back what `optimiser_tensors` gave; a state of another shape is a `UserError`.
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Takes back what `optimizer_tensors` gave; a state of another shape is a `UserError`.
 
     What learns no more, since more of the backbone is frozen or denoising is off now, needs no state.
     """
     parameters = {
         name: parameter
-        for group in optimiser.param_groups
+        for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
     }
     for entry, value in tensors.items():
@@ -149,7 +149,7 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: dict[str, 
         if parameter is None:
             continue
         if value.ndim and value.shape != parameter.shape:
-            raise UserError(f"the checkpoint's optimiser state does not fit the model: {entry}")
+            raise UserError(f"the checkpoint's optimizer state does not fit the model: {entry}")
         # In the parameter's own memory format: the fused update walks through memory, not through indices.
         here = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
-        optimiser.state[parameter][key] = here.copy_(value)
+        optimizer.state[parameter][key] = here.copy_(value)

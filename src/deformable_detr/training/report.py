@@ -17,10 +17,10 @@ from .step import StepFigures
 
 
 @dataclass
-class Counters:
+class TrainState:
     """How far a run is.
 
-    epoch: epochs done; batch: steps done of the epoch that runs; step: optimiser steps; seconds: of training;
+    epoch: epochs done; batch: steps done of the epoch that runs; step: optimizer steps; seconds: of training;
     best: highest AP so far; stale: evaluations since; evaluated_step: step of the last evaluation; metrics: its
     figures; mosaic: whether the running epoch has mosaics.
     """
@@ -57,7 +57,7 @@ class Report:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         return self._open.__exit__(kind, error, trace)
 
-    def begin(self, done: Counters) -> None:
+    def begin(self, done: TrainState) -> None:
         """Goes on with the files of the run from where it is."""
         if self.speaks:
             self._log = self._open.enter_context(MetricsLog(self.folder, done.step, done.evaluated_step))
@@ -66,14 +66,14 @@ class Report:
         """What the next line of the log will be made of."""
         return {"history": dict(self._history), "logged": self._logged}
 
-    def resume(self, done: Counters, state: Mapping[str, Any] | None = None) -> None:
+    def resume(self, done: TrainState, state: Mapping[str, Any] | None = None) -> None:
         """Figures count from here, or from where `state` says."""
         self._logged = (done.images_seen, done.seconds)
         if state is not None:
             self._history.update(state["history"])
             self._logged = tuple(state["logged"])
 
-    def account(self, figures: StepFigures | None, done: Counters, progress: float) -> None:
+    def account(self, figures: StepFigures | None, done: TrainState, progress: float) -> None:
         """Adds a step's figures to the log; a line every `log_every` steps has the means since the line before."""
         if figures is None:
             return
@@ -94,7 +94,7 @@ class Report:
         self._logged = (done.images_seen, done.seconds)
         self._history.clear()
 
-    def evaluated(self, done: Counters) -> None:
+    def evaluated(self, done: TrainState) -> None:
         """The line of an evaluation."""
         facts = {"step": done.step, "epoch": done.epoch, "images_seen": done.images_seen}
         figures = {"seconds": round(done.seconds, 3), **(done.metrics or {}), "best_AP": done.best}
@@ -111,7 +111,7 @@ class Report:
         if self._bar is not None:
             self._bar.say(line)
 
-    def show(self, done: Counters, progress: float) -> None:
+    def show(self, done: TrainState, progress: float) -> None:
         """The bar after a step."""
         if self._bar is None:
             return
@@ -120,7 +120,7 @@ class Report:
         facts = {"epoch": f"{done.epoch + 1}{total}", "loss": f"{self._loss:.3f}", "AP": _figure(done.best)}
         self._bar.show(progress, {**facts, "images/s": f"{speed:.1f}", "left": _left(done, progress)})
 
-    def say_epoch(self, done: Counters, progress: float) -> None:
+    def say_epoch(self, done: TrainState, progress: float) -> None:
         """The line of an epoch, with the figures of its evaluation where there was one."""
         total = f"/{self.config.epochs}" if self.config.epochs else ""
         line = f"epoch {done.epoch}{total}: step {done.step}, loss {self._loss:.3f}"
@@ -132,7 +132,7 @@ class Report:
         self.say(f"{line}, {speed:.1f} images/s, {trained} trained, {_left(done, progress)} left")
 
 
-def _left(done: Counters, progress: float) -> str:
+def _left(done: TrainState, progress: float) -> str:
     return duration(done.seconds * (1 - progress) / progress) if progress else "?"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..data.dataset import CocoDataset
     from ..detector import DeformableDETR
-    from ..weights.model_card import Facts
+    from ..weights.model_card import ModelCardData
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _CONTENTS = (CONFIG, "config.json", "model.safetensors", "metrics.jsonl", "tenso
 _FREE_MODEL_KEYS = {"backbone_weights", "backbone_norm", "frozen_stages", "gradient_checkpointing"}
 
 
-class RunFolder:
+class RunDir:
     """`config.yaml`, `config.json` + `model.safetensors` (the best model), `metrics.jsonl`, `tensorboard/` and
     `checkpoints/last`, `checkpoints/best`.
     """
@@ -176,7 +176,7 @@ class RunFolder:
             else:
                 path.unlink(missing_ok=True)
 
-    def export(self, model: DeformableDETR, facts: Facts | None = None) -> None:
+    def export(self, model: DeformableDETR, facts: ModelCardData | None = None) -> None:
         """Makes the model the one that `from_pretrained` finds in the run folder; `facts` are for its card."""
         from ..weights.model_card import FILE as CARD
         from ..weights.model_card import somebodys_own

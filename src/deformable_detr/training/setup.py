@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from ..config.schema import Config
-from ..distributed.context import World
+from ..distributed.context import DistributedContext
 from ..utils.failures import machine_failures
 from .checkpoint import generations
-from .run_dir import RunFolder
+from .run_dir import RunDir
 
 if TYPE_CHECKING:
-    from .run_dir import RunFolder
+    from .run_dir import RunDir
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
@@ -28,20 +28,23 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def held(folder: RunFolder, resume: bool, world: World) -> Iterator[None]:
+def held(folder: RunDir, resume: bool, world: DistributedContext) -> Iterator[None]:
     """The run folder is the first process's."""
     with ExitStack() as stack:
-        with world.together():
-            if world.first:
+        with world.sync_errors():
+            if world.is_rank_zero:
                 stack.enter_context(folder.held(resume))
         yield
 
 
-def same_batch(config: Config, state: Mapping[str, Any], world: World) -> Config:
+def same_batch(config: Config, state: Mapping[str, Any], world: DistributedContext) -> Config:
     """A run of one process that goes on in several keeps its batch, where nobody said another."""
-    if world.size == 1 or config.train.effective_batch is not None or "effective_batch" not in state:
+    if world.size == 1 or config.train.total_batch_size is not None or "total_batch_size" not in state:
         return config
-    batch = {"effective_batch": state["effective_batch"], "lr_batch": config.train.lr_batch or config.train.batch_size}
+    batch = {
+        "total_batch_size": state["total_batch_size"],
+        "base_batch_size": config.train.base_batch_size or config.train.batch_size,
+    }
     return config.merged({"train": batch})
 
 
@@ -75,7 +78,7 @@ def seed_all(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
-def said_plainly(folder: RunFolder, config: Config) -> AbstractContextManager[None]:
+def machine_errors_as_user_errors(folder: RunDir, config: Config) -> AbstractContextManager[None]:
     """Turns what the machine does to the training within into a `UserError`: the cause, the mend, what is saved.
 
     That is: memory of the device or of the machine full; a loader's process killed; files that cannot be written or
@@ -83,13 +86,13 @@ def said_plainly(folder: RunFolder, config: Config) -> AbstractContextManager[No
     """
     train, model = config.train, config.model
     smaller = (
-        f"use a smaller --batch-size (now {train.batch_size}; --effective-batch keeps what the optimiser sees) or "
+        f"use a smaller --batch-size (now {train.batch_size}; --total-batch-size keeps what the optimizer sees) or "
         f"--image-size (now {model.image_size}), or --set model.gradient_checkpointing=true"
     )
     return machine_failures(train.batch_size, config.data.workers, smaller, lambda: f"; {_saved(folder)}")
 
 
-def _saved(folder: RunFolder) -> str:
+def _saved(folder: RunDir) -> str:
     if generations(folder.last):
         return "the last checkpoint is good: go on with --resume"
     return f"nothing was saved yet: start again{' with --resume' if folder.begun else ''}"

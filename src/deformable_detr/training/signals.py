@@ -33,7 +33,7 @@ class TrainingInterrupted(SystemExit):
         super().__init__(128 + signal_number)
 
 
-class StopSignals:
+class GracefulShutdown:
     """Within it, the first Ctrl-C or SIGTERM only sets `received`; the second one acts as it does elsewhere.
 
     `at_once`: set while nothing needs saving; a signal then raises `TrainingInterrupted` where it arrives.

@@ -1,4 +1,4 @@
-"""One optimiser step: forward, losses, backward, clipping, update; and the watch for losses that are not finite."""
+"""One optimizer step: forward, losses, backward, clipping, update; and the watch for losses that are not finite."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
-from ..distributed.context import World
-from ..distributed.parallel import gradients, parallelise, touch
+from ..distributed.context import DistributedContext
+from ..distributed.parallel import gradients, parallelize, touch
 from ..structures import ImageBatch, Target
 from ..utils.errors import UserError
-from .criterion import DetectionLoss, Losses
-from .denoising import Denoising, Noise
+from .criterion import LossOutput, SetCriterion
+from .denoising import BatchConsistentRng, Denoising
 from .ema import average_of
 from .matcher import Matches
 from .optimizer import (
-    blank_optimiser_tensors,
-    build_optimiser,
-    load_optimiser_tensors,
-    optimiser_tensors,
+    blank_optimizer_tensors,
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
     set_learning_rate,
 )
 from .signals import NonFiniteLoss
-from .totals import Batch, Totals, combined, own_figures
+from .totals import Batch, BatchStats, combined, own_figures
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -65,31 +65,31 @@ class _Pending:
     values: Tensor  # (len(names),)
 
 
-class Stepper:
+class TrainStep:
     """A model and all that changes it.
 
     Nothing here waits for the device but the matcher: a step's figures are read during the next one, after the
     matcher's copy. An update from a loss or gradient that is not finite is left out on the device itself.
     """
 
-    def __init__(self, model: DeformableDETR, config: TrainConfig, world: World | None = None) -> None:
+    def __init__(self, model: DeformableDETR, config: TrainConfig, world: DistributedContext | None = None) -> None:
         self.model, self.config = model, config
         self.mean, self.std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         self.device = self.mean.device
-        self.world = world or World(str(self.device), size=1)
-        self.criterion = DetectionLoss(config, model.config.class_proposals)
+        self.world = world or DistributedContext(str(self.device), size=1)
+        self.criterion = SetCriterion(config, model.config.class_aware_proposals)
         self.helpers = nn.ModuleDict()  # what learns beside the model and is no part of it
-        if config.denoising:
+        if config.num_denoising:
             if not model.config.two_stage:
-                raise UserError("train.denoising needs model.two_stage: true; set train.denoising=0")
+                raise UserError("train.num_denoising needs model.two_stage: true; set train.num_denoising=0")
             self.helpers["denoising"] = Denoising(config, model.config.num_classes, model.config.hidden_dim)
         self.helpers.to(self.device)
         self.sharded = config.parallel == "fsdp" and self.world.size > 1
         if self.sharded and config.precision == "fp16":
             raise UserError("train.parallel fsdp has no fp16: use train.precision bf16, or train.parallel ddp")
         self._whole = copy.deepcopy(model) if self.sharded else model
-        self.network = parallelise(_Network(model, self.helpers), self.world, config.parallel)
-        self.optimiser = build_optimiser(model, config, self.helpers)
+        self.network = parallelize(_Network(model, self.helpers), self.world, config.parallel)
+        self.optimizer = build_optimizer(model, config, self.helpers)
         self.average = average_of(model, config.ema_decay) if config.ema_decay and not self.sharded else None
         self.sharded_average: ShardedAverage | None = None
         if config.ema_decay and self.sharded:
@@ -101,7 +101,7 @@ class Stepper:
         self._overflows = 0
 
     def step(
-        self, passes: Sequence[Batch], done: int, progress: float, totals: Totals | None = None
+        self, passes: Sequence[Batch], done: int, progress: float, totals: BatchStats | None = None
     ) -> StepFigures | None:
         """Learns from uint8 batches as if they were one, pass by pass; `done` steps came before.
 
@@ -110,19 +110,19 @@ class Stepper:
 
         Returns the figures of the step before. Raises `NonFiniteLoss` for this step's predictions or that step's loss.
         """
-        set_learning_rate(self.optimiser, self.config, done, progress)
+        set_learning_rate(self.optimizer, self.config, done, progress)
         before, names, values, bad = self.backward(passes, done, totals)
         values = self.world.mean(values)
         norm = self._update(values[0])
         image_ids = [target.image_id for _, targets in passes for target in targets]
-        rate = self.optimiser.param_groups[0]["lr"]
+        rate = self.optimizer.param_groups[0]["lr"]
         self._pending = _Pending(
             done + 1, rate, image_ids, bad, [*names, "grad_norm"], torch.cat([values, norm.reshape(1)])
         )
         return before
 
     def backward(
-        self, passes: Sequence[Batch], done: int = 0, totals: Totals | None = None
+        self, passes: Sequence[Batch], done: int = 0, totals: BatchStats | None = None
     ) -> tuple[StepFigures | None, list[str], Tensor, list[int]]:
         """Puts the gradients of the whole step in place; see `step`.
 
@@ -132,11 +132,11 @@ class Stepper:
         plain = totals is None and len(passes) == 1
         totals = totals or combined([own_figures(passes)])
         before, names, sums, bad, first = None, [], [], [], totals.first
-        self.optimiser.zero_grad(set_to_none=True)  # before the pass: its activations take the gradients' place
+        self.optimizer.zero_grad(set_to_none=True)  # before the pass: its activations take the gradients' place
         for number, (batch, targets) in enumerate(passes):
             with gradients(self.network, last=number == len(passes) - 1):
                 # Alone, a pass draws from the generators that everybody seeds; in company, all draw the same numbers.
-                noise = None if plain else Noise(totals.images, first, _mixed(self.config.seed, done))
+                noise = None if plain else BatchConsistentRng(totals.images, first, _mixed(self.config.seed, done))
                 losses, total = self._losses(batch, targets, totals, noise)
                 if number == 0:
                     before = self.settle()
@@ -153,11 +153,11 @@ class Stepper:
         return before, names, torch.stack(sums).sum(0), bad
 
     def _losses(
-        self, batch: ImageBatch, targets: Sequence[Target], totals: Totals, noise: Noise | None
-    ) -> tuple[Losses, Tensor]:
+        self, batch: ImageBatch, targets: Sequence[Target], totals: BatchStats, noise: BatchConsistentRng | None
+    ) -> tuple[LossOutput, Tensor]:
         """The losses of a pass, and the scalar to differentiate."""
         batch, shown = (batch, targets) if targets else _placeholder()
-        batch = batch.to(self.device, non_blocking=True).normalise(self.mean, self.std)
+        batch = batch.to(self.device, non_blocking=True).normalize(self.mean, self.std)
         with _autocast(self.device, self.config.precision):
             outputs, known = self.network(batch.pixels, batch.padding_mask, shown, totals.most, noise)
         losses = self.criterion(outputs, shown, totals.num_boxes, known)
@@ -170,18 +170,18 @@ class Stepper:
 
     def _update(self, loss: Tensor) -> Tensor:
         """Clips the gradients and takes the step; returns their norm."""
-        self.scaler.unscale_(self.optimiser)
-        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_max_norm or math.inf)
         if self.sharded:
             norm = cast("DTensor", norm).full_tensor()
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimiser)
+            self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             # Fused AdamW changes nothing where this is 1, as the scaler of fp16 has it do.
-            self.optimiser.found_inf = (~torch.isfinite(norm + loss)).float()  # pyright: ignore[reportAttributeAccessIssue]
-            self.optimiser.step()
+            self.optimizer.found_inf = (~torch.isfinite(norm + loss)).float()  # pyright: ignore[reportAttributeAccessIssue]
+            self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
         if self.sharded_average is not None:
@@ -201,7 +201,7 @@ class Stepper:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint must hold to go on exactly here, by groups."""
-        groups = {"model": self.model.state_dict(), "optimiser": optimiser_tensors(self.optimiser)}
+        groups = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
         if self.helpers:
             groups["helpers"] = self.helpers.state_dict()
         average = self.average or self.sharded_average
@@ -211,12 +211,12 @@ class Stepper:
 
     def blank_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What `tensors` would give after a step, to be filled from a checkpoint; its values mean nothing."""
-        return {**self.tensors(), "optimiser": blank_optimiser_tensors(self.optimiser)}
+        return {**self.tensors(), "optimizer": blank_optimizer_tensors(self.optimizer)}
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
         """Goes back to what `tensors` gave."""
         self.model.load_state_dict(tensors["model"])
-        load_optimiser_tensors(self.optimiser, tensors["optimiser"])
+        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         average = self.average or self.sharded_average
         for name, part, setting in (("helpers", self.helpers, "denoising"), ("average", average, "ema_decay")):
             if not part:  # also where the checkpoint has it: the run goes on without
@@ -245,7 +245,7 @@ class Stepper:
 
     def _stop(self, pending: _Pending, losses: dict[str, float], what: str = "loss") -> NoReturn:
         """Raises in every process, which all have the same figures, and names the images of all."""
-        everyone = self.world.gather_objects((pending.bad, pending.image_ids))
+        everyone = self.world.all_gather_object((pending.bad, pending.image_ids))
         self.world.agreed = True
         ids = [number for bad, _ in everyone for number in bad] or [number for _, own in everyone for number in own]
         raise NonFiniteLoss(pending.step, losses, ids, what)
@@ -264,7 +264,7 @@ class _Network(nn.Module):
         padding_mask: Tensor,
         targets: Sequence[Target],
         most: int,
-        noise: Noise | None,
+        noise: BatchConsistentRng | None,
     ) -> tuple[dict[str, Tensor], tuple[Matches, int] | None]:
         noisy = None
         if "denoising" in self.helpers:

@@ -1,4 +1,4 @@
-"""What an optimiser step must know of its whole batch, over all passes and processes, to be one and the same step."""
+"""What an optimizer step must know of its whole batch, over all passes and processes, to be one and the same step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Batch = tuple[ImageBatch, list[Target]]
 
 
 @dataclass(frozen=True)
-class Totals:
+class BatchStats:
     """Figures of a step's whole batch, the same in every process but for `first`.
 
     images, objects: how many; most: objects in one image; first: images of the processes before this one;
@@ -36,7 +36,7 @@ def own_figures(passes: Sequence[Batch]) -> tuple[int, int, int]:
     return len(counts), sum(counts), max(counts, default=0)
 
 
-def combined(figures: Sequence[Sequence[float]], rank: int = 0) -> Totals:
+def combined(figures: Sequence[Sequence[float]], rank: int = 0) -> BatchStats:
     """The totals from every process's `own_figures`, as process `rank` needs them."""
     images, objects, most = ([int(own[place]) for own in figures] for place in range(3))
-    return Totals(sum(images), sum(objects), max(most), sum(images[:rank]), len(figures))
+    return BatchStats(sum(images), sum(objects), max(most), sum(images[:rank]), len(figures))

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from ..config.schema import Config
 from ..distributed.checkpoint import load_parts, remove_others, save_parts
-from ..distributed.context import World
+from ..distributed.context import DistributedContext
 from ..distributed.launch import restarted
 from ..evaluation.distributed import evaluate_together
 from ..utils.errors import UserError
 from .checkpoint import generations, load_state, random_state, restore_random_state, update_state
-from .optimizer import effective_batch, scaled_lr
+from .optimizer import scaled_lr, total_batch_size
 from .recipe import for_size
-from .report import Counters, Report
-from .run_dir import RunFolder, fingerprint
-from .setup import build, held, said_plainly, same_batch, seed_all, with_classes
-from .signals import StopSignals, TrainingInterrupted
-from .step import Stepper
-from .totals import Batch, Totals, combined, own_figures
+from .report import Report, TrainState
+from .run_dir import RunDir, fingerprint
+from .setup import build, held, machine_errors_as_user_errors, same_batch, seed_all, with_classes
+from .signals import GracefulShutdown, TrainingInterrupted
+from .step import TrainStep
+from .totals import Batch, BatchStats, combined, own_figures
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
@@ -53,26 +53,26 @@ def train_model(
     Raises `UserError` for a folder or a data set that cannot be used, `NonFiniteLoss` for a NaN or infinite loss, and
     `TrainingInterrupted` (a SystemExit) after Ctrl-C or SIGTERM, when the last checkpoint is saved.
     """
-    folder = RunFolder(out)
-    with World(config.train.device) as world:
-        resume = world.on_first(lambda: resume or (restarted() and folder.begun))
-        with held(folder, resume, world), said_plainly(folder, config):
+    folder = RunDir(out)
+    with DistributedContext(config.train.device) as world:
+        resume = world.on_rank_zero(lambda: resume or (restarted() and folder.begun))
+        with held(folder, resume, world), machine_errors_as_user_errors(folder, config):
             return _train_in(folder, data, config, resume, world)
 
 
 def _train_in(
-    folder: RunFolder, data: str | os.PathLike[str], config: Config, resume: bool, world: World
+    folder: RunDir, data: str | os.PathLike[str], config: Config, resume: bool, world: DistributedContext
 ) -> dict[str, Any]:
     from ..data.dataset import open_dataset, refuse_same_file
     from ..data.transforms import evaluation, training
     from ..data.validate import check_for_training
 
-    size, multiple = (config.model.image_size, config.model.long_side), config.model.size_multiple
+    size, multiple = (config.model.image_size, config.model.long_side), config.model.size_divisor
     if not resume:  # a run that goes on had its set checked; that it is the same one is seen below
-        for line in world.on_first(lambda: list(check_for_training(data, config.data, *size))):
+        for line in world.on_rank_zero(lambda: list(check_for_training(data, config.data, *size))):
             log.warning(line)
     split = config.data.train_split, config.data.val_split
-    with world.together():
+    with world.sync_errors():
         train_set = open_dataset(data, split[0], config.data, transform=training(*size, config.data, multiple))
         if not len(train_set):
             raise UserError(f"the training set at {data} has no images")
@@ -82,25 +82,27 @@ def _train_in(
         )
         refuse_same_file(train_set, validation, data)
         config, note = for_size(with_classes(config, train_set), len(train_set))
-    restored = world.on_first(lambda: folder.restore(config, fingerprint(train_set)) if resume else None)
+    restored = world.on_rank_zero(lambda: folder.restore(config, fingerprint(train_set)) if resume else None)
     if restored is not None:
         config = same_batch(config, restored[1], world)
 
     seed_all(config.train.seed)
     anew = resume and restored is None
-    model = world.one_by_one(lambda: build(config, restored is not None, world.first)).to(world.device)
+    model = world.local_rank_zero_first(lambda: build(config, restored is not None, world.is_rank_zero)).to(
+        world.device
+    )
     trainer = Trainer(config, model, train_set, validation, folder, Path(data).resolve().name, world)
     if restored is not None:
         trainer.restore(*restored)
         restored = None  # its files stay open, and on the disk, as long as their tensors are there
-    elif not world.first:
+    elif not world.is_rank_zero:
         seed_all(config.train.seed, world.rank)  # for dropout; what all must draw alike has seeds of its own
-    world.on_first(lambda: folder.write_config(trainer.config))
+    world.on_rank_zero(lambda: folder.write_config(trainer.config))
     return trainer.run("no checkpoint yet in this run: it starts anew" if anew else note)
 
 
 class Trainer:
-    """One run: a model, its optimiser, its data, and the folder where it is kept."""
+    """One run: a model, its optimizer, its data, and the folder where it is kept."""
 
     def __init__(
         self,
@@ -108,36 +110,39 @@ class Trainer:
         model: DeformableDETR,
         train_set: CocoDataset,
         validation: CocoDataset,
-        folder: RunFolder,
+        folder: RunDir,
         data_name: str | None = None,
-        world: World | None = None,
+        world: DistributedContext | None = None,
     ) -> None:
         from ..data.dataloader import loader
         from ..data.mosaic import Mosaics
 
-        self.world = world or World(str(model.pixel_mean.device), size=1)
+        self.world = world or DistributedContext(str(model.pixel_mean.device), size=1)
         self.data_name = data_name  # for the model card
         self.model, self.validation, self.folder = model, validation, folder
-        self.effective = effective_batch(config.train, self.world.size)
+        self.effective = total_batch_size(config.train, self.world.size)
         self.lr, self._lr_note = scaled_lr(config.train, self.effective)
-        if self.world.size > 1 and config.train.effective_batch is None:  # as it is now it stays, wherever it goes on
-            batch = {"effective_batch": self.effective, "lr_batch": config.train.lr_batch or config.train.batch_size}
+        if self.world.size > 1 and config.train.total_batch_size is None:  # as it is now it stays, wherever it goes on
+            batch = {
+                "total_batch_size": self.effective,
+                "base_batch_size": config.train.base_batch_size or config.train.batch_size,
+            }
             config = config.merged({"train": batch})
         self.config, train = config, config.train
         # `for_size` left no "auto".
         self.epochs, self.eval_every = cast("int | None", train.epochs), cast("int", train.eval_every)
         self.data_fingerprint = fingerprint(train_set)
-        shown = Mosaics(train_set, config.data.mosaic) if config.data.mosaic else train_set
+        shown = Mosaics(train_set, config.data.mosaic_prob) if config.data.mosaic_prob else train_set
         self.loader = loader(
             shown, train.batch_size, config.data.workers, shuffle=True, seed=train.seed, effective=self.effective,
-            process=(self.world.rank, self.world.size), bucketing=config.data.bucketing,
+            process=(self.world.rank, self.world.size), aspect_ratio_grouping=config.data.aspect_ratio_grouping,
         )  # fmt: skip
         self.batches = self.loader.sampler.steps
-        with self.world.together():
-            self.stepper = Stepper(model, train.replace(lr=self.lr), self.world)
-        self.counters = Counters()
-        self.stop = StopSignals()
-        self.report = Report(train, folder.path, self.world.first)
+        with self.world.sync_errors():
+            self.stepper = TrainStep(model, train.replace(lr=self.lr), self.world)
+        self.counters = TrainState()
+        self.stop = GracefulShutdown()
+        self.report = Report(train, folder.path, self.world.is_rank_zero)
 
     # --- how far ------------------------------------------------------------------------------------------------
 
@@ -181,7 +186,7 @@ class Trainer:
 
     def _say_batch(self) -> None:
         train, passes = self.config.train, self.loader.sampler.passes(0)
-        if self.world.size > 1 or passes > 1 or train.effective_batch:
+        if self.world.size > 1 or passes > 1 or train.total_batch_size:
             how = f"{self.world.size} processes × " if self.world.size > 1 else ""
             how += f"{passes} passes of up to {train.batch_size}"
             self.report.say(f"{self.effective} images a step ({how}), learning rate {self._lr_note}")
@@ -205,7 +210,7 @@ class Trainer:
         self.model.train()
         saved = done.seconds
         if done.batch == 0:
-            done.mosaic = self.config.data.mosaic > 0 and self.progress < self.config.data.mosaic_until
+            done.mosaic = self.config.data.mosaic_prob > 0 and self.progress < self.config.data.close_mosaic
         self.loader.sampler.set_epoch(done.epoch, skip=done.batch, mosaic=done.mosaic)
         batches = iter(self.loader)
         mark = time.perf_counter()
@@ -233,7 +238,7 @@ class Trainer:
         if self.stop.received is not None:
             self._interrupt()
 
-    def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], Totals | None]:
+    def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], BatchStats | None]:
         """This process's passes of the next step, and what all of them together hold, if there are several."""
         passes, failure = [], None
         try:
@@ -251,7 +256,7 @@ class Trainer:
             return passes, None
         told = self.world.gather([*own_figures(passes), failure is not None])
         if any(failed for *_, failed in told):
-            self.world.raise_together(failure)
+            self.world.raise_on_all_ranks(failure)
         return passes, combined(told, self.world.rank)
 
     def _agree(self) -> None:
@@ -294,14 +299,14 @@ class Trainer:
             done.best = figure
         self.report.evaluated(done)  # before it is saved: a run that is killed in between evaluates again
         if better:
-            from ..weights.model_card import Facts
+            from ..weights.model_card import ModelCardData
 
             figures = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
-            facts = Facts(self.data_name, figures, self.config)
-            self.world.on_first(lambda: self.folder.export(learned, facts))
+            facts = ModelCardData(self.data_name, figures, self.config)
+            self.world.on_rank_zero(lambda: self.folder.export(learned, facts))
             self.save(best=True)
         state = self._state()
-        self.world.on_first(lambda: update_state(self.folder.last, state))
+        self.world.on_rank_zero(lambda: update_state(self.folder.last, state))
         self.report.say_epoch(done, self.progress)
         self._agree()
         if self.stop.received is not None:
@@ -313,10 +318,10 @@ class Trainer:
         state = self._state()
         if self.stepper.sharded:
             save_parts(self.folder.parts, state["parts"], self.stepper.tensors(), self.world)
-        tensors = {} if self.stepper.sharded or not self.world.first else self.stepper.tensors()
-        self.world.on_first(lambda: self.folder.save(tensors, state, best))
+        tensors = {} if self.stepper.sharded or not self.world.is_rank_zero else self.stepper.tensors()
+        self.world.on_rank_zero(lambda: self.folder.save(tensors, state, best))
         if self.stepper.sharded:
-            self.world.on_first(self._tidy)
+            self.world.on_rank_zero(self._tidy)
 
     def _tidy(self) -> None:
         """Deletes the parts of checkpoints that are gone."""
@@ -333,25 +338,25 @@ class Trainer:
             "data": self.data_fingerprint,
             "scaler": self.stepper.scaler.state_dict(),
             "random": random_state(),
-            "effective_batch": self.effective,
+            "total_batch_size": self.effective,
             "report": self.report.state(),
         }
         if self.world.size > 1:
-            state["random_of_others"] = self.world.gather_objects(random_state())[1:]
+            state["random_of_others"] = self.world.all_gather_object(random_state())[1:]
         if self.stepper.sharded:
             state["parts"] = f"step-{self.counters.step}"
         return state
 
     def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Goes back to where a checkpoint was saved, by any number of processes."""
-        with self.world.together():
+        with self.world.sync_errors():
             self._refuse_other_kind("parts" in state)
         if self.stepper.sharded:
-            self.world.on_first(self._tidy)
+            self.world.on_rank_zero(self._tidy)
             tensors = load_parts(self.folder.parts / state["parts"], self.stepper.blank_tensors(), self.world)
-        with self.world.together():
+        with self.world.sync_errors():
             self.stepper.load(tensors)
-        self.counters = done = Counters(**state["counters"])
+        self.counters = done = TrainState(**state["counters"])
         # With another batch size, as much of the epoch is done as before.
         done.batch = done.batch * self.batches // state["batches"]
         if done.batch == self.batches:
@@ -360,7 +365,7 @@ class Trainer:
             self.stepper.scaler.load_state_dict(state["scaler"])
         self.report.resume(done, state.get("report"))
         others = state.get("random_of_others", [])
-        if self.world.first:
+        if self.world.is_rank_zero:
             restore_random_state(state["random"])
         elif len(others) == self.world.size - 1:
             restore_random_state(others[self.world.rank - 1])

@@ -24,12 +24,12 @@ ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 def read_image(source: ImageSource) -> Tensor:
     """The picture as uint8 RGB, (3, H, W), on the CPU and independent of the source's memory.
 
-    source: a path, a PIL image, a uint8 array (H, W, 3) (also (H, W), (H, W, 1) grey, (H, W, 4) RGBA, and uint16
-    (H, W)), or a uint8 tensor (3, H, W) (also (1, H, W) grey). The first frame of a film or a multi-page file.
+    source: a path, a PIL image, a uint8 array (H, W, 3) (also (H, W), (H, W, 1) gray, (H, W, 4) RGBA, and uint16
+    (H, W)), or a uint8 tensor (3, H, W) (also (1, H, W) gray). The first frame of a film or a multi-page file.
 
     - EXIF orientation is applied: height and width are those of the upright picture.
     - Transparency is laid over white, as on a page.
-    - 16-bit grey is divided by 257, so 65535 becomes 255; nothing saturates. 32-bit whole numbers (mode I) are taken
+    - 16-bit gray is divided by 257, so 65535 becomes 255; nothing saturates. 32-bit whole numbers (mode I) are taken
       as 16-bit where they fit. Real numbers (mode F) are taken as 0..1 where they fit, else as 0..255. What fits
       neither is stretched from its own minimum and maximum; NaN becomes 0.
     - Pictures above Pillow's limit (`PIL.Image.MAX_IMAGE_PIXELS`, 89 megapixels) are refused before they are decoded.
@@ -157,24 +157,24 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image).astype(np.float64) / 257)
+        return _gray(np.asarray(image).astype(np.float64) / 257)
     if image.mode == "I":
         values = np.asarray(image).astype(np.float64)
         fits = values.min() >= 0 and values.max() <= 65535
-        return _grey(values / 257 if fits else _stretched(values))
+        return _gray(values / 257 if fits else _stretched(values))
     if image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         values = np.where(np.isfinite(values), values, 0.0)
         if values.min() >= 0 and values.max() <= 255:
-            return _grey(values * 255 if values.max() <= 1 else values)
-        return _grey(_stretched(values))
+            return _gray(values * 255 if values.max() <= 1 else values)
+        return _gray(_stretched(values))
     if image.has_transparency_data:
-        colour = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
+        color = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", color.size, "white"), color).convert("RGB")
     return image.convert("RGB")
 
 
-def _grey(values: np.ndarray) -> Image.Image:
+def _gray(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
 
@@ -185,9 +185,9 @@ def _stretched(values: np.ndarray) -> np.ndarray:
 
 def _from_array(array: np.ndarray) -> Image.Image:
     pixels = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
-    colour = pixels.ndim == 3 and pixels.shape[2] in (3, 4) and pixels.dtype == np.uint8
-    grey = pixels.ndim == 2 and pixels.dtype in (np.uint8, np.uint16)
-    if not (colour or grey) or 0 in pixels.shape:
+    color = pixels.ndim == 3 and pixels.shape[2] in (3, 4) and pixels.dtype == np.uint8
+    gray = pixels.ndim == 2 and pixels.dtype in (np.uint8, np.uint16)
+    if not (color or gray) or 0 in pixels.shape:
         raise UserError(f"an image array must be uint8 of shape (H, W, 3), not {_describe(array)}")
     return Image.fromarray(np.ascontiguousarray(pixels))
 

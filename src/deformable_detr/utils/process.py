@@ -49,7 +49,7 @@ def _is_glibc() -> bool:
         return False
 
 
-def keep_large_buffers() -> bool:
+def retain_freed_memory() -> bool:
     """glibc keeps large buffers. Saves the page faults of activations that come and go at every step; whether it could.
 
     For our own commands only: a program that uses the library chooses its allocator itself.
@@ -90,7 +90,7 @@ def keep_fewer_kernels() -> None:
         _log.info("%s keeps the code of its latest %s calls (%s)", of, os.environ.setdefault(name, "256"), name)
 
 
-def wait_shortly() -> None:
+def shorten_omp_spin() -> None:
     """Threads that wait for the others of a product give the processor away soon; an environment that says how decides.
 
     GCC's OpenMP lets them spin for milliseconds, which pays as long as nothing else runs. Where something does, and be

@@ -1,8 +1,8 @@
 """Detections drawn on their image.
 
 Line width and font size follow the image, so that a picture reads the same whatever its resolution. Labels keep inside
-the image and off each other where there is room. Classes have the colours of Okabe and Ito, which people with any
-colour vision tell apart.
+the image and off each other where there is room. Classes have the colors of Okabe and Ito, which people with any
+color vision tell apart.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def save(detections: Drawable, path: Path) -> Path:
 
 
 def _draw_boxes(picture: Image.Image, boxes: np.ndarray, labels: list[int]) -> None:
-    """Coloured lines on dark ones a little wider, which stand out from any background; the best box is drawn last."""
+    """Colored lines on dark ones a little wider, which stand out from any background; the best box is drawn last."""
     width = max(1, round(_scale(picture) / 260))
     limit = np.array([picture.width - 1, picture.height - 1] * 2)
     corners = boxes.round().clip(0, limit).astype(int)  # the line on the image's border shows
@@ -106,8 +106,8 @@ def _draw_boxes(picture: Image.Image, boxes: np.ndarray, labels: list[int]) -> N
     for rim in (1, 0):
         out = width // 2 + rim
         for (x1, y1, x2, y2), label in zip(corners[::-1].tolist(), labels[::-1], strict=True):
-            colour = HALO if rim else PALETTE[label % len(PALETTE)]
-            pen.rectangle((x1 - out, y1 - out, x2 + out, y2 + out), outline=colour, width=width + 2 * rim)
+            color = HALO if rim else PALETTE[label % len(PALETTE)]
+            pen.rectangle((x1 - out, y1 - out, x2 + out, y2 + out), outline=color, width=width + 2 * rim)
 
 
 def _draw_labels(picture: Image.Image, boxes: np.ndarray, detections: Drawable) -> None:
@@ -131,9 +131,9 @@ def _draw_labels(picture: Image.Image, boxes: np.ndarray, detections: Drawable) 
         written.append((text, font, padding - left, padding // 2 - top))
     order = list(zip(places, written, detections.labels.tolist(), strict=True))
     for (x1, y1, x2, y2), (text, font, right, down), label in reversed(order):
-        colour = PALETTE[label % len(PALETTE)]
-        pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=colour)
-        pen.text((x1 + right, y1 + down), text, fill=_ink(colour), font=font, anchor="ls")
+        color = PALETTE[label % len(PALETTE)]
+        pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
+        pen.text((x1 + right, y1 + down), text, fill=_ink(color), font=font, anchor="ls")
 
 
 @lru_cache(maxsize=64)
@@ -180,8 +180,8 @@ def _font_size(picture: Image.Image, count: int) -> int:
     return max(SMALLEST_FONT, round(_scale(picture) / 34 * crowding))
 
 
-def _ink(colour: str) -> str:
-    """Black or white, whichever reads better on the colour (relative luminance as in WCAG 2)."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def _ink(color: str) -> str:
+    """Black or white, whichever reads better on the color (relative luminance as in WCAG 2)."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#FFFFFF"

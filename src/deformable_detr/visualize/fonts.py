@@ -43,7 +43,7 @@ def _codes(text: str) -> set[int]:
 
 
 def _is_drawn(letter: str) -> bool:
-    """False for spaces, and for the marks that only tell how their neighbours are joined."""
+    """False for spaces, and for the marks that only tell how their neighbors are joined."""
     return unicodedata.category(letter) not in ("Zs", "Cf", "Cc") and not 0xFE00 <= ord(letter) <= 0xFE0F
 
 

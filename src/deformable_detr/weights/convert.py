@@ -17,7 +17,7 @@ from ..utils.files import write_files
 from . import native, official_format, transformers_format, verify
 from .image_processor import PREPROCESSOR
 from .load import load
-from .model_card import Facts, card_writer
+from .model_card import ModelCardData, card_writer
 
 Format = Literal["ours", "transformers", "official"]
 _FILES = {
@@ -49,13 +49,13 @@ def convert(source: str | os.PathLike[str], to: Format, out: str | os.PathLike[s
     return notes(model, to, target, tried)
 
 
-def write(model: DeformableDETRNetwork, to: Format, target: Path, facts: Facts | None = None) -> bool:
+def write(model: DeformableDETRNetwork, to: Format, target: Path, facts: ModelCardData | None = None) -> bool:
     """Writes a model into a folder in a format, with a model card. Raises UserError as `convert` does.
 
     What is written is read back, and for transformers run there beside the model, before it is put in place. Returns
     whether it was run: False where transformers is not installed or the format is another one.
     """
-    facts = facts or Facts(library="transformers" if to == "transformers" else "deformable-detr")
+    facts = facts or ModelCardData(library="transformers" if to == "transformers" else "deformable-detr")
     if to == "ours":
         native.save(model, target, facts)
         return False
@@ -107,7 +107,7 @@ def notes(model: DeformableDETRNetwork, to: Format, target: Path, tried: bool) -
     """Lines for the user: where the model is, how to load it, and what the format has no place for."""
     if to == "ours":
         return [f"the model is in {target}: DeformableDETR.from_pretrained({str(target)!r})"]
-    multiple = model.config.size_multiple
+    multiple = model.config.size_divisor
     sizes = [] if multiple == 1 else [
         f"note: it was trained on images whose sides are multiples of {multiple}; what prepares images there "
         "keeps other sizes, which costs AP: resize them to such sides beforehand"

@@ -25,7 +25,7 @@ _NOT_INHERITED = {"class_names", "category_ids", "num_classes", "backbone_weight
 
 
 @dataclass
-class Transfer:
+class TransferReport:
     """What happened to each tensor of the new model, and to those of the source.
 
     loaded: names taken as they are. partly, fresh: names of which a part or nothing was taken, and why.
@@ -60,7 +60,15 @@ def starting_config(source: str | os.PathLike[str]) -> Config:
     found, _, _ = read(source)
     kept = {name: value for name, value in found.model_dump().items() if name not in _NOT_INHERITED}
     model = ModelConfig.read({**kept, "backbone_weights": "none"}, f"the network of {source}")
-    alike = ("feature_levels", "dilation", "refine", "two_stage", "class_proposals", "query_content", "box_positions")
+    alike = (
+        "num_feature_levels",
+        "dilation",
+        "refine",
+        "two_stage",
+        "class_aware_proposals",
+        "query_init",
+        "iterative_query_pos",
+    )
 
     def likeness(name: str) -> tuple[bool, int, int]:
         preset = presets.MODELS[name]()
@@ -89,7 +97,7 @@ def begin(
 
 def load_for_training(
     model: DeformableDETRNetwork, source: str | os.PathLike[str], say: Callable[[str], object] = print
-) -> Transfer:
+) -> TransferReport:
     """Copies everything whose shape fits from `source` (see `source.load`) into a new model.
 
     Where the classes differ, class heads start at the focal prior but for the rows of classes of the same name. Queries
@@ -107,9 +115,9 @@ def _transfer(
     state: Mapping[str, Tensor],
     source: str | os.PathLike[str],
     say: Callable[[str], object],
-) -> Transfer:
+) -> TransferReport:
     own = model.state_dict()
-    report = Transfer()
+    report = TransferReport()
     state, new = resized(_paired(state, config, model.config), config, model)
     if _base(config) != _base(model.config):
         for name in [name for name in state if name.startswith("backbone.")]:
@@ -181,7 +189,11 @@ def _paired(state: Mapping[str, Tensor], config: ModelConfig, target: ModelConfi
 
 
 def _class_rows(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: ModelConfig, target: ModelConfig, report: Transfer
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    config: ModelConfig,
+    target: ModelConfig,
+    report: TransferReport,
 ) -> dict[str, Tensor]:
     """The class heads: none of them here where they mean the same, so that they are taken as they are."""
     same = _same_classes(config, target)
@@ -196,10 +208,10 @@ def _class_rows(
         source, pairs = state.get(name), list(rows)
         of_encoder = target.two_stage and int(match[2]) == target.decoder_layers
         # The encoder's column 0 says "object", whatever the first class is called, or each column its class.
-        other = of_encoder and config.two_stage and config.class_proposals != target.class_proposals
+        other = of_encoder and config.two_stage and config.class_aware_proposals != target.class_aware_proposals
         if same and not other:
             continue
-        if of_encoder and not target.class_proposals:
+        if of_encoder and not target.class_aware_proposals:
             pairs = [(0, 0)]
         if source is None or source.shape[1:] != value.shape[1:] or other:
             pairs = []
@@ -215,7 +227,7 @@ def _class_rows(
             report.partly[name] = f"{reason}; kept {kept}, the rest starts at the prior"
         elif other:
             report.fresh[name] = (
-                f"another score with class_proposals {config.class_proposals} in the source; at the prior"
+                f"another score with class_aware_proposals {config.class_aware_proposals} in the source; at the prior"
             )
         else:
             report.fresh[name] = f"{reason}; none of the same name, all start at the prior"

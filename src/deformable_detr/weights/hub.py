@@ -10,7 +10,7 @@ from pathlib import Path
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError, first_line
 from .convert import Format, write
-from .model_card import Facts
+from .model_card import ModelCardData
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -21,7 +21,7 @@ def push(
     to: Format = "ours",
     private: bool = False,
     token: str | None = None,
-    facts: Facts | None = None,
+    facts: ModelCardData | None = None,
 ) -> str:
     """Uploads the model with its card to `repository` ("owner/name", made where it is not there); returns its address.
 
@@ -33,7 +33,7 @@ def push(
     if not _ID.fullmatch(repository):
         raise UserError(f"hub repository {repository!r}: write owner/name")
     library = "transformers" if to == "transformers" else "deformable-detr"
-    facts = replace(facts or Facts(), repository=repository, library=library)
+    facts = replace(facts or ModelCardData(), repository=repository, library=library)
     with tempfile.TemporaryDirectory() as folder:
         write(model, to, Path(folder), facts)
         try:

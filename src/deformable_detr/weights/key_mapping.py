@@ -17,7 +17,7 @@ from ..config.schema import ModelConfig
 from ..utils.errors import UserError
 
 
-class Place(NamedTuple):
+class KeyPlacement(NamedTuple):
     """Where one of our tensors lies in another format.
 
     parts: names of its equal parts along dimension 0, usually one.
@@ -28,7 +28,7 @@ class Place(NamedTuple):
     copies: tuple[str, ...] = ()
 
 
-Places = dict[str, Place]
+Places = dict[str, KeyPlacement]
 _Rules = tuple[tuple[str, str], ...]
 
 # First match at the start of our name wins.
@@ -110,7 +110,7 @@ def official_places(names: Iterable[str], config: ModelConfig) -> Places:
             if theirs.startswith(head):
                 same = [theirs] if config.refine else [f"{head}{i}{theirs[len(head) + 1 :]}" for i in _layers(config)]
                 others = tuple(same[1:]) + (tuple(f"transformer.decoder.{n}" for n in same) if twice else ())
-        places[name] = Place((theirs,), others)
+        places[name] = KeyPlacement((theirs,), others)
     return places
 
 
@@ -132,7 +132,7 @@ def transformers_places(names: Iterable[str], config: ModelConfig, own_resnet: b
                 parts, others = (f"model.decoder.{theirs}",), (theirs,)
             elif theirs.startswith(head) and not config.refine:
                 others = tuple(f"{head}{i}{theirs[len(head) + 1 :]}" for i in _layers(config)[1:])
-        places[name] = Place(parts, others)
+        places[name] = KeyPlacement(parts, others)
     return places
 
 
@@ -207,9 +207,9 @@ def check_sizes(config: ModelConfig, tensors: Mapping[str, Tensor], path: object
         "encoder_layers": config.encoder_layers,
         "decoder_layers": config.decoder_layers,
         "num_classes": config.num_classes,
-        "num_queries": 0 if config.two_stage and config.query_content != "learned" else config.num_queries,
+        "num_queries": 0 if config.two_stage and config.query_init != "learned" else config.num_queries,
         "heads × levels × points": config.num_heads
-        * config.feature_levels
+        * config.num_feature_levels
         * max(config.decoder_points, config.encoder_points if config.encoder_layers else 0),
         "backbone_shape": max(shape.stem, *shape.widths, sum(shape.depths)) if shape else 0,
     }

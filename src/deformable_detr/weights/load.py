@@ -21,7 +21,7 @@ from .resize import resized
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = (("*.json", "*.safetensors"), ("*.json", "pytorch_model*.bin", "*.pth"))  # pickles only where need be
 # Settings that may differ from the source's: they do not decide what the weights mean.
-FREE = ("image_size", "max_size", "num_queries", "feature_levels", "dropout", "gradient_checkpointing", "class_names",
+FREE = ("image_size", "max_size", "num_queries", "num_feature_levels", "dropout", "gradient_checkpointing", "class_names",
         "category_ids", "pixel_mean", "pixel_std", "frozen_stages")  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def load(source: str | os.PathLike[str], network_class: type[N] = DeformableDETR
     source: a run folder or a folder that `save_pretrained` wrote; a transformers repository of Deformable DETR, as a
         folder or by its hub id ("owner/name", "owner/name@revision"); an official checkpoint (`.pth`).
     changes: settings of `ModelConfig` that should differ: any of `FREE`. num_queries of a one-stage model and
-        feature_levels can only shrink here, since what they would add was never trained; `load_for_training` adds.
+        num_feature_levels can only shrink here, since what they would add was never trained; `load_for_training` adds.
 
     Raises UserError, one line, for a source that is missing, foreign, broken or unsafe to read, and for a change that
     has no meaning.
@@ -42,10 +42,10 @@ def load(source: str | os.PathLike[str], network_class: type[N] = DeformableDETR
     config, state, model = read(source, network_class)
     if changes:
         changed = config.replace(**changes)
-        if changed.feature_levels > config.feature_levels or (
+        if changed.num_feature_levels > config.num_feature_levels or (
             not config.two_stage and changed.num_queries > config.num_queries
         ):
-            what = "feature_levels" if changed.feature_levels > config.feature_levels else "num_queries"
+            what = "num_feature_levels" if changed.num_feature_levels > config.num_feature_levels else "num_queries"
             raise UserError(
                 f"{source} has {what} {getattr(config, what)}; more would be untrained: "
                 "train them with `deformable-detr train DATA --weights SOURCE`"

@@ -18,23 +18,23 @@ _LISTED = 100  # classes named in a card; the rest are in config.json
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelCardData:
     """What a card tells beyond the model's own config.
 
     data: name of the training set, or what is known of it. figures: metrics such as {"AP": 0.46}, None where there is
-    none. settings: the run's whole config. licence: an identifier of the hub's list, such as "apache-2.0".
+    none. settings: the run's whole config. license: an identifier of the hub's list, such as "apache-2.0".
     repository: hub id, for the lines on how to load. library: "deformable-detr" or "transformers".
     """
 
     data: str | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
     settings: Config | None = None
-    licence: str = "unknown"
+    license: str = "unknown"
     repository: str | None = None
     library: str = "deformable-detr"
 
 
-def card_writer(folder: Path, config: ModelConfig, facts: Facts) -> dict[str, Callable[[Path], object]]:
+def card_writer(folder: Path, config: ModelConfig, facts: ModelCardData) -> dict[str, Callable[[Path], object]]:
     """The card's name and writer, for `write_files`; nothing where the folder has a card of somebody's own."""
     if somebodys_own(folder):
         return {}
@@ -48,11 +48,11 @@ def somebodys_own(folder: Path) -> bool:
     return path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
-def card(config: ModelConfig, facts: Facts) -> str:
+def card(config: ModelConfig, facts: ModelCardData) -> str:
     """The card as Markdown, with the hub's fields in YAML before it."""
     figures = {name: value for name, value in facts.figures.items() if isinstance(value, int | float)}
     fields: dict[str, Any] = {
-        "license": facts.licence,
+        "license": facts.license,
         "library_name": facts.library,
         "pipeline_tag": "object-detection",
         "tags": ["object-detection", "deformable-detr"],
@@ -72,7 +72,7 @@ def card(config: ModelConfig, facts: Facts) -> str:
         f"## Figures\n\n{_table(figures) if figures else 'None measured.'}",
         f"## Classes\n\n{_classes(config)}",
         f"## Settings\n\n{_settings(config, facts.settings)}",
-        f"## Licence\n\n{_licence(facts.licence)}",
+        f"## License\n\n{_licence(facts.license)}",
         f"## How to load\n\n{_loading(facts)}",
     ]
     return "\n\n".join(parts) + "\n"
@@ -82,7 +82,7 @@ def _summary(config: ModelConfig) -> str:
     kinds = [
         name for name, there in (("iterative box refinement", config.refine), ("two-stage", config.two_stage)) if there
     ]
-    levels = "1 feature level" if config.feature_levels == 1 else f"{config.feature_levels} feature levels"
+    levels = "1 feature level" if config.num_feature_levels == 1 else f"{config.num_feature_levels} feature levels"
     extras = f", {' and '.join(kinds)}" if kinds else ""
     return (
         f"Finds objects of {config.num_classes} classes in images. Backbone {_line(config.backbone)}, {levels}, "
@@ -113,16 +113,16 @@ def _settings(config: ModelConfig, settings: Config | None) -> str:
     return f"What differs from the defaults:\n\n```yaml\n{text.replace('```', '` ` `')}```"
 
 
-def _licence(licence: str) -> str:
-    if licence == "unknown":
+def _licence(license: str) -> str:
+    if license == "unknown":
         return (
             "Not said: set `license` at the top of this card. That of the training images, and of the weights that the "
             "training started from, may bind you."
         )
-    return f"`{_line(licence)}`"
+    return f"`{_line(license)}`"
 
 
-def _loading(facts: Facts) -> str:
+def _loading(facts: ModelCardData) -> str:
     source = repr(facts.repository or "path/to/this/folder")
     if facts.library == "transformers":
         code = (

@@ -13,7 +13,7 @@ from ..utils.errors import UserError
 from ..utils.files import json_text, read_json, replace_file, write_files
 from .files import read_safetensors
 from .key_mapping import check_sizes
-from .model_card import Facts, card_writer
+from .model_card import ModelCardData, card_writer
 
 __all__ = ["CONFIG", "FORMAT", "VERSION", "WEIGHTS", "read", "read_config", "replace_file", "save"]
 
@@ -21,7 +21,7 @@ FORMAT, VERSION = "deformable-detr", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save(model: DeformableDETRNetwork, folder: Path, facts: Facts | None = None) -> None:
+def save(model: DeformableDETRNetwork, folder: Path, facts: ModelCardData | None = None) -> None:
     """Writes the files, each whole or not at all. Raises UserError where the folder cannot be written.
 
     facts: what the model card should tell beyond what the model itself knows.
@@ -34,7 +34,7 @@ def save(model: DeformableDETRNetwork, folder: Path, facts: Facts | None = None)
         folder,
         {
             WEIGHTS: lambda path: save_file(state, path, metadata={"format": "pt"}),
-            **card_writer(folder, model.config, facts or Facts()),
+            **card_writer(folder, model.config, facts or ModelCardData()),
             CONFIG: json_text(described),
         },
     )

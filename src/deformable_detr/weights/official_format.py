@@ -25,7 +25,7 @@ from .key_mapping import check_sizes, gather, official_places, spread
 FILE = "checkpoint.pth"
 OWN = "deformable-detr"  # key of our own config in the files that we write
 _OWN_FIELDS = ("class_names", "category_ids", "image_size", "max_size", "pixel_mean", "pixel_std", "look_forward_twice",
-               "backbone_norm", "frozen_stages", "size_multiple")  # fmt: skip
+               "backbone_norm", "frozen_stages", "size_divisor")  # fmt: skip
 # torchvision's networks with the widths that the official code counts on; timm calls them the same.
 _BACKBONES = ("resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2", "resnext50_32x4d",
               "resnext101_32x8d", "resnext101_64x4d")  # fmt: skip
@@ -94,7 +94,7 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
             "backbone_norm": "frozen",
             "frozen_stages": 2,
             "dilation": bool(said.get("dilation", False)),
-            "feature_levels": found["num_feature_levels"],
+            "num_feature_levels": found["num_feature_levels"],
             **_IMAGENET,
             "hidden_dim": found["hidden_dim"],
             "num_heads": said.get("nheads", 8),
@@ -118,11 +118,11 @@ def write_args(config: ModelConfig) -> argparse.Namespace:
     lacking = {
         "pre_norm": config.pre_norm,
         "activation": config.activation != "relu",
-        "class_proposals": config.class_proposals,
-        "query_content": config.query_content != "proposal",
-        "box_positions": config.box_positions,
+        "class_aware_proposals": config.class_aware_proposals,
+        "query_init": config.query_init != "box",
+        "iterative_query_pos": config.iterative_query_pos,
         "backbone_shape": config.backbone_shape is not None,
-        "feature_levels": config.feature_levels == 2,
+        "num_feature_levels": config.num_feature_levels == 2,
     }
     found = [f"{field}: {getattr(config, field)}" for field, there in lacking.items() if there]
     if found:
@@ -139,7 +139,7 @@ def write_args(config: ModelConfig) -> argparse.Namespace:
         backbone=config.backbone.split(".")[0],
         dilation=config.dilation,
         position_embedding=config.position_encoding,
-        num_feature_levels=config.feature_levels,
+        num_feature_levels=config.num_feature_levels,
         enc_layers=config.encoder_layers,
         dec_layers=config.decoder_layers,
         dim_feedforward=config.ffn_dim,

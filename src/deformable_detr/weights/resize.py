@@ -18,11 +18,11 @@ _QUERIES = ("query_embedding.weight", "proposals.query_embedding.weight")
 
 def level_strides(config: ModelConfig) -> list[int]:
     """The stride of each feature level; what a level has learned belongs to its stride, not to its number."""
-    if config.feature_levels == 1:
+    if config.num_feature_levels == 1:
         return [STRIDES[-2] if config.dilation else STRIDES[-1]]
-    if config.feature_levels <= len(STRIDES):
-        return list(STRIDES[-config.feature_levels :])
-    return [STRIDES[0] << level for level in range(config.feature_levels)]
+    if config.num_feature_levels <= len(STRIDES):
+        return list(STRIDES[-config.num_feature_levels :])
+    return [STRIDES[0] << level for level in range(config.num_feature_levels)]
 
 
 def resized(

@@ -26,7 +26,7 @@ _MOST_CLASSES = 100_000
 MODEL_TYPE = "deformable_detr"
 # Our own config travels in the weights file's header: whoever writes the weights anew drops it, so it is never stale.
 METADATA = "deformable-detr"
-_OWN_FIELDS = ("backbone_norm", "frozen_stages", "category_ids", "look_forward_twice", "size_multiple")
+_OWN_FIELDS = ("backbone_norm", "frozen_stages", "category_ids", "look_forward_twice", "size_divisor")
 _DEFAULTS: dict[str, Any] = {
     "d_model": 256, "encoder_attention_heads": 8, "decoder_attention_heads": 8, "encoder_layers": 6,
     "decoder_layers": 6, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024, "encoder_n_points": 4,
@@ -121,7 +121,7 @@ def read_config(described: Mapping[str, Any], preprocessor: Mapping[str, Any], p
             "backbone_weights": "none",
             "backbone_norm": "frozen",
             "frozen_stages": 2,
-            "feature_levels": values["num_feature_levels"],
+            "num_feature_levels": values["num_feature_levels"],
             "hidden_dim": values["d_model"],
             "num_heads": values["encoder_attention_heads"],
             "encoder_layers": values["encoder_layers"],
@@ -152,7 +152,7 @@ def write_config(model: DeformableDETRNetwork) -> dict[str, Any]:
         "backbone_config": _write_backbone(model),
         "dilation": config.dilation,
         "num_channels": 3,
-        "num_feature_levels": config.feature_levels,
+        "num_feature_levels": config.num_feature_levels,
         "d_model": config.hidden_dim,
         "encoder_attention_heads": config.num_heads,
         "decoder_attention_heads": config.num_heads,
@@ -178,7 +178,7 @@ def write_config(model: DeformableDETRNetwork) -> dict[str, Any]:
 
 def check_parts(config: ModelConfig) -> None:
     """Raises UserError for a network with parts that transformers lacks, which names them all."""
-    plain = {"pre_norm": False, "class_proposals": False, "query_content": "proposal", "box_positions": False}
+    plain = {"pre_norm": False, "class_aware_proposals": False, "query_init": "box", "iterative_query_pos": False}
     lacking = [
         f"{field}: {getattr(config, field)}" for field, value in plain.items() if getattr(config, field) != value
     ]

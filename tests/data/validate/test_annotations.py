@@ -53,7 +53,7 @@ def box(*values):
 
 
 @edited()
-def normalised(content):
+def normalized(content):
     for record in content["annotations"]:
         record["bbox"] = [value / (40, 20, 40, 20)[place] for place, value in enumerate(record["bbox"])]
 
@@ -196,7 +196,7 @@ COCO = {
     "twice with other classes": (add("annotations", {**NEW, "category_id": 2, "bbox": [4, 2, 16, 10]}), set(), ""),
     "tiny": (add("annotations", {**NEW, "bbox": [4, 2, 1, 10]}), {"tiny-objects"}, ""),
     "just not tiny": (add("annotations", {**NEW, "bbox": [4, 2, 1.5, 10]}), set(), ""),
-    "boxes in 0..1": (normalised, {"boxes-normalised"}, "all boxes in 0..1"),
+    "boxes in 0..1": (normalized, {"boxes-normalized"}, "all boxes in 0..1"),
     "boxes as corners": (corners, {"boxes-corners"}, "only as x0, y0, x1, y1"),
     "objects count from 0": (objects_from_zero, {"category-off-by-one"}, "add 1 to"),
     "categories count from 0": (categories_from_zero, {"category-off-by-one", "category-renumbered"}, "take 1 from"),

@@ -32,7 +32,7 @@ def png_of(width, height):
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 
 
-def grey(highest):
+def gray(highest):
     """A PNG of 16 bits."""
     values = np.linspace(0, highest, SIZE[0] * SIZE[1]).reshape(SIZE[::-1])
     return encoded("PNG", Image.fromarray(values.astype(np.uint16)))
@@ -94,11 +94,11 @@ FILES = {
     "BMP": (encoded("BMP"), set()),
     "WebP": (encoded("WEBP"), set()),
     "progressive JPEG": (encoded("JPEG", progressive=True), set()),
-    "PNG with a transparent colour": (encoded("PNG", transparency=(1, 2, 3)), set()),
-    "16 bits": (grey(65535), set()),
-    "13 bits": (grey(8191), set()),
-    "12 bits of 16": (grey(4095), {"image-dim"}),
-    "12 bits of 16, hardly used": (grey(100), {"image-dim"}),
+    "PNG with a transparent color": (encoded("PNG", transparency=(1, 2, 3)), set()),
+    "16 bits": (gray(65535), set()),
+    "13 bits": (gray(8191), set()),
+    "12 bits of 16": (gray(4095), {"image-dim"}),
+    "12 bits of 16, hardly used": (gray(100), {"image-dim"}),
     "8 bits, almost black": (encoded("PNG", IMAGE.point(lambda value: value // 32)), set()),
     **{
         f"mode {mode}": (
@@ -123,7 +123,7 @@ def test_a_file(tmp_path, case):
 
 def test_a_dim_file_is_named_with_the_mend(tmp_path):
     root = coco_set(tmp_path)
-    (root / "train/a.png").write_bytes(grey(4095))
+    (root / "train/a.png").write_bytes(gray(4095))
     (finding,) = (finding for finding in found(root).findings if finding.code == "image-dim")
     assert finding.line == (
         f"{root / 'train/a.png'}: has 16 bits, but values up to 4095 of 65535 only: it is read almost black; "

@@ -168,7 +168,7 @@ def test_boxes_turn_with_their_image(tmp_path, orientation):
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
-        ("boxes-normalised", lambda box: [box[0] / 40, box[1] / 20, box[2] / 40, box[3] / 20]),
+        ("boxes-normalized", lambda box: [box[0] / 40, box[1] / 20, box[2] / 40, box[3] / 20]),
         ("boxes-corners", lambda box: [box[0], box[1], box[0] + box[2], box[1] + box[3]]),
     ],
 )

@@ -23,7 +23,7 @@ from tests.support.datasets import coco_set, picture, voc_set, yolo_set
 
 
 def wide_png():
-    """16 bits a colour, which Pillow cannot write."""
+    """16 bits a color, which Pillow cannot write."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 20, 16, 2, 0, 0, 0))
     rows = zlib.compress(b"".join(b"\0" + bytes(240) for _ in range(20)))
     return PNG[:8] + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
@@ -46,9 +46,9 @@ IMAGES = {
     "animated PNG": (encoded("PNG", save_all=True, append_images=[IMAGE.rotate(90)]), set()),
     "animated WebP": (encoded("WEBP", save_all=True, append_images=[IMAGE.rotate(90)]), set()),
     "two pictures of a telephone": (encoded("MPO", save_all=True, append_images=[IMAGE]), set()),
-    "JPEG with a colour profile that is none": (encoded("JPEG", icc_profile=b"junk" * 100), set()),
+    "JPEG with a color profile that is none": (encoded("JPEG", icc_profile=b"junk" * 100), set()),
     "CMYK JPEG": (encoded("JPEG", IMAGE.convert("CMYK")), set()),
-    "16 bits a colour": (wide_png(), set()),
+    "16 bits a color": (wide_png(), set()),
     "all NaN": (real_numbers(np.nan), set()),
     "all infinite": (real_numbers(np.inf), set()),
     "TGA": (encoded("TGA"), set()),

@@ -1,4 +1,4 @@
-"""The optimised model: the outputs of the model it was made of, which stays as it was."""
+"""The optimized model: the outputs of the model it was made of, which stays as it was."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from deformable_detr import DeformableDETR
 from deformable_detr.config import presets
 from deformable_detr.export.verify import difference
-from deformable_detr.runtimes.fused import OptimisedDetector, onednn
+from deformable_detr.runtimes.fused import OptimizedDetector, onednn
 from deformable_detr.runtimes.fused.fusion import fused
 from deformable_detr.runtimes.fused.layout import Layouts, sizes_of
 from deformable_detr.runtimes.fused.transformer import in_parts, part_length
@@ -25,7 +25,7 @@ VARIANTS = {
         "multi-scale", {"pre_norm": True, "position_encoding": "learned", "activation": "gelu"},
     ),
     "pre-norm two-stage, silu": ("two-stage", {"pre_norm": True, "activation": "silu"}),
-    "learned content": ("two-stage", {"query_content": "learned"}),
+    "learned content": ("two-stage", {"query_init": "learned"}),
     "no encoder": ("refine", {"encoder_layers": 0}),
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_a_backbone_that_takes_no_small_images():
             assert x.shape[2] % 96 == 0, "no whole windows"
             return [x]
 
-    config = ModelConfig(image_size=200, size_multiple=96)
+    config = ModelConfig(image_size=200, size_divisor=96)
     assert example(Wide(), config, torch.zeros(3), (96, 128)).shape == (1, 3, 96, 128)
     assert example(Wide(), config, torch.zeros(3), (64, 64)).shape == (1, 3, 192, 288)
     with pytest.raises(AssertionError, match="no whole windows"):
@@ -121,7 +121,7 @@ def test_parts_make_no_difference(monkeypatch):
         monkeypatch.setattr("deformable_detr.runtimes.fused.transformer.STEP", step)
         assert max(difference(wanted, plain.optimize()(pixels, mask))) <= 1e-4
     monkeypatch.setattr("deformable_detr.runtimes.fused.detector.ROWS", None)
-    fast = OptimisedDetector(plain, packed=False)  # as on a GPU
+    fast = OptimizedDetector(plain, packed=False)  # as on a GPU
     assert max(difference(wanted, fast(pixels, mask))) <= 1e-4
 
 
@@ -261,7 +261,7 @@ def test_sums_and_activations_become_part_of_convolutions():
     kinds = [type(module).__name__ for module in fast.backbone.modules()]
     assert "Convolution" in kinds
     assert not {"Conv2d", "BatchNorm2d", "ReLU"} & set(kinds)
-    in_place = [m for m in fast.backbone.modules() if isinstance(m, onednn.Convolution) and m.in_place]
+    in_place = [m for m in fast.backbone.modules() if isinstance(m, onednn.PackedConv2d) and m.in_place]
     assert in_place
     features = fast.backbone(torch.randn(1, 3, 64, 64))
     assert len({x.data_ptr() for x in features}) == len(features)  # no map was overwritten by the next
@@ -273,7 +273,7 @@ def test_sums_and_activations_become_part_of_convolutions():
 def test_weights_are_laid_out_once_for_all_sizes_of_a_layout(groups):
     torch.manual_seed(0)
     plain = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=groups)
-    ours = onednn.Convolution(plain, None, torch.float32, packed=True)
+    ours = onednn.PackedConv2d(plain, None, torch.float32, packed=True)
     weights = []
     for B, height, width in ((2, 9, 14), (2, 9, 14), (1, 9, 14), (2, 9, 15), (2, 31, 8), (2, 9, 14), (3, 31, 8)):
         x = torch.randn(B, 8, height, width)
@@ -296,7 +296,7 @@ def test_layouts_of_weights_and_sizes_are_bounded(monkeypatch):
         raising=False,
     )
     plain = nn.Conv2d(4, 4, 3)
-    ours = onednn.Convolution(plain, None, torch.float32, packed=True)
+    ours = onednn.PackedConv2d(plain, None, torch.float32, packed=True)
     kept = []
     for width in (5, 6, 7, 8, 9, 7, 6, 9, 5):
         x = torch.randn(1, 4, 5, width)
@@ -317,7 +317,7 @@ def test_depthwise_convolutions_with_same_padding_copy_no_map(kernel, stride, mo
 
     torch.manual_seed(0)
     plain = Conv2dSame(16, 16, kernel, stride=stride, groups=16)
-    ours = onednn.Convolution(plain, None, torch.float32, packed=True)
+    ours = onednn.PackedConv2d(plain, None, torch.float32, packed=True)
     sizes = [(height, width) for height in range(4, 12) for width in (5, 6, 7, 8)]
     images = [torch.randn(2, 16, *size) for size in sizes]
     wanted = [plain(x) for x in images]
@@ -335,7 +335,7 @@ def test_other_convolutions_with_same_padding(settings):
 
     torch.manual_seed(0)
     plain = Conv2dSame(16, 16, **{"kernel_size": 3, "stride": 2, "groups": 16, **settings})
-    ours = onednn.Convolution(plain, None, torch.float32, packed=True)
+    ours = onednn.PackedConv2d(plain, None, torch.float32, packed=True)
     for size in ((9, 9), (8, 9), (9, 8), (8, 8)):
         x = torch.randn(1, 16, *size)
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
@@ -353,10 +353,10 @@ def test_compiled():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_models_of_other_precisions(dtype):
-    """Weights in float64 are loaded so, and predict and serve optimise what they load."""
+    """Weights in float64 are loaded so, and predict and serve optimize what they load."""
     made = model("refine").to(dtype)
-    optimised = made.optimize()
-    assert optimised.pixel_mean.dtype == torch.float32
+    optimized = made.optimize()
+    assert optimized.pixel_mean.dtype == torch.float32
     pixels = torch.randn(1, 3, 64, 96)
     expected = made.float()(pixels)
-    torch.testing.assert_close(optimised(pixels)["pred_boxes"], expected["pred_boxes"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(optimized(pixels)["pred_boxes"], expected["pred_boxes"], atol=1e-4, rtol=0)

@@ -22,14 +22,14 @@ from .annotations import Split, read_split
 from .boxes import check_boxes
 from .classes import check_classes, class_counts
 from .images import Coverage, Depth, check_pictures
-from .issues import KINDS, SEVERITIES, Finding, Findings
+from .issues import KINDS, SEVERITIES, Findings, Issue
 
 __all__ = [
     "KINDS",
     "Coverage",
     "Depth",
-    "Finding",
     "Findings",
+    "Issue",
     "Report",
     "Split",
     "check_dataset",
@@ -50,7 +50,7 @@ class Report:
     image_size: int
 
     @property
-    def errors(self) -> list[Finding]:
+    def errors(self) -> list[Issue]:
         return self.findings.of("error")
 
     def lines(self, shown: int = SHOWN, without: Sequence[str] = ()) -> Iterator[str]:

@@ -24,7 +24,7 @@ class Picture:
     """One image of a split. position: in the COCO dict. declared: (height, width) of the record.
 
     Filled in when the file is looked at: size (height, width) upright; orientation: its EXIF value, 1 without;
-    digest: of its pixels; dim: the highest value of a grey picture of 16 bits that uses 12 of them or fewer, else 0.
+    digest: of its pixels; dim: the highest value of a gray picture of 16 bits that uses 12 of them or fewer, else 0.
     """
 
     position: int

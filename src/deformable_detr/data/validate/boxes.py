@@ -54,12 +54,12 @@ def clipped(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def unit_fault(boxes: np.ndarray, limits: np.ndarray) -> str:
-    """'normalised' where all xywh boxes are in 0..1; 'corners' where they fit as x0 y0 x1 y1 only; else ''."""
+    """'normalized' where all xywh boxes are in 0..1; 'corners' where they fit as x0 y0 x1 y1 only; else ''."""
     if not len(boxes):
         return ""
     x, y, w, h = boxes.T
     if boxes.min() >= 0 and boxes.max() <= 1 and np.minimum(w, h).max() > 0 and limits.min() > 4:
-        return "normalised"
+        return "normalized"
     width, height = limits.T
     over = (x + w > width + OVERHANG) | (y + h > height + OVERHANG)
     as_corners = (w > x) & (h > y) & (w <= width + 1) & (h <= height + 1)
@@ -79,9 +79,9 @@ def duplicates(split: Split, indices: np.ndarray) -> list[tuple[int, int]]:
 
 def _tell_unit(split: Split, kind: str, example: int, found: Findings) -> None:
     box = _text(split.boxes[example])
-    if kind == "normalised":
+    if kind == "normalized":
         what, mend = f"has all boxes in 0..1, such as {box}", "multiply them by the width and height of their images"
-        found.add("boxes-normalised", split.file, "", what, mend, split=split.name)
+        found.add("boxes-normalized", split.file, "", what, mend, split=split.name)
     else:
         what = f"has boxes that fit their images only as x0, y0, x1, y1, such as {box}"
         found.add("boxes-corners", split.file, "", what, "write them as x, y, width, height",

@@ -117,7 +117,7 @@ def _decode(picture: Picture) -> tuple[str | None, bytes | None]:
 
 
 def _dim(path: Path) -> int:
-    """The highest value of a grey picture of 16 bits that uses 12 of them or fewer; 0 for all others."""
+    """The highest value of a gray picture of 16 bits that uses 12 of them or fewer; 0 for all others."""
     with Image.open(path) as image:
         highest = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
     return highest if 0 < highest < DIM else 0

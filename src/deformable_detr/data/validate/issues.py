@@ -13,7 +13,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 # What the rules below count with.
 TINY_SIDE = 4.0  # pixels after the resize: half a cell of the finest feature map, stride 8
-OVERHANG = 2.0  # pixels that a box may reach over its image's border, as rounding and labelling tools do
+OVERHANG = 2.0  # pixels that a box may reach over its image's border, as rounding and labeling tools do
 RARE = 10  # objects that a class needs in training
 IMBALANCE = 50  # times as many objects as the rarest class has
 SHOWN = 400  # characters of what a record says
@@ -59,7 +59,7 @@ KINDS: dict[str, Kind] = {
     "image-size": Kind(
         "warning",
         "A record's width and height are not the file's; boxes are taken in pixels of the file as it is",
-        "Correct the record; where the image was resized after labelling, scale its boxes",
+        "Correct the record; where the image was resized after labeling, scale its boxes",
     ),
     "image-rotated": Kind(
         "warning",
@@ -67,7 +67,7 @@ KINDS: dict[str, Kind] = {
         "Turn the boxes, or store the image upright and label it again",
     ),
     "image-dim": Kind(
-        "warning", "A grey image of 16 bits uses 12 of them or fewer, and is read almost black",
+        "warning", "A gray image of 16 bits uses 12 of them or fewer, and is read almost black",
         "Scale its values to 0..65535, or save it with 8 bits",
     ),
     "image-in-parts": Kind(
@@ -118,7 +118,7 @@ KINDS: dict[str, Kind] = {
         "error", "An object has no box of four finite numbers, or an iscrowd that is not 0 or 1", "Correct or remove it"
     ),
     "image-unknown": Kind("error", "An object's image is not among the images", "Add the image or remove the object"),
-    "boxes-normalised": Kind(
+    "boxes-normalized": Kind(
         "error", "All boxes of a COCO file are in 0..1 instead of pixels", "Multiply them by the image's size"
     ),
     "boxes-corners": Kind(
@@ -150,7 +150,7 @@ KINDS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """One thing found.
 
     code: a key of `KINDS`. file, record: where. what, mend: the words of the line. split: 'train', 'val', …
@@ -196,20 +196,20 @@ class Finding:
 class Findings:
     """What was found so far, in the order of finding."""
 
-    found: list[Finding] = field(default_factory=list)
+    found: list[Issue] = field(default_factory=list)
 
     def add(self, code: str, file: Path, record: str, what: str, mend: str = "", **more: Any) -> None:
         """A finding; without `mend`, the one of its kind."""
         mend = mend or KINDS[code].mend[0].lower() + KINDS[code].mend[1:]
-        self.found.append(Finding(code, file, record, what, mend, **more))
+        self.found.append(Issue(code, file, record, what, mend, **more))
 
-    def __iter__(self) -> Iterator[Finding]:
+    def __iter__(self) -> Iterator[Issue]:
         return iter(self.found)
 
-    def of(self, severity: Severity) -> list[Finding]:
+    def of(self, severity: Severity) -> list[Issue]:
         return [finding for finding in self.found if finding.severity == severity]
 
-    def by_code(self) -> dict[str, list[Finding]]:
+    def by_code(self) -> dict[str, list[Issue]]:
         """Findings by kind, errors first, the kinds in the order of `KINDS`."""
         counts = Counter(finding.code for finding in self.found)
         order = sorted(counts, key=lambda code: (SEVERITIES.index(KINDS[code].severity), list(KINDS).index(code)))

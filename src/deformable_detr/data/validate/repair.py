@@ -30,7 +30,7 @@ LEFT_OUT = {
 }  # fmt: skip
 NOT_READ = {"label-row", "label-unreadable", "image-record", "image-missing"}  # what readers of YOLO and VOC pass over
 CHANGES = "changes.jsonl"  # not .json: a folder's only JSON file may be taken for annotations
-SAME_SHAPE = 0.02  # relative difference of the two scales up to which an image counts as resized after labelling
+SAME_SHAPE = 0.02  # relative difference of the two scales up to which an image counts as resized after labeling
 
 Change = dict[str, Any]
 
@@ -231,9 +231,9 @@ class _Repair:
         reasons = np.full(len(kept), "", dtype=object)
         limits = sizes_of(split)[split.images[kept]]
         unit = unit_fault(boxes[~crowds], limits[~crowds]) if split.source.format == "coco" else ""
-        if unit == "normalised":
+        if unit == "normalized":
             boxes *= np.concatenate([limits, limits], axis=1)
-            reasons[:] = "boxes-normalised"
+            reasons[:] = "boxes-normalized"
         elif unit == "corners":
             boxes[:, 2:] -= boxes[:, :2]
             reasons[:] = "boxes-corners"

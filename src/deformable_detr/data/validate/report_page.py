@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from . import Report
 from .annotations import Split
 from .classes import class_counts
-from .issues import KINDS, SEVERITIES, Finding
+from .issues import KINDS, SEVERITIES, Issue
 
 ROWS = 100  # lines of one kind
 PICTURES = 12  # suspects of one kind that are shown
@@ -48,7 +48,7 @@ def page(report: Report) -> str:
     )
 
 
-def _section(code: str, group: list[Finding], boxes: dict[Path, list[Box]]) -> str:
+def _section(code: str, group: list[Issue], boxes: dict[Path, list[Box]]) -> str:
     kind = KINDS[code]
     shown = _shown(group)
     pictures = "".join(_figure(finding, boxes) for finding in shown)
@@ -63,9 +63,9 @@ def _section(code: str, group: list[Finding], boxes: dict[Path, list[Box]]) -> s
     )
 
 
-def _shown(group: list[Finding]) -> list[Finding]:
+def _shown(group: list[Issue]) -> list[Issue]:
     """The first suspects with a picture each, no picture twice."""
-    chosen: dict[Path, Finding] = {}
+    chosen: dict[Path, Issue] = {}
     for finding in group:
         if finding.image is not None and finding.code != "image-unreadable":
             chosen.setdefault(finding.image, finding)
@@ -74,7 +74,7 @@ def _shown(group: list[Finding]) -> list[Finding]:
     return list(chosen.values())
 
 
-def _figure(finding: Finding, boxes: dict[Path, list[Box]]) -> str:
+def _figure(finding: Issue, boxes: dict[Path, list[Box]]) -> str:
     assert finding.image is not None
     shown = _picture(finding.image, boxes.get(finding.image, []), finding.box)
     if finding.other is not None:

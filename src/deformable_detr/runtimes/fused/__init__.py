@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .detector import OptimisedDetector
+from .detector import OptimizedDetector
 
 if TYPE_CHECKING:
     from ...model.network import DeformableDETRNetwork
 
-__all__ = ["OptimisedDetector", "optimised"]
+__all__ = ["OptimizedDetector", "optimized"]
 
 
-def optimised(
+def optimized(
     model: DeformableDETRNetwork, precision: str = "fp32", compile: bool = False, bucket: int | None = None
-) -> OptimisedDetector:
+) -> OptimizedDetector:
     """`DeformableDETR.optimize`. Raises UserError for a precision or bucket that cannot be."""
     from ...utils.errors import UserError
 
     if bucket is not None and bucket < 1:
         raise UserError(f"bucket {bucket} is under 1")
-    made = OptimisedDetector(model, precision, packed=False if compile else None)
+    made = OptimizedDetector(model, precision, packed=False if compile else None)
     if compile or bucket is not None:
-        from .compiled import specialise
+        from .compiled import specialize
 
-        specialise(made, compile, bucket)
+        specialize(made, compile, bucket)
     return made

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .detector import OptimisedDetector
-from .layout import Layout
+from .detector import OptimizedDetector
+from .layout import PositionalInputs
 
 GRAPHS = 8  # CUDA graphs that are kept: each holds the memory of a forward pass
 
 
-def specialise(detector: OptimisedDetector, compile: bool, bucket: int | None) -> None:
+def specialize(detector: OptimizedDetector, compile: bool, bucket: int | None) -> None:
     """Gives the detector its compiled parts and the padding to buckets, in place.
 
     compile: the two halves of the model are compiled with sizes left open, after the first call for each kind of
         batch. bucket: height and width become multiples of it; what is added is padding, as in a batch with a larger
-        image, and group normalisation sees it: scores may differ in the second decimal. On a GPU, with a bucket,
+        image, and group normalization sees it: scores may differ in the second decimal. On a GPU, with a bucket,
         each size of batch and canvas is one CUDA graph.
     """
     detector.bucket = bucket
@@ -41,9 +41,9 @@ class CudaGraphs:
     One call at a time: the graphs' tensors are shared. Not run on a GPU yet.
     """
 
-    def __init__(self, detector: OptimisedDetector) -> None:
+    def __init__(self, detector: OptimizedDetector) -> None:
         self.detector = detector
-        self.graphs: OrderedDict[Any, tuple[Any, Tensor, Layout, tuple[Tensor, Tensor]]] = OrderedDict()
+        self.graphs: OrderedDict[Any, tuple[Any, Tensor, PositionalInputs, tuple[Tensor, Tensor]]] = OrderedDict()
         self._lock = Lock()
 
     @torch.inference_mode()  # tensors of a graph that `predict` captured cannot be written outside of it
@@ -64,14 +64,14 @@ class CudaGraphs:
         graph, inputs, layout, outputs = self.graphs[key]
         inputs.copy_(pixels)
         wanted = detector.layouts(canvas, layout.spatial_shapes, padding_mask)
-        for field in fields(Layout):
+        for field in fields(PositionalInputs):
             place, value = getattr(layout, field.name), getattr(wanted, field.name)
             if isinstance(place, Tensor):
                 place.copy_(value)
         graph.replay()
         return outputs[0].clone(), outputs[1].clone()
 
-    def _captured(self, pixels: Tensor, padding_mask: Tensor | None) -> tuple[Any, Tensor, Layout, Any]:
+    def _captured(self, pixels: Tensor, padding_mask: Tensor | None) -> tuple[Any, Tensor, PositionalInputs, Any]:
         detector = self.detector
         inputs = pixels.clone(memory_format=torch.channels_last)
         stream = torch.cuda.Stream()
@@ -81,7 +81,7 @@ class CudaGraphs:
                 maps = detector.features(inputs)
                 shapes = tuple((x.shape[1], x.shape[2]) for x in maps)
                 layout = detector.layouts((pixels.shape[2], pixels.shape[3]), shapes, padding_mask)
-                changes = {f.name: getattr(layout, f.name) for f in fields(Layout)}
+                changes = {f.name: getattr(layout, f.name) for f in fields(PositionalInputs)}
                 layout = replace(layout, **{k: v.clone() for k, v in changes.items() if isinstance(v, Tensor)})
                 detector.detect(maps, layout)
         torch.cuda.current_stream().wait_stream(stream)

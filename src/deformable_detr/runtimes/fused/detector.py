@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config.schema import ModelConfig
-from ...model.backbone import Projections
+from ...model.backbone import InputProjection
 from ...model.network import DeformableDETRNetwork
 from ...utils.errors import UserError
 from .folding import example, stripped
 from .fusion import fused
-from .layout import Layout, Layouts
-from .onednn import ROWS, Convolution, available, has_bf16
-from .transformer import FastDecoder, FastEncoder, FastProposals, Form
+from .layout import Layouts, PositionalInputs
+from .onednn import ROWS, PackedConv2d, available, has_bf16
+from .transformer import FastDecoder, FastEncoder, FastProposals, WeightPacking
 
 if TYPE_CHECKING:
     from .compiled import CudaGraphs
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class OptimisedDetector(nn.Module):
+class OptimizedDetector(nn.Module):
     """What `DeformableDETR.optimize` makes: takes the model's place in `predict` and `evaluate`, and cannot learn.
 
     config, pixel_mean, pixel_std: the model's. precision: fp32 or bf16. It stays on the device it was made on.
@@ -54,7 +54,7 @@ class OptimisedDetector(nn.Module):
         self.precision, self.dtype = precision, dtype
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, copied.get_buffer(name).clone(), persistent=False)
-        form = Form(dtype, packed, ROWS if device.type == "cpu" else None)
+        form = WeightPacking(dtype, packed, ROWS if device.type == "cpu" else None)
         pixels = example(copied.backbone.body, self.config, self.pixel_mean, (96, 128))
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         self.layouts = Layouts(copied, dtype)
@@ -72,9 +72,9 @@ class OptimisedDetector(nn.Module):
         self.decoder = FastDecoder(copied.decoder, self.config, form)
         self.eval().requires_grad_(False)
         self.packed = packed
-        self.bucket: int | None = None  # set by `compiled.specialise`, as the next
+        self.bucket: int | None = None  # set by `compiled.specialize`, as the next
         self.graphs: CudaGraphs | None = None
-        _log.info("optimised for %s in %s%s", device, precision, ", weights laid out for oneDNN" if packed else "")
+        _log.info("optimized for %s in %s%s", device, precision, ", weights laid out for oneDNN" if packed else "")
 
     @torch.no_grad()
     def forward(
@@ -82,11 +82,11 @@ class OptimisedDetector(nn.Module):
     ) -> dict[str, Any]:
         """pred_logits (B, Q, K) and pred_boxes (B, Q, 4), cxcywh in 0..1 of the unpadded image, fp32.
 
-        pixels: (B, 3, H, W), normalised RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
+        pixels: (B, 3, H, W), normalized RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
         Raises UserError for attention, which only the model itself tells.
         """
         if return_attention:
-            raise UserError("an optimised model does not tell where it looked; ask the model it was made of")
+            raise UserError("an optimized model does not tell where it looked; ask the model it was made of")
         if padding_mask is not None and not bool(padding_mask.any()):
             padding_mask = None
         if self.bucket is not None:
@@ -109,7 +109,7 @@ class OptimisedDetector(nn.Module):
         pixels = pixels.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return self.projections(list(self.backbone(pixels)))
 
-    def detect(self, maps: list[Tensor], layout: Layout) -> tuple[Tensor, Tensor]:
+    def detect(self, maps: list[Tensor], layout: PositionalInputs) -> tuple[Tensor, Tensor]:
         """Logits and boxes from the maps of all levels, which are let go of."""
         B = len(maps[0])
         tokens = torch.cat([x.flatten(1, 2) for x in maps], dim=1)
@@ -131,7 +131,7 @@ class OptimisedDetector(nn.Module):
 
         return predict(self, source, threshold, top_k, batch_size)
 
-    def optimize(self, *_: Any, **__: Any) -> OptimisedDetector:
+    def optimize(self, *_: Any, **__: Any) -> OptimizedDetector:
         """Itself: it is."""
         return self
 
@@ -139,16 +139,16 @@ class OptimisedDetector(nn.Module):
         probe = fn(self.pixel_mean)
         if probe.device == self.pixel_mean.device and probe.dtype == self.pixel_mean.dtype:
             return self
-        raise UserError("an optimised model stays as it was made; move the model it was made of and optimise that")
+        raise UserError("an optimized model stays as it was made; move the model it was made of and optimize that")
 
 
 class FastProjections(nn.Module):
-    """Backbone maps (B, C_l, H_l, W_l) → normalised maps of all levels (B, H_l, W_l, C), channels last throughout."""
+    """Backbone maps (B, C_l, H_l, W_l) → normalized maps of all levels (B, H_l, W_l, C), channels last throughout."""
 
-    def __init__(self, projections: Projections, dtype: torch.dtype, packed: bool) -> None:
+    def __init__(self, projections: InputProjection, dtype: torch.dtype, packed: bool) -> None:
         super().__init__()
         pairs: list[Any] = [list(level.children()) for level in projections.levels]
-        self.convolutions = nn.ModuleList(Convolution(pair[0], None, dtype, packed) for pair in pairs)
+        self.convolutions = nn.ModuleList(PackedConv2d(pair[0], None, dtype, packed) for pair in pairs)
         self.norms = nn.ModuleList(pair[1] for pair in pairs)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ...utils.errors import first_line
-from .onednn import Activation, Convolution, activation_of
+from .onednn import Activation, PackedConv2d, activation_of
 
 _log = logging.getLogger(__name__)
 _SUMS = {operator.add, operator.iadd, torch.add}
@@ -24,7 +24,7 @@ class _Tracer(fx.Tracer):
 
 
 def fused(body: nn.Module, pixels: Tensor, dtype: torch.dtype, packed: bool) -> nn.Module:
-    """The body (batch norms folded, evaluation mode) as a graph of `Convolution`s and what is left, in `dtype`.
+    """The body (batch norms folded, evaluation mode) as a graph of `PackedConv2d`s and what is left, in `dtype`.
 
     pixels: an input of it, which shows the sizes of what is added. A body whose forward pass depends on values or that
     hooks into its modules cannot be written as a graph: it stays as it is, in `dtype`.
@@ -97,7 +97,7 @@ def _fuse(module: fx.GraphModule, dtype: torch.dtype, packed: bool) -> None:
     counts = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     for node in list(graph.nodes):
         convolution = called(node)
-        if not Convolution.takes(convolution) or counts.count(str(node.target)) > 1:
+        if not PackedConv2d.takes(convolution) or counts.count(str(node.target)) > 1:
             continue
         last, arguments = node, node.args[:1]
         added, other = sum_after(node)
@@ -105,15 +105,15 @@ def _fuse(module: fx.GraphModule, dtype: torch.dtype, packed: bool) -> None:
         if (
             added is not None
             and other is not None
-            and (not Convolution.takes(called(other)) or order[other] < order[node])
+            and (not PackedConv2d.takes(called(other)) or order[other] < order[node])
         ):
             last, arguments = added, (node.args[0], other)
         user, activation = activation_after(last)
         last = user or last
-        modules[str(node.target)] = made = Convolution(convolution, activation, dtype, packed)
+        modules[str(node.target)] = made = PackedConv2d(convolution, activation, dtype, packed)
         if other is not None and len(arguments) == 2:  # nobody reads the other map later, and it is no view of another
             before = all(order[reader] < order[added] for reader in other.users if reader is not added)
-            made.in_place = before and isinstance(called(other), Convolution | nn.MaxPool2d)
+            made.in_place = before and isinstance(called(other), PackedConv2d | nn.MaxPool2d)
         module.set_submodule(str(node.target), made)
         with graph.inserting_before(last):
             call = graph.call_module(str(node.target), arguments)

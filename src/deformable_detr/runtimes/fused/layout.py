@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...model.geometry import level_masks, pixel_centres, proposal_anchors, valid_ratios_of
+from ...model.geometry import level_masks, pixel_centers, proposal_anchors, valid_ratios_of
 
 if TYPE_CHECKING:
     from ...model.network import DeformableDETRNetwork
@@ -22,7 +22,7 @@ Sizes = tuple[tuple[int, int], ...]  # (height, width) of each image on its canv
 
 
 @dataclass(frozen=True)
-class Layout:
+class PositionalInputs:
     """Where the tokens of a batch lie. One row serves all images where none of them is padded (B is 1 then).
 
     position: (B, S, C), position plus level encoding. references: (B, S, L, 2). valid_ratios: (B, L, 2).
@@ -57,10 +57,10 @@ class Layouts(nn.Module):
         super().__init__()
         self.position, self.level_embedding = model.position, model.level_embedding
         self.two_stage, self.dtype = model.config.two_stage, dtype
-        self._kept: OrderedDict[object, Layout] = OrderedDict()
+        self._kept: OrderedDict[object, PositionalInputs] = OrderedDict()
         self._lock = Lock()
 
-    def forward(self, canvas: tuple[int, int], shapes: ops.Shapes, padding_mask: Tensor | None) -> Layout:
+    def forward(self, canvas: tuple[int, int], shapes: ops.Shapes, padding_mask: Tensor | None) -> PositionalInputs:
         """The layout of a batch on a canvas (height, width) whose maps have `shapes`.
 
         padding_mask: (B, H, W) of a batch with padding, else none.
@@ -74,7 +74,7 @@ class Layouts(nn.Module):
             return self._made(padding_mask, shapes, padded=True)
         return self._cached((canvas, shapes, sizes), lambda: self._made(padding_mask, shapes, padded=True))
 
-    def _cached(self, key: object, make: Callable[[], Layout]) -> Layout:
+    def _cached(self, key: object, make: Callable[[], PositionalInputs]) -> PositionalInputs:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -88,7 +88,7 @@ class Layouts(nn.Module):
                 self._kept.popitem(last=False)
         return made
 
-    def _made(self, padding_mask: Tensor, shapes: tuple[tuple[int, int], ...], padded: bool) -> Layout:
+    def _made(self, padding_mask: Tensor, shapes: tuple[tuple[int, int], ...], padded: bool) -> PositionalInputs:
         masks = level_masks(padding_mask, shapes)
         ratios = valid_ratios_of(masks, torch.float32)
         encode = self._encoded if padded else self._encoded_whole
@@ -97,8 +97,8 @@ class Layouts(nn.Module):
         anchors = usable = None
         if self.two_stage:
             anchors, usable = proposal_anchors(shapes, ratios, mask)
-        references = pixel_centres(shapes, ratios)[:, :, None] * ratios[:, None]
-        return Layout(shapes, position, references, ratios, mask, anchors, usable)
+        references = pixel_centers(shapes, ratios)[:, :, None] * ratios[:, None]
+        return PositionalInputs(shapes, position, references, ratios, mask, anchors, usable)
 
     def _encoded(self, mask: Tensor, level: Tensor) -> Tensor:
         """Position plus level encoding of a map, (B, H, W) mask → (B, H · W, C)."""
@@ -111,7 +111,7 @@ class Layouts(nn.Module):
         return torch.cat(torch.broadcast_tensors(*parts), dim=-1).flatten(0, 1)[None]
 
     def __deepcopy__(self, memo: object) -> Layouts:
-        raise TypeError("an optimised model is not copied; optimise the model again")
+        raise TypeError("an optimized model is not copied; optimize the model again")
 
 
 def sizes_of(padding_mask: Tensor) -> Sizes | None:

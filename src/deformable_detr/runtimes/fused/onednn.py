@@ -55,8 +55,8 @@ def available(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((5, 16), (24, 16), (24,)))
     try:
-        product = Product(weight, bias, activation_of(nn.ReLU()), dtype, packed=True)
-        convolution = Convolution(_example(weight, bias), activation_of(nn.ReLU()), dtype, packed=True)
+        product = PackedLinear(weight, bias, activation_of(nn.ReLU()), dtype, packed=True)
+        convolution = PackedConv2d(_example(weight, bias), activation_of(nn.ReLU()), dtype, packed=True)
         pixels = x.view(1, 16, 5, 1).contiguous(memory_format=torch.channels_last)
         other = torch.ones(1, 24, 5, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
         mapped = (F.conv2d(pixels, weight[:, :, None, None], bias) + other).relu()
@@ -88,7 +88,7 @@ def has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-class Product(nn.Module):
+class PackedLinear(nn.Module):
     """x · Wᵀ + b, with the activation or the sum with another tensor in the same call.
 
     weight: (out, in). activation: none, or one of `activation_of`. packed: oneDNN's call, on CPUs where `available`.
@@ -123,7 +123,7 @@ class Product(nn.Module):
         return y if self.activation is None else self.activation.module(y)
 
 
-class Convolution(nn.Module):
+class PackedConv2d(nn.Module):
     """A convolution, then the sum with another map and the activation in the same call. Channels last."""
 
     weight: Tensor

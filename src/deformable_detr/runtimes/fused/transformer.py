@@ -21,14 +21,14 @@ from ...model.geometry import refined_boxes
 from ...model.heads import Heads
 from ...model.layers import FeedForward
 from ...model.position_encoding import box_encoding
-from ...model.two_stage import ProposalStage
-from .layout import Layout
-from .onednn import Product, activation_of
+from ...model.two_stage import TwoStageProposals
+from .layout import PositionalInputs
+from .onednn import PackedLinear, activation_of
 
 STEP = 64  # rows that the length of a part is a multiple of; the parts overlap by fewer rows each
 
 
-class Form:
+class WeightPacking:
     """How the weights are kept: dtype of the heavy parts, oneDNN's layout or not, rows of tokens at a time."""
 
     def __init__(self, dtype: torch.dtype, packed: bool, rows: int | None) -> None:
@@ -39,11 +39,11 @@ class Form:
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
         known = None if activation is None else activation_of(activation)
-        return Product(weight, bias, known, dtype or self.dtype, self.packed)
+        return PackedLinear(weight, bias, known, dtype or self.dtype, self.packed)
 
-    def exact(self) -> Form:
+    def exact(self) -> WeightPacking:
         """The same in fp32, which boxes and classes are computed in."""
-        return Form(torch.float32, self.packed, self.rows)
+        return WeightPacking(torch.float32, self.packed, self.rows)
 
 
 def in_parts(
@@ -86,7 +86,7 @@ def part_length(S: int, rows: int) -> int:
 
 
 class Norm(nn.Module):
-    """Layer normalisation in the weights' own precision."""
+    """Layer normalization in the weights' own precision."""
 
     def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Norm(nn.Module):
 class FeedForwardPair(nn.Module):
     """x + the feed-forward network of y."""
 
-    def __init__(self, ffn: FeedForward, form: Form) -> None:
+    def __init__(self, ffn: FeedForward, form: WeightPacking) -> None:
         super().__init__()
         self.widen = form.product(ffn.linear1, activation=ffn.activation)
         self.narrow = form.product(ffn.linear2)
@@ -111,7 +111,7 @@ class FeedForwardPair(nn.Module):
 class Sampling(nn.Module):
     """Offsets and attention logits of a deformable attention in one product: (…, M, L, P, 2) and (…, M, L, P)."""
 
-    def __init__(self, attention: DeformableAttention, form: Form) -> None:
+    def __init__(self, attention: DeformableAttention, form: WeightPacking) -> None:
         super().__init__()
         self.shape = (attention.heads, attention.levels, attention.points)
         self.split = attention.sampling_offsets.out_features
@@ -126,7 +126,7 @@ class Sampling(nn.Module):
 class FastEncoderLayer(nn.Module):
     """An encoder layer in two steps, before and after the sampling, that know each token by itself."""
 
-    def __init__(self, layer: EncoderLayer, form: Form) -> None:
+    def __init__(self, layer: EncoderLayer, form: WeightPacking) -> None:
         super().__init__()
         self.pre_norm = layer.pre_norm
         self.heads = layer.self_attn.heads
@@ -156,7 +156,7 @@ class FastEncoderLayer(nn.Module):
 class FastEncoder(nn.Module):
     """All encoder layers, and the values that the decoder's layers read: they all project the same memory."""
 
-    def __init__(self, layers: nn.ModuleList, norm: nn.Module, decoder: Decoder, form: Form) -> None:
+    def __init__(self, layers: nn.ModuleList, norm: nn.Module, decoder: Decoder, form: WeightPacking) -> None:
         super().__init__()
         self.layers = nn.ModuleList(FastEncoderLayer(layer, form) for layer in layers)  # type: ignore[arg-type]
         self.norm = Norm(norm, form.dtype)
@@ -165,7 +165,7 @@ class FastEncoder(nn.Module):
         self.value_shape = (len(attentions), attentions[0].heads, -1)
         self.rows = form.rows
 
-    def forward(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, tokens: Tensor, layout: PositionalInputs) -> tuple[Tensor, list[Tensor]]:
         """tokens: (B, S, C). The memory (B, S, C), and a decoder layer each its values (B, S, M, D)."""
         B = len(tokens)
         references = layout.references.expand(B, -1, -1, -1)
@@ -207,19 +207,19 @@ class FastEncoder(nn.Module):
 class FastProposals(nn.Module):
     """The best tokens as queries. Scores are computed for all of them, boxes only for the chosen."""
 
-    def __init__(self, stage: ProposalStage, heads: Heads, form: Form) -> None:
+    def __init__(self, stage: TwoStageProposals, heads: Heads, form: WeightPacking) -> None:
         super().__init__()
         self.stage = stage
         self.rows, self.dtype = form.rows, form.dtype
         self.project, self.norm = form.product(stage.memory_proj), stage.memory_norm
         index = -1 if len(heads.classes) > 1 else 0
         scorer: Any = heads.classes[index]
-        kept = slice(None) if stage.class_proposals else slice(0, 1)
+        kept = slice(None) if stage.class_aware_proposals else slice(0, 1)
         self.register_buffer("weight", scorer.weight[kept].float().clone(), persistent=False)
         self.register_buffer("bias", scorer.bias[kept].float().clone(), persistent=False)
         self.boxes = heads.boxes[index]
 
-    def forward(self, memory: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, memory: Tensor, layout: PositionalInputs) -> tuple[Tensor, Tensor | None, Tensor]:
         """Queries (B, Q, C), their position (B, Q, C) or none, and boxes (B, Q, 4) of the memory (B, S, C)."""
         assert layout.anchors is not None
         B, S, C = memory.shape
@@ -230,7 +230,7 @@ class FastProposals(nn.Module):
         tokens = self._tokens(memory.gather(1, best.expand(-1, -1, C)), usable[..., 0])
         boxes = (self.boxes(tokens) + anchors.gather(1, best.expand(-1, -1, 4))).sigmoid()
         position, queries = self.stage.encode(boxes, tokens)
-        if self.stage.content == "memory":
+        if self.stage.content == "encoder":
             queries = tokens
         elif self.stage.content == "learned":
             queries = self.stage.query_embedding.weight[: best.shape[1]].expand(B, -1, -1)
@@ -248,14 +248,14 @@ class FastProposals(nn.Module):
 class FastDecoderLayer(nn.Module):
     """A decoder layer that is given its values. All in fp32 but those: the queries are few."""
 
-    def __init__(self, layer: DecoderLayer, form: Form) -> None:
+    def __init__(self, layer: DecoderLayer, form: WeightPacking) -> None:
         super().__init__()
         self.pre_norm, self.heads = layer.pre_norm, layer.self_attn.num_heads
         C = layer.self_attn.embed_dim
         weight, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
         exact = form.exact()
-        self.query_key = Product(weight[: 2 * C], bias[: 2 * C], None, exact.dtype, exact.packed)
-        self.value = Product(weight[2 * C :], bias[2 * C :], None, exact.dtype, exact.packed)
+        self.query_key = PackedLinear(weight[: 2 * C], bias[: 2 * C], None, exact.dtype, exact.packed)
+        self.value = PackedLinear(weight[2 * C :], bias[2 * C :], None, exact.dtype, exact.packed)
         self.spoken = exact.product(layer.self_attn.out_proj)
         self.sampling = Sampling(layer.cross_attn, exact)
         self.read = exact.product(layer.cross_attn.output_proj)
@@ -289,7 +289,7 @@ class FastDecoderLayer(nn.Module):
 class FastDecoder(nn.Module):
     """The decoder's layers with the box heads that refine; classes are read after the last one only."""
 
-    def __init__(self, decoder: Decoder, config: ModelConfig, form: Form) -> None:
+    def __init__(self, decoder: Decoder, config: ModelConfig, form: WeightPacking) -> None:
         super().__init__()
         self.layers = nn.ModuleList(FastDecoderLayer(layer, form) for layer in decoder.layers)  # type: ignore[arg-type]
         self.norm, self.position_head, self.refine = decoder.norm, decoder.position_head, config.refine
@@ -299,7 +299,12 @@ class FastDecoder(nn.Module):
         self.classes = decoder.heads.classes[last if len(decoder.heads.classes) > 1 else 0]
 
     def forward(
-        self, queries: Tensor, position: Tensor | None, references: Tensor, values: list[Tensor], layout: Layout
+        self,
+        queries: Tensor,
+        position: Tensor | None,
+        references: Tensor,
+        values: list[Tensor],
+        layout: PositionalInputs,
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, Q, K) and boxes (B, Q, 4). queries, position: (B, Q, C). references: (B, Q, 2 or 4)."""
         ratios = layout.valid_ratios.expand(len(queries), -1, -1)

@@ -12,7 +12,7 @@ function fillElement(element, attributes, children) {
 const el = (tag, attributes = {}, ...children) => fillElement(document.createElement(tag), attributes, children);
 const svg = (tag, attributes = {}, ...children) => fillElement(document.createElementNS(SVG, tag), attributes, children);
 const byId = (id) => document.getElementById(id);
-const colour = (number) => `var(--c${number % 7})`;
+const color = (number) => `var(--c${number % 7})`;
 const whole = (value) => value.toLocaleString("en"); // 34,197
 const figure = (value, digits = 3) => (value === null || value === undefined ? "—" : value.toFixed(digits));
 
@@ -44,11 +44,11 @@ const short = (value) => {
 function legend(series) {
   return el("div", { class: "legend" }, ...series.map((one) => el("span", {},
     svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
-      svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: one.colour, "stroke-width": 2.5, "stroke-dasharray": one.dash })),
+      svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: one.color, "stroke-width": 2.5, "stroke-dasharray": one.dash })),
     one.name)));
 }
 
-// series: [{name, colour, dash, points: [[x, y or null], …]}]; x, y: {low, high, label}; what a pointer is at goes below.
+// series: [{name, color, dash, points: [[x, y or null], …]}]; x, y: {low, high, label}; what a pointer is at goes below.
 function lineChart(host, { series, x, y, height = 280, extra = null, wording = null }) {
   host.replaceChildren();
   if (series.length > 1) host.append(legend(series));
@@ -75,9 +75,9 @@ function lineChart(host, { series, x, y, height = 280, extra = null, wording = n
         path += `${pen ? "L" : "M"}${px(a).toFixed(1)} ${py(Math.min(Math.max(b, y.low), y.high)).toFixed(1)}`;
         pen = true;
       }
-      chart.append(svg("path", { d: path, fill: "none", stroke: one.colour, "stroke-width": 2, "stroke-dasharray": one.dash, "stroke-linejoin": "round" }));
+      chart.append(svg("path", { d: path, fill: "none", stroke: one.color, "stroke-width": 2, "stroke-dasharray": one.dash, "stroke-linejoin": "round" }));
       const only = one.points.filter((point) => point[1] !== null && point[1] !== undefined);
-      if (only.length === 1) chart.append(svg("circle", { cx: px(only[0][0]), cy: py(only[0][1]), r: 3.5, fill: one.colour }));
+      if (only.length === 1) chart.append(svg("circle", { cx: px(only[0][0]), cy: py(only[0][1]), r: 3.5, fill: one.color }));
     }
     const mark = svg("line", { class: "mark", y1: top, y2: top + h, visibility: "hidden" });
     chart.append(mark);
@@ -135,7 +135,7 @@ function fitted(text, room, font = FONT) {
   return letters.join("") + "…";
 }
 
-// A picture with boxes: [{x, y, w, h, colour, dash, ground, label, score, title, quiet}], the most important last. Labels
+// A picture with boxes: [{x, y, w, h, color, dash, ground, label, score, title, quiet}], the most important last. Labels
 // have the size of text on the screen; one that has no room beside the others shows while its box is pointed at.
 function boxedPicture(picture, boxes) {
   const { width, height } = picture, area = (box) => box.w * box.h, BOLD = `600 ${FONT}`, LINE = 16, PAD = 4;
@@ -170,7 +170,7 @@ function boxedPicture(picture, boxes) {
   for (const box of [...boxes].sort((a, b) => area(b) - area(a))) { // a small one can be pointed at inside a large one
     const sides = { x: box.x, y: box.y, width: Math.max(box.w, 0.5), height: Math.max(box.h, 0.5), class: "box" };
     view.append(svg("rect", { ...sides, stroke: "#111", "stroke-width": 3.6, "stroke-opacity": 0.75, "pointer-events": "none" }));
-    view.append(svg("rect", { ...sides, stroke: box.colour, "stroke-width": 2, "stroke-dasharray": box.dash,
+    view.append(svg("rect", { ...sides, stroke: box.color, "stroke-width": 2, "stroke-dasharray": box.dash,
       onpointerenter: () => hovered.replaceChildren(label(place(box, []))), onpointerleave: () => hovered.replaceChildren() }, svg("title", {}, box.title || box.label)));
   }
   view.append(labels, hovered);

@@ -80,7 +80,7 @@ function table(host, heads, rows) {
     const series = [];
     models.forEach((model, m) => kinds.forEach(([key, name], k) => {
       const line = model.curves[+choice.value][key];
-      if (line) series.push({ name: second ? `${label(m)}, ${name}` : name, colour: colour(k), dash: DASH[m], points: line.map((value, r) => [r / 100, value / 1000]) });
+      if (line) series.push({ name: second ? `${label(m)}, ${name}` : name, color: color(k), dash: DASH[m], points: line.map((value, r) => [r / 100, value / 1000]) });
     }));
     if (!series.length) { byId("curve").replaceChildren(el("p", {}, "There are no objects of this class.")); return; }
     lineChart(byId("curve"), { series, x: { low: 0, high: 1, label: "recall" }, y: { low: 0, high: 1, label: "precision" } });
@@ -91,13 +91,13 @@ function table(host, heads, rows) {
 
 // --- kinds of errors ---
 {
-  const words = { Cls: ["Classification", "a wrong class, well placed"], Loc: ["Localisation", "the right class, badly placed (IoU 0.1 to 0.5)"],
+  const words = { Cls: ["Classification", "a wrong class, well placed"], Loc: ["Localization", "the right class, badly placed (IoU 0.1 to 0.5)"],
     Both: ["Both", "a wrong class, badly placed"], Dupe: ["Duplicate", "an object found again"], Bkg: ["Background", "nothing is there"], Miss: ["Missed", "an object not found at all"] };
   const gain = (value) => (value === null ? "—" : value.toFixed(3));
   const entries = first.errors.kinds.map((one, k) => [...words[one.kind], ...models.map((model) => model.errors.kinds[k])]);
   const largest = Math.max(0.01, ...entries.flatMap((entry) => entry.slice(2).map((one) => one.gain || 0)));
   for (const [name, what, ...values] of entries) {
-    const bars = values.map((one, m) => el("div", { class: "bar", style: `width:${(100 * Math.max(0, one.gain || 0)) / largest}%;background:${colour(m)}` }));
+    const bars = values.map((one, m) => el("div", { class: "bar", style: `width:${(100 * Math.max(0, one.gain || 0)) / largest}%;background:${color(m)}` }));
     const texts = values.map((one, m) => el("div", {}, `${second ? label(m) + " " : ""}${gain(one.gain)}${one.count === null ? "" : `, ${whole(one.count)}×`}`));
     byId("errors-bars").append(el("div", {}, name), el("div", { title: what }, ...bars), el("div", { class: "value" }, ...texts));
   }
@@ -116,14 +116,14 @@ models.forEach((model, m) => {
     const bin = bins.find((one) => x >= one.low && x <= one.high);
     return bin ? `score ${bin.low.toFixed(1)} to ${bin.high.toFixed(1)}: ${whole(bin.count)} detections, ${(100 * bin.right).toFixed(1)}% right, score ${bin.score.toFixed(3)} on average` : "";
   };
-  lineChart(host, { series: [{ name: "right", colour: "none", points }], x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: 1, label: "share of right ones" }, height: 250, wording: words,
+  lineChart(host, { series: [{ name: "right", color: "none", points }], x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: 1, label: "share of right ones" }, height: 250, wording: words,
     extra: (chart, px, py) => {
       for (const bin of bins) if (bin.count)
-        chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(bin.right), height: Math.max(py(0) - py(bin.right), 1), fill: colour(m) }));
+        chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(bin.right), height: Math.max(py(0) - py(bin.right), 1), fill: color(m) }));
       chart.append(svg("line", { x1: px(0), y1: py(0), x2: px(1), y2: py(1), stroke: "var(--ink)", "stroke-dasharray": "4 4" }));
     } });
   const power = (bin) => Math.log10(Math.max(bin.count, 1)), most = Math.max(1, ...bins.map(power));
-  lineChart(counts, { series: [{ name: "count", colour: "none", points: bins.map((bin) => [(bin.low + bin.high) / 2, power(bin)]) }], height: 150, wording: words,
+  lineChart(counts, { series: [{ name: "count", color: "none", points: bins.map((bin) => [(bin.low + bin.high) / 2, power(bin)]) }], height: 150, wording: words,
     x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: Math.max(1, Math.ceil(most)), label: "detections", ticks: [...Array(Math.max(1, Math.ceil(most)) + 1).keys()], format: (value) => short(10 ** value) },
     extra: (chart, px, py) => { for (const bin of bins) if (bin.count)
       chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(power(bin)), height: Math.max(2, py(0) - py(power(bin))), fill: "var(--c6)" })); } });
@@ -139,7 +139,7 @@ models.forEach((model, m) => {
   function render() {
     const { matrix, threshold } = models[+choice.value].confusion;
     byId("confusion-how").textContent = `Rows: what is there; columns: what was found, at ${threshold ? `scores from ${threshold.toFixed(3)} (the best F1)` : "any score"} and IoU 0.5, whatever the class. `
-      + "The last row is background, where nothing was to be found; the last column objects that were missed. Colour: share of the row.";
+      + "The last row is background, where nothing was to be found; the last column objects that were missed. Color: share of the row.";
     const totals = matrix.map((row) => row.reduce((sum, value) => sum + value, 0));
     const words = (r, c) => {
       const what = `${whole(matrix[r][c])} of ${whole(totals[r])}`;
@@ -147,10 +147,10 @@ models.forEach((model, m) => {
       return c === count - 1 ? `${what} “${names[r]}” were missed` : `${what} “${names[r]}” were found as “${names[c]}”`;
     };
     const draw = (width) => {
-      const side = Math.min(width, 620), labelled = (side - 70) / count >= 13;
-      const left = labelled ? Math.min(96, side * 0.24) : 18, top = left, cell = (side - left - 2) / count;
+      const side = Math.min(width, 620), labeled = (side - 70) / count >= 13;
+      const left = labeled ? Math.min(96, side * 0.24) : 18, top = left, cell = (side - left - 2) / count;
       const chart = svg("svg", { width: side, height: side, role: "img", "aria-label": "Confusion matrix" });
-      if (labelled) for (let k = 0; k < count; k++) {
+      if (labeled) for (let k = 0; k < count; k++) {
         const middle = (k + 0.5) * cell;
         chart.append(svg("text", { x: left - 5, y: top + middle + 4, "text-anchor": "end" }, fitted(called(k, "background"), left - 8), svg("title", {}, called(k, "background"))),
           svg("text", { transform: `translate(${left + middle + 4} ${top - 5}) rotate(-90)` }, fitted(called(k, "missed"), top - 8), svg("title", {}, called(k, "missed"))));
@@ -185,14 +185,14 @@ models.forEach((model, m) => {
 // --- pictures ---
 {
   const GROUND = { right: "#00664b", wrong: "#a84300", truth: "#005a8c" };
-  const RIGHT = { colour: "#2cc79a", ground: GROUND.right, dash: null }, WRONG = { colour: "#ff8a3d", ground: GROUND.wrong, dash: "6 3" };
-  const TRUTH = { colour: "#56b4e9", ground: GROUND.truth, dash: null }, CROWD = { colour: "#bbbbbb", ground: "#444444", dash: "2 3" };
+  const RIGHT = { color: "#2cc79a", ground: GROUND.right, dash: null }, WRONG = { color: "#ff8a3d", ground: GROUND.wrong, dash: "6 3" };
+  const TRUTH = { color: "#56b4e9", ground: GROUND.truth, dash: null }, CROWD = { color: "#bbbbbb", ground: "#444444", dash: "2 3" };
   const thresholds = models.map((model) => (model.best ? model.best.threshold : 0.5).toFixed(3));
   byId("pictures-how").textContent = data.pictures.length
     ? `The ${data.pictures.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores from ${thresholds.join(" and ")}. Point at a box, or tap it, for its name.`
     : "No image has an error at the threshold of the best F1.";
   const key = (style, text) => el("span", {}, svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
-    svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: style.colour, "stroke-width": 3, "stroke-dasharray": style.dash })), text);
+    svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: style.color, "stroke-width": 3, "stroke-dasharray": style.dash })), text);
   byId("gallery").classList.toggle("three", Boolean(second));
   if (data.pictures.length) byId("pictures-legend").append(key(TRUTH, "object that was found"), key(WRONG, "object that was missed, wrong detection"), key(RIGHT, "right detection"), key(CROWD, "crowd"));
   for (const picture of data.pictures) {

@@ -14,7 +14,7 @@ const data = JSON.parse(byId("data").textContent);
   start();
 
   const curve = (id, group, lines, fromZero = true) => {
-    const series = lines.map(([key, name, number]) => ({ name, colour: colour(number), points: data[group][key] || [] }))
+    const series = lines.map(([key, name, number]) => ({ name, color: color(number), points: data[group][key] || [] }))
       .filter((one) => one.points.some((point) => point[1] !== null));
     const values = series.flatMap((one) => one.points.map((point) => point[1])).filter((value) => value !== null);
     if (!values.length) { byId(id).replaceChildren(el("p", {}, "Nothing yet.")); return; }
@@ -33,7 +33,7 @@ const data = JSON.parse(byId("data").textContent);
   const gallery = data.gallery, slider = byId("evaluation"), score = byId("score");
   if (!gallery || !gallery.evaluations.length) byId("gallery-section").hidden = true;
   else {
-    const FOUND = { colour: "#ff8a3d", ground: "#a84300", dash: null }, TRUTH = { colour: "#56b4e9", ground: "#005a8c", dash: "5 4" };
+    const FOUND = { color: "#ff8a3d", ground: "#a84300", dash: null }, TRUTH = { color: "#56b4e9", ground: "#005a8c", dash: "5 4" };
     slider.max = gallery.evaluations.length - 1;
     slider.value = slider.max;
     const render = () => {

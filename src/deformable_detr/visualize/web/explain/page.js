@@ -38,9 +38,9 @@ function cross(x, y, r) {
   return "M" + way.map(([dx, dy]) => `${x + dx},${y + dy}`).join("L") + "Z";
 }
 
-function colour(part) {
-  const at = Math.min(Math.max(part, 0), 1) * (data.colours.length - 1), low = Math.floor(at), rest = at - low;
-  const a = data.colours[low], b = data.colours[Math.min(low + 1, data.colours.length - 1)];
+function color(part) {
+  const at = Math.min(Math.max(part, 0), 1) * (data.colors.length - 1), low = Math.floor(at), rest = at - low;
+  const a = data.colors[low], b = data.colors[Math.min(low + 1, data.colors.length - 1)];
   return `rgb(${a.map((v, i) => Math.round(v + (b[i] - v) * rest)).join(",")})`;
 }
 
@@ -116,7 +116,7 @@ function drawPoints(scene, now, unit, [left, top, width, height]) {
     const part = weight / data.heaviest, tone = Math.sqrt(part);
     const r = (1.9 + 6.6 * Math.sqrt(part)) * unit;
     const dot = make("path", {
-      d: marker(level, x, y, r), fill: colour(tone), stroke: tone > 0.5 ? DARK : "#f2f2f2", "stroke-width": 0.9 * unit,
+      d: marker(level, x, y, r), fill: color(tone), stroke: tone > 0.5 ? DARK : "#f2f2f2", "stroke-width": 0.9 * unit,
       class: "point", "pointer-events": "none", "data-x": px, "data-y": py, "data-weight": weight,
       "data-level": level, "data-head": head, "data-token": token,
     }, scene);
@@ -244,7 +244,7 @@ function legend() {
   const scale = document.createElement("span");
   const bar = document.createElement("span");
   bar.className = "bar";
-  const stops = Array.from({ length: 11 }, (_, i) => `${colour(Math.sqrt(i / 10))} ${i * 10}%`);
+  const stops = Array.from({ length: 11 }, (_, i) => `${color(Math.sqrt(i / 10))} ${i * 10}%`);
   bar.style.background = `linear-gradient(to right, ${stops.join(",")})`;
   scale.append("weight 0", bar, data.heaviest.toFixed(2));
   parent.append(scale);
