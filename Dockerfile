@@ -1,11 +1,10 @@
 # The server: docker build -t deformable-detr .
-# PyTorch's ordinary wheels bring CUDA along, so the same image computes on the processor and, run with --gpus all, on
-# NVIDIA's cards. One without CUDA is much smaller: --build-arg TORCH_INDEX=URL, with the index of CPU wheels (or of
-# another CUDA) that PyTorch's page on installing names.
+# PyTorch's default wheels include CUDA, so the image runs on the CPU and, with --gpus all, on NVIDIA GPUs. An image
+# without CUDA is much smaller: --build-arg TORCH_INDEX=URL, with the index of CPU wheels from PyTorch's install page.
 
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim AS build
-# A compiler for the CPU kernels; with it they are made here, not at the first start.
+# The compiler builds the CPU kernels here instead of at the first start.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -15,12 +14,12 @@ RUN pip install torch torchvision ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} && 
 WORKDIR /src
 COPY pyproject.toml constraints.txt hatch_build.py README.md LICENSE ./
 COPY src src
-# The build of PyTorch that was chosen above stays, or this fails. EXTRAS=serve,export: for exported files too.
+# Keeps the PyTorch build chosen above. EXTRAS=serve,export also serves exported files.
 ARG EXTRAS=serve
 RUN pip install ".[${EXTRAS}]" --constraint constraints.txt --constraint /opt/torch.txt
 
 FROM python:${PYTHON}-slim
-# g++ brought libgomp to the build; the kernels need it when they run.
+# The kernels need libgomp at run time.
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin detr
 COPY --from=build /opt/venv /opt/venv
@@ -31,6 +30,6 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz', timeout=2)"]
-# The model is mounted at /model; DEFORMABLE_DETR_TOKEN has to be set, for others can reach a container's address.
+# Mount the model at /model and set DEFORMABLE_DETR_TOKEN: other machines can reach a container.
 ENTRYPOINT ["deformable-detr", "serve", "--host", "0.0.0.0", "--port", "8000"]
 CMD ["/model"]

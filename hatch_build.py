@@ -1,7 +1,7 @@
-"""Compiles the CPU kernels into the wheel. Without a compiler, or on a platform that they are not made for, the wheel
-is a pure one: the package then computes in plain PyTorch and says so.
+"""Build hook that compiles the CPU kernels into the wheel.
 
-DEFORMABLE_DETR_NATIVE=require makes a failed compilation an error (release builds), =skip leaves it out.
+Without a compiler or on an unsupported platform the wheel is pure Python, and the package falls back to plain PyTorch.
+DEFORMABLE_DETR_NATIVE=require turns a failed build into an error (for releases); =skip skips it.
 """
 
 import importlib.util
@@ -27,24 +27,24 @@ def _builder(root: str) -> ModuleType:
 
 
 class NativeBuildHook(BuildHookInterface):
-    """hatchling calls it for every wheel, editable ones included."""
+    """Called by hatchling for every wheel, including editable ones."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        wish = os.environ.get("DEFORMABLE_DETR_NATIVE", "")
-        if self.target_name != "wheel" or wish == "skip":
+        mode = os.environ.get("DEFORMABLE_DETR_NATIVE", "")
+        if self.target_name != "wheel" or mode == "skip":
             return
         builder = _builder(self.root)
-        editable = version == "editable"  # the source folder is the installed one
+        editable = version == "editable"
         self._temporary = tempfile.TemporaryDirectory()
         folder = Path(self.root, "src", PACKAGE) if editable else Path(self._temporary.name)
         try:
             library = builder.build(folder)
         except builder.BuildError as error:
-            if wish == "require":
+            if mode == "require":
                 raise
-            self.app.display_warning(f"no compiled CPU kernels in this installation: {error}")
+            self.app.display_warning(f"CPU kernels not compiled: {error}")
             return
         if not editable:
             build_data["force_include"][str(library)] = f"{PACKAGE}/{library.name}"

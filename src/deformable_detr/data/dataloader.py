@@ -55,7 +55,8 @@ def loader(
     caller's random numbers are left alone. workers: processes that load; 0: the caller's own. Batches lie in pinned
     memory where CUDA is available. A `UserError` about an image arrives as it was raised, also from a worker.
 
-    effective, process, aspect_ratio_grouping: see `StepSampler`; aspect_ratio_grouping needs a dataset with `sizes` and a `Training` transform.
+    effective, process, aspect_ratio_grouping: see `StepSampler`; aspect_ratio_grouping needs a dataset with `sizes`
+    and a `Training` transform.
     """
     assert isinstance(dataset, Sized)
     measure = _final_size(dataset, seed) if aspect_ratio_grouping else None

@@ -27,8 +27,8 @@ def train(
 
     preset: the variant to start from (`presets.MODELS`); none: the network of `weights`, where they are given, and
         "small" where they are not.
-    settings: any keys of the config by their own names, `epochs=3, image_size=320, hflip_prob=0.0`; those of the model and
-        the training also together, `train={"epochs": 3}, model={"num_queries": 50}`. Of `epochs` and `minutes`, one
+    settings: any keys of the config by their own names, `epochs=3, image_size=320, hflip_prob=0.0`; those of the model
+        and the training also together, `train={"epochs": 3}, model={"num_queries": 50}`. Of `epochs` and `minutes`, one
         alone ends the run.
     resume: go on with the run in `out`, with its own config (`preset` is not looked at) and these settings over it.
 

@@ -81,8 +81,8 @@ def total_batch_size(config: TrainConfig, processes: int) -> int:
 def scaled_lr(config: TrainConfig, batch: int) -> tuple[float, str]:
     """The learning rate for steps of `batch` images, and how it came about.
 
-    lr × √(batch / base_batch_size): AdamW divides by the gradient's own size, so that what a larger batch brings is less
-    noise, which falls with the root (Malladi et al. 2022). "linear" is the rule of SGD (Goyal et al. 2017).
+    lr × √(batch / base_batch_size): AdamW divides by the gradient's own size, so that what a larger batch brings is
+    less noise, which falls with the root (Malladi et al. 2022). "linear" is the rule of SGD (Goyal et al. 2017).
     """
     meant = config.base_batch_size or (PRESET_BATCH if config.total_batch_size else config.batch_size)
     if config.lr_scaling == "none" or batch == meant:

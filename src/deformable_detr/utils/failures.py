@@ -28,7 +28,10 @@ _MENDS = {
 def machine_failures(
     batch_size: int, workers: int, smaller: str | None = None, then: Callable[[], str] = lambda: ""
 ) -> Iterator[None]:
-    """As `machine_errors_as_user_errors`, for an evaluation. smaller: what to make so in full memory; then: gives the line's end."""
+    """As `machine_errors_as_user_errors`, for an evaluation.
+
+    smaller: what to make so in full memory; then: gives the line's end.
+    """
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:

@@ -21,8 +21,8 @@ from .resize import resized
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = (("*.json", "*.safetensors"), ("*.json", "pytorch_model*.bin", "*.pth"))  # pickles only where need be
 # Settings that may differ from the source's: they do not decide what the weights mean.
-FREE = ("image_size", "max_size", "num_queries", "num_feature_levels", "dropout", "gradient_checkpointing", "class_names",
-        "category_ids", "pixel_mean", "pixel_std", "frozen_stages")  # fmt: skip
+FREE = ("image_size", "max_size", "num_queries", "num_feature_levels", "dropout", "gradient_checkpointing",
+        "class_names", "category_ids", "pixel_mean", "pixel_std", "frozen_stages")  # fmt: skip
 
 
 def load(source: str | os.PathLike[str], network_class: type[N] = DeformableDETRNetwork, **changes: Any) -> N:
