@@ -47,7 +47,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "with-color": {"color_jitter_prob": 0.5},
     "with-aspect_ratio_grouping": {"aspect_ratio_grouping": True},
     "with-whole-crops": {"min_visibility": 0.3},
-    "with-one-to-many": {"encoder_matches": 6},
     "with-lower-lr": {"lr": 5e-4},
     "with-higher-lr": {"lr": 2e-3},
     "with-faster-backbone": {"backbone_lr_mult": 0.5},

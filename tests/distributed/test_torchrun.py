@@ -25,17 +25,16 @@ from tests.support.training import write_dataset
 ROOT = Path(__file__).parents[2]
 LIMIT = 600  # seconds until the watchdog bites; a run takes some 20 on an idle machine
 EPOCHS = 20  # of two steps each
-KINDS = ("ddp", "fsdp")
 
 
 class Torchrun:
     """`torchrun … -m deformable_detr train` in two processes; the test fails where they are not done in time."""
 
-    def __init__(self, folder, kind, *options, limit: float = LIMIT, resume=False):
-        self.out, self.limit = folder / kind, limit
-        config = folder / f"{kind}.yaml"
-        config.write_text(run_config(parallel=kind, epochs=EPOCHS, eval_every=EPOCHS).to_yaml())
-        self.said = folder / f"{kind}.txt"
+    def __init__(self, folder, *options, limit: float = LIMIT, resume=False):
+        self.out, self.limit = folder / "run", limit
+        config = folder / "run.yaml"
+        config.write_text(run_config(epochs=EPOCHS, eval_every=EPOCHS).to_yaml())
+        self.said = folder / "run.txt"
         port = ["--master-port", str(_free_ports(1)[0])] if "--rdzv-backend" not in options else []
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port, *options]
         command += ["-m", "deformable_detr", "train", str(folder / "data"), "--out", str(self.out)]
@@ -102,15 +101,14 @@ def outcome(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What two processes give that nobody disturbs, by the README's command, for each kind."""
+    """What two processes give that nobody disturbs, by the README's command."""
     folder = tmp_path_factory.mktemp("whole")
     write_dataset(folder / "data", train=8, val=2)
-    for kind in KINDS:
-        with Torchrun(folder, kind) as run:
-            assert run.wait() == 0, run.said.read_text()[-3000:]
-            assert "4 images a step (2 processes" in run.said.read_text()
-            assert "Warning" not in run.said.read_text()
-            assert run.steps() == list(range(1, 2 * EPOCHS + 1))
+    with Torchrun(folder) as run:
+        assert run.wait() == 0, run.said.read_text()[-3000:]
+        assert "4 images a step (2 processes" in run.said.read_text()
+        assert "Warning" not in run.said.read_text()
+        assert run.steps() == list(range(1, 2 * EPOCHS + 1))
     return folder
 
 
@@ -122,11 +120,10 @@ def same(out, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_process_is_started_again_and_the_run_goes_on(whole, tmp_path, kind):
+def test_a_killed_process_is_started_again_and_the_run_goes_on(whole, tmp_path):
     write_dataset(tmp_path / "data", train=8, val=2)
     options = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_ports(1)[0]}", "--max-restarts", "1")
-    with Torchrun(tmp_path, kind, *options) as run:
+    with Torchrun(tmp_path, *options) as run:
         run.wait(until=lambda: run.saved() >= 4)
         os.kill(run.workers()[1], signal.SIGKILL)
         code = run.wait()
@@ -134,14 +131,13 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(whole, tmp_path, 
         assert code == 0, said[-3000:]
         assert said.count("4 images a step") == 2  # it began, and began again
         assert run.steps() == list(range(1, 2 * EPOCHS + 1))
-    same(tmp_path / kind, whole / kind)
+    same(tmp_path / "run", whole / "run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_sigterm_to_the_launcher_saves(whole, tmp_path, kind):
+def test_sigterm_to_the_launcher_saves(whole, tmp_path):
     write_dataset(tmp_path / "data", train=8, val=2)
-    with Torchrun(tmp_path, kind) as run:
+    with Torchrun(tmp_path) as run:
         run.wait(until=lambda: run.saved() >= 2)
         os.kill(run.launcher.pid, signal.SIGTERM)
         assert run.wait() != 0
@@ -149,27 +145,27 @@ def test_sigterm_to_the_launcher_saves(whole, tmp_path, kind):
         stopped = run.saved()
         assert 2 <= stopped < 2 * EPOCHS
         assert max(run.steps()) == stopped
-    with Torchrun(tmp_path, kind, resume=True) as run:
+    with Torchrun(tmp_path, resume=True) as run:
         assert run.wait() == 0, run.said.read_text()[-3000:]
-    same(tmp_path / kind, whole / kind)
+    same(tmp_path / "run", whole / "run")
 
 
 @pytest.mark.slow
 def test_without_restarts_a_killed_process_ends_the_run(tmp_path):
     """The control: it is the launcher's option that makes the run go on."""
     write_dataset(tmp_path / "data", train=8, val=2)
-    with Torchrun(tmp_path, "ddp") as run:
+    with Torchrun(tmp_path) as run:
         run.wait(until=lambda: run.saved() >= 2)
         os.kill(run.workers()[1], signal.SIGKILL)
         assert run.wait() != 0
         assert max(run.steps()) < 2 * EPOCHS
-    load_checkpoint(tmp_path / "ddp" / "checkpoints" / "last")
+    load_checkpoint(tmp_path / "run" / "checkpoints" / "last")
 
 
 @pytest.mark.slow
 def test_the_watchdog_bites(tmp_path):
     write_dataset(tmp_path / "data", train=8, val=2)
-    with Torchrun(tmp_path, "ddp", limit=0.1) as run:
+    with Torchrun(tmp_path, limit=0.1) as run:
         with pytest.raises(pytest.fail.Exception, match="hangs"):
             run.wait()
         processes = [run.launcher.pid, *run.workers().values()]
@@ -200,7 +196,7 @@ def parsed(words):
 
 def test_documented_commands_are_understood():
     commands = documented()
-    assert len(commands) == 5
+    assert len(commands) == 4
     for words in commands:
         _, verb, options = parsed(words)
         assert verb == "train"

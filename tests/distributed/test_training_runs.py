@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from deformable_detr.detector import DeformableDETR
 from deformable_detr.training.checkpoint import load_checkpoint
 from deformable_detr.training.run_dir import run_config as config_of
 from deformable_detr.training.trainer import train_model
@@ -54,34 +53,6 @@ def test_only_the_first_process_speaks_and_writes(runs):
     assert "images a step" not in ended[1].said
     assert [record["step"] for record in lines(folder / "ddp", "train")] == [1, 2, 3, 4]
     assert len(lines(folder / "ddp", "evaluation")) == 2
-
-
-def test_a_divided_model_trains_as_a_whole_one_and_loads(runs):
-    folder, _ = runs
-    first = DeformableDETR.from_pretrained(folder / "ddp").state_dict()
-    second = DeformableDETR.from_pretrained(folder / "fsdp-at-once").state_dict()
-    assert first.keys() == second.keys()
-    losses = [[record["loss"] for record in lines(folder / name, "train")] for name in ("ddp", "fsdp-at-once")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-
-
-def test_a_divided_run_goes_on_where_it_was(runs):
-    folder, ended = runs
-    assert ended[0].results["fsdp"]["result"]["step"] == 2
-    assert ended[0].results["fsdp resumed"]["result"]["step"] == 4
-    losses = [[record["loss"] for record in lines(folder / name, "train")] for name in ("fsdp", "fsdp-at-once")]
-    assert losses[0] == losses[1]
-    parts = folder / "fsdp" / "checkpoints" / "parts"
-    assert 1 <= len(list(parts.iterdir())) <= 3
-    assert not list(parts.glob(".*"))
-
-
-def test_what_cannot_go_on_is_one_line(runs):
-    folder, ended = runs
-    assert "train.parallel fsdp" in ended[0].results["fsdp as ddp"]["error"]
-    assert ended[1].results["fsdp as ddp"] == {"exit": 2}
-    with pytest.raises(Exception, match=r"train\.parallel fsdp and several processes"):
-        train_model(folder / "data", folder / "fsdp", config_of(folder / "fsdp"), resume=True)
 
 
 def test_a_run_changes_the_number_of_its_processes(runs):

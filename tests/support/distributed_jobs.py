@@ -71,7 +71,7 @@ def gradient_config(**train: Any) -> Any:
         "query_init": "encoder",
         "look_forward_twice": True,
     }
-    changes = {"num_denoising": 20, "encoder_matches": 2, "class_loss": "mal", **train}
+    changes = {"num_denoising": 20, "class_loss": "mal", **train}
     return tiny_config().merged({"model": model, "train": changes})
 
 
@@ -81,8 +81,6 @@ def gradients_of(stepper: TrainStep) -> dict[str, torch.Tensor]:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 grad = parameter.grad
-                if grad is not None and hasattr(grad, "full_tensor"):
-                    grad = grad.full_tensor()
                 shape = parameter.shape
                 found[name] = torch.zeros(shape) if grad is None else grad.detach().clone()
     return found
@@ -106,9 +104,8 @@ def gradients(folder: Path) -> dict[str, Any]:
         steppers = {}
         torch.manual_seed(1)  # of the vectors that denoising learns
         steppers["one"] = TrainStep(copy.deepcopy(model), config.train)
-        for kind in ("ddp", "fsdp"):
-            torch.manual_seed(1)
-            steppers[kind] = TrainStep(copy.deepcopy(model), config.train.replace(parallel=kind), world)
+        torch.manual_seed(1)
+        steppers["ddp"] = TrainStep(copy.deepcopy(model), config.train, world)
 
         for name, (sizes, batch_size) in CASES.items():
             generator = torch.Generator().manual_seed(len(name))
@@ -130,9 +127,8 @@ def gradients(folder: Path) -> dict[str, Any]:
                 "local noise": replace(totals, most=max(own_figures(passes)[2], 1), first=0),
             }
             results[name] = {"size": max(float(value.abs().max()) for value in wanted.values())}
-            for kind in ("ddp", "fsdp"):
-                steppers[kind].backward(passes, 0, totals)
-                results[name][kind] = furthest(gradients_of(steppers[kind]), wanted)
+            steppers["ddp"].backward(passes, 0, totals)
+            results[name]["ddp"] = furthest(gradients_of(steppers["ddp"]), wanted)
             for mistake, wrong in mistakes.items():
                 if mistake == "local noise" and not totals.objects:
                     continue
@@ -146,7 +142,7 @@ def gradients(folder: Path) -> dict[str, Any]:
 
 
 def run_config(**train: Any) -> Any:
-    return tiny_config(batch_size=2, total_batch_size=4, lr_scaling="none", **train).merged(
+    return tiny_config(batch_size=2, total_batch_size=4, base_batch_size=4, **train).merged(
         {
             "model": {"backbone_norm": "frozen"},
             "data": {"check": "off"},
@@ -169,12 +165,6 @@ def runs(folder: Path) -> dict[str, Any]:
     data = folder / "data"
     return {
         "ddp": outcome(lambda: train(data, folder / "ddp", run_config())),
-        "fsdp": outcome(lambda: train(data, folder / "fsdp", run_config(parallel="fsdp", epochs=1))),
-        "fsdp resumed": outcome(
-            lambda: train(data, folder / "fsdp", run_config(parallel="fsdp", epochs=2), resume=True)
-        ),
-        "fsdp at once": outcome(lambda: train(data, folder / "fsdp-at-once", run_config(parallel="fsdp", epochs=2))),
-        "fsdp as ddp": outcome(lambda: train(data, folder / "fsdp", run_config(epochs=3), resume=True)),
         "one resumed": outcome(lambda: train(data, folder / "one", run_config(epochs=2), resume=True)),
     }
 

@@ -1,6 +1,5 @@
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +10,7 @@ import filelock
 import pytest
 import torch
 
-from deformable_detr.config.schema import Config
 from deformable_detr.data.dataset import open_dataset
-from deformable_detr.distributed.checkpoint import load_parts, save_parts
-from deformable_detr.distributed.context import DistributedContext
 from deformable_detr.training.checkpoint import generations, save_checkpoint
 from deformable_detr.training.run_dir import LOCK, RunDir, fingerprint, run_config
 from deformable_detr.utils.errors import UserError
@@ -266,55 +262,3 @@ def test_the_config_of_an_exported_model_appears_last(tmp_path, monkeypatch):
 
     RunDir(tmp_path).export(types.SimpleNamespace(save_pretrained=save))
     assert placed == ["README.md", "model.safetensors", "config.json"]
-
-
-def _divided(folder, step, config):
-    """A checkpoint as of a divided model, of a process of its own."""
-    values = {"model": {"weight": torch.full((500,), float(step))}}
-    save_parts(folder.parts, f"step-{step}", values, DistributedContext("cpu", size=1))
-    state = {"counters": {"step": step}, "parts": f"step-{step}", "data": "x"}
-    folder.save({}, state | {"model": config.model.model_dump(mode="json")})
-
-
-@pytest.mark.parametrize("damage", ["bit", "cut", "metadata", "gone", "all gone", "checksums"])
-def test_damaged_parts_of_a_divided_model_are_left_for_those_before(tmp_path, caplog, damage):
-    folder, config = RunDir(tmp_path), Config()
-    for step in (1, 2):
-        _divided(folder, step, config)
-    assert folder.restore(config, "x")[1]["counters"]["step"] == 2
-
-    parts = folder.parts / "step-2"
-    (data,) = parts.glob("*.distcp")
-    if damage == "bit":
-        content = bytearray(data.read_bytes())
-        content[-700] ^= 1
-        data.write_bytes(content)
-    elif damage == "cut":
-        data.write_bytes(data.read_bytes()[:100])
-    elif damage == "metadata":
-        (parts / ".metadata").write_bytes((parts / ".metadata").read_bytes()[:40])
-    elif damage == "gone":
-        data.unlink()
-    elif damage == "all gone":
-        shutil.rmtree(parts)
-    else:
-        (parts / "checksums.json").write_text("{")
-    assert folder.restore(config, "x")[1]["counters"]["step"] == 1
-    assert "step-2" in caplog.text
-    assert "the run goes on from" in caplog.text
-    blank = {"model": {"weight": torch.zeros(500)}}
-    found = load_parts(folder.parts / "step-1", blank, DistributedContext("cpu", size=1))
-    assert torch.equal(found["model"]["weight"], torch.ones(500))
-
-
-def test_parts_without_checksums_that_cannot_be_read_are_one_line(tmp_path):
-    folder = RunDir(tmp_path)
-    _divided(folder, 1, Config())
-    parts = folder.parts / "step-1"
-    (parts / "checksums.json").unlink()  # as before there were any
-    assert folder.restore(Config(), "x") is not None
-    data, metadata = next(parts.glob("*.distcp")), parts / ".metadata"
-    for path, length in ((data, 40), (metadata, 40), (metadata, 0)):
-        path.write_bytes(path.read_bytes()[:length])
-        with pytest.raises(UserError, match=r"checkpoint .*step-1 cannot be read: ."):
-            load_parts(parts, {"model": {"weight": torch.zeros(500)}}, DistributedContext("cpu", size=1))

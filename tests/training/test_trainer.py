@@ -339,7 +339,7 @@ def test_the_split_names_of_the_config_are_used(data, tmp_path):
 
 def test_accumulated_passes_are_one_step(data, finished, tmp_path):
     """Norms that look at the rest of the batch aside, the batch is what counts, not how it is cut."""
-    frozen = tiny_config(epochs=1, lr_scaling="none").merged({"model": {"backbone_norm": "frozen"}})
+    frozen = tiny_config(epochs=1, base_batch_size=8).merged({"model": {"backbone_norm": "frozen"}})
     for name, train in (("whole", {"batch_size": 8}), ("cut", {"batch_size": 3, "total_batch_size": 8})):
         metrics = train_model(data, tmp_path / name, frozen.merged({"train": train}))
         assert (metrics["step"], metrics["images_seen"]) == (1, 8)

@@ -52,7 +52,7 @@ def train(
         minutes: Minutes of training, at most.
         image_size: Short side of the input in pixels.
         batch_size: Images that a process has in memory at a time.
-        total_batch_size: Images an optimizer step, over all passes and processes; lr follows (train.lr_scaling).
+        total_batch_size: Images an optimizer step, over all passes and processes; lr scales with its square root.
         patience: Stop after so many evaluations without a better AP.
         backbone: Any timm model that gives feature maps.
         backbone_weights: hub (download), none (random) or the path of a safetensors file.

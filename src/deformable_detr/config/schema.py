@@ -229,21 +229,14 @@ class TrainConfig(_Section):
         default=None,
         description="images an optimizer step that lr is meant for; none: 4 with total_batch_size, else batch_size",
     )
-    lr_scaling: Literal["sqrt", "linear", "none"] = Field(
-        default="sqrt",
-        description="how lr follows the batch: × √(effective batch / base_batch_size), × the ratio, or not",
-    )
     backbone_lr_mult: Weight = Field(default=0.1, description="backbone's learning rate, relative to lr")
-    backbone_layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0, description="learning rate of each backbone stage, relative to the next one's (ELECTRA, BEiT)"
-    )
     sampling_lr_mult: Weight = Field(
         default=0.1, description="learning rate of sampling offsets and reference points, relative to lr"
     )
     weight_decay: Weight = 1e-4
     clip_max_norm: Weight = Field(default=0.1, description="limit of the gradient's norm; 0: none")
     warmup_steps: NonNegative = 0
-    lr_schedule: Literal["step", "cosine", "constant"] = "step"
+    lr_schedule: Literal["step", "cosine"] = "step"
     lr_drop: Fraction = Field(default=0.8, description="part of the training after which lr falls to a tenth")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = Field(default="auto", description="auto: cuda where there is one, then mps, else cpu")
@@ -252,9 +245,6 @@ class TrainConfig(_Section):
         default=1, description="epochs between evaluations; auto: 1, more for small sets"
     )
     patience: Positive | None = Field(default=None, description="stop after so many evaluations without a better AP")
-    parallel: Literal["ddp", "fsdp"] = Field(
-        default="ddp", description="under torchrun: every process has the whole model, or a part of it (FSDP2)"
-    )
     log_every: Positive = Field(default=20, description="steps between lines of metrics.jsonl")
 
     class_cost: Weight = 2.0
@@ -267,11 +257,8 @@ class TrainConfig(_Section):
     focal_gamma: Weight = 2.0
     auxiliary_loss: bool = True
 
-    class_loss: Literal["focal", "varifocal", "mal"] = Field(
-        default="focal", description="focal (paper), or targets that follow the overlap: VarifocalNet's, DEIM's"
-    )
-    encoder_matches: Positive = Field(
-        default=1, description="two-stage: proposals that learn from each object (H-DETR's one-to-many matching: 6)"
+    class_loss: Literal["focal", "mal"] = Field(
+        default="focal", description="focal (paper), or mal: matchability-aware loss, targets follow the IoU (DEIM)"
     )
     num_denoising: NonNegative = Field(default=0, description="extra denoising queries, about; 0: none (DINO: 100)")
     box_noise: Weight = Field(default=1.0, description="of denoising: how far sides move, relative to half a side")

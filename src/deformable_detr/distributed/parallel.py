@@ -1,11 +1,11 @@
-"""The network in several processes: gradients averaged (DDP), or parameters divided too (FSDP2)."""
+"""Data parallelism: DistributedDataParallel with uneven batches and gradient accumulation."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,21 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .context import DistributedContext
 
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
 
-
-def parallelize(unit: nn.Module, world: DistributedContext, kind: str) -> nn.Module:
-    """The module to call in the place of `unit`, whose gradients are then the mean over the processes.
-
-    kind: "ddp": each process keeps all of it; "fsdp": a part of each parameter, which becomes a DTensor, in place.
-    """
+def parallelize(unit: nn.Module, world: DistributedContext) -> nn.Module:
+    """Wrap `unit` in DistributedDataParallel, or return it unchanged in a run of one process."""
     if world.size == 1:
-        return unit
-    if kind == "fsdp":
-        from .sharding import shard
-
-        shard(unit, world)
         return unit
     learning_norms = any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in unit.modules()
@@ -45,12 +34,8 @@ def gradients(network: nn.Module, last: bool) -> Iterator[None]:
     if isinstance(network, DistributedDataParallel) and not last:
         with network.no_sync():
             yield
-        return
-    if hasattr(network, "set_requires_gradient_sync"):  # FSDP2's mixin; to import it costs a second
-        fsdp = cast("FSDPModule", network)
-        fsdp.set_requires_gradient_sync(last)
-        fsdp.set_is_last_backward(last)
-    yield
+    else:
+        yield
 
 
 def touch(outputs: dict[str, torch.Tensor], helpers: nn.Module) -> torch.Tensor:

@@ -59,7 +59,7 @@ class SetCriterion:
         sets = [Predictions(outputs["layer_logits"][layers], outputs["layer_boxes"][layers])]
         if "encoder_logits" in outputs:
             logits, boxes = outputs["encoder_logits"][None], outputs["encoder_boxes"][None]
-            sets.append(Predictions(logits, boxes, not self.class_aware_proposals, config.encoder_matches))
+            sets.append(Predictions(logits, boxes, not self.class_aware_proposals))
         device = outputs["layer_logits"].device
         objects = PackedTargets.pack(targets, device)
         if num_boxes is None:
@@ -68,7 +68,7 @@ class SetCriterion:
 
         with torch.autocast(device.type, enabled=False):
             tables = [
-                set_losses(item, objects, pairs, config) / (num_boxes * item.each)
+                set_losses(item, objects, pairs, config) / num_boxes
                 for item, pairs in zip(sets, matching.matches, strict=True)
             ]
             table = torch.cat(tables, dim=1)  # (3, layers + encoder)
@@ -119,20 +119,16 @@ def class_terms(logits: Tensor, overlap: Tensor | None, config: TrainConfig) -> 
     """Class loss of each logit if it is its object's class, and if it should be 0.
 
     overlap: IoU of the matched boxes in 0..1, which the score should tell, of the shape of logits; only for the first
-    term of "varifocal" (VarifocalNet, equation 2) and "mal" (DEIM, equation 4).
+    term of "mal" (DEIM, equation 4).
     """
     if config.class_loss == "focal":
         return focal_terms(logits, config.focal_alpha, config.focal_gamma)
     log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
-    if config.class_loss == "varifocal":
-        negative = -0.75 * torch.exp(2 * log_p) * log_not_p
-        score = weight = overlap
-    else:
-        negative = -torch.exp(1.5 * log_p) * log_not_p
-        score, weight = (None, None) if overlap is None else (overlap**1.5, 1.0)
-    if score is None or weight is None:
+    negative = -torch.exp(1.5 * log_p) * log_not_p
+    if overlap is None:
         return negative, negative
-    return -weight * (score * log_p + (1 - score) * log_not_p), negative
+    score = overlap**1.5
+    return -(score * log_p + (1 - score) * log_not_p), negative
 
 
 def cardinality_error(logits: Tensor, counts: Tensor) -> Tensor:

@@ -50,13 +50,11 @@ class Predictions:
 
     logits: (L, B, Q, K); boxes: (L, B, Q, 4) cxcywh 0..1.
     class_agnostic: every object counts as class 0, as the encoder's proposals have it (appendix A.4).
-    each: predictions that each object gets, where there are enough (hybrid matching, H-DETR, section 3.2).
     """
 
     logits: Tensor
     boxes: Tensor
     class_agnostic: bool = False
-    each: int = 1
 
     def labels(self, targets: PackedTargets) -> Tensor:
         """(T,) the labels that these predictions should find."""
@@ -65,7 +63,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Matches:
-    """The matched pairs of L layers, M a layer: M = sum over images of min(objects × each, queries).
+    """The matched pairs of L layers, M a layer: M = sum over images of min(objects, queries).
 
     image, query: (L, M) int64, place of the prediction; target: (L, M) int64, place of the object in `PackedTargets`.
     """
@@ -121,7 +119,7 @@ def match(predictions: Sequence[Predictions], targets: PackedTargets, config: Tr
     matches, column = [], 0
     for item in predictions:
         layers, _, queries, _ = item.logits.shape
-        pairs = [_assign(table[:, start : start + queries], targets.sizes, item.each)
+        pairs = [_assign(table[:, start : start + queries], targets.sizes)
                  for start in range(column, column + layers * queries, queries)]  # fmt: skip
         column += layers * queries
         matches.append(Matches(*torch.from_numpy(np.stack(pairs, axis=1)).to(costs.device, non_blocking=True)))
@@ -145,17 +143,14 @@ def _sum_per_image(values: Tensor) -> Tensor:
     return values.sum(dim=(0, 2, 3), dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-def _assign(table: np.ndarray, sizes: Sequence[int], each: int) -> np.ndarray:
-    """(3, M) image, query and target of the best pairs, from the (T, Q) costs of one layer.
-
-    An object that gets several predictions counts as so many objects.
-    """
+def _assign(table: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """(3, M) image, query and target of the best pairs, from the (T, Q) costs of one layer."""
     from scipy.optimize import linear_sum_assignment
 
     pairs, first = [np.zeros((3, 0), dtype=np.int64)], 0
     for image, size in enumerate(sizes):
         if size:
-            rows, columns = linear_sum_assignment(np.repeat(table[first : first + size], each, axis=0))
-            pairs.append(np.stack([np.full_like(rows, image), columns, rows // each + first]))
+            rows, columns = linear_sum_assignment(table[first : first + size])
+            pairs.append(np.stack([np.full_like(rows, image), columns, rows + first]))
         first += size
     return np.concatenate(pairs, axis=1)

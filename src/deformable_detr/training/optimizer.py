@@ -17,21 +17,13 @@ def parameter_groups(model: nn.Module, config: TrainConfig, helpers: nn.Module |
 
     Each group has "name", "params", "names" (of the parameters), "factor" (of the learning rate) and "lr". All decay
     alike, norms and biases too, as in the paper. Groups without parameters are left out.
-    With `backbone_layer_decay` the backbone has a group for each of its parts, "backbone_0" nearest to the pixels.
     helpers: what learns beside the model; its parameters join the base group, named "helpers.…".
     """
     factors = {"base": 1.0, "sampling": config.sampling_lr_mult, "backbone": config.backbone_lr_mult}
-    parts = backbone_parts(model) if config.backbone_layer_decay < 1 else []
-    for depth in range(len(parts)):
-        fallen = config.backbone_layer_decay ** (len(parts) - 1 - depth)
-        factors[f"backbone_{depth}"] = config.backbone_lr_mult * fallen
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = group_of(name)
-            if parts and group == "backbone":  # what belongs to no part, as position encodings, is where it begins
-                group += f"_{next((depth for depth, part in enumerate(parts) if name.startswith(part)), 0)}"
-            members[group].append((name, parameter))
+            members[group_of(name)].append((name, parameter))
     for name, parameter in helpers.named_parameters(prefix="helpers") if helpers is not None else ():
         members["base"].append((name, parameter))
     if not any(members.values()):
@@ -56,15 +48,6 @@ def group_of(name: str) -> str:
     return "sampling" if "sampling_offsets" in name or "reference_points" in name else "base"
 
 
-def backbone_parts(model: nn.Module) -> list[str]:
-    """Prefixes of the names of the backbone's parameters, one a stage or stem, from the pixels on."""
-    body, prefix = model.get_submodule("backbone.body"), "backbone.body."
-    while len(children := dict(body.named_children())) == 1:
-        ((name, body),) = children.items()
-        prefix += f"{name}."
-    return [f"{prefix}{name}." for name, child in children.items() if any(True for _ in child.parameters())]
-
-
 def build_optimizer(model: nn.Module, config: TrainConfig, helpers: nn.Module | None = None) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, in its fused form, which can skip a step without asking the host."""
     return torch.optim.AdamW(parameter_groups(model, config, helpers), weight_decay=config.weight_decay, fused=True)
@@ -81,15 +64,13 @@ def total_batch_size(config: TrainConfig, processes: int) -> int:
 def scaled_lr(config: TrainConfig, batch: int) -> tuple[float, str]:
     """The learning rate for steps of `batch` images, and how it came about.
 
-    lr × √(batch / base_batch_size): AdamW divides by the gradient's own size, so that what a larger batch brings is
-    less noise, which falls with the root (Malladi et al. 2022). "linear" is the rule of SGD (Goyal et al. 2017).
+    lr × √(batch / base_batch_size), the rule for adaptive optimizers (Malladi et al. 2022).
     """
     meant = config.base_batch_size or (PRESET_BATCH if config.total_batch_size else config.batch_size)
-    if config.lr_scaling == "none" or batch == meant:
+    if batch == meant:
         return config.lr, f"{config.lr:g}"
-    ratio = batch / meant
-    factor, sign = (math.sqrt(ratio), "√") if config.lr_scaling == "sqrt" else (ratio, "")
-    return config.lr * factor, f"{config.lr * factor:.3g} = {config.lr:g} × {sign}({batch} / {meant})"
+    lr = config.lr * math.sqrt(batch / meant)
+    return lr, f"{lr:.3g} = {config.lr:g} × √({batch} / {meant})"
 
 
 def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
@@ -101,9 +82,7 @@ def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.lr_schedule == "step":
         return warmup * (0.1 if progress >= config.lr_drop else 1.0)
-    if config.lr_schedule == "cosine":
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
-    return warmup
+    return warmup * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, progress: float) -> None:
@@ -121,16 +100,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
         for name, parameter in zip(group["names"], group["params"], strict=True)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def blank_optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What `optimizer_tensors` would give if every parameter had a state, with values that mean nothing."""
-    blank = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            blank |= {f"{name}/{key}": torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-            blank[f"{name}/step"] = torch.zeros((), device=parameter.device)
-    return blank
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

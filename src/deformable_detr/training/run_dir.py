@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.schema import Config, ModelConfig, read_config_file
-from ..distributed.checkpoint import refuse_damaged
 from ..utils.errors import UserError
 from ..utils.files import replace_text
 from .checkpoint import KEPT, generations, load_checkpoint, load_state, save_checkpoint, share_as_folder
@@ -104,11 +103,6 @@ class RunDir:
         """Whether there is a run that `resume` finds."""
         return os.path.isfile(self.path / CONFIG)
 
-    @property
-    def parts(self) -> Path:
-        """Where the checkpoints of models divided among processes have their tensors."""
-        return self.last.parent / "parts"
-
     def restore(self, config: Config, data_fingerprint: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Tensors and state of the latest good checkpoint; None where the run ended before its first.
 
@@ -147,8 +141,6 @@ class RunDir:
         for step, path in sorted(states, key=lambda item: -item[0]):  # of equal steps, `last` comes first
             try:
                 found = load_checkpoint(path)
-                if parts := found[1].get("parts"):  # of a model divided among processes
-                    refuse_damaged(self.parts / parts)
             except UserError as error:
                 failures.append(error)
                 continue

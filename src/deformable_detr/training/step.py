@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -23,7 +22,6 @@ from .denoising import BatchConsistentRng, Denoising
 from .ema import average_of
 from .matcher import Matches
 from .optimizer import (
-    blank_optimizer_tensors,
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -33,10 +31,7 @@ from .signals import NonFiniteLoss
 from .totals import Batch, BatchStats, combined, own_figures
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
     from ..detector import DeformableDETR
-    from ..distributed.sharding import ShardedAverage
 
 _OVERFLOWS = 50  # steps in a row that fp16 may lose to overflow while its scale settles
 
@@ -84,18 +79,9 @@ class TrainStep:
                 raise UserError("train.num_denoising needs model.two_stage: true; set train.num_denoising=0")
             self.helpers["denoising"] = Denoising(config, model.config.num_classes, model.config.hidden_dim)
         self.helpers.to(self.device)
-        self.sharded = config.parallel == "fsdp" and self.world.size > 1
-        if self.sharded and config.precision == "fp16":
-            raise UserError("train.parallel fsdp has no fp16: use train.precision bf16, or train.parallel ddp")
-        self._whole = copy.deepcopy(model) if self.sharded else model
-        self.network = parallelize(_Network(model, self.helpers), self.world, config.parallel)
+        self.network = parallelize(_Network(model, self.helpers), self.world)
         self.optimizer = build_optimizer(model, config, self.helpers)
-        self.average = average_of(model, config.ema_decay) if config.ema_decay and not self.sharded else None
-        self.sharded_average: ShardedAverage | None = None
-        if config.ema_decay and self.sharded:
-            from ..distributed.sharding import ShardedAverage
-
-            self.sharded_average = ShardedAverage(model, config.ema_decay)
+        self.average = average_of(model, config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._pending: _Pending | None = None
         self._overflows = 0
@@ -173,8 +159,6 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_max_norm or math.inf)
-        if self.sharded:
-            norm = cast("DTensor", norm).full_tensor()
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -184,19 +168,11 @@ class TrainStep:
             self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        if self.sharded_average is not None:
-            self.sharded_average.update_parameters(self.model)
         return norm
 
     @property
     def learned(self) -> DeformableDETR:
-        """The model to evaluate and keep: the averaged one where there is an average. FSDP: all processes must ask."""
-        if self.sharded:
-            from ..distributed.sharding import whole
-
-            average = self.sharded_average
-            self._whole.load_state_dict(whole(average.values if average else self.model.state_dict()))
-            return self._whole
+        """The model to evaluate and keep: the averaged one where there is an average."""
         return self.model if self.average is None else cast("DeformableDETR", self.average.module)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -204,21 +180,15 @@ class TrainStep:
         groups = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
         if self.helpers:
             groups["helpers"] = self.helpers.state_dict()
-        average = self.average or self.sharded_average
-        if average is not None:
-            groups["average"] = average.state_dict()
+        if self.average is not None:
+            groups["average"] = self.average.state_dict()
         return groups
-
-    def blank_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What `tensors` would give after a step, to be filled from a checkpoint; its values mean nothing."""
-        return {**self.tensors(), "optimizer": blank_optimizer_tensors(self.optimizer)}
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
         """Goes back to what `tensors` gave."""
         self.model.load_state_dict(tensors["model"])
         load_optimizer_tensors(self.optimizer, tensors["optimizer"])
-        average = self.average or self.sharded_average
-        for name, part, setting in (("helpers", self.helpers, "denoising"), ("average", average, "ema_decay")):
+        for name, part, setting in (("helpers", self.helpers, "num_denoising"), ("average", self.average, "ema_decay")):
             if not part:  # also where the checkpoint has it: the run goes on without
                 continue
             if name not in tensors:

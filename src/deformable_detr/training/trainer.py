@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from ..config.schema import Config
-from ..distributed.checkpoint import load_parts, remove_others, save_parts
 from ..distributed.context import DistributedContext
 from ..distributed.launch import restarted
 from ..evaluation.distributed import evaluate_together
 from ..utils.errors import UserError
-from .checkpoint import generations, load_state, random_state, restore_random_state, update_state
+from .checkpoint import random_state, restore_random_state, update_state
 from .optimizer import scaled_lr, total_batch_size
 from .recipe import for_size
 from .report import Report, TrainState
@@ -316,17 +315,7 @@ class Trainer:
         """Makes the present state the last (or the best) checkpoint, once the last step proved good."""
         self.report.account(self.stepper.settle(), self.counters, self.progress)
         state = self._state()
-        if self.stepper.sharded:
-            save_parts(self.folder.parts, state["parts"], self.stepper.tensors(), self.world)
-        tensors = {} if self.stepper.sharded or not self.world.is_rank_zero else self.stepper.tensors()
-        self.world.on_rank_zero(lambda: self.folder.save(tensors, state, best))
-        if self.stepper.sharded:
-            self.world.on_rank_zero(self._tidy)
-
-    def _tidy(self) -> None:
-        """Deletes the parts of checkpoints that are gone."""
-        places = [*generations(self.folder.last), *generations(self.folder.best)]
-        remove_others(self.folder.parts, [load_state(place)["parts"] for place in places])
+        self.world.on_rank_zero(lambda: self.folder.save(self.stepper.tensors(), state, best))
 
     def _state(self) -> dict[str, Any]:
         """All but the tensors; every process must ask."""
@@ -343,17 +332,10 @@ class Trainer:
         }
         if self.world.size > 1:
             state["random_of_others"] = self.world.all_gather_object(random_state())[1:]
-        if self.stepper.sharded:
-            state["parts"] = f"step-{self.counters.step}"
         return state
 
     def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Goes back to where a checkpoint was saved, by any number of processes."""
-        with self.world.sync_errors():
-            self._refuse_other_kind("parts" in state)
-        if self.stepper.sharded:
-            self.world.on_rank_zero(self._tidy)
-            tensors = load_parts(self.folder.parts / state["parts"], self.stepper.blank_tensors(), self.world)
         with self.world.sync_errors():
             self.stepper.load(tensors)
         self.counters = done = TrainState(**state["counters"])
@@ -371,16 +353,6 @@ class Trainer:
             restore_random_state(others[self.world.rank - 1])
         else:
             seed_all(self.config.train.seed, self.world.rank, done.step)
-
-    def _refuse_other_kind(self, sharded: bool) -> None:
-        """`UserError` where the checkpoint is of a divided model and this one is not, or the other way round."""
-        if sharded != self.stepper.sharded:
-            kind, now = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
-            needed = " and several processes (torchrun)" if sharded and self.world.size == 1 else ""
-            raise UserError(
-                f"cannot resume {self.folder.path}: its checkpoint is of train.parallel {kind}{needed}, "
-                f"this would be {now}"
-            )
 
     def _interrupt(self) -> None:
         self.save()
