@@ -8,8 +8,8 @@ from deformable_detr import ops
 from deformable_detr.export.graph import InferenceGraph, parse_size, trace
 from deformable_detr.export.padding import SameConvolution
 from deformable_detr.export.verify import difference
-from deformable_detr.model.layers import nearest
-from deformable_detr.model.position_encoding import _fitted
+from deformable_detr.model.layers import resize_mask
+from deformable_detr.model.position_encoding import _resize_table
 from deformable_detr.runtimes.fused.folding import fold_batch_norms
 from deformable_detr.utils.errors import UserError
 from tests.support.models import lively, tiny
@@ -98,8 +98,8 @@ def test_forms_for_graphs_equal_those_for_eager(monkeypatch):
     lengths = (1, 2, 49, 50, 51, 77, 200)
 
     def computed():
-        small = [nearest(mask, (h, w)) for mask, (_, _, h, w) in zip(masks, shapes, strict=True)]
-        return small, [_fitted(table, length) for length in lengths]
+        small = [resize_mask(mask, (h, w)) for mask, (_, _, h, w) in zip(masks, shapes, strict=True)]
+        return small, [_resize_table(table, length) for length in lengths]
 
     eager = computed()
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)

@@ -1,27 +1,28 @@
 import pytest
 import torch
-from torchvision.ops import box_convert, generalized_box_iou
+import torchvision
+from torchvision.ops import box_convert
 
-from deformable_detr.model.box_ops import generalized_iou, in_float32
+from deformable_detr.model.box_ops import generalized_box_iou, upcast
 from tests.support.training import random_boxes
 
 
 def test_giou_is_torchvisions():
     generator = torch.Generator().manual_seed(0)
     boxes, others = random_boxes(40, generator=generator), random_boxes(30, generator=generator)
-    expected = generalized_box_iou(*(box_convert(item, "cxcywh", "xyxy") for item in (boxes, others)))
-    torch.testing.assert_close(generalized_iou(boxes[:, None], others), expected, rtol=0, atol=2e-6)
+    expected = torchvision.ops.generalized_box_iou(*(box_convert(item, "cxcywh", "xyxy") for item in (boxes, others)))
+    torch.testing.assert_close(generalized_box_iou(boxes[:, None], others), expected, rtol=0, atol=2e-6)
 
 
 def test_giou_of_a_small_box_is_not_shifted():
     box = torch.tensor([0.5, 0.5, 1e-3, 1e-3])  # one pixel of a thousand
-    assert generalized_iou(box, box).item() == pytest.approx(1, abs=1e-3)
+    assert generalized_box_iou(box, box).item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("other", [[0.5, 0.5, 0.0, 0.0], [0.2, 0.3, 0.0, 0.0], [0.5, 0.5, 0.2, 0.0]])
 def test_giou_without_area_is_finite(other):
     box = torch.tensor([0.5, 0.5, 0.0, 0.0], requires_grad=True)
-    value = generalized_iou(box, torch.tensor(other))
+    value = generalized_box_iou(box, torch.tensor(other))
     value.backward()
     assert value.isfinite()
     assert -1 <= value <= 1
@@ -31,9 +32,9 @@ def test_giou_without_area_is_finite(other):
 
 def test_torchvisions_giou_would_not_be_finite():
     point = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
-    assert generalized_box_iou(point, point).isnan().all()
+    assert torchvision.ops.generalized_box_iou(point, point).isnan().all()
 
 
 def test_halves_become_float32_and_float64_stays():
-    assert in_float32(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
-    assert in_float32(torch.ones(1, dtype=torch.float64)).dtype == torch.float64
+    assert upcast(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert upcast(torch.ones(1, dtype=torch.float64)).dtype == torch.float64

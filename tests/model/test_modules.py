@@ -10,9 +10,9 @@ from deformable_detr import UserError
 from deformable_detr.config import presets
 from deformable_detr.model.attention import DeformableAttention
 from deformable_detr.model.backbone import Backbone, InputProjection
-from deformable_detr.model.geometry import pixel_centers, proposal_anchors, refined_boxes
+from deformable_detr.model.geometry import pixel_centers, proposal_anchors, refine_boxes
 from deformable_detr.model.layers import inverse_sigmoid
-from deformable_detr.model.position_encoding import LearnedPosition, SinePosition
+from deformable_detr.model.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 
 # -- attention
 
@@ -60,7 +60,7 @@ def test_attention_reads_zero_where_there_is_padding():
 
 
 def test_sine_positions_do_not_depend_on_padding():
-    position = SinePosition(32)
+    position = PositionEmbeddingSine(32)
     mask = torch.zeros(1, 6, 8, dtype=torch.bool)
     padded = torch.ones(1, 10, 12, dtype=torch.bool)
     padded[:, :6, :8] = False
@@ -70,7 +70,7 @@ def test_sine_positions_do_not_depend_on_padding():
 
 
 def test_learned_positions_grow_beyond_their_table():
-    position = LearnedPosition(8, size=5)
+    position = PositionEmbeddingLearned(8, size=5)
     small = position(torch.zeros(1, 5, 5, dtype=torch.bool), torch.float32)
     large = position(torch.zeros(1, 7, 9, dtype=torch.bool), torch.float32)
     assert large.shape == (1, 8, 7, 9)
@@ -89,8 +89,8 @@ def test_pixel_centers_are_relative_to_the_unpadded_image():
 
 def test_refinement_starts_from_points_and_boxes():
     start = torch.tensor([[0.3, 0.6, 0.2, 0.1]])
-    assert torch.allclose(refined_boxes(torch.zeros(1, 4), start), start, atol=1e-6)
-    assert refined_boxes(torch.zeros(1, 4), start[:, :2])[0].tolist() == pytest.approx([0.3, 0.6, 0.5, 0.5])
+    assert torch.allclose(refine_boxes(torch.zeros(1, 4), start), start, atol=1e-6)
+    assert refine_boxes(torch.zeros(1, 4), start[:, :2])[0].tolist() == pytest.approx([0.3, 0.6, 0.5, 0.5])
 
 
 def test_inverse_sigmoid_is_finite_at_the_ends_in_half_precision():

@@ -239,8 +239,10 @@ def test_extra_queries_unseen_by_the_models_own_change_nothing():
     boxes = torch.rand(2, extra, 4)
     with torch.no_grad():
         plain = model(pixels, mask)
-        hidden = model(pixels, mask, extra=DenoisingQueries(torch.randn(2, extra, 64), boxes, unseen))
-        seen = model(pixels, mask, extra=DenoisingQueries(torch.randn(2, extra, 64), boxes, torch.zeros_like(unseen)))
-    assert hidden["extra_boxes"].shape == (2, 2, extra, 4)
+        hidden = model(pixels, mask, denoising_queries=DenoisingQueries(torch.randn(2, extra, 64), boxes, unseen))
+        seen = model(
+            pixels, mask, denoising_queries=DenoisingQueries(torch.randn(2, extra, 64), boxes, torch.zeros_like(unseen))
+        )
+    assert hidden["denoising_boxes"].shape == (2, 2, extra, 4)
     assert torch.allclose(plain["pred_logits"], hidden["pred_logits"], atol=1e-5)
     assert not torch.allclose(plain["pred_logits"], seen["pred_logits"], atol=1e-3)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from deformable_detr import DeformableDETR, UserError
 from deformable_detr.config import presets
-from deformable_detr.model.postprocess import select
+from deformable_detr.model.postprocess import postprocess
 from deformable_detr.weights import official_format, transformers_format
 from deformable_detr.weights.convert import convert, not_convertible
 from deformable_detr.weights.convert import write as convert_model
@@ -118,7 +118,7 @@ def test_transformers_takes_model_processor_and_names(tmp_path):
         here, there = model(inputs["pixel_values"]), theirs(**inputs)
     assert torch.allclose(here["pred_logits"], there.logits, atol=1e-5)
     found = processor.post_process_object_detection(there, threshold=0.0, target_sizes=[(100, 200)])[0]
-    chosen = select(
+    chosen = postprocess(
         {"pred_logits": there.logits, "pred_boxes": there.pred_boxes}, [(100, 200)], top_k=len(found["scores"])
     )
     assert torch.equal(chosen[0].scores, found["scores"])
@@ -364,7 +364,7 @@ def test_the_official_code_gives_the_same(official_code, name, tmp_path):
             assert expected["pred_logits"].std() > 0.1
             sizes = torch.tensor([[480, 640], [300, 500], [333, 444]])
             for there, chosen in zip(
-                official_code.PostProcess()(expected, sizes), select(expected, sizes.tolist()), strict=True
+                official_code.PostProcess()(expected, sizes), postprocess(expected, sizes.tolist()), strict=True
             ):
                 assert torch.equal(there["scores"], chosen.scores)
                 assert torch.equal(there["labels"], chosen.labels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..detector import DeformableDETR
-from ..model.postprocess import select
+from ..model.postprocess import postprocess
 from ..structures import ImageBatch
 from .rounds import in_turn
 
@@ -101,7 +101,7 @@ def around(
     times = in_turn(
         {
             "pre": lambda: images.to(device).normalize(mean, std),
-            "post": lambda: select(outputs, [(height, width)] * batch),
+            "post": lambda: postprocess(outputs, [(height, width)] * batch),
         },
         5,
     )

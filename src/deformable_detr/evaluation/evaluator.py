@@ -15,7 +15,7 @@ from torch import nn
 from ..config.schema import DataConfig, ModelConfig
 from ..data.discovery import split_aliases
 from ..detector import load_detector
-from ..model.postprocess import select
+from ..model.postprocess import postprocess
 from ..predict.predictor import evaluating, forward, model_categories
 from ..utils.errors import UserError
 from ..utils.failures import machine_failures
@@ -217,8 +217,8 @@ def _detect(
     with evaluating(model), tqdm(total=count, unit="image", desc="evaluate", disable=None if progress else True) as bar:
         for batch, targets in batches:
             start = time.perf_counter()
-            found = select(forward(model, batch), [target.original_size for target in targets], TOP_K)
-            working += time.perf_counter() - start  # `select` waits for the device
+            found = postprocess(forward(model, batch), [target.original_size for target in targets], TOP_K)
+            working += time.perf_counter() - start  # `postprocess` waits for the device
             for target, (boxes, scores, labels) in zip(targets, found, strict=True):
                 seen.add(target.image_id)
                 boxes[:, 2:] -= boxes[:, :2]

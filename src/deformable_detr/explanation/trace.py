@@ -14,7 +14,7 @@ from ..config.schema import ModelConfig
 from ..data.dataloader import collate
 from ..data.transforms import resize
 from ..model.network import DeformableDETRNetwork
-from ..model.postprocess import detections_of, select
+from ..model.postprocess import postprocess, to_detections
 from ..predict.predictor import evaluating, model_categories
 from ..structures import Detections, Target
 from ..utils.errors import UserError
@@ -163,11 +163,11 @@ def trace(
         mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         ready = batch.to(mean.device).normalize(mean, std)
         outputs = model(ready.pixels, ready.padding_mask, return_attention=True)
-        selection = select(outputs, [size], top_k)[0]
+        selection = postprocess(outputs, [size], top_k)[0]
         scores = selection.scores
         queries = _chosen_queries(outputs, len(scores))
     kept = scores >= threshold
-    detections = detections_of(selection, size, threshold, model_categories(config), image)
+    detections = to_detections(selection, size, threshold, model_categories(config), image)
     ratios = _valid_ratios(batch.padding_mask[0], outputs["spatial_shapes"])
     best = scores[0].item() if len(scores) else math.nan
     return Trace(image, pixels, threshold, detections, queries[kept], best, _on_host(outputs), ratios)
@@ -192,7 +192,7 @@ def _valid_ratios(padding_mask: Tensor, spatial_shapes: Any) -> Tensor:
 
 
 def _chosen_queries(outputs: dict[str, Any], count: int) -> Tensor:
-    """The query of each of `select`'s pairs, which come from the same choice."""
+    """The query of each of `postprocess`'s pairs, which come from the same choice."""
     scores = outputs["pred_logits"].float().sigmoid().flatten(1)
     return (scores.topk(count, dim=1).indices[0] // outputs["pred_logits"].shape[2]).cpu()
 

@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim, ExportedProgram
 
 from ..detector import DeformableDETR
-from ..model.postprocess import best_pairs, inside
+from ..model.postprocess import clip_boxes_to_image, topk_boxes
 from ..ops import use_backend
 from ..runtimes.fused.folding import stripped
 from ..utils.errors import UserError, first_line
@@ -56,8 +56,8 @@ class InferenceGraph(nn.Module):
         logits, boxes = out["pred_logits"].float(), out["pred_boxes"].float()
         if original_sizes is None:
             return logits, boxes
-        corners, scores, labels = best_pairs(logits, boxes, original_sizes.float(), TOP_K)
-        return logits, boxes, inside(corners, original_sizes), scores, labels
+        corners, scores, labels = topk_boxes(logits, boxes, original_sizes.float(), TOP_K)
+        return logits, boxes, clip_boxes_to_image(corners, original_sizes), scores, labels
 
 
 def _prepared(model: DeformableDETR) -> DeformableDETR:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..detector import DeformableDETR
-from ..model.postprocess import best_pairs, inside
+from ..model.postprocess import clip_boxes_to_image, topk_boxes
 from ..runtimes.detector import ExportedDetector
 from ..utils.errors import UserError
 from .graph import TOP_K
@@ -127,8 +127,8 @@ def _verify_detections(exported: ExportedDetector, pixels: Tensor, mask: Tensor,
     """The post-processed outputs against the rule they follow, applied to the same file's raw outputs."""
     sizes = torch.tensor([[101 + 7 * index, 203 - 5 * index] for index in range(len(pixels))])
     logits, boxes, corners, scores, labels = exported.runtime([pixels, mask, sizes])
-    wanted_corners, wanted_scores, wanted_labels = best_pairs(logits, boxes, sizes.float(), TOP_K)
-    wanted_corners = inside(wanted_corners, sizes)
+    wanted_corners, wanted_scores, wanted_labels = topk_boxes(logits, boxes, sizes.float(), TOP_K)
+    wanted_corners = clip_boxes_to_image(wanted_corners, sizes)
     clear = torch.ones_like(scores, dtype=torch.bool)  # ranks of which no other pair has the same score
     equal = (wanted_scores[:, 1:] - wanted_scores[:, :-1]).abs() < 1e-6
     clear[:, 1:] &= ~equal

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config.schema import ModelConfig
 from ..utils.errors import UserError, first_line
 from ..utils.packages import quiet_loggers
-from .frozen_norm import frozen
+from .frozen_norm import freeze_batch_norms
 from .resnet import ResNet
 
 STRIDES = (8, 16, 32)  # the levels that the backbone itself gives; coarser ones are made by convolution
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
         pretrained = config.backbone_weights != "none"
         norm = config.backbone_norm
         if norm == "frozen" or (norm == "auto" and pretrained):
-            body = frozen(body)
+            body = freeze_batch_norms(body)
         count = config.frozen_stages if config.frozen_stages is not None else (2 if pretrained else 0)
         _freeze_stages(body, stages, count, config.backbone)
         # Convolutions are faster with the channels last, and tokens come out of such maps without a copy.

@@ -10,12 +10,12 @@ from torch import Tensor
 _SMALLEST_AREA = 1e-8
 
 
-def in_float32(values: Tensor) -> Tensor:
+def upcast(values: Tensor) -> Tensor:
     """The values in float32, for what overflows or rounds away in halves; float64 stays as it is."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+def generalized_box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Generalized IoU (Rezatofighi et al. 2019, equation 1) of each pair of boxes.
 
     boxes, others: (..., 4) cxcywh in 0..1, of shapes that broadcast; halves are read as float32.
@@ -26,8 +26,8 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return intersection / union.clamp(min=_SMALLEST_AREA) - (hull - union) / hull.clamp(min=_SMALLEST_AREA)
 
 
-def overlap_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU of each pair of boxes, in 0..1; shapes and small areas as in `generalized_iou`."""
+def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of each pair of boxes, in 0..1; shapes and small areas as in `generalized_box_iou`."""
     intersection, union, _ = _areas(boxes, others)
     return intersection / union.clamp(min=_SMALLEST_AREA)
 
@@ -36,8 +36,8 @@ def _areas(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Intersection, union and hull of each pair."""
     from torchvision.ops import box_convert
 
-    left, top, right, bottom = box_convert(in_float32(boxes), "cxcywh", "xyxy").unbind(-1)
-    left2, top2, right2, bottom2 = box_convert(in_float32(others), "cxcywh", "xyxy").unbind(-1)
+    left, top, right, bottom = box_convert(upcast(boxes), "cxcywh", "xyxy").unbind(-1)
+    left2, top2, right2, bottom2 = box_convert(upcast(others), "cxcywh", "xyxy").unbind(-1)
     shared_width = torch.minimum(right, right2) - torch.maximum(left, left2)
     shared_height = torch.minimum(bottom, bottom2) - torch.maximum(top, top2)
     intersection = shared_width.clamp(min=0) * shared_height.clamp(min=0)

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config.schema import ModelConfig
 from .attention import DeformableAttention, SamplingDetails
-from .geometry import refined_boxes
-from .heads import Heads
+from .geometry import refine_boxes
+from .heads import DetectionHeads
 from .layers import MLP, Dropout, FeedForward
 from .position_encoding import box_encoding
 
@@ -36,12 +36,12 @@ class DenoisingQueries(NamedTuple):
     """Queries beside the model's own, for training only (denoising, more queries an object). N: their number.
 
     queries: (B, N, C). boxes: (B, N, 4) cxcywh in 0..1, where they start.
-    mask: (N + Q, N + Q) bool, True = the row's query does not see the column's; the extra ones come first.
+    attn_mask: (N + Q, N + Q) bool, True = the row's query does not see the column's; the extra ones come first.
     """
 
     queries: Tensor
     boxes: Tensor
-    mask: Tensor
+    attn_mask: Tensor
 
 
 class SelfAttention(nn.MultiheadAttention):
@@ -51,8 +51,8 @@ class SelfAttention(nn.MultiheadAttention):
         super().__init__(dim, heads, dropout, batch_first=True)
         self.drop = Dropout(dropout)
 
-    def forward(self, x: Tensor, position: Tensor, unseen: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """x, position: (B, Q, C), of which the sum decides who listens to whom. unseen: (Q, Q), True = unseen."""
+    def forward(self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x, position: (B, Q, C), of which the sum decides who listens to whom. attn_mask: (Q, Q), True = unseen."""
         B, Q, C = x.shape
         assert self.in_proj_weight is not None
         weight, bias = (t.split([2 * C, C]) for t in (self.in_proj_weight, self.in_proj_bias))
@@ -61,11 +61,11 @@ class SelfAttention(nn.MultiheadAttention):
         v = F.linear(x, weight[1], bias[1]).view(B, Q, self.num_heads, -1).transpose(1, 2)
         if self.training and self.dropout:
             logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, M, Q, Q)
-            if unseen is not None:
-                logits = logits.masked_fill(unseen, -torch.inf)
+            if attn_mask is not None:
+                logits = logits.masked_fill(attn_mask, -torch.inf)
             read = self.drop(logits.softmax(-1)) @ v
         else:
-            read = F.scaled_dot_product_attention(q, k, v, None if unseen is None else ~unseen)
+            read = F.scaled_dot_product_attention(q, k, v, None if attn_mask is None else ~attn_mask)
         return self.out_proj(read.transpose(1, 2).flatten(2))
 
 
@@ -92,12 +92,12 @@ class DecoderLayer(nn.Module):
         memory: Tensor,
         spatial_shapes: ops.Shapes,
         padding_mask: Tensor | None,
-        self_attention_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         return_details: bool = False,
     ) -> tuple[Tensor, SamplingDetails | None]:
         pre = self.pre_norm
         x = self.norm1(queries) if pre else queries
-        queries = queries + self.dropout(self.self_attn(x, query_position, self_attention_mask))
+        queries = queries + self.dropout(self.self_attn(x, query_position, attn_mask))
         queries = queries if pre else self.norm1(queries)
 
         x = self.norm2(queries) if pre else queries
@@ -114,7 +114,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Layers that each feed the next, with the heads that read every one of them."""
 
-    def __init__(self, config: ModelConfig, heads: Heads) -> None:
+    def __init__(self, config: ModelConfig, heads: DetectionHeads) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm else nn.Identity()
@@ -133,12 +133,12 @@ class Decoder(nn.Module):
         spatial_shapes: ops.Shapes,
         valid_ratios: Tensor,
         padding_mask: Tensor | None,
-        self_attention_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         return_details: bool = False,
     ) -> DecoderOutput:
         """queries, query_position: (B, Q, C). reference_points: (B, Q, 2 or 4) in 0..1 of the unpadded image.
 
-        memory: (B, S, C). valid_ratios: (B, L, 2). padding_mask: (B, S). self_attention_mask: (Q, Q), True = unseen.
+        memory: (B, S, C). valid_ratios: (B, L, 2). padding_mask: (B, S). attn_mask: (Q, Q), True = unseen.
         query_position is not read with iterative_query_pos: it then follows from the reference boxes.
         """
         all_logits, all_boxes, all_references, every = [], [], [], []
@@ -152,18 +152,18 @@ class Decoder(nn.Module):
                 query_position = self.position_head(encoded.to(queries.dtype))
             inputs = (queries, query_position, on_canvas, memory, spatial_shapes, padding_mask)
             if self.gradient_checkpointing and self.training:
-                queries, details = checkpoint(layer, *inputs, self_attention_mask, return_details, use_reentrant=False)
+                queries, details = checkpoint(layer, *inputs, attn_mask, return_details, use_reentrant=False)
             else:
-                queries, details = layer(*inputs, self_attention_mask, return_details)
+                queries, details = layer(*inputs, attn_mask, return_details)
             logits, deltas = self.heads(self.norm(queries), index)
-            boxes = refined_boxes(deltas, start)
+            boxes = refine_boxes(deltas, start)
             all_logits.append(logits)
             all_boxes.append(boxes)
             all_references.append(reference_points)
             every.append(details)
             if self.refine:  # gradients stay inside a layer (appendix A.4), or reach the one before (DINO, section 3.5)
                 twice = self.look_forward_twice and torch.is_grad_enabled()
-                start = refined_boxes(deltas, reference_points) if twice else boxes.detach()
+                start = refine_boxes(deltas, reference_points) if twice else boxes.detach()
                 reference_points = boxes.detach()
         return DecoderOutput(
             torch.stack(all_logits),

@@ -57,7 +57,7 @@ class _Affine(torch.autograd.Function):
         return scaled, None, None, None, None, None
 
 
-def frozen(body: nn.Module) -> nn.Module:
+def freeze_batch_norms(body: nn.Module) -> nn.Module:
     """The body with every batch norm frozen."""
     from timm.layers.norm_act import freeze_batch_norm_2d
 

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .layers import inverse_sigmoid, nearest
+from .layers import inverse_sigmoid, resize_mask
 
 
 def level_masks(padding_mask: Tensor, spatial_shapes: ops.Shapes) -> list[Tensor]:
     """The mask (B, H, W) at the size of each level's map."""
-    return [nearest(padding_mask, (h, w)) for h, w in spatial_shapes]
+    return [resize_mask(padding_mask, (h, w)) for h, w in spatial_shapes]
 
 
-def valid_ratios_of(masks: list[Tensor], dtype: torch.dtype) -> Tensor:
+def get_valid_ratios(masks: list[Tensor], dtype: torch.dtype) -> Tensor:
     """Unpadded part (width, height) of each level's map in 0..1: (B, L, 2)."""
     return torch.stack([_valid_ratio(mask, dtype) for mask in masks], dim=1)
 
@@ -62,7 +62,7 @@ def proposal_anchors(
     return torch.log(boxes / (1 - boxes)).masked_fill(~usable[..., None], torch.inf), usable
 
 
-def refined_boxes(deltas: Tensor, reference_points: Tensor) -> Tensor:
+def refine_boxes(deltas: Tensor, reference_points: Tensor) -> Tensor:
     """Boxes (…, 4) cxcywh in 0..1 from deltas in logit space and what they start from (equation in appendix A.4).
 
     reference_points: (…, 2) points, to which only the center is relative, or (…, 4) boxes.

@@ -12,7 +12,7 @@ from ..config.schema import ModelConfig
 from .layers import MLP
 
 
-class Heads(nn.Module):
+class DetectionHeads(nn.Module):
     """A class head and a box head: one pair for all layers, or a pair a layer with iterative refinement.
 
     With two-stage there is one pair more, the last, for the encoder's proposals.

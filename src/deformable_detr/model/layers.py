@@ -88,7 +88,7 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-def nearest(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+def resize_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
     """A mask (B, H, W) at another size (h, w), each pixel from the nearest above and left of it."""
     if not torch.compiler.is_exporting():
         return F.interpolate(mask[:, None].float(), size=shape)[:, 0].bool()

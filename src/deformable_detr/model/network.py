@@ -12,9 +12,9 @@ from .attention import DeformableAttention
 from .backbone import Backbone, InputProjection, pixel_statistics
 from .decoder import Decoder, DenoisingQueries
 from .encoder import Encoder
-from .geometry import level_masks, valid_ratios_of
-from .heads import Heads
-from .position_encoding import LearnedPosition, SinePosition
+from .geometry import get_valid_ratios, level_masks
+from .heads import DetectionHeads
+from .position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from .two_stage import TwoStageProposals
 
 N = TypeVar("N", bound="DeformableDETRNetwork")
@@ -32,10 +32,10 @@ class DeformableDETRNetwork(nn.Module):
         C = config.hidden_dim
         self.backbone = Backbone(config)
         self.projections = InputProjection(config, self.backbone.channels)
-        self.position = SinePosition(C) if config.position_encoding == "sine" else LearnedPosition(C)
+        self.position = PositionEmbeddingSine(C) if config.position_encoding == "sine" else PositionEmbeddingLearned(C)
         self.level_embedding = nn.Parameter(torch.empty(config.num_feature_levels, C))
         self.encoder = Encoder(config)
-        heads = Heads(config)
+        heads = DetectionHeads(config)
         if config.two_stage:
             self.proposals = TwoStageProposals(config)
         else:
@@ -68,7 +68,7 @@ class DeformableDETRNetwork(nn.Module):
         padding_mask: Tensor | None = None,
         *,
         return_attention: bool = False,
-        extra: DenoisingQueries | None = None,
+        denoising_queries: DenoisingQueries | None = None,
     ) -> dict[str, Any]:
         """Class logits and boxes of every query.
 
@@ -78,21 +78,21 @@ class DeformableDETRNetwork(nn.Module):
             layer_logits (N, B, Q, K) and layer_boxes (N, B, Q, 4), the same of all N decoder layers;
             two-stage: encoder_logits (B, S, K), of which column 0 says "object" (all columns their class with
             class_aware_proposals), and encoder_boxes (B, S, 4);
-            with extra queries (two-stage, training): extra_logits and extra_boxes, the layers' words on them;
+            with denoising queries: denoising_logits (N, B, extra, K) and denoising_boxes (N, B, extra, 4);
             with return_attention: encoder_attention and decoder_attention, lists of `SamplingDetails` a layer,
             decoder_reference_points, what each layer started from, and spatial_shapes, (height, width) a level.
         """
         if padding_mask is None:
             padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
-        if extra is not None and not self.config.two_stage:
-            raise ValueError("extra queries start from boxes: they need a two-stage model")
+        if denoising_queries is not None and not self.config.two_stage:
+            raise ValueError("denoising queries start from boxes: they need a two-stage model")
         pixels = pixels.masked_fill(padding_mask[:, None], 0.0)
 
         maps = self.projections(self.backbone(pixels))
         spatial_shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
         masks = level_masks(padding_mask, spatial_shapes)
         precision = torch.promote_types(pixels.dtype, torch.float32)
-        valid_ratios = valid_ratios_of(masks, precision)  # (B, L, 2)
+        valid_ratios = get_valid_ratios(masks, precision)  # (B, L, 2)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # (B, S, C)
         mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)  # (B, S)
         position = torch.cat(
@@ -109,10 +109,10 @@ class DeformableDETRNetwork(nn.Module):
         if self.config.two_stage:
             proposed = self.proposals(memory, spatial_shapes, valid_ratios, mask, self.decoder.heads)
             queries, query_position, references = proposed[:3]
-            if extra is not None:
-                position, _ = self.proposals.encode(extra.boxes, memory)
-                queries = torch.cat((extra.queries.to(queries.dtype), queries), dim=1)
-                references = torch.cat((extra.boxes.to(references.dtype), references), dim=1)
+            if denoising_queries is not None:
+                position, _ = self.proposals.embed_boxes(denoising_queries.boxes, memory)
+                queries = torch.cat((denoising_queries.queries.to(queries.dtype), queries), dim=1)
+                references = torch.cat((denoising_queries.boxes.to(references.dtype), references), dim=1)
                 if query_position is not None and position is not None:
                     query_position = torch.cat((position, query_position), dim=1)
             out |= {"encoder_logits": proposed.logits, "encoder_boxes": proposed.boxes}
@@ -121,15 +121,19 @@ class DeformableDETRNetwork(nn.Module):
             references = self.reference_points(query_position).to(precision).sigmoid()
 
         # With fewer tokens than queries there are fewer queries: the model's own come last in the mask.
-        unseen = extra.mask[: queries.shape[1], : queries.shape[1]] if extra is not None else None
+        attn_mask = (
+            denoising_queries.attn_mask[: queries.shape[1], : queries.shape[1]]
+            if denoising_queries is not None
+            else None
+        )
         decoded = self.decoder(
             queries, query_position, references, memory, spatial_shapes, valid_ratios, mask,
-            unseen, return_attention,
+            attn_mask, return_attention,
         )  # fmt: skip
         logits, boxes = decoded.logits, decoded.boxes
-        if extra is not None:
-            count = extra.queries.shape[1]
-            out |= {"extra_logits": logits[:, :, :count], "extra_boxes": boxes[:, :, :count]}
+        if denoising_queries is not None:
+            count = denoising_queries.queries.shape[1]
+            out |= {"denoising_logits": logits[:, :, :count], "denoising_boxes": boxes[:, :, :count]}
             logits, boxes = logits[:, :, count:], boxes[:, :, count:]
         out |= {"pred_logits": logits[-1], "pred_boxes": boxes[-1], "layer_logits": logits, "layer_boxes": boxes}
         if return_attention:

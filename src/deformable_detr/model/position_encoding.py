@@ -24,7 +24,7 @@ def box_encoding(boxes: Tensor, channels: int) -> Tensor:
     return sine_encoding(boxes, channels).flatten(-2)
 
 
-class SinePosition(nn.Module):
+class PositionEmbeddingSine(nn.Module):
     """Sines of each pixel's center, relative to the unpadded part of the map: (B, H, W) mask → (B, C, H, W)."""
 
     def __init__(self, dim: int) -> None:
@@ -45,7 +45,7 @@ class SinePosition(nn.Module):
         return sine_encoding(y, self.dim // 2)[:, None], sine_encoding(x, self.dim // 2)[None]
 
 
-class LearnedPosition(nn.Module):
+class PositionEmbeddingLearned(nn.Module):
     """A learned vector a column and a row: (B, H, W) mask → (B, C, H, W).
 
     Maps larger than the table of 50 × 50 take linear interpolations of it.
@@ -64,10 +64,10 @@ class LearnedPosition(nn.Module):
 
     def halves(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """The two halves of the channels: (1, W, C / 2) of columns, (H, 1, C / 2) of rows."""
-        return _fitted(self.columns, width)[None], _fitted(self.rows, height)[:, None]
+        return _resize_table(self.columns, width)[None], _resize_table(self.rows, height)[:, None]
 
 
-def _fitted(table: Tensor, length: int) -> Tensor:
+def _resize_table(table: Tensor, length: int) -> Tensor:
     if torch.compiler.is_exporting():
         # The same without asking for the length, which an exported graph leaves open.
         last = len(table) - 1

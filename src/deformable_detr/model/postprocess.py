@@ -11,7 +11,7 @@ from torch import Tensor
 from ..structures import Category, Detections
 
 
-class Selection(NamedTuple):
+class ScoredBoxes(NamedTuple):
     """The best pairs of one image, best first, on the CPU.
 
     boxes: (k, 4) float32 (x1, y1, x2, y2) in pixels of the original image, whose border they may cross.
@@ -23,7 +23,9 @@ class Selection(NamedTuple):
     labels: Tensor
 
 
-def select(outputs: Mapping[str, Any], original_sizes: Sequence[tuple[int, int]], top_k: int = 100) -> list[Selection]:
+def postprocess(
+    outputs: Mapping[str, Any], original_sizes: Sequence[tuple[int, int]], top_k: int = 100
+) -> list[ScoredBoxes]:
     """The top_k query and class pairs of each image by sigmoid score; one query may give several classes.
 
     outputs: the model's, of which "pred_logits" (B, Q, K) and "pred_boxes" (B, Q, 4) cxcywh in 0..1 are used.
@@ -31,20 +33,20 @@ def select(outputs: Mapping[str, Any], original_sizes: Sequence[tuple[int, int]]
     top_k: at most this many; where Q · K is less, all of them.
 
     The numbers are those of the paper authors' code and of transformers on the same outputs, so boxes are measured as
-    they are; `inside` cuts them at the border for whoever looks at them.
+    they are; `clip_boxes_to_image` cuts them at the border for whoever looks at them.
     All images are worked on at once on the outputs' device, in float32 at least, and copied to the host once.
     """
     logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
     precision = torch.promote_types(logits.dtype, torch.float32)
     logits, boxes = logits.to(precision), boxes.to(precision)
     sizes = torch.as_tensor(original_sizes, dtype=precision, device=boxes.device).reshape(len(boxes), 2)
-    corners, scores, labels = best_pairs(logits, boxes, sizes, top_k)
+    corners, scores, labels = topk_boxes(logits, boxes, sizes, top_k)
     # Labels are exact in float32 up to 2²⁴, so one tensor carries all to the host.
     packed = torch.cat([corners, scores[:, :, None], labels[:, :, None].to(precision)], dim=2).cpu()
-    return [Selection(image[:, :4], image[:, 4], image[:, 5].long()) for image in packed]
+    return [ScoredBoxes(image[:, :4], image[:, 4], image[:, 5].long()) for image in packed]
 
 
-def best_pairs(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def topk_boxes(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (B, k, 4) xyxy in pixels, scores (B, k) and labels (B, k) of the best query and class pairs, best first.
 
     logits: (B, Q, K). boxes: (B, Q, 4) cxcywh in 0..1. original_sizes: (B, 2) float (height, width) in pixels.
@@ -59,8 +61,8 @@ def best_pairs(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int
     return corners, scores, labels
 
 
-def detections_of(
-    selection: Selection,
+def to_detections(
+    selection: ScoredBoxes,
     size: tuple[int, int],
     threshold: float,
     categories: Sequence[Category],
@@ -69,13 +71,13 @@ def detections_of(
     """The pairs of an image of (height, width) `size` whose score reaches the threshold, cut at its border."""
     kept = selection.scores >= threshold
     boxes, scores, labels = (part[kept] for part in selection)
-    boxes = inside(boxes[None].float(), torch.tensor([size]))[0]
+    boxes = clip_boxes_to_image(boxes[None].float(), torch.tensor([size]))[0]
     found = [categories[label] for label in labels.tolist()]
     ids = torch.tensor([category.id for category in found], dtype=torch.int64)
     return Detections(boxes, scores.float(), labels, ids, tuple(category.name for category in found), size, source)
 
 
-def inside(corners: Tensor, original_sizes: Tensor) -> Tensor:
+def clip_boxes_to_image(corners: Tensor, original_sizes: Tensor) -> Tensor:
     """Boxes (B, k, 4) xyxy in pixels, cut where their images (B, 2), (height, width) in pixels, end."""
     limits = _borders(original_sizes.to(corners.dtype))
     return corners.clamp(min=torch.zeros_like(limits), max=limits)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config.schema import ModelConfig
 from .geometry import proposal_anchors
-from .heads import Heads
+from .heads import DetectionHeads
 from .position_encoding import box_encoding
 
 
@@ -37,18 +37,18 @@ class TwoStageProposals(nn.Module):
         super().__init__()
         C = config.hidden_dim
         self.num_queries = config.num_queries
-        self.class_aware_proposals, self.content = config.class_aware_proposals, config.query_init
+        self.class_aware_proposals, self.query_init = config.class_aware_proposals, config.query_init
         self.memory_proj = nn.Linear(C, C)
         self.memory_norm = nn.LayerNorm(C)
         # What is made from a proposal's box: the query's position, its content, or both (the paper).
-        self.parts = (not config.iterative_query_pos, self.content == "box")
+        self.parts = (not config.iterative_query_pos, self.query_init == "box")
         if any(self.parts):
             self.query_proj = nn.Linear(2 * C, sum(self.parts) * C)
             self.query_norm = nn.LayerNorm(sum(self.parts) * C)
-        if self.content == "learned":
+        if self.query_init == "learned":
             self.query_embedding = nn.Embedding(config.num_queries, C)
 
-    def encode(self, boxes: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def embed_boxes(self, boxes: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Position and content, (B, Q, C) each or none, of queries that start at boxes (B, Q, 4) in 0..1."""
         if not any(self.parts):
             return None, None
@@ -64,7 +64,7 @@ class TwoStageProposals(nn.Module):
         spatial_shapes: ops.Shapes,
         valid_ratios: Tensor,
         padding_mask: Tensor | None,
-        heads: Heads,
+        heads: DetectionHeads,
     ) -> Proposals:
         """memory: (B, S, C). valid_ratios: (B, L, 2). padding_mask: (B, S). Fewer tokens than queries: all serve."""
         anchors, usable = proposal_anchors(spatial_shapes, valid_ratios, padding_mask)
@@ -76,10 +76,10 @@ class TwoStageProposals(nn.Module):
         scores = logits.amax(-1) if self.class_aware_proposals else logits[..., 0]
         best = scores.topk(count, dim=1).indices[..., None]  # (B, Q, 1)
         chosen = unactivated.gather(1, best.expand(-1, -1, 4)).detach().sigmoid()
-        query_position, queries = self.encode(chosen, memory)
-        if self.content == "encoder":
+        query_position, queries = self.embed_boxes(chosen, memory)
+        if self.query_init == "encoder":
             queries = tokens.gather(1, best.expand(-1, -1, tokens.shape[-1])).detach()
-        elif self.content == "learned":
+        elif self.query_init == "learned":
             queries = self.query_embedding.weight[:count].expand(memory.shape[0], -1, -1)
         assert queries is not None
         return Proposals(queries, query_position, chosen, logits, unactivated.sigmoid())

@@ -20,7 +20,7 @@ from ..config.schema import ModelConfig
 from ..data.dataloader import collate
 from ..data.discovery import IMAGE_SUFFIXES, is_hidden
 from ..data.transforms import resize
-from ..model.postprocess import Selection, detections_of, select
+from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..structures import Category, Detections, Target
 from ..utils.errors import UserError
 from ..utils.images import read_image
@@ -99,7 +99,7 @@ def _predictions(
                 if isinstance(pixels, UserError):
                     yield pixels
                     continue
-                yield detections_of(next(selections), size, threshold, categories, source)
+                yield to_detections(next(selections), size, threshold, categories, source)
             del batch, good
 
 
@@ -139,7 +139,7 @@ def _read_ahead(model: nn.Module, sources: Iterator[Any], batch_size: int) -> Ge
         pool.shutdown(cancel_futures=True)
 
 
-def _detect(model: nn.Module, images: Sequence[_Read], top_k: int) -> list[Selection]:
+def _detect(model: nn.Module, images: Sequence[_Read], top_k: int) -> list[ScoredBoxes]:
     """The selections of one batch of images that could be read."""
     samples = []
     for position, (_, size, pixels) in enumerate(images):
@@ -147,7 +147,7 @@ def _detect(model: nn.Module, images: Sequence[_Read], top_k: int) -> list[Selec
         samples.append((pixels, Target.empty(position, size)))
     batch, _ = collate(samples)
     with evaluating(model):
-        return select(forward(model, batch), [image.size for image in images], top_k)
+        return postprocess(forward(model, batch), [image.size for image in images], top_k)
 
 
 def forward(model: nn.Module, batch: Any) -> dict[str, Any]:

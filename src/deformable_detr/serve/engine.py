@@ -20,7 +20,7 @@ from ..config.image_size import usual_size
 from ..config.schema import ModelConfig
 from ..data.dataloader import collate
 from ..data.transforms import resize
-from ..model.postprocess import Selection, detections_of, select
+from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..predict.predictor import evaluating, forward, model_categories
 from ..structures import Detections, Target
 from ..utils.process import give_back
@@ -112,7 +112,7 @@ class Engine:
             waiting = [self._batcher.submit(image, self._canvas or image.pixels.shape) for image in read]
             found = await _all(waiting)
         chosen = zip(found, read, strict=True)
-        return [detections_of(selection, image.size, threshold, self.categories) for selection, image in chosen]
+        return [to_detections(selection, image.size, threshold, self.categories) for selection, image in chosen]
 
     async def explain(self, upload: Upload, threshold: float, top_k: int) -> Any:
         """The `explanation.Trace` of one image. Raises Refused for one that cannot be read."""
@@ -196,14 +196,16 @@ class Engine:
         self.metrics.batch_images.observe(len(payloads))
         return results
 
-    def _detect(self, images: Sequence[_Image]) -> list[Selection]:
+    def _detect(self, images: Sequence[_Image]) -> list[ScoredBoxes]:
         nothing = Target.empty(0, (1, 1))
         batch, _ = collate([(image.pixels, nothing) for image in images])
         with evaluating(self.fast):
             most = max(image.top_k for image in images)
-            found = select(forward(self.fast, batch), [image.size for image in images], most)
+            found = postprocess(forward(self.fast, batch), [image.size for image in images], most)
         # Best first, so the first few are those of a smaller top_k.
-        return [Selection(*(part[: image.top_k] for part in parts)) for image, parts in zip(images, found, strict=True)]
+        return [
+            ScoredBoxes(*(part[: image.top_k] for part in parts)) for image, parts in zip(images, found, strict=True)
+        ]
 
     def _look(self, look: _ExplainJob) -> list[Any]:
         from ..explanation import trace

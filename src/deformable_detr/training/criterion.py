@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config.schema import TrainConfig
-from ..model.box_ops import generalized_iou, in_float32, overlap_iou
+from ..model.box_ops import box_iou, generalized_box_iou, upcast
 from ..structures import Target
 from .matcher import Matches, PackedTargets, Predictions, focal_terms, match
 
@@ -50,7 +50,8 @@ class SetCriterion:
         """The losses of a batch, in float32 also under autocast.
 
         outputs: of the model: "layer_logits" (L, B, Q, K), "layer_boxes" (L, B, Q, 4) and, of a two-stage model,
-            "encoder_logits" (B, S, K), "encoder_boxes" (B, S, 4); with `known` also "extra_logits" and "extra_boxes".
+            "encoder_logits" (B, S, K), "encoder_boxes" (B, S, 4); with `known` also "denoising_logits" and
+            "denoising_boxes".
         num_boxes: what the sums are divided by; none given: the number of objects in the batch, at least 1.
         known: the matches of the extra queries, (1, M), and how often each object is among them (`Denoising`).
         """
@@ -85,7 +86,7 @@ class SetCriterion:
 
     def _denoising(self, outputs: Mapping[str, Tensor], objects: PackedTargets, once: Matches, groups: int) -> Tensor:
         """(3,): what is wrong with the extra queries, over all layers, as if each object were there once."""
-        predictions = Predictions(outputs["extra_logits"], outputs["extra_boxes"])
+        predictions = Predictions(outputs["denoising_logits"], outputs["denoising_boxes"])
         layers = len(predictions.logits)
         every = Matches(*(pairs.expand(layers, -1) for pairs in (once.image, once.query, once.target)))
         return set_losses(predictions, objects, every, self.config).sum(dim=1) / groups
@@ -96,18 +97,18 @@ def set_losses(predictions: Predictions, targets: PackedTargets, matches: Matche
 
     Takes any matches, so that queries whose objects are known beforehand need no matching.
     """
-    logits, boxes = in_float32(predictions.logits), in_float32(predictions.boxes)
+    logits, boxes = upcast(predictions.logits), upcast(predictions.boxes)
     layer = torch.arange(len(logits), device=logits.device)[:, None]
     place = (layer, matches.image, matches.query)
 
     found, wanted = boxes[place], targets.boxes[matches.target]  # (L, M, 4)
     l1_loss = (found - wanted).abs().sum(dim=(1, 2))
-    giou = generalized_iou(found, wanted)
+    giou = generalized_box_iou(found, wanted)
     giou_loss = (1 - giou).sum(1)
 
     # Every logit as if it should be 0, then the matched ones put right: no (L, B, Q, K) table of zeros and ones.
     matched = logits[(*place, predictions.labels(targets)[matches.target])]  # (L, M)
-    overlap = None if config.class_loss == "focal" else overlap_iou(found.detach(), wanted)
+    overlap = None if config.class_loss == "focal" else box_iou(found.detach(), wanted)
     positive, _ = class_terms(matched, overlap, config)
     _, negative = class_terms(matched, None, config)
     _, everywhere = class_terms(logits, None, config)

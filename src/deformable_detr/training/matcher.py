@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config.schema import TrainConfig
-from ..model.box_ops import generalized_iou, in_float32
+from ..model.box_ops import generalized_box_iou, upcast
 from ..structures import Target
 
 # Stands for a cost that is not finite: a matching then exists, and the loss of it is not finite either.
@@ -129,11 +129,11 @@ def match(predictions: Sequence[Predictions], targets: PackedTargets, config: Tr
 def _costs(predictions: Predictions, targets: PackedTargets, config: TrainConfig) -> Tensor:
     """(T, L·Q): what it costs to give each object to each prediction of its own image."""
     logits = predictions.logits[:, targets.image, :, predictions.labels(targets)]  # (T, L, Q)
-    positive, negative = focal_terms(in_float32(logits), config.focal_alpha, config.focal_gamma)
-    boxes = in_float32(predictions.boxes.transpose(0, 1)[targets.image])  # (T, L, Q, 4)
+    positive, negative = focal_terms(upcast(logits), config.focal_alpha, config.focal_gamma)
+    boxes = upcast(predictions.boxes.transpose(0, 1)[targets.image])  # (T, L, Q, 4)
     objects = targets.boxes[:, None, None]
     l1 = (boxes - objects).abs().sum(-1)
-    giou = generalized_iou(boxes, objects)
+    giou = generalized_box_iou(boxes, objects)
     cost = config.class_cost * (positive - negative) + config.l1_cost * l1 - config.giou_cost * giou
     return cost.flatten(1)
 

@@ -239,7 +239,7 @@ class _Network(nn.Module):
         noisy = None
         if "denoising" in self.helpers:
             noisy = self.helpers["denoising"](targets, self.model.config.num_queries, most, noise)
-        outputs = self.model(pixels, padding_mask, extra=noisy and noisy[0])
+        outputs = self.model(pixels, padding_mask, denoising_queries=noisy and noisy[0])
         return outputs, noisy and noisy[1:]
 
 

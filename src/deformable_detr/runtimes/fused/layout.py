@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...model.geometry import level_masks, pixel_centers, proposal_anchors, valid_ratios_of
+from ...model.geometry import get_valid_ratios, level_masks, pixel_centers, proposal_anchors
 
 if TYPE_CHECKING:
     from ...model.network import DeformableDETRNetwork
@@ -90,7 +90,7 @@ class Layouts(nn.Module):
 
     def _made(self, padding_mask: Tensor, shapes: tuple[tuple[int, int], ...], padded: bool) -> PositionalInputs:
         masks = level_masks(padding_mask, shapes)
-        ratios = valid_ratios_of(masks, torch.float32)
+        ratios = get_valid_ratios(masks, torch.float32)
         encode = self._encoded if padded else self._encoded_whole
         position = torch.cat(list(map(encode, masks, self.level_embedding)), dim=1)
         mask = torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None

@@ -17,8 +17,8 @@ from ...config.schema import ModelConfig
 from ...model.attention import DeformableAttention
 from ...model.decoder import Decoder, DecoderLayer
 from ...model.encoder import EncoderLayer
-from ...model.geometry import refined_boxes
-from ...model.heads import Heads
+from ...model.geometry import refine_boxes
+from ...model.heads import DetectionHeads
 from ...model.layers import FeedForward
 from ...model.position_encoding import box_encoding
 from ...model.two_stage import TwoStageProposals
@@ -207,7 +207,7 @@ class FastEncoder(nn.Module):
 class FastProposals(nn.Module):
     """The best tokens as queries. Scores are computed for all of them, boxes only for the chosen."""
 
-    def __init__(self, stage: TwoStageProposals, heads: Heads, form: WeightPacking) -> None:
+    def __init__(self, stage: TwoStageProposals, heads: DetectionHeads, form: WeightPacking) -> None:
         super().__init__()
         self.stage = stage
         self.rows, self.dtype = form.rows, form.dtype
@@ -229,10 +229,10 @@ class FastProposals(nn.Module):
         usable = layout.usable.expand(B, -1)[..., None].gather(1, best)  # type: ignore[union-attr]
         tokens = self._tokens(memory.gather(1, best.expand(-1, -1, C)), usable[..., 0])
         boxes = (self.boxes(tokens) + anchors.gather(1, best.expand(-1, -1, 4))).sigmoid()
-        position, queries = self.stage.encode(boxes, tokens)
-        if self.stage.content == "encoder":
+        position, queries = self.stage.embed_boxes(boxes, tokens)
+        if self.stage.query_init == "encoder":
             queries = tokens
-        elif self.stage.content == "learned":
+        elif self.stage.query_init == "learned":
             queries = self.stage.query_embedding.weight[: best.shape[1]].expand(B, -1, -1)
         assert queries is not None
         return queries, position, boxes
@@ -315,5 +315,5 @@ class FastDecoder(nn.Module):
                 position = self.position_head(box_encoding(references, queries.shape[-1] // 2))
             queries = layer(queries, position, on_canvas, values[index], layout.spatial_shapes)
             if self.refine or index == len(self.layers) - 1:
-                references = refined_boxes(self.boxes[index](self.norm(queries)), references)
+                references = refine_boxes(self.boxes[index](self.norm(queries)), references)
         return self.classes(self.norm(queries)), references
