@@ -38,7 +38,7 @@ def demo_config() -> Config:
     """The small preset made smaller still, for images of 144 pixels, a backbone from random weights and six minutes."""
     from .config import presets
 
-    return presets.config("small").merged(
+    return presets.config("small").updated(
         {
             "model": {
                 "backbone": "test_resnet",  # timm's smallest ResNet: 0.4 million parameters

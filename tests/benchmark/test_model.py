@@ -172,5 +172,5 @@ def test_scaling(tmp_path):
 
 
 def test_a_network_that_transformers_lacks_has_no_twin():
-    model = DeformableDETR(presets.MODELS["small"](backbone="test_resnet", backbone_weights="none", hidden_dim=32))
+    model = DeformableDETR(presets.PRESETS["small"](backbone="test_resnet", backbone_weights="none", hidden_dim=32))
     assert bench.transformers_twin(model) is None

@@ -257,20 +257,20 @@ def test_version(run):
 
 
 def test_every_preset_of_the_command_line_is_one(run):
-    for name in presets.MODELS:
+    for name in presets.PRESETS:
         code, out, _ = run("train", "--print-config", "--preset", name)
         assert code == 0
-        assert Config.read(yaml.safe_load(out)) == presets.config(name)
+        assert Config.from_dict(yaml.safe_load(out)) == presets.config(name)
 
 
 def test_options_reach_the_config(run):
     options = "--epochs 3 --minutes 2.5 --image-size 320 --batch-size 7 --backbone resnet18 --backbone-weights none"
     options += " --lr 1e-3 --precision bf16 --device cpu --workers 0 --seed 5"
     _, out, _ = run("train", "--print-config", *options.split())
-    config = Config.read(yaml.safe_load(out))
+    config = Config.from_dict(yaml.safe_load(out))
     model = {"image_size": 320, "backbone": "resnet18", "backbone_weights": "none"}
     train = {"epochs": 3, "minutes": 2.5, "batch_size": 7, "lr": 1e-3, "precision": "bf16", "device": "cpu", "seed": 5}
-    assert config == presets.config("small").merged({"model": model, "train": train, "data": {"workers": 0}})
+    assert config == presets.config("small").updated({"model": model, "train": train, "data": {"workers": 0}})
 
 
 def test_print_config_there_and_back_with_the_later_winning(run, tmp_path):
@@ -280,7 +280,7 @@ def test_print_config_there_and_back_with_the_later_winning(run, tmp_path):
     assert again == out
     options = ["--set", "train.lr=2", "--set", "train.seed=2", "--seed", "3"]
     _, changed, _ = run("train", "--print-config", "--config", tmp_path / "mine.yaml", *options)
-    config = Config.read(yaml.safe_load(changed))
+    config = Config.from_dict(yaml.safe_load(changed))
     assert (config.preset, config.train.lr, config.train.seed) == ("refine", 2, 3)
 
 
@@ -288,7 +288,7 @@ def test_print_config_there_and_back_with_the_later_winning(run, tmp_path):
 
 
 def test_train_leaves_a_run_that_can_be_loaded_and_resumed(run, data, trained, tmp_path):
-    config = Config.read(yaml.safe_load((trained / "config.yaml").read_text()))
+    config = Config.from_dict(yaml.safe_load((trained / "config.yaml").read_text()))
     assert (config.model.image_size, config.model.hidden_dim, config.model.num_classes) == (64, 64, 10)
     assert DeformableDETR.from_pretrained(trained).config.class_names == tuple("0123456789")
     code, _, err = run("train", data, "--out", trained)

@@ -12,13 +12,13 @@ PUBLISHED = {"single-scale": 34, "single-scale-dc5": 34, "multi-scale": 40, "ref
 
 @pytest.mark.parametrize(("name", "millions"), PUBLISHED.items())
 def test_parameters_are_the_papers_to_one_percent(name, millions):
-    model = DeformableDETR(presets.MODELS[name](backbone_weights="none"))
+    model = DeformableDETR(presets.PRESETS[name](backbone_weights="none"))
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert count == pytest.approx(millions, rel=0.01)
 
 
 def test_every_published_variant_is_a_preset_and_small_is_smaller():
-    assert set(PUBLISHED) | {"small", "small-portable"} == set(presets.MODELS)
+    assert set(PUBLISHED) | {"small", "small-portable"} == set(presets.PRESETS)
     small = DeformableDETR(presets.small(backbone_weights="none"))
     assert sum(parameter.numel() for parameter in small.parameters()) < 10e6
 
@@ -31,10 +31,10 @@ def test_variants_differ_as_the_paper_says():
     assert presets.two_stage() == presets.refine(two_stage=True)
 
 
-@pytest.mark.parametrize("name", presets.MODELS)
+@pytest.mark.parametrize("name", presets.PRESETS)
 def test_a_change_wins_over_the_preset(name):
-    assert presets.MODELS[name](num_queries=7, num_classes=3).num_queries == 7
-    assert presets.config(name).model == presets.MODELS[name]()
+    assert presets.PRESETS[name](num_queries=7, num_classes=3).num_queries == 7
+    assert presets.config(name).model == presets.PRESETS[name]()
     assert presets.config(name).preset == name
 
 
@@ -47,7 +47,7 @@ def test_an_unknown_setting_or_preset_is_named():
 
 @pytest.mark.parametrize("name", ["small", "small-portable"])
 def test_small_presets_read_sides_that_strides_divide(name):
-    model = DeformableDETR(presets.MODELS[name](backbone_weights="none", image_size=64, num_queries=10)).eval()
+    model = DeformableDETR(presets.PRESETS[name](backbone_weights="none", image_size=64, num_queries=10)).eval()
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[2:])))
     image = np.zeros((75, 130, 3), dtype=np.uint8)

@@ -4,7 +4,7 @@ import pytest
 
 from deformable_detr import UserError
 from deformable_detr.config import presets
-from deformable_detr.config.resolve import resolve
+from deformable_detr.config.resolve import resolve_config
 
 
 @pytest.fixture
@@ -15,25 +15,27 @@ def file(tmp_path):
 
 
 def test_nothing_given_is_the_default_preset():
-    assert resolve() == presets.config("small")
+    assert resolve_config() == presets.config("small")
 
 
 def test_the_later_wins(file):
-    config = resolve(None, file, ["train.seed=3", "train.batch_size=3"], {"train.batch_size": 4, "train.lr": None})
+    config = resolve_config(
+        None, file, ["train.seed=3", "train.batch_size=3"], {"train.batch_size": 4, "train.lr": None}
+    )
     assert (config.train.lr, config.train.seed, config.train.batch_size) == (2, 3, 4)
     assert config.preset == "refine"
     assert config.model == presets.refine(num_queries=2)
 
 
 def test_the_preset_of_the_command_line_wins_over_the_files(file):
-    config = resolve("single-scale", file)
+    config = resolve_config("single-scale", file)
     assert config.preset == "single-scale"
     assert config.model == presets.single_scale(num_queries=2)
-    assert resolve(None, file, ["preset=small"]).preset == "small"
+    assert resolve_config(None, file, ["preset=small"]).preset == "small"
 
 
 def test_sections_may_only_be_right_together():
-    config = resolve("small", None, ["model.hidden_dim=60"], {"model.num_heads": 3})
+    config = resolve_config("small", None, ["model.hidden_dim=60"], {"model.num_heads": 3})
     assert (config.model.hidden_dim, config.model.num_heads) == (60, 3)
 
 
@@ -49,30 +51,30 @@ def test_sections_may_only_be_right_together():
 )
 def test_a_mistake_is_named_by_where_it_stands(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
-        resolve(**arguments)
+        resolve_config(**arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_a_mistake_in_the_file_names_the_file(file):
     file.write_text("train: {momentum: 1}")
     with pytest.raises(UserError, match=r"^config file .*mine\.yaml: unknown key 'train\.momentum'"):
-        resolve(None, file)
+        resolve_config(None, file)
 
 
 def test_what_is_wrong_only_together_says_so():
     # Each is right over the preset alone (64 by 4 heads; 128 by 8), not both.
     settings = {"overrides": ["model.hidden_dim=68"], "options": {"model.num_heads": 8}}
-    assert resolve(overrides=settings["overrides"]).model.hidden_dim == 68
-    assert resolve(options=settings["options"]).model.num_heads == 8
-    with pytest.raises(UserError, match=r"^the settings together: model: hidden_dim 68 is no multiple of num_heads 8"):
-        resolve(**settings)
+    assert resolve_config(overrides=settings["overrides"]).model.hidden_dim == 68
+    assert resolve_config(options=settings["options"]).model.num_heads == 8
+    with pytest.raises(UserError, match=r"^combined settings: model: hidden_dim 68 is not divisible by num_heads 8"):
+        resolve_config(**settings)
 
 
 def test_epochs_or_minutes_alone_end_the_run(file):
-    both = resolve(options={"train.epochs": 3, "train.minutes": 2.0}).train
+    both = resolve_config(options={"train.epochs": 3, "train.minutes": 2.0}).train
     assert (both.epochs, both.minutes) == (3, 2.0)
-    minutes = resolve(options={"train.minutes": 2.0}).train
+    minutes = resolve_config(options={"train.minutes": 2.0}).train
     assert (minutes.epochs, minutes.minutes) == (None, 2.0)
-    epochs = resolve(overrides=["train.minutes=5"], options={"train.epochs": 3}).train
+    epochs = resolve_config(overrides=["train.minutes=5"], options={"train.epochs": 3}).train
     assert (epochs.epochs, epochs.minutes) == (3, None)
-    assert resolve(overrides=["train.minutes=5"]).train.epochs == "auto"
+    assert resolve_config(overrides=["train.minutes=5"]).train.epochs == "auto"

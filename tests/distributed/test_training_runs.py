@@ -58,7 +58,7 @@ def test_only_the_first_process_speaks_and_writes(runs):
 def test_a_run_changes_the_number_of_its_processes(runs):
     folder, ended = runs
     assert ended[0].results["one resumed"]["result"]["step"] == 4  # began alone
-    longer = config_of(folder / "ddp").merged({"train": {"epochs": 3}})
+    longer = config_of(folder / "ddp").updated({"train": {"epochs": 3}})
     shutil.copytree(folder / "ddp", folder / "two-to-one")
     metrics = train_model(folder / "data", folder / "two-to-one", longer, resume=True)
     assert (metrics["step"], metrics["images_seen"]) == (6, 21)

@@ -39,7 +39,7 @@ def models(tmp_path_factory):
     data = write_dataset(folder / "data", val=6)
     classes = {"class_names": ("red", "green", "blue"), "category_ids": (10, 20, 30)}
     for name in ("one", "two"):
-        DeformableDETR(tiny_config().merged({"model": classes}, "test").model).save_pretrained(folder / name)
+        DeformableDETR(tiny_config().updated({"model": classes}, "test").model).save_pretrained(folder / name)
     return folder / "one", folder / "two", data
 
 

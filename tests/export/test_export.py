@@ -299,7 +299,7 @@ def test_full_size(kind, sampling, preset, tmp_path):
     pytest.importorskip(kind if kind == "openvino" else "onnx")
     torch.manual_seed(0)
     # With a spread of 0.15 a full-size model is so unsteady that its own fp32 is 4e-4 off its fp64.
-    model = DeformableDETR(presets.MODELS[preset](backbone_weights="none", num_classes=4, image_size=320))
+    model = DeformableDETR(presets.PRESETS[preset](backbone_weights="none", num_classes=4, image_size=320))
     model = lively(model, spread=0.05)
     path = tmp_path / f"model{formats.SUFFIXES[kind]}"
     export_model(model, path, kind, sampling=sampling)

@@ -37,10 +37,10 @@ def batch(sizes=((96, 128), (64, 80)), canvas=(96, 128), seed=0):
     return pixels, mask
 
 
-VARIANTS = list(presets.MODELS.values())
+VARIANTS = list(presets.PRESETS.values())
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=presets.MODELS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=presets.PRESETS)
 def test_shapes_and_a_finite_gradient_for_every_parameter(variant):
     model = shaken(tiny(variant)).train()
     pixels, mask = batch()

@@ -150,14 +150,14 @@ OURS = {
 }  # fmt: skip
 
 
-PAPER = [name for name in presets.MODELS if not name.startswith("small")]
+PAPER = [name for name in presets.PRESETS if not name.startswith("small")]
 
 
 @pytest.mark.parametrize("name", [*PAPER, "activations in the norms"])
 def test_weights_from_here_give_the_same_in_transformers(name, tmp_path):
     torch.manual_seed(0)
     changes = {**OURS, "backbone": "tf_efficientnet_lite0"} if name not in PAPER else OURS
-    ours = randomized(DeformableDETR(presets.MODELS.get(name, presets.two_stage)(**changes)))
+    ours = randomized(DeformableDETR(presets.PRESETS.get(name, presets.two_stage)(**changes)))
     transformers_format.save(ours, tmp_path)
     theirs, report = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -177,7 +177,7 @@ def test_silu_gelu_and_learned_positions(tmp_path):
 @pytest.mark.parametrize("name", [*PAPER, "small-portable"])
 def test_full_size(name, tmp_path):
     torch.manual_seed(0)
-    ours = randomized(DeformableDETR(presets.MODELS[name](backbone_weights="none")))
+    ours = randomized(DeformableDETR(presets.PRESETS[name](backbone_weights="none")))
     transformers_format.save(ours, tmp_path)
     theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path)
     compare(theirs.eval(), ours, torch.float32)

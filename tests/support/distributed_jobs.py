@@ -72,7 +72,7 @@ def gradient_config(**train: Any) -> Any:
         "look_forward_twice": True,
     }
     changes = {"num_denoising": 20, "class_loss": "mal", **train}
-    return tiny_config().merged({"model": model, "train": changes})
+    return tiny_config().updated({"model": model, "train": changes})
 
 
 def gradients_of(stepper: TrainStep) -> dict[str, torch.Tensor]:
@@ -142,7 +142,7 @@ def gradients(folder: Path) -> dict[str, Any]:
 
 
 def run_config(**train: Any) -> Any:
-    return tiny_config(batch_size=2, total_batch_size=4, base_batch_size=4, **train).merged(
+    return tiny_config(batch_size=2, total_batch_size=4, base_batch_size=4, **train).updated(
         {
             "model": {"backbone_norm": "frozen"},
             "data": {"check": "off"},

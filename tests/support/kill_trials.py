@@ -81,7 +81,7 @@ class Killer:
 def config(workers: int, epochs: int):
     """Epochs of four steps with dropout, which the random state decides; saved and evaluated often."""
     tiny = tiny_config(epochs=epochs, batch_size=2)
-    return tiny.merged({"model": {"dropout": 0.2}, "data": {"workers": workers, "check": "off"}})
+    return tiny.updated({"model": {"dropout": 0.2}, "data": {"workers": workers, "check": "off"}})
 
 
 def train(data: Path, out: Path, workers: int, epochs: int, kill_at: int, broken: str) -> None:

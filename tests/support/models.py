@@ -20,7 +20,7 @@ def tiny(**changes):
         "category_ids": IDS, "image_size": 96, "refine": True, "two_stage": True, "query_init": "encoder",
         "class_aware_proposals": True, "pixel_mean": (0.4, 0.5, 0.6), "pixel_std": (0.2, 0.25, 0.3),
     }  # fmt: skip
-    return lively(DeformableDETR(ModelConfig.read({**base, **changes})))
+    return lively(DeformableDETR(ModelConfig.from_dict({**base, **changes})))
 
 
 def lively(model, spread=0.15):

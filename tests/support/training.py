@@ -26,7 +26,7 @@ def tiny_config(**train: Any) -> Config:
     base = {"epochs": 2, "batch_size": 4, "log_every": 1, "device": "cpu", "lr": 1e-3, "sampling_lr_mult": 1.0,
             "backbone_lr_mult": 1.0}  # fmt: skip
     data = {"workers": 0, "crop_prob": 0.0, "train_scales": (1.0, 1.0)}
-    return Config.read({"preset": "small", "model": model.model_dump(), "data": data, "train": {**base, **train}})
+    return Config.from_dict({"preset": "small", "model": model.model_dump(), "data": data, "train": {**base, **train}})
 
 
 def write_dataset(root: Path, train: int = 8, val: int = 4, seed: int = 0, empty: int = 0) -> Path:

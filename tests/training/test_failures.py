@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 
 def said(error, tmp_path, workers=2):
     """What the user reads instead of this error."""
-    config = tiny_config(batch_size=4).merged({"data": {"workers": workers}})
+    config = tiny_config(batch_size=4).updated({"data": {"workers": workers}})
     with pytest.raises(UserError) as caught, machine_errors_as_user_errors(RunDir(tmp_path), config):
         raise error
     assert "\n" not in str(caught.value)
@@ -158,7 +158,7 @@ def test_a_killed_loader(data, tmp_path, monkeypatch):
             process.join()
 
     out = tmp_path / "run"
-    config = tiny_config().merged({"data": {"workers": 1}})
+    config = tiny_config().updated({"data": {"workers": 1}})
     with monkeypatch.context() as patched:
         broken_in_epoch_2(patched, kill)
         with pytest.raises(UserError, match=r"loads images was killed.*--workers \(now 1.*the last checkpoint is good"):

@@ -27,6 +27,6 @@ def test_a_tiny_set_is_not_evaluated_all_the_time(images, every):
 
 
 def test_what_was_given_stays():
-    given = presets.config("small").merged({"train": {"epochs": None, "minutes": 5.0, "eval_every": 2}})
+    given = presets.config("small").updated({"train": {"epochs": None, "minutes": 5.0, "eval_every": 2}})
     assert for_size(given, 150) == (given, None)
     assert for_size(tiny_config(), 150) == (tiny_config(), None)

@@ -71,7 +71,7 @@ def test_restore(tmp_path):
     folder, config = RunDir(tmp_path), tiny_config()
     assert folder.restore(config, "same") is None
     save_checkpoint(folder.last, {"model": {}}, state_of(config))
-    restored = folder.restore(config.merged({"train": {"epochs": 9}, "model": {"backbone_weights": "hub"}}), "same")
+    restored = folder.restore(config.updated({"train": {"epochs": 9}, "model": {"backbone_weights": "hub"}}), "same")
     assert restored is not None
     assert restored[1] == state_of(config)
 
@@ -88,7 +88,7 @@ def test_restore_refuses_what_is_not_the_run_s(tmp_path, change, data, message):
     folder, config = RunDir(tmp_path), tiny_config()
     save_checkpoint(folder.last, {"model": {}}, state_of(config))
     with pytest.raises(UserError, match=message):
-        folder.restore(config.merged({"model": change}), data)
+        folder.restore(config.updated({"model": change}), data)
 
 
 def test_fingerprint_follows_the_annotations_and_not_the_place(tmp_path):

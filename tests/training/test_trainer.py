@@ -105,7 +105,7 @@ def test_a_finished_run_says_so(data, finished, capsys):
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(data, finished, tmp_path, monkeypatch, stop_after, workers):
     """SIGTERM in the middle of an epoch (1, 3) or at its end (2): the same weights as without it."""
-    out, config = tmp_path / "run", tiny_config().merged({"data": {"workers": workers}})
+    out, config = tmp_path / "run", tiny_config().updated({"data": {"workers": workers}})
     original, calls = TrainStep.step, []
 
     def step(*arguments, **options):
@@ -204,7 +204,7 @@ def test_lines_of_the_log_that_a_kill_divides_are_the_same(data, tmp_path, monke
 def test_more_epochs_can_be_added(data, tmp_path):
     out = tmp_path / "run"
     train_model(data, out, tiny_config(epochs=1))
-    metrics = train_model(data, out, run_config(out).merged({"train": {"epochs": 2}}), resume=True)
+    metrics = train_model(data, out, run_config(out).updated({"train": {"epochs": 2}}), resume=True)
     assert metrics["epoch"] == 2
     assert run_config(out).train.epochs == 2
 
@@ -288,7 +288,7 @@ def test_a_missing_image_is_named_and_the_last_checkpoint_stays(tmp_path):
     data = write_dataset(tmp_path / "set")
     (data / "train" / "3.png").unlink()
     with pytest.raises(UserError, match=r"3\.png") as caught:
-        train_model(data, tmp_path / "run", tiny_config().merged({"data": {"workers": 1}}))
+        train_model(data, tmp_path / "run", tiny_config().updated({"data": {"workers": 1}}))
     assert "\n" not in str(caught.value)
 
 
@@ -323,7 +323,7 @@ def test_another_batch_size_keeps_the_part_of_the_epoch(data, tmp_path, monkeypa
         patched.setattr(TrainStep, "step", step)
         with pytest.raises(TrainingInterrupted):
             train_model(data, out, tiny_config(epochs=1, batch_size=2))  # two of four batches
-    config = run_config(out).merged({"train": {"batch_size": 4}})
+    config = run_config(out).updated({"train": {"batch_size": 4}})
     assert train_model(data, out, config, resume=True)["images_seen"] == 8
 
 
@@ -332,16 +332,16 @@ def test_counters_are_plain_json():
 
 
 def test_the_split_names_of_the_config_are_used(data, tmp_path):
-    config = tiny_config(epochs=1).merged({"data": {"val_split": "train"}})
+    config = tiny_config(epochs=1).updated({"data": {"val_split": "train"}})
     with pytest.raises(UserError, match="annotations"):
         train_model(data, tmp_path / "run", config)  # both splits are one file
 
 
 def test_accumulated_passes_are_one_step(data, finished, tmp_path):
     """Norms that look at the rest of the batch aside, the batch is what counts, not how it is cut."""
-    frozen = tiny_config(epochs=1, base_batch_size=8).merged({"model": {"backbone_norm": "frozen"}})
+    frozen = tiny_config(epochs=1, base_batch_size=8).updated({"model": {"backbone_norm": "frozen"}})
     for name, train in (("whole", {"batch_size": 8}), ("cut", {"batch_size": 3, "total_batch_size": 8})):
-        metrics = train_model(data, tmp_path / name, frozen.merged({"train": train}))
+        metrics = train_model(data, tmp_path / name, frozen.updated({"train": train}))
         assert (metrics["step"], metrics["images_seen"]) == (1, 8)
     whole, cut = (lines(tmp_path / name, "train")[0] for name in ("whole", "cut"))
     for name in ("loss", "grad_norm", "cardinality_error"):
@@ -349,7 +349,7 @@ def test_accumulated_passes_are_one_step(data, finished, tmp_path):
 
 
 def test_an_accumulating_run_goes_on_in_the_middle_of_an_epoch(data, tmp_path, monkeypatch):
-    config = tiny_config(batch_size=2, total_batch_size=3, epochs=1, num_denoising=10).merged(
+    config = tiny_config(batch_size=2, total_batch_size=3, epochs=1, num_denoising=10).updated(
         {"data": {"aspect_ratio_grouping": True}}
     )
     train_model(data, tmp_path / "whole", config)
@@ -378,7 +378,7 @@ def test_a_run_that_gets_no_better_ends(data, tmp_path, monkeypatch, capsys):
     assert "no better AP in 2 evaluations" in capsys.readouterr().err
     again = train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
     assert again["step"] == metrics["step"]
-    longer = run_config(tmp_path / "run").merged({"train": {"patience": 3, "epochs": 5}})
+    longer = run_config(tmp_path / "run").updated({"train": {"patience": 3, "epochs": 5}})
     assert train_model(data, tmp_path / "run", longer, resume=True)["best_AP"] == 0.9
 
 
@@ -403,7 +403,7 @@ def test_of_equal_models_the_later_is_kept_and_patience_waits_for_the_first_find
 def test_a_run_goes_on_with_other_helpers_or_says_why_not(data, tmp_path, before, after, named):
     out = tmp_path / "run"
     train_model(data, out, tiny_config(epochs=1, **before))
-    changed = run_config(out).merged({"train": {"epochs": 2, **after}})
+    changed = run_config(out).updated({"train": {"epochs": 2, **after}})
     if named is None:
         assert train_model(data, out, changed, resume=True)["epoch"] == 2
     else:
@@ -414,7 +414,7 @@ def test_a_run_goes_on_with_other_helpers_or_says_why_not(data, tmp_path, before
 def test_more_of_the_backbone_may_be_frozen_when_a_run_goes_on(data, tmp_path):
     out = tmp_path / "run"
     train_model(data, out, tiny_config(epochs=1))
-    changed = run_config(out).merged({"train": {"epochs": 2}, "model": {"frozen_stages": 2}})
+    changed = run_config(out).updated({"train": {"epochs": 2}, "model": {"frozen_stages": 2}})
     assert train_model(data, out, changed, resume=True)["epoch"] == 2
 
 
@@ -429,7 +429,7 @@ def test_mosaics_end_before_the_training_does(data, tmp_path, monkeypatch):
         original(self, epoch, skip, stride, mosaic)
 
     monkeypatch.setattr(StepSampler, "set_epoch", set_epoch)
-    config = tiny_config(epochs=4, eval_every=4).merged({"data": {"mosaic_prob": 0.5, "close_mosaic": 0.5}})
+    config = tiny_config(epochs=4, eval_every=4).updated({"data": {"mosaic_prob": 0.5, "close_mosaic": 0.5}})
     train_model(data, tmp_path / "run", config)
     assert allowed == [True, True, False, False]
 

@@ -19,7 +19,7 @@ from deformable_detr.weights.convert import write as convert_model
 from tests.model.test_parity import batch, randomized, transformers
 from tests.weights.test_load import OURS, ours, same
 
-PAPER = [name for name in presets.MODELS if not name.startswith("small")]
+PAPER = [name for name in presets.PRESETS if not name.startswith("small")]
 
 
 def big_enough(name: str, **changes) -> DeformableDETR:
@@ -27,7 +27,7 @@ def big_enough(name: str, **changes) -> DeformableDETR:
     torch.manual_seed(0)
     widths = {"hidden_dim": 256, "num_heads": 8} if name == "two-stage" else {}
     values = {**OURS, "backbone": "resnet50", **widths, **changes}
-    return randomized(DeformableDETR(presets.MODELS[name](**values)))
+    return randomized(DeformableDETR(presets.PRESETS[name](**values)))
 
 
 LITE = {"backbone": "tf_efficientnet_lite0", "hidden_dim": 128}
@@ -37,7 +37,7 @@ THERE = [*((name, "frozen", {}) for name in PAPER), ("two-stage", "train", {}), 
 @pytest.mark.parametrize(("name", "norm", "changes"), THERE)
 def test_to_transformers_and_back(name, norm, changes, tmp_path):
     sizes = {"image_size": 320, "size_divisor": 32}
-    model = ours(presets.MODELS[name], backbone_norm=norm, dropout=0.0, **sizes, **changes)
+    model = ours(presets.PRESETS[name], backbone_norm=norm, dropout=0.0, **sizes, **changes)
     counted = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
     assert bool(counted) == (norm == "train")
     model.load_state_dict({**model.state_dict(), **{name: torch.tensor(7 + i) for i, name in enumerate(counted)}})
@@ -51,7 +51,7 @@ def test_to_transformers_and_back(name, norm, changes, tmp_path):
     back = DeformableDETR.from_pretrained(tmp_path / "back")
     assert same(model, back)
     assert "note: it was trained on images whose sides are multiples of 32" in lines[2]
-    was, now = model.config.without_download().model_dump(), back.config.model_dump()
+    was, now = model.config.without_pretrained_backbone().model_dump(), back.config.model_dump()
     # The backbone is named in transformers' way, and statistics that were the backbone's own are said.
     assert {key for key in was if was[key] != now[key]} <= {"backbone", "backbone_shape", "pixel_mean", "pixel_std"}
     assert torch.equal(back.pixel_mean, model.pixel_mean)
@@ -70,7 +70,7 @@ def test_to_the_official_format_and_back(name, norm, tmp_path):
     convert(tmp_path / "theirs" / official_format.FILE, "ours", tmp_path / "back")
     back = DeformableDETR.from_pretrained(tmp_path / "back")
     assert same(model, back)
-    assert back.config == model.config.without_download()
+    assert back.config == model.config.without_pretrained_backbone()
 
 
 def test_what_the_official_file_holds(tmp_path):
@@ -242,7 +242,7 @@ def test_without_transformers_the_file_is_read_back(tmp_path, monkeypatch):
 
 
 def test_whoever_trains_a_network_that_cannot_go_there_is_told(tmp_path):
-    for name, preset in presets.MODELS.items():
+    for name, preset in presets.PRESETS.items():
         line = not_convertible(preset())
         assert (line is None) == (name != "small")
     said = not_convertible(presets.small())
@@ -339,7 +339,7 @@ def official_code():
 def test_the_official_code_gives_the_same(official_code, name, tmp_path):
     """At full size, in both directions; what their modules themselves save, and what we write for them."""
     torch.manual_seed(0)
-    model = randomized(DeformableDETR(presets.MODELS[name](backbone_weights="none")))
+    model = randomized(DeformableDETR(presets.PRESETS[name](backbone_weights="none")))
     official_format.save(model, tmp_path)
     values = torch.load(tmp_path / official_format.FILE, weights_only=False)
     theirs = official_code.build(values["args"], 91)

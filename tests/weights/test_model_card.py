@@ -16,7 +16,7 @@ def fields(text: str) -> dict:
 
 def test_what_a_card_tells():
     config = ModelConfig(num_classes=2, class_names=("cat", NASTY), category_ids=(7, 9), refine=True, image_size=640)
-    settings = Config(model=config).merged({"train": {"epochs": 3}})
+    settings = Config(model=config).updated({"train": {"epochs": 3}})
     facts = ModelCardData(
         data="pets: 2018", figures={"AP": 0.4567, "AP50": None}, settings=settings, license="apache-2.0"
     )

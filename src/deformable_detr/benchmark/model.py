@@ -82,7 +82,7 @@ def random_model(preset: str, device: str, changes: dict[str, Any] | None = None
     """
     torch.manual_seed(0)
     base = {"backbone_weights": "none", "backbone_norm": "frozen", **(changes or {})}
-    model = DeformableDETR(presets.MODELS[preset](**base)).eval()
+    model = DeformableDETR(presets.PRESETS[preset](**base)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("sampling_offsets.weight", "attention_weights.weight")) or "heads.boxes" in name:

@@ -64,7 +64,7 @@ def measure(
         targets.append(Target(torch.randint(0, 20, (10,)), boxes, index, (height, width)).to(device))
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for precision in precisions:
-        model = DeformableDETR(presets.MODELS[preset](**base)).train()
+        model = DeformableDETR(presets.PRESETS[preset](**base)).train()
         if precision == precisions[0]:
             theirs = transformers_twin(model)
         model.to(device)
@@ -127,7 +127,7 @@ def run(
     Raises UserError for a device that there is not.
     """
     pick_device(device)
-    presets.MODELS[preset](**(changes or {}))  # says what is wrong with them
+    presets.PRESETS[preset](**(changes or {}))  # says what is wrong with them
     arguments = {
         "preset": preset, "size": list(size), "batch": batch, "precisions": list(precisions), "repeats": repeats,
         "device": device, "changes": changes,

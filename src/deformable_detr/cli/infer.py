@@ -40,7 +40,7 @@ def evaluate(
         workers: Processes that load images.
         precision: fp32 or bf16: of the optimized model, as predict uses it; without it, the model as it was trained.
     """
-    from ..config.resolve import resolve
+    from ..config.resolve import resolve_config
     from ..evaluation.compare import evaluate_models, outcome
     from ..utils.files import prepare_files, write_json
 
@@ -53,7 +53,7 @@ def evaluate(
         raise UserError(f"--set {other}: only keys of the data, such as data.val_images; the rest is the model's own")
     models = [model] if compare is None else [model, compare]
     evaluated = evaluate_models(
-        models, data, resolve(None, None, set_ or (), {}).data,
+        models, data, resolve_config(None, None, set_ or (), {}).data,
         split=split, batch_size=batch_size, workers=workers, device=device, precision=precision,
     )  # fmt: skip
     if compare is not None:

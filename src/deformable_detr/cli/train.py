@@ -67,7 +67,7 @@ def train(
         resume: Go on with the run in the folder --out, with its own config.
         print_config: Print the config that would be used, and stop.
     """
-    from ..config.resolve import resolve
+    from ..config.resolve import resolve_config
     from ..distributed.launch import is_first, restarted
     from ..weights.finetune import starting_config
 
@@ -92,7 +92,7 @@ def train(
         "data.check": check,
         "train.seed": seed,
     }
-    settings = resolve(None if begun else preset, config, set_ or (), options, config_of_weights=starting_config)
+    settings = resolve_config(None if begun else preset, config, set_ or (), options, config_of_weights=starting_config)
     if begun and preset not in (None, settings.preset):
         raise UserError(f"--preset {preset}: the run in {out} began with {settings.preset}, and keeps it")
     if print_config:
@@ -126,10 +126,10 @@ def check(
         data: Folder of the data set: COCO JSON, YOLO (data.yaml) or Pascal VOC.
         image_size: Short side of the input in pixels, for which objects may be too small.
     """
-    from ..config.resolve import resolve
+    from ..config.resolve import resolve_config
     from .check import run
 
-    settings = resolve(None, None, set_ or (), {"model.image_size": image_size})
+    settings = resolve_config(None, None, set_ or (), {"model.image_size": image_size})
     if not run(data, settings, fix, report, json):
         sys.exit(2)
 
@@ -155,11 +155,11 @@ def split(
             frames called VIDEO_0001.jpg.
         seed: For another division of the same set.
     """
-    from ..config.resolve import resolve
+    from ..config.resolve import resolve_config
     from ..data.split import Shares
     from .check import split as run
 
-    if not run(data, out, resolve(None, None, set_ or ()), Shares(val, test, seed, group_by)):
+    if not run(data, out, resolve_config(None, None, set_ or ()), Shares(val, test, seed, group_by)):
         sys.exit(2)
 
 

@@ -1,16 +1,15 @@
-"""The size that an image has when it enters the model."""
+"""Image size after the resize."""
 
 from __future__ import annotations
 
 from .schema import ModelConfig
 
 
-def resized_size(height: int, width: int, image_size: int, long_side: int, multiple: int = 1) -> tuple[int, int]:
-    """(height, width) after `resize`.
+def resized_size(height: int, width: int, image_size: int, long_side: int, size_divisor: int = 1) -> tuple[int, int]:
+    """Return the (height, width) of an image after `data.transforms.resize`.
 
-    The short side becomes `image_size` and the long one keeps the proportions, rounded down. Where that is more than
-    `long_side`, the long side becomes `long_side` at most and the short one is rounded to the nearest. No side is
-    under 1. Then both go to the nearest multiple of `multiple`, at least one of it.
+    The short side becomes `image_size`; if the long side would exceed `long_side`, it becomes `long_side` instead.
+    The aspect ratio is kept. Both sides are then rounded to the nearest positive multiple of `size_divisor`.
     """
     short, long = min(height, width), max(height, width)
     if long * image_size > long_side * short:
@@ -18,12 +17,13 @@ def resized_size(height: int, width: int, image_size: int, long_side: int, multi
         new_long = min(long_side, max(1, new_short * long // short))
     else:
         new_short, new_long = image_size, image_size * long // short
-    if multiple > 1:
-        new_short, new_long = (max(1, (side + multiple // 2) // multiple) * multiple for side in (new_short, new_long))
+    if size_divisor > 1:
+        sides = (new_short, new_long)
+        new_short, new_long = (max(1, (side + size_divisor // 2) // size_divisor) * size_divisor for side in sides)
     return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
-def usual_size(config: ModelConfig) -> tuple[int, int]:
-    """(height, width) that an image of four by three comes to a model in."""
+def typical_input_size(config: ModelConfig) -> tuple[int, int]:
+    """Return the (height, width) of a 4:3 image after the resize."""
     side = config.image_size
     return resized_size(side, side * 4 // 3, side, config.long_side, config.size_divisor)

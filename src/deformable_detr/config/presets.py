@@ -1,7 +1,4 @@
-"""The variants: each a small function that says how it differs from the base.
-
-The functions return a `ModelConfig`; `config(name)` returns the whole `Config` that goes with a preset.
-"""
+"""The presets: each is a small function that states how it differs from its base."""
 
 from __future__ import annotations
 
@@ -13,17 +10,17 @@ from .schema import Config, ModelConfig, TrainConfig
 
 
 def multi_scale(**changes: Any) -> ModelConfig:
-    """The paper's base model: four levels at strides 8 to 64 (table 1, "Deformable DETR")."""
-    return ModelConfig.read(changes)
+    """The paper's base model: four levels, strides 8 to 64 (table 1, "Deformable DETR")."""
+    return ModelConfig.from_dict(changes)
 
 
 def single_scale(**changes: Any) -> ModelConfig:
-    """One level, the backbone's last map at stride 32 (table 1, "single scale")."""
+    """One level: the last feature map of the backbone, stride 32 (table 1, "single scale")."""
     return multi_scale(**{"num_feature_levels": 1, **changes})
 
 
 def single_scale_dc5(**changes: Any) -> ModelConfig:
-    """One level at stride 16: the last stage is dilated instead of strided (table 1, "single scale, DC5")."""
+    """One level at stride 16: the last stage is dilated (table 1, "single scale, DC5")."""
     return single_scale(**{"dilation": True, **changes})
 
 
@@ -33,40 +30,30 @@ def refine(**changes: Any) -> ModelConfig:
 
 
 def two_stage(**changes: Any) -> ModelConfig:
-    """Refinement, and queries that start from the encoder's own proposals (section 4.2, appendix A.4)."""
+    """Refinement with queries initialized from encoder proposals (section 4.2, appendix A.4)."""
     return refine(**{"two_stage": True, **changes})
 
 
 def small(**changes: Any) -> ModelConfig:
-    """For CPUs and small sets: a light backbone, half the width, fewer layers, and queries that learn faster.
+    """For CPUs and small datasets: a light backbone, half the width, fewer layers, faster convergence.
 
-    Two-stage with class-aware proposals whose tokens become the queries (DINO, RT-DETR), positions that follow the
-    boxes (DAB-DETR) and a look forward twice (DINO).
+    Two-stage with class-aware proposals and queries initialized from the encoder's tokens (DINO, RT-DETR), positions
+    that follow the boxes (DAB-DETR) and look forward twice (DINO).
     """
-    # On small images a stride that does not divide the side matters: maps then end beyond the image, each by another
-    # part of it, and some backbones shift them by whole pixels, so that boxes come out beside their objects.
-    base = {"backbone": "tf_efficientnet_lite0", "image_size": 480, "size_divisor": 32}
-    base |= {"num_queries": 100, "dropout": 0.0}
+    base = {"backbone": "tf_efficientnet_lite0", "image_size": 480, "num_queries": 100, "dropout": 0.0}
+    base["size_divisor"] = 32  # feature maps that overhang a small image shift its boxes
     base |= {"hidden_dim": 128, "num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512}
-    base |= {
-        "class_aware_proposals": True,
-        "query_init": "encoder",
-        "iterative_query_pos": True,
-        "look_forward_twice": True,
-    }
-    return two_stage(**{**base, **changes})
+    base |= {"class_aware_proposals": True, "query_init": "encoder", "iterative_query_pos": True}
+    return two_stage(**{**base, "look_forward_twice": True, **changes})
 
 
 def small_portable(**changes: Any) -> ModelConfig:
-    """`small` as transformers can run it: proposals and queries as in the paper, and positions that stay.
-
-    The look forward twice concerns training only, so it may stay.
-    """
+    """`small` limited to what transformers supports: the paper's proposals, queries and query positions."""
     base = {"class_aware_proposals": False, "query_init": "box", "iterative_query_pos": False}
     return small(**{**base, **changes})
 
 
-MODELS: dict[str, Callable[..., ModelConfig]] = {
+PRESETS: dict[str, Callable[..., ModelConfig]] = {
     "single-scale": single_scale,
     "single-scale-dc5": single_scale_dc5,
     "multi-scale": multi_scale,
@@ -78,23 +65,27 @@ MODELS: dict[str, Callable[..., ModelConfig]] = {
 
 
 def config(name: str) -> Config:
-    """The whole config of a preset: its model with the image size and training that go with it."""
-    if name not in MODELS:
-        raise UserError(f"unknown preset '{name}'; choose from {', '.join(MODELS)}")
-    model = MODELS[name]()
-    if name in ("small", "small-portable"):
-        train = TrainConfig(
-            epochs="auto",
-            eval_every="auto",
-            lr=1e-3,
-            backbone_lr_mult=0.2,
-            lr_schedule="cosine",
-            warmup_steps=100,
-            sampling_lr_mult=1.0,
-            clip_max_norm=1.0,
-            class_loss="mal",
-            num_denoising=100,
-            ema_decay=0.9998,
-        )
-        return Config(preset=name, model=model, train=train)
-    return Config(preset=name, model=model)
+    """Return the complete config of a preset: the model and its training recipe.
+
+    Raises:
+        UserError: There is no such preset.
+    """
+    if name not in PRESETS:
+        raise UserError(f"unknown preset '{name}'; choose from {', '.join(PRESETS)}")
+    model = PRESETS[name]()
+    if name not in ("small", "small-portable"):
+        return Config(preset=name, model=model)
+    train = TrainConfig(
+        epochs="auto",
+        eval_every="auto",
+        lr=1e-3,
+        backbone_lr_mult=0.2,
+        lr_schedule="cosine",
+        warmup_steps=100,
+        sampling_lr_mult=1.0,
+        clip_max_norm=1.0,
+        class_loss="mal",
+        num_denoising=100,
+        ema_decay=0.9998,
+    )
+    return Config(preset=name, model=model, train=train)

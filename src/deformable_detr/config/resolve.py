@@ -1,4 +1,4 @@
-"""From a preset, a file, `--set` and options to one checked config; the later of these wins."""
+"""From a preset, a file, `--set` and options to one validated config; later sources override earlier ones."""
 
 from __future__ import annotations
 
@@ -7,65 +7,112 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..utils.errors import UserError
 from . import presets
-from .schema import Config, merge, parse_overrides, read_config_file
+from .schema import Config
+from .section import merge
+
+DEFAULT_PRESET = "small"
 
 
-def resolve(
+def resolve_config(
     preset: str | None = None,
     file: str | Path | None = None,
     overrides: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-    default_preset: str = "small",
     config_of_weights: Callable[[str], Config] | None = None,
 ) -> Config:
-    """The config that a command runs with.
+    """Merge all sources of settings.
 
     Args:
-        preset: Name of the preset to start from; none given: the file's `preset`, else the network of the model that
-            "train.weights" names and the preset that it is like, else `default_preset`.
-        file: YAML with some or all keys of a `Config`.
-        overrides: `section.key=value` strings, values read as YAML.
-        options: Values by dotted key, for example {"train.epochs": 3}; None means not given. Of "train.epochs" and
-            "train.minutes", one alone ends the run: the preset's or the file's other one no longer counts.
-        default_preset: The preset if nothing names one.
-        config_of_weights: Returns the config for fine-tuning the model that "train.weights" names. Default: not used.
+        preset: Name of the preset to start from. Default: the preset of `overrides` or `file`, else the config of the
+            model that "train.weights" names, else `DEFAULT_PRESET`.
+        file: YAML file with any keys of a `Config`.
+        overrides: `section.key=value` strings; values are read as YAML.
+        options: Values by dotted key, for example {"train.epochs": 3}; None: not set. Setting only one of
+            "train.epochs" and "train.minutes" clears the other.
+        config_of_weights: Returns the config for fine-tuning the model that "train.weights" names.
 
     Raises:
-        UserError: For a key that does not exist or a value that cannot be; it names the key and where it stands.
+        UserError: A key is unknown or a value is invalid; the message names the key and its source.
     """
-    in_file = {} if file is None else read_config_file(file)
-    in_overrides = parse_overrides(overrides)
-    named = preset or in_overrides.pop("preset", None) or in_file.get("preset")
-    weights = _weights(options or {}, in_overrides, in_file)
-    if named is None and weights and config_of_weights:
+    option_values = _nested(options or {})
+    file_values = {} if file is None else read_config_file(file)
+    override_values = parse_overrides(overrides)
+    name = preset or override_values.pop("preset", None) or file_values.get("preset")
+    weights = _weights(option_values, override_values, file_values)
+    if name is None and weights and config_of_weights:
         base = config_of_weights(weights)
-        named = base.preset
+        name = base.preset
     else:
-        named = named or default_preset
-        if not isinstance(named, str):
-            raise UserError(f"preset must be a name, not {named!r}; choose from {', '.join(presets.MODELS)}")
-        base = presets.config(named)
-    layers = [
-        (f"config file {file}", {**in_file, "preset": named}),
-        ("--set", in_overrides),
-        ("options", _nested(options or {})),
+        name = name or DEFAULT_PRESET
+        if not isinstance(name, str):
+            raise UserError(f"preset must be a name, not {name!r}; choose from {', '.join(presets.PRESETS)}")
+        base = presets.config(name)
+    sources = [
+        (f"config file {file}", {**file_values, "preset": name}),
+        ("--set", override_values),
+        ("options", option_values),
     ]
     try:
-        return base.merged(reduce(merge, [changes for _, changes in layers]))
+        return base.updated(reduce(merge, [changes for _, changes in sources]))
     except UserError as error:
-        # What is wrong only together is nobody's fault in particular; anything else is named by where it stands.
-        for where, changes in layers:
-            base.merged(changes, where)
-        raise UserError(f"the settings together: {str(error).removeprefix('the config: ')}") from None
+        for source, changes in sources:  # name the source whose values are invalid by themselves
+            base.updated(changes, source)
+        raise UserError(f"combined settings: {str(error).removeprefix('config: ')}") from None
 
 
-def _weights(options: Mapping[str, Any], in_overrides: Mapping[str, Any], in_file: Mapping[str, Any]) -> str | None:
-    """The model to start from, where one is named; a bad value is told of when the layers are read."""
-    sections = [in_overrides.get("train"), in_file.get("train")]
-    named = [options.get("train.weights"), *(s.get("weights") for s in sections if isinstance(s, Mapping))]
-    return next((value for value in named if value and isinstance(value, str)), None)
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read the nested keys of a YAML file.
+
+    Raises:
+        UserError: The file is missing or is not a YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config file {path} is not valid YAML: {reason}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} must contain keys such as 'train:' and 'model:'")
+    return values
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Parse `section.key=value` strings of `--set` into nested keys; values are read as YAML.
+
+    Raises:
+        UserError: A string has no key or an invalid value.
+    """
+    nested: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {override}: expected KEY=VALUE, for example --set train.lr=1e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: the value is not valid YAML") from None
+        *sections, name = key.split(".")
+        parent = nested
+        for section in sections:
+            parent = parent.setdefault(section, {})
+            if not isinstance(parent, dict):
+                raise UserError(f"--set {override}: '{section}' already has a value")
+        parent[name] = value
+    return nested
+
+
+def _weights(*sources: Mapping[str, Any]) -> str | None:
+    """Return the first valid train.weights."""
+    sections = [section for source in sources if isinstance(section := source.get("train"), Mapping)]
+    return next((value for section in sections if (value := section.get("weights")) and isinstance(value, str)), None)
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,166 +1,169 @@
-"""Every setting of the product, validated in one place.
+"""All settings: model, data and training. `presets.py` defines how the variants differ from these defaults.
 
-A `Config` holds three frozen parts: the model, the data and the training. An unknown key or a bad value is a
-`UserError` of one line that names it. `presets.py` states how the variants differ from the defaults here.
+The string below each field is its description: the help of command-line options and the configuration reference.
 """
 
 from __future__ import annotations
 
-import difflib
-import types
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from ..utils.errors import UserError
+from .section import ConfigSection, merge
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Triple = tuple[float, float, float]
+RGB = tuple[float, float, float]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-    @classmethod
-    def read(cls, values: Mapping[str, Any], where: str = "the config") -> Self:
-        """The validated section; every problem is one `UserError` that names the key, the value and `where`."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise UserError(_explain(cls, error, where)) from None
-
-    def replace(self, **changes: Any) -> Self:
-        """A validated copy with some fields changed."""
-        return type(self).read({**self.model_dump(), **changes})
-
-
-class ResNetShape(_Section):
-    """A residual network of any size, for weights from elsewhere; timm has names for the usual ones."""
+class ResNetShape(ConfigSection):
+    """A ResNet of any size, for weights that do not come from timm."""
 
     block: Literal["basic", "bottleneck"] = "bottleneck"
-    depths: tuple[Positive, ...] = Field(default=(3, 4, 6, 3), min_length=1, description="blocks of each stage")
-    widths: tuple[Positive, ...] = Field(default=(256, 512, 1024, 2048), description="channels that each stage gives")
-    stem: Positive = Field(default=64, description="channels of the first convolution")
-    activation: Literal["relu", "gelu", "silu"] = Field(
-        default="relu", description="of the stem and at the end of each block; inside the blocks it is always ReLU"
-    )
-    stride_first: bool = Field(default=False, description="bottleneck: the first 1×1 convolution strides, not the 3×3")
+    """Kind of residual block."""
+    depths: tuple[PositiveInt, ...] = Field(default=(3, 4, 6, 3), min_length=1)
+    """Blocks per stage."""
+    widths: tuple[PositiveInt, ...] = (256, 512, 1024, 2048)
+    """Output channels of each stage."""
+    stem: PositiveInt = 64
+    """Channels of the first convolution."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Activation of the stem and at the end of each block; inside blocks it is ReLU."""
+    stride_first: bool = False
+    """Bottleneck: stride in the first 1×1 convolution instead of the 3×3."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if len(self.depths) != len(self.widths):
-            raise ValueError(f"depths has {len(self.depths)} stages and widths {len(self.widths)}")
+            raise ValueError(f"depths has {len(self.depths)} stages, but widths has {len(self.widths)}")
         return self
 
 
-class ModelConfig(_Section):
-    """The network. Defaults are the paper's multi-scale model (section 4 and appendix A.4)."""
+class ModelConfig(ConfigSection):
+    """The network. Defaults: the paper's multi-scale model (section 4, appendix A.4)."""
 
-    class_names: tuple[str, ...] = Field(default=(), description="names of the classes, in label order")
-    category_ids: tuple[int, ...] = Field(default=(), description="the data set's own id of each label")
-    num_classes: Positive = Field(default=91, description="class logits a query")
+    class_names: tuple[str, ...] = ()
+    """Class names in label order."""
+    category_ids: tuple[int, ...] = ()
+    """The dataset's category id of each label."""
+    num_classes: PositiveInt = 91
+    """Class logits per query."""
 
-    backbone: str = Field(default="resnet50", description="any timm model that gives feature maps")
-    backbone_shape: ResNetShape | None = Field(
-        default=None, description="a ResNet of this size instead of a timm model; without weights of its own"
-    )
-    backbone_weights: str = Field(default="hub", description="'hub', 'none' or the path of a safetensors file")
-    backbone_norm: Literal["auto", "frozen", "train"] = Field(
-        default="auto", description="batch norms of the backbone; auto: frozen where it starts from weights"
-    )
-    frozen_stages: NonNegative | None = Field(
-        default=None,
-        description="leading backbone stages kept fixed; none given: 2 where it starts from weights, else 0",
-    )
-    dilation: bool = Field(default=False, description="DC5: the last backbone stage keeps stride 16 by dilation")
-    num_feature_levels: Positive = Field(
-        default=4, description="1: the last feature map; more: strides 8, 16, 32, 64, …"
-    )
-    image_size: Positive = Field(default=800, description="short side of the input in pixels")
-    max_size: Positive | None = Field(default=None, description="long side at most; none: image_size × 1333 / 800")
-    size_divisor: Positive = Field(
-        default=1, description="sides of the input are rounded to multiples of so many pixels"
-    )
-    pixel_mean: Triple | None = Field(default=None, description="RGB mean in 0..1; none given: the backbone's own")
-    pixel_std: Triple | None = Field(default=None, description="RGB deviation in 0..1; none given: the backbone's own")
+    backbone: str = "resnet50"
+    """Name of a timm model that returns feature maps."""
+    backbone_shape: ResNetShape | None = None
+    """Use a ResNet of this shape instead of a timm model, without pretrained weights."""
+    backbone_weights: str = "hub"
+    """hub (download), none (random) or the path of a safetensors file."""
+    backbone_norm: Literal["auto", "frozen", "train"] = "auto"
+    """Batch norms of the backbone; auto: frozen if its weights are pretrained."""
+    frozen_stages: NonNegativeInt | None = None
+    """Number of frozen leading backbone stages. If omitted: 2 if pretrained, else 0."""
+    dilation: bool = False
+    """DC5: dilate the last backbone stage, which keeps stride 16."""
+    num_feature_levels: PositiveInt = 4
+    """1: only the last feature map; more: strides 8, 16, 32, 64, …"""
+    image_size: PositiveInt = 800
+    """Short side of the input in pixels."""
+    max_size: PositiveInt | None = None
+    """Maximum long side of the input in pixels. If omitted: image_size × 1333 / 800."""
+    size_divisor: PositiveInt = 1
+    """Round input sides to multiples of this many pixels."""
+    pixel_mean: RGB | None = None
+    """RGB mean in 0..1. If omitted: the backbone's."""
+    pixel_std: RGB | None = None
+    """RGB standard deviation in 0..1. If omitted: the backbone's."""
 
-    hidden_dim: Positive = 256
-    num_heads: Positive = 8
-    encoder_layers: NonNegative = 6
-    decoder_layers: Positive = 6
-    encoder_points: Positive = 4
-    decoder_points: Positive = 4
-    ffn_dim: Positive = 1024
+    hidden_dim: PositiveInt = 256
+    """Embedding dimension of the transformer."""
+    num_heads: PositiveInt = 8
+    """Attention heads."""
+    encoder_layers: NonNegativeInt = 6
+    """Encoder layers."""
+    decoder_layers: PositiveInt = 6
+    """Decoder layers."""
+    encoder_points: PositiveInt = 4
+    """Sampling points per head and level in the encoder."""
+    decoder_points: PositiveInt = 4
+    """Sampling points per head and level in the decoder."""
+    ffn_dim: PositiveInt = 1024
+    """Hidden dimension of the feed-forward networks."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout probability."""
     activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Activation of the feed-forward networks."""
     pre_norm: bool = False
+    """Normalize before each sublayer instead of after it."""
     position_encoding: Literal["sine", "learned"] = "sine"
-    num_queries: Positive = 300
-    refine: bool = Field(default=False, description="each decoder layer refines the boxes of the one before")
-    two_stage: bool = Field(default=False, description="the encoder proposes the queries' boxes; needs refine")
-    class_aware_proposals: bool = Field(
-        default=False, description="two-stage: proposals scored by their best class, not by 'object' (DINO)"
-    )
-    query_init: Literal["box", "learned", "encoder"] = Field(
-        default="box",
-        description="two-stage: queries start from the proposal's box (paper), from learned vectors (DINO's mixed "
-        "query selection) or from the encoder's token (RT-DETR)",
-    )
-    iterative_query_pos: bool = Field(
-        default=False, description="refine: query positions follow the refined boxes layer by layer (DAB-DETR)"
-    )
-    look_forward_twice: bool = Field(
-        default=False, description="refine: a layer's box loss also trains the layer before (DINO)"
-    )
-    gradient_checkpointing: bool = Field(default=False, description="recompute layers in the backward pass, for memory")
+    """Kind of position encoding."""
+    num_queries: PositiveInt = 300
+    """Object queries per image."""
+    refine: bool = False
+    """Each decoder layer refines the boxes of the previous layer."""
+    two_stage: bool = False
+    """Initialize the queries from encoder proposals; requires refine."""
+    class_aware_proposals: bool = False
+    """Two-stage: score proposals by their best class instead of objectness (DINO)."""
+    query_init: Literal["box", "learned", "encoder"] = "box"
+    """Two-stage: initialize queries from proposal boxes (paper), learned vectors (DINO) or encoder tokens (RT-DETR)."""
+    iterative_query_pos: bool = False
+    """Refine: compute query positions from the refined boxes in each layer (DAB-DETR)."""
+    look_forward_twice: bool = False
+    """Refine: the box loss of a layer also trains the previous layer (DINO)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(f"hidden_dim {self.hidden_dim} is no multiple of num_heads {self.num_heads}")
-        if self.hidden_dim % 4:
-            raise ValueError(f"hidden_dim {self.hidden_dim} is no multiple of 4, which the position encoding needs")
-        if self.two_stage and not self.refine:
-            raise ValueError("two_stage needs refine: true")
-        if self.two_stage and not self.encoder_layers:
-            raise ValueError("two_stage needs at least one encoder layer")
-        if not self.two_stage and (self.class_aware_proposals or self.query_init != "box"):
-            raise ValueError("class_aware_proposals and query_init are for two_stage: true")
-        if self.iterative_query_pos and not self.two_stage:
-            raise ValueError("iterative_query_pos needs two_stage: true, where queries have boxes from the start")
-        if self.look_forward_twice and not self.refine:
-            raise ValueError("look_forward_twice needs refine: true")
-        if self.backbone_shape and (self.dilation or self.backbone_weights != "none"):
-            raise ValueError("backbone_shape needs backbone_weights: none and has no dilation")
-        if self.dilation and self.num_feature_levels != 1:
-            raise ValueError("dilation (DC5) is for num_feature_levels: 1")
+    def _check_consistency(self) -> Self:
+        self._check_architecture()
         for name in ("class_names", "category_ids"):
             values = getattr(self, name)
             if values and len(values) != self.num_classes:
-                raise ValueError(f"{name} has {len(values)} entries for num_classes {self.num_classes}")
+                raise ValueError(f"{name} has {len(values)} entries, but num_classes is {self.num_classes}")
         if len(set(self.category_ids)) != len(self.category_ids):
-            raise ValueError("category_ids has an id twice")
+            raise ValueError("category_ids has duplicates")
         if self.pixel_std and min(self.pixel_std) <= 0:
-            raise ValueError("pixel_std must be above 0")
+            raise ValueError("pixel_std must be greater than 0")
         if self.max_size is not None and self.max_size < self.image_size:
-            raise ValueError(f"max_size {self.max_size} is under image_size {self.image_size}")
+            raise ValueError(f"max_size {self.max_size} is less than image_size {self.image_size}")
         return self
+
+    def _check_architecture(self) -> None:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(f"hidden_dim {self.hidden_dim} is not divisible by num_heads {self.num_heads}")
+        if self.hidden_dim % 4:
+            raise ValueError(f"hidden_dim {self.hidden_dim} is not divisible by 4 (required by the position encoding)")
+        if self.two_stage and not self.refine:
+            raise ValueError("two_stage requires refine: true")
+        if self.two_stage and not self.encoder_layers:
+            raise ValueError("two_stage requires at least one encoder layer")
+        if not self.two_stage and (self.class_aware_proposals or self.query_init != "box"):
+            raise ValueError("class_aware_proposals and query_init require two_stage: true")
+        if self.iterative_query_pos and not self.two_stage:
+            raise ValueError("iterative_query_pos requires two_stage: true")
+        if self.look_forward_twice and not self.refine:
+            raise ValueError("look_forward_twice requires refine: true")
+        if self.backbone_shape and (self.dilation or self.backbone_weights != "none"):
+            raise ValueError("backbone_shape requires backbone_weights: none and dilation: false")
+        if self.dilation and self.num_feature_levels != 1:
+            raise ValueError("dilation (DC5) requires num_feature_levels: 1")
 
     @property
     def long_side(self) -> int:
-        """The long side's limit in pixels."""
+        """Maximum long side of the input in pixels."""
         return self.max_size or round(self.image_size * 1333 / 800)
 
-    def without_download(self) -> ModelConfig:
-        """The same network for when its weights come from a file: nothing to fetch, and what was frozen stays so."""
+    def without_pretrained_backbone(self) -> ModelConfig:
+        """Return a config that downloads no backbone weights; what they froze stays frozen."""
         pretrained = self.backbone_weights != "none"
         return self.replace(
             backbone_weights="none",
@@ -169,207 +172,146 @@ class ModelConfig(_Section):
         )
 
 
-class DataConfig(_Section):
-    """Where the images are and how they become batches. Defaults are the paper's."""
+class DataConfig(ConfigSection):
+    """Where the images are, how they are augmented and batched. Defaults: the paper's augmentation."""
 
-    train_scales: tuple[PositiveFloat, PositiveFloat] = Field(
-        default=(0.6, 1.0), description="range of the short side in training, relative to image_size"
-    )
-    hflip_prob: Fraction = Field(default=0.5, description="chance of a horizontal flip in training")
-    crop_prob: Fraction = Field(default=0.5, description="chance of a random crop before the resize in training")
+    train_scales: tuple[PositiveFloat, PositiveFloat] = (0.6, 1.0)
+    """Training: range of the short side, relative to image_size."""
+    hflip_prob: Fraction = 0.5
+    """Training: probability of a horizontal flip."""
+    crop_prob: Fraction = 0.5
+    """Training: probability of a random crop before the resize."""
     train_split: str = "train"
+    """Name of the training split."""
     val_split: str = "val"
-    images: str | None = Field(default=None, description="folder of the training images, for sets in no known layout")
-    annotations: str | None = Field(default=None, description="COCO JSON of the training images, likewise")
+    """Name of the validation split."""
+    images: str | None = None
+    """Folder of the training images, if the dataset has no standard layout."""
+    annotations: str | None = None
+    """COCO JSON of the training images, if the dataset has no standard layout."""
     val_images: str | None = None
+    """Folder of the validation images, as for images."""
     val_annotations: str | None = None
-    min_visibility: Fraction = Field(
-        default=0.0, description="a crop is drawn again where it would leave less than this part of an object's area"
-    )
-    color_jitter_prob: Fraction = Field(
-        default=0.0, description="chance of another brightness, contrast and saturation in training (SSD)"
-    )
-    mosaic_prob: Fraction = Field(default=0.0, description="chance that three more images share the picture (YOLOv4)")
-    close_mosaic: Fraction = Field(default=0.8, description="part of the training after which there is no mosaic")
-    aspect_ratio_grouping: bool = Field(
-        default=False, description="images of like size and shape share a batch in training: less padding"
-    )
-    workers: NonNegative = Field(default=2, description="processes that load images; 0: none beside the main one")
-    # YAML reads off as false.
-    check: Annotated[Literal["auto", "full", "off"], BeforeValidator(lambda x: "off" if x is False else x)] = Field(
-        default="auto", description="look for faults in the set before training; auto: at most 40 seconds; full: all"
-    )
+    """COCO JSON of the validation images, as for annotations."""
+    min_visibility: Fraction = 0.0
+    """Redraw a crop that leaves less than this fraction of any object's area."""
+    color_jitter_prob: Fraction = 0.0
+    """Training: probability of jittering brightness, contrast and saturation (SSD)."""
+    mosaic_prob: Fraction = 0.0
+    """Training: probability of combining four images into one (YOLOv4)."""
+    close_mosaic: Fraction = 0.8
+    """Disable mosaic after this fraction of the training."""
+    aspect_ratio_grouping: bool = False
+    """Training: batch images of similar size and shape, which reduces padding."""
+    workers: NonNegativeInt = 2
+    """Processes that load images; 0: load in the main process."""
+    check: Annotated[
+        Literal["auto", "full", "off"],
+        BeforeValidator(lambda value: "off" if value is False else value),  # YAML reads off as false
+    ] = "auto"
+    """Validate the dataset before training; auto: at most 40 seconds; full: all images."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.train_scales[0] > self.train_scales[1]:
             raise ValueError("train_scales must be (smallest, largest)")
         return self
 
 
-class TrainConfig(_Section):
-    """The optimization. Defaults are the paper's (section 5 and the published configurations)."""
+class TrainConfig(ConfigSection):
+    """The optimization. Defaults: the paper's (section 5 and its published configurations)."""
 
-    weights: str | None = Field(
-        default=None, description="model to start from: a folder, a hub id or an official checkpoint; none: no model"
-    )
-    epochs: Positive | Literal["auto"] | None = Field(
-        default=50,
-        description="stop after so many epochs; auto: by the number of training images; none: as minutes say",
-    )
-    minutes: PositiveFloat | None = Field(
-        default=None, description="stop after so many minutes of training, evaluation and saving not counted"
-    )
-    batch_size: Positive = Field(default=4, description="images that a process has in memory at a time")
-    total_batch_size: Positive | None = Field(
-        default=None, description="images an optimizer step, over all processes; none: batch_size in each process"
-    )
+    weights: str | None = None
+    """Model to fine-tune: a run or model folder, a transformers folder or hub id, an official .pth."""
+    epochs: PositiveInt | Literal["auto"] | None = 50
+    """Maximum number of epochs; auto: chosen from the number of training images; none: use minutes."""
+    minutes: PositiveFloat | None = None
+    """Maximum minutes of training; evaluation and saving do not count."""
+    batch_size: PositiveInt = 4
+    """Images per process in each forward pass."""
+    total_batch_size: PositiveInt | None = None
+    """Images per optimizer step over all processes. If omitted: batch_size per process."""
     lr: PositiveFloat = 2e-4
-    base_batch_size: Positive | None = Field(
-        default=None,
-        description="images an optimizer step that lr is meant for; none: 4 with total_batch_size, else batch_size",
-    )
-    backbone_lr_mult: Weight = Field(default=0.1, description="backbone's learning rate, relative to lr")
-    sampling_lr_mult: Weight = Field(
-        default=0.1, description="learning rate of sampling offsets and reference points, relative to lr"
-    )
-    weight_decay: Weight = 1e-4
-    clip_max_norm: Weight = Field(default=0.1, description="limit of the gradient's norm; 0: none")
-    warmup_steps: NonNegative = 0
+    """Learning rate at base_batch_size; scaled by the square root of the batch size ratio."""
+    base_batch_size: PositiveInt | None = None
+    """Images per optimizer step that lr is tuned for. If omitted: 4 if total_batch_size is set, else batch_size."""
+    backbone_lr_mult: NonNegativeFloat = 0.1
+    """Learning rate of the backbone, relative to lr."""
+    sampling_lr_mult: NonNegativeFloat = 0.1
+    """Learning rate of sampling offsets and reference points, relative to lr."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay of AdamW."""
+    clip_max_norm: NonNegativeFloat = 0.1
+    """Maximum gradient norm; 0: no clipping."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear learning-rate warmup."""
     lr_schedule: Literal["step", "cosine"] = "step"
-    lr_drop: Fraction = Field(default=0.8, description="part of the training after which lr falls to a tenth")
+    """Learning-rate schedule."""
+    lr_drop: Fraction = 0.8
+    """Step schedule: divide lr by 10 after this fraction of the training."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    device: str = Field(default="auto", description="auto: cuda where there is one, then mps, else cpu")
-    seed: NonNegative = 0
-    eval_every: Positive | Literal["auto"] = Field(
-        default=1, description="epochs between evaluations; auto: 1, more for small sets"
-    )
-    patience: Positive | None = Field(default=None, description="stop after so many evaluations without a better AP")
-    log_every: Positive = Field(default=20, description="steps between lines of metrics.jsonl")
+    """Number format of autocast."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 or mps; auto: cuda, else mps, else cpu."""
+    seed: NonNegativeInt = 0
+    """Random seed."""
+    eval_every: PositiveInt | Literal["auto"] = 1
+    """Epochs between evaluations; auto: 1, more for small datasets."""
+    patience: PositiveInt | None = None
+    """Stop after this many evaluations without an improvement of AP."""
+    log_every: PositiveInt = 20
+    """Steps between lines of metrics.jsonl."""
 
-    class_cost: Weight = 2.0
-    l1_cost: Weight = 5.0
-    giou_cost: Weight = 2.0
-    class_weight: Weight = 2.0
-    l1_weight: Weight = 5.0
-    giou_weight: Weight = 2.0
+    class_cost: NonNegativeFloat = 2.0
+    """Weight of the class cost in the matcher."""
+    l1_cost: NonNegativeFloat = 5.0
+    """Weight of the L1 box cost in the matcher."""
+    giou_cost: NonNegativeFloat = 2.0
+    """Weight of the GIoU cost in the matcher."""
+    class_weight: NonNegativeFloat = 2.0
+    """Weight of the classification loss."""
+    l1_weight: NonNegativeFloat = 5.0
+    """Weight of the L1 box loss."""
+    giou_weight: NonNegativeFloat = 2.0
+    """Weight of the GIoU loss."""
     focal_alpha: Fraction = 0.25
-    focal_gamma: Weight = 2.0
+    """Alpha of the focal loss."""
+    focal_gamma: NonNegativeFloat = 2.0
+    """Gamma of the focal loss."""
     auxiliary_loss: bool = True
+    """Also apply the losses to each intermediate decoder layer."""
 
-    class_loss: Literal["focal", "mal"] = Field(
-        default="focal", description="focal (paper), or mal: matchability-aware loss, targets follow the IoU (DEIM)"
-    )
-    num_denoising: NonNegative = Field(default=0, description="extra denoising queries, about; 0: none (DINO: 100)")
-    box_noise: Weight = Field(default=1.0, description="of denoising: how far sides move, relative to half a side")
-    label_noise: Fraction = Field(default=0.5, description="of denoising: twice the part of labels drawn anew")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="decay a step of the averaged weights that are evaluated and kept; 0: none"
-    )
+    class_loss: Literal["focal", "mal"] = "focal"
+    """Classification loss: focal (paper), or mal with IoU-aware targets (DEIM)."""
+    num_denoising: NonNegativeInt = 0
+    """Approximate number of denoising queries; 0: none (DINO: 100)."""
+    box_noise: NonNegativeFloat = 1.0
+    """Denoising: maximum shift of box sides, relative to half the box size."""
+    label_noise: Fraction = 0.5
+    """Denoising: twice the fraction of replaced labels."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per step of the weight average that is evaluated and saved; 0: no average."""
 
     @model_validator(mode="after")
-    def _ends(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.epochs is None and self.minutes is None:
-            raise ValueError("give epochs or minutes, or the training would never end")
+            raise ValueError("set epochs or minutes; otherwise training never ends")
         return self
 
 
-class Config(_Section):
-    """Everything that a run depends on."""
+class Config(ConfigSection):
+    """All settings of a run."""
 
     preset: str = "multi-scale"
+    """Name of the preset that the config started from."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 
     def to_yaml(self) -> str:
-        """The config as YAML that `read_config` takes back."""
+        """Return the config as YAML, for `--config` and `resolve.read_config_file`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
-    def merged(self, changes: Mapping[str, Any], where: str = "the config") -> Config:
-        """A validated copy with nested `changes` laid over it."""
-        return Config.read(merge(self.model_dump(), changes), where)
-
-
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The nested keys of a YAML file; a missing or malformed file is a `UserError`."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"config file {path} is not valid YAML: {line}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"config file {path} must hold keys such as 'train:' and 'model:'")
-    return values
-
-
-def parse_overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """Nested keys from `section.key=value` strings, as `--set` takes them; values are read as YAML."""
-    nested: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {setting}: write KEY=VALUE, for example --set train.lr=1e-4")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {setting}: the value is not valid YAML") from None
-        *sections, last = key.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise UserError(f"--set {setting}: '{section}' was given a value before")
-        place[last] = value
-    return nested
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested keys with `changes` laid over them: a section merges, anything else replaces."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _explain(section: type[BaseModel], error: ValidationError, where: str) -> str:
-    """One line for the first problem: the key with its path, what is wrong, and what would be right."""
-    problems: dict[tuple[str, ...], list[ErrorDetails]] = {}  # where a value may be of two kinds, it failed for both
-    for one in error.errors(include_url=False):
-        problems.setdefault(_known_path(section, one["loc"], one["type"]), []).append(one)
-    path, (problem, *others) = next(iter(problems.items()))
-    key = ".".join(path) or section.__name__
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(section, path[:-1])
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
-        return f"{where}: unknown key '{key}'; {hint}{more}"
-    message = problem["msg"].removeprefix("Value error, ")
-    message += "".join(f" or {other['msg'].removeprefix('Input should be ')}" for other in others)
-    value = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
-    return f"{where}: {key}: {message[0].lower()}{message[1:]}{value}{more}"
-
-
-def _known_path(section: type[BaseModel], place: Sequence[str | int], kind: str) -> tuple[str, ...]:
-    """Where a problem is, without the kinds of value that pydantic puts at the end."""
-    path = tuple(map(str, place))
-    end = next((end for end, part in enumerate(path) if part not in _fields_at(section, path[:end])), len(path))
-    return path[: end + 1] if kind == "extra_forbidden" else path[:end]
-
-
-def _fields_at(section: type[BaseModel], path: Sequence[str]) -> list[str]:
-    for part in path:
-        field = section.model_fields.get(part)
-        kind = field.annotation if field else None
-        options = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        inner = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not inner:
-            return []
-        section = inner[0]
-    return list(section.model_fields)
+    def updated(self, changes: Mapping[str, Any], source: str = "config") -> Config:
+        """Return a validated copy with nested changes merged in; see `from_dict`."""
+        return Config.from_dict(merge(self.model_dump(), changes), source)

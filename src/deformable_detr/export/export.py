@@ -165,7 +165,7 @@ def _plain(model: DeformableDETR) -> DeformableDETR:
 def _config(model: DeformableDETR):
     """The config with all that a file has to know by itself."""
     mean, std = (model.get_buffer(name).tolist() for name in ("pixel_mean", "pixel_std"))
-    return model.config.without_download().replace(pixel_mean=tuple(mean), pixel_std=tuple(std))
+    return model.config.without_pretrained_backbone().replace(pixel_mean=tuple(mean), pixel_std=tuple(std))
 
 
 def _ap(

@@ -56,7 +56,7 @@ class Described(NamedTuple):
                 raise UserError(f"{where} has version {values['version']!r}; this release reads {VERSION}")
             size = values["image_size"]
             return cls(
-                ModelConfig.read(values["model"], where),
+                ModelConfig.from_dict(values["model"], where),
                 None if size is None else (int(size[0]), int(size[1])),
                 values["precision"], values["sampling"], values["post_processing"],
             )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..config.image_size import usual_size
+from ..config.image_size import typical_input_size
 from ..config.schema import ModelConfig
 from ..data.dataloader import collate
 from ..data.transforms import resize
@@ -173,7 +173,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         side = self.config.image_size
-        pixels = torch.zeros(3, *(self._canvas or usual_size(self.config)), dtype=torch.uint8)
+        pixels = torch.zeros(3, *(self._canvas or typical_input_size(self.config)), dtype=torch.uint8)
         began = time.perf_counter()
         self._detect([_Image(pixels, (side, side), 100)])
         self._seconds = time.perf_counter() - began

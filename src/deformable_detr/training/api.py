@@ -6,7 +6,7 @@ import difflib
 import os
 from typing import Any
 
-from ..config.resolve import resolve
+from ..config.resolve import resolve_config
 from ..config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from ..utils.errors import UserError
 from ..weights.finetune import starting_config
@@ -25,7 +25,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains a detector on the data set at `data`; the run and the best model are then in the folder `out`.
 
-    preset: the variant to start from (`presets.MODELS`); none: the network of `weights`, where they are given, and
+    preset: the variant to start from (`presets.PRESETS`); none: the network of `weights`, where they are given, and
         "small" where they are not.
     settings: any keys of the config by their own names, `epochs=3, image_size=320, hflip_prob=0.0`; those of the model
         and the training also together, `train={"epochs": 3}, model={"num_queries": 50}`. Of `epochs` and `minutes`, one
@@ -47,11 +47,11 @@ def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, setti
     base = (
         run_config(out)
         if resume
-        else resolve(
+        else resolve_config(
             preset, options={"train.weights": values.get("train", {}).get("weights")}, config_of_weights=starting_config
         )
     )
-    return base.merged(values, "train()")
+    return base.updated(values, "train()")
 
 
 def _by_section(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:

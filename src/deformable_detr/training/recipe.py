@@ -28,7 +28,7 @@ def for_size(config: Config, images: int) -> tuple[Config, str | None]:
     if not chosen:
         return config, None
     said = ", ".join(f"train.{name}={value}" for name, value in chosen.items())
-    return config.merged({"train": chosen}), f"for {images} training images: {said}"
+    return config.updated({"train": chosen}), f"for {images} training images: {said}"
 
 
 def auto_epochs(images: int) -> int:

@@ -12,7 +12,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.schema import Config, ModelConfig, read_config_file
+from ..config.resolve import read_config_file
+from ..config.schema import Config, ModelConfig
 from ..utils.errors import UserError
 from ..utils.files import replace_text
 from .checkpoint import KEPT, generations, load_checkpoint, load_state, save_checkpoint, share_as_folder
@@ -114,7 +115,7 @@ class RunDir:
         if not (found := self._latest_good()):
             return None
         tensors, state = found
-        before, now = ModelConfig.read(state["model"], str(self.last)), config.model
+        before, now = ModelConfig.from_dict(state["model"], str(self.last)), config.model
         if (before.class_names, before.category_ids) != (now.class_names, now.category_ids):
             raise UserError(
                 f"cannot resume {self.path}: the training set's classes are not those of the run "
@@ -196,7 +197,7 @@ def run_config(out: str | os.PathLike[str]) -> Config:
     path = Path(out) / CONFIG
     if not path.is_file():
         raise UserError(f"nothing to resume: there is no run in {out}; leave --resume out to start one")
-    return Config.read(read_config_file(path), str(path))
+    return Config.from_dict(read_config_file(path), str(path))
 
 
 def fingerprint(dataset: CocoDataset) -> str:

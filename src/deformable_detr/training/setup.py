@@ -45,7 +45,7 @@ def same_batch(config: Config, state: Mapping[str, Any], world: DistributedConte
         "total_batch_size": state["total_batch_size"],
         "base_batch_size": config.train.base_batch_size or config.train.batch_size,
     }
-    return config.merged({"train": batch})
+    return config.updated({"train": batch})
 
 
 def with_classes(config: Config, dataset: CocoDataset) -> Config:
@@ -55,7 +55,7 @@ def with_classes(config: Config, dataset: CocoDataset) -> Config:
         "class_names": tuple(category.name for category in categories),
         "category_ids": tuple(category.id for category in categories),
     }
-    return config.merged({"model": classes}, "the training set")
+    return config.updated({"model": classes}, "the training set")
 
 
 def build(config: Config, restored: bool, speaks: bool = True) -> DeformableDETR:
@@ -67,7 +67,7 @@ def build(config: Config, restored: bool, speaks: bool = True) -> DeformableDETR
         log.warning(note)
     if config.train.weights and not restored:
         return begin(config.model, config.train.weights, print if speaks else lambda line: None, DeformableDETR)
-    return DeformableDETR(config.model.without_download() if restored else config.model)
+    return DeformableDETR(config.model.without_pretrained_backbone() if restored else config.model)
 
 
 def seed_all(*numbers: int) -> None:

@@ -126,7 +126,7 @@ class Trainer:
                 "total_batch_size": self.effective,
                 "base_batch_size": config.train.base_batch_size or config.train.batch_size,
             }
-            config = config.merged({"train": batch})
+            config = config.updated({"train": batch})
         self.config, train = config, config.train
         # `for_size` left no "auto".
         self.epochs, self.eval_every = cast("int | None", train.epochs), cast("int", train.eval_every)

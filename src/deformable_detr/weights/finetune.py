@@ -59,7 +59,7 @@ def starting_config(source: str | os.PathLike[str]) -> Config:
     """
     found, _, _ = read(source)
     kept = {name: value for name, value in found.model_dump().items() if name not in _NOT_INHERITED}
-    model = ModelConfig.read({**kept, "backbone_weights": "none"}, f"the network of {source}")
+    model = ModelConfig.from_dict({**kept, "backbone_weights": "none"}, f"the network of {source}")
     alike = (
         "num_feature_levels",
         "dilation",
@@ -71,11 +71,11 @@ def starting_config(source: str | os.PathLike[str]) -> Config:
     )
 
     def likeness(name: str) -> tuple[bool, int, int]:
-        preset = presets.MODELS[name]()
+        preset = presets.PRESETS[name]()
         same = {field for field in alike if getattr(preset, field) == getattr(model, field)}
         return "two_stage" in same, len(same), _shared(preset, model)
 
-    nearest = max(presets.MODELS, key=likeness)
+    nearest = max(presets.PRESETS, key=likeness)
     return presets.config(nearest).replace(model=model)
 
 
@@ -90,7 +90,7 @@ def begin(
     Pretrained weights of the backbone are only fetched where the source has another backbone.
     """
     found = read(source)
-    model = network_class(config.without_download() if _base(found[0]) == _base(config) else config)
+    model = network_class(config.without_pretrained_backbone() if _base(found[0]) == _base(config) else config)
     _transfer(model, found[0], found[1], source, say)
     return model
 

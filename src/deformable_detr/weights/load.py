@@ -50,7 +50,7 @@ def load(source: str | os.PathLike[str], network_class: type[N] = DeformableDETR
                 f"{source} has {what} {getattr(config, what)}; more would be untrained: "
                 "train them with `deformable-detr train DATA --weights SOURCE`"
             )
-        model = network_class(changed.without_download())
+        model = network_class(changed.without_pretrained_backbone())
         state, _ = resized(state, config, model)
     return filled(model, state)
 

@@ -45,7 +45,7 @@ def read(folder: Path, network_class: type[N] = DeformableDETRNetwork) -> tuple[
 
     Raises UserError for a missing, foreign or broken folder.
     """
-    config = read_config(folder).without_download()
+    config = read_config(folder).without_pretrained_backbone()
     state, _ = read_safetensors(folder / WEIGHTS)
     check_sizes(config, state, folder / CONFIG)
     model = network_class(config)
@@ -73,4 +73,4 @@ def read_config(folder: Path) -> ModelConfig:
     values = described.get("model")
     if not isinstance(values, dict):
         raise UserError(f"{path} has no model section")
-    return ModelConfig.read(values, str(path))
+    return ModelConfig.from_dict(values, str(path))

@@ -84,7 +84,7 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
     if backbone not in _BACKBONES:
         raise UserError(f"{path}: backbone {backbone!r}; the official code has {', '.join(_BACKBONES)}")
     classes = found.pop("num_classes")
-    return ModelConfig.read(
+    return ModelConfig.from_dict(
         {
             "class_names": COCO_91 if classes == len(COCO_91) else (),
             "category_ids": tuple(range(classes)),
@@ -207,7 +207,7 @@ def _with_own_fields(config: ModelConfig, described: Any) -> ModelConfig:
     if not isinstance(described, Mapping) or not isinstance(described.get("model"), Mapping):
         return config
     try:
-        own = ModelConfig.read(described["model"]).without_download()
+        own = ModelConfig.from_dict(described["model"]).without_pretrained_backbone()
         return config.replace(**{field: getattr(own, field) for field in _OWN_FIELDS})
     except UserError:
         return config  # written by another release, or of other classes; all that it adds is convenience

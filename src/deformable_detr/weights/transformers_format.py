@@ -111,7 +111,7 @@ def read_config(described: Mapping[str, Any], preprocessor: Mapping[str, Any], p
     if not isinstance(values["d_model"], int) or values["d_model"] % 32:
         raise UserError(f"{path}: d_model {values['d_model']} is no multiple of 32")
     names = _class_names(described, path)
-    return ModelConfig.read(
+    return ModelConfig.from_dict(
         {
             **_read_backbone(values, path),
             **processor_settings(preprocessor, path.with_name(PREPROCESSOR)),
@@ -239,7 +239,7 @@ def _read_backbone(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     shape = {**_RESNET_DEFAULTS, **{key: value for key, value in (backbone or {}).items() if value is not None}}
     if shape["num_channels"] != 3 or shape["downsample_in_first_stage"]:
         raise UserError(f"{path}: a ResNet with num_channels 3 and without downsample_in_first_stage is known here")
-    known = ResNetShape.read(
+    known = ResNetShape.from_dict(
         {
             "block": shape["layer_type"],
             "depths": shape["depths"],
@@ -325,7 +325,7 @@ def _with_own_fields(config: ModelConfig, described: str | None) -> ModelConfig:
     if described is None:
         return config
     try:
-        own = ModelConfig.read(json.loads(described)).without_download()
+        own = ModelConfig.from_dict(json.loads(described)).without_pretrained_backbone()
         changes = {field: getattr(own, field) for field in _OWN_FIELDS}
         default = tuple(f"LABEL_{label}" for label in range(config.num_classes))
         if not own.class_names and config.class_names == default:

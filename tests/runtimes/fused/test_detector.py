@@ -19,7 +19,7 @@ TINY = {
     "encoder_layers": 2, "decoder_layers": 3, "num_queries": 20, "num_classes": 5,
 }  # fmt: skip
 VARIANTS = {
-    **{name: (name, {}) for name in presets.MODELS},
+    **{name: (name, {}) for name in presets.PRESETS},
     "lite backbone": ("small", {"backbone": "tf_efficientnet_lite0"}),
     "pre-norm, learned positions, gelu": (
         "multi-scale", {"pre_norm": True, "position_encoding": "learned", "activation": "gelu"},
@@ -32,7 +32,7 @@ VARIANTS = {
 
 def model(name: str = "refine", **changes) -> DeformableDETR:
     torch.manual_seed(0)
-    return lively(DeformableDETR(presets.MODELS[name](**{**TINY, **changes}))).eval()
+    return lively(DeformableDETR(presets.PRESETS[name](**{**TINY, **changes}))).eval()
 
 
 def batch(size: int, padded: bool):

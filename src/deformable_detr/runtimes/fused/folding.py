@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ...config.image_size import usual_size
+from ...config.image_size import typical_input_size
 
 if TYPE_CHECKING:
     from ...config.schema import ModelConfig
@@ -39,7 +39,7 @@ def example(body: nn.Module, config: ModelConfig, like: Tensor, size: tuple[int,
     """Pixels (1, 3, height, width) of noise that the backbone takes: of `size`, or where that is too small, or not of
     its windows, as images of the config's size have them.
     """
-    image = usual_size(config)
+    image = typical_input_size(config)
     generator = torch.Generator().manual_seed(0)
     for height, width in (size, image):
         pixels = torch.randn(1, 3, height, width, generator=generator).to(like)

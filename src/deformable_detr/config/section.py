@@ -1,0 +1,88 @@
+"""The base class of the config's sections: immutable, validated, with one-line errors."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from ..utils.errors import UserError
+
+
+class ConfigSection(BaseModel):
+    """A group of settings."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Self:
+        """Validate nested values.
+
+        Args:
+            values: Values by field name.
+            source: Where the values come from; error messages start with it.
+
+        Raises:
+            UserError: A key is unknown or a value is invalid.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(_error_message(cls, error, source)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a validated copy with some fields changed."""
+        return type(self).from_dict({**self.model_dump(), **changes})
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested `changes` into a copy of `base`: mappings are merged, other values replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _error_message(section: type[BaseModel], error: ValidationError, source: str) -> str:
+    """Describe the first problem in one line: source, key, reason, valid alternatives."""
+    problems: dict[tuple[str, ...], list[ErrorDetails]] = {}  # a union field has one error per member
+    for details in error.errors(include_url=False):
+        problems.setdefault(_key_path(section, details["loc"], details["type"]), []).append(details)
+    path, (problem, *alternatives) = next(iter(problems.items()))
+    key = ".".join(path) or section.__name__
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        names = _field_names(section, path[:-1])
+        close = difflib.get_close_matches(path[-1], names, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"valid keys: {', '.join(names)}"
+        return f"{source}: unknown key '{key}'; {hint}{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message += "".join(f" or {other['msg'].removeprefix('Input should be ')}" for other in alternatives)
+    value = "" if isinstance(problem["input"], dict | BaseModel) else f" (got {problem['input']!r})"
+    return f"{source}: {key}: {message[0].lower()}{message[1:]}{value}{more}"
+
+
+def _key_path(section: type[BaseModel], location: Sequence[str | int], error_type: str) -> tuple[str, ...]:
+    """Return the key of an error, without the union members that pydantic appends."""
+    path = tuple(map(str, location))
+    end = next((end for end, part in enumerate(path) if part not in _field_names(section, path[:end])), len(path))
+    return path[: end + 1] if error_type == "extra_forbidden" else path[:end]
+
+
+def _field_names(section: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = section.model_fields.get(part)
+        annotation = field.annotation if field else None
+        members = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        nested = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+        if not nested:
+            return []
+        section = nested[0]
+    return list(section.model_fields)
