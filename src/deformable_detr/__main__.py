@@ -1,20 +1,10 @@
-"""The command line: `deformable-detr` and `python -m deformable_detr`."""
+"""Entry point of `deformable-detr` and `python -m deformable_detr`."""
 
 from __future__ import annotations
 
-import sys
+from .cli import main as run
 
-from .utils.process import begin_without_thread_caches, compares
-
-
-def run() -> None:
-    """The command that this program was started with; see `cli.main`."""
-    if not compares(sys.argv[1:]):
-        begin_without_thread_caches()
-    from .cli import main  # takes a while: not before it is clear that the program goes on
-
-    main()
-
+__all__ = ["run"]
 
 if __name__ == "__main__":
     run()

@@ -133,7 +133,7 @@ def test_an_empty_argument_is_not_the_current_folder(run, trained, arguments, pl
     (["model", "--repeats", 0], "--repeats 0: must be 1 or more"),
     (["model", "--batches", 2, "--batches", 0], "--batches 0: must be 1 or more"),
     (["model", "--threads", 0], "--threads 0: must be 1 or more"),
-    (["model", "--json", "a.svg", "--picture", "./a.svg"], "--picture a.svg: --json goes there too"),
+    (["model", "--json", "a.svg", "--picture", "./a.svg"], "--picture a.svg: --json writes the same file"),
     (["op", "--repeats", 0], "--repeats 0: must be 1 or more"),
     (["train", "--dropout", 2], "dropout"),
     (["train", "--batch-size", 0], "--batch-size 0: must be 1 or more"),
@@ -157,7 +157,7 @@ def test_two_outputs_are_not_one_file(run, data, trained, tmp_path):
     for command in commands:
         code, _, err = run(*command)
         assert code == 2
-        assert "goes there too; name another file" in err
+        assert "writes the same file; choose another path" in err
         assert not list(tmp_path.iterdir())
 
 

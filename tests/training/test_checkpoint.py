@@ -133,7 +133,7 @@ def test_disk_full_is_one_line_and_the_one_before_stays(tmp_path, monkeypatch):
     def full(path, text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "replace_text", full)
+    monkeypatch.setattr(checkpoint, "replace_file", full)
     with pytest.raises(UserError, match="No space left"):
         save_checkpoint(tmp_path, tensors(2.0), {"step": 2})
     monkeypatch.undo()

@@ -55,16 +55,16 @@ WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (mo
     [
         (
             torch.OutOfMemoryError(CUDA),
-            ["memory of the device is full (2.00 GiB more wanted)", "--batch-size (now 4", "--total-batch-size",
+            ["the device is out of memory (tried to allocate 2.00 GiB)", "--batch-size (now 4", "--total-batch-size",
              "--image-size (now 64)", "gradient_checkpointing"],
         ),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), ["memory of the device", "--batch-size"]),
-        (RuntimeError(CPU), ["memory of this machine", "--batch-size", "--workers"]),
-        (MemoryError(), ["memory of this machine", "--batch-size", "--workers"]),
-        (MemoryError(WORKER + "MemoryError"), ["memory of this machine"]),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), ["device is out of memory", "--batch-size"]),
+        (RuntimeError(CPU), ["this machine is out of memory", "--batch-size", "--workers"]),
+        (MemoryError(), ["this machine is out of memory", "--batch-size", "--workers"]),
+        (MemoryError(WORKER + "MemoryError"), ["this machine is out of memory"]),
         (
             RuntimeError("DataLoader worker (pid 71) is killed by signal: Killed. "),
-            ["was killed (Killed)", "--workers (now 2; 0: none)", "--batch-size (now 4)"],
+            ["was killed (Killed)", "--workers (now 2; 0 loads in the main process)", "--batch-size (now 4)"],
         ),
         (
             RuntimeError("DataLoader worker (pid 71) is killed by signal: Segmentation fault. Details are lost."),
@@ -78,10 +78,10 @@ WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (mo
             ),
             ["/dev/shm", "--workers", "--shm-size"],
         ),
-        (OSError(errno.ENOSPC, "No space left on device", "runs/a/x"), ["runs/a/x: No space left on device", "room"]),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/a/x"), ["runs/a/x: No space left", "free some disk"]),
         (OSError(errno.EMFILE, "Too many open files"), ["Too many open files", "--workers", "ulimit"]),
         (
-            OSError(WORKER + "OSError: [Errno 24] Too many open files"), ["Too many open files, in a process", "ulimit"]
+            OSError(WORKER + "OSError: [Errno 24] Too many open files"), ["files, in a data loader process", "ulimit"]
         ),
         (PermissionError(errno.EACCES, "Permission denied", "runs/a"), ["runs/a: Permission denied"]),
     ],
@@ -142,7 +142,7 @@ def raiser(error):
 def test_memory_of_the_device_full(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         broken_in_epoch_2(patched, raiser(torch.OutOfMemoryError(CUDA)))
-        with pytest.raises(UserError, match=r"memory of the device is full.*the last checkpoint is good"):
+        with pytest.raises(UserError, match=r"the device is out of memory.*the last checkpoint is good"):
             train_model(data, tmp_path / "run", tiny_config())
     good_until_epoch_1(tmp_path / "run")
     assert train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)["step"] == 4
@@ -161,7 +161,7 @@ def test_a_killed_loader(data, tmp_path, monkeypatch):
     config = tiny_config().updated({"data": {"workers": 1}})
     with monkeypatch.context() as patched:
         broken_in_epoch_2(patched, kill)
-        with pytest.raises(UserError, match=r"loads images was killed.*--workers \(now 1.*the last checkpoint is good"):
+        with pytest.raises(UserError, match=r"loader process was killed.*--workers \(now 1.*last checkpoint is good"):
             train_model(data, out, config)
     good_until_epoch_1(out)
     assert train_model(data, out, run_config(out), resume=True)["step"] == 4

@@ -15,7 +15,7 @@ import torch
 from ..detector import DeformableDETR
 from ..export import export_model, load
 from ..utils.errors import UserError
-from ..utils.files import SUFFIXES, write_json
+from ..utils.files import EXPORT_SUFFIXES, write_json
 from .rounds import described, in_turn
 
 
@@ -31,7 +31,7 @@ class Form(NamedTuple):
 
 
 EAGER, OPTIMIZED = Form("eager"), Form("optimized")
-FORMS = tuple(Form(kind, sampling) for kind in SUFFIXES for sampling in ("grid_sample", "gather"))
+FORMS = tuple(Form(kind, sampling) for kind in EXPORT_SUFFIXES for sampling in ("grid_sample", "gather"))
 INT8 = (Form("onnx", "grid_sample", "int8"), Form("openvino", "grid_sample", "int8"))  # with a data set
 
 
@@ -75,7 +75,7 @@ def measure(
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for number, form in enumerate(forms):
-            path = Path(folder) / f"{number}{SUFFIXES[form.runtime]}"
+            path = Path(folder) / f"{number}{EXPORT_SUFFIXES[form.runtime]}"
             kind, sampling, precision = form
             try:
                 measured = {"data": data, "report": report} if precision == "int8" else {}

@@ -14,7 +14,7 @@ import torch
 
 from ..ops.native import library
 from ..runtimes.fused import onednn
-from ..utils.process import give_back
+from ..utils.process import malloc_trim
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def memory_peak(call: Callable[[], object], device: str) -> float | None:
     if sys.platform != "linux":
         return None
     library.release_scratch()
-    give_back()
+    malloc_trim()
     before, peak, done = resident_mib(), 0.0, threading.Event()
 
     def watch() -> None:

@@ -15,7 +15,7 @@ from itertools import pairwise
 from cyclopts import CycloptsError
 
 from ..utils.errors import UserError
-from ..utils.process import compares, keep_fewer_kernels, retain_freed_memory, shorten_omp_spin
+from ..utils.process import limit_primitive_caches, retain_freed_memory, shorten_omp_spin
 from . import deploy, infer, measuring, train
 from .app import app
 from .options import complain
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that it reads all the same; others are errors
     _tidy_up_at_sigterm()
     retain_freed_memory()
-    if not compares(words):
-        keep_fewer_kernels()
+    if words[:1] != ["benchmark"]:  # it compares with programs that do not change these settings
+        limit_primitive_caches()
         shorten_omp_spin()
     try:
         try:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..structures import ImageBatch, Target
 from ..utils.errors import UserError
-from ..utils.process import give_back
+from ..utils.process import malloc_trim
 
 Sample = tuple[Tensor, Target]
 Batch = tuple[ImageBatch, list[Target]]
@@ -87,7 +87,7 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.num_workers and self._iterator is None:
             # Workers are about to be forked. They hold each page as it is now: where we write again, there are two.
-            give_back()
+            malloc_trim()
         for batch in super().__iter__():
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import DataConfig
-from ..utils.failures import machine_failures
+from ..utils.failures import explain_machine_errors
 from .evaluator import Evaluated, dataset_for, detect_dataset
 
 
@@ -33,7 +33,7 @@ def evaluate_models(
 
     detectors = [load_detector(model, device, precision) for model in models]
     sets = [dataset_for(detector, data, split, data_config) for detector in detectors]
-    with machine_failures(batch_size, workers):
+    with explain_machine_errors(batch_size, workers):
         found = [
             detect_dataset(detector, dataset, batch_size, workers, limit)
             for detector, dataset in zip(detectors, sets, strict=True)

@@ -18,7 +18,7 @@ from ..detector import load_detector
 from ..model.postprocess import postprocess
 from ..predict.predictor import evaluating, forward, model_categories
 from ..utils.errors import UserError
-from ..utils.failures import machine_failures
+from ..utils.failures import explain_machine_errors
 from .metrics import Counted, Metrics, figures
 from .metrics import count as count_detections
 
@@ -89,7 +89,7 @@ def detect(
         loaded: nn.Module = load_detector(model, device)
         model = loaded
     dataset = dataset_for(model, data, split, data_config)
-    with machine_failures(batch_size, workers):
+    with explain_machine_errors(batch_size, workers):
         return detect_dataset(model, dataset, batch_size, workers, limit, progress)
 
 

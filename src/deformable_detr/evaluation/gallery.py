@@ -39,7 +39,7 @@ class Gallery:
             log.warning("the gallery in %s was not written: %s", self.folder, error.strerror or error)
 
     def _add(self, dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> None:
-        from ..utils.files import replace_text
+        from ..utils.files import replace_file
 
         places = np.unique(
             np.linspace(0, len(dataset) - 1, min(MOST_IMAGES, len(dataset))).round().astype(int)
@@ -48,7 +48,7 @@ class Gallery:
         described = self.folder / "images.json"
         if _ids(described) != identities:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_text(described, json.dumps(_describe(dataset, places, identities), ensure_ascii=False))
+            replace_file(described, json.dumps(_describe(dataset, places, identities), ensure_ascii=False))
         labels = {category.id: label for label, category in enumerate(dataset.categories)}
         found: dict[int, list[list[float]]] = defaultdict(list)
         wanted = set(identities)

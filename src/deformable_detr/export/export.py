@@ -17,7 +17,7 @@ from ..detector import DeformableDETR
 from ..runtimes.detector import ExportedDetector, load
 from ..runtimes.metadata import Described
 from ..utils.errors import UserError
-from ..utils.files import SUFFIXES, prepare_file
+from ..utils.files import EXPORT_SUFFIXES, prepare_files
 from ..utils.packages import need
 from .formats import write
 from .graph import InferenceGraph, Sampling, trace
@@ -121,15 +121,15 @@ def export_model(
 def _check(
     path: Path, to: str, precision: str, image_size: tuple[int, int] | None, data: object, model: DeformableDETR
 ) -> None:
-    if path.suffix != SUFFIXES[to]:
-        raise UserError(f"--out {path}: a file for {to} ends in {SUFFIXES[to]}")
+    if path.suffix != EXPORT_SUFFIXES[to]:
+        raise UserError(f"--out {path}: a file for {to} ends in {EXPORT_SUFFIXES[to]}")
     if precision == "int8" and to == "torch":
         raise UserError("--precision int8: for onnx and openvino; PyTorch's own file has no form for it")
     if precision != "fp32" and data is None:
         raise UserError(f"--precision {precision} needs --data DATA, to measure what it costs")
     if image_size is not None and min(image_size) < 32:
         raise UserError(f"--image-size {image_size[0]},{image_size[1]}: each side must be 32 pixels at least")
-    prepare_file(path, "--out")
+    prepare_files({"--out": path})
     beside = path.with_suffix(".bin")
     if to == "openvino" and beside.exists() and (beside.is_dir() or not path.exists()):
         raise UserError(f"--out {path}: its weights go to {beside}, where there is something else; choose another name")

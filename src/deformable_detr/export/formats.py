@@ -25,7 +25,7 @@ def write(
     post_processing: bool,
     change: Callable[[Any], Any] = lambda proto: proto,
 ) -> None:
-    """Writes the graph as `kind` (a key of SUFFIXES) with the metadata; OpenVINO has a .bin beside the .xml.
+    """Writes the graph as `kind` (a key of EXPORT_SUFFIXES) with the metadata; OpenVINO has a .bin beside the .xml.
 
     change: what is done to the ONNX model on the way to either ONNX or OpenVINO.
     """

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..structures import Detections
 from ..utils.errors import UserError
-from ..utils.files import temporary_file
+from ..utils.files import temporary_path
 from ..visualize.draw import draw_on, enlargement
 from .predictor import predict_iter
 
@@ -148,7 +148,7 @@ class VideoWriter:
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path, self.rate = path, rate
         self._av = load_av()
-        self._temporary = temporary_file(path)
+        self._temporary = temporary_path(path)
         self._container: Any = None
         self._ticks = -1
 
@@ -252,7 +252,7 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = temporary_file(path)
+        self._temporary = temporary_path(path)
         self._written = False
 
     def add(self, facts: dict[str, Any], detections: Detections) -> None:

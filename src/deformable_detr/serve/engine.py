@@ -23,7 +23,7 @@ from ..data.transforms import resize
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..predict.predictor import evaluating, forward, model_categories
 from ..structures import Detections, Target
-from ..utils.process import give_back
+from ..utils.process import malloc_trim
 from .batching import Batcher
 from .decoding import LARGE, decode, open_picture
 from .limits import HttpError, Limits
@@ -161,7 +161,7 @@ class Engine:
             finally:
                 image.close()
                 if large:  # hundreds of MiB, kept as the model's buffers are, which nobody may need again
-                    give_back()
+                    malloc_trim()
 
         result = await self._in(self._large_reader if large else self._readers, work)
         self.metrics.read_seconds.observe(time.perf_counter() - began)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import checksum, refuse_changed, replace_text
+from ..utils.files import checksum, replace_file, verify_checksum
 
 KEPT = 2  # generations in a folder: the last, and the one before to fall back to
 _FORMAT = "deformable-detr-checkpoint"
@@ -51,7 +51,7 @@ def save_checkpoint(
             _write_tensors(path, values)
             files[group] = {"name": path.name, "sha256": checksum(path)}
         _sync(folder)
-        replace_text(folder / f"state-{serial}.json", _to_json({"files": files, "state": dict(state)}))
+        replace_file(folder / f"state-{serial}.json", _to_json({"files": files, "state": dict(state)}))
         _sync(folder)
     except OSError as error:
         for path in written:
@@ -68,7 +68,7 @@ def update_state(folder: Path, state: Mapping[str, Any]) -> None:
     path = _latest(folder)
     document = {**_read(path), "state": dict(state)}
     try:
-        replace_text(path, _to_json(document))
+        replace_file(path, _to_json(document))
     except OSError as error:
         raise _not_written(folder, error) from None
 
@@ -93,7 +93,7 @@ def load_checkpoint(source: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
     tensors = {}
     for group, file in document["files"].items():
         path = path.with_name(file["name"])
-        refuse_changed(path, file["sha256"])
+        verify_checksum(path, file["sha256"])
         try:
             tensors[group] = load_file(path)
         except OSError as error:

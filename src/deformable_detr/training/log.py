@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..utils.errors import UserError
-from ..utils.files import replace_text
+from ..utils.files import replace_file
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class MetricsLog:
         self._path = path = folder / "metrics.jsonl"
         try:
             if path.exists():
-                replace_text(path, "".join(_lines_until(path, step, step if evaluated is None else evaluated)))
+                replace_file(path, "".join(_lines_until(path, step, step if evaluated is None else evaluated)))
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         except OSError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.resolve import read_config_file
 from ..config.schema import Config, ModelConfig
 from ..utils.errors import UserError
-from ..utils.files import replace_text
+from ..utils.files import replace_file
 from .checkpoint import KEPT, generations, load_checkpoint, load_state, save_checkpoint, share_as_folder
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class RunDir:
 
     def write_config(self, config: Config) -> None:
         """Puts the whole config into config.yaml."""
-        replace_text(self.path / CONFIG, config.to_yaml())
+        replace_file(self.path / CONFIG, config.to_yaml())
 
     def save(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], best: bool = False) -> None:
         """Makes these the last checkpoint, the one before stays too; or the best, of which there is one."""

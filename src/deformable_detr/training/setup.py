@@ -13,7 +13,7 @@ import torch
 
 from ..config.schema import Config
 from ..distributed.context import DistributedContext
-from ..utils.failures import machine_failures
+from ..utils.failures import explain_machine_errors
 from .checkpoint import generations
 from .run_dir import RunDir
 
@@ -89,7 +89,7 @@ def machine_errors_as_user_errors(folder: RunDir, config: Config) -> AbstractCon
         f"use a smaller --batch-size (now {train.batch_size}; --total-batch-size keeps what the optimizer sees) or "
         f"--image-size (now {model.image_size}), or --set model.gradient_checkpointing=true"
     )
-    return machine_failures(train.batch_size, config.data.workers, smaller, lambda: f"; {_saved(folder)}")
+    return explain_machine_errors(train.batch_size, config.data.workers, smaller, lambda: f"; {_saved(folder)}")
 
 
 def _saved(folder: RunDir) -> str:

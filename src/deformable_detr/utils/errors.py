@@ -1,10 +1,11 @@
-"""The one exception for mistakes that a user can mend."""
+"""The exception for mistakes that a user can fix."""
 
 
 class UserError(Exception):
-    """A mistake in the user's input: its message is one line that names the file, record or option, and the mend.
+    """A mistake in the user's input.
 
-    The command line prints it without a traceback and exits with code 2.
+    The message is one line: the file, record or option, what is wrong, and how to fix it. The command line prints it
+    without a traceback and exits with code 2.
     """
 
 

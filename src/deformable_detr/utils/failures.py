@@ -1,4 +1,4 @@
-"""What a machine can do to a training (full memory, full disk, killed processes), said in one line with the mend."""
+"""Failures of the machine (memory or disk full, killed processes) as one-line errors."""
 
 from __future__ import annotations
 
@@ -6,70 +6,69 @@ import errno
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-import torch
+from .errors import UserError, first_line
 
-from .errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
-_MENDS = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room in your quota",
+_FIXES = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some space in your disk quota",
     errno.EMFILE: "use fewer --workers, or raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "use fewer --workers, or raise the machine's limit of open files",
+    errno.ENFILE: "use fewer --workers, or raise the system's limit of open files",
     errno.ENOMEM: "use fewer --workers or a smaller --batch-size",
 }
+_OTHER_FIX = "fix this and try again"
 
 
 @contextmanager
-def machine_failures(
-    batch_size: int, workers: int, smaller: str | None = None, then: Callable[[], str] = lambda: ""
+def explain_machine_errors(
+    batch_size: int, workers: int, memory_fix: str | None = None, suffix: Callable[[], str] = lambda: ""
 ) -> Iterator[None]:
-    """As `machine_errors_as_user_errors`, for an evaluation.
+    """Raise a `UserError` instead of an error that the machine caused; other errors pass unchanged.
 
-    smaller: what to make so in full memory; then: gives the line's end.
+    Args:
+        batch_size, workers: The values of `--batch-size` and `--workers`, for the message.
+        memory_fix: What to do if memory is full. Default: use a smaller batch size.
+        suffix: Returns text to append to the message.
+
+    Raises:
+        UserError: Memory or disk is full, too many files are open, or a data loader process was killed.
     """
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        line = _line(error, smaller or f"use a smaller --batch-size (now {batch_size})", batch_size, workers)
-        if line is None:
+        memory_fix = memory_fix or f"use a smaller --batch-size (now {batch_size})"
+        message = _explain(error, memory_fix, batch_size, workers)
+        if message is None:
             raise
-        raise UserError(line + then()) from error
+        raise UserError(message + suffix()) from error
 
 
-def _line(error: Exception, smaller: str, batch_size: int, workers: int) -> str | None:
-    """Cause and mend; None for an error that is none of the machine's. smaller: what to make so in full memory."""
+def _explain(error: Exception, memory_fix: str, batch_size: int, workers: int) -> str | None:
+    """Return cause and fix; None if the machine is not the cause."""
     text = str(error)
-    own = text.strip().splitlines()[-1].strip() if text.strip() else type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text.lower():
-        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
-        return f"the memory of the device is full{f' ({wanted[1]} more wanted)' if wanted else ''}: {smaller}"
+    if "out of memory" in text.lower():
+        size = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        return f"the device is out of memory{f' (tried to allocate {size[1]})' if size else ''}: {memory_fix}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return f"the memory of this machine is full: {smaller}, or use fewer --workers"
+        return f"this machine is out of memory: {memory_fix}, or use fewer --workers"
     if killed := re.search(r"DataLoader worker \(pid.*?\) (?:is|was) killed by signal: ([\w ]+)", text):
-        return _killed(killed[1].strip(), batch_size, workers)
+        return _explain_killed_worker(killed[1].strip(), batch_size, workers)
     if re.search(r"DataLoader worker \(pid.*?exited unexpectedly", text):
-        return _killed("", batch_size, workers)
+        return _explain_killed_worker("", batch_size, workers)
     if isinstance(error, OSError) and error.errno is not None:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or own}: {_MENDS.get(error.errno, 'mend that')}"
-    if "DataLoader worker" in text and (number := re.search(r"\[Errno (\d+)\] ([^\n]*)", text)):
-        return f"{number[2]}, in a process that loads images: {_MENDS.get(int(number[1]), 'mend that')}"
+        prefix = f"{error.filename}: " if error.filename else ""
+        return f"{prefix}{error.strerror or first_line(error)}: {_FIXES.get(error.errno, _OTHER_FIX)}"
+    if "DataLoader worker" in text and (match := re.search(r"\[Errno (\d+)\] ([^\n]*)", text)):
+        return f"{match[2]}, in a data loader process: {_FIXES.get(int(match[1]), _OTHER_FIX)}"
     return None
 
 
-def _killed(how: str, batch_size: int, workers: int) -> str:
-    if how == "Bus error":
-        return (
-            f"shared memory is full (/dev/shm), of which a process that loads images died: use fewer --workers "
-            f"(now {workers}) or make it larger (docker run --shm-size)"
-        )
-    said = f" ({how})" if how else ""
+def _explain_killed_worker(signal: str, batch_size: int, workers: int) -> str:
+    fewer = f"use fewer --workers (now {workers}; 0 loads in the main process)"
+    if signal == "Bus error":
+        return f"shared memory (/dev/shm) is full: {fewer}, or increase it (docker run --shm-size)"
+    name = f" ({signal})" if signal else ""
     return (
-        f"a process that loads images was killed{said}, as the system does where memory is full: use fewer --workers "
-        f"(now {workers}; 0: none) or a smaller --batch-size (now {batch_size})"
+        f"a data loader process was killed{name}, probably because memory is full: {fewer} "
+        f"or a smaller --batch-size (now {batch_size})"
     )

@@ -1,4 +1,4 @@
-"""Files: read with clear errors, written whole or not at all, checksums."""
+"""Read and write files: atomic replacement, early checks of output paths, checksums."""
 
 from __future__ import annotations
 
@@ -10,92 +10,81 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from stat import S_ISDIR
 from typing import Any
 
 from .errors import UserError, first_line
 
-_MOST_JSON = 100 * 2**20  # bytes; the index of a model in a thousand shards has a few millions
+EXPORT_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+
+_MAX_JSON_BYTES = 100 * 2**20  # the index of a model in a thousand shards has a few MB
+
+FileContent = str | Callable[[Path], object]
+
+
+def is_exported(source: str | os.PathLike[str]) -> bool:
+    """Return whether a path has the suffix of an exported model: .onnx, .xml or .pt2."""
+    return Path(source).suffix in EXPORT_SUFFIXES.values()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. Raises UserError where it is missing or holds anything else."""
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: The file is missing, larger than 100 MiB, or does not hold a JSON object.
+    """
     try:
-        if path.stat().st_size > _MOST_JSON:
-            raise UserError(f"{path} has {path.stat().st_size >> 20} MiB: no config or index is as large")
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise UserError(f"{path} has {path.stat().st_size >> 20} MiB, too many for a config or an index")
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} does not hold a JSON object")
     return values
 
 
-def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """Writes each file of a folder by its function, whole or not at all. Raises UserError where that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, write in files.items():
-            replace_file(folder / name, write)
-    except OSError as error:
-        raise UserError(f"folder {folder} cannot be written: {error.strerror or error}") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # what it raises for a full disk
-            raise
-        raise UserError(f"folder {folder} cannot be written: {first_line(error)}") from None
-
-
-def temporary_file(path: Path) -> Path:
-    """A hidden name beside `path`, this process's own, and no longer than names may be."""
-    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    return path.with_name(f".{name}.{os.getpid()}.tmp")
-
-
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refuse_changed(path: Path, expected: str) -> None:
-    """Raises UserError where a checkpoint's file cannot be read, or its SHA-256 is not the expected one."""
+def verify_checksum(path: Path, expected: str) -> None:
+    """Raise `UserError` if a checkpoint file cannot be read or its SHA-256 is not the expected one."""
     try:
-        found = checksum(path)
+        actual = checksum(path)
     except OSError as error:
         raise UserError(f"checkpoint file {path} cannot be read: {error.strerror or error}") from None
-    if found != expected:
+    if actual != expected:
         raise UserError(f"checkpoint file {path} is damaged (its checksum is wrong)")
 
 
-def is_stream(path: Path) -> bool:
-    """Whether it is there and no regular file nor folder, or this process's own input or output."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    own = str(path).startswith(("/dev/fd/", "/dev/std", "/proc/"))
-    return own or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+def replace_file(path: Path, content: FileContent) -> None:
+    """Replace a file atomically: its temporary file is flushed to the disk, then renamed.
 
+    A symbolic link stays and its target is replaced. Devices and pipes are written to.
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then puts it in place: never half a file.
+    Args:
+        path: The file; its folder must exist.
+        content: The text, or a function that writes the file at the path it is given.
 
-    A link stays one: what it names is replaced. A device or a pipe stays too and is written to.
+    Raises OSError if this fails; the old file is then unchanged.
     """
     if is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
-            write(whole := Path(folder, path.name))
+            temporary = Path(folder, path.name)
+            _write(temporary, content)
             with open(path, "ab") as stream:
-                stream.write(whole.read_bytes())
+                stream.write(temporary.read_bytes())
         return
     path = Path(os.path.realpath(path))
-    temporary = temporary_file(path)
+    temporary = temporary_path(path)
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would make it private
-        write(temporary)
+        mode = temporary.stat().st_mode  # follows the umask; safetensors would make the file private
+        _write(temporary, content)
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -104,79 +93,94 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def json_text(values: Mapping[str, Any]) -> Callable[[Path], object]:
-    """A writer of `values` as JSON, for `write_files`."""
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    return lambda path: path.write_text(text, encoding="utf-8")
+def write_files(folder: Path, files: Mapping[str, FileContent]) -> None:
+    """Write files in a folder with `replace_file`; create the folder if needed. Raises UserError if this fails."""
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            path = folder / name
+            replace_file(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # raised by safetensors if the disk is full
+            raise
+        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one text file, as `write_files` does."""
+    write_files(path.parent, {path.name: text})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON file, as `write_files` does."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return a value as indented JSON. Raises ValueError for NaN and infinity."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def prepare_files(outputs: Mapping[str, Path | None]) -> None:
-    """`prepare_file` for each option that was given; also `UserError` where two of them would write one file."""
-    taken: dict[Path, str] = {}
-    for option, path in outputs.items():
-        if path is not None and (other := taken.setdefault(path.resolve(), option)) != option:
-            raise UserError(f"{option} {path}: {other} goes there too; name another file")
-    for option, path in outputs.items():
-        if path is not None:
-            prepare_file(path, option)
+    """Create the folders of output files, and check before long work that each file can be written.
+
+    Args:
+        outputs: The path of each option; None if the option is not given.
+
+    Raises:
+        UserError: A file cannot be written, or two options name the same file.
+    """
+    options: dict[Path, str] = {}
+    paths = {option: path for option, path in outputs.items() if path is not None}
+    for option, path in paths.items():
+        if (other := options.setdefault(path.resolve(), option)) != option:
+            raise UserError(f"{option} {path}: {other} writes the same file; choose another path")
+    for option, path in paths.items():
+        if is_stream(path):
+            continue
+        try:
+            with suppress(FileNotFoundError):
+                if stat.S_ISDIR(os.stat(path).st_mode):
+                    raise UserError(f"{option} {path}: is a folder; name a file")
+            _create_writable(Path(os.path.realpath(path)).parent)  # `replace_file` replaces the target of a link
+        except OSError as error:
+            raise UserError(f"{option} {path}: cannot be written: {error.strerror or error}") from None
 
 
 def prepare_folder(folder: Path, option: str) -> Path:
-    """The folder, made where missing. Raises UserError, naming the option, where nothing can be written there."""
+    """Create an output folder and check that it is writable. Raises UserError, naming the option, if it is not."""
     try:
-        _try(folder)
+        _create_writable(folder)
     except OSError as error:
         raise UserError(f"{option} {folder}: cannot write there: {error.strerror or error}") from None
     return folder
 
 
-def prepare_file(path: Path, option: str) -> None:
-    """Makes sure, before long work, that the file can be written afterwards. Raises UserError naming the option.
+def temporary_path(path: Path) -> Path:
+    """Return the path of a hidden temporary file beside `path` that no other process uses."""
+    return path.with_name(f".{path.name[:60]}.{os.getpid()}.tmp")
 
-    Devices and pipes are written to as they are.
-    """
-    if is_stream(path):
-        return
+
+def is_stream(path: Path) -> bool:
+    """Return whether a path is a device, a pipe, or an open file of this process such as /dev/stdout."""
     try:
-        with suppress(FileNotFoundError):
-            if S_ISDIR(os.stat(path).st_mode):
-                raise UserError(f"{option} {path}: is a folder, name a file")
-        _try(Path(os.path.realpath(path)).parent)  # a link's file is replaced, not the link
-    except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written: {error.strerror or error}") from None
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return str(path).startswith(("/dev/fd/", "/dev/std", "/proc/")) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _try(folder: Path) -> None:
+def _write(path: Path, content: FileContent) -> None:
+    if isinstance(content, str):
+        path.write_bytes(content.encode("utf-8", errors="backslashreplace"))  # file names can hold undecodable bytes
+    else:
+        content(path)
+
+
+def _create_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
-
-
-def write_text(path: Path, text: str) -> None:
-    """The text as a file, its folder made where missing. Raises UserError where it cannot be written.
-
-    What is no text in the name of a file is written as \\udc80.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of the value as JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-
-
-def is_exported(source: str | os.PathLike[str]) -> bool:
-    """Whether a path ends as exported models do: .onnx, .xml or .pt2."""
-    return Path(source).suffix in SUFFIXES.values()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replaces the file at once by one with this text, flushed to the disk."""
-    replace_file(path, lambda temporary: temporary.write_bytes(text.encode()))  # the same bytes on all systems

@@ -1,4 +1,4 @@
-"""Any picture to one form: a uint8 RGB tensor, upright."""
+"""Read images of any format into upright uint8 RGB tensors."""
 
 from __future__ import annotations
 
@@ -6,103 +6,91 @@ import io
 import os
 import stat
 import struct
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import UserError
 
-_ORIENTATION = 0x0112  # the EXIF tag
-TURNED = (5, 6, 7, 8)  # its values that exchange width and height
+TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 
 def read_image(source: ImageSource) -> Tensor:
-    """The picture as uint8 RGB, (3, H, W), on the CPU and independent of the source's memory.
+    """Read an image as uint8 RGB, (3, H, W), on the CPU; the result shares no memory with the source.
 
-    source: a path, a PIL image, a uint8 array (H, W, 3) (also (H, W), (H, W, 1) gray, (H, W, 4) RGBA, and uint16
-    (H, W)), or a uint8 tensor (3, H, W) (also (1, H, W) gray). The first frame of a film or a multi-page file.
+    - EXIF orientation is applied.
+    - Transparent pixels are blended with white.
+    - 16-bit gray is divided by 257, so 65535 becomes 255.
+    - Integers (mode I) in 0..65535 are read as 16-bit. Floats (mode F) in 0..1 or 0..255 are read in that range. Other
+      values are stretched from their minimum and maximum to 0..255; NaN becomes 0.
 
-    - EXIF orientation is applied: height and width are those of the upright picture.
-    - Transparency is laid over white, as on a page.
-    - 16-bit gray is divided by 257, so 65535 becomes 255; nothing saturates. 32-bit whole numbers (mode I) are taken
-      as 16-bit where they fit. Real numbers (mode F) are taken as 0..1 where they fit, else as 0..255. What fits
-      neither is stretched from its own minimum and maximum; NaN becomes 0.
-    - Pictures above Pillow's limit (`PIL.Image.MAX_IMAGE_PIXELS`, 89 megapixels) are refused before they are decoded.
+    Args:
+        source: A path, a PIL image, a uint8 array (H, W, 3), (H, W, 4) RGBA, (H, W) or (H, W, 1) gray, a uint16 array
+            (H, W), or a uint8 tensor (3, H, W) or (1, H, W). Of several frames or pages, the first is read.
 
-    Raises `UserError`, naming the file, for anything that is no whole picture.
+    Raises:
+        UserError: The source is not a readable image, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`; large
+            images are refused before they are decoded. The message names the file.
     """
     if isinstance(source, Tensor):
         return _from_tensor(source)
     if isinstance(source, np.ndarray):
-        return _to_tensor(_rgb(_from_array(source)))
+        return _to_tensor(_to_rgb(_from_array(source)))
     if isinstance(source, Image.Image):
         return _decode(source, getattr(source, "filename", "") or "the PIL image")
     if not isinstance(source, str | os.PathLike):
         raise UserError(f"an image must be a path, PIL image, array or tensor, not {type(source).__name__}")
     name = os.fspath(source)
-    _refuse_no_file(name)
-    try:
-        image = Image.open(name)
-    except Exception as error:  # decoders raise whatever they like on broken bytes
-        raise _unreadable(name, error) from error
-    with image:
-        return _decode(image, name)
+    _require_file(name)
+    return _open(name, name)
 
 
 def decode_image(data: bytes, name: str) -> Tensor:
-    """`read_image` of a file's bytes; `name` is what errors call them."""
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # its message has an address in memory, another one each time
-        raise _unreadable(name, ValueError("of no known image format" if data else "no bytes")) from None
-    except Exception as error:  # decoders raise whatever they like on broken bytes
-        raise _unreadable(name, error) from error
-    with image:
-        return _decode(image, name)
+    """Decode the bytes of an image file as `read_image` does; errors call it `name`."""
+    return _open(io.BytesIO(data), name)
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) of the upright picture, from the file's header alone; `UserError` as `read_image` raises it."""
+    """Return (height, width) of the upright image from the file's header. Raises UserError as `read_image` does."""
     return read_header(path)[0]
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int]:
-    """`read_size`, and the EXIF orientation: 1 upright; 5 to 8 turn the stored picture by a quarter."""
+    """Return the size as `read_size` does, and the EXIF orientation, 1 to 8."""
     name = os.fspath(path)
-    _refuse_no_file(name)
+    _require_file(name)
     try:
         with Image.open(name) as image:
-            _refuse_program(image)
+            _refuse_vector_graphics(image)
             width, height = image.size
             orientation = _orientation(image) if _may_have_exif(image, name) else 1
-    except Exception as error:  # decoders raise whatever they like on broken bytes
+    except Exception as error:
         raise _unreadable(name, error) from error
-    _refuse_size(name, width, height)
-    return ((width, height) if orientation in TURNED else (height, width)), orientation
+    _check_size(name, width, height)
+    return ((width, height) if orientation in TRANSPOSED_ORIENTATIONS else (height, width)), orientation
 
 
-def _refuse_no_file(name: str) -> None:
-    """Folders, and pipes, at which reading would wait for ever."""
+def _require_file(name: str) -> None:
+    """Refuse folders, and pipes, which would block the reader."""
     try:
         mode = os.stat(name).st_mode
     except (OSError, ValueError):
-        raise UserError(f"{name}: no such image file; put it there or leave it out") from None
+        raise UserError(f"{name}: no such image file; add the file or remove its entry") from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{name}: cannot be read as an image (it is no file); put the image there")
+        raise UserError(f"{name}: cannot be read as an image (not a regular file); replace it or remove its entry")
 
 
 def _may_have_exif(image: Image.Image, name: str) -> bool:
-    """False for a PNG without EXIF, which Pillow would decode as a whole to be sure."""
+    """Return False for a PNG without an EXIF chunk, because `getexif` would decode all of it."""
     if image.format != "PNG" or image.info.keys() & {"exif", "Raw profile type exif"}:
         return True
     with open(name, "rb") as file:
         file.seek(8)
-        while len(head := file.read(8)) == 8:  # length and type of a chunk; four bytes of checksum end it
+        while len(head := file.read(8)) == 8:  # length and type of a chunk, before its data and a 4-byte checksum
             if head[4:] == b"eXIf":
                 return True
             file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
@@ -110,75 +98,82 @@ def _may_have_exif(image: Image.Image, name: str) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 too where the EXIF is broken: the pixels need not be."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):  # damaged EXIF; the pixels may be intact
         return 1
 
 
-def _refuse_size(name: str, width: int, height: int) -> None:
+def _check_size(name: str, width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise UserError(
-            f"{name}: {width} × {height} pixels are above the limit of {limit / 1e6:.0f} megapixels; "
-            "cut it into tiles or make it smaller first"
+            f"{name}: {width} × {height} pixels exceed the limit of {limit / 1e6:.0f} megapixels; "
+            "cut it into tiles or downscale it first"
         )
     if not width or not height:
         raise UserError(f"{name}: an image without pixels ({width} × {height}); replace or remove it")
 
 
-def _refuse_program(image: Image.Image) -> None:
-    """PostScript is a program, which Pillow would hand to Ghostscript."""
-    if image.format in ("EPS", "WMF"):
-        raise ValueError(f"{image.format} is not read, it is a drawing")
+def _refuse_vector_graphics(image: Image.Image) -> None:
+    if image.format in ("EPS", "WMF"):  # Pillow would run Ghostscript on a PostScript program
+        raise ValueError(f"{image.format} is a vector format, which is not supported")
+
+
+def _open(file: str | io.BytesIO, name: str) -> Tensor:
+    try:
+        image = Image.open(file)
+    except Exception as error:  # decoders raise any exception for damaged data
+        raise _unreadable(name, error) from error
+    with image:
+        return _decode(image, name)
 
 
 def _decode(image: Image.Image, name: str) -> Tensor:
-    _refuse_size(name, *image.size)
+    _check_size(name, *image.size)
     try:
-        _refuse_program(image)
+        _refuse_vector_graphics(image)
         image.load()
-        return _to_tensor(_rgb(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image))
-    except Exception as error:  # truncated data and broken headers come as many kinds of error
+        return _to_tensor(_to_rgb(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image))
+    except Exception as error:
         raise _unreadable(name, error) from error
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
     if isinstance(error, Image.DecompressionBombError):
-        return UserError(f"{name}: too many pixels to be safe ({error}); cut it into tiles or make it smaller first")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    reason = " ".join(reason.split())
-    return UserError(f"{name}: cannot be read as an image ({reason}); replace or remove it")
+        return UserError(f"{name}: too many pixels to be safe ({error}); cut it into tiles or downscale it first")
+    if isinstance(error, UnidentifiedImageError):  # its message can contain a memory address
+        reason = "unknown image format"
+    else:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return UserError(f"{name}: cannot be read as an image ({' '.join(reason.split())}); replace or remove it")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB."""
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16"):
-        return _gray(np.asarray(image).astype(np.float64) / 257)
-    if image.mode == "I":
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image).astype(np.float64)
-        fits = values.min() >= 0 and values.max() <= 65535
-        return _gray(values / 257 if fits else _stretched(values))
-    if image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        values = np.where(np.isfinite(values), values, 0.0)
-        if values.min() >= 0 and values.max() <= 255:
-            return _gray(values * 255 if values.max() <= 1 else values)
-        return _gray(_stretched(values))
+        values = _scale_float(values) if image.mode == "F" else _scale_integer(values)
+        return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        color = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", color.size, "white"), color).convert("RGB")
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
-def _gray(values: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+def _scale_integer(values: np.ndarray) -> np.ndarray:
+    return values / 257 if values.min() >= 0 and values.max() <= 65535 else _stretch(values)
 
 
-def _stretched(values: np.ndarray) -> np.ndarray:
+def _scale_float(values: np.ndarray) -> np.ndarray:
+    values = np.where(np.isfinite(values), values, 0.0)
+    if values.min() < 0 or values.max() > 255:
+        return _stretch(values)
+    return values * 255 if values.max() <= 1 else values
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
     low, high = values.min(), values.max()
     return (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
 
@@ -188,18 +183,15 @@ def _from_array(array: np.ndarray) -> Image.Image:
     color = pixels.ndim == 3 and pixels.shape[2] in (3, 4) and pixels.dtype == np.uint8
     gray = pixels.ndim == 2 and pixels.dtype in (np.uint8, np.uint16)
     if not (color or gray) or 0 in pixels.shape:
-        raise UserError(f"an image array must be uint8 of shape (H, W, 3), not {_describe(array)}")
+        raise UserError(f"an image array must be uint8 of shape (H, W, 3), not {array.dtype} of shape {array.shape}")
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def _from_tensor(tensor: Tensor) -> Tensor:
     if tensor.dtype != torch.uint8 or tensor.ndim != 3 or tensor.shape[0] not in (1, 3) or not tensor.numel():
-        raise UserError(f"an image tensor must be uint8 of shape (3, H, W), not {_describe(tensor)}")
+        kind = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+        raise UserError(f"an image tensor must be uint8 of shape (3, H, W), not {kind}")
     return tensor.detach().cpu().expand(3, -1, -1).clone(memory_format=torch.contiguous_format)
-
-
-def _describe(values: Any) -> str:
-    return f"{str(values.dtype).removeprefix('torch.')} of shape {tuple(values.shape)}"
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,11 @@ class ModelCardData:
     library: str = "deformable-detr"
 
 
-def card_writer(folder: Path, config: ModelConfig, facts: ModelCardData) -> dict[str, Callable[[Path], object]]:
-    """The card's name and writer, for `write_files`; nothing where the folder has a card of somebody's own."""
+def card_writer(folder: Path, config: ModelConfig, facts: ModelCardData) -> dict[str, str]:
+    """The card's name and text, for `write_files`; nothing where the folder has a card of somebody's own."""
     if somebodys_own(folder):
         return {}
-    text = card(config, facts)
-    return {FILE: lambda target: target.write_text(text, encoding="utf-8")}
+    return {FILE: card(config, facts)}
 
 
 def somebodys_own(folder: Path) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ...utils.errors import UserError
-from ...utils.images import TURNED, read_header, read_image
+from ...utils.images import TRANSPOSED_ORIENTATIONS, read_header, read_image
 from .annotations import Picture, Split
 from .issues import Findings
 
@@ -138,7 +138,7 @@ def _compare_size(split: Split, picture: Picture, found: Findings) -> None:
     (height, width), (own_height, own_width) = picture.size, picture.declared
     place = {"split": split.name, "section": "images", "position": picture.position, "image": picture.path}
     record = f"images[{picture.position}] ({picture.name!r})"
-    if picture.orientation in TURNED and picture.declared == picture.size[::-1]:
+    if picture.orientation in TRANSPOSED_ORIENTATIONS and picture.declared == picture.size[::-1]:
         what = f"is {own_width} × {own_height} in its record, but {width} × {height} once turned upright as EXIF says"
         found.add("image-rotated", split.file, record, what, **place)
     else:

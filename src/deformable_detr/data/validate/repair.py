@@ -15,7 +15,7 @@ import numpy as np
 
 from ...utils.errors import UserError
 from ...utils.files import write_text
-from ...utils.images import TURNED
+from ...utils.images import TRANSPOSED_ORIENTATIONS
 from ..coco import MaskBox, record_name, whole
 from ..discovery import ROBOFLOW
 from . import Report
@@ -294,7 +294,7 @@ def _moved(boxes: np.ndarray, before: tuple[int, int], size: tuple[int, int], or
     None where the one is not the other turned as EXIF says, nor resized.
     """
     (height, width), (own_height, own_width) = size, before
-    if orientation in TURNED and before == size[::-1]:
+    if orientation in TRANSPOSED_ORIENTATIONS and before == size[::-1]:
         return _turned(boxes, own_height, own_width, orientation)
     across, down = width / own_width, height / own_height
     if abs(across / down - 1) > SAME_SHAPE:

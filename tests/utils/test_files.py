@@ -1,4 +1,4 @@
-"""Files that a command writes: what cannot work is named before long work, what is written is whole."""
+"""Output files: early checks of their paths, atomic writes."""
 
 import json
 import os
@@ -10,34 +10,34 @@ import threading
 import pytest
 
 from deformable_detr.utils.errors import UserError
-from deformable_detr.utils.files import prepare_file, prepare_files, write_json, write_text
+from deformable_detr.utils.files import prepare_files, write_json, write_text
 
 
-def test_what_cannot_be_written_is_named_with_its_option(tmp_path):
+def test_unwritable_path_is_named_with_its_option(tmp_path):
     (tmp_path / "file").touch()
     long = "a" * 300
     for path, words in (
-        (tmp_path, "is a folder, name a file"),
+        (tmp_path, "is a folder; name a file"),
         (tmp_path / "file" / "x.json", "cannot be written: Not a directory"),
         (tmp_path / long, "cannot be written: File name too long"),
         (tmp_path / long / "x.json", "cannot be written: File name too long"),
     ):
         with pytest.raises(UserError) as caught:
-            prepare_file(path, "--json")
+            prepare_files({"--json": path})
         assert str(caught.value) == f"--json {path}: {words}"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_two_options_do_not_write_one_file(tmp_path, monkeypatch):
+def test_two_options_cannot_write_the_same_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--json goes there too"):
+    with pytest.raises(UserError, match="--json writes the same file"):
         prepare_files({"--json": tmp_path / "new" / "a", "--page": None, "--picture": tmp_path / "." / "new" / "a"})
     assert not list(tmp_path.iterdir())
     prepare_files({"--json": tmp_path / "new" / "a", "--picture": tmp_path / "new" / "b"})
     assert [path.name for path in tmp_path.rglob("*")] == ["new"]
 
 
-def test_what_is_there_stays_until_all_is_written(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "new" / "a.json"
     write_json(path, {"name": "ä\udc80"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "ä\udc80"}
@@ -49,12 +49,12 @@ def test_what_is_there_stays_until_all_is_written(tmp_path):
     assert [one.name for one in path.parent.iterdir()] == ["a.json"]
 
 
-def test_the_file_of_a_link_is_replaced_and_the_link_stays(tmp_path):
+def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
     (tmp_path / "far").mkdir()
     real, link = tmp_path / "far" / "real.json", tmp_path / "link.json"
     real.write_text("before")
     link.symlink_to(real)
-    prepare_file(link, "--json")
+    prepare_files({"--json": link})
     write_json(link, {"a": 1})
     assert link.is_symlink()
     assert json.loads(real.read_text()) == {"a": 1}
@@ -62,12 +62,12 @@ def test_the_file_of_a_link_is_replaced_and_the_link_stays(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
-def test_a_pipe_is_written_to_and_stays(tmp_path):
+def test_pipe_is_written_to(tmp_path):
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()
-    prepare_file(pipe, "--json")
+    prepare_files({"--json": pipe})
     write_json(pipe, {"a": 1})
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     reader.join(30)
@@ -76,13 +76,13 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no /dev/stdout here")
 @pytest.mark.parametrize("to_file", [False, True])
-def test_standard_output_is_a_place_for_json(tmp_path, to_file):
+def test_standard_output_is_written_to(tmp_path, to_file):
     # A link of its own to the same place: a mistake here shall not cost the machine its /dev/stdout.
     (tmp_path / "out").symlink_to("/proc/self/fd/1" if os.path.exists("/proc/self/fd/1") else "/dev/fd/1")
     place = tmp_path / "out" if not to_file else "/proc/self/fd/1"
     code = (
-        "import sys; from pathlib import Path; from deformable_detr.utils.outputs import prepare_file, write_json\n"
-        "print('first', flush=True); prepare_file(Path(sys.argv[1]), '--json'); write_json(Path(sys.argv[1]), 7)"
+        "import sys; from pathlib import Path; from deformable_detr.utils.files import prepare_files, write_json\n"
+        "print('first', flush=True); prepare_files({'--json': Path(sys.argv[1])}); write_json(Path(sys.argv[1]), 7)"
     )
     command = [sys.executable, "-c", code, str(place)]
     if to_file:
