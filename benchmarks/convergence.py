@@ -25,9 +25,9 @@ import torch
 from deformable_detr import DeformableDETR, train
 from deformable_detr.config import presets
 from deformable_detr.config.schema import Config, DataConfig, ModelConfig
-from deformable_detr.data.dataloader import loader
+from deformable_detr.data.dataloader import LoaderOptions, build_dataloader
 from deformable_detr.data.dataset import open_dataset
-from deformable_detr.data.transforms import evaluation, training
+from deformable_detr.data.transforms import EvalTransform, TrainTransform
 from deformable_detr.evaluation.metrics import coco_metrics
 from deformable_detr.ops import accelerate
 
@@ -164,14 +164,17 @@ def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
     config = Config(data=DataConfig(), model=model_config(options, "paper"))
     sizes = config.model.image_size, config.model.long_side
     train_set = open_dataset(
-        options.data, "train", config.data, transform=training(*sizes, config.data, config.model.size_divisor)
+        options.data,
+        "train",
+        config.data,
+        transform=TrainTransform.from_config(config.data, *sizes, config.model.size_divisor),
     )
     val_set = open_dataset(
         options.data,
         "val",
         config.data,
         train_set.categories,
-        transform=evaluation(*sizes, multiple=config.model.size_divisor),
+        transform=EvalTransform(*sizes, size_divisor=config.model.size_divisor),
     )
     model = transformers_model(config.model, len(train_set.categories), method)
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)  # what timm states for the backbone
@@ -183,7 +186,7 @@ def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
     ]
     groups[0]["lr"], groups[1]["lr"] = 2e-5, 2e-4
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
-    batches = loader(train_set, options.batch_size, workers=2, shuffle=True, seed=seed)
+    batches = build_dataloader(train_set, LoaderOptions(options.batch_size, 2, shuffle=True, seed=seed))
     drop = round(0.8 * options.epochs)
     seconds, images, curve = 0.0, 0, []
     for epoch in range(options.epochs):
@@ -248,7 +251,7 @@ def evaluate_theirs(model: torch.nn.Module, dataset: Any, mean: torch.Tensor, st
     ids = [category.id for category in dataset.categories]
     model.eval()
     results = []
-    for batch, targets in loader(dataset, 1, workers=2, shuffle=False, seed=0):  # one by one: no padding at all
+    for batch, targets in build_dataloader(dataset, LoaderOptions(1, 2)):  # one by one: no padding at all
         out = model(batch.normalize(mean, std).pixels, (~batch.padding_mask).long())
         sizes = torch.tensor([target.original_size for target in targets])
         found = processor.post_process_object_detection(out, threshold=0.0, target_sizes=sizes, top_k=100)

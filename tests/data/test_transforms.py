@@ -6,6 +6,7 @@ import torch
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data import transforms
 from deformable_detr.structures import Target
+from tests.support.plain_images import target
 
 SIZES = [(100, 160), (160, 100), (97, 97), (61, 203)]
 
@@ -38,10 +39,10 @@ def follows(image, target, within):
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_flip(height, width):
     image, target = scene(height, width)
-    flipped, moved = transforms.flip(image, target)
+    flipped, moved = transforms.hflip(image, target)
     assert follows(flipped, moved, 1e-3)
     assert not follows(flipped, target, 1), "the unmoved box must be seen to be wrong"
-    back, restored = transforms.flip(flipped, moved)
+    back, restored = transforms.hflip(flipped, moved)
     assert torch.equal(back, image)
     torch.testing.assert_close(restored.boxes, target.boxes)
 
@@ -76,10 +77,10 @@ def test_crop_drops_what_is_outside():
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("image_size", [50, 128, 200])
 def test_resize_keeps_relative_boxes_right(height, width, image_size):
-    image, target = transforms.evaluation(image_size, 400)(*scene(height, width))
+    image, target = transforms.EvalTransform(image_size, 400)(*scene(height, width))
     assert image.dtype == torch.uint8
     assert follows(image, target, 1.0)
-    assert follows(*transforms.flip(image, target), 1.0)
+    assert follows(*transforms.hflip(image, target), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -108,16 +109,16 @@ def test_resized_size(size, expected):
     [((336, 448), (256, 352)), ((448, 252), (416, 256)), ((100, 9000), (32, 416)), ((3, 3), (256, 256))],
 )
 def test_sides_of_whole_multiples(size, expected):
-    assert transforms.resized_size(*size, 256, 427, multiple=32) == expected
+    assert transforms.resized_size(*size, 256, 427, 32) == expected
     image = torch.zeros(3, *size, dtype=torch.uint8)
-    assert transforms.resize(image, 256, 427, multiple=32).shape == (3, *expected)
+    assert transforms.resize(image, 256, 427, size_divisor=32).shape == (3, *expected)
     target = scene(100, 160)[1]
-    assert transforms.evaluation(256, 427, multiple=32)(image, target)[0].shape == (3, *expected)
-    assert transforms.evaluation(256, 427)(image, target)[0].shape != (3, *expected) or size == (3, 3)
+    assert transforms.EvalTransform(256, 427, size_divisor=32)(image, target)[0].shape == (3, *expected)
+    assert transforms.EvalTransform(256, 427)(image, target)[0].shape != (3, *expected) or size == (3, 3)
 
 
 def test_training_sides_of_whole_multiples():
-    transform = transforms.training(200, 333, DataConfig(), multiple=32)
+    transform = transforms.TrainTransform(200, 333, size_divisor=32)
     for seed in range(40):
         torch.manual_seed(seed)
         image, _ = transform(*scene(*SIZES[seed % len(SIZES)]))
@@ -137,7 +138,7 @@ def test_resize_is_antialiased():
 
 
 def test_training_boxes_follow_the_pixels():
-    transform = transforms.training(200, 333, DataConfig())
+    transform = transforms.TrainTransform(200, 333)
     torch.manual_seed(0)
     seen, dropped, sizes = 0, 0, set()
     for number in range(300):
@@ -163,17 +164,17 @@ def test_training_boxes_follow_the_pixels():
 
 
 def test_training_without_chance_is_a_resize():
-    data = DataConfig(train_scales=(1.0, 1.0), flip=0.0, crop=0.0)
+    data = DataConfig(train_scales=(1.0, 1.0), hflip_prob=0.0, crop_prob=0.0)
     image, target = scene(100, 160)
-    trained, same = transforms.training(80, 200, data)(image, target)
+    trained, same = transforms.TrainTransform.from_config(data, 80, 200)(image, target)
     assert torch.equal(trained, transforms.resize(image, 80, 200))
     assert torch.equal(same.boxes, target.boxes)
-    certain = transforms.training(80, 200, data.replace(hflip_prob=1.0))(image, target)
+    certain = transforms.TrainTransform.from_config(data.replace(hflip_prob=1.0), 80, 200)(image, target)
     assert torch.equal(certain[0], transforms.resize(image.flip(2), 80, 200))
 
 
 def test_crop_sizes_are_the_papers():
-    transform = transforms.training(800, 10_000, DataConfig(hflip_prob=0.0, crop_prob=1.0, train_scales=(1.0, 1.0)))
+    transform = transforms.TrainTransform(800, 10_000, (1.0, 1.0), hflip_prob=0.0, crop_prob=1.0)
     torch.manual_seed(1)
     ratios = []
     for _ in range(40):
@@ -187,7 +188,7 @@ def test_crop_sizes_are_the_papers():
 def test_same_seed_same_sample_and_nothing_changed_in_place():
     image, target = scene(100, 160)
     before, boxes = image.clone(), target.boxes.clone()
-    transform = transforms.training(96, 160, DataConfig())
+    transform = transforms.TrainTransform(96, 160)
     results = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
@@ -202,7 +203,7 @@ def test_same_seed_same_sample_and_nothing_changed_in_place():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
 def test_images_of_one_pixel(size):
-    transform = transforms.training(64, 100, DataConfig(crop_prob=1.0))
+    transform = transforms.TrainTransform(64, 100, crop_prob=1.0)
     for seed in range(10):
         torch.manual_seed(seed)
         image, target = transform(
@@ -211,3 +212,26 @@ def test_images_of_one_pixel(size):
         )
         assert max(image.shape[-2:]) <= 100
         assert torch.allclose(target.boxes, torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
+
+
+def test_a_crop_that_spares_objects():
+    whole = target([0.5, 0.5, 0.2, 0.2])  # 40..60 of 100
+    corner = target([0.25, 0.25, 0.3, 0.3])
+    assert transforms.lowest_visibility(whole, (40, 40, 20, 20), 100, 100) == pytest.approx(1.0)
+    assert transforms.lowest_visibility(whole, (50, 40, 50, 50), 100, 100) == pytest.approx(0.5)
+    assert transforms.lowest_visibility(whole, (70, 70, 20, 20), 100, 100) == 1.0
+    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    areas = {}
+    for min_visibility in (0.0, 0.7):
+        torch.manual_seed(0)
+        crops = transforms.TrainTransform(100, 200, crop_prob=1.0, hflip_prob=0.0, min_visibility=min_visibility)
+        cut = []
+        for _ in range(60):
+            sampled = crops.sample(100, 100)
+            part = crops._visible_window(sampled.crop_window, corner, sampled.crop_short_side, sampled.crop_short_side)
+            cut.append(
+                transforms.lowest_visibility(corner, part, sampled.crop_short_side, sampled.crop_short_side) < 0.7
+            )
+        areas[min_visibility] = sum(cut)
+        assert crops(image, corner)[0].shape[0] == 3
+    assert areas[0.7] < areas[0.0] / 4

@@ -170,9 +170,9 @@ def test_figures_equal_those_of_predictions(tmp_path, caplog):
 
 def test_progress_bar_counts_images(tmp_path, monkeypatch, capsys):
     from deformable_detr.data.dataset import open_dataset
-    from deformable_detr.data.transforms import evaluation
+    from deformable_detr.data.transforms import EvalTransform
 
-    dataset = open_dataset(write_set(tmp_path), split="val", transform=evaluation(120, 200))
+    dataset = open_dataset(write_set(tmp_path), split="val", transform=EvalTransform(120, 200))
     evaluate_dataset(finder(), dataset, workers=0, progress=True)
     assert capsys.readouterr().err == ""  # no terminal, no bar
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from deformable_detr.data.dataloader import StepSampler, collate
+from deformable_detr.data.dataloader import DistributedBatchSampler, LoaderOptions, collate
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.distributed.context import DistributedContext
 from deformable_detr.structures import Target
@@ -116,8 +116,8 @@ def gradients(folder: Path) -> dict[str, Any]:
             steppers["one"].backward(whole, 0, combined([own_figures(whole)]))
             wanted = gradients_of(steppers["one"])
 
-            place = (world.rank, world.size)
-            sampler = StepSampler(len(sizes), batch_size, False, 0, effective=len(sizes), process=place)
+            options = LoaderOptions(batch_size, total_batch_size=len(sizes), rank=world.rank, world_size=world.size)
+            sampler = DistributedBatchSampler(len(sizes), options)
             keys = [[key.index for key in batch] for batch in sampler]
             passes = [collate([samples[n] for n in part]) if part else (whole[0][0], []) for part in keys]
             totals = combined(world.gather(own_figures(passes)), world.rank)
@@ -173,7 +173,7 @@ def runs(folder: Path) -> dict[str, Any]:
 def evaluations(folder: Path) -> dict[str, Any]:
     """Figures of one process and of all together, on five images of several sizes and on one image."""
     from deformable_detr.data.dataset import open_dataset
-    from deformable_detr.data.transforms import evaluation
+    from deformable_detr.data.transforms import EvalTransform
     from deformable_detr.evaluation.distributed import evaluate_together
     from deformable_detr.evaluation.evaluator import evaluate_dataset
 
@@ -184,7 +184,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
     results = {}
     with DistributedContext("cpu") as world:
         for name in ("five", "one"):
-            dataset = open_dataset(folder / name, "val", transform=evaluation(64, 128))
+            dataset = open_dataset(folder / name, "val", transform=EvalTransform(64, 128))
             together = evaluate_together(model, dataset, 2, 0, world)
             alone = evaluate_dataset(model, dataset, 2, 0, progress=False)
             results[name] = {"together": together, "alone": alone, "images": len(dataset)}

@@ -3,7 +3,7 @@ import torch
 
 from deformable_detr.data.dataloader import collate
 from deformable_detr.data.dataset import open_dataset
-from deformable_detr.data.transforms import evaluation
+from deformable_detr.data.transforms import EvalTransform
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.structures import ImageBatch
 from deformable_detr.training.signals import NonFiniteLoss
@@ -13,7 +13,7 @@ from tests.support.training import tiny_config, write_dataset
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    dataset = open_dataset(write_dataset(tmp_path_factory.mktemp("set")), transform=evaluation(64, 128))
+    dataset = open_dataset(write_dataset(tmp_path_factory.mktemp("set")), transform=EvalTransform(64, 128))
     return [dataset[index] for index in range(8)]
 
 
@@ -73,7 +73,7 @@ def test_gradients_of_the_step_before_take_no_memory_in_the_forward_pass(samples
 
 
 def test_a_batch_without_objects_is_fine(tmp_path):
-    dataset = open_dataset(write_dataset(tmp_path, train=2, empty=2), transform=evaluation(64, 128))
+    dataset = open_dataset(write_dataset(tmp_path, train=2, empty=2), transform=EvalTransform(64, 128))
     stepper = make()
     stepper.step([collate([dataset[0], dataset[1]])], done=0, progress=0.0)
     figures = stepper.settle()

@@ -419,16 +419,16 @@ def test_more_of_the_backbone_may_be_frozen_when_a_run_goes_on(data, tmp_path):
 
 
 def test_mosaics_end_before_the_training_does(data, tmp_path, monkeypatch):
-    from deformable_detr.data.dataloader import StepSampler
+    from deformable_detr.data.dataloader import DistributedBatchSampler
 
-    allowed, original = [], StepSampler.set_epoch
+    allowed, original = [], DistributedBatchSampler.set_epoch
 
-    def set_epoch(self, epoch, skip=0, stride=1, mosaic=False):
-        if self.shuffle:
+    def set_epoch(self, epoch, start_step=0, step_stride=1, mosaic=False):
+        if self.options.shuffle:
             allowed.append(mosaic)
-        original(self, epoch, skip, stride, mosaic)
+        original(self, epoch, start_step, step_stride, mosaic)
 
-    monkeypatch.setattr(StepSampler, "set_epoch", set_epoch)
+    monkeypatch.setattr(DistributedBatchSampler, "set_epoch", set_epoch)
     config = tiny_config(epochs=4, eval_every=4).updated({"data": {"mosaic_prob": 0.5, "close_mosaic": 0.5}})
     train_model(data, tmp_path / "run", config)
     assert allowed == [True, True, False, False]

@@ -103,7 +103,7 @@ class Images(torch.utils.data.Dataset):
         return torch.zeros(3, 8, 8, dtype=torch.uint8), target
 
 freed = []
-loader = dataloader.loader(Images(), 2, workers=1, shuffle=False, seed=0)
+loader = dataloader.build_dataloader(Images(), dataloader.LoaderOptions(2, num_workers=1))
 for _ in range(2):
     buffers = [torch.ones(20 << 20) for _ in range(5)]
     last = torch.ones(1000)  # after the buffers: otherwise they are the end of the heap, which any free() returns

@@ -1,4 +1,4 @@
-"""From samples to batches: one canvas a batch, an order and augmentations that follow from the seed alone."""
+"""Reproducible batches: order and augmentations depend only on the seed, the epoch and the sample's index."""
 
 from __future__ import annotations
 
@@ -21,247 +21,256 @@ from ..utils.process import malloc_trim
 Sample = tuple[Tensor, Target]
 Batch = tuple[ImageBatch, list[Target]]
 
-_GRACE_SECONDS = 60  # in which a training that was told to stop saves
+POOL_STEPS = 16  # steps whose images are grouped by size together
+_SIGTERM_GRACE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """Options of `build_dataloader`.
+
+    Attributes:
+        batch_size: Images per batch, at most.
+        num_workers: Processes that load images; 0 loads in the calling process.
+        shuffle: Draw a new order per epoch. Otherwise, keep the dataset's order.
+        seed: Seed of the order and of each sample's augmentation.
+        total_batch_size: Images per optimizer step over all processes. Default: `batch_size` × `world_size`.
+        rank: Index of this process.
+        world_size: Number of processes.
+        aspect_ratio_grouping: Let images of similar size share a step. Needs a dataset with `sizes` and a
+            `TrainTransform`.
+    """
+
+    batch_size: int
+    num_workers: int = 0
+    shuffle: bool = False
+    seed: int = 0
+    total_batch_size: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    aspect_ratio_grouping: bool = False
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """uint8 images (3, H, W) of any sizes on the smallest canvas that holds them, upper left; padding is zero."""
+    """Pad uint8 images (3, H, W) with zeros to the smallest common size, each in the upper left corner."""
     images = [image for image, _ in samples]
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for place, mask, image in zip(pixels, padding_mask, images, strict=True):
+    for canvas, mask, image in zip(pixels, padding_mask, images, strict=True):
         _, h, w = image.shape
-        place[:, :h, :w] = image
+        canvas[:, :h, :w] = image
         mask[:h, :w] = False
     return ImageBatch(pixels, padding_mask), [target for _, target in samples]
 
 
-def loader(
-    dataset: Dataset[Sample],
-    batch_size: int,
-    workers: int,
-    shuffle: bool,
-    seed: int,
-    drop_last: bool = False,
-    effective: int | None = None,
-    process: tuple[int, int] = (0, 1),
-    aspect_ratio_grouping: bool = False,
-) -> Loader:
-    """Batches of `dataset` (which has a length) as `collate` makes them.
+def build_dataloader(dataset: Dataset[Sample], options: LoaderOptions) -> DetectionLoader:
+    """Build a loader of (ImageBatch, list[Target]) batches, padded by `collate`.
 
-    The order follows from `seed` and the epoch that `loader.sampler.set_epoch(epoch)` sets (0 at first), and the random
-    choices for each sample from `seed`, the epoch and its index: they are the same with any number of workers, and the
-    caller's random numbers are left alone. workers: processes that load; 0: the caller's own. Batches lie in pinned
-    memory where CUDA is available. A `UserError` about an image arrives as it was raised, also from a worker.
-
-    effective, process, aspect_ratio_grouping: see `StepSampler`; aspect_ratio_grouping needs a dataset with `sizes`
-    and a `Training` transform.
+    Call `loader.sampler.set_epoch(epoch)` before each epoch. Batches are the same with any number of workers, and the
+    caller's random state is not touched. With CUDA, batches are in pinned memory. A `UserError` about an image is
+    raised as it is, also from a worker.
     """
     assert isinstance(dataset, Sized)
-    measure = _final_size(dataset, seed) if aspect_ratio_grouping else None
-    sampler = StepSampler(len(dataset), batch_size, shuffle, seed, drop_last, effective, process, measure)
-    ahead = max(2, math.ceil(2 * sampler.passes(0) / workers)) if workers else None  # of a worker; all: two steps
-    return Loader(
-        _Seeded(dataset, seed),
+    sample_size = _final_size(dataset, options.seed) if options.aspect_ratio_grouping else None
+    sampler = DistributedBatchSampler(len(dataset), options, sample_size)
+    workers = options.num_workers
+    return DetectionLoader(
+        _SeededDataset(dataset, options.seed),
         batch_size=None,  # the sampler makes the batches
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=_as_it_is,
-        worker_init_fn=_bear_terminations,
-        prefetch_factor=ahead,
+        collate_fn=_identity,
+        worker_init_fn=_defer_sigterm,
+        prefetch_factor=max(2, math.ceil(2 * sampler.micro_batches(0) / workers)) if workers else None,  # two steps
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(options.seed),
     )
 
 
-class Loader(DataLoader):
+class DetectionLoader(DataLoader):
     """A `DataLoader` of (ImageBatch, list[Target])."""
 
-    sampler: StepSampler
+    sampler: DistributedBatchSampler
 
     def check_worker_number_rationality(self) -> None:
-        """No word from PyTorch on every loader of a process that may use few processors: --workers is the user's."""
+        """Skip PyTorch's warning about more workers than CPUs: the user sets --workers."""
 
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.num_workers and self._iterator is None:
-            # Workers are about to be forked. They hold each page as it is now: where we write again, there are two.
-            malloc_trim()
+            malloc_trim()  # forked workers would keep a copy of every freed page that this process writes again
         for batch in super().__iter__():
-            if isinstance(batch, _Failure):
+            if isinstance(batch, _WorkerError):
                 raise UserError(batch.message)
             yield _unpack(batch)
 
 
-class Key(NamedTuple):
-    """A sample to make: which image, in which epoch, and whether it may be a mosaic."""
+class SampleKey(NamedTuple):
+    """One sample to load: its epoch, its index, and whether it may be a mosaic."""
 
     epoch: int
     index: int
     mosaic: bool = False
 
 
-class StepSampler(Sampler[list[Key]]):
-    """What each optimizer step sees, and which part of it each process makes, batch by batch.
+class DistributedBatchSampler(Sampler[list[SampleKey]]):
+    """Divide each optimizer step among processes and micro-batches; resumable at any step.
 
-    The order of the images is that of the set, or follows from the seed and the epoch. A step takes the next
-    `effective` images, the last one what is left, and divides them among the processes, as evenly as may be, and these
-    into batches of at most `batch_size`. Every process has equally many batches a step, `passes`; some may be empty.
+    A step takes the next `total_batch_size` images; the last step of an epoch takes the rest. They are divided evenly
+    among the processes, and there into micro-batches of at most `batch_size`. Every process has the same number of
+    micro-batches per step; some may be empty.
 
-    process: (rank, size). measure: gives the size that a sample will have; images of like size then share a step.
+    Args:
+        length: Images in the dataset.
+        options: See `LoaderOptions`.
+        sample_size: Gives the final (height, width) of a sample, to group images of similar size.
     """
 
     def __init__(
         self,
         length: int,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        drop_last: bool = False,
-        effective: int | None = None,
-        process: tuple[int, int] = (0, 1),
-        measure: Callable[[Key], tuple[int, int]] | None = None,
+        options: LoaderOptions,
+        sample_size: Callable[[SampleKey], tuple[int, int]] | None = None,
     ) -> None:
-        self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
-        self.rank, self.size = process
-        self.effective = effective or batch_size * self.size
-        self.measure = measure
-        self.steps = length // self.effective if drop_last else math.ceil(length / self.effective)
-        self.epoch, self.skip, self.stride, self.mosaic = 0, 0, 1, False
+        self.length, self.options, self.sample_size = length, options, sample_size
+        self.total_batch_size = options.total_batch_size or options.batch_size * options.world_size
+        self.num_steps = math.ceil(length / self.total_batch_size)
+        self.epoch, self.start_step, self.step_stride, self.mosaic = 0, 0, 1, False
 
-    def set_epoch(self, epoch: int, skip: int = 0, stride: int = 1, mosaic: bool = False) -> None:
-        """What the next iteration is to be: every `stride`-th step of the epoch from step `skip` on."""
-        self.epoch, self.skip, self.stride, self.mosaic = epoch, skip, stride, mosaic
+    def set_epoch(self, epoch: int, start_step: int = 0, step_stride: int = 1, mosaic: bool = False) -> None:
+        """Set what the next iteration yields: every `step_stride`-th step of the epoch from `start_step` on."""
+        self.epoch, self.start_step, self.step_stride, self.mosaic = epoch, start_step, step_stride, mosaic
 
-    def passes(self, step: int) -> int:
-        """Batches that every process has in a step of the epoch."""
-        images = min(self.effective, self.length - step * self.effective)
-        return max(1, math.ceil(math.ceil(images / self.size) / self.batch_size))
+    def micro_batches(self, step: int) -> int:
+        """Return the number of batches that every process has in a step of the epoch."""
+        images = min(self.total_batch_size, self.length - step * self.total_batch_size)
+        return max(1, math.ceil(math.ceil(images / self.options.world_size) / self.options.batch_size))
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         order = torch.arange(self.length)
-        if self.shuffle:
-            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(_mixed(self.seed, self.epoch)))
-        return self._batches([Key(self.epoch, index, self.mosaic) for index in order.tolist()], self.skip, self.stride)
-
-    def _batches(self, order: list[Key], skip: int, stride: int) -> Iterator[list[Key]]:
-        for step in range(skip, self.steps, stride):
-            if self.measure is not None and (step == skip or step % POOL == 0):
-                first = step - step % POOL  # pools do not depend on where an iteration begins
-                pool = slice(first * self.effective, (first + POOL) * self.effective)
-                order[pool] = self._bucketed(order[pool], first)
-            chosen = order[step * self.effective : (step + 1) * self.effective]
-            each, more = divmod(len(chosen), self.size)
-            start = self.rank * each + min(self.rank, more)
-            mine = chosen[start : start + each + (self.rank < more)]
-            for number in range(self.passes(step)):
-                yield mine[number * self.batch_size : (number + 1) * self.batch_size]
-
-    def _bucketed(self, pool: list[Key], first: int) -> list[Key]:
-        """The pool in another order: steps of like images, in random order; one that is not full stays the last."""
-        assert self.measure is not None
-        sizes = np.log([self.measure(key) for key in pool])
-        order = _alike(sizes, np.arange(len(pool)), (self.effective, self.batch_size))
-        steps = [order[start : start + self.effective] for start in range(0, len(order), self.effective)]
-        full = len(pool) // self.effective
-        places = np.random.default_rng((self.seed, self.epoch, first)).permutation(full)
-        return [pool[place] for step in [*(steps[n] for n in places), *steps[full:]] for place in step.tolist()]
+        if self.options.shuffle:
+            generator = torch.Generator().manual_seed(_mix_seeds(self.options.seed, self.epoch))
+            order = torch.randperm(self.length, generator=generator)
+        keys = [SampleKey(self.epoch, index, self.mosaic) for index in order.tolist()]
+        return self._batches(keys, self.start_step, self.step_stride)
 
     def __len__(self) -> int:
-        """Batches of the epoch, of this process."""
-        return sum(self.passes(step) for step in range(self.skip, self.steps, self.stride))
+        """Return the number of batches of this process in the epoch."""
+        return sum(self.micro_batches(step) for step in range(self.start_step, self.num_steps, self.step_stride))
+
+    def _batches(self, keys: list[SampleKey], start_step: int, stride: int) -> Iterator[list[SampleKey]]:
+        size, rank, world_size = self.options.batch_size, self.options.rank, self.options.world_size
+        for step in range(start_step, self.num_steps, stride):
+            if self.sample_size is not None and (step == start_step or step % POOL_STEPS == 0):
+                first = step - step % POOL_STEPS  # pools do not depend on where an iteration starts
+                pool = slice(first * self.total_batch_size, (first + POOL_STEPS) * self.total_batch_size)
+                keys[pool] = self._group_by_size(keys[pool], first)
+            step_keys = keys[step * self.total_batch_size : (step + 1) * self.total_batch_size]
+            share, remainder = divmod(len(step_keys), world_size)
+            start = rank * share + min(rank, remainder)
+            rank_keys = step_keys[start : start + share + (rank < remainder)]
+            for number in range(self.micro_batches(step)):
+                yield rank_keys[number * size : (number + 1) * size]
+
+    def _group_by_size(self, pool: list[SampleKey], first_step: int) -> list[SampleKey]:
+        """Reorder a pool into steps of similar images, in random order; an incomplete step stays last."""
+        assert self.sample_size is not None
+        total = self.total_batch_size
+        log_sizes = np.log([self.sample_size(key) for key in pool])
+        order = _order_by_size(log_sizes, np.arange(len(pool)), (total, self.options.batch_size))
+        steps = [order[start : start + total] for start in range(0, len(order), total)]
+        full = len(pool) // total
+        permutation = np.random.default_rng((self.options.seed, self.epoch, first_step)).permutation(full)
+        return [pool[index] for step in [*(steps[n] for n in permutation), *steps[full:]] for index in step.tolist()]
 
 
-POOL = 16  # steps whose images are sorted by size together
+def _order_by_size(log_sizes: np.ndarray, indices: np.ndarray, group_sizes: tuple[int, ...]) -> np.ndarray:
+    """Order indices so that each group of `group_sizes[0]` has similar sizes, and so on within it (as a k-d tree).
 
-
-def _alike(sizes: np.ndarray, places: np.ndarray, units: tuple[int, ...]) -> np.ndarray:
-    """The places in an order in which each `units[0]` neighbors are of like size, and in these each `units[1]`.
-
-    sizes: (N, 2) logarithms of height and width. Halves along the side that differs more, as a k-d tree.
+    log_sizes: (N, 2) logarithms of height and width.
     """
-    if len(places) <= units[0]:
-        return places if len(units) == 1 else _alike(sizes, places, units[1:])
-    spread = np.ptp(sizes[places], axis=0)
-    places = places[np.argsort(sizes[places, spread.argmax()], kind="stable")]
-    half = math.ceil(len(places) / units[0]) // 2 * units[0]
-    return np.concatenate([_alike(sizes, part, units) for part in (places[:half], places[half:])])
+    if len(indices) <= group_sizes[0]:
+        return indices if len(group_sizes) == 1 else _order_by_size(log_sizes, indices, group_sizes[1:])
+    spread = np.ptp(log_sizes[indices], axis=0)
+    indices = indices[np.argsort(log_sizes[indices, spread.argmax()], kind="stable")]
+    half = math.ceil(len(indices) / group_sizes[0]) // 2 * group_sizes[0]
+    return np.concatenate([_order_by_size(log_sizes, part, group_sizes) for part in (indices[:half], indices[half:])])
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """A `UserError` on its way out of a worker: raised there, PyTorch would wrap it in pages of traceback."""
+class _WorkerError:
+    """The message of a `UserError` in a worker; PyTorch would wrap the exception itself in a long traceback."""
 
     message: str
 
 
-class _Seeded(Dataset):
-    """Packed batches by their keys, with PyTorch's CPU generator seeded for each sample and put back after it."""
+class _SeededDataset(Dataset):
+    """Packed batches by their keys, each sample made with a random state of its own."""
 
     def __init__(self, dataset: Dataset[Sample], seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
-    def __getitem__(self, keys: list[Key]) -> Any:
+    def __getitem__(self, keys: list[SampleKey]) -> Any:
         samples = []
         for key in keys:
             with _seeded(self.seed, key):
                 try:
                     samples.append(self.dataset[(key.index, True) if key.mosaic else key.index])
                 except UserError as error:
-                    return _Failure(str(error))
+                    return _WorkerError(str(error))
         return _pack(samples)
 
 
 @contextmanager
-def _seeded(seed: int, key: Key) -> Iterator[None]:
-    """PyTorch's CPU generator as the sample's own, put back in the end."""
+def _seeded(seed: int, key: SampleKey) -> Iterator[None]:
+    """Seed PyTorch's CPU generator for one sample and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would seed the GPUs too, which nobody puts back.
-        torch.default_generator.manual_seed(_mixed(seed, key.epoch, key.index))
+        # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
+        torch.default_generator.manual_seed(_mix_seeds(seed, key.epoch, key.index))
         yield
 
 
-def _final_size(dataset: Any, seed: int) -> Callable[[Key], tuple[int, int]]:
-    """(height, width) that the training transform will give a sample: its random choices drawn without the image."""
+def _final_size(dataset: Any, seed: int) -> Callable[[SampleKey], tuple[int, int]]:
+    """Return a function that gives the (height, width) of a sample after the training transform."""
 
-    def measure(key: Key) -> tuple[int, int]:
+    def sample_size(key: SampleKey) -> tuple[int, int]:
         height, width = dataset.sizes[key.index]
         with _seeded(seed, key):
             return dataset.transform.final_size(int(height), int(width))
 
-    return measure
+    return sample_size
 
 
-def _mixed(*numbers: int) -> int:
-    """One seed from several: (0, 1) and (1, 0) have nothing in common."""
+def _mix_seeds(*numbers: int) -> int:
+    """Combine numbers to one seed; (0, 1) and (1, 0) give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def _pack(samples: Sequence[Sample]) -> Any:
-    """`collate`, with the targets in few tensors: each one that leaves a worker holds a file descriptor open."""
+    """Collate, with all targets in two tensors: each tensor that leaves a worker keeps a file descriptor open."""
     if not samples:
-        nothing = ImageBatch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, 1, 1, dtype=torch.bool))
-        return nothing, (), (), ()
+        empty = ImageBatch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, 1, 1, dtype=torch.bool))
+        return empty, (), (), ()
     images, targets = collate(samples)
-    facts = [(len(target.labels), target.image_id, target.original_size) for target in targets]
-    return images, torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets]), facts
-
-
-def _bear_terminations(worker: int) -> None:
-    """Lets a worker outlive a SIGTERM by a minute: launchers signal the whole group, and a step is under way."""
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
-
-
-def _as_it_is(packed: Any) -> Any:
-    return packed
+    rows = [(len(target.labels), target.image_id, target.original_size) for target in targets]
+    return images, torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets]), rows
 
 
 def _unpack(packed: Any) -> Batch:
-    images, labels, boxes, facts = packed
-    if not facts:
+    images, labels, boxes, rows = packed
+    if not rows:
         return images, []
-    counts = [count for count, _, _ in facts]
-    split = zip(labels.split(counts), boxes.split(counts), facts, strict=True)
-    return images, [Target(label, box, number, tuple(size)) for label, box, (_, number, size) in split]
+    counts = [count for count, _, _ in rows]
+    parts = zip(labels.split(counts), boxes.split(counts), rows, strict=True)
+    return images, [Target(label, box, image_id, tuple(size)) for label, box, (_, image_id, size) in parts]
+
+
+def _identity(packed: Any) -> Any:
+    return packed
+
+
+def _defer_sigterm(worker: int) -> None:
+    """Let a worker survive SIGTERM for a minute: launchers signal the whole process group during a step."""
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE_SECONDS))

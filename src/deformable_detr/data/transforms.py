@@ -1,7 +1,7 @@
-"""How an image and its boxes change before the model sees them, as in the paper (appendix A.4, after DETR's).
+"""Image and box transforms of training and evaluation (paper, appendix A.4).
 
-All images are uint8 (3, H, W). Boxes are (cx, cy, w, h) in 0..1 of the image, so a resize leaves them as they are.
-Random choices come from PyTorch's CPU generator: whoever seeds it decides them.
+Images are uint8 (3, H, W). Boxes are (cx, cy, w, h) in 0..1 of the image, so a resize does not change them.
+Random choices come from PyTorch's global CPU generator.
 """
 
 from __future__ import annotations
@@ -15,155 +15,178 @@ from ..config.image_size import resized_size
 from ..config.schema import DataConfig
 from ..structures import Target
 
-SCALE_STEPS = 11  # short sides in training: 480, 512, … 800 for the paper's range
-CROP_SHORT_SIDES = (400 / 800, 500 / 800, 600 / 800)  # of image_size, before a crop
-CROP_SIDES = (384 / 800, 600 / 800)  # of image_size: smallest and largest side of a crop
-CROP_TRIES = 10  # places for a crop that should not cut objects
-# A side below this is no box: single precision, in which boxes travel, cannot tell it from zero on a large image.
-MIN_SIDE = 1e-3  # pixels
+NUM_SCALES = 11  # short sides in training: 480, 512, … 800 for the paper's range
+CROP_SHORT_SIDES = (400 / 800, 500 / 800, 600 / 800)  # short sides before a crop, relative to image_size
+CROP_SIDE_RANGE = (384 / 800, 600 / 800)  # smallest and largest side of a crop, relative to image_size
+MAX_CROP_TRIES = 10
+# Smallest side of a box in pixels. Float32 boxes cannot tell a shorter side from zero on a large image.
+MIN_SIDE = 1e-3
 
-
-def training(image_size: int, long_side: int, data: DataConfig, multiple: int = 1) -> Training:
-    """The paper's augmentation for a short side of `image_size` and a long side of at most `long_side` pixels."""
-    chances = {
-        "flip": data.hflip_prob,
-        "crop": data.crop_prob,
-        "visible": data.min_visibility,
-        "color": data.color_jitter_prob,
-    }
-    return Training(image_size, long_side, data.train_scales, multiple=multiple, **chances)
-
-
-def evaluation(image_size: int, long_side: int, canvas: tuple[int, int] | None = None, multiple: int = 1) -> Evaluation:
-    """`resize` alone."""
-    return Evaluation(image_size, long_side, canvas, multiple)
+CropWindow = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """(image, target) with the image resized to a short side of `image_size`, the long one at most `long_side`."""
+class EvalTransform:
+    """Resize the image; leave the target as it is. Takes the arguments of `resize`."""
 
     image_size: int
     long_side: int
     canvas: tuple[int, int] | None = None
-    multiple: int = 1
+    size_divisor: int = 1
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        return resize(image, self.image_size, self.long_side, self.canvas, self.multiple), target
+        return resize(image, self.image_size, self.long_side, self.canvas, self.size_divisor), target
 
 
 @dataclass(frozen=True)
-class Training:
-    """A flip by chance, a crop by chance, and a resize to one of 11 short sides in `scales` × `image_size`.
+class SampledAugmentation:
+    """The random choices for one image.
 
-    Before a crop the image is resized to a short side of 1/2, 5/8 or 3/4 `image_size`; the crop's sides are drawn from
-    0.48 to 0.75 `image_size`, or the image's own where that is smaller. Boxes without a visible part are dropped; a
-    crop that would leave less than `visible` of an object's area is tried elsewhere (after SSD, section 2.2). Last, by
-    chance `color`, `change_colors`.
+    Attributes:
+        hflip: Whether the image is flipped.
+        crop_short_side: Short side in pixels to resize to before the crop.
+        crop_window: The part of the resized image to keep; None for no crop.
+        short_side: Short side in pixels of the final resize.
+    """
+
+    hflip: bool
+    crop_short_side: int
+    crop_window: CropWindow | None
+    short_side: int
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random flip, random crop, multi-scale resize and color jitter.
+
+    The final short side is one of 11 sizes in `train_scales` × `image_size`. Before a crop, the image is resized to a
+    short side of 1/2, 5/8 or 3/4 `image_size`; the sides of the crop are 0.48 to 0.75 `image_size`, at most the
+    image's own. Boxes without a visible part are dropped. A crop that leaves less than `min_visibility` of an
+    object's area is drawn again (after SSD, section 2.2).
     """
 
     image_size: int
     long_side: int
-    scales: tuple[float, float] = (0.6, 1.0)
-    flip: float = 0.5
-    crop: float = 0.5
-    visible: float = 0.0
-    color: float = 0.0
-    multiple: int = 1
+    train_scales: tuple[float, float] = (0.6, 1.0)
+    hflip_prob: float = 0.5
+    crop_prob: float = 0.5
+    min_visibility: float = 0.0
+    color_jitter_prob: float = 0.0
+    size_divisor: int = 1
+
+    @classmethod
+    def from_config(cls, data: DataConfig, image_size: int, long_side: int, size_divisor: int = 1) -> TrainTransform:
+        """Build the transform that `data` describes for images of `image_size` and `long_side` pixels."""
+        return cls(
+            image_size,
+            long_side,
+            train_scales=data.train_scales,
+            hflip_prob=data.hflip_prob,
+            crop_prob=data.crop_prob,
+            min_visibility=data.min_visibility,
+            color_jitter_prob=data.color_jitter_prob,
+            size_divisor=size_divisor,
+        )
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        choice = self.choose(*image.shape[-2:])
-        if choice.flipped:
-            image, target = flip(image, target)
-        if choice.part is not None:
-            image = resize(image, choice.before, 8 * self.long_side)
-            image, target = crop(image, target, *self._moved(choice.part, target, *image.shape[-2:]))
-        image = resize(image, choice.short, self.long_side, multiple=self.multiple)
-        return change_colors(image) if _happens(self.color) else image, target
+        sampled = self.sample(*image.shape[-2:])
+        if sampled.hflip:
+            image, target = hflip(image, target)
+        if sampled.crop_window is not None:
+            image = resize(image, sampled.crop_short_side, 8 * self.long_side)
+            window = self._visible_window(sampled.crop_window, target, *image.shape[-2:])
+            image, target = crop(image, target, *window)
+        image = resize(image, sampled.short_side, self.long_side, size_divisor=self.size_divisor)
+        return color_jitter(image) if _random_bool(self.color_jitter_prob) else image, target
 
-    def choose(self, height: int, width: int) -> Choice:
-        """Draws what happens to an image of this size."""
-        flipped, part, before = _happens(self.flip), None, 0
-        if _happens(self.crop):
-            side = CROP_SHORT_SIDES[_between(0, len(CROP_SHORT_SIDES) - 1)]
-            before = max(1, round(side * self.image_size))
-            # The paper sets no limit here; this one keeps a needle of a picture from filling the memory.
-            height, width = resized_size(height, width, before, 8 * self.long_side)
-            low, high = (max(1, round(side * self.image_size)) for side in CROP_SIDES)
-            crop_height = _between(min(low, height), min(high, height))
-            crop_width = _between(min(low, width), min(high, width))
-            part = (_between(0, height - crop_height), _between(0, width - crop_width), crop_height, crop_width)
-        smallest, largest = self.scales
-        scale = smallest + (largest - smallest) * _between(0, SCALE_STEPS - 1) / (SCALE_STEPS - 1)
-        return Choice(flipped, before, part, max(1, round(scale * self.image_size)))
+    def sample(self, height: int, width: int) -> SampledAugmentation:
+        """Draw the random choices for an image of this size."""
+        flipped, window, crop_short_side = _random_bool(self.hflip_prob), None, 0
+        if _random_bool(self.crop_prob):
+            scale = CROP_SHORT_SIDES[_random_int(0, len(CROP_SHORT_SIDES) - 1)]
+            crop_short_side = max(1, round(scale * self.image_size))
+            # The paper sets no limit on the long side; this one bounds the memory of a very long image.
+            height, width = resized_size(height, width, crop_short_side, 8 * self.long_side)
+            low, high = (max(1, round(side * self.image_size)) for side in CROP_SIDE_RANGE)
+            crop_height = _random_int(min(low, height), min(high, height))
+            crop_width = _random_int(min(low, width), min(high, width))
+            top, left = _random_int(0, height - crop_height), _random_int(0, width - crop_width)
+            window = (top, left, crop_height, crop_width)
+        smallest, largest = self.train_scales
+        scale = smallest + (largest - smallest) * _random_int(0, NUM_SCALES - 1) / (NUM_SCALES - 1)
+        return SampledAugmentation(flipped, crop_short_side, window, max(1, round(scale * self.image_size)))
 
     def final_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that an image of this size will have, from the same random numbers."""
-        choice = self.choose(height, width)
-        if choice.part is not None:
-            height, width = choice.part[2:]
-        return resized_size(height, width, choice.short, self.long_side, self.multiple)
+        """Return the (height, width) that an image of this size gets with the current random state."""
+        sampled = self.sample(height, width)
+        if sampled.crop_window is not None:
+            height, width = sampled.crop_window[2:]
+        return resized_size(height, width, sampled.short_side, self.long_side, self.size_divisor)
 
-    def _moved(self, part: Part, target: Target, height: int, width: int) -> Part:
-        """The part, elsewhere if it would cut objects too small; of all places tried, the one that cuts least."""
-        tries, best = [part], part
-        least = 0.0
-        while self.visible and (kept := least_visible(target, tries[-1], height, width)) < self.visible:
-            if kept > least:
-                least, best = kept, tries[-1]
-            if len(tries) == CROP_TRIES:
-                return best
-            _, _, h, w = part
-            tries.append((_between(0, height - h), _between(0, width - w), h, w))
-        return tries[-1]
-
-
-Part = tuple[int, int, int, int]  # top, left, height, width in pixels
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What happens to one image: a flip; the part that stays of it at the short side `before`; its short side."""
-
-    flipped: bool
-    before: int
-    part: Part | None
-    short: int
+    def _visible_window(self, window: CropWindow, target: Target, height: int, width: int) -> CropWindow:
+        """Move the window until it keeps `min_visibility` of each object; otherwise return the best one tried."""
+        best, best_visibility = window, 0.0
+        for attempt in range(1, MAX_CROP_TRIES + 1):
+            if not self.min_visibility:
+                return window
+            visibility = lowest_visibility(target, window, height, width)
+            if visibility >= self.min_visibility:
+                return window
+            if visibility > best_visibility:
+                best, best_visibility = window, visibility
+            if attempt < MAX_CROP_TRIES:
+                _, _, h, w = window
+                window = (_random_int(0, height - h), _random_int(0, width - w), h, w)
+        return best
 
 
-def least_visible(target: Target, part: Part, height: int, width: int) -> float:
-    """Of the objects that a part of an image (height, width) shows, the least share of an area that it leaves; or 1."""
+def lowest_visibility(target: Target, window: CropWindow, height: int, width: int) -> float:
+    """Return the smallest visible share of an area among the objects that a crop shows; 1 if it shows none.
+
+    Args:
+        target: Objects of the whole image.
+        window: The crop in pixels.
+        height: Height of the whole image in pixels.
+        width: Width of the whole image in pixels.
+    """
     from torchvision.ops import box_convert
 
-    top, left, h, w = part
-    corners = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([width, height] * 2)
+    top, left, h, w = window
+    boxes_xyxy = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([width, height] * 2)
     frame = torch.tensor([left, top, left + w, top + h])
-    cut = torch.cat([torch.maximum(corners[:, :2], frame[:2]), torch.minimum(corners[:, 2:], frame[2:])], dim=1)
-    left_over = (cut[:, 2:] - cut[:, :2]).clamp(min=0).prod(dim=1)
-    share = left_over / (corners[:, 2:] - corners[:, :2]).prod(dim=1).clamp(min=1e-9)
-    return float(share[left_over > 0].min()) if (left_over > 0).any() else 1.0
+    visible = torch.cat(
+        [torch.maximum(boxes_xyxy[:, :2], frame[:2]), torch.minimum(boxes_xyxy[:, 2:], frame[2:])], dim=1
+    )
+    visible_areas = (visible[:, 2:] - visible[:, :2]).clamp(min=0).prod(dim=1)
+    shares = visible_areas / (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(dim=1).clamp(min=1e-9)
+    return float(shares[visible_areas > 0].min()) if (visible_areas > 0).any() else 1.0
 
 
 def resize(
-    image: Tensor, image_size: int, long_side: int, canvas: tuple[int, int] | None = None, multiple: int = 1
+    image: Tensor, image_size: int, long_side: int, canvas: tuple[int, int] | None = None, size_divisor: int = 1
 ) -> Tensor:
-    """A uint8 image (3, H, W) at the size that `resized_size` gives: bilinear, antialiased.
+    """Resize a uint8 image (3, H, W) to the size that `resized_size` gives: bilinear, antialiased.
 
-    canvas: (height, width), the image fills as much of instead, proportions kept.
+    Args:
+        image: uint8 (3, H, W).
+        image_size: Short side in pixels.
+        long_side: Upper limit of the long side in pixels.
+        canvas: (height, width) to fit the image into instead; the aspect ratio is kept.
+        size_divisor: Round both sides to a multiple of this.
     """
     from torchvision.transforms.v2 import functional
 
     height, width = image.shape[-2:]
     if canvas is None:
-        size = resized_size(height, width, image_size, long_side, multiple)
+        size = resized_size(height, width, image_size, long_side, size_divisor)
     else:
         scale = min(canvas[0] / height, canvas[1] / width)
         size = tuple(max(1, min(side, round(old * scale))) for side, old in zip(canvas, (height, width), strict=True))
     return image if size == (height, width) else functional.resize(image, list(size), antialias=True)
 
 
-def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Left and right exchanged."""
+def hflip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Flip the image and its boxes horizontally."""
     from torchvision.transforms.v2 import functional
 
     cx, cy, w, h = target.boxes.unbind(-1)
@@ -171,32 +194,32 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def crop(image: Tensor, target: Target, top: int, left: int, height: int, width: int) -> tuple[Tensor, Target]:
-    """The part of the image from (top, left), all in pixels; boxes are cut to it, those outside it dropped."""
+    """Crop the image to a window in pixels; clip boxes to it and drop those outside."""
     from torchvision.ops import box_convert, clip_boxes_to_image
     from torchvision.transforms.v2 import functional
 
     old_height, old_width = image.shape[-2:]
-    corners = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([old_width, old_height] * 2)
-    corners = clip_boxes_to_image(corners - torch.tensor([left, top] * 2), (height, width))
-    visible = ((corners[:, 2:] - corners[:, :2]) >= MIN_SIDE).all(dim=1)
-    boxes = box_convert(corners[visible] / torch.tensor([width, height] * 2), "xyxy", "cxcywh")
+    boxes_xyxy = box_convert(target.boxes, "cxcywh", "xyxy") * torch.tensor([old_width, old_height] * 2)
+    boxes_xyxy = clip_boxes_to_image(boxes_xyxy - torch.tensor([left, top] * 2), (height, width))
+    visible = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) >= MIN_SIDE).all(dim=1)
+    boxes = box_convert(boxes_xyxy[visible] / torch.tensor([width, height] * 2), "xyxy", "cxcywh")
     return functional.crop(image, top, left, height, width), replace(target, labels=target.labels[visible], boxes=boxes)
 
 
-def change_colors(image: Tensor) -> Tensor:
-    """Brightness, contrast and saturation between 0.6 and 1.4 times what they were (after SSD, section 2.2).
+def color_jitter(image: Tensor) -> Tensor:
+    """Scale brightness, contrast and saturation by random factors in 0.6..1.4 (after SSD, section 2.2).
 
-    The hue stays: it often tells classes apart, as of lamps, fruit and stained cells, and takes longer than all else.
+    The hue stays: it often tells classes apart, and changing it takes longer than everything else.
     """
     from torchvision.transforms.v2 import ColorJitter
 
     return ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)(image)
 
 
-def _happens(chance: float) -> bool:
-    return torch.rand(()).item() < chance
+def _random_bool(probability: float) -> bool:
+    return torch.rand(()).item() < probability
 
 
-def _between(low: int, high: int) -> int:
-    """A whole number from `low` to `high`, both included."""
+def _random_int(low: int, high: int) -> int:
+    """Draw an integer from `low` to `high`, both included."""
     return int(torch.randint(low, high + 1, ()).item())

@@ -98,15 +98,16 @@ def dataset_for(
 ) -> CocoDataset:
     """The split as the model takes it. Raises UserError where it cannot be read or does not fit the model's classes."""
     from ..data.dataset import open_dataset
-    from ..data.transforms import evaluation
+    from ..data.transforms import EvalTransform
 
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
+    canvas = getattr(model, "canvas", None)
     dataset = open_dataset(
         data,
         split=split,
         data=data_config or DataConfig(),
         categories=model_categories(config) if config.category_ids else None,
-        transform=evaluation(config.image_size, config.long_side, getattr(model, "canvas", None), config.size_divisor),
+        transform=EvalTransform(config.image_size, config.long_side, canvas, config.size_divisor),
     )
     _refuse_more_classes(config, dataset)
     _warn_of_training_images(dataset, Path(data).expanduser(), split, data_config or DataConfig())
@@ -203,14 +204,14 @@ def _detect(
     from torch.utils.data import Subset
     from tqdm import tqdm
 
-    from ..data.dataloader import loader
+    from ..data.dataloader import LoaderOptions, build_dataloader
 
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     ids = [category.id for category in dataset.categories]
     _refuse_more_classes(config, dataset)
     images = dataset if count == len(dataset) else Subset(dataset, range(count))
-    batches = loader(images, batch_size, workers, shuffle=False, seed=0)
-    batches.sampler.set_epoch(0, skip=part[0], stride=part[1])
+    batches = build_dataloader(images, LoaderOptions(batch_size, workers))
+    batches.sampler.set_epoch(0, start_step=part[0], step_stride=part[1])
     results: list[dict[str, Any]] = []
     seen: set[Any] = set()
     working = 0.0

@@ -43,11 +43,11 @@ class Calibration:
 
     def __init__(self, described: Described, data: str | os.PathLike[str], most: int = IMAGES) -> None:
         from ..data.dataset import open_dataset
-        from ..data.transforms import evaluation
+        from ..data.transforms import EvalTransform
 
         config = described.config
         self.canvas = described.image_size
-        transform = evaluation(config.image_size, config.long_side, self.canvas, config.size_divisor)
+        transform = EvalTransform(config.image_size, config.long_side, self.canvas, config.size_divisor)
         categories = model_categories(config) if config.category_ids else None
         self.dataset = open_dataset(data, DataConfig().train_split, categories=categories, transform=transform)
         self.mean, self.std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)

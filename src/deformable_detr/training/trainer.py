@@ -63,7 +63,7 @@ def _train_in(
     folder: RunDir, data: str | os.PathLike[str], config: Config, resume: bool, world: DistributedContext
 ) -> dict[str, Any]:
     from ..data.dataset import open_dataset, refuse_same_file
-    from ..data.transforms import evaluation, training
+    from ..data.transforms import EvalTransform, TrainTransform
     from ..data.validate import check_for_training
 
     size, multiple = (config.model.image_size, config.model.long_side), config.model.size_divisor
@@ -72,12 +72,14 @@ def _train_in(
             log.warning(line)
     split = config.data.train_split, config.data.val_split
     with world.sync_errors():
-        train_set = open_dataset(data, split[0], config.data, transform=training(*size, config.data, multiple))
+        train_set = open_dataset(
+            data, split[0], config.data, transform=TrainTransform.from_config(config.data, *size, multiple)
+        )
         if not len(train_set):
             raise UserError(f"the training set at {data} has no images")
         known = train_set.categories
         validation = open_dataset(
-            data, split[1], config.data, categories=known, transform=evaluation(*size, multiple=multiple)
+            data, split[1], config.data, categories=known, transform=EvalTransform(*size, size_divisor=multiple)
         )
         refuse_same_file(train_set, validation, data)
         config, note = for_size(with_classes(config, train_set), len(train_set))
@@ -113,8 +115,8 @@ class Trainer:
         data_name: str | None = None,
         world: DistributedContext | None = None,
     ) -> None:
-        from ..data.dataloader import loader
-        from ..data.mosaic import Mosaics
+        from ..data.dataloader import LoaderOptions, build_dataloader
+        from ..data.mosaic import MosaicDataset
 
         self.world = world or DistributedContext(str(model.pixel_mean.device), size=1)
         self.data_name = data_name  # for the model card
@@ -131,12 +133,13 @@ class Trainer:
         # `for_size` left no "auto".
         self.epochs, self.eval_every = cast("int | None", train.epochs), cast("int", train.eval_every)
         self.data_fingerprint = fingerprint(train_set)
-        shown = Mosaics(train_set, config.data.mosaic_prob) if config.data.mosaic_prob else train_set
-        self.loader = loader(
-            shown, train.batch_size, config.data.workers, shuffle=True, seed=train.seed, effective=self.effective,
-            process=(self.world.rank, self.world.size), aspect_ratio_grouping=config.data.aspect_ratio_grouping,
+        shown = MosaicDataset(train_set, config.data.mosaic_prob) if config.data.mosaic_prob else train_set
+        options = LoaderOptions(
+            train.batch_size, config.data.workers, shuffle=True, seed=train.seed, total_batch_size=self.effective,
+            rank=self.world.rank, world_size=self.world.size, aspect_ratio_grouping=config.data.aspect_ratio_grouping,
         )  # fmt: skip
-        self.batches = self.loader.sampler.steps
+        self.loader = build_dataloader(shown, options)
+        self.batches = self.loader.sampler.num_steps
         with self.world.sync_errors():
             self.stepper = TrainStep(model, train.replace(lr=self.lr), self.world)
         self.counters = TrainState()
@@ -184,7 +187,7 @@ class Trainer:
         return self._summary()
 
     def _say_batch(self) -> None:
-        train, passes = self.config.train, self.loader.sampler.passes(0)
+        train, passes = self.config.train, self.loader.sampler.micro_batches(0)
         if self.world.size > 1 or passes > 1 or train.total_batch_size:
             how = f"{self.world.size} processes × " if self.world.size > 1 else ""
             how += f"{passes} passes of up to {train.batch_size}"
@@ -210,7 +213,7 @@ class Trainer:
         saved = done.seconds
         if done.batch == 0:
             done.mosaic = self.config.data.mosaic_prob > 0 and self.progress < self.config.data.close_mosaic
-        self.loader.sampler.set_epoch(done.epoch, skip=done.batch, mosaic=done.mosaic)
+        self.loader.sampler.set_epoch(done.epoch, start_step=done.batch, mosaic=done.mosaic)
         batches = iter(self.loader)
         mark = time.perf_counter()
         while done.batch < self.batches:
@@ -241,7 +244,7 @@ class Trainer:
         """This process's passes of the next step, and what all of them together hold, if there are several."""
         passes, failure = [], None
         try:
-            passes = [next(batches) for _ in range(self.loader.sampler.passes(self.counters.batch))]
+            passes = [next(batches) for _ in range(self.loader.sampler.micro_batches(self.counters.batch))]
         except UserError as error:
             if self.world.size == 1:
                 raise
