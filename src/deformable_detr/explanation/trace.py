@@ -152,7 +152,7 @@ def trace(
     pixels = read_image(image)
     size = (pixels.shape[1], pixels.shape[2])
     nothing = Target.empty(0, size)
-    resized = resize(pixels, config.image_size, config.long_side, multiple=config.size_divisor)
+    resized = resize(pixels, config.image_size, config.long_side, size_divisor=config.size_divisor)
     batch, _ = collate([(resized, nothing)])
     if canvas is not None:
         below, beside = canvas[0] - batch.pixels.shape[2], canvas[1] - batch.pixels.shape[3]
