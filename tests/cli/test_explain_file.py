@@ -43,7 +43,7 @@ def test_the_best_detection_unless_told_otherwise(run, place):
     assert Image.open(place / "image-explained.png").format == "PNG"
     raw = json.loads((place / "raw.json").read_text())
     found = trace(random_model(two_stage=True, refine=True), place / "image.png", 0.0).detection(0)
-    torch.testing.assert_close(torch.tensor(raw["layers"][-1]["locations"]), found.looks[-1].locations)
+    torch.testing.assert_close(torch.tensor(raw["layers"][-1]["locations"]), found.layers[-1].locations)
     first, last = found.attention_inside_box().tolist()
     assert raw["layers"][0]["share_inside_box"] == pytest.approx(first)
     assert f"inside the detected box: first decoder layer {first:.1%}, last {last:.1%}" in out
@@ -70,13 +70,12 @@ def test_the_ending_says_what_is_written(run, place, arguments, file, start):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("model image.png", ["image.png", "no detection scores 0.5 or more"]),
+        ("model image.png", ["image.png", "no detection has a score of 0.5 or more"]),
         ("model image.png --threshold 0 --detection 19", ["no detection 19", "18"]),
         ("model image.png --threshold 0 --detection 0", ["--detection 0", "start at 1"]),
         ("model image.png --threshold 0 --layer 3", ["no layer 3", "decoder has 2"]),
         ("model image.png --threshold 0 --layer 0", ["--layer 0", "start at 1"]),
         ("model image.png --threshold 0 --layer some", ["--layer some", "all or a number"]),
-        ("model image.png --threshold 0 --layer 1 --out a.gif", ["--layer 1", "a.gif"]),
         ("model image.png --point 102,3", ["102,3", "outside", "101 × 67"]),
         ("model image.png --point=-1,3", ["-1,3", "outside"]),
         ("model image.png --point 5", ["--point 5", "X,Y"]),
@@ -85,8 +84,8 @@ def test_the_ending_says_what_is_written(run, place, arguments, file, start):
         ("model image.png --point 1,1 --detection 1", ["--detection and --point"]),
         ("model image.png --threshold 0 --out file/a.png", ["--out file/a.png"]),
         ("model image.png --threshold 0 --out model", ["--out", "model"]),
-        ("model image.png --threshold 0 --out a.xyz", ["a.xyz", ".html"]),
-        ("model image.png --threshold 0 --out image.png", ["would replace"]),
+        ("model image.png --threshold 0 --out a.xyz", ["a.xyz", ".png"]),
+        ("model image.png --threshold 0 --out image.png", ["--out image.png", "overwrite"]),
         ("model image.png --threshold 0 --json file/a.json", ["--json file/a.json"]),
         ("model image.png --threshold 2", ["--threshold 2"]),
         ("model nothing.png --threshold 0", ["nothing.png", "no such"]),

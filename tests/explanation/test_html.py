@@ -32,13 +32,13 @@ def test_the_points_in_the_page_are_those_of_the_tensors(traced):
     for number, item in enumerate(data["items"]):
         found = traced.detection(number)
         assert item["name"] == found.name
-        for layer, look, share in zip(item["layers"], found.looks, found.attention_inside_box().tolist(), strict=True):
+        for layer, look, share in zip(item["layers"], found.layers, found.attention_inside_box().tolist(), strict=True):
             points = torch.tensor(layer["points"]).view(HEADS, LEVELS, POINTS, 3)
             torch.testing.assert_close(points[..., :2] / 10, look.locations, atol=0.0501, rtol=0)
             torch.testing.assert_close(points[..., 2] / 10000, look.weights, atol=5.1e-5, rtol=0)
             assert layer["box"] == pytest.approx(look.box.tolist(), abs=0.006)
-            assert layer["reference"] == pytest.approx(look.reference_point.tolist(), abs=0.006)
-            assert layer["share"] == pytest.approx(share, abs=1e-4)
+            assert layer["reference_point"] == pytest.approx(look.reference_point.tolist(), abs=0.006)
+            assert layer["share_inside_box"] == pytest.approx(share, abs=1e-4)
 
 
 def test_a_point_is_alone_in_its_page(traced):
@@ -47,7 +47,7 @@ def test_a_point_is_alone_in_its_page(traced):
     assert [item["kind"] for item in data["items"]] == ["point"]
     assert data["layer"] == 1
     points = torch.tensor(data["items"][0]["layers"][0]["points"]).view(LEVELS, HEADS, LEVELS, POINTS, 3)
-    torch.testing.assert_close(points[..., :2] / 10, found.looks[0].locations, atol=0.0501, rtol=0)
+    torch.testing.assert_close(points[..., :2] / 10, found.layers[0].locations, atol=0.0501, rtol=0)
 
 
 def test_the_page_loads_nothing_and_names_cannot_break_it(traced):

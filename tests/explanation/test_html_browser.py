@@ -39,7 +39,7 @@ def test_hover_click_slider_and_toggles(browse, traced, tmp_path):
     from selenium.webdriver import ActionChains, Keys
 
     driver = browse(save_page(traced, traced.detection(0), tmp_path / "page.html"))
-    looks = [traced.detection(number).looks for number in range(6)]
+    looks = [traced.detection(number).layers for number in range(6)]
     assert same(points(driver)[0], looks[0][-1])
 
     # On the screen: the drawn marker's middle is where the location is in the image.
@@ -83,7 +83,7 @@ def test_hover_click_slider_and_toggles(browse, traced, tmp_path):
     ActionChains(driver).move_to_element(find("id", "title")).perform()
     assert same(points(driver)[0], looks[top][0])  # a box can be clicked too
 
-    driver.execute_script("document.querySelector(\".hit[data-item='5']\").focus()")
+    driver.execute_script("document.querySelector(\"#detections [data-item='5']\").focus()")
     ActionChains(driver).send_keys(Keys.ENTER).perform()
     assert same(points(driver)[0], looks[5][0])
     before = driver.execute_script("return document.getElementById('view').getAttribute('viewBox')")

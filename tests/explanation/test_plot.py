@@ -1,4 +1,4 @@
-"""Pictures and animations: the points are drawn where the arrays say, at any image size."""
+"""Figures and animations: the points are drawn where the arrays say, at any image size."""
 
 import itertools
 
@@ -9,24 +9,23 @@ from PIL import Image
 
 from deformable_detr import Detections, UserError, explain
 from deformable_detr.explanation import DecoderLayerSampling, DetectionExplanation
-from deformable_detr.explanation.viewport import close_up
 from tests.support.explanations import picture, random_model
 
 
 def by_hand(image, spots, box=(20.0, 15.0, 180.0, 135.0), name="thing", weights=None):
     """One head, one level, a layer for each list of spots; weights even unless given."""
     height, width = image.shape[:2]
-    looks = []
+    layers = []
     for places in spots:
         locations = torch.tensor(places).view(1, 1, -1, 2)
         even = torch.full((1, 1, len(places)), 1 / len(places))
         heavy = even if weights is None else torch.tensor(weights).view(1, 1, -1)
         reference, found = torch.tensor([100.0, 75.0]), torch.tensor(box)
-        looks.append(DecoderLayerSampling(reference, None, found, torch.tensor([0.7]), locations, heavy))
+        layers.append(DecoderLayerSampling(reference, None, found, torch.tensor([0.7]), locations, heavy))
     detections = Detections(
         torch.tensor([box]), torch.tensor([0.7]), torch.tensor([0]), torch.tensor([1]), (name,), (height, width), image
     )
-    return DetectionExplanation(image, (height, width), ((8, 8),), tuple(looks), detections, 0, 3)
+    return DetectionExplanation(image, (height, width), ((8, 8),), tuple(layers), detections, 0, 3)
 
 
 def centers(mask):
@@ -101,7 +100,7 @@ def test_the_close_up_holds_the_box_and_nearly_all_of_the_attention():
     image = np.zeros((400, 600, 3), dtype=np.uint8)
     found = by_hand(image, [[(300.0, 200.0), (290.0, 210.0), (5000.0, 5000.0)]], (280.0, 190.0, 320.0, 230.0),
                     weights=[0.5, 0.495, 0.005])  # fmt: skip
-    view = close_up(found)
+    view = found.viewport()
     assert view.x1 < 280
     assert view.y1 < 190
     assert view.x2 > 320
@@ -109,7 +108,7 @@ def test_the_close_up_holds_the_box_and_nearly_all_of_the_attention():
     assert view.width < 120  # one far point of no weight changes nothing
     assert view.width / view.height == pytest.approx(1.5)
     inside = view.clamp(np.array([[5000.0, 5000.0], [300.0, 200.0]]))
-    assert view.holds(inside).all()
+    assert view.contains(inside).all()
     assert inside[1].tolist() == [300, 200]
 
 
@@ -129,12 +128,11 @@ def test_one_layer_of_the_encoder_has_a_panel_for_each_level():
     assert one.height > 1.3 * every.height
 
 
-@pytest.mark.parametrize(("ending", "kind"), [(".gif", "GIF"), (".webp", "WEBP"), (".apng", "PNG")])
-def test_an_animation_has_a_frame_for_each_layer(tmp_path, ending, kind):
+def test_a_gif_has_a_frame_per_layer(tmp_path):
     image = np.full((150, 200, 3), 90, dtype=np.uint8)
-    path = by_hand(image, [[(50.0, 50.0)], [(90.0, 90.0)], [(120.0, 60.0)]]).save(tmp_path / f"moving{ending}")
+    path = by_hand(image, [[(50.0, 50.0)], [(90.0, 90.0)], [(120.0, 60.0)]]).save(tmp_path / "moving.gif")
     with Image.open(path) as moving:
-        assert moving.format == kind
+        assert moving.format == "GIF"
         assert moving.n_frames == 3
         shown = []
         for number in range(3):
@@ -158,7 +156,7 @@ def test_mistakes_are_one_line(tmp_path):
         found.draw(layer=1)
     with pytest.raises(UserError, match="no layer 0"):
         found.draw(layer=-1)
-    with pytest.raises(UserError, match=r"ending '\.xyz'"):
+    with pytest.raises(UserError, match=r"'\.xyz' is not an image format"):
         found.save(tmp_path / "a.xyz")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):

@@ -32,23 +32,23 @@ def test_points_set_by_hand_lie_where_equation_3_puts_them(size):
     model, known = with_known_points()
     height, width = size
     found = explain(model, picture(*size), threshold=0.0)
-    for look, (offsets, logits) in zip(found.looks, known, strict=True):
-        assert look.locations.shape == (HEADS, LEVELS, POINTS, 2)
-        assert look.reference_box is None
-        torch.testing.assert_close(look.reference_point, torch.tensor([0.3 * width, 0.6 * height]))
+    for layer, (offsets, logits) in zip(found.layers, known, strict=True):
+        assert layer.locations.shape == (HEADS, LEVELS, POINTS, 2)
+        assert layer.reference_box is None
+        torch.testing.assert_close(layer.reference_point, torch.tensor([0.3 * width, 0.6 * height]))
         for level, (h, w) in enumerate(found.spatial_shapes):
             # An offset of 1 is one pixel of the level's map.
             expected = torch.tensor([0.3, 0.6]) + offsets[:, level] / torch.tensor([w, h])
             expected = expected * torch.tensor([width, height])
-            torch.testing.assert_close(look.locations[:, level], expected, atol=1e-3, rtol=1e-5)
+            torch.testing.assert_close(layer.locations[:, level], expected, atol=1e-3, rtol=1e-5)
         weights = logits.flatten(1).softmax(1).view_as(logits)
-        torch.testing.assert_close(look.weights, weights)
+        torch.testing.assert_close(layer.weights, weights)
 
 
 def test_points_around_a_box_are_spread_over_half_its_sides():
     model, known = with_known_points(refine=True)
     found = explain(model, picture(67, 101), threshold=0.0)
-    first, second = found.looks
+    first, second = found.layers
     assert first.reference_box is None
     torch.testing.assert_close(second.reference_box, first.box)  # each layer starts from the box of the one before
     x1, y1, x2, y2 = first.box.tolist()
@@ -77,8 +77,8 @@ def test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_pos
     sides = torch.tensor([(w, h) for h, w in shapes])
     checked = 0
     for details, explained in [
-        *zip(traced.outputs["decoder_attention"], traced.detection(0).looks, strict=True),
-        *zip(traced.outputs["encoder_attention"], traced.point(width / 2, height / 3).looks, strict=True),
+        *zip(traced.outputs["decoder_attention"], traced.detection(0).layers, strict=True),
+        *zip(traced.outputs["encoder_attention"], traced.point(width / 2, height / 3).layers, strict=True),
     ]:
         query = (
             [traced.detection(0).query] if explained.weights.ndim == 3 else traced.point(width / 2, height / 3).tokens
@@ -100,8 +100,8 @@ def test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_pos
 @pytest.mark.parametrize("shift", [0.5, 4.0])  # pixels; half a cell of the finest map
 def test_positions_shifted_by_half_a_pixel_or_cell_are_noticed(monkeypatch, shift):
     module = sys.modules["deformable_detr.explanation.trace"]
-    right = module.from_canvas
-    monkeypatch.setattr(module, "from_canvas", lambda *where: right(*where) + shift)
+    right = module.canvas_to_pixels
+    monkeypatch.setattr(module, "canvas_to_pixels", lambda *where: right(*where) + shift)
     with pytest.raises(AssertionError, match="not close"):
         test_points_set_by_hand_lie_where_equation_3_puts_them((67, 101))
     with pytest.raises(AssertionError, match="not close"):
@@ -122,9 +122,9 @@ def test_without_offsets_the_encoder_looks_at_the_very_token_of_the_point(canvas
         ):
             cell = torch.tensor([width / (across * w), height / (down * h)])  # a token's pixel, in image pixels
             assert ((found.token_centers[token] - torch.tensor([x, y])).abs() <= cell / 2 + 1e-3).all()
-            for look in found.looks:
+            for layer in found.layers:
                 everywhere = found.token_centers[token].expand(HEADS, LEVELS, POINTS, 2)
-                torch.testing.assert_close(look.locations[token], everywhere, atol=1e-3, rtol=1e-5)
+                torch.testing.assert_close(layer.locations[token], everywhere, atol=1e-3, rtol=1e-5)
     assert traced.point(0, 0).tokens[0] == 0
 
 
@@ -136,8 +136,8 @@ def test_a_photograph_on_its_side_is_explained_upright(tmp_path):
     Image.fromarray(upright).rotate(90, expand=True).save(tmp_path / "side.png", exif=exif)
     turned, straight = explain(model, tmp_path / "side.png", threshold=0.0), explain(model, upright, threshold=0.0)
     assert turned.image_size == (67, 101)
-    assert torch.equal(turned.looks[-1].locations, straight.looks[-1].locations)
-    assert torch.equal(turned.looks[-1].box, straight.looks[-1].box)
+    assert torch.equal(turned.layers[-1].locations, straight.layers[-1].locations)
+    assert torch.equal(turned.layers[-1].box, straight.layers[-1].box)
     wide = explain(model, tmp_path / "side.png", point=(100, 10))
     assert wide.token_centers[:, 0].max() > 67  # right of what the file's own width would allow
 
@@ -154,7 +154,7 @@ def test_the_detections_are_those_of_prediction_and_the_last_layer_is_theirs():
     limits = torch.tensor([101.0, 67.0, 101.0, 67.0])
     for number in range(len(predicted)):
         found = traced.detection(number)
-        last = found.looks[-1]
+        last = found.layers[-1]
         assert last.scores[found.label].item() == pytest.approx(found.score, abs=1e-6)
         torch.testing.assert_close(last.box.clamp(min=torch.zeros(4), max=limits), predicted.boxes[number])
 
@@ -179,11 +179,11 @@ def test_shares_follow_the_weights_layer_by_layer():
     model, _ = with_known_points()
     found = explain(model, picture(67, 101), threshold=0.0)
     box = torch.tensor([0.0, 0.0, 33.0, 67.0])
-    for share, look in zip(found.attention_inside_box(box).tolist(), found.looks, strict=True):
-        x, y = look.locations.unbind(-1)
+    for share, layer in zip(found.attention_inside_box(box).tolist(), found.layers, strict=True):
+        x, y = layer.locations.unbind(-1)
         inside = (x >= 0) & (x <= 33) & (y >= 0) & (y <= 67)
         assert 0 < share < 1
-        assert share == pytest.approx(look.weights[inside].sum().item() / HEADS)
+        assert share == pytest.approx(layer.weights[inside].sum().item() / HEADS)
 
 
 def test_numbers_for_json():
@@ -194,7 +194,7 @@ def test_numbers_for_json():
     assert whole["detection"]["number"] == 2
     assert whole["detection"]["name"] == found.name
     assert whole["layers"][0]["reference_box"] is None
-    assert torch.equal(torch.tensor(whole["layers"][1]["locations"]), found.looks[1].locations)
+    assert torch.equal(torch.tensor(whole["layers"][1]["locations"]), found.layers[1].locations)
     assert whole["layers"][1]["share_inside_box"] == found.attention_inside_box()[1].item()
     point = explain(model, picture(67, 101), point=(10, 20)).to_dict()
     assert point["point"] == [10, 20]
@@ -206,7 +206,7 @@ def test_numbers_for_json():
     [
         ({"detection": 99, "threshold": 0.0}, ["no detection 100", "18"]),
         ({"detection": -1, "threshold": 0.0}, ["no detection 0"]),
-        ({"threshold": 0.9}, ["0.9", "the best 0.0"]),
+        ({"threshold": 0.9}, ["0.9", "the best score is 0.0"]),
         ({"threshold": 1.5}, ["threshold 1.5"]),
         ({"top_k": 0}, ["top_k 0"]),
         ({"point": (102, 5)}, ["102,5", "101 × 67"]),
@@ -227,4 +227,4 @@ def test_a_model_without_encoder_has_no_points_to_tell_of():
     model = random_model(encoder_layers=0)
     with pytest.raises(UserError, match="no encoder layers"):
         explain(model, picture(67, 101), point=(5, 5))
-    assert len(explain(model, picture(67, 101), threshold=0.0).looks) == 2
+    assert len(explain(model, picture(67, 101), threshold=0.0).layers) == 2

@@ -110,7 +110,7 @@ def test_explain_equals_the_trace(client, model):
     assert len(answer["detections"]) == len(traced.detections) == 4
     same(answer, traced.detections)
     for index, one in enumerate(answer["detections"]):
-        looks = traced.detection(index).looks
+        looks = traced.detection(index).layers
         assert len(one["layers"]) == len(looks) == 2
         for layer, look in zip(one["layers"], looks, strict=True):
             points = torch.tensor(layer["points"])

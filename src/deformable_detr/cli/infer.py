@@ -123,24 +123,22 @@ def explain(
     device: Device = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Show where the model looked: each layer's boxes and sampling points.
+    """Explain a detection: show the boxes and sampling points of each layer.
 
     Args:
         model: A run or model folder, a transformers folder or hub id, or an official .pth.
         image: Image file.
-        detection: Which detection, numbered from 1, the best; without it that one.
-        point: X,Y in pixels: where the encoder looked from that point, instead of a detection.
-        layer: all, or one, numbered from 1.
-        out: Picture (.png, .jpg), animation across the layers (.gif, .webp, .apng) or interactive page (.html);
-            IMAGE-explained.png in the current folder where none is named.
-        threshold: Lowest score of a detection, 0 to 1.
+        detection: Number of the detection, from 1, the best. Default: 1.
+        point: X,Y in pixels: explain what the encoder sampled for this point instead of a detection.
+        layer: all, or the number of a layer, from 1.
+        out: Image (.png, .jpg), animation over the layers (.gif) or interactive web page (.html). Default:
+            IMAGE-explained.png in the current folder.
+        threshold: Minimum score of a detection, 0 to 1.
     """
     from ..detector import load_detector
-    from .explain_file import explain_file, parse_layer, parse_point
+    from .explain_file import ExplainOptions, explain_file, parse_layer, parse_point
 
-    if not 0 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold}: must be from 0 to 1")
-    place, number = parse_point(point), parse_layer(layer)
-    detector = load_detector(model, device)
-    target = out or Path(f"{image.stem}-explained.png")
-    explain_file(detector, image, target, detection, place, number, threshold, json)
+    out = out or Path(f"{image.stem}-explained.png")
+    options = ExplainOptions(out, detection, parse_point(point), parse_layer(layer), threshold, json)
+    options.check(image)
+    explain_file(load_detector(model, device), image, options)

@@ -58,7 +58,7 @@ def report(evaluated: Sequence[tuple[str, Evaluated]], data: str, split: str) ->
         "pictures": _pictures([one for _, one in evaluated], models),
     }
     title = f"Evaluation of {content['title']}"
-    scripts = ["charts.js", "report.js"]
+    scripts = ["elements.js", "charts.js", "report.js"]
     return fill("deformable_detr.visualize.web", "report.html", title, content, ["style.css"], scripts)
 
 

@@ -39,7 +39,7 @@ def write_training_page(run_folder: Path) -> Path:
         "gallery": read_gallery(run_folder, [record["step"] for record in evaluations]),
     }
     title = f"Training of {content['name']}"
-    scripts = ["charts.js", "training.js"]
+    scripts = ["elements.js", "charts.js", "training.js"]
     text = fill("deformable_detr.visualize.web", "training.html", title, content, ["style.css"], scripts)
     write_text(run_folder / PAGE, text)
     return run_folder / PAGE

@@ -1,15 +1,8 @@
-"""Explanations: where a model looked, as arrays, pictures and a page."""
+"""Explanations: which points of the image each layer sampled, as arrays, figures and a web page."""
 
-from .explain import explain
-from .results import (
-    DecoderLayerSampling,
-    DetectionExplanation,
-    EncoderLayerSampling,
-    Explanation,
-    PointExplanation,
-    attention_inside_box,
-)
-from .trace import Trace, trace
+from .explanation import DetectionExplanation, Explanation, PointExplanation
+from .results import DecoderLayerSampling, EncoderLayerSampling, attention_inside_box
+from .trace import Trace, explain, trace
 
 __all__ = [
     "DecoderLayerSampling",

@@ -1,36 +1,83 @@
-"""One pass of a model over one image, with all it looked at, and its parts in pixels of the original image."""
+"""Run a model once on an image and look up what its layers sampled for any detection or point."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..config.schema import ModelConfig
 from ..data.dataloader import collate
 from ..data.transforms import resize
+from ..model.geometry import get_valid_ratios, level_masks
 from ..model.network import DeformableDETRNetwork
 from ..model.postprocess import postprocess, to_detections
 from ..predict.predictor import evaluating, model_categories
-from ..structures import Detections, Target
+from ..structures import Detections, ImageBatch, Target
 from ..utils.errors import UserError
 from ..utils.images import read_image
-from .results import DecoderLayerSampling, DetectionExplanation, EncoderLayerSampling, PointExplanation
+from .explanation import DetectionExplanation, PointExplanation
+from .results import DecoderLayerSampling, EncoderLayerSampling
+
+
+@overload
+def explain(
+    model: DeformableDETRNetwork, image: Any, detection: int | None = ..., *, threshold: float = ..., top_k: int = ...
+) -> DetectionExplanation: ...
+
+
+@overload
+def explain(
+    model: DeformableDETRNetwork, image: Any, *, point: tuple[float, float], threshold: float = ..., top_k: int = ...
+) -> PointExplanation: ...
+
+
+def explain(
+    model: DeformableDETRNetwork,
+    image: Any,
+    detection: int | None = None,
+    *,
+    point: tuple[float, float] | None = None,
+    threshold: float = 0.5,
+    top_k: int = 100,
+) -> DetectionExplanation | PointExplanation:
+    """Explain a detection, or the encoder's attention at a point. Use `trace` to explain several of one image.
+
+    Args:
+        model: A `DeformableDETR`.
+        image: A path, PIL image, array or tensor, as for `predict`.
+        detection: Index among the detections of `predict` with this threshold and top_k. Default: 0, the best.
+        point: (x, y) in pixels. Explains the encoder's tokens there instead of a detection.
+        threshold: Minimum score of a detection, 0..1.
+        top_k: Maximum number of detections.
+
+    Raises:
+        UserError: The image cannot be read, there is no such detection, or the point is outside the image.
+    """
+    if detection is not None and point is not None:
+        raise UserError("explain takes a detection or a point, not both")
+    traced = trace(model, image, threshold, top_k)
+    return traced.point(*point) if point is not None else traced.detection(detection or 0)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trace:
-    """What a model said of one image and where it looked. All tensors are on the CPU.
+    """The outputs of a model for one image, with the sampling points of every layer. All tensors are on the CPU.
 
-    image: as it was given. pixels: (3, H, W) uint8, as read. threshold: the least score of a detection.
-    detections: as `predict` gives them. queries: (N,), the decoder's query behind each.
-    best_score: the highest score of any query, 0..1.
-    outputs: the model's, with return_attention.
-    valid_ratios: (L, 2), unpadded part (width, height) of each level's map.
+    Attributes:
+        image: The image as passed to `trace`.
+        pixels: (3, H, W) uint8 RGB, upright.
+        threshold: Minimum score of a detection.
+        detections: The same as from `predict`.
+        queries: (N,), the decoder query of each detection.
+        best_score: The highest score of any query, 0..1.
+        outputs: The outputs of the network with `return_attention=True`.
+        valid_ratios: (L, 2), unpadded fraction (width, height) of the feature map of each level.
     """
 
     image: Any
@@ -44,89 +91,85 @@ class Trace:
 
     @property
     def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
         return self.pixels.shape[1], self.pixels.shape[2]
 
-    def detection(self, index: int) -> DetectionExplanation:
-        """How detection `index`, counted from 0, the best first, came to be.
+    @property
+    def spatial_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the feature map of each level."""
+        return tuple((int(h), int(w)) for h, w in self.outputs["spatial_shapes"])
 
-        Raises UserError where there is no such detection.
-        """
-        found = len(self.detections)
-        if not found:
+    def detection(self, index: int) -> DetectionExplanation:
+        """Explain the detection with this index, counted from 0. Raises UserError if there is none."""
+        count = len(self.detections)
+        if not count:
             raise UserError(
-                f"{self._name}: no detection scores {self.threshold:g} or more (the best {self.best_score:.2g}); "
-                "lower the threshold, or ask for a point"
+                f"{self._image_name}: no detection has a score of {self.threshold:g} or more (the best score is "
+                f"{self.best_score:.2g}); lower the threshold or choose a point"
             )
-        if not 0 <= index < found:
+        if not 0 <= index < count:
             raise UserError(
-                f"{self._name}: there is no detection {index + 1}: only {found} "
-                f"score{'s' if found == 1 else ''} {self.threshold:g} or more; lower the threshold for others"
+                f"{self._image_name}: no detection {index + 1}: {count} with a score of {self.threshold:g} or more; "
+                "lower the threshold to get more"
             )
         query = int(self.queries[index])
-        looks = []
-        for layer, details in enumerate(self.outputs["decoder_attention"]):
-            reference = self.outputs["decoder_reference_points"][layer][0, query]
-            looks.append(
-                DecoderLayerSampling(
-                    reference_point=self._in_pixels(reference[:2]),
-                    reference_box=self._corners(reference) if len(reference) == 4 else None,
-                    box=self._corners(self.outputs["layer_boxes"][layer, 0, query]),
-                    scores=self.outputs["layer_logits"][layer, 0, query].float().sigmoid(),
-                    locations=self._locations(details.locations[0, query]),
-                    weights=details.weights[0, query].to(torch.float32, copy=True),
-                )
-            )
-        return DetectionExplanation(
-            self.image, self.image_size, self._shapes, tuple(looks), self.detections, index, query
-        )
+        layers = tuple(self._decoder_layer(layer, query) for layer in range(len(self.outputs["decoder_attention"])))
+        context = self.image, self.image_size, self.spatial_shapes
+        return DetectionExplanation(*context, layers, self.detections, index, query)
 
     def point(self, x: float, y: float) -> PointExplanation:
-        """Where the encoder looked from the tokens at (x, y) in pixels of the original image, its edges included.
+        """Explain the encoder's tokens at (x, y) in pixels of the original image, its edges included.
 
-        Raises UserError for a point outside the image and for a model without encoder layers.
+        Raises:
+            UserError: The point is outside the image, or the model has no encoder layers.
         """
         height, width = self.image_size
         if not (0 <= x <= width and 0 <= y <= height):
-            raise UserError(f"{self._name}: the point {x:g},{y:g} is outside the image of {width} × {height} pixels")
+            raise UserError(f"{self._image_name}: point {x:g},{y:g} is outside the image of {width} × {height} pixels")
         if not self.outputs["encoder_attention"]:
-            raise UserError("the model has no encoder layers, which a point would show; ask for a detection")
+            raise UserError("the model has no encoder layers, so there is nothing to show at a point; use a detection")
         tokens, centers, start = [], [], 0
-        for (h, w), (across, down) in zip(self._shapes, self.valid_ratios.tolist(), strict=True):
-            columns, rows = max(1, round(across * w)), max(1, round(down * h))  # those that are no padding
+        for (h, w), (ratio_x, ratio_y) in zip(self.spatial_shapes, self.valid_ratios.tolist(), strict=True):
+            columns, rows = max(1, round(ratio_x * w)), max(1, round(ratio_y * h))  # without the padding
             column, row = min(int(x / width * columns), columns - 1), min(int(y / height * rows), rows - 1)
             tokens.append(start + row * w + column)
             centers.append(((column + 0.5) / columns * width, (row + 0.5) / rows * height))
             start += h * w
-        looks = [
-            EncoderLayerSampling(
-                self._locations(details.locations[0, tokens]), details.weights[0, tokens].to(torch.float32, copy=True)
-            )
+        layers = tuple(
+            EncoderLayerSampling(self._locations(details.locations[0, tokens]), details.weights[0, tokens].float())
             for details in self.outputs["encoder_attention"]
-        ]
-        return PointExplanation(
-            self.image, self.image_size, self._shapes, tuple(looks), (x, y), torch.tensor(tokens), torch.tensor(centers)
         )
+        context = self.image, self.image_size, self.spatial_shapes
+        return PointExplanation(*context, layers, (x, y), torch.tensor(tokens), torch.tensor(centers))
 
     @property
-    def _shapes(self) -> tuple[tuple[int, int], ...]:
-        return tuple((int(h), int(w)) for h, w in self.outputs["spatial_shapes"])
-
-    @property
-    def _name(self) -> str:
+    def _image_name(self) -> str:
         return self.detections.path or "the image"
 
-    def _locations(self, on_canvas: Tensor) -> Tensor:
-        return from_canvas(on_canvas, self.valid_ratios, self.image_size)
+    def _decoder_layer(self, layer: int, query: int) -> DecoderLayerSampling:
+        reference = self.outputs["decoder_reference_points"][layer][0, query]
+        details = self.outputs["decoder_attention"][layer]
+        return DecoderLayerSampling(
+            reference_point=self._to_pixels(reference[:2]),
+            reference_box=self._box_to_pixels(reference) if len(reference) == 4 else None,
+            box=self._box_to_pixels(self.outputs["layer_boxes"][layer, 0, query]),
+            scores=self.outputs["layer_logits"][layer, 0, query].float().sigmoid(),
+            locations=self._locations(details.locations[0, query]),
+            weights=details.weights[0, query].to(torch.float32, copy=True),
+        )
 
-    def _in_pixels(self, points: Tensor) -> Tensor:
+    def _locations(self, locations: Tensor) -> Tensor:
+        return canvas_to_pixels(locations, self.valid_ratios, self.image_size)
+
+    def _to_pixels(self, points: Tensor) -> Tensor:
         height, width = self.image_size
         return points.float() * torch.tensor([width, height])
 
-    def _corners(self, box: Tensor) -> Tensor:
-        """(cx, cy, w, h) in 0..1 of the unpadded image → x1, y1, x2, y2 in pixels."""
+    def _box_to_pixels(self, box: Tensor) -> Tensor:
+        """(cx, cy, w, h) in 0..1 of the unpadded image → (4,) x1, y1, x2, y2."""
         from torchvision.ops import box_convert
 
-        return self._in_pixels(box_convert(box.float(), "cxcywh", "xyxy").view(2, 2)).flatten()
+        return self._to_pixels(box_convert(box.float(), "cxcywh", "xyxy").view(2, 2)).flatten()
 
 
 def trace(
@@ -136,72 +179,63 @@ def trace(
     top_k: int = 100,
     canvas: tuple[int, int] | None = None,
 ) -> Trace:
-    """Runs the model on one image as `predict` does, and keeps where every layer looked.
+    """Run a model on one image as `predict` does and keep the sampling points of every layer.
 
-    image: a path, PIL image, array or tensor, as for `predict`. threshold: the least score of a detection, 0..1.
-    top_k: at most so many detections.
-    canvas: (height, width) of a larger canvas that the resized image is padded to, as in a batch with larger ones.
+    Args:
+        model: A `DeformableDETR`.
+        image: A path, PIL image, array or tensor, as for `predict`.
+        threshold: Minimum score of a detection, 0..1.
+        top_k: Maximum number of detections.
+        canvas: (height, width) to pad the resized image to, as in a batch with larger images.
 
-    Raises UserError for bad settings and for an image that cannot be read.
+    Raises:
+        UserError: The image cannot be read, or a setting is out of range.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is not in 0..1")
     if top_k < 1:
-        raise UserError(f"top_k {top_k} is under 1")
+        raise UserError(f"top_k {top_k} is less than 1")
     config: ModelConfig = model.config
     pixels = read_image(image)
-    size = (pixels.shape[1], pixels.shape[2])
-    nothing = Target.empty(0, size)
+    image_size = pixels.shape[1], pixels.shape[2]
     resized = resize(pixels, config.image_size, config.long_side, size_divisor=config.size_divisor)
-    batch, _ = collate([(resized, nothing)])
+    batch, _ = collate([(resized, Target.empty(0, image_size))])
     if canvas is not None:
-        below, beside = canvas[0] - batch.pixels.shape[2], canvas[1] - batch.pixels.shape[3]
-        batch = type(batch)(
-            F.pad(batch.pixels, (0, beside, 0, below)), F.pad(batch.padding_mask, (0, beside, 0, below), value=True)
-        )
+        padding = (0, canvas[1] - batch.pixels.shape[3], 0, canvas[0] - batch.pixels.shape[2])
+        batch = ImageBatch(F.pad(batch.pixels, padding), F.pad(batch.padding_mask, padding, value=True))
     with evaluating(model):
         mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
-        ready = batch.to(mean.device).normalize(mean, std)
-        outputs = model(ready.pixels, ready.padding_mask, return_attention=True)
-        selection = postprocess(outputs, [size], top_k)[0]
-        scores = selection.scores
-        queries = _chosen_queries(outputs, len(scores))
-    kept = scores >= threshold
-    detections = to_detections(selection, size, threshold, model_categories(config), image)
-    ratios = _valid_ratios(batch.padding_mask[0], outputs["spatial_shapes"])
-    best = scores[0].item() if len(scores) else math.nan
-    return Trace(image, pixels, threshold, detections, queries[kept], best, _on_host(outputs), ratios)
+        inputs = batch.to(mean.device).normalize(mean, std)
+        outputs = model(inputs.pixels, inputs.padding_mask, return_attention=True)
+        selection = postprocess(outputs, [image_size], top_k)[0]
+        # The query of each (query, class) pair that `postprocess` chose.
+        pairs = outputs["pred_logits"].float().sigmoid().flatten(1).topk(len(selection.scores), dim=1).indices[0]
+        queries = (pairs // config.num_classes).cpu()
+    detections = to_detections(selection, image_size, threshold, model_categories(config), image)
+    return Trace(
+        image=image,
+        pixels=pixels,
+        threshold=threshold,
+        detections=detections,
+        queries=queries[selection.scores >= threshold],
+        best_score=selection.scores[0].item() if len(selection.scores) else math.nan,
+        outputs=tree_map_only(Tensor, lambda tensor: tensor.cpu(), outputs),
+        valid_ratios=get_valid_ratios(level_masks(batch.padding_mask, outputs["spatial_shapes"]), torch.float32)[0],
+    )
 
 
-def from_canvas(locations: Tensor, valid_ratios: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Sampling locations as the layers use them → pixels of the original image, the same shape.
+def canvas_to_pixels(locations: Tensor, valid_ratios: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Convert sampling locations to pixels of the original image.
 
-    locations: (…, L, P, 2), (x, y) in 0..1 of each level's map with its padding.
-    valid_ratios: (L, 2), the unpadded part (width, height) of each map: the model puts a position p of the image at
-    p · ratio of the map (`model.decoder`), so this is that turned round. image_size: (height, width).
+    The model places a point p of the image at p · valid_ratio on the map of a level; this is the inverse.
+
+    Args:
+        locations: (…, L, P, 2), (x, y) in 0..1 of the padded map of each level.
+        valid_ratios: (L, 2), unpadded fraction (width, height) of each map.
+        image_size: (height, width) in pixels.
+
+    Returns:
+        (…, L, P, 2), (x, y) in pixels.
     """
     height, width = image_size
     return locations.float() / valid_ratios[:, None] * torch.tensor([width, height])
-
-
-def _valid_ratios(padding_mask: Tensor, spatial_shapes: Any) -> Tensor:
-    """The model's own: a level's mask is the nearest of the canvas's, its first row and column tell the sizes."""
-    mask = padding_mask[None, None].float()
-    levels = [F.interpolate(mask, size=shape)[0, 0] == 0 for shape in spatial_shapes]
-    return torch.stack([torch.stack((level[0].float().mean(), level[:, 0].float().mean())) for level in levels])
-
-
-def _chosen_queries(outputs: dict[str, Any], count: int) -> Tensor:
-    """The query of each of `postprocess`'s pairs, which come from the same choice."""
-    scores = outputs["pred_logits"].float().sigmoid().flatten(1)
-    return (scores.topk(count, dim=1).indices[0] // outputs["pred_logits"].shape[2]).cpu()
-
-
-def _on_host(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _on_host(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_on_host, value))  # a named tuple
-    return type(value)(map(_on_host, value)) if isinstance(value, list | tuple) else value

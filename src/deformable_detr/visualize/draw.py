@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..utils.errors import UserError
-from ..utils.files import replace_file
+from ..utils.files import write_files
 from ..utils.images import read_image
 from .fonts import legible
 
@@ -83,17 +83,25 @@ def draw_on(picture: Image.Image, detections: Drawable, factor: int = 1) -> Imag
 
 
 def save(detections: Drawable, path: Path) -> Path:
-    """Writes `draw`'s picture in the format of the name's ending. Raises UserError where that cannot be done."""
+    """Draw the detections and write the image in the format of the file extension. Raises UserError if that fails."""
+    image_format(path)
+    return save_image(draw(detections), path)
+
+
+def image_format(path: Path) -> str:
+    """Return Pillow's name of the format of a file extension. Raises UserError if Pillow cannot write it."""
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(f"{path}: no picture format has the ending '{path.suffix}'; use .png or .jpg")
-    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}  # text stays sharp
-    picture = draw(detections)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: picture.save(temporary, kind, **options))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    if kind is None or kind not in Image.SAVE:
+        raise UserError(f"{path}: '{path.suffix}' is not an image format; use .png or .jpg")
+    return kind
+
+
+def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
+    """Write an image in the format of the file extension, creating its folder. Raises UserError if that fails."""
+    kind = image_format(path)
+    if kind == "JPEG":
+        options = {"quality": 95, "subsampling": 0, **options}  # text stays sharp
+    write_files(path.parent, {path.name: lambda temporary: image.save(temporary, kind, **options)})
     return path
 
 

@@ -1,17 +1,5 @@
-// Elements and line charts, shared by the pages. Charts are drawn anew where their width changes, so text keeps its size.
-const SVG = "http://www.w3.org/2000/svg";
-
-function fillElement(element, attributes, children) {
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value);
-  }
-  element.append(...children.filter((child) => child !== null && child !== undefined));
-  return element;
-}
-const el = (tag, attributes = {}, ...children) => fillElement(document.createElement(tag), attributes, children);
-const svg = (tag, attributes = {}, ...children) => fillElement(document.createElementNS(SVG, tag), attributes, children);
-const byId = (id) => document.getElementById(id);
+// Line charts, tables and images with boxes for the report pages. Charts are redrawn when their width changes, so that
+// text keeps its size.
 const color = (number) => `var(--c${number % 7})`;
 const whole = (value) => value.toLocaleString("en"); // 34,197
 const figure = (value, digits = 3) => (value === null || value === undefined ? "—" : value.toFixed(digits));
