@@ -127,15 +127,14 @@ def test_batches_are_of_good_images_of_one_size(model, tmp_path, monkeypatch):
 def test_exported_model(model, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from deformable_detr.export import export_model
+    from deformable_detr.export import ExportOptions, export_model, load_exported
 
     path = tmp_path / "tiny.onnx"
-    export_model(DeformableDETR.from_pretrained(model), path, "onnx", image_size=(96, 128))
+    export_model(DeformableDETR.from_pretrained(model), path, "onnx", ExportOptions(image_size=(96, 128)))
     folder = as_folder(tmp_path / "images", FILES)
     units(path, folder, tmp_path / "out")
-    from deformable_detr.export import load
 
-    exported = load(path, "cpu")
+    exported = load_exported(path, "cpu")
     found = rows(tmp_path / "out")
     for name in ("a00.png", "b/c03.png"):
         detections = exported.predict(folder / name, THRESHOLD, 7)
