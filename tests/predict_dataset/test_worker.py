@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deformable_detr.detector import DeformableDETR
-from deformable_detr.export.verify import difference
+from deformable_detr.export.verify import max_differences
 from deformable_detr.predict_dataset import worker
 from deformable_detr.predict_dataset.filesystem import Store
 from deformable_detr.predict_dataset.manifest import make_plan
@@ -197,7 +197,7 @@ def test_models_are_known_by_what_they_hold(model, tmp_path):
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted, found = DeformableDETR.from_pretrained(model)(pixels), again(pixels)
-    assert max(difference(wanted, found)) <= 1e-4
+    assert max(max_differences(wanted, found)) <= 1e-4
 
 
 def test_names_that_are_no_text(model, tmp_path):
