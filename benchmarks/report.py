@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from deformable_detr.data.dataset import open_dataset
-from deformable_detr.evaluation.evaluator import Evaluated
-from deformable_detr.evaluation.metrics import count, figures
+from deformable_detr.evaluation import EvaluationResult
+from deformable_detr.evaluation.metrics import run_coco_eval, summarize
 from deformable_detr.evaluation.report import write_report
 
 SIDES = ((640, 480), (480, 640), (640, 427), (500, 375), (333, 500), (1280, 960), (96, 64))  # width, height
@@ -123,10 +123,10 @@ def measure(data, models, out):
     counting = []
     for number, results in enumerate(models):
         start = time.perf_counter()
-        counted = count(dataset.ground_truth, results)
-        metrics = {**figures(counted), "images": len(dataset), "images_per_second": 1.0}
+        coco = run_coco_eval(dataset.ground_truth, results)
+        metrics = {**summarize(coco), "images": len(dataset), "images_per_second": 1.0}
         paths = {int(identity): dataset.path(index) for index, identity in enumerate(dataset.image_ids)}
-        evaluated.append((f"model {number + 1}", Evaluated(metrics, counted, results, paths, 1.0, "none")))
+        evaluated.append(EvaluationResult(metrics, coco, results, paths, 1.0, "none", f"model {number + 1}"))
         counting.append(time.perf_counter() - start)
     told["count one model, s"] = counting[0]
     for name, chosen in (("one model", evaluated[:1]), ("two models", evaluated)):

@@ -164,7 +164,7 @@ def test_two_outputs_are_not_one_file(run, data, trained, tmp_path):
 def test_what_is_wrong_with_the_second_model_is_said_before_the_first_is_evaluated(
     run, data, trained, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("deformable_detr.evaluation.compare.detect_dataset", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr("deformable_detr.evaluation.evaluator.detect_images", lambda *_: pytest.fail("evaluated"))
     code, out, err = run("evaluate", trained, data, "--compare", tmp_path / "nothing", "--workers", 0)
     assert (code, out) == (2, "")
     assert "nothing: no such folder or file" in err

@@ -15,7 +15,7 @@ from deformable_detr.config import presets
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.split import assigned
 from deformable_detr.data.validate import repair
-from deformable_detr.evaluation.evaluator import dataset_for
+from deformable_detr.evaluation.evaluator import open_eval_dataset
 from deformable_detr.utils.errors import UserError
 from tests.data.test_formats import contents, expected
 from tests.data.validate.test_outputs import state
@@ -363,13 +363,13 @@ def test_what_cannot_be_read_is_told_and_listed(tmp_path, capsys):
 def test_measuring_on_training_images_is_told(tmp_path, caplog):
     model = SimpleNamespace(config=presets.small(num_classes=2, backbone_weights="none"))
     WHOLE["Label Studio's YOLO"](tmp_path / "whole")
-    said = "is not divided: images that the model was trained on are measured too"
-    dataset_for(model, tmp_path / "whole")
+    said = "is not split: the evaluation includes the training images"
+    open_eval_dataset(model, tmp_path / "whole")
     assert [said in record.getMessage() for record in caplog.records] == [True]
     caplog.clear()
     coco_set(tmp_path / "divided")
     for root, name in [("whole", "train"), ("divided", "val"), ("divided", "train"), ("divided/valid", "val")]:
-        dataset_for(model, tmp_path / root, name)
+        open_eval_dataset(model, tmp_path / root, name)
     assert said not in caplog.text
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from deformable_detr.evaluation import coco_metrics
 from deformable_detr.evaluation.analysis import analyze, best_f1, match
-from deformable_detr.evaluation.metrics import count
+from deformable_detr.evaluation.metrics import run_coco_eval
 from tests.support.detections import synthetic
 
 # tidecv 1.0.1 on `synthetic(seed=1)`, percent: its figures where the package is not installed.
@@ -52,31 +52,31 @@ def slow_matches(truth, results, same_class=True):
 
 def test_matches_are_those_of_the_definition(case):
     truth, results = case
-    statuses = match(count(truth, results))
+    matches = match(run_coco_eval(truth, results))
     slow = slow_matches(truth, results)
-    assert statuses.counts.all()
-    assert statuses.real.all()
-    assert statuses.partners.tolist() == [-1 if partner is None else partner for partner in slow]
-    assert (statuses.hits == (statuses.partners >= 0)).all()
+    assert matches.counted.all()
+    assert matches.objects.all()
+    assert matches.partners.tolist() == [-1 if partner is None else partner for partner in slow]
+    assert (matches.hits == (matches.partners >= 0)).all()
 
 
 def test_detections_on_crowds_do_not_count():
     truth, results = synthetic(seed=2, crowds=0.3)
-    statuses = match(count(truth, results))
+    matches = match(run_coco_eval(truth, results))
     crowd = np.array([annotation["iscrowd"] for annotation in truth["annotations"]], dtype=bool)
-    assert (statuses.real == ~crowd).all()
-    assert not statuses.hits[~statuses.counts].any()
-    assert 0 < (~statuses.counts).sum() < len(results) / 2
+    assert (matches.objects == ~crowd).all()
+    assert not matches.hits[~matches.counted].any()
+    assert 0 < (~matches.counted).sum() < len(results) / 2
     without = {**truth, "annotations": [one for one in truth["annotations"] if not one["iscrowd"]]}
-    again = match(count(without, results))
-    assert again.hits.sum() == statuses.hits.sum()
-    assert (again.hits & again.counts)[statuses.counts].sum() == statuses.hits.sum()
+    again = match(run_coco_eval(without, results))
+    assert again.hits.sum() == matches.hits.sum()
+    assert (again.hits & again.counted)[matches.counted].sum() == matches.hits.sum()
 
 
 def test_figures_are_those_of_coco_metrics(case):
-    analysis, metrics = analyze(count(*case)), coco_metrics(*case)
+    analysis, metrics = analyze(run_coco_eval(*case)), coco_metrics(*case)
     classes = metrics.pop("per_class")
-    assert analysis["figures"] == metrics
+    assert analysis["metrics"] == metrics
     assert {row["name"]: row["AP"] for row in analysis["classes"]} == classes
     for name in ("AP50", "AP75", "AP_small", "AP_medium", "AP_large"):
         values = [row[name] for row in analysis["classes"] if row[name] is not None]
@@ -89,7 +89,7 @@ def test_figures_are_those_of_coco_metrics(case):
 
 def test_best_threshold_is_the_best_of_all(case):
     truth, results = case
-    analysis = analyze(count(truth, results))
+    analysis = analyze(run_coco_eval(truth, results))
     slow = slow_matches(truth, results)
     for row, category in [(analysis, None), *zip(analysis["classes"], truth["categories"], strict=True)]:
         own = [
@@ -119,7 +119,7 @@ def test_equal_scores_stand_or_fall_together():
 
 def test_calibration_by_its_definition(case):
     truth, results = case
-    found = analyze(count(truth, results))["calibration"]
+    found = analyze(run_coco_eval(truth, results))["calibration"]
     hits = np.array([partner is not None for partner in slow_matches(truth, results)])
     scores = np.array([result["score"] for result in results])
     gap = 0.0
@@ -127,7 +127,7 @@ def test_calibration_by_its_definition(case):
         inside = (scores >= number / 10) & (scores < (number + 1) / 10)
         assert one["count"] == inside.sum()
         if inside.any():
-            assert one["right"] == pytest.approx(hits[inside].mean())
+            assert one["accuracy"] == pytest.approx(hits[inside].mean())
             assert one["score"] == pytest.approx(scores[inside].mean())
             gap += inside.sum() / len(scores) * abs(hits[inside].mean() - scores[inside].mean())
     assert found["ece"] == pytest.approx(gap)
@@ -135,7 +135,7 @@ def test_calibration_by_its_definition(case):
 
 def test_confusion_by_its_definition(case):
     truth, results = case
-    analysis = analyze(count(truth, results))
+    analysis = analyze(run_coco_eval(truth, results))
     threshold = analysis["confusion"]["threshold"]
     assert threshold == analysis["best"]["threshold"]
     results = [result for result in results if result["score"] >= threshold]
@@ -176,18 +176,18 @@ def reference(truth, results, monkeypatch):
 def test_tide_agrees_with_its_authors(seed, monkeypatch):
     truth, results = synthetic(seed=seed)
     ap, gains, special = reference(truth, results, monkeypatch)
-    errors = analyze(count(truth, results))["errors"]
+    errors = analyze(run_coco_eval(truth, results))["errors"]
     assert 100 * errors["AP50"] == pytest.approx(ap, abs=0.01)
-    for one in errors["kinds"]:
-        assert 100 * one["gain"] == pytest.approx(gains[one["kind"]], abs=0.01), one["kind"]
+    for one in errors["types"]:
+        assert 100 * one["gain"] == pytest.approx(gains[one["type"]], abs=0.01), one["type"]
     assert 100 * errors["false_positives"] == pytest.approx(special["FalsePos"], abs=0.01)
     assert 100 * errors["false_negatives"] == pytest.approx(special["FalseNeg"], abs=0.01)
 
 
 def test_tide_is_as_recorded(case):
-    errors = analyze(count(*case))["errors"]
+    errors = analyze(run_coco_eval(*case))["errors"]
     assert 100 * errors["AP50"] == pytest.approx(TIDE_AP50)
-    assert {one["kind"]: 100 * one["gain"] for one in errors["kinds"]} == pytest.approx(TIDE_GAINS)
+    assert {one["type"]: 100 * one["gain"] for one in errors["types"]} == pytest.approx(TIDE_GAINS)
 
 
 @pytest.mark.parametrize("what", ["no detections", "no objects", "nothing", "one class"])
@@ -197,8 +197,8 @@ def test_little_to_count(what):
         truth = {**truth, "annotations": []}
     if what in ("no detections", "nothing"):
         results = []
-    analysis = analyze(count(truth, results))
+    analysis = analyze(run_coco_eval(truth, results))
     assert (analysis["best"] is None) == (what != "one class")
     assert len(analysis["curves"]) == 2
-    assert len(analysis["errors"]["kinds"]) == 6
-    assert (analysis["figures"]["AP"] is None) == (what in ("no objects", "nothing"))
+    assert len(analysis["errors"]["types"]) == 6
+    assert (analysis["metrics"]["AP"] is None) == (what in ("no objects", "nothing"))

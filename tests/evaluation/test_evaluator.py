@@ -115,7 +115,7 @@ def test_classes_that_the_model_lacks_are_named(tmp_path):
     with pytest.raises(UserError, match="8"):
         evaluate(finder(), root, workers=0, progress=False)
     unnamed = RedBoxFinder(image_size=120, num_classes=1, class_names=(), category_ids=())
-    with pytest.raises(UserError, match="the data set has 2 classes, the model 1"):
+    with pytest.raises(UserError, match="the dataset has 2 classes, but the model 1"):
         evaluate(unnamed, root, workers=0, progress=False)
 
 
@@ -127,7 +127,7 @@ def test_model_without_ids_takes_the_sets_order(tmp_path):
 
 @pytest.mark.parametrize("option", ["limit", "batch_size"])
 def test_bad_settings_are_named(tmp_path, option):
-    with pytest.raises(UserError, match=f"{option} 0 is under 1"):
+    with pytest.raises(UserError, match=f"{option} 0: must be at least 1"):
         evaluate(finder(), write_set(tmp_path), workers=0, progress=False, **{option: 0})
 
 
@@ -188,6 +188,6 @@ def test_a_loader_process_that_was_killed_is_one_line(tmp_path, monkeypatch):
     def killed(*_):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    monkeypatch.setattr(evaluator, "_detect", killed)
+    monkeypatch.setattr(evaluator, "detect_images", killed)
     with pytest.raises(UserError, match=r"was killed \(Killed\), .* fewer --workers \(now 3;.*--batch-size \(now 2\)$"):
         evaluate(finder(), write_set(tmp_path), batch_size=2, workers=3)

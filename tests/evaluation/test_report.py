@@ -1,4 +1,4 @@
-"""The report says what the evaluation says, whatever there is to say, and its pictures are of the worst images."""
+"""The report shows the numbers of the evaluation and the images with the most errors."""
 
 import json
 import re
@@ -9,25 +9,12 @@ import pytest
 from PIL import Image
 
 from deformable_detr.cli import main
-from deformable_detr.evaluation.compare import evaluate_models, outcome
-from deformable_detr.evaluation.evaluator import Evaluated
-from deformable_detr.evaluation.metrics import count, figures
-from deformable_detr.evaluation.report import MOST_PICTURES, report, write_report
+from deformable_detr.evaluation.evaluator import compare_metrics, evaluate_models
+from deformable_detr.evaluation.report import MAX_IMAGES, render_report, write_report
 from deformable_detr.runtimes.fused import OptimizedDetector
 from deformable_detr.utils.errors import UserError
-from tests.support.detections import synthetic
+from tests.support.detections import evaluation_result, page_data, synthetic
 from tests.support.training import tiny_config, write_dataset
-
-
-def evaluated(truth, results, paths=None):
-    counted = count(truth, results)
-    metrics = {**figures(counted), "images": len(truth["images"]), "images_per_second": 20.0}
-    return Evaluated(metrics, counted, list(results), paths or {}, 1.5, "cpu")
-
-
-def content(page):
-    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +35,23 @@ def test_numbers_are_the_evaluations(models, tmp_path, capsys):
     page, table = tmp_path / "report.html", tmp_path / "figures.json"
     options = ["--workers", "0", "--device", "cpu", "--report", str(page), "--json", str(table)]
     main(["evaluate", str(one), str(data), *options, "--compare", str(two)])
-    printed, told, shown = capsys.readouterr().out, json.loads(table.read_text()), content(page.read_text())
-    assert [model["name"] for model in shown["models"]] == ["one", "two"]
+    printed, told, shown = capsys.readouterr().out, json.loads(table.read_text()), page_data(page.read_text())
+    assert [model["name"] for model in shown["models"]] == [str(one), str(two)]
     for model, metrics in zip(shown["models"], (told, told["compare"]), strict=True):
-        for name, value in model["figures"].items():
+        for name, value in model["metrics"].items():
             assert value == metrics[name]
         assert {row["name"]: row["AP"] for row in model["classes"]} == metrics["per_class"]
     for name in ("AP", "AR100"):
         assert told["difference"][name] == told["compare"][name] - told[name]
         assert re.search(rf"^{name} +{told[name]:.3f} +{told['compare'][name]:.3f}", printed, re.MULTILINE)
-    assert printed.splitlines()[0] == "A: one, B: two"
+    assert printed.splitlines()[0] == f"A: {one}, B: {two}"
     assert printed.splitlines()[1].split() == ["A", "B", "B", "−", "A"]
     assert set(told["difference"]["per_class"]) == {"red", "green", "blue"}
 
     main(["evaluate", str(one), str(data), "--workers", "0", "--device", "cpu", "--json", str(table)])
     alone = json.loads(table.read_text())
     assert "compare" not in alone
-    assert {name: alone[name] for name in shown["models"][0]["figures"]} == shown["models"][0]["figures"]
+    assert {name: alone[name] for name in shown["models"][0]["metrics"]} == shown["models"][0]["metrics"]
 
     with pytest.MonkeyPatch.context() as patch:
         asked = []
@@ -76,15 +63,11 @@ def test_numbers_are_the_evaluations(models, tmp_path, capsys):
     assert json.loads(table.read_text())["AP"] == pytest.approx(alone["AP"], abs=1e-3)
 
 
-def test_names_tell_models_apart(models, tmp_path):
-    from deformable_detr.evaluation.compare import _names
-
-    assert _names([Path("/a/run"), Path("/b/run")]) == ["a/run", "b/run"]
-    assert _names([Path("/a/x.onnx")]) == ["x.onnx"]
+def test_the_same_model_has_no_differences(models):
     one, _, data = models
-    both = evaluate_models([one, one], data, workers=0, device="cpu", limit=2)
-    assert [name for name, _ in both] == ["one (1)", "one (2)"]
-    differences = outcome(both)["difference"]
+    results = evaluate_models([one, one], data, workers=0, device="cpu", limit=2)
+    assert [result.name for result in results] == [str(one), str(one)]
+    differences = compare_metrics(results)["difference"]
     assert not any(value for name, value in differences.items() if name.startswith("A"))
 
 
@@ -93,8 +76,8 @@ def test_names_tell_models_apart(models, tmp_path):
 def test_always_a_page(tmp_path, classes, what):
     truth, results = synthetic(images=4, classes=classes)
     truth = {**truth, "annotations": []} if what == "no objects" else truth
-    one = evaluated(truth, [] if what == "no detections" else results)
-    shown = content(report([("model", one)], "set", "val"))
+    result = evaluation_result(truth, [] if what == "no detections" else results)
+    shown = page_data(render_report([result], "set", "val"))
     (model,) = shown["models"]
     assert len(model["classes"]) == len(shown["names"]) == classes
     assert np.array(model["confusion"]["matrix"]).shape == (classes + 1, classes + 1)
@@ -104,42 +87,44 @@ def test_always_a_page(tmp_path, classes, what):
 def test_names_of_classes_cannot_leave_the_data(tmp_path):
     truth, results = synthetic(images=2, classes=2)
     truth["categories"][0]["name"] = "</script><script>alert(1)</script>__STYLE__"
-    page = report([("<b>model</b>", evaluated(truth, results))], "a & b", "val")
-    assert content(page)["names"][0] == truth["categories"][0]["name"]
+    page = render_report([evaluation_result(truth, results, name="<b>model</b>")], "a & b", "val")
+    assert page_data(page)["names"][0] == truth["categories"][0]["name"]
     assert page.count("</script>") == 2
     assert "<b>model</b>" not in page.replace(json.dumps("<b>model</b>"), "")
 
 
-def test_pictures_are_of_the_images_with_the_most_errors(tmp_path):
+def test_images_with_the_most_errors_are_shown(tmp_path):
     truth, results = synthetic(images=25, seed=4)
     paths = {}
     for image in truth["images"]:
         paths[image["id"]] = tmp_path / image["file_name"].replace("jpg", "png")
         Image.new("RGB", (640, 480), (90, 90, 90)).save(paths[image["id"]])
-    shown = content(report([("a", evaluated(truth, results, paths)), ("b", evaluated(truth, []))], "set", "val"))
-    pictures = shown["pictures"]
-    assert len(pictures) == MOST_PICTURES
-    errors = [picture["models"][0]["wrong"] + picture["models"][0]["missed"] for picture in pictures]
+    shown = page_data(
+        render_report([evaluation_result(truth, results, paths), evaluation_result(truth, [])], "set", "val")
+    )
+    images = shown["worst"]
+    assert len(images) == MAX_IMAGES
+    errors = [image["models"][0]["wrong"] + image["models"][0]["missed"] for image in images]
     assert errors == sorted(errors, reverse=True)
     threshold = shown["models"][0]["best"]["threshold"]
     right = 0
-    for picture in pictures:
-        assert picture["picture"].startswith("data:image/jpeg;base64,")
-        identity = 10 * int(Path(picture["name"]).stem)
+    for image in images:
+        assert image["image"].startswith("data:image/jpeg;base64,")
+        identity = 10 * int(Path(image["name"]).stem)
         kept = [result for result in results if result["image_id"] == identity and result["score"] >= threshold]
-        one, other = picture["models"]
+        one, other = image["models"]
         assert len(one["detections"]) == len(kept)
         assert sum(1 - found[-1] for found in one["detections"]) == one["wrong"]
         assert len(one["found"]) - sum(one["found"]) == one["missed"]
-        assert other["missed"] == len(picture["objects"]) == len(other["found"])
+        assert other["missed"] == len(image["objects"]) == len(other["found"])
         right += sum(one["found"])
     assert right > 20
 
 
 def test_models_of_other_sets_are_refused():
-    one, other = evaluated(*synthetic(classes=2)), evaluated(*synthetic(classes=3))
-    with pytest.raises(UserError, match=r"b: other classes or images than a's"):
-        report([("a", one), ("b", other)], "set", "val")
+    results = [evaluation_result(*synthetic(classes=classes), name=f"m{classes}") for classes in (2, 3)]
+    with pytest.raises(UserError, match="m3: its classes or images differ from those of m2"):
+        render_report(results, "set", "val")
 
 
 def test_places_that_cannot_be_written(models, tmp_path):
@@ -149,7 +134,7 @@ def test_places_that_cannot_be_written(models, tmp_path):
             main(["evaluate", str(one), str(data), "--report", str(wrong)])
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
-        write_report(tmp_path / "folder.html", [("a", evaluated(*synthetic(images=1)))], "set", "val")
+        write_report(tmp_path / "folder.html", [evaluation_result(*synthetic(images=1))], "set", "val")
 
 
 @pytest.mark.slow
@@ -157,8 +142,8 @@ def test_five_thousand_images_are_quick_and_small(tmp_path):
     import time
 
     truth, results = synthetic(images=5000, classes=80, objects=7, detections=100, crowds=0.02)
-    one = evaluated(truth, results)
+    result = evaluation_result(truth, results)
     start = time.process_time()
-    path = write_report(tmp_path / "large.html", [("a", one), ("b", one)], "set", "val")
+    path = write_report(tmp_path / "large.html", [result, result], "set", "val")
     assert time.process_time() - start < 60
     assert path.stat().st_size < 20e6

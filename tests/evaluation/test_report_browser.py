@@ -1,4 +1,4 @@
-"""Report and training page in a real browser: sorting, choosing, hovering; nothing sticks out, nothing complains."""
+"""Report and training page in a real browser: sorting, selecting, hovering, layout, and no console messages."""
 
 import itertools
 import json
@@ -9,10 +9,9 @@ from PIL import Image
 from deformable_detr.evaluation.gallery import FOLDER
 from deformable_detr.evaluation.report import write_report
 from deformable_detr.evaluation.training_page import write_training_page
-from deformable_detr.visualize.web.html import picture
-from tests.evaluation.test_report import content, evaluated
+from deformable_detr.visualize.web.html import jpeg_data_uri
 from tests.support.browser import clipped
-from tests.support.detections import synthetic
+from tests.support.detections import evaluation_result, page_data, synthetic
 
 pytestmark = pytest.mark.slow
 LONG = "a class with a name so long that it fits nowhere, Straßenverkehrsschild"
@@ -27,11 +26,12 @@ def pages(tmp_path_factory):
     for image in truth["images"]:
         paths[image["id"]] = folder / f"{image['id']}.png"
         Image.new("RGB", (640, 480), (120, 90, 60)).save(paths[image["id"]])
-    one, two = evaluated(truth, results, paths), evaluated(truth, results[::2], paths)
+    one = evaluation_result(truth, results, paths, "a model")
+    two = evaluation_result(truth, results[::2], paths, "another")
     return {
-        "one": write_report(folder / "one.html", [("a model", one)], "a set", "val"),
-        "two": write_report(folder / "two.html", [("a model", one), ("another", two)], "a set", "val"),
-        "none": write_report(folder / "none.html", [("idle", evaluated(truth, [], paths))], "a set", "val"),
+        "one": write_report(folder / "one.html", [one], "a set", "val"),
+        "two": write_report(folder / "two.html", [one, two], "a set", "val"),
+        "none": write_report(folder / "none.html", [evaluation_result(truth, [], paths, "idle")], "a set", "val"),
         "run": write_training_page(run(folder / "run")),
     }
 
@@ -49,7 +49,7 @@ def run(folder):
                               "AP50": step / 500, "AP75": None, "AP_small": 0.1}  # fmt: skip
                 file.write(json.dumps(evaluation) + "\n")
     image = {"name": "x.png", "width": 200, "height": 100, "objects": [[10, 10, 50, 60, 0]],
-             "picture": picture(Image.new("RGB", (200, 100)), 480)}  # fmt: skip
+             "image": jpeg_data_uri(Image.new("RGB", (200, 100)), 480)}  # fmt: skip
     described = {"ids": [4], "names": [LONG], "images": [image]}
     (folder / FOLDER / "images.json").write_text(json.dumps(described))
     with open(folder / FOLDER / "predictions.jsonl", "w") as file:
@@ -73,7 +73,7 @@ def test_nothing_sticks_out(browse, pages, name, width, dark):
         return t.left < s.left - 1 || t.right > s.right + 1 || t.top < s.top - 1 || t.bottom > s.bottom + 1;
     }).map(text => text.textContent)"""
     assert driver.execute_script(outside) == []
-    short = """return [...document.querySelectorAll('caption, #speed-table td, #figures-table td')].filter(
+    short = """return [...document.querySelectorAll('caption, #speed-table td, #metrics-table td')].filter(
         cell => cell.scrollWidth > cell.clientWidth + 1 || cell.clientHeight > 60).map(cell => cell.textContent)"""
     assert driver.execute_script(short) == []
     labels = """return [...document.querySelectorAll('#gallery svg')].map(picture => [
@@ -97,14 +97,14 @@ def test_report_is_used(browse, pages):
     from selenium.webdriver import ActionChains
     from selenium.webdriver.support.ui import Select
 
-    shown = content(pages["one"].read_text(encoding="utf-8"))["models"][0]
+    shown = page_data(pages["one"].read_text(encoding="utf-8"))["models"][0]
     driver = browse(pages["one"])
     find, every = driver.find_element, driver.find_elements
 
     def column(number):
         return [cell.text for cell in every("css selector", f"#classes-table tbody td:nth-child({number})")]
 
-    assert find("css selector", "#figures-table tbody tr td:nth-child(2)").text == f"{shown['figures']['AP']:.3f}"
+    assert find("css selector", "#metrics-table tbody tr td:nth-child(2)").text == f"{shown['metrics']['AP']:.3f}"
     assert column(3) == [f"{row['AP']:.3f}" for row in shown["classes"]]
     heads = every("css selector", "#classes-table th button")
     heads[2].click()
@@ -138,21 +138,23 @@ def test_report_is_used(browse, pages):
     matrix = shown["confusion"]["matrix"]
     cell = find("css selector", "#matrix rect[data-cell='2,2']")
     ActionChains(driver).move_to_element(cell).perform()
-    assert find("id", "matrix-readout").text == f"{matrix[2][2]} of {sum(matrix[2])} “class 2” were found as “class 2”"
+    assert (
+        find("id", "matrix-readout").text == f"{matrix[2][2]} of {sum(matrix[2])} “class 2” were detected as “class 2”"
+    )
     gains = [element.text.split(",")[0] for element in every("css selector", "#errors-bars .value")]
-    assert gains == [f"{one['gain']:.3f}" for one in shown["errors"]["kinds"]]
+    assert gains == [f"{one['gain']:.3f}" for one in shown["errors"]["types"]]
 
 
 def test_other_model_is_chosen(browse, pages):
     from selenium.webdriver.support.ui import Select
 
-    shown = content(pages["two"].read_text(encoding="utf-8"))["models"]
+    shown = page_data(pages["two"].read_text(encoding="utf-8"))["models"]
     driver = browse(pages["two"])
     assert len(driver.find_elements("css selector", "#gallery .panels")[0].find_elements("css selector", "figure")) == 3
     Select(driver.find_element("id", "confusion-model")).select_by_index(1)
-    assert f"{shown[1]['confusion']['threshold']:.3f}" in driver.find_element("id", "confusion-how").text
-    row = driver.find_element("css selector", "#figures-table tbody tr").text.split()
-    first, second = (model["figures"]["AP"] for model in shown)
+    assert f"{shown[1]['confusion']['threshold']:.3f}" in driver.find_element("id", "confusion-note").text
+    row = driver.find_element("css selector", "#metrics-table tbody tr").text.split()
+    first, second = (model["metrics"]["AP"] for model in shown)
     assert row[1:3] == [f"{first:.3f}", f"{second:.3f}"]
     assert row[4] == f"{second - first:+.3f}".replace("-", "−")
 
@@ -163,12 +165,12 @@ def test_gallery_goes_through_the_evaluations(browse, pages):
     driver = browse(pages["run"])
     find = driver.find_element
     assert find("id", "evaluation-now").text == "3 of 3: step 300"
-    assert "1 found, 1 there" in find("css selector", "#gallery figcaption").text
+    assert "1 detected, 1 in the ground truth" in find("css selector", "#gallery figcaption").text
     find("id", "evaluation").send_keys(Keys.HOME)
     assert find("id", "evaluation-now").text == "1 of 3: step 100"
-    assert "0 found, 1 there" in find("css selector", "#gallery figcaption").text
+    assert "0 detected, 1 in the ground truth" in find("css selector", "#gallery figcaption").text
     find("id", "score").send_keys(Keys.HOME)
-    assert "2 found, 1 there" in find("css selector", "#gallery figcaption").text
+    assert "2 detected, 1 in the ground truth" in find("css selector", "#gallery figcaption").text
     find("id", "follow").click()
     driver.refresh()
     assert find("id", "follow").is_selected()

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from deformable_detr.evaluation.gallery import Gallery, read_gallery
-from deformable_detr.evaluation.training_page import MOST_POINTS, write_training_page
+from deformable_detr.evaluation.training_page import MAX_POINTS, write_training_page
 from deformable_detr.training import train_model
 from tests.support.training import tiny_config, write_dataset
 
@@ -34,7 +34,7 @@ def test_training_writes_its_page_and_goes_on_with_it(tmp_path):
     gallery = shown["gallery"]
     assert [one["step"] for one in gallery["evaluations"]] == [record["step"] for record in evaluations]
     assert [image["name"] for image in gallery["images"]] == ["0.png", "1.png", "2.png", "3.png"]
-    assert all(image["picture"].startswith("data:image/jpeg;base64,") for image in gallery["images"])
+    assert all(image["image"].startswith("data:image/jpeg;base64,") for image in gallery["images"])
     assert gallery["names"] == ["red", "green", "blue"]
 
     train_model(data, run, tiny_config(epochs=3), resume=True)
@@ -57,7 +57,9 @@ def test_a_step_that_was_evaluated_twice_counts_once(tmp_path, monkeypatch):
     from deformable_detr.evaluation import gallery
     from deformable_detr.structures import Category
 
-    monkeypatch.setattr(gallery, "_describe", lambda _, __, ids: {"ids": list(ids), "names": ["a"], "images": []})
+    monkeypatch.setattr(
+        gallery, "_describe_images", lambda _, __, ids: {"ids": list(ids), "names": ["a"], "images": []}
+    )
     dataset = Few(10)
     dataset.categories = (Category(7, "a"),)
     dataset.__class__.__len__ = lambda self: len(self.image_ids)  # pyright: ignore[reportAttributeAccessIssue]
@@ -83,7 +85,7 @@ def test_long_runs_are_thinned_and_strange_records_left_out(tmp_path):
         file.write('{"kind": "train", "step": 50')
     shown = content(write_training_page(tmp_path))
     loss = shown["train"]["loss"]
-    assert MOST_POINTS * 0.9 < len(loss) <= MOST_POINTS
+    assert MAX_POINTS * 0.9 < len(loss) <= MAX_POINTS
     assert loss[-1][0] == 5000
     assert loss == sorted(loss, key=lambda point: -point[1])
     assert shown["evaluation"]["AP"] == [[5000, None]]
@@ -100,4 +102,4 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     (run / "gallery").write_text("not a folder")
     assert "AP" in train_model(data, run, tiny_config(epochs=1))
     assert "page of curves was not written" in caplog.text
-    assert "gallery in" in caplog.text
+    assert "gallery cannot be written" in caplog.text

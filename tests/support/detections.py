@@ -1,10 +1,16 @@
-"""Made-up detections of made-up objects: right ones, and every kind of error."""
+"""Synthetic detections of synthetic objects, with errors of every type, and the data of the pages that show them."""
+
+import json
+import re
 
 import numpy as np
 
+from deformable_detr.evaluation import EvaluationResult
+from deformable_detr.evaluation.metrics import run_coco_eval, summarize
+
 
 def synthetic(images=30, classes=4, objects=5, detections=20, seed=0, crowds=0.0):
-    """A COCO ground truth and results; scores are all different."""
+    """Return a COCO ground truth and results with distinct scores."""
     random = np.random.default_rng(seed)
     truth = {
         "images": [{"id": 10 * n, "width": 640, "height": 480, "file_name": f"{n}.jpg"} for n in range(1, images + 1)],
@@ -38,3 +44,15 @@ def _result(image, label, box, score):
     return {
         "image_id": image["id"], "category_id": 3 * label + 2, "bbox": [float(v) for v in box], "score": float(score),
     }  # fmt: skip
+
+
+def evaluation_result(truth, results, paths=None, name="model"):
+    coco = run_coco_eval(truth, results)
+    metrics = {**summarize(coco), "images": len(truth["images"]), "images_per_second": 20.0}
+    return EvaluationResult(metrics, coco, list(results), paths or {}, 1.5, "cpu", name)
+
+
+def page_data(page):
+    """Return the JSON data of a page, which must not refer to other files."""
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])

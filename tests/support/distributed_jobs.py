@@ -174,7 +174,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
     """Figures of one process and of all together, on five images of several sizes and on one image."""
     from deformable_detr.data.dataset import open_dataset
     from deformable_detr.data.transforms import EvalTransform
-    from deformable_detr.evaluation.distributed import evaluate_together
+    from deformable_detr.evaluation.distributed import evaluate_distributed
     from deformable_detr.evaluation.evaluator import evaluate_dataset
 
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
     with DistributedContext("cpu") as world:
         for name in ("five", "one"):
             dataset = open_dataset(folder / name, "val", transform=EvalTransform(64, 128))
-            together = evaluate_together(model, dataset, 2, 0, world)
+            together = evaluate_distributed(model, dataset, 2, 0, world)
             alone = evaluate_dataset(model, dataset, 2, 0, progress=False)
             results[name] = {"together": together, "alone": alone, "images": len(dataset)}
     return results

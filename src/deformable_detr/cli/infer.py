@@ -41,7 +41,7 @@ def evaluate(
         precision: fp32 or bf16: of the optimized model, as predict uses it; without it, the model as it was trained.
     """
     from ..config.resolve import resolve_config
-    from ..evaluation.compare import evaluate_models, outcome
+    from ..evaluation.evaluator import compare_metrics, evaluate_models
     from ..utils.files import prepare_files, write_json
 
     if report is not None and report.suffix.lower() not in {".html", ".htm"}:
@@ -52,19 +52,19 @@ def evaluate(
     if other := next((item for item in set_ or () if not item.startswith("data.")), None):
         raise UserError(f"--set {other}: only keys of the data, such as data.val_images; the rest is the model's own")
     models = [model] if compare is None else [model, compare]
-    evaluated = evaluate_models(
-        models, data, resolve_config(None, None, set_ or (), {}).data,
-        split=split, batch_size=batch_size, workers=workers, device=device, precision=precision,
-    )  # fmt: skip
+    data_config = resolve_config(None, None, set_ or (), {}).data
+    results = evaluate_models(
+        models, data, split, data_config, device, precision, batch_size=batch_size, workers=workers
+    )
     if compare is not None:
-        print(", ".join(f"{letter}: {name}" for letter, (name, _) in zip("AB", evaluated, strict=True)))
-    print(table(*(one.metrics for _, one in evaluated)))
+        print(", ".join(f"{letter}: {result.name}" for letter, result in zip("AB", results, strict=True)))
+    print(table(*(result.metrics for result in results)))
     if json is not None:
-        write_json(json, outcome(evaluated))
+        write_json(json, compare_metrics(results))
     if report is not None:
         from ..evaluation.report import write_report
 
-        print(f"report in {write_report(report, evaluated, data.resolve().name, split)}")
+        print(f"report in {write_report(report, results, data.resolve().name, split)}")
 
 
 @app.command

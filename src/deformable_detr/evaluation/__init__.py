@@ -1,6 +1,6 @@
-"""How good a model is: COCO figures of detections, of a data set, of a model."""
+"""Evaluation: COCO metrics of detections, datasets and models."""
 
-from .evaluator import detect, evaluate, evaluate_dataset
+from .evaluator import EvaluationResult, evaluate, evaluate_dataset, evaluate_models
 from .metrics import coco_metrics
 
-__all__ = ["coco_metrics", "detect", "evaluate", "evaluate_dataset"]
+__all__ = ["EvaluationResult", "coco_metrics", "evaluate", "evaluate_dataset", "evaluate_models"]

@@ -1,6 +1,6 @@
-"""What lies behind the figures: where precision goes, which errors cost how much, how far scores can be trusted.
+"""Analysis behind the COCO metrics: curves, error types, calibration, confusion and best thresholds.
 
-Matching, calibration, confusion and the error kinds are hotcoco's; here they are put together as plain numbers.
+hotcoco matches and counts; this module converts its results to plain numbers for JSON.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .metrics import AREAS, MAX_DETECTIONS, Counted, figures, mean, tables
+from .metrics import AREAS, MAX_DETECTIONS, CocoEvaluation, mean_or_none, precision_recall, summarize
 
-MATCH = 0.5  # least IoU of a match, wherever there is one threshold only
-BACKGROUND = 0.1  # TIDE: detections that overlap no object more than this are background
-KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")  # TIDE's, in its paper's order
-BINS = 10
+IOU_THRESHOLD = 0.5  # wherever a single threshold is used
+BACKGROUND_IOU = 0.1  # TIDE: a detection that overlaps no object more than this is background
+ERROR_TYPES = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")  # in the order of the TIDE paper
+CALIBRATION_BINS = 10
 
 
-class Operating(NamedTuple):
-    """The score threshold of the best F1, and what it gives; F1 = 2 · precision · recall / (precision + recall)."""
+class OperatingPoint(NamedTuple):
+    """The score threshold with the best F1 = 2 · precision · recall / (precision + recall)."""
 
     threshold: float
     f1: float
@@ -26,151 +26,166 @@ class Operating(NamedTuple):
     recall: float
 
 
-class Statuses(NamedTuple):
-    """How each detection and object came out at IoU 0.5, rows as in `Counted`.
+class Matches(NamedTuple):
+    """The matches of N detections and M objects at IoU 0.5; rows as in `CocoEvaluation`.
 
-    counts: (N,) bool, False where a detection is not counted: on a crowd, or beyond the 100 best of image and class.
-    hits: (N,) bool, matched to an object of its class. real: (M,) bool, the objects that are no crowd.
-    partners: (N,) int64, the row of the object, −1 without.
+    Attributes:
+        counted: (N,) bool; False for detections on a crowd or beyond the best 100 of an image and class.
+        hits: (N,) bool; whether the detection matches an object of its class.
+        objects: (M,) bool; False for crowds.
+        partners: (N,) int64; the row of the matched object, or -1.
     """
 
-    counts: np.ndarray
+    counted: np.ndarray
     hits: np.ndarray
-    real: np.ndarray
+    objects: np.ndarray
     partners: np.ndarray
 
 
-def analyze(counted: Counted) -> dict[str, Any]:
-    """Everything that the report shows of one model, as plain numbers.
+def analyze(evaluation: CocoEvaluation) -> dict[str, Any]:
+    """Return everything that the report shows of one model, as plain numbers.
 
-    "figures": see `coco_metrics`. "classes": a record each, with its objects, AP at all, one and each size, and
-    `Operating`. "best": the `Operating` of one threshold for all classes, or None. "curves": precision, a whole number
-    of thousandths or None, at recalls 0, 0.01, …, 1; of all classes and each, at IoU 0.5, at 0.75 and the mean.
-    "errors": TIDE. "calibration": bins of score. "confusion": rows the objects' classes, columns the detections', at
-    the best threshold, the last of both background.
+    Returns:
+        - "metrics": as `coco_metrics`, without "per_class".
+        - "objects", "detections": their counts.
+        - "classes": per class "name", "objects", AP in total, per IoU and per size, and "best", an `OperatingPoint`.
+        - "best": the `OperatingPoint` of one threshold for all classes, or None.
+        - "curves": precision in thousandths (or None) at recalls 0, 0.01, …, 1, for IoU "50", "75" and the "mean"; the
+          first entry is over all classes, the others per class.
+        - "errors", "calibration", "confusion": see `tide`, `calibration` and `confusion`, at the best threshold.
     """
-    statuses = match(counted)
-    best = _operating(counted, statuses, None)
+    matches = match(evaluation)
+    best = _best_threshold(evaluation, matches, None)
     return {
-        "figures": {name: value for name, value in figures(counted).items() if name != "per_class"},
-        "objects": int(statuses.real.sum()),
-        "detections": len(counted.detections),
-        "classes": _classes(counted, statuses),
+        "metrics": {name: value for name, value in summarize(evaluation).items() if name != "per_class"},
+        "objects": int(matches.objects.sum()),
+        "detections": len(evaluation.detections),
+        "classes": _classes(evaluation, matches),
         "best": None if best is None else best._asdict(),
-        "curves": _curves(counted),
-        "errors": tide(counted),
-        "calibration": calibration(counted),
-        "confusion": confusion(counted, best.threshold if best else 0.0),
+        "curves": _curves(evaluation),
+        "errors": tide(evaluation),
+        "calibration": calibration(evaluation),
+        "confusion": confusion(evaluation, best.threshold if best else 0.0),
     }
 
 
-def match(counted: Counted) -> Statuses:
-    """The matches at IoU 0.5, each detection to an object of its own class, as COCO counts AP50."""
-    result = counted.evaluator.image_diagnostics(MATCH)
-    detections, objects = len(counted.detections), len(counted.objects["area"])
-    counts, hits = np.zeros((2, detections), dtype=bool)
-    partners = np.full(detections, -1, dtype=np.int64)
-    status = result["dt_status"]
-    counts[np.fromiter(status, dtype=np.int64, count=len(status)) - 1] = True
+def match(evaluation: CocoEvaluation) -> Matches:
+    """Return the matches at IoU 0.5, each detection to an object of its own class, as COCO counts AP50."""
+    result = evaluation.evaluator.image_diagnostics(IOU_THRESHOLD)
+    num_detections, num_objects = len(evaluation.detections), len(evaluation.objects["area"])
+    counted, hits = np.zeros((2, num_detections), dtype=bool)
+    counted[_rows(result["dt_status"])] = True
+    objects = np.zeros(num_objects, dtype=bool)
+    objects[_rows(result["gt_status"])] = True
+    objects &= evaluation.objects["iscrowd"] == 0
     pairs = np.array(list(result["dt_match"].items()), dtype=np.int64).reshape(-1, 2) - 1
-    real = np.zeros(objects, dtype=bool)
-    real[np.fromiter(result["gt_status"], dtype=np.int64, count=len(result["gt_status"])) - 1] = True
-    real &= counted.objects["iscrowd"] == 0
-    pairs = pairs[real[pairs[:, 1]]]
-    hits[pairs[:, 0]] = True
+    pairs = pairs[objects[pairs[:, 1]]]
+    partners = np.full(num_detections, -1, dtype=np.int64)
     partners[pairs[:, 0]] = pairs[:, 1]
-    return Statuses(counts, hits, real, partners)
+    hits[pairs[:, 0]] = True
+    return Matches(counted, hits, objects, partners)
 
 
-def best_f1(scores: np.ndarray, hits: np.ndarray, objects: int) -> Operating | None:
-    """The threshold with the best F1 of detections (N,); the highest where several are as good.
+def best_f1(scores: np.ndarray, hits: np.ndarray, num_objects: int) -> OperatingPoint | None:
+    """Return the threshold with the best F1; the highest of equals. None without objects or hits.
 
-    None where there are no objects or no hits.
+    Args:
+        scores: (N,) scores of the detections.
+        hits: (N,) bool; whether each detection is correct.
+        num_objects: How many objects there are to find.
     """
-    if not objects or not hits.any():
+    if not num_objects or not hits.any():
         return None
     order = np.argsort(-scores, kind="stable")
-    scores, right = scores[order], np.cumsum(hits[order])
+    scores, true_positives = scores[order], np.cumsum(hits[order])
     last = np.append(scores[1:] != scores[:-1], True)  # a threshold keeps all detections of a score or none
-    right, chosen, scores = right[last], np.flatnonzero(last) + 1, scores[last]
-    f1 = 2 * right / (chosen + objects)
-    at = int(f1.argmax())
-    return Operating(float(scores[at]), float(f1[at]), float(right[at] / chosen[at]), float(right[at] / objects))
+    true_positives, selected, scores = true_positives[last], np.flatnonzero(last) + 1, scores[last]
+    f1 = 2 * true_positives / (selected + num_objects)
+    k = int(f1.argmax())
+    precision, recall = true_positives[k] / selected[k], true_positives[k] / num_objects
+    return OperatingPoint(float(scores[k]), float(f1[k]), float(precision), float(recall))
 
 
-def tide(counted: Counted) -> dict[str, Any]:
-    """TIDE's error kinds (Bolya et al., 2020): what AP50 would gain were all errors of one kind mended.
+def tide(evaluation: CocoEvaluation) -> dict[str, Any]:
+    """Return TIDE's error types (Bolya et al., 2020): how much AP50 would gain without the errors of one type.
 
-    {"AP50", "kinds": [{"kind", "gain", "count"}], "false_positives", "false_negatives"}; all but the counts 0..1. None
-    for the gains where there are no objects.
+    Returns:
+        {"AP50", "types": [{"type", "gain", "count"}], "false_positives", "false_negatives"}. AP50 and gains are in
+        0..1; gains are None without objects.
     """
-    found = counted.evaluator.tide_errors(MATCH, BACKGROUND)
-    gains, counts = found["delta_ap"], found["counts"]
+    result = evaluation.evaluator.tide_errors(IOU_THRESHOLD, BACKGROUND_IOU)
+    gains, counts = result["delta_ap"], result["counts"]
     return {
-        "AP50": found["ap_base"],
-        "kinds": [{"kind": kind, "gain": gains[kind], "count": counts[kind]} for kind in KINDS],
+        "AP50": result["ap_base"],
+        "types": [{"type": name, "gain": gains[name], "count": counts[name]} for name in ERROR_TYPES],
         "false_positives": gains["FP"],
         "false_negatives": gains["FN"],
     }
 
 
-def calibration(counted: Counted) -> dict[str, Any]:
-    """How often detections of a score are right, at IoU 0.5, in ten bins of score.
+def calibration(evaluation: CocoEvaluation) -> dict[str, Any]:
+    """Return how often detections of a score are correct at IoU 0.5, in ten bins of score.
 
-    {"ece": the gap between score and share of right ones, averaged over detections, or None, "bins": [{"low", "high",
-    "score", "right", "count"}]}.
+    Returns:
+        {"ece": expected calibration error or None, "bins": [{"low", "high", "score", "accuracy", "count"}]}, with the
+        mean score and the share of correct detections per bin.
     """
-    found = counted.evaluator.calibration(BINS, MATCH)
-    names = {"low": "bin_lower", "high": "bin_upper", "score": "avg_confidence", "right": "avg_accuracy"}
-    bins = [{**{ours: one[theirs] for ours, theirs in names.items()}, "count": one["count"]} for one in found["bins"]]
-    return {"ece": found["ece"] if found["num_detections"] else None, "bins": bins}
+    result = evaluation.evaluator.calibration(CALIBRATION_BINS, IOU_THRESHOLD)
+    keys = {"low": "bin_lower", "high": "bin_upper", "score": "avg_confidence", "accuracy": "avg_accuracy",
+            "count": "count"}  # fmt: skip
+    bins = [{key: row[column] for key, column in keys.items()} for row in result["bins"]]
+    return {"ece": result["ece"] if result["num_detections"] else None, "bins": bins}
 
 
-def confusion(counted: Counted, threshold: float) -> dict[str, Any]:
-    """Objects' classes against detections', at IoU 0.5 and scores from `threshold` up.
+def confusion(evaluation: CocoEvaluation, threshold: float) -> dict[str, Any]:
+    """Return the confusion matrix at IoU 0.5 of detections with scores of at least `threshold`.
 
-    {"threshold", "matrix": (K + 1) rows of the objects' classes, K + 1 columns of the detections'}; the last row are
-    detections on background, the last column objects that nothing was found at.
+    Returns:
+        {"threshold", "matrix"}: K + 1 rows of the objects' classes, K + 1 columns of the detections' classes. The last
+        row is detections on background, the last column missed objects.
     """
-    found = counted.evaluator.confusion_matrix(MATCH, MAX_DETECTIONS[-1], threshold)
-    return {"threshold": threshold, "matrix": found["matrix"].astype(int).tolist()}
+    result = evaluation.evaluator.confusion_matrix(IOU_THRESHOLD, MAX_DETECTIONS[-1], threshold)
+    return {"threshold": threshold, "matrix": result["matrix"].astype(int).tolist()}
 
 
-def _operating(counted: Counted, statuses: Statuses, number: int | None) -> Operating | None:
-    """Of one class, or of all at once."""
-    chosen, objects = statuses.counts, statuses.real
-    if number is not None:
-        chosen = chosen & (counted.detections[:, 6] == number)
-        objects = objects & (counted.objects["category_ids"] == number)
-    return best_f1(counted.detections[chosen, 5], statuses.hits[chosen], int(objects.sum()))
+def _rows(status: dict[int, Any]) -> np.ndarray:
+    """Return the 0-based rows of hotcoco's record ids."""
+    return np.fromiter(status, dtype=np.int64, count=len(status)) - 1
 
 
-def _classes(counted: Counted, statuses: Statuses) -> list[dict[str, Any]]:
-    precision, _ = tables(counted)
-    most = len(MAX_DETECTIONS) - 1
-    objects = np.bincount(counted.objects["category_ids"][statuses.real], minlength=len(counted.names) + 1)
+def _best_threshold(evaluation: CocoEvaluation, matches: Matches, class_number: int | None) -> OperatingPoint | None:
+    """Return the operating point of one class, or of all classes together."""
+    counted, objects = matches.counted, matches.objects
+    if class_number is not None:
+        counted = counted & (evaluation.detections[:, 6] == class_number)
+        objects = objects & (evaluation.objects["category_ids"] == class_number)
+    return best_f1(evaluation.detections[counted, 5], matches.hits[counted], int(objects.sum()))
+
+
+def _classes(evaluation: CocoEvaluation, matches: Matches) -> list[dict[str, Any]]:
+    precision = precision_recall(evaluation)[0][..., -1]  # (T, R, K, areas)
+    class_numbers = evaluation.objects["category_ids"][matches.objects]
+    counts = np.bincount(class_numbers, minlength=len(evaluation.names) + 1)
     rows = []
-    for k, name in enumerate(counted.names):
-        own = precision[:, :, k, :, most]  # (T, R, areas)
-        row: dict[str, Any] = {"name": name, "objects": int(objects[k + 1]), "AP": mean(own[:, :, 0])}
-        row |= {"AP50": mean(own[0, :, 0]), "AP75": mean(own[5, :, 0])}
-        row |= {f"AP_{area}": mean(own[:, :, place]) for place, area in enumerate(AREAS) if place}
-        best = _operating(counted, statuses, k + 1)
+    for k, name in enumerate(evaluation.names):
+        table = precision[:, :, k]
+        row: dict[str, Any] = {"name": name, "objects": int(counts[k + 1]), "AP": mean_or_none(table[:, :, 0])}
+        row |= {"AP50": mean_or_none(table[0, :, 0]), "AP75": mean_or_none(table[5, :, 0])}
+        row |= {f"AP_{area}": mean_or_none(table[:, :, a]) for a, area in enumerate(AREAS) if a}
+        best = _best_threshold(evaluation, matches, k + 1)
         rows.append(row | {"best": None if best is None else best._asdict()})
     return rows
 
 
-def _curves(counted: Counted) -> list[dict[str, Any]]:
-    """The first of all classes, then one a class."""
-    precision, _ = tables(counted)
-    precision = precision[:, :, :, 0, -1]  # (T, R, K)
-    with_objects = (precision[0, 0] > -1) if precision.shape[2] else np.zeros(0, dtype=bool)
+def _curves(evaluation: CocoEvaluation) -> list[dict[str, Any]]:
+    precision = precision_recall(evaluation)[0][:, :, :, 0, -1]  # (T, R, K)
+    has_objects = (precision[0, 0] > -1) if precision.shape[2] else np.zeros(0, dtype=bool)
     curves = []
-    for chosen in [np.flatnonzero(with_objects), *([k] if there else [] for k, there in enumerate(with_objects))]:
+    for classes in [np.flatnonzero(has_objects), *([k] if present else [] for k, present in enumerate(has_objects))]:
         curve: dict[str, Any] = {"50": None, "75": None, "mean": None}
-        if len(chosen):
-            own = precision[:, :, chosen].mean(axis=2)
-            lines = {"50": own[0], "75": own[5], "mean": own.mean(axis=0)}
+        if len(classes):
+            table = precision[:, :, classes].mean(axis=2)
+            lines = {"50": table[0], "75": table[5], "mean": table.mean(axis=0)}
             curve = {name: (1000 * line).round().astype(int).tolist() for name, line in lines.items()}
         curves.append(curve)
     return curves

@@ -1,49 +1,47 @@
-"""Evaluation by all processes of a run: the figures of one process, to the bit."""
+"""Evaluation by all processes of a training run, with exactly the metrics of one process."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+from .evaluator import detect_images
+from .metrics import Metrics, coco_metrics
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
     from ..distributed.context import DistributedContext
-    from .evaluator import Keep
+    from .evaluator import OnResults
 
 
-def evaluate_together(
+def evaluate_distributed(
     model: nn.Module,
     dataset: CocoDataset,
     batch_size: int,
     workers: int,
-    world: DistributedContext,
-    keep: Keep | None = None,
-) -> dict[str, Any]:
-    """What `evaluation.run.evaluate_dataset` gives, for every process; each has the same model and calls it.
+    context: DistributedContext,
+    on_results: OnResults | None = None,
+) -> Metrics:
+    """Return the metrics of `evaluate_dataset` in every process. All processes call it with the same model.
 
-    The batches are those of one process, dealt out in turn: an image's padding, which its detections depend on, stays.
-    Detections are counted by the first process, in the order of the data set, as ties between scores go by it;
-    `keep` is called there.
+    Each process takes every n-th batch, so that images are padded as in one process. Rank 0 calls `on_results` and
+    counts the detections in the order of the dataset, which decides between equal scores.
     """
-    from .evaluator import _detect
-    from .metrics import coco_metrics
-
     start = time.perf_counter()
-    with world.sync_errors():
-        part = (world.rank, world.size)
-        found = _detect(model, dataset, len(dataset), batch_size, workers, progress=False, part=part)[0]
-    parts = world.collect(found)
+    with context.sync_errors():
+        shard = (context.rank, context.size)
+        part = detect_images(model, dataset, len(dataset), batch_size, workers, progress=False, shard=shard)[0]
+    parts = context.collect(part)
     seconds = time.perf_counter() - start
 
-    def figures() -> dict[str, Any]:
-        place = {int(number): index for index, number in enumerate(dataset.image_ids)}
-        everything = sorted((one for part in parts or () for one in part), key=lambda one: place[one["image_id"]])
-        count = len(dataset)
-        if keep is not None:
-            keep(dataset, everything)
-        metrics = coco_metrics(dataset.ground_truth, everything)
-        return {**metrics, "images": count, "images_per_second": count / seconds}
+    def metrics_of_all_parts() -> Metrics:
+        order = {int(image_id): index for index, image_id in enumerate(dataset.image_ids)}
+        results = sorted((row for rows in parts or () for row in rows), key=lambda row: order[row["image_id"]])
+        if on_results is not None:
+            on_results(dataset, results)
+        metrics = coco_metrics(dataset.ground_truth, results)
+        return {**metrics, "images": len(dataset), "images_per_second": len(dataset) / seconds}
 
-    return world.on_rank_zero(figures)
+    return context.on_rank_zero(metrics_of_all_parts)

@@ -1,14 +1,14 @@
-"""A model over a split of a data set."""
+"""Evaluate models on a split of a dataset."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from torch import nn
 
@@ -19,187 +19,167 @@ from ..model.postprocess import postprocess
 from ..predict.predictor import evaluating, forward, model_categories
 from ..utils.errors import UserError
 from ..utils.failures import explain_machine_errors
-from .metrics import Counted, Metrics, figures
-from .metrics import count as count_detections
+from .metrics import CocoEvaluation, Metrics, run_coco_eval, summarize
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
 
-    Keep = Callable[[CocoDataset, list[dict[str, Any]]], object]
+    OnResults = Callable[[CocoDataset, list[dict[str, Any]]], object]
 
 log = logging.getLogger(__name__)
 
-TOP_K = 100  # detections an image, as COCO counts
+ModelSource = nn.Module | str | os.PathLike[str]
+
+BATCH_SIZE, WORKERS = 4, 2
+TOP_K = 100  # detections per image, as COCO counts
 
 
-def evaluate(
-    model: nn.Module | str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    split: str = "val",
-    data_config: DataConfig | None = None,
-    batch_size: int = 4,
-    workers: int = 2,
-    limit: int | None = None,
-    progress: bool = True,
-    device: str = "auto",
-) -> Metrics:
-    """The COCO figures of a model on one split of a data set.
+class EvalOptions(TypedDict, total=False):
+    """Options of an evaluation."""
 
-    model: a `DeformableDETR`, used where it is, or the folder of one or an exported file, put on `device` (see
-        `device.pick_device`).
-    data: the data set's folder; split and data_config as in `data.coco.open_dataset`.
-    batch_size, workers, limit, progress: see `evaluate_dataset`.
-
-    Returns the dict of `evaluate_dataset`.
-    Raises UserError for a data set that cannot be read or that does not fit the model's classes.
-    """
-    return detect(model, data, split, data_config, batch_size, workers, limit, progress, device).metrics
+    batch_size: int  # images per batch; default: 4
+    workers: int  # data loader processes, 0 loads in the main process; default: 2
+    limit: int | None  # evaluate only the first images, at most this many; default: all
+    progress: bool  # show a progress bar if standard error is a terminal; default: True
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluated:
-    """What a model found in a split, counted.
+class EvaluationResult:
+    """The detections of a model on a split, and their metrics."""
 
-    metrics: what `evaluate_dataset` returns. counted: the detections matched to the ground truth.
-    results: COCO's records of the detections. paths: the images' files, by image id.
-    model_seconds: what the model and the choice of boxes took, of all images. device: what they ran on.
-    """
-
-    metrics: Metrics
-    counted: Counted
-    results: list[dict[str, Any]]
-    paths: dict[Any, Path]
-    model_seconds: float
+    metrics: Metrics  # as `evaluate` returns them
+    coco: CocoEvaluation
+    results: list[dict[str, Any]]  # COCO results
+    paths: dict[Any, Path]  # image files by image id
+    model_seconds: float  # of the model and its postprocessing, over all images
     device: str
+    name: str = "model"  # the model's path, or the name of its class
 
 
-def detect(
-    model: nn.Module | str | os.PathLike[str],
+def evaluate(
+    model: ModelSource,
     data: str | os.PathLike[str],
     split: str = "val",
     data_config: DataConfig | None = None,
-    batch_size: int = 4,
-    workers: int = 2,
-    limit: int | None = None,
-    progress: bool = True,
     device: str = "auto",
-) -> Evaluated:
-    """As `evaluate`, with all that a report needs."""
-    if not isinstance(model, nn.Module):
-        loaded: nn.Module = load_detector(model, device)
-        model = loaded
-    dataset = dataset_for(model, data, split, data_config)
-    with explain_machine_errors(batch_size, workers):
-        return detect_dataset(model, dataset, batch_size, workers, limit, progress)
+    **options: Unpack[EvalOptions],
+) -> Metrics:
+    """Return the COCO metrics of a model on one split of a dataset.
+
+    Args:
+        model: A `DeformableDETR` on its current device, or the path of a model, a run or an exported file.
+        data: Folder or annotation file of the dataset.
+        split: Name of the split.
+        data_config: Data settings, such as the paths of images and annotations. Default: `DataConfig()`.
+        device: Device of a model that is loaded from a path; "auto" selects a GPU if available.
+        **options: See `EvalOptions`.
+
+    Returns:
+        The dict of `coco_metrics`, "images" (their number) and "images_per_second" (loading included).
+
+    Raises:
+        UserError: The dataset cannot be read, has classes that the model lacks, or memory is full.
+    """
+    return evaluate_models([model], data, split, data_config, device, **options)[0].metrics
 
 
-def dataset_for(
-    model: nn.Module, data: str | os.PathLike[str], split: str = "val", data_config: DataConfig | None = None
-) -> CocoDataset:
-    """The split as the model takes it. Raises UserError where it cannot be read or does not fit the model's classes."""
-    from ..data.dataset import open_dataset
-    from ..data.transforms import EvalTransform
+def evaluate_models(
+    models: Sequence[ModelSource],
+    data: str | os.PathLike[str],
+    split: str = "val",
+    data_config: DataConfig | None = None,
+    device: str = "auto",
+    precision: str | None = None,
+    **options: Unpack[EvalOptions],
+) -> list[EvaluationResult]:
+    """Evaluate models one after the other; arguments as in `evaluate`.
 
-    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
-    canvas = getattr(model, "canvas", None)
-    dataset = open_dataset(
-        data,
-        split=split,
-        data=data_config or DataConfig(),
-        categories=model_categories(config) if config.category_ids else None,
-        transform=EvalTransform(config.image_size, config.long_side, canvas, config.size_divisor),
-    )
-    _refuse_more_classes(config, dataset)
-    _warn_of_training_images(dataset, Path(data).expanduser(), split, data_config or DataConfig())
-    return dataset
+    All models and datasets are opened first, so that an error shows before the first evaluation.
 
-
-def _warn_of_training_images(dataset: CocoDataset, root: Path, split: str, data: DataConfig) -> None:
-    """Says so where a folder's split is its training split too."""
-    from ..data.formats import find_source
-    from ..data.problems import same_split
-
-    if not root.is_dir() or split in split_aliases(data.train_split):
-        return
-    try:
-        train = find_source(root, data.train_split, data)
-    except UserError:  # there is none
-        return
-    if same_split(train, dataset.source):
-        log.warning("%s is not divided: images that the model was trained on are measured too", dataset.annotation_file)
+    Args:
+        precision: See `load_detector`.
+    """
+    detectors = [model if isinstance(model, nn.Module) else load_detector(model, device, precision) for model in models]
+    datasets = [open_eval_dataset(detector, data, split, data_config) for detector in detectors]
+    names = [type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model) for model in models]
+    with explain_machine_errors(options.get("batch_size", BATCH_SIZE), options.get("workers", WORKERS)):
+        return [
+            _evaluate_dataset(detector, dataset, name, **options)
+            for detector, dataset, name in zip(detectors, datasets, names, strict=True)
+        ]
 
 
-def _refuse_more_classes(config: ModelConfig, dataset: CocoDataset) -> None:
-    if len(dataset.categories) > config.num_classes:
-        raise UserError(f"the data set has {len(dataset.categories)} classes, the model {config.num_classes}")
+def compare_metrics(results: Sequence[EvaluationResult]) -> dict[str, Any]:
+    """Return the first model's metrics; with a second model also "compare" (its metrics) and "difference" (B - A)."""
+    first, *others = [result.metrics for result in results]
+    return {**first, "compare": others[0], "difference": _difference(first, others[0])} if others else first
 
 
 def evaluate_dataset(
     model: nn.Module,
     dataset: CocoDataset,
-    batch_size: int = 4,
-    workers: int = 2,
+    batch_size: int = BATCH_SIZE,
+    workers: int = WORKERS,
     limit: int | None = None,
     progress: bool = True,
-    keep: Keep | None = None,
+    on_results: OnResults | None = None,
 ) -> Metrics:
-    """`evaluate` for a data set that is open already, with the evaluation transform.
+    """Return the metrics of `evaluate` for a dataset that is open, with the evaluation transform.
 
-    workers: processes that load images; 0: none beside this one.
-    limit: only the first so many images, and the ground truth of these.
-    progress: a bar on standard error, where that is a terminal.
-    keep: is called with the data set and all detections as COCO results.
-
-    Returns the dict of `coco_metrics` with "images", how many, and "images_per_second", of loading and model together.
-    The model's modules end in the modes they were in.
+    Args:
+        batch_size, workers, limit, progress: See `EvalOptions`.
+        on_results: Called with the dataset and all detections as COCO results.
     """
-    evaluated = detect_dataset(model, dataset, batch_size, workers, limit, progress)
-    if keep is not None:
-        keep(dataset, evaluated.results)
-    return evaluated.metrics
+    result = _evaluate_dataset(model, dataset, "model", batch_size, workers, limit, progress)
+    if on_results is not None:
+        on_results(dataset, result.results)
+    return result.metrics
 
 
-def detect_dataset(
+def _evaluate_dataset(
     model: nn.Module,
     dataset: CocoDataset,
-    batch_size: int = 4,
-    workers: int = 2,
+    name: str,
+    batch_size: int = BATCH_SIZE,
+    workers: int = WORKERS,
     limit: int | None = None,
     progress: bool = True,
-) -> Evaluated:
-    """As `evaluate_dataset`, with all that a report needs."""
-    for name, value in (("batch_size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} {value} is under 1")
-    if workers < 0:
-        raise UserError(f"workers {workers} is under 0")
+) -> EvaluationResult:
+    for option, value, minimum in (("batch_size", batch_size, 1), ("limit", limit, 1), ("workers", workers, 0)):
+        if value is not None and value < minimum:
+            raise UserError(f"{option} {value}: must be at least {minimum}")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     start = time.perf_counter()
-    results, seen, model_seconds = _detect(model, dataset, count, batch_size, workers, progress)
+    results, image_ids, model_seconds = detect_images(model, dataset, count, batch_size, workers, progress)
     seconds = time.perf_counter() - start
 
-    truth = dataset.ground_truth
+    ground_truth = dataset.ground_truth
     if count < len(dataset):
-        truth = {**truth, "images": [image for image in truth["images"] if image["id"] in seen]}
-    counted = count_detections(truth, results)
-    metrics = {**figures(counted), "images": count, "images_per_second": count / seconds}
-    paths = {int(identity): dataset.path(index) for index, identity in enumerate(dataset.image_ids[:count])}
+        images = [image for image in ground_truth["images"] if image["id"] in image_ids]
+        ground_truth = {**ground_truth, "images": images}
+    coco = run_coco_eval(ground_truth, results)
+    metrics = {**summarize(coco), "images": count, "images_per_second": count / seconds}
+    paths = {int(image_id): dataset.path(index) for index, image_id in enumerate(dataset.image_ids[:count])}
     device = str(model.pixel_mean.device)  # pyright: ignore[reportAttributeAccessIssue]
-    return Evaluated(metrics, counted, results, paths, model_seconds, device)
+    return EvaluationResult(metrics, coco, results, paths, model_seconds, device, name)
 
 
-def _detect(
+def detect_images(
     model: nn.Module,
     dataset: CocoDataset,
     count: int,
     batch_size: int,
     workers: int,
     progress: bool,
-    part: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = (0, 1),
 ) -> tuple[list[dict[str, Any]], set[Any], float]:
-    """COCO results of the first `count` images, the ids of these, and the seconds in which no image was waited for.
+    """Detect objects in the first `count` images; the model's modules keep their train or eval mode.
 
-    part: (k, n), every n-th batch from the k-th on.
+    Args:
+        shard: (k, n) selects every n-th batch, starting with batch k.
+
+    Returns:
+        COCO results, the image ids, and the seconds that the model and its postprocessing took.
     """
     from torch.utils.data import Subset
     from tqdm import tqdm
@@ -207,26 +187,84 @@ def _detect(
     from ..data.dataloader import LoaderOptions, build_dataloader
 
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
-    ids = [category.id for category in dataset.categories]
-    _refuse_more_classes(config, dataset)
+    category_ids = [category.id for category in dataset.categories]
+    _require_classes(config, dataset)
     images = dataset if count == len(dataset) else Subset(dataset, range(count))
     batches = build_dataloader(images, LoaderOptions(batch_size, workers))
-    batches.sampler.set_epoch(0, start_step=part[0], step_stride=part[1])
+    batches.sampler.set_epoch(0, start_step=shard[0], step_stride=shard[1])
     results: list[dict[str, Any]] = []
-    seen: set[Any] = set()
-    working = 0.0
+    image_ids: set[Any] = set()
+    model_seconds = 0.0
     with evaluating(model), tqdm(total=count, unit="image", desc="evaluate", disable=None if progress else True) as bar:
         for batch, targets in batches:
             start = time.perf_counter()
-            found = postprocess(forward(model, batch), [target.original_size for target in targets], TOP_K)
-            working += time.perf_counter() - start  # `postprocess` waits for the device
-            for target, (boxes, scores, labels) in zip(targets, found, strict=True):
-                seen.add(target.image_id)
+            detections = postprocess(forward(model, batch), [target.original_size for target in targets], TOP_K)
+            model_seconds += time.perf_counter() - start  # `postprocess` waits for the device
+            for target, (boxes, scores, labels) in zip(targets, detections, strict=True):
+                image_ids.add(target.image_id)
                 boxes[:, 2:] -= boxes[:, :2]
                 results.extend(
-                    {"image_id": target.image_id, "category_id": ids[label], "bbox": box, "score": score}
+                    {"image_id": target.image_id, "category_id": category_ids[label], "bbox": box, "score": score}
                     for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
-                    if label < len(ids)  # a model with spare class logits
+                    if label < len(category_ids)  # the model can have more class logits than the dataset has classes
                 )
             bar.update(len(targets))
-    return results, seen, working
+    return results, image_ids, model_seconds
+
+
+def open_eval_dataset(
+    model: nn.Module, data: str | os.PathLike[str], split: str = "val", data_config: DataConfig | None = None
+) -> CocoDataset:
+    """Open a split with the model's evaluation transform; arguments and errors as in `evaluate`."""
+    from ..data.dataset import open_dataset
+    from ..data.transforms import EvalTransform
+
+    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
+    data_config = data_config or DataConfig()
+    dataset = open_dataset(
+        data,
+        split=split,
+        data=data_config,
+        categories=model_categories(config) if config.category_ids else None,
+        transform=EvalTransform(
+            config.image_size, config.long_side, getattr(model, "canvas", None), config.size_divisor
+        ),
+    )
+    _require_classes(config, dataset)
+    _warn_about_training_images(dataset, Path(data).expanduser(), split, data_config)
+    return dataset
+
+
+def _warn_about_training_images(dataset: CocoDataset, root: Path, split: str, data_config: DataConfig) -> None:
+    """Warn if a folder without splits is both the training split and this one."""
+    from ..data.formats import find_source
+    from ..data.problems import same_split
+
+    if not root.is_dir() or split in split_aliases(data_config.train_split):
+        return
+    try:
+        train = find_source(root, data_config.train_split, data_config)
+    except UserError:  # there is no training split
+        return
+    if same_split(train, dataset.source):
+        log.warning("%s is not split: the evaluation includes the training images", dataset.annotation_file)
+
+
+def _require_classes(config: ModelConfig, dataset: CocoDataset) -> None:
+    if len(dataset.categories) > config.num_classes:
+        raise UserError(
+            f"the dataset has {len(dataset.categories)} classes, but the model {config.num_classes}; "
+            "train a model for these classes"
+        )
+
+
+def _difference(first: Metrics, second: Metrics) -> Metrics:
+    """Return second - first for each metric of both; None if either is None."""
+    differences: Metrics = {}
+    for name in [name for name in first if name in second]:
+        a, b = first[name], second[name]
+        if isinstance(a, dict):
+            differences[name] = _difference(a, b)
+        elif not isinstance(a, int):
+            differences[name] = None if a is None or b is None else b - a
+    return differences

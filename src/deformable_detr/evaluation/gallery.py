@@ -1,4 +1,4 @@
-"""A few validation images and what was found in them, evaluation by evaluation: a folder beside the run's figures."""
+"""The gallery of a training run: detections on a few validation images, evaluation by evaluation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
+
+from ..utils.files import replace_file
+from ..utils.images import read_image
+from ..visualize.web.html import jpeg_data_uri
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
@@ -17,97 +22,90 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = "gallery"
-MOST_IMAGES = 6
-LONGEST_SIDE = 480  # of a picture, in pixels
-MOST_BOXES = 20  # an image, the best
-LEAST_SCORE = 0.05
+MAX_IMAGES = 6
+LONGEST_SIDE = 480  # of an image, in pixels
+MAX_BOXES = 20  # per image, best scores first
+MIN_SCORE = 0.05
 
 
 class Gallery:
-    """Adds the detections of one evaluation to the gallery of a run; to be called with the data set and the results.
+    """Adds the detections of one evaluation to the gallery of a run, when it is called.
 
-    folder: of the run. step, epoch: when the evaluation was.
+    Args:
+        run_dir: The folder of the run.
+        step, epoch: When the evaluation took place.
     """
 
-    def __init__(self, folder: Path, step: int, epoch: int) -> None:
-        self.folder, self.step, self.epoch = folder / FOLDER, step, epoch
+    def __init__(self, run_dir: Path, step: int, epoch: int) -> None:
+        self.folder, self.step, self.epoch = run_dir / FOLDER, step, epoch
 
     def __call__(self, dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> None:
         try:
             self._add(dataset, results)
-        except OSError as error:  # the run goes on without it
-            log.warning("the gallery in %s was not written: %s", self.folder, error.strerror or error)
+        except OSError as error:  # training continues without the gallery
+            log.warning("the gallery %s cannot be written: %s", self.folder, error.strerror or error)
 
     def _add(self, dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> None:
-        from ..utils.files import replace_file
-
-        places = np.unique(
-            np.linspace(0, len(dataset) - 1, min(MOST_IMAGES, len(dataset))).round().astype(int)
-        ).tolist()
-        identities = [int(dataset.image_ids[place]) for place in places]
-        described = self.folder / "images.json"
-        if _ids(described) != identities:
+        count = min(MAX_IMAGES, len(dataset))
+        indices = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
+        image_ids = [int(dataset.image_ids[index]) for index in indices]
+        index_file = self.folder / "images.json"
+        if _read_ids(index_file) != image_ids:
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(described, json.dumps(_describe(dataset, places, identities), ensure_ascii=False))
+            replace_file(index_file, json.dumps(_describe_images(dataset, indices, image_ids), ensure_ascii=False))
         labels = {category.id: label for label, category in enumerate(dataset.categories)}
-        found: dict[int, list[list[float]]] = defaultdict(list)
-        wanted = set(identities)
+        boxes: dict[int, list[list[float]]] = defaultdict(list)
         for result in results:
-            if result["image_id"] in wanted and result["score"] >= LEAST_SCORE:
+            if result["image_id"] in image_ids and result["score"] >= MIN_SCORE:
                 box = [round(value, 1) for value in result["bbox"]]
-                found[result["image_id"]].append([*box, labels[result["category_id"]], round(result["score"], 3)])
-        best = [sorted(found[identity], key=lambda one: -one[-1])[:MOST_BOXES] for identity in identities]
-        record = {"step": self.step, "epoch": self.epoch, "ids": identities, "images": best}
+                boxes[result["image_id"]].append([*box, labels[result["category_id"]], round(result["score"], 3)])
+        best = [sorted(boxes[image_id], key=lambda box: -box[-1])[:MAX_BOXES] for image_id in image_ids]
+        record = {"step": self.step, "epoch": self.epoch, "ids": image_ids, "images": best}
         with open(self.folder / "predictions.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def read_gallery(folder: Path, steps: Sequence[int]) -> dict[str, Any] | None:
-    """The gallery of a run: its images.json with "evaluations", of the steps only; of a step that was evaluated twice,
-    because work was lost, the last. None where there is none.
+def read_gallery(run_dir: Path, steps: Sequence[int]) -> dict[str, Any] | None:
+    """Return the images.json of a run's gallery with "evaluations", its records of these steps; None without one.
+
+    If a step was evaluated twice, as after a crash, the last record counts.
     """
-    described = folder / FOLDER / "images.json"
+    folder = run_dir / FOLDER
     try:
-        content = json.loads(described.read_text(encoding="utf-8"))
-        lines = (folder / FOLDER / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        content = json.loads((folder / "images.json").read_text(encoding="utf-8"))
+        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, ValueError):
         return None
-    kept, wanted = {}, set(steps)
+    records = {}
     for line in lines:
         try:
             record = json.loads(line)
-            if record["step"] in wanted and record["ids"] == content["ids"]:
-                kept[record["step"]] = {key: record[key] for key in ("step", "epoch", "images")}
+            if record["step"] in steps and record["ids"] == content["ids"]:
+                records[record["step"]] = {key: record[key] for key in ("step", "epoch", "images")}
         except (ValueError, KeyError, TypeError):
-            continue  # cut where a process was killed
-    return {**content, "evaluations": [kept[step] for step in sorted(kept)]}
+            continue  # an incomplete line of a killed process
+    return {**content, "evaluations": [records[step] for step in sorted(records)]}
 
 
-def _ids(described: Path) -> list[int] | None:
+def _read_ids(index_file: Path) -> list[int] | None:
     try:
-        return json.loads(described.read_text(encoding="utf-8"))["ids"]
+        return json.loads(index_file.read_text(encoding="utf-8"))["ids"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _describe(dataset: CocoDataset, places: Sequence[int], identities: Sequence[int]) -> dict[str, Any]:
-    """The images with their objects: [x, y, w, h, label], crowds left out."""
-    from PIL import Image
-
-    from ..utils.images import read_image
-    from ..visualize.web.html import picture
-
+def _describe_images(dataset: CocoDataset, indices: Sequence[int], image_ids: Sequence[int]) -> dict[str, Any]:
+    """Return the images and their objects as [x, y, w, h, label], without crowds."""
     labels = {category.id: label for label, category in enumerate(dataset.categories)}
-    objects: dict[int, list[list[float]]] = {identity: [] for identity in identities}
+    objects: dict[int, list[list[float]]] = {image_id: [] for image_id in image_ids}
     for annotation in dataset.ground_truth["annotations"]:
         if annotation["image_id"] in objects and not annotation["iscrowd"]:
             box = [round(float(value), 1) for value in annotation["bbox"]]
             objects[annotation["image_id"]].append([*box, labels[annotation["category_id"]]])
     images = []
-    for place, identity in zip(places, identities, strict=True):
-        image = Image.fromarray(read_image(dataset.path(place)).permute(1, 2, 0).numpy())
-        images.append(
-            {"name": dataset.path(place).name, "width": image.width, "height": image.height,
-             "picture": picture(image, LONGEST_SIDE), "objects": objects[identity]}
-        )  # fmt: skip
-    return {"ids": list(identities), "names": [category.name for category in dataset.categories], "images": images}
+    for index, image_id in zip(indices, image_ids, strict=True):
+        path = dataset.path(index)
+        image = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+        record = {"name": path.name, "width": image.width, "height": image.height}
+        images.append({**record, "image": jpeg_data_uri(image, LONGEST_SIDE), "objects": objects[image_id]})
+    return {"ids": list(image_ids), "names": [category.name for category in dataset.categories], "images": images}

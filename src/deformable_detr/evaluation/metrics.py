@@ -1,8 +1,8 @@
-"""The COCO figures of a set of detections, equal to pycocotools' and many times faster.
+"""COCO metrics, equal to pycocotools' and many times faster.
 
-The counting is hotcoco's. What is here makes annotation files as people have them ready for it: records are
-renumbered (pycocotools takes annotation id 0 for "not matched", duplicate ids lose objects), missing areas and crowd
-flags get their defaults, and figures for which there is no ground truth are None instead of −1.
+hotcoco matches and counts. This module prepares real annotation files for it: it renumbers records (pycocotools reads
+annotation id 0 as "not matched" and loses objects with duplicate ids), fills in missing areas and crowd flags, and
+returns None instead of -1 for metrics without ground truth.
 """
 
 from __future__ import annotations
@@ -20,38 +20,43 @@ from ..utils.errors import UserError
 if TYPE_CHECKING:
     import hotcoco
 
-MAX_DETECTIONS = (1, 10, 100)  # an image and class, best scores first
-AREAS = ("all", "small", "medium", "large")  # up to 32², up to 96², above, in pixels
+MAX_DETECTIONS = (1, 10, 100)  # per image and class, best scores first
+AREAS = ("all", "small", "medium", "large")  # up to 32² pixels, up to 96² pixels, above
 
 Metrics = dict[str, Any]
 
 
 def coco_metrics(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Metrics:
-    """The 12 COCO figures and the AP of each class, all 0..1.
+    """Return the 12 COCO metrics and the AP of each class, all in 0..1.
 
-    ground_truth: a COCO dict: "images" (each an "id"), "categories" (each an "id", a "name") and "annotations" (each
-        "image_id", "category_id", "bbox" as x, y, w, h in pixels; "area" defaults to w · h, "iscrowd" to 0). Image ids
-        may be integers with gaps or strings; annotation ids are not used. Nothing in it is changed.
-    results: detections in COCO's form: {"image_id", "category_id", "bbox": [x, y, w, h], "score"}. As in pycocotools,
-        those of a category that the ground truth does not list are not counted.
+    Args:
+        ground_truth: A COCO dict with "images" (each an "id"), "categories" ("id", "name") and "annotations"
+            ("image_id", "category_id", "bbox" as x, y, width, height in pixels; "area" defaults to width · height,
+            "iscrowd" to 0). Image ids are integers or strings; annotation ids are ignored. It is not changed.
+        results: Detections as {"image_id", "category_id", "bbox", "score"}. As in pycocotools, detections of a category
+            that the ground truth does not list are ignored.
 
-    Returns {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium",
-    "AR_large", "per_class": {name: AP}}. A figure is None where the ground truth has no object for it. A name that two
-    categories share is followed by the id: "cat (17)".
+    Returns:
+        {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium",
+        "AR_large", "per_class": {name: AP}}. A metric is None without ground truth for it. If categories share a name,
+        the id is appended: "cat (17)".
 
-    Raises UserError for records that lack a key or hold no finite box, and for detections of an unknown image.
+    Raises:
+        UserError: A record lacks a key or a finite box, or a detection is of an unknown image.
     """
-    return figures(count(ground_truth, results))
+    return summarize(run_coco_eval(ground_truth, results))
 
 
 @dataclass(frozen=True, eq=False)
-class Counted:
-    """Detections after they were matched to the ground truth, and what the counting knows of both.
+class CocoEvaluation:
+    """Detections matched to the ground truth. Images, classes and records are numbered from 1.
 
-    evaluator: hotcoco's, evaluated and accumulated; to it images, classes and records are numbered from 1.
-    images, categories: id → number. names: of the classes, in the order of their numbers.
-    objects: the ground truth as columns (image_ids, category_ids, boxes xywh, area, iscrowd); object n is row n − 1.
-    detections: (N, 7) float64: image, x, y, w, h, score, class, all by number; detection n is row n − 1.
+    Attributes:
+        evaluator: hotcoco's evaluator after `accumulate`.
+        images, categories: id → number.
+        names: Class names in the order of their numbers.
+        objects: The ground truth as columns: image_ids, category_ids, boxes (xywh), area, iscrowd.
+        detections: (N, 7) float64: image, x, y, width, height, score, class.
     """
 
     evaluator: hotcoco.COCOeval
@@ -62,12 +67,12 @@ class Counted:
     detections: np.ndarray
 
 
-def count(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Counted:
-    """Matches detections to the ground truth, as `coco_metrics`, which says what both are and what is refused."""
+def run_coco_eval(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> CocoEvaluation:
+    """Match detections to the ground truth; arguments and errors as in `coco_metrics`."""
     import hotcoco
 
-    images = _numbers((image["id"] for image in _section(ground_truth, "images")), "image")
-    categories = _numbers((category["id"] for category in _section(ground_truth, "categories")), "category")
+    images = _number_ids((image["id"] for image in _section(ground_truth, "images")), "image")
+    categories = _number_ids((category["id"] for category in _section(ground_truth, "categories")), "category")
     names = _unique_names(_section(ground_truth, "categories"), categories)
     objects = _annotation_columns(ground_truth, images, categories)
     truth = hotcoco.COCO.from_arrays(
@@ -75,67 +80,67 @@ def count(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]])
         [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
         **objects,
     )
-    detections = _result_rows(results, images, categories)
+    detections = _detection_table(results, images, categories)
     evaluator = hotcoco.COCOeval(truth, truth.load_res(detections), "bbox")
     evaluator.params.max_dets = list(MAX_DETECTIONS)
     evaluator.evaluate()
     evaluator.accumulate()
-    return Counted(evaluator, images, categories, names, objects, detections)
+    return CocoEvaluation(evaluator, images, categories, names, objects, detections)
 
 
-def tables(counted: Counted) -> tuple[np.ndarray, np.ndarray]:
-    """Precision (T thresholds, R recalls, K classes, areas, limits) and recall (T, K, areas, limits).
+def precision_recall(evaluation: CocoEvaluation) -> tuple[np.ndarray, np.ndarray]:
+    """Return precision (T, R, K, areas, limits) and recall (T, K, areas, limits); -1 without ground truth.
 
-    Thresholds of IoU are 0.50, 0.55, …, 0.95, recalls 0, 0.01, …, 1; −1 where there is no ground truth.
+    T are the IoU thresholds 0.50, 0.55, …, 0.95; R the recalls 0, 0.01, …, 1; limits `MAX_DETECTIONS`.
     """
-    result = counted.evaluator.eval
+    result = evaluation.evaluator.eval
     assert result is not None
     return result["precision"], result["recall"]
 
 
-def figures(counted: Counted) -> Metrics:
-    """What `coco_metrics` returns."""
-    precision, recall = tables(counted)
-    most = len(MAX_DETECTIONS) - 1
+def summarize(evaluation: CocoEvaluation) -> Metrics:
+    """Return the metrics that `coco_metrics` describes."""
+    precision, recall = precision_recall(evaluation)
     metrics: Metrics = {
-        "AP": mean(precision[:, :, :, 0, most]),
-        "AP50": mean(precision[0, :, :, 0, most]),
-        "AP75": mean(precision[5, :, :, 0, most]),
+        "AP": mean_or_none(precision[:, :, :, 0, -1]),
+        "AP50": mean_or_none(precision[0, :, :, 0, -1]),
+        "AP75": mean_or_none(precision[5, :, :, 0, -1]),
     }
     for area, name in enumerate(AREAS[1:], start=1):
-        metrics[f"AP_{name}"] = mean(precision[:, :, :, area, most])
+        metrics[f"AP_{name}"] = mean_or_none(precision[:, :, :, area, -1])
     for limit, number in enumerate(MAX_DETECTIONS):
-        metrics[f"AR{number}"] = mean(recall[:, :, 0, limit])
+        metrics[f"AR{number}"] = mean_or_none(recall[:, :, 0, limit])
     for area, name in enumerate(AREAS[1:], start=1):
-        metrics[f"AR_{name}"] = mean(recall[:, :, area, most])
-    metrics["per_class"] = {name: mean(precision[:, :, k, 0, most]) for k, name in enumerate(counted.names)}
+        metrics[f"AR_{name}"] = mean_or_none(recall[:, :, area, -1])
+    classes = enumerate(evaluation.names)
+    metrics["per_class"] = {name: mean_or_none(precision[:, :, k, 0, -1]) for k, name in classes}
     return metrics
 
 
-def mean(values: np.ndarray) -> float | None:
-    """The mean of a table's entries; None where there is no ground truth for any."""
+def mean_or_none(values: np.ndarray) -> float | None:
+    """Return the mean of the entries with ground truth; None if there are none."""
     values = values[values > -1]
     return float(values.mean()) if values.size else None
 
 
 def _section(ground_truth: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     if not isinstance(ground_truth.get(key), list):
-        raise UserError(f"ground truth: no list '{key}', which a COCO annotation file needs")
+        raise UserError(f"ground truth: the list '{key}' is missing, which a COCO file needs")
     return ground_truth[key]
 
 
-def _numbers(ids: Iterable[Hashable], what: str) -> dict[Any, int]:
-    """1, 2, … for the ids in their order; detections with equal scores are counted in the order of their images."""
+def _number_ids(ids: Iterable[Hashable], kind: str) -> dict[Any, int]:
+    """Number the sorted ids 1, 2, …; the order decides between detections with equal scores."""
     numbers: dict[Any, int] = {}
-    for identity in sorted(ids, key=lambda identity: (isinstance(identity, str), identity)):
-        if identity in numbers:
-            raise UserError(f"ground truth: {what} id {identity!r} is there twice; give each {what} its own id")
-        numbers[identity] = len(numbers) + 1
+    for record_id in sorted(ids, key=lambda record_id: (isinstance(record_id, str), record_id)):
+        if record_id in numbers:
+            raise UserError(f"ground truth: {kind} id {record_id!r} is used twice; give each {kind} its own id")
+        numbers[record_id] = len(numbers) + 1
     return numbers
 
 
 def _unique_names(categories: Sequence[Mapping[str, Any]], numbers: Mapping[Any, int]) -> list[str]:
-    """The classes' names in the order of their numbers."""
+    """Return the class names in the order of their numbers."""
     by_number = {numbers[category["id"]]: category for category in categories}
     names = {number: str(by_number[number].get("name", by_number[number]["id"])) for number in sorted(by_number)}
     count = Counter(names.values())
@@ -145,12 +150,12 @@ def _unique_names(categories: Sequence[Mapping[str, Any]], numbers: Mapping[Any,
 def _annotation_columns(
     ground_truth: Mapping[str, Any], images: Mapping[Any, int], categories: Mapping[Any, int]
 ) -> dict[str, Any]:
-    """The annotations as columns; those of unlisted images or categories are dropped, as pycocotools drops them."""
+    """Return the annotations as columns; drop those of unlisted images or categories, as pycocotools does."""
     rows = []
-    for position, annotation in enumerate(_section(ground_truth, "annotations")):
-        where = f"ground truth: annotation {annotation.get('id', f'number {position}')}"
+    for index, annotation in enumerate(_section(ground_truth, "annotations")):
+        where = f"ground truth: annotation {annotation.get('id', f'number {index}')}"
         box = _box(annotation, where)
-        image, category = (_known(annotation, key, where) for key in ("image_id", "category_id"))
+        image, category = (_require(annotation, key, where) for key in ("image_id", "category_id"))
         if image not in images or category not in categories:
             continue
         area = annotation.get("area")
@@ -167,39 +172,37 @@ def _annotation_columns(
     }
 
 
-def _result_rows(
+def _detection_table(
     results: Sequence[Mapping[str, Any]], images: Mapping[Any, int], categories: Mapping[Any, int]
 ) -> np.ndarray:
-    """(N, 7) float64: image, x, y, w, h, score, category."""
+    """Return (N, 7) float64: image, x, y, width, height, score, category."""
     rows = []
-    for position, result in enumerate(results):
-        where = f"detection number {position}"
+    for index, result in enumerate(results):
+        where = f"detection number {index}"
         box = _box(result, where)
-        image, category = (_known(result, key, where) for key in ("image_id", "category_id"))
-        score = float(_known(result, "score", where))
+        image, category = (_require(result, key, where) for key in ("image_id", "category_id"))
+        score = float(_require(result, "score", where))
         if image not in images:
-            raise UserError(
-                f"{where}: image id {image!r} is not in the ground truth; do both come from the same split?"
-            )
+            raise UserError(f"{where}: image id {image!r} is not in the ground truth; use the split that was predicted")
         if not math.isfinite(score):
-            raise UserError(f"{where}: its score is {score}")
+            raise UserError(f"{where}: the score is {score}; it must be finite")
         if category in categories:
             rows.append((images[image], *box, score, categories[category]))
     return np.array(rows, dtype=np.float64).reshape(-1, 7)
 
 
-def _known(record: Mapping[str, Any], key: str, where: str) -> Any:
+def _require(record: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in record:
         raise UserError(f"{where} has no '{key}'")
     return record[key]
 
 
 def _box(record: Mapping[str, Any], where: str) -> tuple[float, float, float, float]:
-    box = _known(record, "bbox", where)
+    box = _require(record, "bbox", where)
     try:
         x, y, width, height = map(float, box)
     except (TypeError, ValueError):
         raise UserError(f"{where}: bbox {box!r} is not [x, y, width, height]") from None
     if not all(map(math.isfinite, (x, y, width, height))):
-        raise UserError(f"{where}: bbox {box!r} holds a number that is not finite")
+        raise UserError(f"{where}: bbox {box!r} has a number that is not finite")
     return x, y, width, height

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one self-contained page, of one model or of two side by side."""
+"""The evaluation report: one self-contained web page of one model, or of two models side by side."""
 
 from __future__ import annotations
 
@@ -12,133 +12,127 @@ from PIL import Image
 from ..utils.errors import UserError
 from ..utils.files import write_text
 from ..utils.images import read_image
-from ..visualize.web.html import fill, picture
-from .analysis import Statuses, analyze, match
-from .evaluator import Evaluated
-from .metrics import Counted
+from ..visualize.web.html import jpeg_data_uri, render_page
+from .analysis import Matches, analyze, match
+from .evaluator import EvaluationResult
+from .metrics import CocoEvaluation
 
-MOST_PICTURES = 16
-LONGEST_SIDE = 640  # of a picture in the page, in pixels
-THRESHOLD = 0.5  # of pictures, where no score is better than another because nothing was right
+MAX_IMAGES = 16
+LONGEST_SIDE = 640  # of an image in the page, in pixels
+DEFAULT_THRESHOLD = 0.5  # for a model without any correct detection
 
 
-def write_report(path: Path, evaluated: Sequence[tuple[str, Evaluated]], data: str, split: str) -> Path:
-    """Writes the page of one model, or of two on the same images.
+def write_report(path: Path, results: Sequence[EvaluationResult], data: str, split: str) -> Path:
+    """Write the HTML report of one model, or of two models on the same images.
 
-    evaluated: (name, what `evaluation.detect` gave) of each; data, split: what it was measured on.
-    Raises UserError for two models that were not measured on the same images and classes, and where the file cannot be
-    written.
+    Args:
+        path: The file to write.
+        results: One result per model, from `evaluate_models`.
+        data, split: Names of the dataset and of the split, to show in the page.
+
+    Raises:
+        UserError: The models were evaluated on different images or classes, or the file cannot be written.
     """
-    write_text(path, report(evaluated, data, split))
+    write_text(path, render_report(results, data, split))
     return path
 
 
-def report(evaluated: Sequence[tuple[str, Evaluated]], data: str, split: str) -> str:
-    """The HTML of `write_report`."""
-    first = evaluated[0][1]
-    for name, other in evaluated[1:]:
-        if other.counted.names != first.counted.names or other.counted.images != first.counted.images:
-            raise UserError(f"{name}: other classes or images than {evaluated[0][0]}'s; compare models of one set")
-    models = []
-    for name, one in evaluated:
-        images, seconds = one.metrics["images"], one.model_seconds
-        speed = {
-            "device": one.device,
-            "images_per_second": one.metrics["images_per_second"],
-            "model_milliseconds": 1000 * seconds / images if images else None,
-        }
-        models.append({"name": name, "speed": speed, **analyze(one.counted)})
+def render_report(results: Sequence[EvaluationResult], data: str, split: str) -> str:
+    """Return the HTML that `write_report` writes."""
+    first = results[0]
+    for other in results[1:]:
+        if other.coco.names != first.coco.names or other.coco.images != first.coco.images:
+            raise UserError(
+                f"{other.name}: its classes or images differ from those of {first.name}; compare models of one dataset"
+            )
+    models = [{"name": result.name, "speed": _speed(result), **analyze(result.coco)} for result in results]
     content = {
-        "title": " and ".join(name for name, _ in evaluated) + f" on {data}",
+        "title": " and ".join(result.name for result in results) + f" on {data}",
         "data": data,
         "split": split,
-        "images": len(first.counted.images),
-        "names": first.counted.names,
+        "images": len(first.coco.images),
+        "names": first.coco.names,
         "models": models,
-        "pictures": _pictures([one for _, one in evaluated], models),
+        "worst": _worst_images(results, models),
     }
-    title = f"Evaluation of {content['title']}"
-    scripts = ["elements.js", "charts.js", "report.js"]
-    return fill("deformable_detr.visualize.web", "report.html", title, content, ["style.css"], scripts)
+    return render_page(
+        "report.html", f"Evaluation of {content['title']}", content, scripts=("elements.js", "charts.js", "report.js")
+    )
 
 
-def _pictures(evaluated: Sequence[Evaluated], models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The images with the most errors of the first model, at its threshold; where two are as bad, the first."""
-    statuses = [match(one.counted) for one in evaluated]
-    thresholds = [model["best"]["threshold"] if model["best"] else THRESHOLD for model in models]
-    errors = [
-        _errors(one.counted, status, threshold)
-        for one, status, threshold in zip(evaluated, statuses, thresholds, strict=True)
-    ]
+def _speed(result: EvaluationResult) -> dict[str, Any]:
+    images = result.metrics["images"]
+    return {
+        "device": result.device,
+        "images_per_second": result.metrics["images_per_second"],
+        "model_milliseconds": 1000 * result.model_seconds / images if images else None,
+    }
+
+
+def _worst_images(results: Sequence[EvaluationResult], models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the images with the most errors of the first model at its best threshold, with boxes of all models."""
+    matches = [match(result.coco) for result in results]
+    thresholds = [model["best"]["threshold"] if model["best"] else DEFAULT_THRESHOLD for model in models]
+    errors = [_count_errors(r.coco, m, t) for r, m, t in zip(results, matches, thresholds, strict=True)]
     wrong, missed = errors[0]
     total = wrong + missed
-    worst = np.argsort(-total, kind="stable")[:MOST_PICTURES]
-    identities = {number: identity for identity, number in evaluated[0].counted.images.items()}
-    shown = []
-    for place in worst.tolist():
-        if not total[place]:
+    image_ids = {number: image_id for image_id, number in results[0].coco.images.items()}
+    records = []
+    for index in np.argsort(-total, kind="stable")[:MAX_IMAGES].tolist():
+        if not total[index]:
             break
-        number = place + 1
-        record = _objects(evaluated[0], identities[number], number, statuses[0])
+        record = _image_record(results[0], image_ids[index + 1], index + 1)
         record["models"] = [
-            {"wrong": int(error[0][place]), "missed": int(error[1][place]),
-             **_found(one.counted, status, number, threshold)}
-            for one, status, threshold, error in zip(evaluated, statuses, thresholds, errors, strict=True)
-        ]  # fmt: skip
-        shown.append(record)
-    return shown
+            {"wrong": int(wrong[index]), "missed": int(missed[index]), **_detections(r.coco, m, index + 1, t)}
+            for r, m, t, (wrong, missed) in zip(results, matches, thresholds, errors, strict=True)
+        ]
+        records.append(record)
+    return records
 
 
-def _errors(counted: Counted, statuses: Statuses, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Wrong detections and missed objects of each image, by number."""
-    images = len(counted.images) + 1
-    chosen = statuses.counts & (counted.detections[:, 5] >= threshold)
-    places = counted.detections[:, 0].astype(np.int64)
-    wrong = np.bincount(places[chosen & ~statuses.hits], minlength=images)
-    right = np.bincount(places[chosen & statuses.hits], minlength=images)
-    objects = np.bincount(counted.objects["image_ids"][statuses.real], minlength=images)
-    return wrong[1:], (objects - right)[1:]
+def _count_errors(coco: CocoEvaluation, matches: Matches, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of wrong detections and of missed objects per image."""
+    length = len(coco.images) + 1
+    selected = matches.counted & (coco.detections[:, 5] >= threshold)
+    image_numbers = coco.detections[:, 0].astype(np.int64)
+    wrong = np.bincount(image_numbers[selected & ~matches.hits], minlength=length)
+    hits = np.bincount(image_numbers[selected & matches.hits], minlength=length)
+    objects = np.bincount(coco.objects["image_ids"][matches.objects], minlength=length)
+    return wrong[1:], (objects - hits)[1:]
 
 
-def _objects(evaluated: Evaluated, identity: Any, number: int, statuses: Statuses) -> dict[str, Any]:
-    """The image, where it can still be read, and its objects: [x, y, w, h, class, whether it is a crowd]."""
-    counted = evaluated.counted
-    rows = np.flatnonzero(counted.objects["image_ids"] == number)
-    boxes = counted.objects["boxes"][rows]
+def _image_record(result: EvaluationResult, image_id: Any, number: int) -> dict[str, Any]:
+    """Return the image, if its file is known, and its objects as [x, y, w, h, class, is crowd]."""
+    objects = result.coco.objects
+    rows = np.flatnonzero(objects["image_ids"] == number)
+    boxes = objects["boxes"][rows]
+    labels, crowds = objects["category_ids"][rows] - 1, objects["iscrowd"][rows]
     record: dict[str, Any] = {
-        "name": str(identity),
         "objects": [
-            [*np.round(box, 1).tolist(), int(category) - 1, int(crowd)]
-            for box, category, crowd in zip(
-                boxes, counted.objects["category_ids"][rows], counted.objects["iscrowd"][rows], strict=True
-            )
+            [*box, label, crowd]
+            for box, label, crowd in zip(boxes.round(1).tolist(), labels.tolist(), crowds.tolist(), strict=True)
         ],
     }
-    path = evaluated.paths.get(identity)
+    path = result.paths.get(image_id)
     if path is None:
-        found = counted.detections[counted.detections[:, 0] == number, 1:5]
-        corners = np.concatenate([boxes, found])
-        corners = corners[:, :2] + corners[:, 2:]
-        width, height = np.ceil(corners.max(axis=0, initial=1)).tolist()
-        return record | {"picture": None, "width": width, "height": height}
-    pixels = read_image(path)
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    shown = {"name": path.name, "picture": picture(image, LONGEST_SIDE), "width": image.width, "height": image.height}
-    return record | shown
+        detections = result.coco.detections
+        boxes = np.concatenate([boxes, detections[detections[:, 0] == number, 1:5]])
+        width, height = np.ceil((boxes[:, :2] + boxes[:, 2:]).max(axis=0, initial=1)).tolist()
+        return record | {"name": str(image_id), "image": None, "width": width, "height": height}
+    image = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+    data_uri = jpeg_data_uri(image, LONGEST_SIDE)
+    return record | {"name": path.name, "image": data_uri, "width": image.width, "height": image.height}
 
 
-def _found(counted: Counted, statuses: Statuses, number: int, threshold: float) -> dict[str, Any]:
-    """The detections from the threshold up, best last: [x, y, w, h, class, score, whether it is right]; and which
-    objects, by their place in the record, were found.
-    """
-    of_image = counted.detections[:, 0] == number
-    rows = np.flatnonzero(of_image & statuses.counts & (counted.detections[:, 5] >= threshold))
-    rows = rows[np.argsort(counted.detections[rows, 5], kind="stable")]
+def _detections(coco: CocoEvaluation, matches: Matches, number: int, threshold: float) -> dict[str, Any]:
+    """Return an image's detections as [x, y, w, h, class, score, is hit], best last, and which objects they match."""
+    in_image = coco.detections[:, 0] == number
+    rows = np.flatnonzero(in_image & matches.counted & (coco.detections[:, 5] >= threshold))
+    rows = rows[np.argsort(coco.detections[rows, 5], kind="stable")]
+    table, hits = coco.detections[rows], matches.hits[rows]
     detections = [
-        [*counted.detections[row, 1:5].round(1).tolist(), int(counted.detections[row, 6]) - 1,
-         round(float(counted.detections[row, 5]), 3), int(statuses.hits[row])]
-        for row in rows.tolist()
-    ]  # fmt: skip
-    objects = np.flatnonzero(counted.objects["image_ids"] == number)
-    right = np.isin(objects, statuses.partners[rows])
-    return {"detections": detections, "found": right.astype(int).tolist()}
+        [*box, int(label) - 1, round(score, 3), int(hit)]
+        for box, (score, label), hit in zip(table[:, 1:5].round(1).tolist(), table[:, 5:].tolist(), hits, strict=True)
+    ]
+    objects = np.flatnonzero(coco.objects["image_ids"] == number)
+    return {"detections": detections, "found": np.isin(objects, matches.partners[rows]).astype(int).tolist()}

@@ -1,4 +1,4 @@
-"""The page of a training run: its curves and gallery as far as it has got, in one self-contained file."""
+"""The page of a training run: its curves and gallery so far, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -10,43 +10,46 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import write_text
-from ..visualize.web.html import fill
+from ..visualize.web.html import render_page
 from .gallery import read_gallery
 
 PAGE = "training.html"
-MOST_POINTS = 400  # a curve; more are averaged in groups
-TRAIN = ("loss", "loss_class", "loss_boxes", "loss_giou", "lr", "images_per_second", "grad_norm")
-EVALUATION = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "best_AP")
+MAX_POINTS = 400  # per curve; more are averaged in groups
+TRAIN_CURVES = ("loss", "loss_class", "loss_boxes", "loss_giou", "lr", "images_per_second", "grad_norm")
+EVALUATION_CURVES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "best_AP")
 
 
-def write_training_page(run_folder: Path) -> Path:
-    """Writes training.html in the folder of a run, from its metrics.jsonl and gallery; it is whole at any time.
+def write_training_page(run_dir: Path) -> Path:
+    """Write training.html in the folder of a run, from its metrics.jsonl and gallery.
 
-    Raises UserError where it cannot be written.
+    Raises UserError if the file cannot be written.
     """
-    records = _records(run_folder / "metrics.jsonl")
+    records = _read_records(run_dir / "metrics.jsonl")
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
-    train = _thin([record for record in records if record.get("kind") == "train"])
+    train = _average_groups([record for record in records if record.get("kind") == "train"])
     last = records[-1] if records else {}
     content = {
-        "name": run_folder.resolve().name,
+        "name": run_dir.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
         "step": last.get("step", 0),
         "epoch": last.get("epoch", 0),
         "seconds": last.get("seconds", 0),
-        "train": {name: [[row["step"], row[name]] for row in train if row.get(name) is not None] for name in TRAIN},
-        "evaluation": {name: [[row["step"], _number(row.get(name))] for row in evaluations] for name in EVALUATION},
-        "gallery": read_gallery(run_folder, [record["step"] for record in evaluations]),
+        "train": {key: [[row["step"], row[key]] for row in train if row.get(key) is not None] for key in TRAIN_CURVES},
+        "evaluation": {
+            key: [[row["step"], _finite_or_none(row.get(key))] for row in evaluations] for key in EVALUATION_CURVES
+        },
+        "gallery": read_gallery(run_dir, [record["step"] for record in evaluations]),
     }
     title = f"Training of {content['name']}"
-    scripts = ["elements.js", "charts.js", "training.js"]
-    text = fill("deformable_detr.visualize.web", "training.html", title, content, ["style.css"], scripts)
-    write_text(run_folder / PAGE, text)
-    return run_folder / PAGE
+    write_text(
+        run_dir / PAGE,
+        render_page("training.html", title, content, scripts=("elements.js", "charts.js", "training.js")),
+    )
+    return run_dir / PAGE
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; the last may be cut where a process was killed or is just writing."""
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a JSON Lines file; a killed process can leave an incomplete one."""
     records = []
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -62,19 +65,19 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _thin(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most so many rows: means of neighbors, at the step of the last of them."""
-    group = max(1, math.ceil(len(records) / MOST_POINTS))
-    thinned = []
-    for start in range(0, len(records), group):
-        rows = records[start : start + group]
-        mean: dict[str, Any] = {"step": rows[-1]["step"]}
-        for name in TRAIN:
-            values = [value for row in rows if (value := _number(row.get(name))) is not None]
-            mean[name] = float(f"{sum(values) / len(values):.5g}") if values else None
-        thinned.append(mean)
-    return thinned
+def _average_groups(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Average groups of successive records, so that at most `MAX_POINTS` are left, each at its group's last step."""
+    size = max(1, math.ceil(len(records) / MAX_POINTS))
+    averaged = []
+    for start in range(0, len(records), size):
+        group = records[start : start + size]
+        row: dict[str, Any] = {"step": group[-1]["step"]}
+        for key in TRAIN_CURVES:
+            values = [value for record in group if (value := _finite_or_none(record.get(key))) is not None]
+            row[key] = float(f"{sum(values) / len(values):.5g}") if values else None
+        averaged.append(row)
+    return averaged
 
 
-def _number(value: Any) -> float | None:
+def _finite_or_none(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..utils.files import write_text
-from ..visualize.web.html import fill, picture
+from ..visualize.web.html import jpeg_data_uri, render_page
 from .explanation import DetectionExplanation, Explanation, PointExplanation
 from .trace import Trace
 
@@ -39,7 +39,7 @@ def page(traced: Trace, selected: Explanation, layer: int | None = None) -> str:
     title = f"Explanation of {Path(path).name}" if path else "Explanation"
     content = {
         "title": title,
-        "image": picture(Image.fromarray(traced.pixels.permute(1, 2, 0).numpy()), MAX_IMAGE_SIDE, quality=88),
+        "image": jpeg_data_uri(Image.fromarray(traced.pixels.permute(1, 2, 0).numpy()), MAX_IMAGE_SIDE, quality=88),
         "width": width,
         "height": height,
         "levels": [list(shape) for shape in selected.spatial_shapes],
@@ -49,7 +49,7 @@ def page(traced: Trace, selected: Explanation, layer: int | None = None) -> str:
         "items": [_item(explanation) for explanation in explanations],
     }
     assets = ["viewer.css", "explain/page.css"], ["elements.js", "viewer.js", "explain/page.js"]
-    return fill("deformable_detr.visualize.web", "explain/page.html", title, content, *assets)
+    return render_page("explain/page.html", title, content, *assets)
 
 
 def save_page(traced: Trace, selected: Explanation, path: Path, layer: int | None = None) -> Path:

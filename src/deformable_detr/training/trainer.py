@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config.schema import Config
 from ..distributed.context import DistributedContext
 from ..distributed.launch import restarted
-from ..evaluation.distributed import evaluate_together
+from ..evaluation.distributed import evaluate_distributed
 from ..utils.errors import UserError
 from .checkpoint import random_state, restore_random_state, update_state
 from .optimizer import scaled_lr, total_batch_size
@@ -284,7 +284,7 @@ class Trainer:
             self.stop.check()
             keep = Gallery(self.folder.path, done.step, done.epoch)
             if self.world.size > 1:
-                metrics = evaluate_together(learned, self.validation, train.batch_size, workers, self.world, keep)
+                metrics = evaluate_distributed(learned, self.validation, train.batch_size, workers, self.world, keep)
             else:
                 metrics = evaluate_dataset(learned, self.validation, train.batch_size, workers, None, False, keep)
         except TrainingInterrupted:

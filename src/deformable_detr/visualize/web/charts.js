@@ -36,7 +36,7 @@ function legend(series) {
     one.name)));
 }
 
-// series: [{name, color, dash, points: [[x, y or null], …]}]; x, y: {low, high, label}; what a pointer is at goes below.
+// series: [{name, color, dash, points: [[x, y or null], …]}]; x, y: {low, high, label}. The values under the pointer show below.
 function lineChart(host, { series, x, y, height = 280, extra = null, wording = null }) {
   host.replaceChildren();
   if (series.length > 1) host.append(legend(series));
@@ -73,11 +73,11 @@ function lineChart(host, { series, x, y, height = 280, extra = null, wording = n
       const at = x.low + ((event.offsetX - left) / w) * (x.high - x.low);
       const near = series.map((one) => one.points.reduce((best, point) =>
         point[1] !== null && (!best || Math.abs(point[0] - at) < Math.abs(best[0] - at)) ? point : best, null));
-      const there = near.find((point) => point);
-      if (!there) return;
-      mark.setAttribute("x1", px(there[0])); mark.setAttribute("x2", px(there[0])); mark.setAttribute("visibility", "visible");
+      const nearest = near.find((point) => point);
+      if (!nearest) return;
+      mark.setAttribute("x1", px(nearest[0])); mark.setAttribute("x2", px(nearest[0])); mark.setAttribute("visibility", "visible");
       const values = series.map((one, k) => (near[k] ? `${one.name} ${short(near[k][1])}` : null)).filter((text) => text);
-      readout.textContent = wording ? wording(there[0], near) : `${x.label} ${short(there[0])}: ${values.join(", ")}`;
+      readout.textContent = wording ? wording(nearest[0], near) : `${x.label} ${short(nearest[0])}: ${values.join(", ")}`;
     };
     chart.addEventListener("pointermove", show);
     chart.addEventListener("pointerdown", show);
@@ -86,7 +86,7 @@ function lineChart(host, { series, x, y, height = 280, extra = null, wording = n
   });
 }
 
-// rows: arrays of values; columns: [{name, text(value, row) → string or node, sort: initial direction}]. Clicking sorts.
+// rows: arrays of values; columns: [{name, text(value, row) → string or node}]. Clicking a heading sorts.
 function sortableTable(table, columns, rows) {
   let by = -1, down = true;
   const body = el("tbody"), heads = columns.map((column, k) => el("th", { scope: "col" },
@@ -96,20 +96,20 @@ function sortableTable(table, columns, rows) {
     if (p === null || q === null) return (p === null) - (q === null);
     return (typeof p === "string" ? p.localeCompare(q) : p - q) * (down ? -1 : 1);
   };
-  let wanted = () => true, count = rows.length;
+  let matches = () => true, count = rows.length;
   function render() {
     heads.forEach((head, k) => k === by ? head.setAttribute("aria-sort", down ? "descending" : "ascending") : head.removeAttribute("aria-sort"));
-    const shown = (by < 0 ? rows : [...rows].sort(order)).filter(wanted);
+    const shown = (by < 0 ? rows : [...rows].sort(order)).filter(matches);
     count = shown.length;
     body.replaceChildren(...shown.map((row) => el("tr", {}, ...columns.map((column, k) =>
       el("td", k ? {} : { title: row[0] }, column.text ? column.text(row[k], row) : k && row[k] !== null && typeof row[k] === "number" ? figure(row[k]) : row[k] ?? "—")))));
   }
   table.replaceChildren(el("thead", {}, el("tr", {}, ...heads)), body);
   render();
-  return { filter: (test) => { wanted = test; render(); return count; } };
+  return { filter: (test) => { matches = test; render(); return count; } };
 }
 
-// The text, or as many of its letters as `room` pixels hold in the font, and "…".
+// Returns the text, shortened with "…" to fit `room` pixels.
 const FONT = "12px system-ui, sans-serif";
 const ruler = document.createElement("canvas").getContext("2d");
 function textWidth(text, font = FONT) {
@@ -123,15 +123,15 @@ function fitted(text, room, font = FONT) {
   return letters.join("") + "…";
 }
 
-// A picture with boxes: [{x, y, w, h, color, dash, ground, label, score, title, quiet}], the most important last. Labels
-// have the size of text on the screen; one that has no room beside the others shows while its box is pointed at.
-function boxedPicture(picture, boxes) {
-  const { width, height } = picture, area = (box) => box.w * box.h, BOLD = `600 ${FONT}`, LINE = 16, PAD = 4;
+// An image with boxes [{x, y, w, h, color, dash, ground, label, score, title, quiet}], the most important last. Labels keep
+// their size on the screen; a label without room shows while its box is hovered.
+function boxedImage(image, boxes) {
+  const { width, height } = image, area = (box) => box.w * box.h, BOLD = `600 ${FONT}`, LINE = 16, PAD = 4;
   const view = svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMidYMid meet" });
-  if (picture.picture) view.append(svg("image", { href: picture.picture, width, height }));
+  if (image.image) view.append(svg("image", { href: image.image, width, height }));
   else view.append(svg("rect", { width, height, fill: "var(--soft)" }));
   const labels = svg("g"), hovered = svg("g");
-  let scale = 1; // picture pixels to a pixel of the screen
+  let scale = 1; // image pixels per screen pixel
   const label = ([text, box, [x, y, w]]) => svg("g", { class: "label", "pointer-events": "none" },
     svg("rect", { x: x * scale, y: y * scale, width: w * scale, height: LINE * scale, fill: box.ground, "fill-opacity": 0.88 }),
     svg("text", { x: (x + PAD) * scale, y: (y + 12) * scale, "font-size": 12 * scale, style: "fill:#fff;font-weight:600" }, text));
@@ -148,14 +148,14 @@ function boxedPicture(picture, boxes) {
     if (!view.clientWidth) return;
     scale = Math.max(width / view.clientWidth, height / view.clientHeight);
     const taken = [], placed = [];
-    let room = (0.3 * width * height) / scale ** 2; // the picture itself should be seen too
+    let room = (0.3 * width * height) / scale ** 2; // labels cover at most this area
     for (const box of [...boxes].reverse().filter((one) => !one.quiet)) {
       const found = place(box, taken), used = found[2] ? LINE * found[2][2] : Infinity;
       if (used <= room) { room -= used; taken.push(found[2]); placed.push(found); }
     }
     labels.replaceChildren(...placed.map(label));
   };
-  for (const box of [...boxes].sort((a, b) => area(b) - area(a))) { // a small one can be pointed at inside a large one
+  for (const box of [...boxes].sort((a, b) => area(b) - area(a))) { // small boxes on top, so that they can be hovered inside large ones
     const sides = { x: box.x, y: box.y, width: Math.max(box.w, 0.5), height: Math.max(box.h, 0.5), class: "box" };
     view.append(svg("rect", { ...sides, stroke: "#111", "stroke-width": 3.6, "stroke-opacity": 0.75, "pointer-events": "none" }));
     view.append(svg("rect", { ...sides, stroke: box.color, "stroke-width": 2, "stroke-dasharray": box.dash,

@@ -1,4 +1,4 @@
-"""Self-contained web pages: a template with styles, scripts and data inside; they load nothing from elsewhere."""
+"""Self-contained web pages: a template with its styles, scripts and data embedded; they load no other files."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from typing import Any
 from PIL import Image
 
 
-def fill(package: str, template: str, title: str, data: Any, styles: Sequence[str], scripts: Sequence[str]) -> str:
-    """The template with its __TITLE__, __STYLE__, __SCRIPT__ and __DATA__.
+def render_page(
+    template: str, title: str, data: Any, styles: Sequence[str] = ("style.css",), scripts: Sequence[str] = ()
+) -> str:
+    """Return a template with __TITLE__, __STYLE__, __SCRIPT__ and __DATA__ filled in.
 
-    package: such as "deformable_detr.explain", whose files `template`, `styles` and `scripts` name; data: what
-    JSON can hold, for a script element.
+    Args:
+        template, styles, scripts: Files in this folder, such as "report.html".
+        title: The title as plain text.
+        data: Values for the page's script, as JSON can hold them.
     """
-    # Inside a script element only "</" and "<!--" mean anything; without "<" neither can come from a class's name.
+    # JSON without "<" cannot end the script element, whatever the class names are.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "TITLE": html.escape(title),
-        "STYLE": "\n".join(_asset(package, name) for name in styles),
-        "SCRIPT": "\n".join(_asset(package, name) for name in scripts),
+        "STYLE": "\n".join(_asset(name) for name in styles),
+        "SCRIPT": "\n".join(_asset(name) for name in scripts),
         "DATA": text,
     }
-    # In one pass: nothing that is put in is taken for a placeholder.
-    return re.sub("__(TITLE|STYLE|SCRIPT|DATA)__", lambda place: parts[place[1]], _asset(package, template))
+    # One pass, so that inserted text cannot contain placeholders.
+    return re.sub("__(TITLE|STYLE|SCRIPT|DATA)__", lambda name: parts[name[1]], _asset(template))
 
 
-def picture(image: Image.Image, longest_side: int, quality: int = 85) -> str:
-    """The image, made smaller where a side is longer, as a data URI of a JPEG."""
+def jpeg_data_uri(image: Image.Image, longest_side: int, quality: int = 85) -> str:
+    """Return an image as the data URI of a JPEG, downscaled if a side is longer than `longest_side` pixels."""
     if max(image.size) > longest_side:
         image = image.copy()
         image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
@@ -42,5 +46,5 @@ def picture(image: Image.Image, longest_side: int, quality: int = 85) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _asset(package: str, name: str) -> str:
-    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+def _asset(name: str) -> str:
+    return resources.files("deformable_detr.visualize.web").joinpath(name).read_text(encoding="utf-8")

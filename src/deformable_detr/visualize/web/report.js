@@ -2,7 +2,7 @@ const data = JSON.parse(byId("data").textContent);
 const { models, names } = data, [first, second] = models;
 const DASH = [null, "6 4"];
 const NAMES = { AP: "IoU 0.50 to 0.95", AP50: "IoU 0.50", AP75: "IoU 0.75", AP_small: "small objects", AP_medium: "medium objects", AP_large: "large objects",
-  AR1: "1 detection an image", AR10: "10 an image", AR100: "100 an image", AR_small: "small objects", AR_medium: "medium objects", AR_large: "large objects" };
+  AR1: "1 detection per image", AR10: "10 per image", AR100: "100 per image", AR_small: "small objects", AR_medium: "medium objects", AR_large: "large objects" };
 const title = (key) => key.replace("_", " ");
 const label = (k) => "AB"[k];
 
@@ -18,27 +18,27 @@ function table(host, heads, rows) {
     el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((cell) => el("td", {}, cell))))));
 }
 
-// --- head, figures, speed ---
+// --- header, metrics, speed ---
 {
   const facts = `${whole(data.images)} ${data.images === 1 ? "image" : "images"} of “${data.split}”, ${whole(first.objects)} ${first.objects === 1 ? "object" : "objects"} of ${names.length} ${names.length === 1 ? "class" : "classes"}`;
   byId("facts").textContent = second ? `${facts}. A: ${first.name}, B: ${second.name}; differences are B − A.` : `${facts}.`;
   for (const key of ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]) {
-    const values = models.map((model) => figure(model.figures[key])).join(" / ");
+    const values = models.map((model) => figure(model.metrics[key])).join(" / ");
     byId("tiles").append(el("div", { class: "tile" }, el("b", {}, values), el("span", {}, title(key))));
   }
-  byId("tiles").append(el("div", { class: "tile" }, el("b", {}, models.map((m) => (m.best ? m.best.threshold.toFixed(2) : "—")).join(" / ")), el("span", {}, "threshold of the best F1")));
-  const rows = Object.keys(NAMES).map((key) => [title(key), ...models.map((model) => figure(model.figures[key])),
-    ...(second ? [difference(first.figures[key], second.figures[key])] : []), NAMES[key]]);
-  const f1 = (what, name) => [what, ...models.map((model) => figure(model.best && model.best[what.toLowerCase()])),
-    ...(second ? [difference(first.best && first.best[what.toLowerCase()], second.best && second.best[what.toLowerCase()])] : []), name];
-  rows.push(f1("F1", "the best, at IoU 0.50"), f1("Precision", "at the best F1"), f1("Recall", "at the best F1"), f1("Threshold", "of the best F1"));
+  byId("tiles").append(el("div", { class: "tile" }, el("b", {}, models.map((m) => (m.best ? m.best.threshold.toFixed(2) : "—")).join(" / ")), el("span", {}, "best threshold (F1)")));
+  const rows = Object.keys(NAMES).map((key) => [title(key), ...models.map((model) => figure(model.metrics[key])),
+    ...(second ? [difference(first.metrics[key], second.metrics[key])] : []), NAMES[key]]);
+  const atBest = (model, name) => model.best && model.best[name.toLowerCase()];
+  const f1 = (name, meaning) => [name, ...models.map((model) => figure(atBest(model, name))), ...(second ? [difference(atBest(first, name), atBest(second, name))] : []), meaning];
+  rows.push(f1("F1", "maximum, at IoU 0.50"), f1("Precision", "at the best F1"), f1("Recall", "at the best F1"), f1("Threshold", "of the best F1"));
   if (second) rows[rows.length - 1][3] = "";
-  table(byId("figures-table"), ["Figure", ...(second ? ["A", "B", "B − A"] : ["Value"]), "Of"], rows);
+  table(byId("metrics-table"), ["Metric", ...(second ? ["A", "B", "B − A"] : ["Value"]), "Meaning"], rows);
   const speeds = models.map((model) => model.speed);
   const model = speeds.map((speed) => (speed.model_milliseconds === null ? "—" : `${speed.model_milliseconds.toFixed(1)} ms`));
   table(byId("speed-table"), ["", ...(second ? ["A", "B"] : [""])], [
-    ["Images a second, loading too", ...speeds.map((speed) => figure(speed.images_per_second, 1))],
-    ["Model and boxes, an image", ...model], ["Device", ...speeds.map((speed) => speed.device)]]);
+    ["Images per second, including loading", ...speeds.map((speed) => figure(speed.images_per_second, 1))],
+    ["Model and postprocessing, per image", ...model], ["Device", ...speeds.map((speed) => speed.device)]]);
 }
 
 // --- classes ---
@@ -82,28 +82,28 @@ function table(host, heads, rows) {
       const line = model.curves[+choice.value][key];
       if (line) series.push({ name: second ? `${label(m)}, ${name}` : name, color: color(k), dash: DASH[m], points: line.map((value, r) => [r / 100, value / 1000]) });
     }));
-    if (!series.length) { byId("curve").replaceChildren(el("p", {}, "There are no objects of this class.")); return; }
+    if (!series.length) { byId("curve").replaceChildren(el("p", {}, "This class has no objects.")); return; }
     lineChart(byId("curve"), { series, x: { low: 0, high: 1, label: "recall" }, y: { low: 0, high: 1, label: "precision" } });
   };
   choice.addEventListener("change", render);
   render();
 }
 
-// --- kinds of errors ---
+// --- error types ---
 {
-  const words = { Cls: ["Classification", "a wrong class, well placed"], Loc: ["Localization", "the right class, badly placed (IoU 0.1 to 0.5)"],
-    Both: ["Both", "a wrong class, badly placed"], Dupe: ["Duplicate", "an object found again"], Bkg: ["Background", "nothing is there"], Miss: ["Missed", "an object not found at all"] };
-  const gain = (value) => (value === null ? "—" : value.toFixed(3));
-  const entries = first.errors.kinds.map((one, k) => [...words[one.kind], ...models.map((model) => model.errors.kinds[k])]);
+  const words = { Cls: ["Classification", "wrong class, correct box"], Loc: ["Localization", "correct class, inaccurate box (IoU 0.1 to 0.5)"],
+    Both: ["Both", "wrong class, inaccurate box"], Dupe: ["Duplicate", "second detection of an object"], Bkg: ["Background", "detection without an object"], Miss: ["Missed", "object without a detection"] };
+  const perModel = (key) => models.map((model, m) => `${second ? label(m) + ": " : ""}${figure(model.errors[key])}`).join(", ");
+  const entries = first.errors.types.map((one, k) => [...words[one.type], ...models.map((model) => model.errors.types[k])]);
   const largest = Math.max(0.01, ...entries.flatMap((entry) => entry.slice(2).map((one) => one.gain || 0)));
-  for (const [name, what, ...values] of entries) {
+  for (const [name, meaning, ...values] of entries) {
     const bars = values.map((one, m) => el("div", { class: "bar", style: `width:${(100 * Math.max(0, one.gain || 0)) / largest}%;background:${color(m)}` }));
-    const texts = values.map((one, m) => el("div", {}, `${second ? label(m) + " " : ""}${gain(one.gain)}${one.count === null ? "" : `, ${whole(one.count)}×`}`));
-    byId("errors-bars").append(el("div", {}, name), el("div", { title: what }, ...bars), el("div", { class: "value" }, ...texts));
+    const texts = values.map((one, m) => el("div", {}, `${second ? label(m) + " " : ""}${figure(one.gain)}${one.count === null ? "" : `, ${whole(one.count)}×`}`));
+    byId("errors-bars").append(el("div", {}, name), el("div", { title: meaning }, ...bars), el("div", { class: "value" }, ...texts));
   }
-  byId("errors").append(el("p", { class: "below" }, `Numbers: the gain in AP50 (${models.map((m, k) => `${second ? label(k) + ": " : ""}${figure(m.errors.AP50)} now`).join(", ")}), and how many. Without any false positive it would gain ${models.map((m, k) => `${second ? label(k) + ": " : ""}${gain(m.errors.false_positives)}`).join(", ")}, `
-    + `without any missed object ${models.map((m, k) => `${second ? label(k) + ": " : ""}${gain(m.errors.false_negatives)}`).join(", ")}. `
-    + Object.values(words).map(([name, what]) => `${name}: ${what}`).join("; ") + "."));
+  byId("errors").append(el("p", { class: "below" }, `Each line shows the possible gain in AP50 and the number of errors. AP50 now: ${perModel("AP50")}. Gain without false positives: ${perModel("false_positives")}; `
+    + `without missed objects: ${perModel("false_negatives")}. `
+    + Object.values(words).map(([name, meaning]) => `${name}: ${meaning}`).join("; ") + "."));
 }
 
 // --- calibration ---
@@ -111,15 +111,15 @@ models.forEach((model, m) => {
   const { bins, ece } = model.calibration, host = el("div"), counts = el("div");
   byId("calibration-charts").append(el("div", {}, el("h3", {}, `${second ? label(m) + ": " : ""}ECE ${figure(ece)}`), host, counts));
   host.className = counts.className = "chart";
-  const points = bins.map((bin) => [(bin.low + bin.high) / 2, bin.count ? bin.right : null]);
+  const points = bins.map((bin) => [(bin.low + bin.high) / 2, bin.count ? bin.accuracy : null]);
   const words = (x) => {
     const bin = bins.find((one) => x >= one.low && x <= one.high);
-    return bin ? `score ${bin.low.toFixed(1)} to ${bin.high.toFixed(1)}: ${whole(bin.count)} detections, ${(100 * bin.right).toFixed(1)}% right, score ${bin.score.toFixed(3)} on average` : "";
+    return bin ? `score ${bin.low.toFixed(1)} to ${bin.high.toFixed(1)}: ${whole(bin.count)} detections, ${(100 * bin.accuracy).toFixed(1)}% correct, mean score ${bin.score.toFixed(3)}` : "";
   };
-  lineChart(host, { series: [{ name: "right", color: "none", points }], x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: 1, label: "share of right ones" }, height: 250, wording: words,
+  lineChart(host, { series: [{ name: "accuracy", color: "none", points }], x: { low: 0, high: 1, label: "score" }, y: { low: 0, high: 1, label: "share of correct detections" }, height: 250, wording: words,
     extra: (chart, px, py) => {
       for (const bin of bins) if (bin.count)
-        chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(bin.right), height: Math.max(py(0) - py(bin.right), 1), fill: color(m) }));
+        chart.append(svg("rect", { x: px(bin.low) + 1, width: px(bin.high) - px(bin.low) - 2, y: py(bin.accuracy), height: Math.max(py(0) - py(bin.accuracy), 1), fill: color(m) }));
       chart.append(svg("line", { x1: px(0), y1: py(0), x2: px(1), y2: py(1), stroke: "var(--ink)", "stroke-dasharray": "4 4" }));
     } });
   const power = (bin) => Math.log10(Math.max(bin.count, 1)), most = Math.max(1, ...bins.map(power));
@@ -138,13 +138,13 @@ models.forEach((model, m) => {
   let redraw = null;
   function render() {
     const { matrix, threshold } = models[+choice.value].confusion;
-    byId("confusion-how").textContent = `Rows: what is there; columns: what was found, at ${threshold ? `scores from ${threshold.toFixed(3)} (the best F1)` : "any score"} and IoU 0.5, whatever the class. `
-      + "The last row is background, where nothing was to be found; the last column objects that were missed. Color: share of the row.";
+    byId("confusion-note").textContent = `Rows: ground truth; columns: detections with ${threshold ? `scores of ${threshold.toFixed(3)} (best F1) or more` : "any score"}, matched at IoU 0.5 regardless of class. `
+      + "Last row: detections on background. Last column: missed objects. Color: share of the row.";
     const totals = matrix.map((row) => row.reduce((sum, value) => sum + value, 0));
     const words = (r, c) => {
-      const what = `${whole(matrix[r][c])} of ${whole(totals[r])}`;
-      if (r === count - 1) return `${what} false detections on background were called ${names[c]}`;
-      return c === count - 1 ? `${what} “${names[r]}” were missed` : `${what} “${names[r]}” were found as “${names[c]}”`;
+      const share = `${whole(matrix[r][c])} of ${whole(totals[r])}`;
+      if (r === count - 1) return `${share} detections on background were labeled “${names[c]}”`;
+      return c === count - 1 ? `${share} “${names[r]}” were missed` : `${share} “${names[r]}” were detected as “${names[c]}”`;
     };
     const draw = (width) => {
       const side = Math.min(width, 620), labeled = (side - 70) / count >= 13;
@@ -154,7 +154,7 @@ models.forEach((model, m) => {
         const middle = (k + 0.5) * cell;
         chart.append(svg("text", { x: left - 5, y: top + middle + 4, "text-anchor": "end" }, fitted(called(k, "background"), left - 8), svg("title", {}, called(k, "background"))),
           svg("text", { transform: `translate(${left + middle + 4} ${top - 5}) rotate(-90)` }, fitted(called(k, "missed"), top - 8), svg("title", {}, called(k, "missed"))));
-      } else chart.append(svg("text", { x: left, y: 13 }, "found"), svg("text", { transform: `translate(13 ${top + 34}) rotate(-90)` }, "there"));
+      } else chart.append(svg("text", { x: left, y: 13 }, "detected"), svg("text", { transform: `translate(13 ${top + 34}) rotate(-90)` }, "truth"));
       chart.append(svg("rect", { x: left, y: top, width: cell * count, height: cell * count, fill: "var(--soft)", stroke: "var(--line)" }));
       matrix.forEach((row, r) => row.forEach((value, c) => {
         if (!value) return;
@@ -175,35 +175,35 @@ models.forEach((model, m) => {
     const pairs = [];
     matrix.forEach((row, r) => row.forEach((value, c) => { if (value && r !== c && r < count - 1 && c < count - 1) pairs.push([r, c, value]); }));
     pairs.sort((a, b) => b[2] - a[2]);
-    if (pairs.length) table(byId("mix-ups"), ["There", "Found as", "Times", "Of"], pairs.slice(0, 10).map(([r, c, value]) => [names[r], names[c], whole(value), whole(totals[r])]));
-    else byId("mix-ups").replaceChildren(el("caption", {}, "No class was taken for another."));
+    if (pairs.length) table(byId("mix-ups"), ["Class", "Detected as", "Count", "Objects"], pairs.slice(0, 10).map(([r, c, value]) => [names[r], names[c], whole(value), whole(totals[r])]));
+    else byId("mix-ups").replaceChildren(el("caption", {}, "No classes were confused."));
   }
   choice.addEventListener("change", render);
   render();
 }
 
-// --- pictures ---
+// --- worst images ---
 {
   const GROUND = { right: "#00664b", wrong: "#a84300", truth: "#005a8c" };
   const RIGHT = { color: "#2cc79a", ground: GROUND.right, dash: null }, WRONG = { color: "#ff8a3d", ground: GROUND.wrong, dash: "6 3" };
   const TRUTH = { color: "#56b4e9", ground: GROUND.truth, dash: null }, CROWD = { color: "#bbbbbb", ground: "#444444", dash: "2 3" };
   const thresholds = models.map((model) => (model.best ? model.best.threshold : 0.5).toFixed(3));
-  byId("pictures-how").textContent = data.pictures.length
-    ? `The ${data.pictures.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores from ${thresholds.join(" and ")}. Point at a box, or tap it, for its name.`
-    : "No image has an error at the threshold of the best F1.";
+  byId("images-note").textContent = data.worst.length
+    ? `The ${data.worst.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores of at least ${thresholds.join(" and ")}. Hover over a box, or tap it, to see its name.`
+    : "No image has an error at the best threshold.";
   const key = (style, text) => el("span", {}, svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
     svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: style.color, "stroke-width": 3, "stroke-dasharray": style.dash })), text);
   byId("gallery").classList.toggle("three", Boolean(second));
-  if (data.pictures.length) byId("pictures-legend").append(key(TRUTH, "object that was found"), key(WRONG, "object that was missed, wrong detection"), key(RIGHT, "right detection"), key(CROWD, "crowd"));
-  for (const picture of data.pictures) {
-    const [one] = picture.models;
-    const objects = picture.objects.map(([x, y, w, h, k, crowd], place) => ({ x, y, w, h, label: names[k], ...(crowd ? CROWD : one.found[place] ? TRUTH : WRONG),
+  if (data.worst.length) byId("images-legend").append(key(TRUTH, "detected object"), key(WRONG, "missed object or wrong detection"), key(RIGHT, "correct detection"), key(CROWD, "crowd"));
+  for (const image of data.worst) {
+    const [one] = image.models;
+    const objects = image.objects.map(([x, y, w, h, k, crowd], place) => ({ x, y, w, h, label: names[k], ...(crowd ? CROWD : one.found[place] ? TRUTH : WRONG),
       title: names[k] + (crowd ? ", crowd" : one.found[place] ? "" : ", missed") }));
-    const panels = [el("figure", {}, boxedPicture(picture, objects), el("figcaption", {}, "ground truth"))];
-    picture.models.forEach((model, m) => {
+    const panels = [el("figure", {}, boxedImage(image, objects), el("figcaption", {}, "ground truth"))];
+    image.models.forEach((model, m) => {
       const boxes = model.detections.map(([x, y, w, h, k, score, right]) => ({ x, y, w, h, label: names[k], score: score.toFixed(2), ...(right ? RIGHT : WRONG), title: `${names[k]} ${score}${right ? "" : ", wrong"}` }));
-      panels.push(el("figure", {}, boxedPicture(picture, boxes), el("figcaption", {}, `${second ? label(m) + ": " : ""}${model.wrong} wrong, ${model.missed} missed`)));
+      panels.push(el("figure", {}, boxedImage(image, boxes), el("figcaption", {}, `${second ? label(m) + ": " : ""}${model.wrong} wrong, ${model.missed} missed`)));
     });
-    byId("gallery").append(el("div", {}, el("h3", {}, picture.name), el("div", { class: "panels" }, ...panels)));
+    byId("gallery").append(el("div", {}, el("h3", {}, image.name), el("div", { class: "panels" }, ...panels)));
   }
 }
