@@ -57,8 +57,8 @@ def client(address, files, start, seconds, results):
 
 def served(source, files, batch, clients, seconds, device):
     """Requests a second, and the median and 95th percentile of their seconds."""
-    command = [sys.executable, "-m", "deformable_detr", "serve", str(source), "--port", "0", "--batch", str(batch),
-               "--device", device]  # fmt: skip
+    command = [sys.executable, "-m", "deformable_detr", "serve", str(source), "--port", "0",
+               "--max-batch-size", str(batch), "--device", device]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         address = server.stdout.readline().split("http://")[1].split()[0].split(":")

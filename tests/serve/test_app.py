@@ -129,11 +129,11 @@ def test_the_model_tells_of_itself(client):
 
 @pytest.mark.slow
 def test_an_exported_model_does_not_explain(tmp_path):
-    from deformable_detr.export import ExportOptions, export_model, load_exported
+    from deformable_detr.export import export_model, load
 
     pytest.importorskip("onnxruntime")
-    export_model(small_model(), tmp_path / "tiny.onnx", "onnx", ExportOptions(image_size=(64, 64)))
-    exported = load_exported(tmp_path / "tiny.onnx", "cpu")
+    export_model(small_model(), tmp_path / "tiny.onnx", "onnx", image_size=(64, 64))
+    exported = load(tmp_path / "tiny.onnx", "cpu")
     with running(exported) as client:
         assert not client.get("/v1/model").json()["explains"]
         assert "/v1/explain" not in client.get("/openapi.json").json()["paths"]
@@ -247,21 +247,21 @@ def test_bodies_are_bounded_while_they_come():
 
 def test_held_bytes_are_bounded():
     data = picture("BMP", 64, 64)
-    with running(held_bytes=len(data)) as client:
+    with running(total_body_bytes=len(data)) as client:
         assert raw(client, data).status_code == 200
         assert raw(client, data + b"x").status_code == 503
         assert raw(client, data).status_code == 200
 
 
 def test_images_in_a_request_are_bounded():
-    with running(images=2, waiting=2) as client:
+    with running(images=2, max_queue=2) as client:
         assert client.post("/v1/detect", files=form(picture(), picture())).status_code == 200
         assert client.post("/v1/detect", files=form(picture(), picture(), picture())).status_code == 422
 
 
 def test_overload_gives_only_answers_and_refusals():
     data = picture()
-    with running(slow(small_model(), 0.05), waiting=4, images=4, batch=2) as client:
+    with running(slow(small_model(), 0.05), max_queue=4, images=4, max_batch_size=2) as client:
 
         def send(_):
             response = raw(client, data)
@@ -273,11 +273,11 @@ def test_overload_gives_only_answers_and_refusals():
             statuses = list(pool.map(send, range(64)))
         assert set(statuses) == {200, 503}
         assert send(0) == 200
-        assert client.engine._taken == 0
+        assert client.engine._accepted == 0
 
 
 def test_explanations_are_bounded():
-    with running(slow(small_model(), 0.2), explaining=1) as client, ThreadPoolExecutor(4) as pool:
+    with running(slow(small_model(), 0.2), max_explanations=1) as client, ThreadPoolExecutor(4) as pool:
         statuses = list(pool.map(lambda _: raw(client, picture(), "/v1/explain").status_code, range(4)))
         assert sorted(set(statuses)) == [200, 503]
         assert raw(client, picture(), "/v1/explain").status_code == 200
@@ -285,18 +285,18 @@ def test_explanations_are_bounded():
 
 def test_the_deadline():
     model, gate = small_model(), threading.Event()
-    with running(model, deadline=0.5) as client:
+    with running(model, timeout=0.5) as client:
         hook = model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
         response = raw(client, picture())
         assert response.status_code == 504
-        assert response.json()["detail"] == "no answer within 0.5 s"
+        assert response.json()["detail"] == "no response within 0.5 s"
         hook.remove()
         gate.set()
-        wait_until(lambda: client.engine._taken == 0)
+        wait_until(lambda: client.engine._accepted == 0)
         wait_until(lambda: raw(client, picture()).status_code == 200)  # a busy machine may miss the deadline too
 
 
-@pytest.mark.parametrize("slow", ["uploads", "detected"])
+@pytest.mark.parametrize("slow", ["parse_uploads", "detected_image"])
 def test_the_deadline_is_of_all_from_the_whole_request_to_the_answer(monkeypatch, slow):
     """Taking the body apart and putting the answer together too."""
     from deformable_detr.serve import app
@@ -308,7 +308,7 @@ def test_the_deadline_is_of_all_from_the_whole_request_to_the_answer(monkeypatch
         gate.wait(60)
         return inner(*given)
 
-    with running(small_model(), deadline=0.5) as client:
+    with running(small_model(), timeout=0.5) as client:
         monkeypatch.setattr(app, slow, held)
         # A busy machine may miss the deadline before it comes to the answer: asked until it does.
         wait_until(lambda: raw(client, picture()).status_code == 504 and reached.is_set())
@@ -319,17 +319,17 @@ def test_the_deadline_is_of_all_from_the_whole_request_to_the_answer(monkeypatch
 
 def test_nobody_works_for_a_client_that_left():
     model, gate, seen = small_model(), threading.Event(), []
-    with running(model, batch=1) as client:
+    with running(model, max_batch_size=1) as client:
         model.register_forward_pre_hook(lambda *_: gate.wait(30) and None)
         model.register_forward_hook(lambda *_: seen.append(1))
         first = threading.Thread(target=raw, args=(client, picture()))
         first.start()
-        wait_until(lambda: client.engine._taken == 1)
+        wait_until(lambda: client.engine._accepted == 1)
         head = "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: "
         with socket.create_connection(("127.0.0.1", client.port)) as leaving:
             leaving.sendall(f"{head}{len(picture())}\r\n\r\n".encode() + picture())
-            wait_until(lambda: client.engine._taken == 2 and len(client.engine._batcher) == 1)
-        wait_until(lambda: client.engine._taken == 1)
+            wait_until(lambda: client.engine._accepted == 2 and len(client.engine._batcher) == 1)
+        wait_until(lambda: client.engine._accepted == 1)
         gate.set()
         first.join()
         assert raw(client, picture()).status_code == 200
@@ -391,7 +391,7 @@ def test_the_page_loads_nothing_from_elsewhere(client):
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for path in ("/", "/page.css", "/page.js"):
+    for path in ("/", "/page.css", "/page.js", "/viewer.css", "/viewer.js", "/elements.js"):
         text = client.get(path).text.replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text
         assert "https:" not in text
@@ -425,7 +425,7 @@ class TestToken:
         assert raw(guarded, picture(), headers={"Host": "photos.example"}).status_code == 200
 
     def test_is_not_needed_for_probes_and_the_page(self, guarded):
-        for path in ("/healthz", "/readyz", "/", "/page.css", "/page.js", "/openapi.json"):
+        for path in ("/healthz", "/readyz", "/", "/page.css", "/viewer.js", "/openapi.json"):
             assert httpx.get(f"{guarded.base_url}{path}", trust_env=False).status_code == 200
 
 
@@ -447,10 +447,10 @@ def test_its_own_page_may(client):
 
 
 def test_large_images_are_read_one_at_a_time(client, monkeypatch):
-    monkeypatch.setattr("deformable_detr.serve.engine.LARGE", 48 * 64 - 1)
+    monkeypatch.setattr("deformable_detr.serve.engine.LARGE_IMAGE", 48 * 64 - 1)
     names = []
     real = client.engine._large_reader.submit
     monkeypatch.setattr(client.engine._large_reader, "submit", lambda *a: names.append(1) or real(*a))
     assert client.post("/v1/detect", files=form(picture(), picture(height=20, width=20))).status_code == 200
     assert names == [1]
-    assert np.isfinite(client.engine._seconds)
+    assert np.isfinite(client.engine._seconds_per_image)

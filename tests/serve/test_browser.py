@@ -107,7 +107,7 @@ def test_choose_hover_filter_and_download(browse, client, tmp_path):
     from selenium.webdriver import ActionChains, Keys
 
     driver = browse(client)
-    wait(driver, "state.facts")
+    wait(driver, "state.model")
     send(driver, file(tmp_path))
     score(driver, 0.05)
     answer = client.post("/v1/detect", content=file(tmp_path).read_bytes(), params={"threshold": 0.05},
@@ -128,8 +128,8 @@ def test_choose_hover_filter_and_download(browse, client, tmp_path):
     # Hovering shows where the model looked, as /v1/explain tells it.
     top = driver.execute_script("return +[...document.querySelectorAll('.hit')].at(-1).dataset.item")
     ActionChains(driver).move_to_element(driver.find_element("css selector", f".hit[data-item='{top}']")).perform()
-    wait(driver, "document.querySelector('#points')")
-    looks = driver.execute_script("return explained(state.active)")
+    wait(driver, "document.querySelector('#points .point')")
+    looks = driver.execute_script("return explanationOf(state.active)")
     assert looks["label"] == answer["detections"][top]["label"]
     assert count(driver, "#points .point") == len(looks["layers"][-1]["points"])
     assert "3 of 3" in text(driver, "layer-now")
@@ -171,10 +171,10 @@ def test_choose_hover_filter_and_download(browse, client, tmp_path):
 def test_of_two_images_the_later_is_shown(browse, client, tmp_path):
     """Also where the first takes long to be made ready, as a large one that is converted does."""
     driver = browse(client)
-    wait(driver, "state.facts")
+    wait(driver, "state.model")
     driver.execute_script(
-        """const inner = ready;
-        ready = async (file) => {
+        """const inner = prepare;
+        prepare = async (file) => {
           if (file.name === 'slow.png') await new Promise((go) => setTimeout(go, 1500));
           return inner(file);
         };"""
@@ -195,7 +195,7 @@ def test_by_keys_alone(browse, client, tmp_path):
     from selenium.webdriver import ActionChains, Keys
 
     driver = browse(client)
-    wait(driver, "state.facts")
+    wait(driver, "state.model")
     send(driver, file(tmp_path))
     score(driver, 0.05)
     seen = []
@@ -209,7 +209,7 @@ def test_by_keys_alone(browse, client, tmp_path):
             break
     for wanted in ("choose", "camera", "download", "score", "0", "1"):
         assert wanted in seen
-    wait(driver, "document.querySelector('#points')")
+    wait(driver, "document.querySelector('#points .point')")
     assert driver.execute_script("return state.active") == 1
     ActionChains(driver).send_keys(Keys.ENTER).perform()
     assert driver.execute_script("return [state.pinned, document.activeElement.dataset.item]") == [1, "1"]
@@ -225,7 +225,7 @@ def transfer(data, name, kind):
 
 def test_drop_and_paste(browse, client):
     driver = browse(client)
-    wait(driver, "state.facts")
+    wait(driver, "state.model")
     driver.execute_script(
         transfer(picture(), "dropped.png", "image/png")
         + "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: t, bubbles: true, cancelable: true}))"
@@ -241,7 +241,7 @@ def test_drop_and_paste(browse, client):
 
 def test_what_the_server_does_not_read_is_converted_or_told(browse, client):
     driver = browse(client)
-    wait(driver, "state.facts")
+    wait(driver, "state.model")
     picture_of_lines = (
         b"<svg xmlns='http://www.w3.org/2000/svg' width='80' height='60'><rect width='40' height='30'/></svg>"
     )
@@ -269,21 +269,21 @@ def test_what_the_server_does_not_read_is_converted_or_told(browse, client):
 
 def test_places_are_of_the_image_that_was_chosen_not_of_the_smaller_one_that_is_sent(browse, client, tmp_path):
     driver = browse(client)
-    wait(driver, "state.facts")
-    driver.execute_script("state.facts.limits.body_bytes = 1000")  # so that it is converted
+    wait(driver, "state.model")
+    driver.execute_script("state.model.limits.body_bytes = 1000")  # so that it is converted
     send(driver, large_picture(tmp_path, 5000, 3001))
     assert driver.execute_script("return [state.result.width, state.result.height]") == [5000, 3001]
     score(driver, 0.05)
     assert len(driver.find_elements("css selector", "#boxes .hit")) > 3
-    driver.execute_script("choose(0, true)")
-    wait(driver, "state.looks && state.looks.detections.length")
+    driver.execute_script("select(0, true)")
+    wait(driver, "state.explanations && state.explanations.detections.length")
     sent = driver.execute_async_script(
         """const done = arguments[0];
-        (async () => done([(await send(`v1/detect?threshold=${LOWEST}&top_k=${MOST}`)).images[0],
-                           await send(`v1/explain?threshold=${LOWEST}&top_k=${EXPLAINED}`)]))();"""
+        (async () => done([(await send(`v1/detect?threshold=${MIN_SCORE}&top_k=${MAX_DETECTIONS}`)).images[0],
+                           await send(`v1/explain?threshold=${MIN_SCORE}&top_k=${MAX_EXPLAINED}`)]))();"""
     )
     assert sent[0]["width"] * sent[0]["height"] <= 12.1e6
-    for small, shown, record in zip(sent, ("state.result", "state.looks"), ("box", "layer"), strict=True):
+    for small, shown, record in zip(sent, ("state.result", "state.explanations"), ("box", "layer"), strict=True):
         large = driver.execute_script(f"return {shown}")
         scale = [large["width"] / small["width"], large["height"] / small["height"]]
         assert len(large["detections"]) == len(small["detections"])
@@ -308,7 +308,7 @@ def large_picture(tmp_path, width, height):
 
 def test_the_camera(browse, client):
     driver = browse(client)
-    wait(driver, "state.facts")
+    wait(driver, "state.model")
     driver.find_element("id", "camera").click()
     wait(driver, "!document.getElementById('video').hidden && document.getElementById('video').videoWidth")
     driver.find_element("id", "cancel").click()
@@ -327,7 +327,7 @@ def test_the_token_is_asked_for(browse, guarded, tmp_path):
     assert "token" in text(driver, "error")
     driver.find_element("id", "token").send_keys(TOKEN)
     driver.find_element("css selector", "#access button").click()
-    wait(driver, "state.facts && document.getElementById('access').hidden")
+    wait(driver, "state.model && document.getElementById('access').hidden")
     send(driver, file(tmp_path))
     assert driver.execute_script("return state.result.width") == 128
     assert TOKEN not in driver.current_url
@@ -338,13 +338,13 @@ def test_the_token_is_asked_for(browse, guarded, tmp_path):
 def test_nothing_sticks_out(browse, client, tmp_path, width, dark):
     """Set SCREENSHOTS to a folder to look at the pages yourself, MODEL and PHOTO to what is on them."""
     driver = browse(client, width, dark)
-    wait(driver, "state.facts")
+    wait(driver, "state.model")
     pages = [keep(driver, f"empty-{width}-{dark}")]
     send(driver, os.environ.get("PHOTO") or file(tmp_path))
     score(driver, 0.3)
     pages.append(keep(driver, f"found-{width}-{dark}"))
-    driver.execute_script("choose(shown()[0][0], true)")
-    wait(driver, "document.querySelector('#points')")
+    driver.execute_script("select(visible()[0][0], true)")
+    wait(driver, "document.querySelector('#points .point')")
     pages.append(keep(driver, f"looked-{width}-{dark}"))
     assert pages == [([], True)] * 3
     ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")

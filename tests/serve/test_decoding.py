@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from deformable_detr.serve.decoding import decode, open_picture
+from deformable_detr.serve.decoding import decode, open_image
 from deformable_detr.serve.limits import HttpError
 from deformable_detr.utils.images import read_image
 from tests.support.server import picture, pixels
@@ -17,7 +17,7 @@ KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 def read(data, most=50_000_000):
-    return decode(open_picture(data, "it", most), "it")
+    return decode(open_image(data, "it", most), "it")
 
 
 def refused(data, most=50_000_000):
@@ -115,7 +115,7 @@ def test_bombs_are_not_decoded(monkeypatch):
     assert refused(gif) == 413
     assert decoded == []
     small = bomb(7000, 7000)  # 49 megapixels: the header is fine, so decoding begins
-    open_picture(small, "it", 50_000_000).load()
+    open_image(small, "it", 50_000_000).load()
     assert decoded == [(7000, 7000)]
 
 
@@ -128,17 +128,15 @@ def test_a_jpeg_of_many_scans_is_refused():
     # Decoders pass over a marker that means nothing, not over what would be its length.
     hidden = scan + b"\xff\x02" + (len(scan) * 101 + 2).to_bytes(2) + scan * 101
     with pytest.raises(HttpError, match="over 100 scans"):
-        open_picture(data[:start] + hidden + data[start:], "it", 50_000_000)
+        open_image(data[:start] + hidden + data[start:], "it", 50_000_000)
 
 
 def test_run_lengths_in_bmp_are_not_decoded():
     """Two bytes a run, decoded in Python: a kilobyte may be a minute."""
     size = struct.pack("<IiiHHI", 40, 50_000, 1000, 1, 8, 1)
     head = size + bytes(20) + bytes(1024)
-    with pytest.raises(HttpError, match="run lengths"):
-        open_picture(
-            b"BM" + struct.pack("<IHHI", 14 + len(head) + 2, 0, 0, 14 + len(head)) + head + b"\0\1", "it", 10**8
-        )
+    with pytest.raises(HttpError, match="run-length encoding"):
+        open_image(b"BM" + struct.pack("<IHHI", 14 + len(head) + 2, 0, 0, 14 + len(head)) + head + b"\0\1", "it", 10**8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ import pytest
 from tests.support.server import picture, raw, running, wait_until
 
 HEAD = b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
-LIMITS = {"head_seconds": 0.5, "stall_seconds": 0.5, "body_seconds": 1.5}
+LIMITS = {"head_timeout": 0.5, "stall_timeout": 0.5, "body_timeout": 1.5}
 
 
 def connect(client):
@@ -79,7 +79,7 @@ def test_a_body_that_stops(client, framing):
         connection.sendall(HEAD + framing + b"ab")
         text, seconds = heard(connection)
     assert text.startswith(b"HTTP/1.1 408")
-    assert b"did not come in time" in text
+    assert b"did not arrive in time" in text
     assert seconds < 8
 
 
@@ -109,7 +109,7 @@ def test_a_steady_body_is_waited_for(client):
 
 
 def test_two_hundred_slow_clients_do_not_hold_up_the_others():
-    with ExitStack() as stack, running(head_seconds=30, stall_seconds=30, body_seconds=30) as client:
+    with ExitStack() as stack, running(head_timeout=30, stall_timeout=30, body_timeout=30) as client:
         slow = [stack.enter_context(connect(client)) for _ in range(200)]
         for number, connection in enumerate(slow):
             connection.sendall((b"GET /h", HEAD, HEAD + b"Content-Length: 19000000\r\n\r\nx", b"")[number % 4])
@@ -128,7 +128,7 @@ def test_two_hundred_slow_clients_do_not_hold_up_the_others():
 
 
 def test_the_one_that_waited_longest_makes_room():
-    with running(connections=5, head_seconds=30) as client, ExitStack() as stack:
+    with running(connections=5, head_timeout=30) as client, ExitStack() as stack:
         assert client.get("/healthz").status_code == 200
         slow = [stack.enter_context(connect(client)) for _ in range(20)]
         for connection in slow:

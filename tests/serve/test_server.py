@@ -14,7 +14,7 @@ import pytest
 import deformable_detr.serve as serving
 from deformable_detr.cli import main
 from deformable_detr.serve.limits import Limits
-from deformable_detr.serve.middleware import is_here
+from deformable_detr.serve.middleware import is_loopback
 from deformable_detr.serve.server import TOKEN_VARIABLE, check_token, listen
 from deformable_detr.utils.errors import UserError
 from tests.support.server import picture, small_model
@@ -36,7 +36,7 @@ def no_token(monkeypatch):
     ],
 )  # fmt: skip
 def test_what_is_this_machine(host, here):
-    assert is_here(host) is here
+    assert is_loopback(host) is here
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "photos.example"])
@@ -75,26 +75,28 @@ def test_what_a_name_leads_to_counts(monkeypatch):
 def test_a_port_that_is_taken():
     with listen("127.0.0.1", 0, None) as first:
         first.listen()
-        with pytest.raises(UserError, match=r"cannot listen at 127\.0\.0\.1 port"):
+        with pytest.raises(UserError, match=r"127\.0\.0\.1 --port \d+: cannot listen there"):
             listen("127.0.0.1", first.getsockname()[1], None)
     with pytest.raises(UserError, match="from 0 to 65535"):
         listen("127.0.0.1", 70_000, None)
-    with pytest.raises(UserError, match="no such address"):
+    with pytest.raises(UserError, match="unknown address"):
         listen("no.such.host.invalid", 0, TOKEN)
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 0}, {"waiting": 3}, {"deadline": float("inf")}, {"drain_seconds": -1}])
-def test_limits_that_cannot_be(wrong):
-    with pytest.raises(UserError):
-        Limits(**wrong)
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_batch_size", 0), ("max_queue", 3), ("timeout", float("inf")), ("shutdown_delay", -1)]
+)
+def test_invalid_limits(name, value):
+    with pytest.raises(UserError, match=f"{name} {value}: must be"):
+        Limits(**{name: value})
 
 
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(serving, "_NEEDED", ("no_such_package", "fastapi"))
+    monkeypatch.setattr(serving, "_REQUIRED", ("no_such_package", "fastapi"))
     with pytest.raises(SystemExit) as caught:
         main(["serve", str(tmp_path)])
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: serving needs no_such_package: pip install 'deformable-detr[serve]'\n"
+    assert capsys.readouterr().err == "error: serve needs no_such_package: pip install 'deformable-detr[serve]'\n"
 
 
 def test_an_open_host_is_refused_before_the_model_is_read(capsys, tmp_path):
@@ -148,15 +150,15 @@ def test_a_model_that_fails_at_its_first_image_is_one_line(tmp_path, monkeypatch
     model.register_forward_pre_hook(lambda *_: 1 / 0)
     monkeypatch.setattr(server, "load_detector", lambda *_: model)
     monkeypatch.setattr(type(model), "optimize", lambda self: self)
-    with pytest.raises(UserError, match="fails at its first image, so it is not served: division by zero"):
-        server.serve(tmp_path, port=0)
+    with pytest.raises(UserError, match="fails on its first image, so it is not served: division by zero"):
+        server.serve(tmp_path, server.ServeOptions(port=0))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_sigterm_under_load_loses_nothing(program):
     """Clients send on until /readyz says no, as a balancer makes them: a connection that comes in the instant in which
     the server closes its door is nobody's request yet, and the client's to repeat."""
-    server = program("--drain", "3", "--batch", "2", **{TOKEN_VARIABLE: TOKEN})
+    server = program("--shutdown-delay", "3", "--max-batch-size", "2", **{TOKEN_VARIABLE: TOKEN})
     address, headers = server.address, {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
     answers, problems, stopping = [], [], threading.Event()
     not_ready = []

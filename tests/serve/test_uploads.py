@@ -3,7 +3,7 @@
 import pytest
 
 from deformable_detr.serve.limits import HttpError
-from deformable_detr.serve.uploads import BodyBudget, clean, uploads
+from deformable_detr.serve.uploads import BodyBudget, clean_text, parse_uploads
 
 KIND = "multipart/form-data; boundary=b"
 
@@ -22,13 +22,13 @@ def part(data=b"x", name='name="images"', filename='; filename="a.png"', more=b"
 
 def refused(kind, body, most=2):
     with pytest.raises(HttpError) as caught:
-        uploads(kind, bytearray(body), most)
+        parse_uploads(kind, bytearray(body), most)
     return caught.value.status
 
 
 def test_parts_in_order():
     data = bytes(range(256)) * 20 + b"\r\n--b\r\r\n--"
-    found = uploads(KIND, bytearray(part(data) + part(b"second", filename="") + b"--b--\r\n"), 2)
+    found = parse_uploads(KIND, bytearray(part(data) + part(b"second", filename="") + b"--b--\r\n"), 2)
     assert [bytes(one.data) for one in found] == [data, b"second"]
     assert [one.label for one in found] == ["image 1 (a.png)", "image 2"]
     assert [one.filename for one in found] == ["a.png", None]
@@ -36,7 +36,7 @@ def test_parts_in_order():
 
 @pytest.mark.parametrize("kind", ["image/png", "IMAGE/JPEG; x=y", "application/octet-stream"])
 def test_a_body_that_is_an_image(kind):
-    (found,) = uploads(kind, bytearray(b"abc"), 2)
+    (found,) = parse_uploads(kind, bytearray(b"abc"), 2)
     assert bytes(found.data) == b"abc"
 
 
@@ -64,7 +64,7 @@ def test_other_bodies(kind):
 )
 def test_bad_forms(body, status):
     assert refused(KIND, body) == status
-    assert len(uploads(KIND, bytearray(part() * 2 + b"--b--\r\n"), 2)) == 2
+    assert len(parse_uploads(KIND, bytearray(part() * 2 + b"--b--\r\n"), 2)) == 2
 
 
 def test_a_form_without_a_boundary():
@@ -73,19 +73,19 @@ def test_a_form_without_a_boundary():
 
 
 def test_names_are_made_fit_to_be_shown():
-    assert clean(b"../../etc/passwd") == "../../etc/passwd"  # only shown, never opened
-    assert clean(b"a\x00b\nc\x1b[31m") == "abc[31m"
-    assert clean("a\u202egpj.exe".encode()) == "agpj.exe"
-    assert clean(b"\xff\xfe") == "��"
-    assert len(clean(b"x" * 5000)) == 100
+    assert clean_text(b"../../etc/passwd") == "../../etc/passwd"  # only shown, never opened
+    assert clean_text(b"a\x00b\nc\x1b[31m") == "abc[31m"
+    assert clean_text("a\u202egpj.exe".encode()) == "agpj.exe"
+    assert clean_text(b"\xff\xfe") == "��"
+    assert len(clean_text(b"x" * 5000)) == 100
 
 
-def test_the_ledger_is_bounded():
-    ledger = BodyBudget(10)
-    ledger.take(10)
-    with pytest.raises(HttpError, match="too much") as caught:
-        ledger.take(1)
+def test_the_budget_is_limited():
+    budget = BodyBudget(10)
+    budget.add(10)
+    with pytest.raises(HttpError, match="too much data") as caught:
+        budget.add(1)
     assert caught.value.status == 503
     assert caught.value.retry_after
-    ledger.held -= 10
-    ledger.take(10)
+    budget.used -= 10
+    budget.add(10)

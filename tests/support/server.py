@@ -32,7 +32,7 @@ def small_model(**changes):
 @contextmanager
 def running(model=None, token=None, **limits):
     """Gives an httpx client of a running server, with `server` and `engine` on it."""
-    limits = Limits(**{"drain_seconds": 0.0, **limits})
+    limits = Limits(**{"shutdown_delay": 0.0, **limits})
     status, metrics = Status(), Metrics()
     engine = Engine(small_model() if model is None else model, limits, metrics)
     server = Server(create_app(engine, status, token, "tiny"), limits, status)

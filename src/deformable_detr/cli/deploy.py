@@ -56,13 +56,14 @@ def export(
         limit: Only its first so many images.
     """
     from ..detector import DeformableDETR
-    from ..export import ExportOptions, export_model
+    from ..export import export_model
     from ..export.graph import parse_size
 
     at_least_one(limit=limit)
-    options = ExportOptions(precision, parse_size(image_size), post_processing, sampling, data, split, limit)
-    export_model(DeformableDETR.from_pretrained(model), out, to, options, report=print)
-    print(f"{out} matches {model}. Next: deformable-detr predict {out} IMAGE --out pictures")
+    size = parse_size(image_size)
+    detector = DeformableDETR.from_pretrained(model)
+    export_model(detector, out, to, precision, size, post_processing, sampling, data, split, limit, report=print)
+    print(f"{out} computes what {model} does; next: deformable-detr predict {out} IMAGE --out pictures")
 
 
 @app.command
@@ -73,33 +74,36 @@ def serve(
     port: int = 8000,
     token: str | None = None,
     device: Device = "auto",
-    batch: int = 8,
-    queue: int = 64,
-    deadline: float = 30.0,
-    drain: float = 1.0,
+    max_batch_size: int = 8,
+    max_queue: int = 64,
+    timeout: float = 30.0,
+    shutdown_delay: float = 1.0,
 ) -> None:
-    """Serve a model over HTTP, with a web page to try it. Only this machine can reach it unless --host says otherwise.
+    """Serve a model over HTTP, with a web page. Only this machine can reach it unless --host is set.
 
     Args:
-        model: Folder of a run or of a saved model, or an exported file (.onnx, .xml, .pt2).
-        host: Address to listen at; any but this machine's own needs a token.
-        port: Port to listen at; 0: any that is free.
-        token: What requests must bring as `Authorization: Bearer TOKEN`. Better in the environment variable
-            DEFORMABLE_DETR_TOKEN, where lists of processes do not show it.
-        batch: Images that go through the model together, at most.
-        queue: Images that may wait; further requests get 503.
-        deadline: Seconds until an answer has to be there; else the request gets 504.
-        drain: Seconds after SIGTERM in which requests are still taken, while /readyz says no.
+        model: A run or model folder, or an exported file (.onnx, .xml, .pt2).
+        host: Address to listen on. Any but localhost needs a token.
+        port: Port to listen on. 0: any free port.
+        token: Required from clients as `Authorization: Bearer TOKEN`. Prefer the environment variable
+            DEFORMABLE_DETR_TOKEN, which process lists do not show.
+        max_batch_size: Maximum images per pass of the model.
+        max_queue: Maximum images accepted and not answered yet; further requests get 503.
+        timeout: Seconds from the end of a request to its response; then the request gets 504.
+        shutdown_delay: Seconds after SIGTERM during which requests are still accepted while /readyz answers 503.
     """
     from ..serve import check_installed
 
     check_installed()
     from ..serve.limits import Limits
+    from ..serve.server import ServeOptions
     from ..serve.server import serve as run
 
-    images = min(Limits.images, queue)
-    limits = Limits(batch=batch, waiting=queue, images=images, deadline=deadline, drain_seconds=drain)
-    run(model, host, port, token, device, limits)
+    limits = Limits(
+        images=min(Limits.images, max_queue), max_queue=max_queue, max_batch_size=max_batch_size, timeout=timeout,
+        shutdown_delay=shutdown_delay,
+    )  # fmt: skip
+    run(model, ServeOptions(host, port, token, device, limits))
 
 
 @app.command

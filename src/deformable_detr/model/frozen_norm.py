@@ -1,4 +1,4 @@
-"""Batch normalization with fixed statistics and affine parameters, for pretrained backbones."""
+"""Batch norm whose statistics and factors are constants, as it stays with pretrained weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch.autograd.function import once_differentiable
 
 
 class FrozenBatchNorm(nn.Module):
-    """timm's or torchvision's frozen batch norm in one pass, without saving its input, in the input's precision.
+    """timm's or torchvision's frozen norm, computed in one pass and in the precision of its input: (B, C, H, W) → same.
 
-    Args:
-        norm: The frozen norm to replace. Buffers keep their names.
+    Those two make two maps of it, in fp32 even under autocast. Names of buffers are the same. norm: what it replaces.
     """
 
     weight: Tensor
@@ -27,7 +26,7 @@ class FrozenBatchNorm(nn.Module):
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, norm.get_buffer(name))
         self.eps: float = norm.eps
-        # timm's norms include the activation.
+        # timm's norms have the activation in them.
         self.drop, self.act = getattr(norm, "drop", nn.Identity()), getattr(norm, "act", nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,13 +34,13 @@ class FrozenBatchNorm(nn.Module):
         normed = _Affine.apply(x, *constants, self.eps) if self.training else F.batch_norm(x, *constants, eps=self.eps)
         return self.act(self.drop(normed))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class _Affine(torch.autograd.Function):
-    """F.batch_norm with constants; PyTorch's own saves the input, which this gradient does not need."""
+    """PyTorch's own would keep the input for the gradient, which is not needed where the factors are constants."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -59,11 +58,12 @@ class _Affine(torch.autograd.Function):
 
 
 def freeze_batch_norms(body: nn.Module) -> nn.Module:
-    """Return the module with every batch norm replaced by a `FrozenBatchNorm`."""
+    """The body with every batch norm frozen."""
     from timm.layers.norm_act import freeze_batch_norm_2d
 
     body = freeze_batch_norm_2d(body)
     for name, module in list(body.named_modules()):
         if type(module).__name__.startswith("FrozenBatchNorm"):
-            body.set_submodule(name, FrozenBatchNorm(module))
+            parent, _, leaf = name.rpartition(".")
+            setattr(body.get_submodule(parent), leaf, FrozenBatchNorm(module))
     return body

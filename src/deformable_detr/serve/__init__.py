@@ -1,4 +1,4 @@
-"""A model as a web service: `serve`. Needs the extra of that name."""
+"""An HTTP server for a model, with a web page. Needs the extra `serve`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from importlib.util import find_spec
 
 from ..utils.errors import UserError
 
-_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+_REQUIRED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
 
 def check_installed() -> None:
-    """Raises UserError where a package of the extra is missing."""
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    """Raise UserError if a package of the extra is missing."""
+    missing = [name for name in _REQUIRED if find_spec(name) is None]
     if missing:
-        raise UserError(f"serving needs {', '.join(missing)}: pip install 'deformable-detr[serve]'")
+        raise UserError(f"serve needs {', '.join(missing)}: pip install 'deformable-detr[serve]'")

@@ -1,4 +1,4 @@
-"""The web application: its routes, and errors as one line of JSON each."""
+"""The web application: routes, error responses and the web page."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 
 from .. import __version__
 from . import schemas
@@ -18,240 +19,226 @@ from .decoding import FORMATS
 from .engine import Engine
 from .limits import ClientDisconnected, HttpError
 from .middleware import AccessMiddleware, Status
-from .responses import detected, explained
-from .uploads import PART, BodyBudget, Upload, uploads, whole_body
+from .responses import detected_image, explained_image
+from .uploads import FIELD, BodyBudget, Upload, parse_uploads, read_body
 
-_WHY = {
-    400: "a form that is broken",
-    401: "no token, or a wrong one",
-    403: "asked for by a page of another site",
-    408: "the body did not come in time",
+_ERRORS = {
+    400: "malformed form",
+    401: "missing or wrong token",
+    403: "request from a page of another site",
+    408: "request body too slow",
     413: "too many bytes or pixels",
-    415: "a body or an image of a kind that is not read",
-    421: "asked for by a name that is not this machine's own",
-    422: "parameters or images that are wrong; the message names which",
-    500: "a fault of the server's",
-    503: "no room, or leaving; Retry-After says when to come back",
-    504: "no answer before the deadline",
+    415: "unsupported type of body or image",
+    421: "host name other than localhost",
+    422: "wrong parameter or damaged image, named in the message",
+    500: "internal error",
+    503: "overloaded or shutting down; see Retry-After",
+    504: "no response before the timeout",
 }
-_PICTURE = {"type": "string", "format": "binary"}
+_PAGES = {
+    "/": ("deformable_detr.serve", "page.html", "text/html"),
+    "/page.css": ("deformable_detr.serve", "page.css", "text/css"),
+    "/page.js": ("deformable_detr.serve", "page.js", "text/javascript"),
+    "/viewer.css": ("deformable_detr.visualize.web", "viewer.css", "text/css"),
+    "/viewer.js": ("deformable_detr.visualize.web", "viewer.js", "text/javascript"),
+    "/elements.js": ("deformable_detr.visualize.web", "elements.js", "text/javascript"),
+}
 
 
 def create_app(engine: Engine, status: Status, token: str | None = None, name: str = "model") -> FastAPI:
-    """The application around an engine, which it starts and stops.
+    """Create the application, which starts and stops the engine.
 
-    status: what the server tells of itself; whoever shuts it down sets `draining`.
-    token: see `door.Door`. name: of the model, as it is shown.
+    Args:
+        engine: The model.
+        status: Set `status.draining` before a shutdown.
+        token: See `AccessMiddleware`.
+        name: Name of the model for clients.
     """
-    limits = engine.limits
-    ledger = BodyBudget(limits.held_bytes)
-    secured = token is not None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if not engine.alive:
             await asyncio.to_thread(engine.start)
-        engine.metrics.ready.set_function(lambda: float(ready()))
+        engine.metrics.ready.set_function(lambda: float(engine.alive and not status.draining))
         yield
         await asyncio.to_thread(engine.stop)
-
-    def ready() -> bool:
-        return engine.alive and not status.draining
 
     app = FastAPI(
         title="deformable-detr",
         version=__version__,
         description='Object detection. Errors are JSON: {"detail": one line}.',
         lifespan=lifespan,
-        docs_url=None,  # these load their scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
     )
-    app.add_middleware(AccessMiddleware, limits=limits, status=status, metrics=engine.metrics, token=token)
-    _add_errors(app)
-    always = (401,) if secured else (403, 421)
-    on_images = (400, 408, 413, 415, 422, 500, 503, 504, *always)
-    access: dict[str, Any] = {"security": [{"token": []}]} if secured else {}
+    app.add_middleware(AccessMiddleware, limits=engine.limits, status=status, metrics=engine.metrics, token=token)
+    # The middleware checks the token; the dependency only describes it in OpenAPI.
+    security = [] if token is None else [Depends(HTTPBearer(scheme_name="token", auto_error=False))]
+    refusals = (403, 421) if token is None else (401,)
+    app.include_router(_api_routes(engine, name, refusals), dependencies=security)
+    app.include_router(_status_routes(engine, status, () if token else (421,)))
+    _add_error_handlers(app)
+    for path, (package, file, media_type) in _PAGES.items():
+        content = resources.files(package).joinpath(file).read_bytes()
+        app.router.add_route(path, _static(content, media_type), methods=["GET"], include_in_schema=False)
+    return app
 
-    async def worked(request: Request, most: int, work: Callable[[list[Upload]], Coroutine[Any, Any, Any]]) -> Response:
-        """The answer to a request with images: its body read, `work` done in time, put into JSON."""
-        engine.refuse_if_full()
 
-        async def answered(body: bytearray) -> bytes:
-            found = await engine.read(uploads, request.headers.get("content-type", ""), body, most)
-            return await engine.write(_json, await work(found))
+def _api_routes(engine: Engine, name: str, refusals: tuple[int, ...]) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+    limits, budget = engine.limits, BodyBudget(engine.limits.total_body_bytes)
+    errors = _describe_errors(400, 408, 413, 415, 422, 500, 503, 504, *refusals)
 
-        async with whole_body(request, limits, ledger) as body:
-            answer = await _in_time(request, answered(body), limits.deadline)
-        return Response(answer, media_type="application/json")
-
-    @app.post(
-        "/v1/detect",
-        response_model=schemas.Detected,
-        responses=_problems(*on_images),
-        openapi_extra={**_body(limits.images), **access},
+    @router.post(
+        "/detect", response_model=schemas.Detected, responses=errors, openapi_extra=_describe_body(limits.images)
     )
-    async def detect(request: Request, given: Annotated[schemas.DetectParameters, Query()]) -> Response:
-        """The objects in one image (the body) or in several (a form)."""
+    async def detect(request: Request, parameters: Annotated[schemas.DetectParameters, Query()]) -> Response:
+        """Detect objects in one image (the body) or in several (a form)."""
 
-        async def work(found: list[Upload]) -> Callable[[], Any]:
-            all_found = await engine.detect(found, given.threshold, given.top_k)
-            engine.metrics.images.inc(len(found))
-            pairs = list(zip(all_found, found, strict=True))
-            return lambda: {"images": [detected(one, upload.filename) for one, upload in pairs]}
+        async def work(uploads: list[Upload]) -> Callable[[], Any]:
+            results = await engine.detect(uploads, parameters.threshold, parameters.top_k)
+            engine.metrics.images.inc(len(uploads))
+            pairs = list(zip(results, uploads, strict=True))
+            return lambda: {"images": [detected_image(result, upload.filename) for result, upload in pairs]}
 
-        return await worked(request, limits.images, work)
+        return await _process(request, engine, budget, limits.images, work)
+
+    async def explain(request: Request, parameters: Annotated[schemas.ExplainParameters, Query()]) -> Response:
+        """Explain the detections in one image: what each decoder layer sampled."""
+
+        async def work(uploads: list[Upload]) -> Callable[[], Any]:
+            traced = await engine.explain(uploads[0], parameters.threshold, parameters.top_k)
+            return lambda: explained_image(traced, uploads[0].filename)
+
+        return await _process(request, engine, budget, 1, work)
 
     if engine.explains:
+        describe = {"response_model": schemas.Explained, "responses": errors, "openapi_extra": _describe_body(1)}
+        router.post("/explain", **describe)(explain)
 
-        @app.post(
-            "/v1/explain",
-            response_model=schemas.Explained,
-            responses=_problems(*on_images),
-            openapi_extra={**_body(1), **access},
-        )
-        async def explain(request: Request, given: Annotated[schemas.ExplainParameters, Query()]) -> Response:
-            """Where each decoder layer looked for each detection in one image."""
-
-            async def work(found: list[Upload]) -> Callable[[], Any]:
-                traced = await engine.explain(found[0], given.threshold, given.top_k)
-                return lambda: explained(traced, found[0].filename)
-
-            return await worked(request, 1, work)
-
-    @app.get("/v1/model", response_model=schemas.Model, responses=_problems(*always), openapi_extra=access)
+    @router.get("/model", response_model=schemas.Model, responses=_describe_errors(*refusals))
     async def model() -> dict[str, Any]:
-        """What the model knows and what may be asked."""
-        config = engine.config
+        """Describe the model and the limits of requests."""
         classes = [
             {"label": label, "category_id": category.id, "name": category.name}
             for label, category in enumerate(engine.categories)
         ]
-        bounds = {key: getattr(limits, key) for key in schemas.Bounds.model_fields}
         return {
-            "name": name, "version": __version__, "classes": classes, "short_side": config.image_size,
-            "long_side": config.long_side, "explains": engine.explains, "formats": list(FORMATS.values()),
-            "limits": bounds,
+            "name": name, "version": __version__, "classes": classes, "short_side": engine.config.image_size,
+            "long_side": engine.config.long_side, "explains": engine.explains, "formats": list(FORMATS.values()),
+            "limits": {key: getattr(limits, key) for key in schemas.RequestLimits.model_fields},
         }  # fmt: skip
 
-    @app.get("/healthz", response_model=schemas.State, responses=_problems(503, *_open(always)))
+    return router
+
+
+def _status_routes(engine: Engine, status: Status, refusals: tuple[int, ...]) -> APIRouter:
+    router = APIRouter()
+    errors = _describe_errors(503, *refusals)
+
+    @router.get("/healthz", response_model=schemas.State, responses=errors)
     async def healthz() -> dict[str, str]:
-        """Whether the server lives; where not, start it again."""
+        """Answer 200 while the server works; restart it otherwise."""
         if not engine.alive:
-            raise HttpError(503, "the thread that runs the model has ended")
+            raise HttpError(503, "the model's thread has ended")
         return {"status": "alive"}
 
-    @app.get("/readyz", response_model=schemas.State, responses=_problems(503, *_open(always)))
+    @router.get("/readyz", response_model=schemas.State, responses=errors)
     async def readyz() -> dict[str, str]:
-        """Whether to send requests here."""
-        if not ready():
-            raise HttpError(503, "leaving" if status.draining else "not ready", retry_after=5)
+        """Answer 200 while the server accepts requests."""
+        if status.draining or not engine.alive:
+            raise HttpError(503, "shutting down" if status.draining else "not ready", retry_after=5)
         return {"status": "ready"}
 
-    @app.get("/metrics", response_class=Response, include_in_schema=False)
+    @router.get("/metrics", response_class=Response, include_in_schema=False)
     async def metrics() -> Response:
         return Response(await engine.write(engine.metrics.text), media_type=engine.metrics.media_type)
 
-    _add_page(app)
-    if secured:
-        _describe_token(app)
-    return app
+    return router
 
 
-async def _in_time(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
-    """The result; Refused (504) after that time, Gone where the client leaves; then the work is canceled."""
+async def _process(
+    request: Request,
+    engine: Engine,
+    budget: BodyBudget,
+    max_images: int,
+    work: Callable[[list[Upload]], Coroutine[Any, Any, Callable[[], Any]]],
+) -> Response:
+    """Read the images of a request and answer with the JSON of what `work` returns, within the timeout."""
+    engine.check_capacity()
 
-    async def left() -> None:
+    async def answer(body: bytearray) -> bytes:
+        content_type = request.headers.get("content-type", "")
+        uploads = await engine.read(parse_uploads, content_type, body, max_images)
+        return await engine.write(_to_json, await work(uploads))
+
+    async with read_body(request, engine.limits, budget) as body:
+        content = await _with_timeout(request, answer(body), engine.limits.timeout)
+    return Response(content, media_type="application/json")
+
+
+async def _with_timeout(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
+    """The result. The work is canceled after the timeout (HttpError 504) or when the client leaves."""
+
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
     try:
         await asyncio.wait({working, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientDisconnected if leaving.done() else HttpError(504, f"no answer within {seconds:g} s")
+        raise ClientDisconnected if leaving.done() else HttpError(504, f"no response within {seconds:g} s")
     finally:
         working.cancel()
         leaving.cancel()
 
 
-def _json(make: Callable[[], Any]) -> bytes:
+def _to_json(make: Callable[[], Any]) -> bytes:
     return json.dumps(make(), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
+    def error_response(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+        return Response(_to_json(lambda: {"detail": detail}), status, headers, "application/json")
+
     @app.exception_handler(HttpError)
-    async def refused(_: Request, error: HttpError) -> Response:
+    async def http_error(_: Request, error: HttpError) -> Response:
         headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-        return _problem(error.status, error.detail, headers)
+        return error_response(error.status, error.detail, headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    async def invalid_parameter(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return _problem(422, f"{'.'.join(map(str, first['loc'][1:]))[:60]}: {first['msg'][:200]}")
+        return error_response(422, f"{'.'.join(map(str, first['loc'][1:]))[:60]}: {first['msg'][:200]}")
 
     @app.exception_handler(ClientDisconnected)
-    async def gone(_: Request, __: ClientDisconnected) -> Response:
-        return _problem(499, "the client is gone")  # nobody reads it; the figures do
+    async def client_disconnected(_: Request, __: ClientDisconnected) -> Response:
+        return error_response(499, "the client disconnected")  # only the metrics see it
 
 
-def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-    return Response(_json(lambda: {"detail": detail}), status, headers, "application/json")
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    described: dict[int | str, dict[str, Any]] = {
-        status: {"model": schemas.Problem, "description": _WHY[status]} for status in sorted(statuses)
+def _describe_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": schemas.Problem, "description": _ERRORS[status]} for status in sorted(statuses)
     }
-    if 503 in described:
+    if 503 in responses:
         seconds = {"schema": {"type": "integer", "minimum": 1}, "description": "seconds to wait"}
-        described[503]["headers"] = {"Retry-After": seconds}
-    return described
+        responses[503]["headers"] = {"Retry-After": seconds}
+    return responses
 
 
-def _open(always: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(status for status in always if status == 421)
-
-
-def _body(most: int) -> dict[str, Any]:
+def _describe_body(max_images: int) -> dict[str, Any]:
     """OpenAPI of a body with images."""
-    many = {"type": "array", "items": _PICTURE, "minItems": 1, "maxItems": most}
-    form = {"type": "object", "properties": {PART: many}, "required": [PART], "additionalProperties": False}
-    kinds: dict[str, Any] = {kind: {"schema": _PICTURE} for kind in (*FORMATS.values(), "application/octet-stream")}
-    return {"requestBody": {"required": True, "content": {**kinds, "multipart/form-data": {"schema": form}}}}
+    image = {"type": "string", "format": "binary"}
+    parts = {"type": "array", "items": image, "minItems": 1, "maxItems": max_images}
+    form = {"type": "object", "properties": {FIELD: parts}, "required": [FIELD], "additionalProperties": False}
+    content: dict[str, Any] = {kind: {"schema": image} for kind in (*FORMATS.values(), "application/octet-stream")}
+    return {"requestBody": {"required": True, "content": {**content, "multipart/form-data": {"schema": form}}}}
 
 
-def _add_page(app: FastAPI) -> None:
-    """The page for people. Three names that are known beforehand, so no path of a client's is ever opened."""
-    kinds = {
-        "/": ("page.html", "text/html"),
-        "/page.css": ("page.css", "text/css"),
-        "/page.js": ("page.js", "text/javascript"),
-    }
-    folder = resources.files("deformable_detr.serve")
-    for path, (file, kind) in kinds.items():
-        content = folder.joinpath(file).read_bytes()
+def _static(content: bytes, media_type: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    async def endpoint(_: Request) -> Response:
+        return Response(content, media_type=media_type)
 
-        async def page(content: bytes = content, kind: str = kind) -> Response:
-            return Response(content, media_type=kind)
-
-        app.router.add_route(path, _without_arguments(page), methods=["GET"], include_in_schema=False)
-
-
-def _without_arguments(page: Callable[[], Coroutine[Any, Any, Response]]) -> Callable[[Request], Any]:
-    async def route(_: Request) -> Response:
-        return await page()
-
-    return route
-
-
-def _describe_token(app: FastAPI) -> None:
-    """Adds the token to the OpenAPI description; the door checks it."""
-    plain = app.openapi
-
-    def described() -> dict[str, Any]:
-        schema = plain()
-        schema.setdefault("components", {})["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        return schema
-
-    app.openapi = described
+    return endpoint

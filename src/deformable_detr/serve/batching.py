@@ -1,4 +1,4 @@
-"""Dynamic batching: requests from an event loop, gathered for one thread that does the work."""
+"""Dynamic batching: collect requests of an event loop into batches for one worker thread."""
 
 from __future__ import annotations
 
@@ -16,48 +16,50 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Entry:
+class _Job:
     payload: Any
     key: Hashable
-    arrived: float
+    submitted: float
     future: asyncio.Future[Any]
 
 
 class Batcher:
-    """Runs `run(payloads)` in a thread of its own, on at most `most` payloads of equal key at once.
+    """Run a function in its own thread on batches of payloads with equal keys.
 
-    run: gives as many results as it gets payloads, or raises; then every payload of that batch fails with it.
-    wait: seconds that the oldest payload waits for others of its key; a full batch does not wait.
-    begin: is called in the thread before anything else.
+    The batch of the oldest payload runs first. Payloads whose futures were canceled are skipped. The caller limits how
+    many payloads wait.
 
-    The oldest payload's batch always comes first. Futures that were canceled meanwhile are not worked on. The number
-    of waiting payloads is the caller's to bound.
+    Args:
+        run: Returns one result per payload, or raises: then every payload of the batch fails with that error.
+        max_batch_size: Maximum payloads per batch.
+        wait: How many seconds the oldest payload waits for others with its key. A full batch does not wait.
+        begin: Called first in the thread.
     """
 
     def __init__(
         self,
         run: Callable[[Sequence[Any]], Sequence[Any]],
-        most: int,
+        max_batch_size: int,
         wait: float,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self._run, self._most, self._wait, self._begin = run, most, wait, begin
-        self._entries: deque[_Entry] = deque()
+        self._run, self._max_batch_size, self._wait, self._begin = run, max_batch_size, wait, begin
+        self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopping = False
-        self._started: threading.Event = threading.Event()
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
-        self._failure: BaseException | None = None
+        self._error: BaseException | None = None
 
     def start(self) -> None:
-        """Returns when `begin` has; raises what it raised."""
+        """Start the thread and wait for `begin`; raise its error."""
         self._thread.start()
         self._started.wait()
-        if self._failure is not None:
-            raise self._failure
+        if self._error is not None:
+            raise self._error
 
     def stop(self) -> None:
-        """Finishes what is there and ends the thread."""
+        """Finish the submitted payloads and end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -69,75 +71,72 @@ class Batcher:
         return self._thread.is_alive()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._jobs)
 
     def submit(self, payload: Any, key: Hashable) -> asyncio.Future[Any]:
-        """The result to come, for the running event loop. Raises RuntimeError after `stop`."""
+        """Return a future of the running event loop for the result. Raises RuntimeError after `stop`."""
         future = asyncio.get_running_loop().create_future()
         with self._changed:
             if self._stopping:
                 raise RuntimeError("the batcher was stopped")
-            self._entries.append(entry := _Entry(payload, key, time.monotonic(), future))
+            self._jobs.append(job := _Job(payload, key, time.monotonic(), future))
             self._changed.notify()
-        future.add_done_callback(lambda done: self._forget(entry) if done.cancelled() else None)
+        future.add_done_callback(lambda done: self._discard(job) if done.cancelled() else None)
         return future
 
-    def _forget(self, entry: _Entry) -> None:
-        """Lets go of what nobody waits for any more, and of its memory."""
-        with self._changed, suppress(ValueError):  # it may be with the thread already
-            self._entries.remove(entry)
+    def _discard(self, job: _Job) -> None:
+        """Release the memory of a canceled job, unless the thread has taken it."""
+        with self._changed, suppress(ValueError):
+            self._jobs.remove(job)
 
     def _work(self) -> None:
         try:
             self._begin()
         except BaseException as error:
-            self._failure = error
+            self._error = error
             return
         finally:
             self._started.set()
-        while batch := self._next():
+        while batch := self._next_batch():
             try:
-                results = self._run([entry.payload for entry in batch])
+                results = self._run([job.payload for job in batch])
                 outcomes: list[tuple[Any, BaseException | None]] = [(result, None) for result in results]
             except Exception as error:
                 outcomes = [(None, error)] * len(batch)
-            # One call a loop, of which there is one: waking the loop is what costs.
-            loop = batch[0].future.get_loop()
             try:
-                loop.call_soon_threadsafe(_deliver, batch, outcomes)
+                batch[0].future.get_loop().call_soon_threadsafe(_resolve, batch, outcomes)
             except RuntimeError:
-                _log.debug("the event loop is closed: results are lost with it")
+                _log.debug("the event loop is closed; its results are dropped")
             del batch
 
-    def _next(self) -> list[_Entry]:
-        """The next batch; empty: stopped and nothing left."""
+    def _next_batch(self) -> list[_Job]:
+        """Wait for the next batch; return none after `stop` when no jobs are left."""
         with self._changed:
             while True:
-                while self._entries and self._entries[0].future.cancelled():
-                    self._entries.popleft()
-                if self._entries:
-                    first = self._entries[0]
-                    chosen = [one for one in self._entries if one.key == first.key and not one.future.cancelled()]
-                    left = first.arrived + self._wait - time.monotonic()
-                    if not chosen:
-                        continue
-                    if len(chosen) >= self._most or left <= 0 or self._stopping:
-                        del chosen[self._most :]
-                        taken = set(map(id, chosen))
-                        self._entries = deque(entry for entry in self._entries if id(entry) not in taken)
-                        return chosen
-                    self._changed.wait(left)
-                elif self._stopping:
-                    return []
-                else:
+                while self._jobs and self._jobs[0].future.cancelled():
+                    self._jobs.popleft()
+                if not self._jobs:
+                    if self._stopping:
+                        return []
                     self._changed.wait()
+                    continue
+                oldest = self._jobs[0]
+                batch = [job for job in self._jobs if job.key == oldest.key and not job.future.cancelled()]
+                remaining = oldest.submitted + self._wait - time.monotonic()
+                if batch and (len(batch) >= self._max_batch_size or remaining <= 0 or self._stopping):
+                    del batch[self._max_batch_size :]
+                    for job in batch:
+                        self._jobs.remove(job)
+                    return batch
+                if batch:
+                    self._changed.wait(remaining)
 
 
-def _deliver(batch: Sequence[_Entry], outcomes: Sequence[tuple[Any, BaseException | None]]) -> None:
-    for entry, (result, error) in zip(batch, outcomes, strict=True):
-        if entry.future.done():
+def _resolve(batch: Sequence[_Job], outcomes: Sequence[tuple[Any, BaseException | None]]) -> None:
+    for job, (result, error) in zip(batch, outcomes, strict=True):
+        if job.future.done():
             continue
         if error is None:
-            entry.future.set_result(result)
+            job.future.set_result(result)
         else:
-            entry.future.set_exception(error)
+            job.future.set_exception(error)

@@ -1,4 +1,4 @@
-"""From a client's bytes to pixels: only known formats, sizes by the header first, nothing that takes for ever."""
+"""Decode the images of clients: only known formats, with the size checked before pixels are decoded."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from ..utils.errors import UserError
 from ..utils.images import read_image
 from .limits import HttpError
 
-# What browsers show too. No TIFF: many readers in one, and no browser could draw boxes on it.
+# Formats that browsers show. TIFF is a container of many decoders, and browsers cannot show it.
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "GIF": "image/gif"}
-LARGE = 12_000_000  # pixels; larger images are decoded one at a time
-# A progressive JPEG passes over all its pixels for each scan. Encoders write about ten; a bomb has thousands.
-MOST_SCANS = 100
-MOST_SEGMENTS = 10_000
-# Of a segment: none between the bits of a scan, no restart. Those under C0 are of none: decoders pass over them.
-_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+LARGE_IMAGE = 12_000_000  # pixels; larger images are decoded one at a time
+# Every scan of a progressive JPEG passes over all pixels. Encoders write about ten; a decompression bomb has thousands.
+MAX_SCANS, MAX_SEGMENTS = 100, 10_000
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # without restart markers and stuffed bytes
 
 
-def sniff(data: bytes | bytearray | memoryview) -> str | None:
-    """Pillow's name of the format that the first bytes tell, where it is one of FORMATS."""
+def sniff_format(data: bytes | bytearray | memoryview) -> str | None:
+    """Return Pillow's name of the format by the first bytes, or None if it is not one of `FORMATS`."""
     head = bytes(data[:16])
     if head.startswith(b"\xff\xd8\xff"):
         return "JPEG"
@@ -36,48 +34,43 @@ def sniff(data: bytes | bytearray | memoryview) -> str | None:
     return "BMP" if head.startswith(b"BM") else None
 
 
-def open_picture(data: bytes | bytearray | memoryview, name: str, most_pixels: int) -> Image.Image:
-    """The picture with its header read and nothing decoded.
+def open_image(data: bytes | bytearray | memoryview, name: str, max_pixels: int) -> Image.Image:
+    """Return the image with its header read and nothing decoded.
 
-    name: how messages call it. most_pixels: width × height at most.
-    Raises Refused: 415 for a format that is none of FORMATS, 413 for too many pixels, 422 for a broken header.
+    Args:
+        data: The file.
+        name: What errors call the image.
+        max_pixels: Maximum width × height.
+
+    Raises:
+        HttpError: 415 for a format that is not in `FORMATS`, 413 for too many pixels, 422 for a broken header.
     """
     if not len(data):
         raise HttpError(422, f"{name}: is empty")
-    kind = sniff(data)
+    kind = sniff_format(data)
     if kind is None:
-        raise HttpError(415, f"{name}: not a format that is read here; send {', '.join(FORMATS)}")
-    whole = bytes(data)
-    if kind == "WEBP":  # Pillow takes memory for all pixels before it tells how many there are
-        _check_size(name, *_webp_size(whole, name), most_pixels)
-    if kind == "BMP" and len(whole) > 34 and whole[14] >= 40 and whole[30] in (1, 2):  # decoded in Python, slowly
-        raise HttpError(422, f"{name}: a BMP with run lengths is not read; save it without")
-    if kind == "JPEG" and _scans(whole) > MOST_SCANS:
-        raise HttpError(422, f"{name}: a JPEG with over {MOST_SCANS} scans; save it again")
+        raise HttpError(415, f"{name}: unsupported format; send {', '.join(FORMATS)}")
+    content = bytes(data)
+    if kind == "WEBP":  # Pillow allocates all pixels before it reports the size
+        _check_size(name, *_webp_size(content, name), max_pixels)
+    if kind == "BMP" and len(content) > 34 and content[14] >= 40 and content[30] in (1, 2):  # a slow decoder in Python
+        raise HttpError(422, f"{name}: BMP with run-length encoding is not supported; save it uncompressed")
+    if kind == "JPEG" and _count_scans(content) > MAX_SCANS:
+        raise HttpError(422, f"{name}: JPEG with over {MAX_SCANS} scans; save it again")
     try:
-        image = Image.open(io.BytesIO(whole), formats=[kind])
+        image = Image.open(io.BytesIO(content), formats=[kind])
     except Image.DecompressionBombError:
-        raise HttpError(413, _too_large(name, most_pixels)) from None
-    except Exception as error:  # decoders raise whatever they like on broken bytes
-        raise HttpError(422, f"{name}: cannot be read as {kind} ({_reason(error)})") from None
-    _check_size(name, *image.size, most_pixels)
+        raise HttpError(413, _too_large(name, max_pixels)) from None
+    except Exception as error:  # decoders raise many types of errors for broken files
+        broken = isinstance(error, Image.UnidentifiedImageError)  # its message is the address of an object
+        reason = "broken header" if broken else " ".join(str(error).split())[:200]
+        raise HttpError(422, f"{name}: cannot be read as {kind} ({reason})") from None
+    _check_size(name, *image.size, max_pixels)
     return image
 
 
-def _scans(data: bytes) -> int:
-    """Scans of a JPEG's picture; what follows its end, such as the film of a motion photo, is not looked at."""
-    scans, position = 0, 2
-    for _ in range(MOST_SEGMENTS):
-        found = _MARKER.search(data, position)
-        if found is None or data[found.end() - 1] == 0xD9:
-            return scans
-        scans += data[found.end() - 1] == 0xDA
-        position = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2]))
-    return MOST_SCANS + 1
-
-
 def decode(image: Image.Image, name: str) -> Tensor:
-    """uint8 RGB (3, H, W), upright, as prediction reads it. Raises Refused (422) where the file is not whole."""
+    """Return uint8 RGB (3, H, W), upright, as `predict` reads it. Raises HttpError (422) if the file is damaged."""
     try:
         return read_image(image)
     except UserError as error:
@@ -85,19 +78,31 @@ def decode(image: Image.Image, name: str) -> Tensor:
         raise HttpError(422, f"{name}: {detail}") from None
 
 
-def _check_size(name: str, width: int, height: int, most_pixels: int) -> None:
-    if width * height > most_pixels:
-        raise HttpError(413, f"{_too_large(name, most_pixels)}, not {width} × {height}")
+def _count_scans(data: bytes) -> int:
+    """The scans of a JPEG. Data after its end, such as the video of a motion photo, is ignored."""
+    scans, position = 0, 2
+    for _ in range(MAX_SEGMENTS):
+        match = _JPEG_MARKER.search(data, position)
+        if match is None or data[match.end() - 1] == 0xD9:
+            return scans
+        scans += data[match.end() - 1] == 0xDA
+        position = match.end() + max(2, int.from_bytes(data[match.end() : match.end() + 2]))
+    return MAX_SCANS + 1
+
+
+def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise HttpError(413, f"{_too_large(name, max_pixels)}; this one has {width} × {height} pixels")
     if width < 1 or height < 1:
         raise HttpError(422, f"{name}: has no pixels ({width} × {height})")
 
 
-def _too_large(name: str, most_pixels: int) -> str:
-    return f"{name}: may have {most_pixels / 1e6:g} megapixels at most"
+def _too_large(name: str, max_pixels: int) -> str:
+    return f"{name}: images may have up to {max_pixels / 1e6:g} megapixels"
 
 
 def _webp_size(data: bytes, name: str) -> tuple[int, int]:
-    """(width, height) by the header of any of WebP's three kinds (RFC 9649, sections 2.5 to 2.7 and 3.4)."""
+    """(width, height) in the header of the three kinds of WebP (RFC 9649, sections 2.5 to 2.7 and 3.4)."""
     kind = data[12:16]
     if len(data) >= 30:
         if kind == b"VP8X":
@@ -108,8 +113,3 @@ def _webp_size(data: bytes, name: str) -> tuple[int, int]:
         if kind == b"VP8 ":
             return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
     raise HttpError(422, f"{name}: cannot be read as WEBP (broken header)")
-
-
-def _reason(error: Exception) -> str:
-    # Pillow's own "cannot identify image file <_io.BytesIO object at …>" says nothing.
-    return "broken header" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""The detector behind the server: images are read in a pool of threads, one thread runs the model on batches."""
+"""The detector behind the server: threads decode images, one thread runs the model on batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,25 +20,29 @@ from ..config.image_size import typical_input_size
 from ..config.schema import ModelConfig
 from ..data.dataloader import collate
 from ..data.transforms import resize
+from ..detector import DeformableDETR
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..predict.predictor import evaluating, forward, model_categories
 from ..structures import Detections, Target
 from ..utils.process import malloc_trim
 from .batching import Batcher
-from .decoding import LARGE, decode, open_picture
+from .decoding import LARGE_IMAGE, decode, open_image
 from .limits import HttpError, Limits
 from .metrics import Metrics
 from .uploads import Upload
+
+if TYPE_CHECKING:
+    from ..explanation import Trace
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class _Image(NamedTuple):
-    """pixels: (3, h, w) uint8, resized for the model. size: (height, width) of the original."""
+class _DetectJob(NamedTuple):
+    """pixels: (3, h, w) uint8, resized for the model. image_size: (height, width) of the original."""
 
     pixels: Tensor
-    size: tuple[int, int]
+    image_size: tuple[int, int]
     top_k: int
 
 
@@ -51,170 +55,164 @@ class _ExplainJob(NamedTuple):
 
 
 class Engine:
-    """A model that answers many callers of one event loop at once, each as `model.predict` would answer it alone.
+    """A model that serves many requests of one event loop, each with the results of `model.predict` for its image.
 
-    Images share a batch only where the model sees them at the same size: a canvas with padding would change scores.
+    Images share a batch only if they have the same size after resizing: padding would change their scores.
 
-    model: what `load_detector` gives. It is put into evaluation mode and belongs to the engine from then on.
-    fast: what detects in its place with the same outputs, such as its `optimize()`; the model itself still explains.
+    Args:
+        model: A detector from `load_detector`. The engine sets it to evaluation mode.
+        limits: The limits of the server.
+        metrics: Where images and batches are counted.
+        fast: A detector with the same outputs, such as `model.optimize()`, used for detection. Default: the model.
     """
 
     def __init__(self, model: nn.Module, limits: Limits, metrics: Metrics, fast: nn.Module | None = None) -> None:
-        from ..detector import DeformableDETR
-
         self.model, self.limits, self.metrics = model.eval(), limits, metrics
         self.config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
         self.explains = isinstance(model, DeformableDETR)
         self.fast = model if fast is None else fast
         self.categories = model_categories(self.config)
         self._canvas: tuple[int, int] | None = getattr(model, "canvas", None)
-        self._batcher = Batcher(self._run, limits.batch, limits.batch_wait, self._warm_up)
-        self._taken = self._explaining = 0
-        self._seconds = 0.1  # an image takes, lately
-        threads = min(8, max(2, _processors()))
-        self._readers = ThreadPoolExecutor(threads, "read", _one_thread)
-        self._large_reader = ThreadPoolExecutor(1, "read-large", _one_thread)
-        self._writer = ThreadPoolExecutor(1, "write", _one_thread)
-        metrics.watch(lambda: len(self._batcher), lambda: self._taken)
+        self._batcher = Batcher(self._run, limits.max_batch_size, limits.batch_wait, self._warm_up)
+        self._accepted = self._explaining = 0
+        self._seconds_per_image = 0.1  # moving average
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._readers = ThreadPoolExecutor(min(8, max(2, processors)), "read", _use_one_thread)
+        self._large_reader = ThreadPoolExecutor(1, "read-large", _use_one_thread)
+        self._writer = ThreadPoolExecutor(1, "write", _use_one_thread)
+        metrics.watch(lambda: len(self._batcher), lambda: self._accepted)
 
     def start(self) -> None:
-        """Starts the threads and runs the model once; after it answers are quick."""
+        """Start the threads and run the model once, so that the first request is not slow."""
         self._batcher.start()
 
     def stop(self) -> None:
-        """Ends the threads after what they are doing."""
+        """Finish the current work and end the threads."""
         self._batcher.stop()
         for pool in (self._readers, self._large_reader, self._writer):
             pool.shutdown(cancel_futures=True)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that runs the model is there."""
+        """Whether the thread of the model runs."""
         return self._batcher.alive
 
-    def refuse_if_full(self) -> None:
-        """Raises Refused (503) where not even one more image can be taken."""
-        if self._taken >= self.limits.waiting:
-            raise self._full("all places in the queue are taken")
+    def check_capacity(self, images: int = 1) -> None:
+        """Raise HttpError (503) if the queue has no room for this many more images."""
+        if self._accepted + images > self.limits.max_queue:
+            raise self._overloaded("the queue is full")
 
-    async def read(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Runs what takes a request apart, in the readers' threads."""
-        return await self._in(self._readers, work, *arguments)
+    async def read(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function that parses a request, in the threads that decode images."""
+        return await _run_in(self._readers, function, *arguments)
 
-    async def write(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Runs what puts an answer together, in a thread that no request can keep busy."""
-        return await self._in(self._writer, work, *arguments)
+    async def write(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function that builds a response, in a thread that requests cannot keep busy."""
+        return await _run_in(self._writer, function, *arguments)
 
     async def detect(self, uploads: Sequence[Upload], threshold: float, top_k: int) -> list[Detections]:
-        """What is in each image. Raises Refused, naming the first image that cannot be read."""
-        with self._places(len(uploads)):
-            read = await _all([self._read(upload, top_k) for upload in uploads])
-            waiting = [self._batcher.submit(image, self._canvas or image.pixels.shape) for image in read]
-            found = await _all(waiting)
-        chosen = zip(found, read, strict=True)
-        return [to_detections(selection, image.size, threshold, self.categories) for selection, image in chosen]
+        """Return the detections of each image. Raises HttpError for the first image that cannot be read."""
+        with self._reserve(len(uploads)):
+            jobs = await _gather([self._read_job(upload, top_k) for upload in uploads])
+            futures = [self._batcher.submit(job, self._canvas or job.pixels.shape) for job in jobs]
+            results = zip(await _gather(futures), jobs, strict=True)
+        return [to_detections(boxes, job.image_size, threshold, self.categories) for boxes, job in results]
 
-    async def explain(self, upload: Upload, threshold: float, top_k: int) -> Any:
-        """The `explanation.Trace` of one image. Raises Refused for one that cannot be read."""
-        if self._explaining >= self.limits.explaining:
-            raise self._full("enough explanations are being made")
+    async def explain(self, upload: Upload, threshold: float, top_k: int) -> Trace:
+        """Return the trace of an image. Raises HttpError if it cannot be read."""
+        if self._explaining >= self.limits.max_explanations:
+            raise self._overloaded("too many explanations in progress")
         self._explaining += 1
         try:
-            with self._places(1):
-                pixels = await self._pixels(upload)
-                look = _ExplainJob(pixels, threshold, top_k)
-                return await self._batcher.submit(look, id(look))
+            with self._reserve(1):
+                job = _ExplainJob(await self._read_pixels(upload), threshold, top_k)
+                return await self._batcher.submit(job, id(job))
         finally:
             self._explaining -= 1
 
     @contextmanager
-    def _places(self, count: int) -> Iterator[None]:
-        if self._taken + count > self.limits.waiting:
-            raise self._full("the queue is full")
-        self._taken += count
+    def _reserve(self, images: int) -> Iterator[None]:
+        self.check_capacity(images)
+        self._accepted += images
         try:
             yield
         finally:
-            self._taken -= count
+            self._accepted -= images
 
-    def _full(self, why: str) -> HttpError:
-        seconds = math.ceil(min(max(self._taken * self._seconds, 1), 30))
-        return HttpError(503, f"{why}; try again in {seconds} s", retry_after=seconds)
+    def _overloaded(self, reason: str) -> HttpError:
+        seconds = math.ceil(min(max(self._accepted * self._seconds_per_image, 1), 30))
+        return HttpError(503, f"{reason}; try again in {seconds} s", retry_after=seconds)
 
-    async def _read(self, upload: Upload, top_k: int) -> _Image:
-        def resized(pixels: Tensor) -> _Image:
+    async def _read_job(self, upload: Upload, top_k: int) -> _DetectJob:
+        def resized(pixels: Tensor) -> _DetectJob:
             config = self.config
             small = resize(pixels, config.image_size, config.long_side, self._canvas, config.size_divisor)
-            return _Image(small, (pixels.shape[1], pixels.shape[2]), top_k)
+            return _DetectJob(small, (pixels.shape[1], pixels.shape[2]), top_k)
 
-        return await self._pixels(upload, resized)
+        return await self._read_pixels(upload, resized)
 
-    async def _pixels(self, upload: Upload, then: Callable[[Tensor], Any] = lambda pixels: pixels) -> Any:
-        """then(the original pixels), worked out where the picture is decoded; all large ones in one thread."""
-        began = time.perf_counter()
-        image = await self._in(self._readers, open_picture, upload.data, upload.label, self.limits.pixels)
-        large = image.width * image.height > LARGE
+    async def _read_pixels(self, upload: Upload, convert: Callable[[Tensor], Any] = lambda pixels: pixels) -> Any:
+        """Decode an image and return convert(pixels). Large images are decoded one at a time."""
+        start = time.perf_counter()
+        image = await _run_in(self._readers, open_image, upload.data, upload.label, self.limits.pixels)
+        is_large = image.width * image.height > LARGE_IMAGE
 
         def work() -> Any:
             try:
-                return then(decode(image, upload.label))
+                return convert(decode(image, upload.label))
             finally:
                 image.close()
-                if large:  # hundreds of MiB, kept as the model's buffers are, which nobody may need again
+                if is_large:  # its buffers have hundreds of MiB, which the allocator would keep
                     malloc_trim()
 
-        result = await self._in(self._large_reader if large else self._readers, work)
-        self.metrics.read_seconds.observe(time.perf_counter() - began)
+        result = await _run_in(self._large_reader if is_large else self._readers, work)
+        self.metrics.read_seconds.observe(time.perf_counter() - start)
         return result
 
-    @staticmethod
-    async def _in(pool: Executor, work: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
-
     def _warm_up(self) -> None:
-        side = self.config.image_size
         pixels = torch.zeros(3, *(self._canvas or typical_input_size(self.config)), dtype=torch.uint8)
-        began = time.perf_counter()
-        self._detect([_Image(pixels, (side, side), 100)])
-        self._seconds = time.perf_counter() - began
+        start = time.perf_counter()
+        self._detect([_DetectJob(pixels, (self.config.image_size, self.config.image_size), 100)])
+        self._seconds_per_image = time.perf_counter() - start
 
-    def _run(self, payloads: Sequence[Any]) -> Sequence[Any]:
-        """Results of a batch, in the model's thread."""
-        began = time.perf_counter()
+    def _run(self, jobs: Sequence[Any]) -> Sequence[Any]:
+        """Process a batch in the thread of the model."""
+        start = time.perf_counter()
         try:
-            results = self._look(payloads[0]) if isinstance(payloads[0], _ExplainJob) else self._detect(payloads)
+            results = self._explain(jobs[0]) if isinstance(jobs[0], _ExplainJob) else self._detect(jobs)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            _log.exception("the device's memory does not hold a batch of %d", len(payloads))
-            raise HttpError(503, "the device's memory is full; try again", retry_after=2) from None
+            _log.exception("out of device memory for a batch of %d", len(jobs))
+            raise HttpError(503, "out of device memory; try again", retry_after=2) from None
         except Exception:
-            _log.exception("a batch of %d failed", len(payloads))
+            _log.exception("a batch of %d failed", len(jobs))
             raise
-        took = time.perf_counter() - began
-        self._seconds += 0.2 * (took / len(payloads) - self._seconds)
-        self.metrics.model_seconds.observe(took)
-        self.metrics.batch_images.observe(len(payloads))
+        seconds = time.perf_counter() - start
+        self._seconds_per_image += 0.2 * (seconds / len(jobs) - self._seconds_per_image)
+        self.metrics.model_seconds.observe(seconds)
+        self.metrics.batch_images.observe(len(jobs))
         return results
 
-    def _detect(self, images: Sequence[_Image]) -> list[ScoredBoxes]:
-        nothing = Target.empty(0, (1, 1))
-        batch, _ = collate([(image.pixels, nothing) for image in images])
+    def _detect(self, jobs: Sequence[_DetectJob]) -> list[ScoredBoxes]:
+        batch, _ = collate([(job.pixels, Target.empty(0, (1, 1))) for job in jobs])
         with evaluating(self.fast):
-            most = max(image.top_k for image in images)
-            found = postprocess(forward(self.fast, batch), [image.size for image in images], most)
-        # Best first, so the first few are those of a smaller top_k.
-        return [
-            ScoredBoxes(*(part[: image.top_k] for part in parts)) for image, parts in zip(images, found, strict=True)
-        ]
+            outputs = forward(self.fast, batch)
+            results = postprocess(outputs, [job.image_size for job in jobs], max(job.top_k for job in jobs))
+        # Results are sorted by score, so the first ones are those of a smaller top_k.
+        return [ScoredBoxes(*(part[: job.top_k] for part in boxes)) for job, boxes in zip(jobs, results, strict=True)]
 
-    def _look(self, look: _ExplainJob) -> list[Any]:
+    def _explain(self, job: _ExplainJob) -> list[Trace]:
         from ..explanation import trace
 
-        return [trace(self.model, look.pixels, look.threshold, look.top_k)]  # pyright: ignore[reportArgumentType]
+        return [trace(self.model, job.pixels, job.threshold, job.top_k)]  # pyright: ignore[reportArgumentType]
 
 
-async def _all(awaitables: Sequence[Any]) -> list[Any]:
-    """All results; or the first error by position, the others being canceled or awaited."""
+async def _run_in(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+async def _gather(awaitables: Sequence[Any]) -> list[Any]:
+    """All results, or the first error by position. On cancellation, all awaitables are canceled."""
     futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         results = await asyncio.gather(*futures, return_exceptions=True)
@@ -227,19 +225,15 @@ async def _all(awaitables: Sequence[Any]) -> list[Any]:
     return results
 
 
-_threads = threading.Lock()
+_thread_setting = threading.Lock()
 
 
-def _one_thread() -> None:
-    """This thread's own work stays in it: the processors are for the model."""
-    with _threads:
-        before = torch.get_num_threads()  # settles this thread's number, which would be set at first use otherwise
+def _use_one_thread() -> None:
+    """Run the work of this thread in this thread alone and leave the processors to the model."""
+    with _thread_setting:
+        threads = torch.get_num_threads()  # also fixes the number for this thread
         torch.set_num_threads(1)
-        # New threads take the number that was set last, whoever set it.
-        thread = threading.Thread(target=torch.set_num_threads, args=(before,))
-        thread.start()
-        thread.join()
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # New threads start with the number set last, so another thread restores it.
+        restore = threading.Thread(target=torch.set_num_threads, args=(threads,))
+        restore.start()
+        restore.join()

@@ -1,4 +1,4 @@
-"""What the server bears, and how it says no."""
+"""The limits of a server and its errors."""
 
 from __future__ import annotations
 
@@ -10,50 +10,53 @@ from ..utils.errors import UserError
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of what clients can ask for. Sizes in bytes, times in seconds.
+    """What clients may ask for. Sizes are in bytes, times in seconds.
 
-    body_bytes: of one request. held_bytes: of all bodies that are held at one time.
-    pixels: of one image, by its header. images: in one request.
-    waiting: images that were taken and are not answered yet; beyond it requests are refused with 503.
-    explaining: the same for explanations, which hold whole images.
-    batch: images that go through the model together; batch_wait: how long the first of them waits for others.
-    deadline: from the whole body to the answer; after it 504.
-    head_seconds: for a request's head. stall_seconds: between two pieces of a body, or of an answer being read.
-    body_seconds: for a whole body.
-    connections: at one time; then those that keep us waiting longest are dropped.
-    drain_seconds: how long, after SIGTERM, requests are still taken while /readyz already says no.
+    Attributes:
+        body_bytes: Maximum size of a request body.
+        total_body_bytes: Maximum size of all request bodies in memory.
+        pixels: Maximum width × height of an image, from its header.
+        images: Maximum images per request.
+        max_queue: Maximum images accepted and not answered yet; further requests get 503.
+        max_explanations: Maximum explanations in progress, each of which holds a whole image.
+        max_batch_size: Maximum images per pass of the model.
+        batch_wait: How long the first image of a batch waits for others.
+        timeout: From the end of the request body to the response; then the request gets 504.
+        head_timeout: For the head of a request.
+        stall_timeout: Between two pieces of a body, or while a client does not read its response.
+        body_timeout: For a whole body.
+        connections: Maximum connections; beyond it, the connection that has been idle longest is dropped.
+        shutdown_delay: How long after SIGTERM requests are still accepted while /readyz answers 503.
     """
 
     body_bytes: int = 20_000_000
-    held_bytes: int = 320_000_000
+    total_body_bytes: int = 320_000_000
     pixels: int = 50_000_000
     images: int = 16
-    waiting: int = 64
-    explaining: int = 4
-    batch: int = 8
+    max_queue: int = 64
+    max_explanations: int = 4
+    max_batch_size: int = 8
     batch_wait: float = 0.004
-    deadline: float = 30.0
-    head_seconds: float = 10.0
-    stall_seconds: float = 10.0
-    body_seconds: float = 60.0
+    timeout: float = 30.0
+    head_timeout: float = 10.0
+    stall_timeout: float = 10.0
+    body_timeout: float = 60.0
     connections: int = 1000
-    drain_seconds: float = 1.0
+    shutdown_delay: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("images", 1), ("waiting", self.images), ("explaining", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} {getattr(self, name)} is under {least}")
-        for name in ("deadline", "head_seconds", "stall_seconds", "body_seconds", "batch_wait", "drain_seconds"):
+        minimums = {"max_batch_size": 1, "images": 1, "max_queue": self.images, "max_explanations": 1}
+        for name, minimum in minimums.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least {minimum}")
+        for name in ("timeout", "head_timeout", "stall_timeout", "body_timeout", "batch_wait", "shutdown_delay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name} {value} must be a number of seconds")
+                raise UserError(f"{name} {value}: must be a number of seconds, 0 or more")
 
 
 class HttpError(Exception):
-    """A request that is not served: an HTTP status and one line that says why.
-
-    retry_after: seconds after which it may go better.
-    """
+    """A refused request: HTTP status, a message of one line, and after how many seconds to retry, if that may help."""
 
     def __init__(self, status: int, detail: str, retry_after: int | None = None) -> None:
         super().__init__(detail)
@@ -61,4 +64,4 @@ class HttpError(Exception):
 
 
 class ClientDisconnected(Exception):
-    """The client went away; nobody reads the answer."""
+    """The client closed its connection, so nobody reads the response."""

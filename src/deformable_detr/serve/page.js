@@ -1,401 +1,316 @@
 "use strict";
-const byId = (id) => document.getElementById(id);
-const NS = "http://www.w3.org/2000/svg";
-const LOWEST = 0.05, MOST = 100, EXPLAINED = 50;
-// Okabe and Ito's colors, which differ for any color vision; classes beyond them start again.
+const MIN_SCORE = 0.05, MAX_DETECTIONS = 100, MAX_EXPLAINED = 50, MAX_SENT_PIXELS = 12e6;
+// Okabe and Ito's colors, readable with any color vision; further classes reuse them.
 const COLORS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
-const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
 const state = {
-  facts: null, file: null, name: "", result: null, looks: null, hidden: new Set(), active: -1, pinned: -1, layer: -1,
-  request: null, camera: null, address: "", grown: [1, 1], // pixels of the chosen image in one of the image that is sent
+  model: null, file: null, name: "", result: null, explanations: null, hidden: new Set(), active: -1, pinned: -1, layer: -1,
+  request: null, camera: null, imageUrl: "", scale: [1, 1], // pixels of the chosen image per pixel of the sent one
 };
+const selection = {
+  preview: (index) => select(index ?? state.pinned),
+  pin: (index) => select(index === state.pinned ? -1 : index, true),
+};
+const viewer = new Viewer(byId("view"), selection);
+viewer.names = svg("g", { id: "names" });
+viewer.view.append(viewer.names);
 
 const color = (label) => COLORS[label % COLORS.length];
 const threshold = () => Number(byId("score").value);
-const all = () => (state.result ? state.result.detections : []);
-const shown = () => [...all().entries()].filter(([, one]) => one.score >= threshold() && !state.hidden.has(one.label));
-
-function make(name, attributes, parent) {
-  const element = document.createElementNS(NS, name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  if (parent) parent.append(element);
-  return element;
-}
-
-function button(parent, act, ...content) {
-  const element = document.createElement("button");
-  element.type = "button";
-  element.append(...content);
-  element.addEventListener("click", act);
-  parent.append(element);
-  return element;
-}
+const detections = () => state.result?.detections ?? [];
+const visible = () => [...detections().entries()].filter(([, { score, label }]) => score >= threshold() && !state.hidden.has(label));
+const button = (attributes, ...content) => el("button", { type: "button", ...attributes }, ...content);
 
 function swatch(label) {
-  const sign = document.createElement("i");
-  sign.style.background = color(label);
-  return sign;
+  const icon = el("i");
+  icon.style.background = color(label);
+  return icon;
 }
 
-function say(text, wrong = false) {
-  byId("status").textContent = wrong ? "" : text;
-  byId("error").textContent = wrong ? text : "";
+function showStatus(text, isError = false) {
+  byId("status").textContent = isError ? "" : text;
+  byId("error").textContent = isError ? text : "";
 }
 
-class Refusal extends Error {
-  constructor(status, detail) {
-    super(detail);
-    this.status = status;
-  }
-}
-
-/** JSON of the server's; Refusal with its one line where it says no. */
-async function ask(path, options = {}) {
-  const headers = { ...options.headers };
-  const token = sessionStorage.getItem("token");
-  if (token) headers.Authorization = `Bearer ${token}`;
+/** JSON from the server; throws an Error with its message. */
+async function request(path, options = {}) {
+  const token = sessionStorage.getItem("token"), headers = { ...options.headers, ...(token && { Authorization: `Bearer ${token}` }) };
   let response;
   try {
     response = await fetch(path, { ...options, headers });
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Refusal(0, "The server does not answer.");
+    throw error.name === "AbortError" ? error : new Error("The server does not respond.");
   }
-  if (response.status === 401) byId("access").hidden = false;
-  if (!response.ok) {
-    const problem = await response.json().catch(() => ({}));
-    const detail = response.status === 401 ? "This server needs its token." : problem.detail;
-    throw new Refusal(response.status, detail || `The server answered ${response.status}.`);
+  if (response.ok) return response.json();
+  if (response.status === 401) {
+    byId("access").hidden = false;
+    throw new Error("This server needs an access token.");
   }
-  return response.json();
+  const { detail } = await response.json().catch(() => ({}));
+  throw new Error(detail || `The server responded with status ${response.status}.`);
 }
 
-async function meet() {
+async function connect() {
   try {
-    state.facts = await ask("v1/model");
+    state.model = await request("v1/model");
   } catch (error) {
-    say(error.message, true);
+    showStatus(error.message, true);
     return;
   }
-  const count = state.facts.classes.length;
-  byId("model").textContent = `${state.facts.name}, ${count} ${count === 1 ? "class" : "classes"}`;
-  byId("file").accept = state.facts.formats.join(",") + ",image/*";
+  const { name, classes, formats } = state.model;
+  byId("model").textContent = `${name}, ${classes.length} ${classes.length === 1 ? "class" : "classes"}`;
+  byId("file").accept = formats.join(",") + ",image/*";
   byId("access").hidden = true;
-  say("");
+  showStatus("");
 }
 
-/** The file's content, or where the server would not take it a JPEG of it; and `grown`. */
-async function ready(file) {
-  const { formats, limits } = state.facts;
-  // Its bytes as they are now: a file that is written to later cannot be sent a second time.
-  if (formats.includes(file.type) && file.size <= limits.body_bytes) {
-    return { content: new Blob([await file.arrayBuffer()], { type: file.type }), grown: [1, 1] };
-  }
-  const bitmap = await createImageBitmap(file);
-  const scale = Math.min(1, Math.sqrt(12e6 / (bitmap.width * bitmap.height)));
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
-  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
-  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  const grown = [bitmap.width / canvas.width, bitmap.height / canvas.height];
+/** The content of the file, or a JPEG of it if the server would refuse it, and `scale`. */
+async function prepare(file) {
+  const { formats, limits } = state.model;
+  // A copy of the bytes: a file that changes later could not be sent again.
+  if (formats.includes(file.type) && file.size <= limits.body_bytes)
+    return { file: new Blob([await file.arrayBuffer()], { type: file.type }), scale: [1, 1] };
+  const bitmap = await createImageBitmap(file), { width, height } = bitmap;
+  const shrink = Math.min(1, Math.sqrt(MAX_SENT_PIXELS / (width * height)));
+  const size = [width, height].map((side) => Math.max(1, Math.round(side * shrink)));
+  const jpeg = await toJpeg(bitmap, ...size);
   bitmap.close();
-  return { content: await new Promise((keep) => canvas.toBlob(keep, "image/jpeg", 0.92)), grown };
+  return { file: jpeg, scale: [width / size[0], height / size[1]] };
 }
 
-/** An answer of the server's in pixels of the image that was chosen, where a smaller one was sent. */
-function enlarged(answer) {
-  const [wide, high] = state.grown;
-  if (wide === 1 && high === 1) return answer;
-  const place = (values) => values && values.map((value, i) => Number((value * (i % 2 ? high : wide)).toFixed(2)));
+function toJpeg(source, width, height) {
+  const canvas = el("canvas", { width, height });
+  canvas.getContext("2d").drawImage(source, 0, 0, width, height);
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
+}
+
+/** A response of the server in pixels of the chosen image. */
+function rescale(response) {
+  const [scaleX, scaleY] = state.scale;
+  if (scaleX === 1 && scaleY === 1) return response;
+  const convert = (values) => values && values.map((value, i) => Number((value * (i % 2 ? scaleY : scaleX)).toFixed(2)));
   const layer = (one) => ({
-    ...one, reference_point: place(one.reference_point), reference_box: place(one.reference_box), box: place(one.box),
-    points: one.points.map(([x, y, ...rest]) => [...place([x, y]), ...rest]),
+    ...one, reference_point: convert(one.reference_point), reference_box: convert(one.reference_box), box: convert(one.box),
+    points: one.points.map(([x, y, ...rest]) => [...convert([x, y]), ...rest]),
   });
-  const detection = (one) => ({ ...one, box: place(one.box), ...(one.layers && { layers: one.layers.map(layer) }) });
   return {
-    ...answer, width: Math.round(answer.width * wide), height: Math.round(answer.height * high),
-    detections: answer.detections.map(detection),
+    ...response, width: Math.round(response.width * scaleX), height: Math.round(response.height * scaleY),
+    detections: response.detections.map((one) => ({ ...one, box: convert(one.box), ...(one.layers && { layers: one.layers.map(layer) }) })),
   };
 }
 
 const send = (path, signal) =>
-  ask(path, { method: "POST", body: state.file, headers: { "Content-Type": state.file.type }, signal });
+  request(path, { method: "POST", body: state.file, headers: { "Content-Type": state.file.type }, signal });
 
 async function detect(file, name) {
-  if (!state.facts) await meet();
-  if (!state.facts) return;
+  if (!state.model) await connect();
+  if (!state.model) return;
   state.request?.abort();
-  const request = (state.request = new AbortController());
+  const controller = (state.request = new AbortController());
   stopCamera();
-  Object.assign(state, { result: null, looks: null, active: -1, pinned: -1, layer: -1, name: name || file.name || "image" });
+  Object.assign(state, { result: null, explanations: null, active: -1, pinned: -1, layer: -1, name: name || file.name || "image" });
   state.hidden.clear();
   byId("side").hidden = true;
   byId("download").disabled = true;
-  byId("boxes").replaceChildren();
   byId("busy").hidden = false;
-  say("Looking for objects…");
+  drawBoxes();
+  showStatus("Detecting objects…");
   try {
-    let made;
-    try {
-      made = await ready(file);
-    } catch {
-      throw new Refusal(0, "This is no image that the browser can read.");
-    }
-    if (state.request !== request) return;  // another image was chosen meanwhile
-    Object.assign(state, { file: made.content, grown: made.grown });
-    show(state.file);
-    const answer = await send(`v1/detect?threshold=${LOWEST}&top_k=${MOST}`, request.signal);
-    state.result = enlarged(answer.images[0]);
+    const prepared = await prepare(file).catch(() => { throw new Error("The browser cannot read this file as an image."); });
+    if (state.request !== controller) return; // another image was chosen meanwhile
+    Object.assign(state, prepared);
+    showImage(state.file);
+    const response = await send(`v1/detect?threshold=${MIN_SCORE}&top_k=${MAX_DETECTIONS}`, controller.signal);
+    state.result = rescale(response.images[0]);
     byId("image").alt = `${state.name}, ${state.result.width} × ${state.result.height} pixels`;
     byId("side").hidden = false;
     byId("download").disabled = false;
     draw();
   } catch (error) {
-    if (error.name !== "AbortError" && state.request === request) say(error.message, true);
+    if (error.name !== "AbortError" && state.request === controller) showStatus(error.message, true);
   } finally {
-    if (state.request === request) byId("busy").hidden = true;
+    if (state.request === controller) byId("busy").hidden = true;
   }
 }
 
-function show(file) {
-  if (state.address) URL.revokeObjectURL(state.address);
-  state.address = URL.createObjectURL(file);
+function showImage(file) {
+  if (state.imageUrl) URL.revokeObjectURL(state.imageUrl);
+  state.imageUrl = URL.createObjectURL(file);
   const image = byId("image");
   image.onload = () => byId("picture").style.setProperty("--aspect", image.naturalWidth / image.naturalHeight);
-  image.src = state.address;
+  image.src = state.imageUrl;
   byId("empty").hidden = true;
   byId("picture").hidden = false;
 }
 
-/** Asks once an image where the model looked; hovering waits for it. */
-async function look() {
-  if (state.looks || !state.facts.explains) return;
+/** Requests the explanations of an image once, on the first selection. */
+async function explain() {
+  if (state.explanations || !state.model.explains) return;
   const result = state.result;
-  state.looks = { detections: [] };
+  state.explanations = { detections: [] };
   try {
-    const looks = await send(`v1/explain?threshold=${LOWEST}&top_k=${EXPLAINED}`, state.request.signal);
+    const response = await send(`v1/explain?threshold=${MIN_SCORE}&top_k=${MAX_EXPLAINED}`, state.request.signal);
     if (state.result !== result) return;
-    state.looks = enlarged(looks);
-    highlight();
+    state.explanations = rescale(response);
+    update();
   } catch (error) {
     if (state.result === result && error.name !== "AbortError") {
-      state.looks = null; // the next hover asks again
-      say(error.message, true);
+      state.explanations = null; // the next selection tries again
+      showStatus(error.message, true);
     }
   }
 }
 
-/** The explanation of a detection: the same class in the same place. */
-function explained(index) {
-  const one = all()[index];
-  if (!one || !state.looks) return null;
-  const near = (other) => Math.max(...other.box.map((side, i) => Math.abs(side - one.box[i])));
-  const same = state.looks.detections.filter((other) => other.label === one.label);
-  const best = same.sort((a, b) => near(a) - near(b))[0];
-  return best && near(best) < 1 ? best : null;
+/** The explanation of a detection: the one with the same class and box. */
+function explanationOf(index) {
+  const detection = detections()[index];
+  if (!detection || !state.explanations) return null;
+  const distance = ({ box }) => Math.max(...box.map((side, i) => Math.abs(side - detection.box[i])));
+  const [best] = state.explanations.detections.filter(({ label }) => label === detection.label).sort((a, b) => distance(a) - distance(b));
+  return best && distance(best) < 1 ? best : null;
+}
+
+function select(index, pin = false) {
+  if (pin) state.pinned = index;
+  if (state.active === index && !pin) return;
+  state.active = index;
+  if (index >= 0) explain();
+  update();
+}
+
+function drawBoxes() {
+  viewer.setBoxes(visible().map(([index, { box, label }]) => ({ index, box, color: color(label) })));
+  viewer.names.replaceChildren();
+  viewer.drawSampling(null);
 }
 
 function draw() {
   if (!state.result) return;
-  const { width, height } = state.result, svg = byId("boxes");
-  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  const unit = width / Math.max(svg.clientWidth, 1); // image pixels a screen pixel
-  svg.replaceChildren();
-  const visible = shown();
-  if (!visible.some(([index]) => index === state.active)) state.active = state.pinned = -1;
-  // Small boxes on top, so that each can be reached.
-  const area = ([, { box }]) => (box[2] - box[0]) * (box[3] - box[1]);
-  for (const [index, one] of [...visible].sort((a, b) => area(b) - area(a))) {
-    const [x1, y1, x2, y2] = one.box, active = index === state.active;
-    const place = { x: x1, y: y1, width: Math.max(x2 - x1, 0), height: Math.max(y2 - y1, 0) };
-    const group = make("g", { class: "hit", "data-item": index, opacity: state.active >= 0 && !active ? 0.35 : 1 }, svg);
-    make("rect", { ...place, fill: "transparent", "pointer-events": "all" }, group);
-    make("rect", { ...place, fill: "none", stroke: "#111111", "stroke-width": (active ? 5 : 4) * unit }, group);
-    make("rect", { ...place, fill: "none", stroke: color(one.label), "stroke-width": (active ? 3 : 2) * unit }, group);
-    group.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") choose(index, false); });
-    group.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") choose(state.pinned, false); });
-    group.addEventListener("click", () => choose(index === state.pinned ? -1 : index, true));
+  viewer.setArea(0, 0, state.result.width, state.result.height);
+  if (!visible().some(([index]) => index === state.active)) state.active = state.pinned = -1;
+  drawBoxes();
+  update();
+}
+
+/** Updates what depends on the selection. The boxes stay, because replacing them would end the hover. */
+function update() {
+  const explanation = explanationOf(state.active);
+  viewer.setActive(state.active);
+  drawExplanation(explanation);
+  drawNames();
+  drawClasses();
+  drawList();
+  byId("score-now").textContent = threshold().toFixed(2);
+  const count = visible().length, rest = detections().length - count;
+  const hint = count && state.model.explains ? " Hover over one or select it to see the points that the model sampled." : "";
+  const others = rest ? ` ${rest} more with lower scores or of hidden classes.` : "";
+  if (!byId("error").textContent) showStatus(`${count || "No"} ${count === 1 ? "object" : "objects"} found.${others}${hint}`);
+}
+
+function drawExplanation(explanation) {
+  byId("layers").hidden = !explanation;
+  if (!explanation) {
+    viewer.drawSampling(null);
+    return;
   }
-  const chosen = explained(state.active);
-  if (chosen) drawPoints(chosen, unit);
-  drawNames(visible, unit, width, height);
-  report(visible, chosen);
+  const { layers } = explanation, index = state.layer < 0 ? layers.length - 1 : state.layer, layer = layers[index];
+  const maxWeight = Math.max(...layers.flatMap(({ points }) => points.map(([, , weight]) => weight)));
+  viewer.drawSampling(layer, maxWeight);
+  drawLegend(byId("legend"), layers.at(-1), maxWeight);
+  byId("layer").max = layers.length;
+  byId("layer").value = index + 1;
+  byId("layer-now").textContent = `${index + 1} of ${layers.length}`;
+  byId("share").textContent = `${Math.round(layer.share_inside_box * 100)}% of the attention is inside the box.`;
 }
 
 /** Names where there is room, the best first; that of the active box always. */
-function drawNames(visible, unit, width, height) {
-  const taken = [];
-  const order = [...visible].sort(([a], [b]) => (b === state.active) - (a === state.active) || a - b);
-  for (const [index, one] of order) {
+function drawNames() {
+  const { width, height } = state.result, unit = viewer.unit, size = 13 * unit, taken = [];
+  viewer.names.replaceChildren();
+  for (const [index, { name, score, box: [x1, y1, , y2] }] of visible()) {
     if (state.active >= 0 && index !== state.active) continue;
-    const [x1, y1, , y2] = one.box, size = 13 * unit;
-    const text = make("text", {
-      x: 0, y: 0, "font-size": size, fill: "#ffffff", stroke: "#111111", "stroke-width": 3.5 * unit, "stroke-linejoin": "round",
-    }, byId("boxes"));
-    text.textContent = `${one.name} ${one.score.toFixed(2)}`;
-    const full = text.getBBox().width, long = Math.min(full, width - 5 * unit), high = size * 1.25;
-    if (long < full) text.setAttribute("font-size", (size * long) / full);
-    const left = Math.max(2 * unit, Math.min(x1, width - long - 3 * unit));
+    const text = svg("text", { "font-size": size, fill: WHITE, stroke: DARK, "stroke-width": 3.5 * unit, "stroke-linejoin": "round" },
+      `${name} ${score.toFixed(2)}`);
+    viewer.names.append(text);
+    const fullLength = text.getBBox().width, length = Math.min(fullLength, width - 5 * unit);
+    if (length < fullLength) text.setAttribute("font-size", (size * length) / fullLength);
+    const left = Math.max(2 * unit, Math.min(x1, width - length - 3 * unit));
     const above = y1 - 4 * unit, below = y2 + size, inside = y1 + size + 3 * unit;
     const bottom = above - size >= 0 ? above : below + 4 * unit <= height ? below : inside;
-    const box = [left, bottom - size, left + long, bottom - size + high];
-    const free = taken.every((other) => box[0] > other[2] || other[0] > box[2] || box[1] > other[3] || other[1] > box[3]);
-    if (!free && index !== state.active) { text.remove(); continue; }
-    taken.push(box);
+    const place = [left, bottom - size, left + length, bottom + 0.25 * size];
+    const isFree = taken.every((other) => place[0] > other[2] || other[0] > place[2] || place[1] > other[3] || other[1] > place[3]);
+    if (!isFree) { text.remove(); continue; }
+    taken.push(place);
     text.setAttribute("x", left);
     text.setAttribute("y", bottom);
   }
 }
 
-function drawPoints(chosen, unit) {
-  const layer = layerOf(chosen), svg = byId("boxes"), heaviest = heaviestOf(chosen);
-  const group = make("g", { id: "points", "pointer-events": "none" }, svg);
-  for (const [x, y, weight] of [...layer.points].sort((a, b) => a[2] - b[2])) {
-    const part = weight / heaviest, tone = Math.sqrt(part);
-    make("circle", {
-      cx: x, cy: y, r: (1.5 + 5 * tone) * unit, fill: viridis(tone), stroke: tone > 0.5 ? "#111111" : "#f2f2f2",
-      "stroke-width": 0.8 * unit, class: "point",
-    }, group);
-  }
-  const [x, y] = layer.reference_point, arm = 7 * unit;
-  const cross = `M${x - arm},${y}h${2 * arm}M${x},${y - arm}v${2 * arm}`;
-  make("path", { d: cross, stroke: "#111111", "stroke-width": 5 * unit, fill: "none" }, group);
-  make("path", { d: cross, stroke: "#ffffff", "stroke-width": 2.5 * unit, fill: "none" }, group);
+/** Calls build() when the key of the list has changed, so that focus and hover survive other updates. */
+function rebuild(list, key, build) {
+  if (list.dataset.key === key) return;
+  list.dataset.key = key;
+  list.replaceChildren(...build());
 }
 
-const layerOf = (chosen) => chosen.layers[state.layer < 0 ? chosen.layers.length - 1 : state.layer];
-const heaviestOf = (chosen) => Math.max(...chosen.layers.flatMap((layer) => layer.points.map((point) => point[2])));
-
-function viridis(part) {
-  const at = Math.min(Math.max(part, 0), 1) * (VIRIDIS.length - 1), low = Math.floor(at), rest = at - low;
-  const a = VIRIDIS[low], b = VIRIDIS[Math.min(low + 1, VIRIDIS.length - 1)];
-  return `rgb(${a.map((value, i) => Math.round(value + (b[i] - value) * rest)).join(",")})`;
-}
-
-function report(visible, chosen) {
-  byId("score-now").textContent = threshold().toFixed(2);
-  drawClasses();
+function drawList() {
   const list = byId("found"), focused = document.activeElement?.closest("#found button")?.dataset.item;
-  const wanted = visible.map(([index]) => String(index)).join();
-  if (list.dataset.items !== wanted || list.dataset.of !== state.address) {
-    list.dataset.items = wanted;
-    list.dataset.of = state.address;
-    list.replaceChildren();
-    for (const [index, one] of visible) {
-      const entry = button(list, () => choose(index === state.pinned ? -1 : index, true), swatch(one.label), `${one.name} ${one.score.toFixed(2)}`);
-      entry.dataset.item = index;
-      entry.addEventListener("focus", () => { if (entry.matches(":focus-visible")) choose(index, false); });
-      entry.addEventListener("blur", () => choose(state.pinned, false));
-      entry.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") choose(index, false); });
-      entry.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") choose(state.pinned, false); });
-    }
-    if (focused !== undefined) list.querySelector(`button[data-item="${focused}"]`)?.focus();
-  }
-  for (const entry of list.children) entry.setAttribute("aria-pressed", String(Number(entry.dataset.item) === state.pinned));
-  byId("layers").hidden = !chosen;
-  if (chosen) {
-    const count = chosen.layers.length, layer = layerOf(chosen);
-    byId("layer").max = count;
-    byId("layer").value = chosen.layers.indexOf(layer) + 1;
-    byId("layer-now").textContent = `${chosen.layers.indexOf(layer) + 1} of ${count}`;
-    byId("heaviest").textContent = heaviestOf(chosen).toFixed(2);
-    byId("share").textContent = `${Math.round(layer.share_inside_box * 100)}% of the attention lies inside the box.`;
-  }
-  const count = visible.length, rest = all().length - count;
-  const hint = count && state.facts.explains ? " Hover or choose one to see where the model looked." : "";
-  const hiddenOnes = rest ? ` ${rest} more with lower scores or of hidden classes.` : "";
-  if (!byId("error").textContent) say(`${count || "No"} ${count === 1 ? "object" : "objects"} found.${hiddenOnes}${hint}`);
+  rebuild(list, [state.imageUrl, ...visible().map(([index]) => index)].join(), () => visible().map(([index, { name, label, score }]) => {
+    const entry = selectable(button({ "data-item": index }, swatch(label), `${name} ${score.toFixed(2)}`), index, selection);
+    entry.addEventListener("focus", () => { if (entry.matches(":focus-visible")) selection.preview(index); });
+    entry.addEventListener("blur", () => selection.preview(null));
+    return entry;
+  }));
+  if (focused !== undefined && !list.contains(document.activeElement)) list.querySelector(`[data-item="${focused}"]`)?.focus();
+  for (const entry of list.children) entry.setAttribute("aria-pressed", Number(entry.dataset.item) === state.pinned);
 }
 
 function drawClasses() {
-  const counts = new Map();
-  for (const one of all()) counts.set(one.label, (counts.get(one.label) || 0) + (one.score >= threshold() ? 1 : 0));
-  const labels = [...counts.keys()].sort((a, b) => a - b), parent = byId("classes");
-  if (parent.dataset.labels !== labels.join() || parent.dataset.of !== state.address) {
-    parent.dataset.labels = labels.join();
-    parent.dataset.of = state.address;
-    parent.replaceChildren();
-    for (const label of labels) {
-      const name = all().find((one) => one.label === label).name;
-      const chip = button(parent, () => {
-        if (state.hidden.has(label)) state.hidden.delete(label); else state.hidden.add(label);
-        draw();
-      }, swatch(label), name, " ", document.createElement("b"));
-      chip.dataset.label = label;
-    }
-    if (labels.length > 1) {
-      button(parent, () => { state.hidden.clear(); draw(); }, "all");
-      button(parent, () => { state.hidden = new Set(labels); draw(); }, "none");
-    }
-  }
-  for (const chip of parent.querySelectorAll("button[data-label]")) {
+  const names = new Map(detections().map(({ label, name }) => [label, name])), labels = [...names.keys()].sort((a, b) => a - b);
+  const change = (action) => () => { action(); draw(); };
+  rebuild(byId("classes"), [state.imageUrl, ...labels].join(), () => [
+    ...labels.map((label) => button({ "data-label": label,
+      onclick: change(() => state.hidden.has(label) ? state.hidden.delete(label) : state.hidden.add(label)) },
+    swatch(label), names.get(label), " ", el("b"))),
+    ...(labels.length > 1 ? [button({ onclick: change(() => state.hidden.clear()) }, "all"),
+      button({ onclick: change(() => { state.hidden = new Set(labels); }) }, "none")] : []),
+  ]);
+  for (const chip of byId("classes").querySelectorAll("[data-label]")) {
     const label = Number(chip.dataset.label);
-    chip.setAttribute("aria-pressed", String(!state.hidden.has(label)));
-    chip.querySelector("b").textContent = counts.get(label);
+    chip.setAttribute("aria-pressed", !state.hidden.has(label));
+    chip.querySelector("b").textContent = detections().filter((one) => one.label === label && one.score >= threshold()).length;
   }
-}
-
-function choose(index, pin) {
-  if (pin) state.pinned = index;
-  if (state.active === index && !pin) return;
-  state.active = index;
-  if (index >= 0) look();
-  highlight();
-}
-
-/** Redrawing the boxes would end the hover that asked for it, so they stay and what is above them changes. */
-function highlight() {
-  const svg = byId("boxes"), unit = state.result.width / Math.max(svg.clientWidth, 1);
-  for (const old of svg.querySelectorAll("#points, text")) old.remove();
-  for (const group of svg.querySelectorAll(".hit")) {
-    const active = Number(group.dataset.item) === state.active;
-    group.setAttribute("opacity", state.active >= 0 && !active ? 0.35 : 1);
-    const [, dark, line] = group.children;
-    dark.setAttribute("stroke-width", (active ? 5 : 4) * unit);
-    line.setAttribute("stroke-width", (active ? 3 : 2) * unit);
-  }
-  const visible = shown(), chosen = explained(state.active);
-  if (chosen) drawPoints(chosen, unit);
-  drawNames(visible, unit, state.result.width, state.result.height);
-  report(visible, chosen);
 }
 
 function download() {
-  const { height, width } = state.result;
-  const content = {
-    image: state.name, model: state.facts.name, threshold: threshold(), height, width,
-    detections: shown().map(([, one]) => one),
-  };
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(content, null, 2) + "\n"], { type: "application/json" }));
-  link.download = `${state.name.replace(/\.[^.]*$/, "")}.json`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  const { height, width } = state.result, shown = visible().map(([, detection]) => detection);
+  const content = { image: state.name, model: state.model.name, threshold: threshold(), height, width, detections: shown };
+  const href = URL.createObjectURL(new Blob([JSON.stringify(content, null, 2) + "\n"], { type: "application/json" }));
+  el("a", { href, download: `${state.name.replace(/\.[^.]*$/, "")}.json` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 1000);
 }
 
 async function startCamera() {
   if (!navigator.mediaDevices?.getUserMedia) { byId("snap").click(); return; }
   try {
     const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
-    stopCamera();  // of a second click while the first was being answered
+    stopCamera(); // of a second click during the permission prompt
     state.camera = stream;
   } catch (error) {
-    say(error.name === "NotAllowedError" ? "The browser may not use the camera." : "There is no camera.", true);
+    showStatus(error.name === "NotAllowedError" ? "The browser does not allow access to the camera." : "No camera found.", true);
     return;
   }
-  const video = byId("video");
-  video.srcObject = state.camera;
-  await video.play();
-  filming(true);
-  say("");
+  byId("video").srcObject = state.camera;
+  await byId("video").play();
+  showCamera(true);
+  showStatus("");
 }
 
-function filming(on) {
+function showCamera(on) {
   for (const id of ["shoot", "cancel", "video"]) byId(id).hidden = !on;
   for (const id of ["choose", "camera"]) byId(id).hidden = on;
-  byId("empty").hidden = on || Boolean(state.address);
-  byId("picture").hidden = on || !state.address;
+  byId("empty").hidden = on || Boolean(state.imageUrl);
+  byId("picture").hidden = on || !state.imageUrl;
   byId(on ? "shoot" : "camera").focus();
 }
 
@@ -404,53 +319,43 @@ function stopCamera() {
   for (const track of state.camera.getTracks()) track.stop();
   state.camera = null;
   byId("video").srcObject = null;
-  filming(false);
+  showCamera(false);
 }
 
-function shoot() {
-  const video = byId("video"), canvas = document.createElement("canvas");
-  canvas.width = video.videoWidth;
-  canvas.height = video.videoHeight;
-  canvas.getContext("2d").drawImage(video, 0, 0);
-  canvas.toBlob((blob) => detect(blob, "camera.jpg"), "image/jpeg", 0.92);
+async function takePhoto() {
+  const video = byId("video");
+  detect(await toJpeg(video, video.videoWidth, video.videoHeight), "camera.jpg");
 }
 
-/** The first image of a drop or a paste. */
+/** Detects in the first image of a drop or a paste. */
 function take(transfer) {
-  const file = [...(transfer?.files || [])].find((one) => one.type.startsWith("image/"));
+  const file = [...(transfer?.files || [])].find(({ type }) => type.startsWith("image/"));
   if (file) detect(file);
-  else say("That was no image file.", true);
+  else showStatus("This is not an image file.", true);
 }
 
-function start() {
-  byId("choose").addEventListener("click", () => byId("file").click());
-  for (const id of ["file", "snap"]) byId(id).addEventListener("change", (event) => {
-    if (event.target.files.length) detect(event.target.files[0]);
-    event.target.value = "";
-  });
-  byId("camera").addEventListener("click", startCamera);
-  byId("shoot").addEventListener("click", shoot);
-  byId("cancel").addEventListener("click", stopCamera);
-  byId("download").addEventListener("click", download);
-  byId("score").addEventListener("input", draw);
-  byId("layer").addEventListener("input", (event) => { state.layer = Number(event.target.value) - 1; highlight(); });
-  byId("access").addEventListener("submit", (event) => {
-    event.preventDefault();
-    sessionStorage.setItem("token", byId("token").value.trim());
-    meet();
-  });
-  document.addEventListener("paste", (event) => { if (event.clipboardData?.files.length) take(event.clipboardData); });
-  for (const kind of ["dragenter", "dragover"]) document.addEventListener(kind, (event) => {
-    event.preventDefault();
-    byId("frame").classList.add("over");
-  });
-  for (const kind of ["dragleave", "drop"]) document.addEventListener(kind, (event) => {
-    event.preventDefault();
-    if (kind === "drop" || !event.relatedTarget) byId("frame").classList.remove("over");
-  });
-  document.addEventListener("drop", (event) => take(event.dataTransfer));
-  new ResizeObserver(() => { if (state.result) draw(); }).observe(byId("boxes"));
-  meet();
-}
-
-start();
+byId("choose").addEventListener("click", () => byId("file").click());
+for (const id of ["file", "snap"]) byId(id).addEventListener("change", ({ target }) => {
+  if (target.files.length) detect(target.files[0]);
+  target.value = "";
+});
+byId("camera").addEventListener("click", startCamera);
+byId("shoot").addEventListener("click", takePhoto);
+byId("cancel").addEventListener("click", stopCamera);
+byId("download").addEventListener("click", download);
+byId("score").addEventListener("input", draw);
+byId("layer").addEventListener("input", ({ target }) => { state.layer = Number(target.value) - 1; update(); });
+byId("access").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("token", byId("token").value.trim());
+  connect();
+});
+document.addEventListener("paste", (event) => { if (event.clipboardData?.files.length) take(event.clipboardData); });
+for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) document.addEventListener(kind, (event) => {
+  event.preventDefault();
+  const isOver = kind === "dragenter" || kind === "dragover" || (kind === "dragleave" && event.relatedTarget);
+  byId("frame").classList.toggle("over", Boolean(isOver));
+  if (kind === "drop") take(event.dataTransfer);
+});
+new ResizeObserver(draw).observe(viewer.view);
+connect();

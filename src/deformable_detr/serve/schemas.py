@@ -1,4 +1,4 @@
-"""What goes over the wire: parameters as they are checked, answers as OpenAPI describes them."""
+"""Request parameters and response bodies, as validated and as described by OpenAPI."""
 
 from __future__ import annotations
 
@@ -6,41 +6,45 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Point = Annotated[list[float], Field(min_length=2, max_length=2, description="x, y in pixels of the upright image")]
+MAX_DETECTIONS, MAX_EXPLAINED = 1000, 50
+
 _BOX = "x1, y1, x2, y2 in pixels of the upright image"
+Point = Annotated[list[float], Field(min_length=2, max_length=2, description="x, y in pixels of the upright image")]
 Box = Annotated[list[float], Field(min_length=4, max_length=4, description=_BOX)]
 Score = Annotated[float, Field(ge=0, le=1)]
-MOST_DETECTIONS, MOST_EXPLAINED = 1000, 50
+Threshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="minimum score of a detection")]
+ImageName = Annotated[str | None, Field(description="file name sent by the client, or null")]
+Side = Annotated[int, Field(ge=1)]
 
 
 class _Parameters(BaseModel):
-    """Unknown ones are refused, so that nobody thinks a `url` was heard."""
+    """Unknown parameters, such as a `url`, are refused instead of ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class DetectParameters(_Parameters):
-    threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="lowest score of a detection")] = 0.5
-    top_k: Annotated[int, Field(ge=1, le=MOST_DETECTIONS, description="most detections in an image")] = 100
+    threshold: Threshold = 0.5
+    top_k: Annotated[int, Field(ge=1, le=MAX_DETECTIONS, description="maximum detections per image")] = 100
 
 
 class ExplainParameters(_Parameters):
-    threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="lowest score of a detection")] = 0.5
-    top_k: Annotated[int, Field(ge=1, le=MOST_EXPLAINED, description="most detections that are explained")] = 10
+    threshold: Threshold = 0.5
+    top_k: Annotated[int, Field(ge=1, le=MAX_EXPLAINED, description="maximum detections to explain")] = 10
 
 
 class Detection(BaseModel):
     box: Box
     score: Score
-    label: Annotated[int, Field(ge=0, description="position of the class in the model's list")]
-    category_id: Annotated[int, Field(description="the data set's own id of the class")]
+    label: Annotated[int, Field(ge=0, description="index of the class in the model")]
+    category_id: Annotated[int, Field(description="id of the class in the dataset")]
     name: str
 
 
 class DetectedImage(BaseModel):
-    name: Annotated[str | None, Field(description="file name that the client gave, or null")]
-    height: Annotated[int, Field(ge=1)]
-    width: Annotated[int, Field(ge=1)]
+    name: ImageName
+    height: Side
+    width: Side
     detections: Annotated[list[Detection], Field(description="best first")]
 
 
@@ -50,10 +54,10 @@ class Detected(BaseModel):
 
 class Layer(BaseModel):
     reference_point: Point
-    reference_box: Annotated[Box | None, Field(description="box that the layer started from, or null")]
-    box: Annotated[Box, Field(description="box that the layer gave; it may reach out of the image")]
-    score: Annotated[Score, Field(description="of the detection's class after the layer")]
-    share_inside_box: Annotated[float, Field(description="part of the attention weight inside the detected box")]
+    reference_box: Annotated[Box | None, Field(description="box that the layer starts from, or null")]
+    box: Annotated[Box, Field(description="box that the layer predicts; it may extend beyond the image")]
+    score: Annotated[Score, Field(description="score of the detection's class after the layer")]
+    share_inside_box: Annotated[float, Field(description="share of the attention weight inside the detected box")]
     points: Annotated[
         list[Annotated[list[float], Field(min_length=5, max_length=5)]],
         Field(description="sampling points: x, y, weight, level, head"),
@@ -61,14 +65,14 @@ class Layer(BaseModel):
 
 
 class ExplainedDetection(Detection):
-    layers: Annotated[list[Layer], Field(description="of the decoder, the first to the last")]
+    layers: Annotated[list[Layer], Field(description="decoder layers, first to last")]
 
 
 class Explained(BaseModel):
-    name: Annotated[str | None, Field(description="file name that the client gave, or null")]
-    height: Annotated[int, Field(ge=1)]
-    width: Annotated[int, Field(ge=1)]
-    levels: Annotated[list[list[int]], Field(description="height and width of each level's map")]
+    name: ImageName
+    height: Side
+    width: Side
+    levels: Annotated[list[list[int]], Field(description="height and width of the feature map of each level")]
     heads: int
     detections: list[ExplainedDetection]
 
@@ -79,22 +83,22 @@ class Class(BaseModel):
     name: str
 
 
-class Bounds(BaseModel):
-    body_bytes: Annotated[int, Field(description="of a request")]
-    pixels: Annotated[int, Field(description="of an image")]
-    images: Annotated[int, Field(description="in a request")]
-    deadline: Annotated[float, Field(description="seconds to the answer")]
+class RequestLimits(BaseModel):
+    body_bytes: Annotated[int, Field(description="per request")]
+    pixels: Annotated[int, Field(description="per image")]
+    images: Annotated[int, Field(description="per request")]
+    timeout: Annotated[float, Field(description="seconds from the end of the request to the response")]
 
 
 class Model(BaseModel):
     name: str
-    version: Annotated[str, Field(description="of the package")]
+    version: Annotated[str, Field(description="version of deformable-detr")]
     classes: list[Class]
     short_side: Annotated[int, Field(description="pixels that images are resized to")]
     long_side: int
-    explains: Annotated[bool, Field(description="whether there is /v1/explain")]
+    explains: Annotated[bool, Field(description="whether /v1/explain is available")]
     formats: list[str]
-    limits: Bounds
+    limits: RequestLimits
 
 
 class State(BaseModel):
@@ -102,4 +106,4 @@ class State(BaseModel):
 
 
 class Problem(BaseModel):
-    detail: Annotated[str, Field(description="one line that says what is wrong")]
+    detail: Annotated[str, Field(description="what is wrong, in one line")]
