@@ -89,7 +89,7 @@ class Torchrun:
     def saved(self):
         """The last step that a checkpoint holds; 0 without one."""
         states = (self.out / "checkpoints" / "last").glob("state-*.json")
-        return max((json.loads(path.read_text())["state"]["counters"]["step"] for path in states), default=0)
+        return max((json.loads(path.read_text())["state"]["train_state"]["step"] for path in states), default=0)
 
 
 def outcome(out):
@@ -106,7 +106,7 @@ def whole(tmp_path_factory):
     write_dataset(folder / "data", train=8, val=2)
     with Torchrun(folder) as run:
         assert run.wait() == 0, run.said.read_text()[-3000:]
-        assert "4 images a step (2 processes" in run.said.read_text()
+        assert "total batch size 4 (2 processes" in run.said.read_text()
         assert "Warning" not in run.said.read_text()
         assert run.steps() == list(range(1, 2 * EPOCHS + 1))
     return folder
@@ -129,7 +129,7 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on(whole, tmp_path):
         code = run.wait()
         said = run.said.read_text()
         assert code == 0, said[-3000:]
-        assert said.count("4 images a step") == 2  # it began, and began again
+        assert said.count("total batch size 4") == 2  # it began, and began again
         assert run.steps() == list(range(1, 2 * EPOCHS + 1))
     same(tmp_path / "run", whole / "run")
 
@@ -141,7 +141,7 @@ def test_sigterm_to_the_launcher_saves(whole, tmp_path):
         run.wait(until=lambda: run.saved() >= 2)
         os.kill(run.launcher.pid, signal.SIGTERM)
         assert run.wait() != 0
-        assert "go on with --resume" in run.said.read_text()
+        assert "resume with --resume" in run.said.read_text()
         stopped = run.saved()
         assert 2 <= stopped < 2 * EPOCHS
         assert max(run.steps()) == stopped
@@ -218,7 +218,7 @@ def test_what_train_does_not_know_is_noticed():
 
 
 def test_the_slurm_script_is_a_shell_script():
-    text = (ROOT / "docs" / "scale-out.md").read_text()
+    text = (ROOT / "docs" / "distributed.md").read_text()
     script = text[text.index("    #!/bin/bash") :]
     lines = script[: script.index("\n\n")].splitlines()
     done = subprocess.run(

@@ -49,8 +49,8 @@ def test_two_processes_train_as_one(runs):
 
 def test_only_the_first_process_speaks_and_writes(runs):
     folder, ended = runs
-    assert "4 images a step (2 processes × 1 passes of up to 2)" in ended[0].said
-    assert "images a step" not in ended[1].said
+    assert "total batch size 4 (2 processes × 1 × 2 at most)" in ended[0].said
+    assert "total batch size" not in ended[1].said
     assert [record["step"] for record in lines(folder / "ddp", "train")] == [1, 2, 3, 4]
     assert len(lines(folder / "ddp", "evaluation")) == 2
 
@@ -108,7 +108,7 @@ def test_a_nan_in_one_process_stops_all_and_is_named_once(accidents):
     assert "step 3" in results[0]["nan"]["error"]
     assert results[1]["nan"] == {"exit": 2}
     tensors, state = load_checkpoint(folder / "nan" / "checkpoints" / "last")
-    assert state["counters"]["step"] == 2
+    assert state["train_state"]["step"] == 2
     assert all(value.isfinite().all() for value in tensors["model"].values())
 
 

@@ -19,8 +19,7 @@ from deformable_detr.data.dataloader import DistributedBatchSampler, LoaderOptio
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.distributed.context import DistributedContext
 from deformable_detr.structures import Target
-from deformable_detr.training.step import TrainStep
-from deformable_detr.training.totals import combined, own_figures
+from deformable_detr.training.step import BatchStats, TrainStep, count_objects
 from deformable_detr.utils.errors import UserError
 from tests.support.training import random_targets, tiny_config
 
@@ -77,7 +76,7 @@ def gradient_config(**train: Any) -> Any:
 
 def gradients_of(stepper: TrainStep) -> dict[str, torch.Tensor]:
     found = {}
-    for module in (stepper.model, stepper.helpers):
+    for module in filter(None, (stepper.model, stepper.denoising)):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 grad = parameter.grad
@@ -100,12 +99,12 @@ def gradients(folder: Path) -> dict[str, Any]:
     model = DeformableDETR(config.model).train()
     next_port()
     results: dict[str, Any] = {}
-    with DistributedContext("cpu") as world:
+    with DistributedContext("cpu") as context:
         steppers = {}
         torch.manual_seed(1)  # of the vectors that denoising learns
         steppers["one"] = TrainStep(copy.deepcopy(model), config.train)
         torch.manual_seed(1)
-        steppers["ddp"] = TrainStep(copy.deepcopy(model), config.train, world)
+        steppers["ddp"] = TrainStep(copy.deepcopy(model), config.train, context)
 
         for name, (sizes, batch_size) in CASES.items():
             generator = torch.Generator().manual_seed(len(name))
@@ -113,18 +112,20 @@ def gradients(folder: Path) -> dict[str, Any]:
             images = [torch.randint(256, (3, 64, 64), generator=generator, dtype=torch.uint8) for _ in sizes]
             samples: list[tuple[torch.Tensor, Target]] = list(zip(images, targets, strict=True))
             whole = [collate(samples)]
-            steppers["one"].backward(whole, 0, combined([own_figures(whole)]))
+            steppers["one"].backward(whole, 0, BatchStats.combine([count_objects(whole)]))
             wanted = gradients_of(steppers["one"])
 
-            options = LoaderOptions(batch_size, total_batch_size=len(sizes), rank=world.rank, world_size=world.size)
+            options = LoaderOptions(
+                batch_size, total_batch_size=len(sizes), rank=context.rank, world_size=context.world_size
+            )
             sampler = DistributedBatchSampler(len(sizes), options)
             keys = [[key.index for key in batch] for batch in sampler]
             passes = [collate([samples[n] for n in part]) if part else (whole[0][0], []) for part in keys]
-            totals = combined(world.gather(own_figures(passes)), world.rank)
+            totals = BatchStats.combine(context.all_gather(count_objects(passes)), context.rank)
             mistakes = {
-                "local num_boxes": replace(totals, objects=own_figures(passes)[1] * world.size),
-                "halved": replace(totals, objects=max(totals.objects, world.size)),
-                "local noise": replace(totals, most=max(own_figures(passes)[2], 1), first=0),
+                "local num_boxes": replace(totals, objects=count_objects(passes)[1] * context.world_size),
+                "halved": replace(totals, objects=max(totals.objects, context.world_size)),
+                "local noise": replace(totals, max_objects=max(count_objects(passes)[2], 1), first_image=0),
             }
             results[name] = {"size": max(float(value.abs().max()) for value in wanted.values())}
             steppers["ddp"].backward(passes, 0, totals)
@@ -182,10 +183,10 @@ def evaluations(folder: Path) -> dict[str, Any]:
     model = DeformableDETR(config)
     next_port()
     results = {}
-    with DistributedContext("cpu") as world:
+    with DistributedContext("cpu") as context:
         for name in ("five", "one"):
             dataset = open_dataset(folder / name, "val", transform=EvalTransform(64, 128))
-            together = evaluate_distributed(model, dataset, 2, 0, world)
+            together = evaluate_distributed(model, dataset, 2, 0, context)
             alone = evaluate_dataset(model, dataset, 2, 0, progress=False)
             results[name] = {"together": together, "alone": alone, "images": len(dataset)}
     return results
@@ -197,15 +198,15 @@ def accidents(folder: Path) -> dict[str, Any]:
     data, original, second = folder / "data", TrainStep.step, os.environ["RANK"] == "1"
     results = {}
 
-    def signalled(self: TrainStep, passes: Any, done: int, *rest: Any) -> Any:
-        if done == 1 and second:
+    def signalled(self: TrainStep, micro_batches: Any, global_step: int, *rest: Any) -> Any:
+        if global_step == 1 and second:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, passes, done, *rest)
+        return original(self, micro_batches, global_step, *rest)
 
-    def poisoned(self: TrainStep, passes: Any, done: int, *rest: Any) -> Any:
-        if done == 2 and second:
-            passes[0][1][0].boxes[0, 0] = float("nan")
-        return original(self, passes, done, *rest)
+    def poisoned(self: TrainStep, micro_batches: Any, global_step: int, *rest: Any) -> Any:
+        if global_step == 2 and second:
+            micro_batches[0][1][0].boxes[0, 0] = float("nan")
+        return original(self, micro_batches, global_step, *rest)
 
     for name, step in (("signal", signalled), ("nan", poisoned)):
         TrainStep.step = step
@@ -221,10 +222,10 @@ def crash(folder: Path) -> dict[str, Any]:
     """The second process is gone without a word in the second step."""
     original = TrainStep.step
 
-    def step(self: TrainStep, passes: Any, done: int, *rest: Any) -> Any:
-        if done == 3 and os.environ["RANK"] == "1":
+    def step(self: TrainStep, micro_batches: Any, global_step: int, *rest: Any) -> Any:
+        if global_step == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, passes, done, *rest)
+        return original(self, micro_batches, global_step, *rest)
 
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         TrainStep.step = step
@@ -236,8 +237,8 @@ def stuck(folder: Path) -> dict[str, Any]:
     """The first process waits for a second one that never speaks."""
     if os.environ["RANK"] == "0":
         next_port()
-        with DistributedContext("cpu") as world:
-            world.gather([1.0])
+        with DistributedContext("cpu") as context:
+            context.all_gather([1.0])
     time.sleep(10_000)
     return {}
 

@@ -27,7 +27,7 @@ import torch
 
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.training import checkpoint, trainer
-from deformable_detr.training.checkpoint import load_checkpoint
+from deformable_detr.training.checkpoint import CheckpointManager, load_checkpoint
 from deformable_detr.training.run_dir import RunDir, run_config
 from deformable_detr.training.trainer import train_model
 from deformable_detr.utils.errors import UserError
@@ -50,12 +50,12 @@ class Killer:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
-        for name in ("_write_tensors", "checksum", "_sync", "write_text"):
+        for name in ("_write_tensors", "checksum", "_sync", "replace_file"):
             setattr(checkpoint, name, self.around(getattr(checkpoint, name)))
         os.replace = self.around(os.replace)
         Path.unlink = self.around(Path.unlink)  # pyright: ignore[reportAttributeAccessIssue]
-        for name in ("save", "export"):
-            setattr(RunDir, name, self.within(getattr(RunDir, name)))
+        CheckpointManager.save = self.within(CheckpointManager.save)
+        RunDir.export = self.within(RunDir.export)
 
     def around(self, work):
         def wrapped(*arguments, **options):
@@ -137,7 +137,7 @@ def result(out: Path) -> dict:
     tensors, state = load_checkpoint(out / "checkpoints" / "last")
     found = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
     found |= {f"best/{name}": value for name, value in DeformableDETR.from_pretrained(out).state_dict().items()}
-    return {"lines": lines, "tensors": found, "step": state["counters"]["step"]}
+    return {"lines": lines, "tensors": found, "step": state["train_state"]["step"]}
 
 
 def difference(first: dict, second: dict) -> str:

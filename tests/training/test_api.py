@@ -1,22 +1,27 @@
+from typing import get_type_hints
+
 import pytest
 
 from deformable_detr.config.schema import DataConfig, ModelConfig, TrainConfig
 from deformable_detr.training.api import _config, train
+from deformable_detr.training.options import TrainOptions
 from deformable_detr.training.run_dir import RunDir
 from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config, write_dataset
 
-
-def test_keys_are_in_one_section_only():
-    names = [name for kind in (ModelConfig, DataConfig, TrainConfig) for name in kind.model_fields]
-    assert len(names) == len(set(names))
-    assert not {"data", "out", "preset", "resume", "model", "train"} & set(names)
+CLASSES = {"class_names", "category_ids", "num_classes"}  # from the dataset
 
 
-def test_settings_by_name_and_by_section(tmp_path):
-    config = _config(
-        tmp_path, "refine", False, {"lr": 0.5, "train": {"epochs": 3}, "num_queries": 7, "hflip_prob": 0.0}
-    )
+def test_options_have_the_names_and_types_of_the_config():
+    fields = [(name, get_type_hints(kind)[name]) for kind in (ModelConfig, DataConfig, TrainConfig)
+              for name in kind.model_fields]  # fmt: skip
+    assert len(dict(fields)) == len(fields), "every name is in one section only"
+    assert get_type_hints(TrainOptions) == {name: kind for name, kind in fields if name not in CLASSES}
+    assert not {"data", "out", "preset", "resume"} & set(dict(fields))
+
+
+def test_options_of_every_section(tmp_path):
+    config = _config(tmp_path, "refine", False, {"lr": 0.5, "epochs": 3, "num_queries": 7, "hflip_prob": 0.0})
     assert (config.train.lr, config.train.epochs, config.model.num_queries, config.data.hflip_prob) == (0.5, 3, 7, 0.0)
     assert (config.preset, config.model.refine, config.model.two_stage) == ("refine", True, False)
 
@@ -32,10 +37,8 @@ def test_epochs_or_minutes_alone_end_a_run(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'"),
-        ({"train": 3}, "train must be a dict"),
-        ({"train": {"lr": -1}}, r"train\(\): train.lr"),
-        ({"model": {"queries": 1}}, r"unknown key 'model\.queries'"),
+        ({"epoch": 3}, "unknown option 'epoch'; did you mean 'epochs'"),
+        ({"lr": -1}, r"train\(\): train.lr"),
     ],
 )
 def test_mistakes_are_named(tmp_path, settings, message):
@@ -52,8 +55,9 @@ def test_resume_starts_from_the_run_s_own_config(tmp_path):
 
 
 def test_train(tmp_path):
-    settings = tiny_config(epochs=1).model_dump()
+    config = tiny_config(epochs=1).model_dump()
+    options = {**config["model"], **config["data"], **config["train"]}
     data = write_dataset(tmp_path / "set", train=4)
-    metrics = train(data, tmp_path / "run", model=settings["model"], train=settings["train"], **settings["data"])
+    metrics = train(data, tmp_path / "run", **{name: options[name] for name in options.keys() - CLASSES})
     assert metrics["epoch"] == 1
     assert train(tmp_path / "set", tmp_path / "run", resume=True) == metrics

@@ -5,7 +5,7 @@ from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
 from deformable_detr.config.schema import TrainConfig
 from deformable_detr.structures import Target
 from deformable_detr.training.criterion import SetCriterion, cardinality_error
-from deformable_detr.training.matcher import PackedTargets, Predictions, match
+from deformable_detr.training.matcher import HungarianMatcher, PackedTargets, Predictions
 from tests.support.training import random_boxes, random_outputs, random_targets
 
 CONFIG = TrainConfig()
@@ -23,7 +23,8 @@ def plain_losses(outputs, targets, num_boxes):
         layers.append(("_encoder", outputs["encoder_logits"], outputs["encoder_boxes"], binary))
     parts = {}
     for suffix, logits, boxes, wanted in layers:
-        found = match([Predictions(logits[None], boxes[None])], PackedTargets.pack(wanted, "cpu"), CONFIG).matches[0]
+        predictions = Predictions(logits[None], boxes[None])
+        found = HungarianMatcher(CONFIG)([predictions], PackedTargets.pack(wanted)).matches[0]
         parts |= {f"loss_{kind}{suffix}": torch.zeros(()) for kind in ("class", "boxes", "giou")}
         first = 0
         for image, target in enumerate(wanted):
@@ -50,7 +51,7 @@ def test_losses_and_gradients_are_the_plain_ones(sizes, tokens):
     generator = torch.Generator().manual_seed(len(sizes))
     outputs = random_outputs(3, len(sizes), 8, 5, generator, tokens)
     targets = random_targets(sizes, 5, generator)
-    result = SetCriterion(CONFIG)(outputs, targets)
+    result = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets))
     gradients = torch.autograd.grad(result.total, list(outputs.values()))
 
     expected, total = plain_losses(outputs, targets, sum(sizes))
@@ -65,21 +66,22 @@ def test_losses_and_gradients_are_the_plain_ones(sizes, tokens):
 def test_the_comparison_notices_a_wrong_weight():
     generator = torch.Generator().manual_seed(2)
     outputs, targets = random_outputs(2, 1, 8, 5, generator), random_targets([3], 5, generator)
-    wrong = SetCriterion(CONFIG.replace(giou_weight=1.9))(outputs, targets).total
+    wrong = SetCriterion(CONFIG.replace(giou_weight=1.9))(outputs, PackedTargets.pack(targets)).total
     assert not torch.allclose(wrong, plain_losses(outputs, targets, 3)[1])
 
 
 def test_num_boxes_from_outside_divides():
     generator = torch.Generator().manual_seed(2)
-    outputs, targets = random_outputs(2, 2, 8, 5, generator, 9), random_targets([3, 1], 5, generator)
-    loss = SetCriterion(CONFIG)
-    torch.testing.assert_close(loss(outputs, targets, num_boxes=8.0).total * 2, loss(outputs, targets).total)
-    torch.testing.assert_close(loss(outputs, targets, num_boxes=torch.tensor(4)).total, loss(outputs, targets).total)
+    outputs = random_outputs(2, 2, 8, 5, generator, 9)
+    targets, loss = PackedTargets.pack(random_targets([3, 1], 5, generator)), SetCriterion(CONFIG)
+    total = loss(outputs, targets).total
+    torch.testing.assert_close(loss(outputs, targets, num_boxes=8.0).total * 2, total)
+    torch.testing.assert_close(loss(outputs, targets, num_boxes=torch.tensor(4)).total, total)
 
 
 def test_no_objects_at_all():
     outputs = random_outputs(2, 3, 8, 5, torch.Generator().manual_seed(2), 9)
-    result = SetCriterion(CONFIG)(outputs, random_targets([0, 0, 0], 5, torch.Generator()))
+    result = SetCriterion(CONFIG)(outputs, PackedTargets.pack(random_targets([0, 0, 0], 5, torch.Generator())))
     result.total.backward()
     assert result.parts["loss_class"] > 0
     assert result.parts["loss_boxes"] == result.parts["loss_giou"] == 0
@@ -98,7 +100,7 @@ def test_boxes_without_area_give_finite_gradients():
     target = Target(
         torch.tensor([0, 1, 2]), torch.tensor([[0.5, 0.5, 0, 0], [0.2, 0.2, 0, 0.3], [1.0, 1, 0, 0]]), 1, (9, 9)
     )
-    result = SetCriterion(CONFIG)(outputs, [target])
+    result = SetCriterion(CONFIG)(outputs, PackedTargets.pack([target]))
     result.total.backward()
     assert result.total.isfinite()
     assert result.finite == (True,)
@@ -108,7 +110,7 @@ def test_boxes_without_area_give_finite_gradients():
 def test_predicted_boxes_equal_to_objects_without_area_give_finite_gradients():
     box = torch.tensor([0.5, 0.5, 0.0, 0.0])
     outputs = {"layer_logits": torch.zeros(1, 1, 1, 1), "layer_boxes": box.expand(1, 1, 1, 4).clone().requires_grad_()}
-    result = SetCriterion(CONFIG)(outputs, [Target(torch.tensor([0]), box[None], 1, (9, 9))])
+    result = SetCriterion(CONFIG)(outputs, PackedTargets.pack([Target(torch.tensor([0]), box[None], 1, (9, 9))]))
     result.total.backward()
     assert result.total.isfinite()
     assert outputs["layer_boxes"].grad.isfinite().all()
@@ -117,7 +119,7 @@ def test_predicted_boxes_equal_to_objects_without_area_give_finite_gradients():
 def test_encoder_loss_reaches_every_class_column_with_class_0_as_the_object():
     generator = torch.Generator().manual_seed(7)
     outputs, targets = random_outputs(1, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
-    result = SetCriterion(CONFIG)(outputs, targets)
+    result = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets))
     (gradient,) = torch.autograd.grad(result.total, outputs["encoder_logits"])
     assert (gradient.abs().sum(dim=(0, 1)) > 0).all()
     assert (gradient[..., 0] < 0).sum() == 2  # the two matched proposals are pushed up, nothing else is
@@ -127,10 +129,10 @@ def test_encoder_loss_reaches_every_class_column_with_class_0_as_the_object():
 def test_auxiliary_losses_can_be_left_out():
     generator = torch.Generator().manual_seed(7)
     outputs, targets = random_outputs(3, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
-    parts = SetCriterion(CONFIG.replace(auxiliary_loss=False))(outputs, targets).parts
+    parts = SetCriterion(CONFIG.replace(auxiliary_loss=False))(outputs, PackedTargets.pack(targets)).parts
     kinds = ("loss_class", "loss_boxes", "loss_giou")
     assert parts.keys() == {*kinds, *(f"{kind}_encoder" for kind in kinds), "cardinality_error"}
-    full = SetCriterion(CONFIG)(outputs, targets).parts
+    full = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets)).parts
     torch.testing.assert_close(parts["loss_boxes"], full["loss_boxes"])
     assert "loss_boxes_1" in full
     assert "loss_boxes_2" not in full
@@ -142,8 +144,8 @@ def test_box_maths_is_float32_under_autocast(dtype):
     outputs, targets = random_outputs(2, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
     outputs = {name: value.detach().to(dtype) if "logits" in name else value for name, value in outputs.items()}
     with torch.autocast("cpu", dtype=dtype):
-        inside = SetCriterion(CONFIG)(outputs, targets)
-    outside = SetCriterion(CONFIG)(outputs, targets)
+        inside = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets))
+    outside = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets))
     assert inside.total.dtype == torch.float32
     assert inside.total == outside.total
 
@@ -153,7 +155,7 @@ def test_nan_predictions_give_a_nan_loss_and_say_so():
     outputs, targets = random_outputs(2, 2, 4, 5, generator), random_targets([2, 0], 5, generator)
     with torch.no_grad():
         outputs["layer_logits"][0, 1, 0, 0] = float("nan")
-    result = SetCriterion(CONFIG)(outputs, targets)
+    result = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets))
     assert result.finite == (True, False)
     assert result.total.isnan()
 

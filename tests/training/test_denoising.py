@@ -6,7 +6,8 @@ from torchvision.ops.boxes import box_convert
 
 from deformable_detr import TrainConfig
 from deformable_detr.structures import Target
-from deformable_detr.training.denoising import Denoising, group_mask, noisy_boxes, noisy_labels
+from deformable_detr.training.denoising import BatchConsistentRng, Denoising, group_attn_mask, noisy_boxes, noisy_labels
+from deformable_detr.training.matcher import PackedTargets
 
 
 def target(count: int, seed: int = 0) -> Target:
@@ -19,7 +20,7 @@ def test_each_near_query_belongs_to_its_object():
     torch.manual_seed(0)
     denoising = Denoising(TrainConfig(num_denoising=30, box_noise=0.0, label_noise=0.0), num_classes=3, dim=8)
     targets = [target(2, 1), target(0, 2), target(5, 3)]
-    extra, matches, groups = denoising(targets, num_queries=4)
+    extra, matches, groups = denoising(PackedTargets.pack(targets), num_queries=4)
     assert groups == 3
     assert extra.queries.shape == (3, 3 * 2 * 5, 8)
     assert matches.image.shape == (1, 7 * 3)
@@ -32,11 +33,13 @@ def test_each_near_query_belongs_to_its_object():
 
 
 def test_no_objects_no_queries():
-    assert Denoising(TrainConfig(), num_classes=3, dim=8)([target(0)], num_queries=4) is None
+    assert Denoising(TrainConfig(), num_classes=3, dim=8)(PackedTargets.pack([target(0)]), num_queries=4) is None
 
 
 def test_more_objects_than_the_budget_still_make_one_group():
-    _, _, groups = Denoising(TrainConfig(num_denoising=10), num_classes=3, dim=8)([target(50)], num_queries=4)
+    _, _, groups = Denoising(TrainConfig(num_denoising=10), num_classes=3, dim=8)(
+        PackedTargets.pack([target(50)]), num_queries=4
+    )
     assert groups == 1
 
 
@@ -44,30 +47,30 @@ def test_near_boxes_stay_near_and_far_ones_do_not():
     torch.manual_seed(0)
     boxes = torch.tensor([0.5, 0.5, 0.2, 0.2]).expand(1, 4000, 4)
     far = torch.arange(4000) >= 2000
-    noisy = noisy_boxes(boxes, far, size=1.0)
+    noisy = noisy_boxes(boxes, far, 1.0, BatchConsistentRng())
     overlap = box_iou(box_convert(boxes[0, :1], "cxcywh", "xyxy"), box_convert(noisy[0], "cxcywh", "xyxy"))[0]
     corners = box_convert(noisy[0], "cxcywh", "xyxy")
     moved = (corners - torch.tensor([0.4, 0.4, 0.6, 0.6])).abs() / 0.1
     assert moved[~far].max() <= 1 + 1e-5
     assert overlap[~far].mean() > 2 * overlap[far].mean()
     assert (noisy[..., 2:] >= 0).all()
-    inside = noisy_boxes(torch.tensor([[[0.05, 0.95, 0.1, 0.1]]]), torch.tensor([True]), 1.0)
+    inside = noisy_boxes(torch.tensor([[[0.05, 0.95, 0.1, 0.1]]]), torch.tensor([True]), 1.0, BatchConsistentRng())
     assert ((box_convert(inside, "cxcywh", "xyxy") >= 0) & (box_convert(inside, "cxcywh", "xyxy") <= 1)).all()
 
 
 def test_half_of_the_label_noise_is_drawn_anew():
     torch.manual_seed(0)
     labels = torch.full((1, 10000), 7)
-    changed = (noisy_labels(labels, 1000, 0.5) != 7).float().mean()
+    changed = (noisy_labels(labels, 1000, 0.5, BatchConsistentRng()) != 7).float().mean()
     assert 0.23 < changed < 0.27
-    assert torch.equal(noisy_labels(labels, 1000, 0.0), labels)
+    assert torch.equal(noisy_labels(labels, 1000, 0.0, BatchConsistentRng()), labels)
 
 
 def test_groups_see_themselves_and_the_models_queries_only():
-    unseen = group_mask(groups=2, size=3, num_queries=2)
-    assert unseen.shape == (8, 8)
-    assert not unseen[0, :3].any()
-    assert unseen[0, 3:6].all()
-    assert not unseen[0, 6:].any()
-    assert unseen[6, :6].all()  # the model's own must not peek at the truth
-    assert not unseen[6:, 6:].any()
+    attn_mask = group_attn_mask(groups=2, size=3, num_queries=2)
+    assert attn_mask.shape == (8, 8)
+    assert not attn_mask[0, :3].any()
+    assert attn_mask[0, 3:6].all()
+    assert not attn_mask[0, 6:].any()
+    assert attn_mask[6, :6].all()  # the model's own must not peek at the truth
+    assert not attn_mask[6:, 6:].any()

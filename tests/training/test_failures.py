@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from deformable_detr.detector import DeformableDETR
 from deformable_detr.evaluation import evaluator
 from deformable_detr.training import checkpoint, run_dir
 from deformable_detr.training.checkpoint import load_checkpoint
-from deformable_detr.training.log import MetricsLog
+from deformable_detr.training.logger import MetricsFile
 from deformable_detr.training.run_dir import RunDir, run_config
 from deformable_detr.training.setup import machine_errors_as_user_errors
 from deformable_detr.training.step import TrainStep
@@ -90,14 +89,14 @@ WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (mo
 def test_a_line_for_each(tmp_path, error, words):
     line = said(error, tmp_path)
     assert all(word in line for word in words), line
-    assert line.endswith("nothing was saved yet: start again")
+    assert line.endswith("no checkpoint was saved: start again")
     RunDir(tmp_path).write_config(tiny_config())
-    assert said(error, tmp_path).endswith("nothing was saved yet: start again with --resume")
+    assert said(error, tmp_path).endswith("no checkpoint was saved: start again with --resume")
 
 
 def test_the_line_says_where_a_checkpoint_is(tmp_path):
-    RunDir(tmp_path).save({"model": {}}, {})
-    assert said(MemoryError(), tmp_path).endswith("the last checkpoint is good: go on with --resume")
+    RunDir(tmp_path).checkpoints.save({"model": {}}, {})
+    assert said(MemoryError(), tmp_path).endswith("resume from the last checkpoint with --resume")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +114,7 @@ def test_faults_of_the_program_pass_as_they_are(tmp_path, error):
 def good_until_epoch_1(out):
     """The checkpoint of the first epoch is there and whole, the model too; and the run goes on to its end."""
     tensors, state = load_checkpoint(out / "checkpoints" / "last")
-    assert state["counters"]["epoch"] == 1
+    assert state["train_state"]["epoch"] == 1
     assert all(value.isfinite().all() for value in tensors["model"].values())
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name.startswith(".export")]
     DeformableDETR.from_pretrained(out)
@@ -124,10 +123,10 @@ def good_until_epoch_1(out):
 def broken_in_epoch_2(monkeypatch, break_it):
     original = TrainStep.step
 
-    def step(self, batch, done, *rest, **options):
-        if done == 2:
+    def step(self, batch, global_step, *rest, **options):
+        if global_step == 2:
             break_it()
-        return original(self, batch, done, *rest, **options)
+        return original(self, batch, global_step, *rest, **options)
 
     monkeypatch.setattr(TrainStep, "step", step)
 
@@ -142,7 +141,7 @@ def raiser(error):
 def test_memory_of_the_device_full(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         broken_in_epoch_2(patched, raiser(torch.OutOfMemoryError(CUDA)))
-        with pytest.raises(UserError, match=r"the device is out of memory.*the last checkpoint is good"):
+        with pytest.raises(UserError, match=r"the device is out of memory.*resume from the last checkpoint"):
             train_model(data, tmp_path / "run", tiny_config())
     good_until_epoch_1(tmp_path / "run")
     assert train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)["step"] == 4
@@ -161,25 +160,22 @@ def test_a_killed_loader(data, tmp_path, monkeypatch):
     config = tiny_config().updated({"data": {"workers": 1}})
     with monkeypatch.context() as patched:
         broken_in_epoch_2(patched, kill)
-        with pytest.raises(UserError, match=r"loader process was killed.*--workers \(now 1.*last checkpoint is good"):
+        with pytest.raises(UserError, match=r"loader process was killed.*--workers \(now 1.*the last checkpoint"):
             train_model(data, out, config)
     good_until_epoch_1(out)
     assert train_model(data, out, run_config(out), resume=True)["step"] == 4
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "metrics", "tensorboard", "model"])
+@pytest.mark.parametrize("what", ["checkpoint", "metrics", "model"])
 def test_a_full_disk(data, tmp_path, monkeypatch, capsys, what):
     """As the operating system says it, from the second epoch on."""
-    from tensorboard.summary.writer import record_writer
-
     out, full = tmp_path / "run", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fill():
         place, name = {
             "checkpoint": (checkpoint, "_sync"),
-            "metrics": (MetricsLog, "write"),
-            "tensorboard": (record_writer.RecordWriter, "write"),
-            "model": (run_dir, "share_as_folder"),
+            "metrics": (MetricsFile, "write"),
+            "model": (run_dir, "inherit_permissions"),
         }[what]
         monkeypatch.setattr(place, name, raiser(full))
 
@@ -188,34 +184,18 @@ def test_a_full_disk(data, tmp_path, monkeypatch, capsys, what):
         if what == "model":  # a better one, so that it is written
             figures = iter([0.1, 0.2])
             patched.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
-        with pytest.raises(UserError, match=r"No space left on device.*go on with --resume") as caught:
+        with pytest.raises(UserError, match=r"No space left on device.*with --resume") as caught:
             train_model(data, out, tiny_config())
     monkeypatch.undo()
     assert "\n" not in str(caught.value)
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     if what == "model":
-        assert load_checkpoint(out / "checkpoints" / "last")[1]["counters"]["epoch"] == 2
+        assert load_checkpoint(out / "checkpoints" / "last")[1]["train_state"]["epoch"] == 2
         DeformableDETR.from_pretrained(out)
     else:
         good_until_epoch_1(out)
     assert train_model(data, out, run_config(out), resume=True)["step"] == 4
-
-
-def test_the_hook_of_the_thread_is_put_back_and_hears_other_errors(tmp_path):
-    before, heard = threading.excepthook, []
-    threading.excepthook = lambda arguments: heard.append(arguments.exc_type)
-    own = threading.excepthook
-    try:
-        with MetricsLog(tmp_path):
-            for error in (ValueError, OSError):
-                thread = threading.Thread(target=raiser(error()))
-                thread.start()
-                thread.join()
-        assert threading.excepthook is own
-    finally:
-        threading.excepthook = before
-    assert heard == [ValueError]
 
 
 # --- a real disk that is full
@@ -271,4 +251,4 @@ def test_a_small_disk_runs_full_in_a_save(data, tmp_path, mounted, capsys, part)
 
     mounted(10 * used(tmp_path / "measured"))
     main(["train", str(data), "--out", str(place / "run"), "--epochs", "2", "--resume"])
-    assert load_checkpoint(place / "run/checkpoints/last")[1]["counters"]["step"] == 4
+    assert load_checkpoint(place / "run/checkpoints/last")[1]["train_state"]["step"] == 4

@@ -6,7 +6,7 @@ from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert, generalized_box_iou
 
 from deformable_detr.config.schema import TrainConfig
-from deformable_detr.training.matcher import PackedTargets, Predictions, focal_terms, match
+from deformable_detr.training.matcher import HungarianMatcher, PackedTargets, Predictions, focal_terms
 from tests.support.training import random_outputs, random_targets
 
 CONFIG = TrainConfig()
@@ -34,10 +34,10 @@ def test_matches_are_the_official_ones(sizes):
     generator = torch.Generator().manual_seed(sum(sizes))
     outputs = random_outputs(3, len(sizes), 8, 6, generator, tokens=15)
     targets = random_targets(sizes, 6, generator)
-    packed = PackedTargets.pack(targets, "cpu")
+    packed = PackedTargets.pack(targets)
     decoder = Predictions(outputs["layer_logits"], outputs["layer_boxes"])
     encoder = Predictions(outputs["encoder_logits"][None], outputs["encoder_boxes"][None], class_agnostic=True)
-    matching = match([decoder, encoder], packed, CONFIG)
+    matching = HungarianMatcher(CONFIG)([decoder, encoder], packed)
     assert matching.finite == (True,) * len(sizes)
 
     for item, matches in zip((decoder, encoder), matching.matches, strict=True):
@@ -54,7 +54,7 @@ def test_match_is_the_cheapest_of_all():
     generator = torch.Generator().manual_seed(3)
     outputs, targets = random_outputs(1, 1, 5, 2, generator), random_targets([3], 2, generator)
     logits, boxes = outputs["layer_logits"], outputs["layer_boxes"]
-    found = match([Predictions(logits, boxes)], PackedTargets.pack(targets, "cpu"), CONFIG).matches[0]
+    found = HungarianMatcher(CONFIG)([Predictions(logits, boxes)], PackedTargets.pack(targets)).matches[0]
     cost = official_cost(logits[0, 0], boxes[0, 0], targets[0].labels, targets[0].boxes)
     every = {
         order: sum(cost[q, n].item() for n, q in enumerate(order)) for order in itertools.permutations(range(5), 3)
@@ -72,14 +72,13 @@ def test_one_copy_to_the_host(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, lambda self, w=wrapped: copies.append(self.shape) or w(self))
     generator = torch.Generator().manual_seed(0)
     outputs = random_outputs(6, 2, 8, 4, generator, tokens=10)
-    packed = PackedTargets.pack(random_targets([2, 3], 4, generator), "cpu")
-    match(
+    packed = PackedTargets.pack(random_targets([2, 3], 4, generator))
+    HungarianMatcher(CONFIG)(
         [
             Predictions(outputs["layer_logits"], outputs["layer_boxes"]),
             Predictions(outputs["encoder_logits"][None], outputs["encoder_boxes"][None], True),
         ],
         packed,
-        CONFIG,
     )
     assert copies == [(5 * (6 * 8 + 10) + 2,)]  # costs of pairs of the same image, and one flag an image
 
@@ -87,8 +86,8 @@ def test_one_copy_to_the_host(monkeypatch):
 def test_more_objects_than_queries():
     generator = torch.Generator().manual_seed(1)
     outputs = random_outputs(2, 2, 4, 3, generator)
-    packed = PackedTargets.pack(random_targets([9, 2], 3, generator), "cpu")
-    found = match([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed, CONFIG).matches[0]
+    packed = PackedTargets.pack(random_targets([9, 2], 3, generator))
+    found = HungarianMatcher(CONFIG)([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed).matches[0]
     assert found.query.shape == (2, 4 + 2)
     for layer in range(2):
         assert len({query for query, _ in pairs_of(found, layer, 0)}) == 4
@@ -97,8 +96,8 @@ def test_more_objects_than_queries():
 
 def test_no_objects():
     outputs = random_outputs(2, 3, 4, 3, torch.Generator().manual_seed(1))
-    packed = PackedTargets.pack(random_targets([0, 0, 0], 3, torch.Generator()), "cpu")
-    matching = match([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed, CONFIG)
+    packed = PackedTargets.pack(random_targets([0, 0, 0], 3, torch.Generator()))
+    matching = HungarianMatcher(CONFIG)([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed)
     assert matching.matches[0].query.shape == (2, 0)
     assert matching.finite == (True, True, True)
 
@@ -121,7 +120,7 @@ def test_what_is_not_finite_marks_its_image_and_scipy_is_spared(value, where, si
         Predictions(outputs["layer_logits"], outputs["layer_boxes"]),
         Predictions(outputs["encoder_logits"][None], outputs["encoder_boxes"][None], True),
     ]
-    matching = match(sets, PackedTargets.pack(targets, "cpu"), CONFIG)
+    matching = HungarianMatcher(CONFIG)(sets, PackedTargets.pack(targets))
     assert matching.finite == (True, False, True)
     assert matching.matches[0].query.shape == (2, sum(min(size, 4) for size in sizes))
 

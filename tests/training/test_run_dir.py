@@ -12,7 +12,7 @@ import torch
 
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.training.checkpoint import generations, save_checkpoint
-from deformable_detr.training.run_dir import LOCK, RunDir, fingerprint, run_config
+from deformable_detr.training.run_dir import LOCK, RunDir, run_config
 from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config, write_dataset
 
@@ -64,14 +64,16 @@ def test_config_goes_out_and_back(tmp_path):
 
 
 def state_of(config, data="same", step=1):
-    return {"model": config.model.model_dump(mode="json"), "data": data, "counters": {"step": step}}
+    return {"model": config.model.model_dump(mode="json"), "data": data, "train_state": {"step": step}}
 
 
 def test_restore(tmp_path):
     folder, config = RunDir(tmp_path), tiny_config()
-    assert folder.restore(config, "same") is None
-    save_checkpoint(folder.last, {"model": {}}, state_of(config))
-    restored = folder.restore(config.updated({"train": {"epochs": 9}, "model": {"backbone_weights": "hub"}}), "same")
+    assert folder.checkpoints.restore(config, "same") is None
+    save_checkpoint(folder.checkpoints.last, {"model": {}}, state_of(config))
+    restored = folder.checkpoints.restore(
+        config.updated({"train": {"epochs": 9}, "model": {"backbone_weights": "hub"}}), "same"
+    )
     assert restored is not None
     assert restored[1] == state_of(config)
 
@@ -79,21 +81,21 @@ def test_restore(tmp_path):
 @pytest.mark.parametrize(
     ("change", "data", "message"),
     [
-        ({"class_names": ("a", "b", "c")}, "same", "classes are not those of the run"),
+        ({"class_names": ("a", "b", "c")}, "same", "classes differ from the run"),
         ({}, "other", "training set has changed"),
-        ({"hidden_dim": 64}, "same", "model.hidden_dim is 32 in the run and 64 now"),
+        ({"hidden_dim": 64}, "same", "model.hidden_dim is 32 in the run, not 64"),
     ],
 )
 def test_restore_refuses_what_is_not_the_run_s(tmp_path, change, data, message):
     folder, config = RunDir(tmp_path), tiny_config()
-    save_checkpoint(folder.last, {"model": {}}, state_of(config))
+    save_checkpoint(folder.checkpoints.last, {"model": {}}, state_of(config))
     with pytest.raises(UserError, match=message):
-        folder.restore(config.updated({"model": change}), data)
+        folder.checkpoints.restore(config.updated({"model": change}), data)
 
 
 def test_fingerprint_follows_the_annotations_and_not_the_place(tmp_path):
     sets = [open_dataset(write_dataset(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    first, same, other = map(fingerprint, sets)
+    first, same, other = (dataset.fingerprint() for dataset in sets)
     assert first == same
     assert first != other
 
@@ -105,9 +107,11 @@ def run_of(tmp_path, steps=(1, 2, 3), best=2):
     """A run folder with checkpoints of these steps and a best one."""
     folder, config = RunDir(tmp_path), tiny_config()
     for step in steps:
-        folder.save({"model": {"step": torch.tensor(float(step))}}, state_of(config, step=step))
+        folder.checkpoints.save({"model": {"step": torch.tensor(float(step))}}, state_of(config, step=step))
         if step == best:
-            folder.save({"model": {"step": torch.tensor(float(step))}}, state_of(config, step=step), best=True)
+            folder.checkpoints.save(
+                {"model": {"step": torch.tensor(float(step))}}, state_of(config, step=step), best=True
+            )
     return folder, config
 
 
@@ -119,68 +123,60 @@ def damage(path):
 
 def test_a_whole_run_goes_on_from_its_last_checkpoint_without_a_word(tmp_path, caplog):
     folder, config = run_of(tmp_path)
-    tensors, state = folder.restore(config, "same")
-    assert (state["counters"]["step"], tensors["model"]["step"]) == (3, 3)
+    tensors, state = folder.checkpoints.restore(config, "same")
+    assert (state["train_state"]["step"], tensors["model"]["step"]) == (3, 3)
     assert caplog.messages == []
 
 
 @pytest.mark.parametrize("name", ["model-3.safetensors", "state-3.json"])
 def test_a_damaged_last_checkpoint_is_left_for_the_one_before(tmp_path, caplog, name):
     folder, config = run_of(tmp_path)
-    damage(folder.last / name)
-    tensors, state = folder.restore(config, "same")
-    assert (state["counters"]["step"], tensors["model"]["step"]) == (2, 2)
+    damage(folder.checkpoints.last / name)
+    tensors, state = folder.checkpoints.restore(config, "same")
+    assert (state["train_state"]["step"], tensors["model"]["step"]) == (2, 2)
     (message,) = caplog.messages
-    assert f"{folder.last / name} is damaged" in message
-    assert message.endswith(f"the run goes on from {folder.last / 'state-2.json'}, step 2")
+    assert f"{folder.checkpoints.last / name} is damaged" in message
+    assert message.endswith(f"resuming from {folder.checkpoints.last / 'state-2.json'}, step 2")
     assert "\n" not in message
     # The damaged one does not push the good one out when the run goes on.
-    folder.save({"model": {"step": torch.tensor(2.5)}}, state_of(config, step=3))
-    assert [path.name for path in generations(folder.last)] == ["state-4.json", "state-2.json"]
-    assert not (folder.last / "damaged-3.json").exists()
+    folder.checkpoints.save({"model": {"step": torch.tensor(2.5)}}, state_of(config, step=3))
+    assert [path.name for path in generations(folder.checkpoints.last)] == ["state-4.json", "state-2.json"]
+    assert not (folder.checkpoints.last / "damaged-3.json").exists()
 
 
 def test_the_best_is_the_last_resort(tmp_path, caplog):
     folder, config = run_of(tmp_path, steps=(1, 2, 3, 4))
-    damage(folder.last / "model-4.safetensors")
-    damage(folder.last / "state-3.json")
-    assert folder.restore(config, "same")[1]["counters"]["step"] == 2
-    assert f"the run goes on from {folder.best / 'state-1.json'}, step 2" in caplog.text
+    damage(folder.checkpoints.last / "model-4.safetensors")
+    damage(folder.checkpoints.last / "state-3.json")
+    assert folder.checkpoints.restore(config, "same")[1]["train_state"]["step"] == 2
+    assert f"resuming from {folder.checkpoints.best / 'state-1.json'}, step 2" in caplog.text
 
 
 def test_no_good_checkpoint_is_one_line_and_nothing_is_moved(tmp_path):
     folder, config = run_of(tmp_path)
     for path in (tmp_path / "checkpoints").rglob("*.safetensors"):
         damage(path)
-    before = sorted(path.name for path in folder.last.iterdir())
-    with pytest.raises(UserError, match=r"model-3\.safetensors is damaged.*no checkpoint in .* is good"):
-        folder.restore(config, "same")
-    assert sorted(path.name for path in folder.last.iterdir()) == before
+    before = sorted(path.name for path in folder.checkpoints.last.iterdir())
+    with pytest.raises(UserError, match=r"model-3\.safetensors is damaged.*no other checkpoint in .* is intact"):
+        folder.checkpoints.restore(config, "same")
+    assert sorted(path.name for path in folder.checkpoints.last.iterdir()) == before
 
 
 def test_a_run_killed_in_its_first_save_has_nothing_to_restore(tmp_path):
     folder = RunDir(tmp_path)
-    folder.last.mkdir(parents=True)
-    (folder.last / "model-1.safetensors").write_bytes(b"half")
-    assert folder.restore(tiny_config(), "same") is None
-
-
-def test_checkpoints_of_an_earlier_version_are_refused(tmp_path):
-    folder = RunDir(tmp_path)
-    folder.last.mkdir(parents=True)
-    (folder.last / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="earlier version"):
-        folder.restore(tiny_config(), "same")
+    folder.checkpoints.last.mkdir(parents=True)
+    (folder.checkpoints.last / "model-1.safetensors").write_bytes(b"half")
+    assert folder.checkpoints.restore(tiny_config(), "same") is None
 
 
 # --- one process a folder
 
 
 def test_two_processes_cannot_write_one_run(tmp_path):
-    with RunDir(tmp_path).held(resume=False):
+    with RunDir(tmp_path).lock(resume=False):
         with (
             pytest.raises(UserError, match=f"{tmp_path} is being written by another process"),
-            RunDir(tmp_path).held(False),
+            RunDir(tmp_path).lock(False),
         ):
             raise AssertionError("both were let in")
         probe = f"import filelock\ntry: filelock.FileLock({str(tmp_path / LOCK)!r}, timeout=0).acquire()\n"
@@ -188,19 +184,19 @@ def test_two_processes_cannot_write_one_run(tmp_path):
         said = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
         assert said.stdout == "locked\n"
     assert list(tmp_path.iterdir()) == []
-    with RunDir(tmp_path).held(resume=False):
+    with RunDir(tmp_path).lock(resume=False):
         pass
 
 
 def test_the_lock_is_let_go_after_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), RunDir(tmp_path).held(resume=False):
+    with pytest.raises(ZeroDivisionError), RunDir(tmp_path).lock(resume=False):
         raise ZeroDivisionError
-    with RunDir(tmp_path).held(resume=False):
+    with RunDir(tmp_path).lock(resume=False):
         pass
 
 
 def _hold(path):
-    with RunDir(path).held(resume=False):
+    with RunDir(path).lock(resume=False):
         if os.fork() == 0:  # as a loader's process, which lives on for seconds after its parent was killed
             time.sleep(60)
             os._exit(0)
@@ -216,7 +212,7 @@ def test_the_lock_of_a_killed_process_is_stale_even_if_its_children_live(tmp_pat
         while not (tmp_path / "held").exists():
             assert process.is_alive()
             time.sleep(0.01)
-        with pytest.raises(UserError, match="another process"), RunDir(tmp_path).held(False):
+        with pytest.raises(UserError, match="another process"), RunDir(tmp_path).lock(False):
             pass
     finally:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -225,7 +221,7 @@ def test_the_lock_of_a_killed_process_is_stale_even_if_its_children_live(tmp_pat
         process.join()
     try:
         assert (tmp_path / LOCK).exists()
-        with RunDir(tmp_path).held(resume=False):
+        with RunDir(tmp_path).lock(resume=False):
             pass
     finally:
         for number in orphans:
@@ -237,7 +233,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(filelock.FileLock, "_acquire", missing)
-    with RunDir(tmp_path).held(resume=False):
+    with RunDir(tmp_path).lock(resume=False):
         pass
     assert f"{tmp_path} cannot be locked" in caplog.text
 
@@ -247,7 +243,7 @@ def test_what_a_killed_process_was_about_to_write_is_deleted(tmp_path):
     (tmp_path / ".export-abc" / "model.safetensors").write_text("half")
     (tmp_path / ".metrics.jsonl.123.tmp").write_text("half")
     (tmp_path / ".mine").write_text("")
-    with RunDir(tmp_path).held(resume=False):
+    with RunDir(tmp_path).lock(resume=False):
         assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, ".mine"]
 
 

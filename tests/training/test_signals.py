@@ -20,12 +20,12 @@ def interruptible():
 def test_the_first_signal_waits_to_be_asked_for(number, code):
     before = signal.getsignal(number)
     with GracefulShutdown() as stop:
-        stop.check()
+        stop.raise_if_received()
         os.kill(os.getpid(), number)
         assert stop.received == number
         assert signal.getsignal(number) == before  # the second one acts at once
         with pytest.raises(TrainingInterrupted) as caught:
-            stop.check()
+            stop.raise_if_received()
     assert caught.value.code == code
     assert signal.getsignal(number) == before
 
@@ -40,9 +40,9 @@ def test_a_second_ctrl_c_acts_as_elsewhere():
         two()
 
 
-def test_at_once_raises_where_the_signal_arrives():
+def test_immediate_raises_where_the_signal_arrives():
     with GracefulShutdown() as stop:
-        stop.at_once = True
+        stop.immediate = True
         with pytest.raises(TrainingInterrupted):
             os.kill(os.getpid(), signal.SIGTERM)
 

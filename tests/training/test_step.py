@@ -6,6 +6,7 @@ from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.transforms import EvalTransform
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.structures import ImageBatch
+from deformable_detr.training.matcher import PackedTargets
 from deformable_detr.training.signals import NonFiniteLoss
 from deformable_detr.training.step import TrainStep
 from tests.support.training import tiny_config, write_dataset
@@ -23,8 +24,8 @@ def make(**train):
     return TrainStep(DeformableDETR(config.model).train(), config.train)
 
 
-def weights(stepper):
-    return {name: value.clone() for name, value in stepper.model.state_dict().items() if "running" not in name
+def weights(train_step):
+    return {name: value.clone() for name, value in train_step.model.state_dict().items() if "running" not in name
             and "num_batches" not in name}  # fmt: skip
 
 
@@ -33,13 +34,13 @@ def same(first, second):
 
 
 def test_sixty_steps_on_eight_images_overfit(samples):
-    stepper = make(lr=2e-3)
+    train_step = make(lr=2e-3)
     batches = [collate(samples[:4]), collate(samples[4:])]
     losses = []
     for number in range(60):
-        figures = stepper.step([batches[number % 2]], done=number, progress=0.0)
+        figures = train_step.step([batches[number % 2]], global_step=number, progress=0.0)
         losses.append(figures and figures.values["loss"])
-    last = stepper.settle()
+    last = train_step.flush_pending_metrics()
     assert last is not None
     assert last.step == 60
     assert losses[0] is None
@@ -49,121 +50,121 @@ def test_sixty_steps_on_eight_images_overfit(samples):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precisions_learn(samples, precision):
-    stepper = make(precision=precision)
-    before = weights(stepper)
+    train_step = make(precision=precision)
+    before = weights(train_step)
     for number in range(3):
-        stepper.step([collate(samples[:2])], done=number, progress=0.0)
-    assert stepper.settle() is not None
-    after = weights(stepper)
+        train_step.step([collate(samples[:2])], global_step=number, progress=0.0)
+    assert train_step.flush_pending_metrics() is not None
+    after = weights(train_step)
     assert not same(before, after)
     assert all(value.isfinite().all() for value in after.values())
 
 
 def test_gradients_of_the_step_before_take_no_memory_in_the_forward_pass(samples):
-    stepper = make()
-    stepper.step([collate(samples[:2])], done=0, progress=0.0)
-    assert any(parameter.grad is not None for parameter in stepper.model.parameters())
+    train_step = make()
+    train_step.step([collate(samples[:2])], global_step=0, progress=0.0)
+    assert any(parameter.grad is not None for parameter in train_step.model.parameters())
     kept = []
-    stepper.model.encoder.register_forward_hook(
-        lambda *_: kept.extend(parameter.grad for parameter in stepper.model.parameters())
+    train_step.model.encoder.register_forward_hook(
+        lambda *_: kept.extend(parameter.grad for parameter in train_step.model.parameters())
     )
-    stepper.step([collate(samples[:2])], done=1, progress=0.0)
+    train_step.step([collate(samples[:2])], global_step=1, progress=0.0)
     assert kept
     assert all(gradient is None for gradient in kept)
 
 
 def test_a_batch_without_objects_is_fine(tmp_path):
     dataset = open_dataset(write_dataset(tmp_path, train=2, empty=2), transform=EvalTransform(64, 128))
-    stepper = make()
-    stepper.step([collate([dataset[0], dataset[1]])], done=0, progress=0.0)
-    figures = stepper.settle()
+    train_step = make()
+    train_step.step([collate([dataset[0], dataset[1]])], global_step=0, progress=0.0)
+    figures = train_step.flush_pending_metrics()
     assert figures is not None
     assert figures.values["loss_boxes"] == 0
     assert figures.values["grad_norm"] > 0
 
 
 def test_nan_predictions_stop_before_anything_changes(samples):
-    stepper = make()
-    stepper.step([collate(samples[:4])], done=0, progress=0.0)
+    train_step = make()
+    train_step.step([collate(samples[:4])], global_step=0, progress=0.0)
     with torch.no_grad():
-        stepper.model.level_embedding.fill_(float("nan"))
-    before = weights(stepper)
+        train_step.model.level_embedding.fill_(float("nan"))
+    before = weights(train_step)
     with pytest.raises(NonFiniteLoss) as caught:
-        stepper.step([collate(samples[:4])], done=1, progress=0.0)
+        train_step.step([collate(samples[:4])], global_step=1, progress=0.0)
     assert caught.value.step == 2
     assert caught.value.image_ids == [100, 101, 102, 103]
     assert caught.value.losses["loss"] != caught.value.losses["loss"]
     before.pop("level_embedding")
-    assert same(before, weights(stepper))
+    assert same(before, weights(train_step))
 
 
 def test_only_the_image_that_does_it_is_named(samples):
-    stepper = make()
+    train_step = make()
     batch, targets = collate(samples[:3])
     targets[1].boxes[0, 0] = float("nan")
     try:
         with pytest.raises(NonFiniteLoss, match="images 101;"):
-            stepper.step([(batch, targets)], done=0, progress=0.0)
+            train_step.step([(batch, targets)], global_step=0, progress=0.0)
     finally:
         targets[1].boxes[0, 0] = 0.5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told_a_step_later(samples, precision):
-    stepper = make(precision=precision)
-    stepper.step([collate(samples[:4])], done=0, progress=0.0)
-    before = weights(stepper)
-    hook = stepper.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
-    stepper.step([collate(samples[:4])], done=1, progress=0.0)
+    train_step = make(precision=precision)
+    train_step.step([collate(samples[:4])], global_step=0, progress=0.0)
+    before = weights(train_step)
+    hook = train_step.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
+    train_step.step([collate(samples[:4])], global_step=1, progress=0.0)
     hook.remove()
-    assert same(before, weights(stepper))
+    assert same(before, weights(train_step))
     with pytest.raises(NonFiniteLoss, match="gradient of the loss is not finite at step 2"):
-        stepper.settle()
+        train_step.flush_pending_metrics()
 
 
 def test_without_the_guard_the_weights_would_be_lost(samples, monkeypatch):
-    stepper = make()
-    stepper.step([collate(samples[:4])], done=0, progress=0.0)
-    original = stepper.optimizer.step
+    train_step = make()
+    train_step.step([collate(samples[:4])], global_step=0, progress=0.0)
+    original = train_step.optimizer.step
 
     def unguarded():
-        stepper.optimizer.found_inf = torch.zeros(())
+        train_step.optimizer.found_inf = torch.zeros(())
         original()
 
-    monkeypatch.setattr(stepper.optimizer, "step", unguarded)
-    stepper.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
-    stepper.step([collate(samples[:4])], done=1, progress=0.0)
-    assert not all(value.isfinite().all() for value in weights(stepper).values())
+    monkeypatch.setattr(train_step.optimizer, "step", unguarded)
+    train_step.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
+    train_step.step([collate(samples[:4])], global_step=1, progress=0.0)
+    assert not all(value.isfinite().all() for value in weights(train_step).values())
 
 
 def test_fp16_bears_overflows_but_not_for_ever(samples):
-    stepper = make(precision="fp16")
-    hook = stepper.model.level_embedding.register_hook(lambda gradient: gradient * float("inf"))
-    before = weights(stepper)
-    stepper.step([collate(samples[:2])], done=0, progress=0.0)
-    figures = stepper.settle()
+    train_step = make(precision="fp16")
+    hook = train_step.model.level_embedding.register_hook(lambda gradient: gradient * float("inf"))
+    before = weights(train_step)
+    train_step.step([collate(samples[:2])], global_step=0, progress=0.0)
+    figures = train_step.flush_pending_metrics()
     assert figures is not None
     assert not figures.values["grad_norm"] < float("inf")
-    assert same(before, weights(stepper))
-    assert stepper.scaler.get_scale() < 2.0**16
-    stepper._overflows = 49
-    stepper.step([collate(samples[:2])], done=1, progress=0.0)
+    assert same(before, weights(train_step))
+    assert train_step.scaler.get_scale() < 2.0**16
+    train_step._overflows = 49
+    train_step.step([collate(samples[:2])], global_step=1, progress=0.0)
     with pytest.raises(NonFiniteLoss, match="gradient"):
-        stepper.settle()
+        train_step.flush_pending_metrics()
     hook.remove()
 
 
 def test_gradients_are_clipped_and_the_norm_is_the_one_before(samples, monkeypatch):
-    stepper = make(clip_max_norm=0.1)
+    train_step = make(clip_max_norm=0.1)
     norms = []
 
     def measure():
-        gradients = [parameter.grad for parameter in stepper.model.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in train_step.model.parameters() if parameter.grad is not None]
         norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
 
-    monkeypatch.setattr(stepper.optimizer, "step", measure)
-    stepper.step([collate(samples[:4])], done=0, progress=0.0)
-    figures = stepper.settle()
+    monkeypatch.setattr(train_step.optimizer, "step", measure)
+    train_step.step([collate(samples[:4])], global_step=0, progress=0.0)
+    figures = train_step.flush_pending_metrics()
     assert figures is not None
     assert norms[0].item() == pytest.approx(0.1, rel=1e-3)
     assert figures.values["grad_norm"] > 1
@@ -172,6 +173,31 @@ def test_gradients_are_clipped_and_the_norm_is_the_one_before(samples, monkeypat
 def test_the_batch_is_not_changed(samples):
     batch, targets = collate(samples[:2])
     copy = ImageBatch(batch.pixels.clone(), batch.padding_mask.clone())
-    make().step([(batch, targets)], done=0, progress=0.0)
+    make().step([(batch, targets)], global_step=0, progress=0.0)
     assert torch.equal(batch.pixels, copy.pixels)
     assert torch.equal(batch.padding_mask, copy.padding_mask)
+
+
+def test_targets_are_packed_once_per_micro_batch(samples, monkeypatch):
+    """Not once per layer, loss or denoising."""
+    packed, pack = [], PackedTargets.pack
+    monkeypatch.setattr(PackedTargets, "pack", lambda targets: packed.append(targets) or pack(targets))
+    train_step = make(num_denoising=20)
+    batch, targets = collate(samples[:4])
+    shown = [_ReadCounter(target) for target in targets]
+    train_step.step([(batch, shown)], global_step=0, progress=0.0)
+    assert packed == [shown]
+    assert {target.boxes_read for target in shown} == {1}, "nothing else reads the boxes"
+    train_step.step([collate(samples[:2]), collate(samples[2:4])], global_step=1, progress=0.0)
+    assert len(packed) == 3
+
+
+class _ReadCounter:
+    """A target that counts how often its boxes are read."""
+
+    def __init__(self, target):
+        self.target, self.boxes_read = target, 0
+
+    def __getattr__(self, name):
+        self.boxes_read += name == "boxes"
+        return getattr(self.target, name)

@@ -41,7 +41,7 @@ def model_weights(folder):
 def test_a_run_folder_holds_everything(finished):
     out, metrics = finished
     assert {path.name for path in out.iterdir()} == {
-        "config.yaml", "config.json", "model.safetensors", "README.md", "metrics.jsonl", "tensorboard", "checkpoints",
+        "config.yaml", "config.json", "model.safetensors", "README.md", "metrics.jsonl", "checkpoints",
         "gallery", "training.html",
     }  # fmt: skip
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"last", "best"}
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data, finished, tmp_path, m
         with pytest.raises(TrainingInterrupted) as caught:
             train_model(data, out, config)
     assert caught.value.code == 143
-    assert load_checkpoint(out / "checkpoints" / "last")[1]["counters"]["step"] == stop_after
+    assert load_checkpoint(out / "checkpoints" / "last")[1]["train_state"]["step"] == stop_after
 
     metrics = train_model(data, out, run_config(out), resume=True)
     whole, whole_metrics = finished
@@ -145,7 +145,7 @@ def test_a_crash_before_the_first_checkpoint_starts_anew(data, tmp_path, monkeyp
         with pytest.raises(ZeroDivisionError):
             train_model(data, out, tiny_config(epochs=1))
     assert train_model(data, out, run_config(out), resume=True)["step"] == 2
-    assert "no checkpoint yet" in capsys.readouterr().err
+    assert "no checkpoint in this run yet" in capsys.readouterr().err
 
 
 def test_a_run_killed_in_its_evaluation_evaluates_when_it_goes_on(data, tmp_path, monkeypatch, capsys):
@@ -156,13 +156,13 @@ def test_a_run_killed_in_its_evaluation_evaluates_when_it_goes_on(data, tmp_path
         with pytest.raises(TrainingInterrupted) as caught:
             train_model(data, out, tiny_config(epochs=1))
     assert caught.value.code == 130
-    assert "go on with --resume" in capsys.readouterr().err
+    assert "resume with --resume" in capsys.readouterr().err
     metrics = train_model(data, out, run_config(out), resume=True)
     assert metrics["step"] == 2
     assert len(lines(out, "evaluation")) == 1
 
 
-@pytest.mark.parametrize("name", ["Report.evaluated", "update_state", "Report.say_epoch"])
+@pytest.mark.parametrize("name", ["TrainingLogger.log_evaluation", "update_state", "TrainingLogger.print_epoch"])
 def test_a_run_killed_just_after_its_evaluation_has_its_line_once(data, tmp_path, monkeypatch, name):
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
@@ -236,18 +236,18 @@ def test_minutes_end_a_run_with_an_evaluation(data, tmp_path, monkeypatch):
 def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", TrainStep.step
 
-    def step(self, passes, done, progress, totals=None):
-        if done == 3:
+    def step(self, micro_batches, global_step, progress, stats=None):
+        if global_step == 3:
             with torch.no_grad():
                 self.model.level_embedding.fill_(float("nan"))
-        return original(self, passes, done, progress, totals)
+        return original(self, micro_batches, global_step, progress, stats)
 
     with monkeypatch.context() as patched:
         patched.setattr(TrainStep, "step", step)
         with pytest.raises(NonFiniteLoss, match=r"step 4: loss nan.*images 10\d, 10\d"):
             train_model(data, out, tiny_config())
     tensors, state = load_checkpoint(out / "checkpoints" / "last")
-    assert state["counters"]["step"] == 2
+    assert state["train_state"]["step"] == 2
     assert all(value.isfinite().all() for value in tensors["model"].values())
     assert train_model(data, out, run_config(out), resume=True)["step"] == 4
 
@@ -255,15 +255,15 @@ def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch
 def test_a_nan_gradient_in_the_last_step_of_an_epoch_is_not_saved(data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", TrainStep.step
 
-    def step(self, passes, done, progress, totals=None):
-        if done == 3:
+    def step(self, micro_batches, global_step, progress, stats=None):
+        if global_step == 3:
             self.model.level_embedding.register_hook(lambda gradient: gradient * float("nan"))
-        return original(self, passes, done, progress, totals)
+        return original(self, micro_batches, global_step, progress, stats)
 
     monkeypatch.setattr(TrainStep, "step", step)
     with pytest.raises(NonFiniteLoss, match="gradient of the loss is not finite at step 4"):
         train_model(data, out, tiny_config())
-    assert load_checkpoint(out / "checkpoints" / "last")[1]["counters"]["step"] == 2
+    assert load_checkpoint(out / "checkpoints" / "last")[1]["train_state"]["step"] == 2
 
 
 def test_images_without_objects(tmp_path):
@@ -299,7 +299,7 @@ def test_best_is_the_highest_and_last_the_latest(data, tmp_path, monkeypatch):
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=3))
     assert (metrics["AP"], metrics["best_AP"]) == (0.4, 0.5)
     states = {name: load_checkpoint(tmp_path / "run" / "checkpoints" / name)[1] for name in ("last", "best")}
-    assert {name: state["counters"]["epoch"] for name, state in states.items()} == {"last": 3, "best": 2}
+    assert {name: state["train_state"]["epoch"] for name, state in states.items()} == {"last": 3, "best": 2}
 
 
 def test_figures_that_do_not_exist(data, tmp_path, monkeypatch):
@@ -308,16 +308,16 @@ def test_figures_that_do_not_exist(data, tmp_path, monkeypatch):
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=2))
     assert metrics["best_AP"] is None
     best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]
-    assert best["counters"]["epoch"] == 2
+    assert best["train_state"]["epoch"] == 2
 
 
 def test_another_batch_size_keeps_the_part_of_the_epoch(data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", TrainStep.step
 
-    def step(self, passes, done, progress, totals=None):
-        if done == 1:
+    def step(self, micro_batches, global_step, progress, stats=None):
+        if global_step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, passes, done, progress, totals)
+        return original(self, micro_batches, global_step, progress, stats)
 
     with monkeypatch.context() as patched:
         patched.setattr(TrainStep, "step", step)
@@ -355,10 +355,10 @@ def test_an_accumulating_run_goes_on_in_the_middle_of_an_epoch(data, tmp_path, m
     train_model(data, tmp_path / "whole", config)
     original = TrainStep.step
 
-    def step(self, passes, done, progress, totals=None):
-        if done == 1:
+    def step(self, micro_batches, global_step, progress, stats=None):
+        if global_step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, passes, done, progress, totals)
+        return original(self, micro_batches, global_step, progress, stats)
 
     with monkeypatch.context() as patched:
         patched.setattr(TrainStep, "step", step)
@@ -388,7 +388,7 @@ def test_of_equal_models_the_later_is_kept_and_patience_waits_for_the_first_find
     monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=9, patience=2))
     assert (metrics["epoch"], metrics["best_AP"]) == (6, 0.3)
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]["counters"]["epoch"] == 6
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]["train_state"]["epoch"] == 6
 
 
 @pytest.mark.parametrize(

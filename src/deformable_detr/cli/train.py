@@ -68,7 +68,7 @@ def train(
         print_config: Print the config that would be used, and stop.
     """
     from ..config.resolve import resolve_config
-    from ..distributed.launch import is_first, restarted
+    from ..distributed.launch import is_rank_zero, restarted
     from ..weights.finetune import starting_config
 
     own = None if out is None else out / "config.yaml"
@@ -104,7 +104,7 @@ def train(
     from ..training.trainer import train_model
 
     metrics = train_model(data, out, settings, resume=resume)
-    if not is_first():
+    if not is_rank_zero():
         return
     print(f"{summary(metrics)}; the model is in {out}")
     print(f"next: deformable-detr predict {shlex.quote(str(out))} IMAGE --out pictures")

@@ -261,6 +261,8 @@ class TrainConfig(ConfigSection):
     """Stop after this many evaluations without an improvement of AP."""
     log_every: PositiveInt = 20
     """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files; needs pip install 'deformable-detr[tensorboard]'."""
 
     class_cost: NonNegativeFloat = 2.0
     """Weight of the class cost in the matcher."""

@@ -1,1 +1,1 @@
-"""A run in several processes: who they are, what they agree on, how the model is divided among them."""
+"""Training and evaluation in several processes started by torchrun: process group, agreement, DDP."""

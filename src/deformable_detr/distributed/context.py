@@ -1,4 +1,4 @@
-"""The processes of a run and how they agree: who torchrun started, who failed, what all must know."""
+"""The processes of a run: start-up, agreement on errors and values, and a common end."""
 
 from __future__ import annotations
 
@@ -18,50 +18,55 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from ..utils.device import pick_device
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from . import launch
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
-
-_PATIENCE = timedelta(minutes=30)  # until a process that does not answer counts as lost
-_FAILURE = "deformable-detr/failure"  # in the launcher's store: why the first process left
+_TIMEOUT = timedelta(minutes=30)  # until a process that does not respond counts as lost
+_FAILURE_KEY = "deformable-detr/failure"  # in torchrun's store: which process failed first
 
 
 class DistributedContext:
-    """This process among those of the run: `rank` of `size`, with its `device`. A run without torchrun is a world of 1.
+    """This process among all processes of the run. Without torchrun the world size is 1.
 
-    Use it as a context: it connects the processes, and ends all of them where one fails. Numbers and messages travel
-    over the CPU (gloo), gradients over what the device has (nccl on CUDA).
+    Entering it connects the processes; an error in one process ends all of them. Numbers and objects travel over the
+    CPU (gloo), gradients over the backend of the device (NCCL on CUDA).
+
+    Attributes:
+        rank: Index of this process, 0 to world_size − 1.
+        device: Device of this process.
+        exit_synced: Set when all processes leave for the same reason at the same place.
     """
 
-    def __init__(self, device: str = "auto", size: int | None = None) -> None:
-        """device: see `pick_device`; "auto" and "cuda" give each process of a machine its own GPU.
+    def __init__(self, device: str = "auto", world_size: int | None = None) -> None:
+        """Read torchrun's environment.
 
-        size: 1 keeps to this process, whatever the launcher says.
+        Args:
+            device: See `pick_device`; "auto" and "cuda" give each process of a machine its own GPU.
+            world_size: 1 ignores torchrun. Default: what torchrun says.
         """
-        self.size = launch.processes() if size is None else size
-        self.rank = int(os.environ["RANK"]) if self.size > 1 else 0
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if self.size > 1 else 0
-        self.device = self._device(device)
-        self.agreed = False  # whether all processes leave for the same reason, at the same place
+        self.world_size = launch.world_size() if world_size is None else world_size
+        self.rank = int(os.environ["RANK"]) if self.world_size > 1 else 0
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if self.world_size > 1 else 0
+        self.device = self._pick_device(device)
+        self.exit_synced = False
         self._store: Any = None
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this process writes files and messages for the run."""
         return self.rank == 0
 
-    def _device(self, name: str) -> torch.device:
+    def _pick_device(self, name: str) -> torch.device:
         device = pick_device(name)
-        if self.size == 1:
+        if self.world_size == 1:
             return device
         if device.type not in ("cpu", "cuda"):
-            raise UserError(f"several processes need device cpu or cuda, not {device.type}")
+            raise UserError(f"torchrun needs device cpu or cuda, not {device.type}: pass --device cpu")
         if device.type == "cuda":
             if device.index is not None:
-                raise UserError(f"device '{name}' is one GPU: with torchrun say cuda, each process takes its own")
+                raise UserError(f"--device {name} names one GPU: with torchrun pass --device cuda")
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"torchrun started more processes on {socket.gethostname()} than it has GPUs "
@@ -71,132 +76,128 @@ class DistributedContext:
             torch.cuda.set_device(device)
         return device
 
-    # --- coming and going ---------------------------------------------------------------------------------------
+    # --- start and end ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        if self.size > 1:
+        if self.world_size > 1:
             try:
-                self._store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+                self._store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
                 backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=_PATIENCE)
+                dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=_TIMEOUT)
             except (RuntimeError, ValueError, OSError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"the processes of the run cannot reach each other: {reason}") from None
-            if not self.is_rank_zero:  # what all would say, the first one says
+                raise UserError(f"the processes of the run cannot connect: {first_line(error)}") from None
+            if not self.is_rank_zero:  # rank 0 logs for all
                 logging.getLogger("deformable_detr").setLevel(logging.ERROR)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if self.size == 1:
+        if self.world_size == 1:
             return
-        if error is None or self.agreed:
+        if error is None or self.exit_synced:
             dist.destroy_process_group()
-            if isinstance(error, UserError) and not self.is_rank_zero:  # the first one tells it
+            if isinstance(error, UserError) and not self.is_rank_zero:  # rank 0 reports it
                 raise SystemExit(2) from None
         else:
-            self._leave(error)
+            self._fail(error)
 
-    def _leave(self, error: BaseException) -> None:
-        """Tells the others why this process goes; one that goes because another did says nothing of its own."""
+    def _fail(self, error: BaseException) -> None:
+        """Tell the other processes that this one fails, or exit silently because another one failed first."""
         code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
-        reason = {"rank": self.rank, "code": code}
-        known = self._failure() if _is_lost_peer(error) else None
-        if known is not None:
-            raise SystemExit(known["code"]) from None
+        own = {"rank": self.rank, "code": code}
+        lost_peer = _is_lost_peer(error)
+        if lost_peer and (failure := self._read_failure()) is not None:
+            raise SystemExit(failure["code"]) from None
         try:
-            # Only the first to go is heard.
-            heard = json.loads(self._store.compare_set(_FAILURE, "", json.dumps(reason)))
-        except RuntimeError:  # the store went with the process that held it
-            heard = reason
-        if _is_lost_peer(error):
-            if heard != reason:
-                raise SystemExit(heard["code"]) from None
+            first = json.loads(self._store.compare_set(_FAILURE_KEY, "", json.dumps(own)))
+        except RuntimeError:  # the store ended with the process that held it
+            first = own
+        if lost_peer:
+            if first != own:
+                raise SystemExit(first["code"]) from None
             raise UserError(
-                "a process of the run ended unexpectedly (look above for its words, or the system killed it); "
-                "the last checkpoint is good: go on with --resume"
+                "a process of the run ended unexpectedly: see its error above, or the system killed it; "
+                "resume from the last checkpoint with --resume"
             ) from None
 
-    def _failure(self) -> dict[str, Any] | None:
+    def _read_failure(self) -> dict[str, Any] | None:
         try:
-            return json.loads(self._store.get(_FAILURE)) if self._store.check([_FAILURE]) else None
+            return json.loads(self._store.get(_FAILURE_KEY)) if self._store.check([_FAILURE_KEY]) else None
         except RuntimeError:
             return None
 
-    # --- agreeing -----------------------------------------------------------------------------------------------
+    # --- values -------------------------------------------------------------------------------------------------
 
-    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """The numbers of every process, by rank; each gives as many."""
-        if self.size == 1:
+    def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of every process, by rank. Each process passes equally many."""
+        if self.world_size == 1:
             return [list(numbers)]
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine)
-        return [numbers.tolist() for numbers in everyone]
+        own = torch.tensor(numbers, dtype=torch.float64)
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own)
+        return [values.tolist() for values in gathered]
 
     def all_gather_object(self, item: T) -> list[T]:
-        """The items of every process, by rank, for every process."""
-        if self.size == 1:
+        """Return the items of every process, by rank."""
+        if self.world_size == 1:
             return [item]
-        items: list[Any] = [None] * self.size
+        items: list[Any] = [None] * self.world_size
         dist.all_gather_object(items, item)
         return items
 
-    def collect(self, item: T) -> list[T] | None:
-        """The items of every process, by rank, for the first process; None for the others."""
-        if self.size == 1:
+    def gather_object(self, item: T) -> list[T] | None:
+        """Return the items of every process, by rank, to rank 0 and None to the others."""
+        if self.world_size == 1:
             return [item]
-        items: list[Any] | None = [None] * self.size if self.is_rank_zero else None
+        items: list[Any] | None = [None] * self.world_size if self.is_rank_zero else None
         dist.gather_object(item, items)
         return items
 
     def broadcast_object(self, item: T) -> T:
-        """The first process's item."""
-        if self.size == 1:
+        """Return rank 0's item."""
+        if self.world_size == 1:
             return item
         items = [item if self.is_rank_zero else None]
         dist.broadcast_object_list(items, device=torch.device("cpu"))
         return cast("T", items[0])
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes; in place."""
-        if self.size > 1:
+    def all_reduce_mean(self, values: Tensor) -> Tensor:
+        """Replace the values by their mean over the processes, in place."""
+        if self.world_size > 1:
             dist.all_reduce(values)
-            values /= self.size
+            values /= self.world_size
         return values
 
+    # --- errors -------------------------------------------------------------------------------------------------
+
     def raise_if_any(self, error: UserError | None) -> None:
-        """Raises in every process if one of them has an error; all must call it."""
-        if self.size == 1:
+        """Raise in every process if one of them passes an error. All processes must call it."""
+        if self.world_size == 1:
             if error is not None:
                 raise error
-            return
-        if any(failed for (failed,) in self.gather([error is not None])):
-            self.raise_on_all_ranks(error)
+        elif any(failed for (failed,) in self.all_gather([error is not None])):
+            self.raise_first(error)
 
-    def raise_on_all_ranks(self, error: UserError | None) -> None:
-        """Raises the error of the first process that has one; all must call it, and one has one."""
-        if self.size == 1:
-            assert error is not None
-            raise error
+    def raise_first(self, error: UserError | None) -> None:
+        """Raise the error of the lowest rank that has one. All processes must call it, and one has an error."""
         messages = self.all_gather_object(None if error is None else str(error))
         rank, message = next((rank, text) for rank, text in enumerate(messages) if text is not None)
-        self.agreed = True
-        raise UserError(message if rank == 0 else f"process {rank} of {self.size}: {message}") from None
+        self.exit_synced = True
+        raise UserError(message if rank == 0 else f"rank {rank} of {self.world_size}: {message}") from None
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
-        """A `UserError` of one process inside becomes that of all. Nothing inside may need another process."""
+        """Raise a `UserError` from inside in every process. The code inside must not communicate."""
         try:
             yield
         except UserError as error:
-            if self.agreed or self.size == 1:
+            if self.exit_synced or self.world_size == 1:
                 raise
             self.raise_if_any(error)
         else:
             self.raise_if_any(None)
 
     def on_rank_zero(self, action: Callable[[], T]) -> T:
-        """What `action` gives in the first process, which alone runs it; its `UserError` is that of all."""
+        """Run `action` on rank 0 only; return its result, or raise its `UserError`, in every process."""
         result: Any = None
         with self.sync_errors():
             if self.is_rank_zero:
@@ -204,7 +205,7 @@ class DistributedContext:
         return self.broadcast_object(result)
 
     def local_rank_zero_first(self, action: Callable[[], T]) -> T:
-        """`action` in every process, first in one of each machine: it may fetch files that the others then find."""
+        """Run `action` in every process, first on one of each machine, so that the others find its downloads."""
         result: Any = None
         for turn in (True, False):
             with self.sync_errors():
@@ -214,7 +215,7 @@ class DistributedContext:
 
 
 def _is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone."""
+    """Return whether a collective operation failed because another process is gone."""
     if isinstance(error, dist.DistError):
         return True
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")

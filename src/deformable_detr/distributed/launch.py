@@ -1,20 +1,20 @@
-"""What the launcher says about this process; nothing here needs torch."""
+"""What torchrun says about this process, read from the environment without importing torch."""
 
 from __future__ import annotations
 
 import os
 
 
-def processes() -> int:
-    """How many processes torchrun started for this run; 1 without it."""
+def world_size() -> int:
+    """Return the number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
 
 
-def is_first() -> bool:
-    """Whether this process is the one of the run that writes and speaks."""
-    return processes() == 1 or os.environ["RANK"] == "0"
+def is_rank_zero() -> bool:
+    """Return whether this process writes files and messages for the run."""
+    return world_size() == 1 or os.environ["RANK"] == "0"
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after a failure: the run in the folder then goes on."""
+    """Return whether torchrun restarted this process after a failure, so that the run must be resumed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -1,4 +1,4 @@
-"""Data parallelism: DistributedDataParallel with uneven batches and gradient accumulation."""
+"""DistributedDataParallel with gradient accumulation and uneven batches."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from torch.nn.parallel import DistributedDataParallel
 from .context import DistributedContext
 
 
-def parallelize(unit: nn.Module, world: DistributedContext) -> nn.Module:
-    """Wrap `unit` in DistributedDataParallel, or return it unchanged in a run of one process."""
-    if world.size == 1:
-        return unit
-    learning_norms = any(
-        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats for module in unit.modules()
+def parallelize(network: nn.Module, context: DistributedContext) -> nn.Module:
+    """Wrap the network in DistributedDataParallel; return it unchanged in a run of one process."""
+    if context.world_size == 1:
+        return network
+    # Trainable batch norms take the statistics of rank 0; without any, buffers are the same in every process.
+    sync_buffers = any(
+        isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        for module in network.modules()
     )
-    # Batch norms that learn take the first process's statistics; without any, buffers are the same everywhere.
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as it was called
-    options: dict[str, Any] = {name: learning_norms}
-    return DistributedDataParallel(unit, gradient_as_bucket_view=True, **options)
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # older PyTorch
+    options: dict[str, Any] = {name: sync_buffers}
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
 
 
 @contextmanager
-def gradients(network: nn.Module, last: bool) -> Iterator[None]:
-    """Within it a pass adds to the gradients; only the last pass of a step exchanges them between the processes."""
+def accumulate_gradients(network: nn.Module, last: bool) -> Iterator[None]:
+    """Run one pass of a step inside it: only the last pass averages the gradients over the processes."""
     if isinstance(network, DistributedDataParallel) and not last:
         with network.no_sync():
             yield
@@ -38,9 +39,9 @@ def gradients(network: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def touch(outputs: dict[str, torch.Tensor], helpers: nn.Module) -> torch.Tensor:
-    """Zero, with a gradient of zero for every parameter: each process then exchanges all of them in each step."""
+def zero_with_gradient(outputs: dict[str, torch.Tensor], *modules: nn.Module) -> torch.Tensor:
+    """Return 0 with a zero gradient for every parameter, so that all processes exchange the same gradients."""
     zero = torch.stack([value.float().sum() for value in outputs.values() if value.requires_grad]).sum() * 0
-    for parameter in helpers.parameters():
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
         zero = zero + parameter.float().sum() * 0
     return zero

@@ -31,9 +31,9 @@ def evaluate_distributed(
     """
     start = time.perf_counter()
     with context.sync_errors():
-        shard = (context.rank, context.size)
+        shard = (context.rank, context.world_size)
         part = detect_images(model, dataset, len(dataset), batch_size, workers, progress=False, shard=shard)[0]
-    parts = context.collect(part)
+    parts = context.gather_object(part)
     seconds = time.perf_counter() - start
 
     def metrics_of_all_parts() -> Metrics:

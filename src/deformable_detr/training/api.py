@@ -1,15 +1,17 @@
-"""Training from Python: a preset and what should differ from it, in one call."""
+"""Training from Python: a preset and the options that differ from it, in one call."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 from ..config.resolve import resolve_config
 from ..config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from ..utils.errors import UserError
 from ..weights.finetune import starting_config
+from .options import TrainOptions
 from .run_dir import run_config
 from .trainer import train_model
 
@@ -21,52 +23,45 @@ def train(
     out: str | os.PathLike[str],
     preset: str | None = None,
     resume: bool = False,
-    **settings: Any,
+    **options: Unpack[TrainOptions],
 ) -> dict[str, Any]:
-    """Trains a detector on the data set at `data`; the run and the best model are then in the folder `out`.
+    """Train a detector on a dataset; the run and its best model are saved in the folder `out`.
 
-    preset: the variant to start from (`presets.PRESETS`); none: the network of `weights`, where they are given, and
-        "small" where they are not.
-    settings: any keys of the config by their own names, `epochs=3, image_size=320, hflip_prob=0.0`; those of the model
-        and the training also together, `train={"epochs": 3}, model={"num_queries": 50}`. Of `epochs` and `minutes`, one
-        alone ends the run.
-    resume: go on with the run in `out`, with its own config (`preset` is not looked at) and these settings over it.
+    Args:
+        data: Folder of the dataset: COCO JSON, YOLO or Pascal VOC.
+        out: Folder of the run.
+        preset: Preset to start from. Default: the config of the model that `weights` names, else "small".
+        resume: Continue the run in `out` with its own config and these options; `preset` is ignored.
+        options: Any settings of the config. Setting only one of `epochs` and `minutes` clears the other.
 
-    Returns the figures of the last evaluation, as `training.loop.train_model` does; raises what it raises.
+    Returns:
+        The metrics of the last evaluation; see `train_model`, also for the errors.
 
-    >>> train("sets/cards", "runs/cards", epochs=30, image_size=480)  # doctest: +SKIP
+    >>> train("datasets/cards", "runs/cards", epochs=30, image_size=480)  # doctest: +SKIP
     {'AP': 0.71, 'AP50': 0.93, …}
     """
-    return train_model(data, out, _config(out, preset, resume, settings), resume=resume)
+    return train_model(data, out, _config(out, preset, resume, options), resume=resume)
 
 
-def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, settings: dict[str, Any]) -> Config:
-    values = _by_section(settings)
-    if values.get("train", {}).keys() & {"epochs", "minutes"}:
-        values["train"] = {"epochs": None, "minutes": None, **values["train"]}
-    base = (
-        run_config(out)
-        if resume
-        else resolve_config(
-            preset, options={"train.weights": values.get("train", {}).get("weights")}, config_of_weights=starting_config
+def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, options: Mapping[str, Any]) -> Config:
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        sections.setdefault(_section_of(name), {})[name] = value
+    if options.keys() & {"epochs", "minutes"}:
+        sections["train"] = {"epochs": None, "minutes": None, **sections["train"]}
+    if resume:
+        base = run_config(out)
+    else:
+        base = resolve_config(
+            preset, options={"train.weights": options.get("weights")}, config_of_weights=starting_config
         )
-    )
-    return base.updated(values, "train()")
+    return base.updated(sections, "train()")
 
 
-def _by_section(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Nested settings from a mixture of sections and single keys; every key is in one section only."""
-    nested: dict[str, dict[str, Any]] = {}
-    for key, value in settings.items():
-        if key in ("model", "train"):
-            if not isinstance(value, dict):
-                raise UserError(f"train(): {key} must be a dict of settings, not {value!r}")
-            nested.setdefault(key, {}).update(value)
-            continue
-        section = next((name for name, kind in _SECTIONS.items() if key in kind.model_fields), None)
-        if section is None:
-            known = [name for kind in _SECTIONS.values() for name in kind.model_fields]
-            close = difflib.get_close_matches(key, known, n=1)
-            raise UserError(f"train(): unknown setting '{key}'" + (f"; did you mean '{close[0]}'?" if close else ""))
-        nested.setdefault(section, {})[key] = value
-    return nested
+def _section_of(name: str) -> str:
+    """Return the config section of an option; every name is in one section only."""
+    for section, config in _SECTIONS.items():
+        if name in config.model_fields:
+            return section
+    close = difflib.get_close_matches(name, [key for config in _SECTIONS.values() for key in config.model_fields], n=1)
+    raise UserError(f"train(): unknown option '{name}'" + (f"; did you mean '{close[0]}'?" if close else ""))

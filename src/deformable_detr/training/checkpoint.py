@@ -1,8 +1,7 @@
-"""Checkpoints that are whole or not there: a folder of generations, each of safetensors files and a state-N.json.
+"""Atomic checkpoints: a folder of generations, each of safetensors files and a state-N.json.
 
-The tensors go to files with new names; the state that names them and has their checksums appears last, at one moment.
-Only then are the oldest files deleted. A crash at any time leaves the generations that there were, and every change of
-a bit, in any file, is noticed when it is read.
+Tensors go to files with new names. The state file, which names them with their checksums, appears last and atomically;
+then the oldest generation is deleted. A crash at any time leaves a complete generation, and any changed bit is noticed.
 """
 
 from __future__ import annotations
@@ -10,10 +9,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import random
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,77 +23,144 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.schema import Config, ModelConfig
 from ..utils.errors import UserError
 from ..utils.files import checksum, replace_file, verify_checksum
 
-KEPT = 2  # generations in a folder: the last, and the one before to fall back to
-_FORMAT = "deformable-detr-checkpoint"
-_VERSION = 2
-_SERIAL = re.compile(r"-(\d+)\.(?:safetensors|json)")
+Tensors = Mapping[str, Mapping[str, Tensor]]  # by group and name
 
-Tensors = dict[str, Tensor]
+_FORMAT, _VERSION = "deformable-detr-checkpoint", 3
+_GENERATION = re.compile(r"-(\d+)\.(?:safetensors|json)")
+# Settings that a resumed run may change: they affect how the network is built or computed, not what its weights mean.
+_FREE_MODEL_KEYS = {"backbone_weights", "backbone_norm", "frozen_stages", "gradient_checkpointing"}
+
+log = logging.getLogger(__name__)
 
 
-def save_checkpoint(
-    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], kept: int = KEPT
-) -> None:
-    """Adds the generation of these tensors (one file a group) and this JSON state; the `kept` latest stay.
+class CheckpointManager:
+    """The checkpoints of a run: `last` keeps two generations, `best` the one with the highest AP."""
 
-    Raises UserError where the folder cannot be written (disk full, no permission); the generations that were there
-    before are then still there.
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.last, self.best = folder, folder / "last", folder / "best"
+
+    def save(self, tensors: Tensors, state: Mapping[str, Any], best: bool = False) -> None:
+        """Save a generation as the last or the best checkpoint; raises as `save_checkpoint`."""
+        save_checkpoint(self.best if best else self.last, tensors, state, keep=1 if best else 2)
+
+    def restore(self, config: Config, data_fingerprint: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return tensors and state of the latest intact checkpoint; None if the run saved none.
+
+        A warning names a damaged checkpoint and the older one that is used instead.
+
+        Raises:
+            UserError: All checkpoints are damaged, or the data, the classes or the network differ from the run's.
+        """
+        checkpoint = self._latest_intact()
+        if checkpoint is None:
+            return None
+        run = self.folder.parent
+        saved, now = ModelConfig.from_dict(checkpoint[1]["model"], str(self.last)), config.model
+        if (saved.class_names, saved.category_ids) != (now.class_names, now.category_ids):
+            raise UserError(f"cannot resume {run}: {_class_difference(saved, now)}")
+        if checkpoint[1]["data"] != data_fingerprint:
+            raise UserError(f"cannot resume {run}: the training set has changed since the run started")
+        for key, value in saved.model_dump().items():
+            if key not in _FREE_MODEL_KEYS and value != getattr(now, key):
+                raise UserError(f"cannot resume {run}: model.{key} is {value!r} in the run, not {getattr(now, key)!r}")
+        return checkpoint
+
+    def _latest_intact(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return the intact checkpoint with the most steps, and set damaged later ones of `last` aside."""
+        errors: list[UserError] = []
+        candidates: list[tuple[int, Path]] = []
+        for path in (*generations(self.last), *generations(self.best)):
+            try:
+                candidates.append((load_state(path)["train_state"]["step"], path))
+            except UserError as error:
+                errors.append(error)
+        for step, path in sorted(candidates, key=lambda item: -item[0]):  # `last` first among equal steps
+            try:
+                checkpoint = load_checkpoint(path)
+            except UserError as error:
+                errors.append(error)
+                continue
+            if errors:
+                log.warning("%s; resuming from %s, step %d", errors[0], path, step)
+                self._set_aside_newer(path)
+            return checkpoint
+        if errors:
+            raise UserError(f"{errors[0]}, and no other checkpoint in {self.folder} is intact: start a new run")
+        return None
+
+    def _set_aside_newer(self, intact: Path) -> None:
+        """Rename damaged generations, so that they do not count as kept; the next save deletes them."""
+        for path in generations(self.last):
+            if path == intact:
+                break
+            with suppress(OSError):
+                path.rename(path.with_name(path.name.replace("state-", "damaged-")))
+
+
+def save_checkpoint(folder: Path, tensors: Tensors, state: Mapping[str, Any], keep: int = 2) -> None:
+    """Add a generation with one file per group of tensors and this JSON state; keep the latest `keep` generations.
+
+    Raises:
+        UserError: The folder cannot be written (disk full, no permission). The older generations are then unchanged.
     """
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        serial = 1 + max((_serial(path) for path in folder.iterdir()), default=0)
+        number = 1 + max((_number(path) for path in folder.iterdir()), default=0)
         files = {}
         for group, values in tensors.items():
-            path = folder / f"{group}-{serial}.safetensors"
+            path = folder / f"{group}-{number}.safetensors"
             written.append(path)
             _write_tensors(path, values)
             files[group] = {"name": path.name, "sha256": checksum(path)}
         _sync(folder)
-        replace_file(folder / f"state-{serial}.json", _to_json({"files": files, "state": dict(state)}))
+        replace_file(folder / f"state-{number}.json", _to_json({"files": files, "state": dict(state)}))
         _sync(folder)
     except OSError as error:
         for path in written:
             path.unlink(missing_ok=True)
-        raise _not_written(folder, error) from None
-    stay = {_serial(path) for path in generations(folder)[:kept]}
+        raise _write_error(folder, error) from None
+    kept = {_number(path) for path in generations(folder)[:keep]}
     for path in (*folder.glob("*-*.safetensors"), *folder.glob("*-*.json"), *folder.glob(".*.tmp")):
-        if path.name.startswith(".") or _serial(path) not in stay:
+        if path.name.startswith(".") or _number(path) not in kept:
             path.unlink(missing_ok=True)
 
 
 def update_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Gives the latest generation in `folder` another JSON state and keeps its tensors."""
+    """Replace the JSON state of the latest generation in `folder`; its tensors stay."""
     path = _latest(folder)
-    document = {**_read(path), "state": dict(state)}
+    content = {**_read(path), "state": dict(state)}
     try:
-        replace_file(path, _to_json(document))
+        replace_file(path, _to_json(content))
     except OSError as error:
-        raise _not_written(folder, error) from None
+        raise _write_error(folder, error) from None
 
 
 def generations(folder: Path) -> list[Path]:
-    """The state files of the generations in a checkpoint folder, the latest first; none where there is no folder."""
-    found = (path for path in folder.glob("state-*.json") if _serial(path))
-    return sorted(found, key=_serial, reverse=True)
+    """Return the state files of a checkpoint folder, the latest first; none if there is no folder."""
+    return sorted(filter(_number, folder.glob("state-*.json")), key=_number, reverse=True)
 
 
-def load_checkpoint(source: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """The tensors of each group, on the CPU, and the state.
+def load_checkpoint(source: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return the tensors by group, on the CPU, and the state.
 
-    source: a state file, one of `generations`; of a folder, the latest. A missing or damaged file is a `UserError`
-    naming it.
+    Args:
+        source: A state file from `generations`, or a folder for its latest generation.
+
+    Raises:
+        UserError: A file is missing or damaged; the message names it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = source if source.suffix == ".json" else _latest(source)
-    document = _read(path)
+    content = _read(path)
     tensors = {}
-    for group, file in document["files"].items():
+    for group, file in content["files"].items():
         path = path.with_name(file["name"])
         verify_checksum(path, file["sha256"])
         try:
@@ -100,119 +169,122 @@ def load_checkpoint(source: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
             raise UserError(f"checkpoint file {path} cannot be read: {error.strerror or error}") from None
         except SafetensorError as error:
             raise UserError(f"checkpoint file {path} is damaged: {error}") from None
-    return tensors, document["state"]
+    return tensors, content["state"]
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The state alone, of one of `generations`; a `UserError` names a damaged file."""
+    """Return only the state of one of `generations`; a `UserError` names a damaged file."""
     return _read(path)["state"]
 
 
-def share_as_folder(path: Path, folder: Path | None = None) -> None:
-    """Lets those read (write) a file who may read (write) its folder: safetensors makes files for the owner only."""
+def inherit_permissions(path: Path, folder: Path | None = None) -> None:
+    """Give a file the read and write permissions of its folder: safetensors makes files private to the owner."""
     path.chmod((folder or path.parent).stat().st_mode & 0o666)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of all random generators of this process, as JSON holds it."""
+    """Return the state of all random generators of this process, ready for JSON."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
-        "torch": _to_text(torch.get_rng_state()),
-        "cuda": [_to_text(state) for state in devices],
+        "torch": _to_hex(torch.get_rng_state()),
+        "cuda": [_to_hex(state) for state in devices],
         "python": random.getstate(),
         "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
     }
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Takes back what `random_state` gave; GPU generators that this machine has not are left out."""
-    torch.set_rng_state(_from_text(state["torch"]))
+    """Restore what `random_state` returned; states of GPUs that this machine lacks are ignored."""
+    torch.set_rng_state(_from_hex(state["torch"]))
     for index, text in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_from_text(text), index)
+        torch.cuda.set_rng_state(_from_hex(text), index)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
+def _to_hex(state: Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def _from_hex(text: str) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
 def _to_json(content: Mapping[str, Any]) -> str:
-    """A state file: its format, the checksum of its content, and the content."""
-    body = json.dumps(content, allow_nan=False)
-    document = {"format": _FORMAT, "version": _VERSION, "sha256": hashlib.sha256(body.encode()).hexdigest(), **content}
-    return json.dumps(document, allow_nan=False) + "\n"
+    """Return the text of a state file: its format, the checksum of its content, and the content."""
+    sha256 = hashlib.sha256(json.dumps(content, allow_nan=False).encode()).hexdigest()
+    return json.dumps({"format": _FORMAT, "version": _VERSION, "sha256": sha256, **content}) + "\n"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The content of a state file: "files" and "state"."""
+    """Return the content of a state file: "files" and "state"."""
     try:
         text = path.read_bytes().decode()
         document = json.loads(text)
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):
-            raise UserError(f"checkpoint file {path} is of another format or version")
+            raise UserError(f"checkpoint file {path} has an unknown format or version: start a new run")
         content = {"files": document["files"], "state": document["state"]}
-        # Not the checksum alone: written anew, the content must be this file, to the last space.
-        whole = _to_json(content) == text
+        intact = _to_json(content) == text  # the checksum alone would miss changes outside of the content
     except OSError as error:
         raise UserError(f"checkpoint file {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole, content = False, {}
-    if not whole:
+        intact, content = False, {}
+    if not intact:
         raise UserError(f"checkpoint file {path} is damaged")
     return content
 
 
 def _latest(folder: Path) -> Path:
-    found = generations(folder)
-    if not found:
+    if not (paths := generations(folder)):
         raise UserError(f"there is no checkpoint in {folder}")
-    return found[0]
+    return paths[0]
 
 
-def _serial(path: Path) -> int:
-    """The number of the generation that a file belongs to; 0 for other files."""
-    match = _SERIAL.search(path.name)
+def _number(path: Path) -> int:
+    """Return the number of the generation that a file belongs to; 0 for other files."""
+    match = _GENERATION.search(path.name)
     return int(match[1]) if match and match.end() == len(path.name) else 0
 
 
-def _not_written(folder: Path, error: OSError) -> UserError:
-    before = "the one before is good: go on with --resume once that is mended"
-    left = before if generations(folder) else "mend that"
-    return UserError(f"checkpoint {folder} cannot be written: {error.strerror or error}; {left}")
+def _write_error(folder: Path, error: OSError) -> UserError:
+    hint = "resume from the checkpoint before with --resume" if generations(folder) else "fix this and start again"
+    return UserError(f"checkpoint {folder} cannot be written: {error.strerror or error}; {hint}")
 
 
-def _to_text(state: Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _from_text(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+def _class_difference(saved: ModelConfig, now: ModelConfig) -> str:
+    pairs = [zip_longest(model.category_ids, model.class_names) for model in (saved, now)]
+    first = next(pair for pair in zip_longest(*pairs) if pair[0] != pair[1])
+    before, after = ("none" if item is None else f"{item[1]!r} with id {item[0]}" for item in first)
+    counts = f"{len(saved.class_names)} classes, now {len(now.class_names)}"
+    return f"the training set's classes differ from the run's ({counts}; first difference: {before}, now {after})"
 
 
 def _write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    memory: set[int] = set()
+    seen: set[int] = set()
     separate = {}
     for name, value in values.items():
         value = value.detach().cpu().contiguous()
-        # Layers that share a head have its tensors twice; safetensors wants each in memory of its own.
-        place = value.untyped_storage().data_ptr()
-        separate[name] = value.clone() if place in memory else value
-        memory.add(place)
+        storage = value.untyped_storage().data_ptr()
+        separate[name] = value.clone() if storage in seen else value  # safetensors refuses shared memory
+        seen.add(storage)
     try:
         save_file(separate, path)
-    except SafetensorError as error:  # it has the system's error as text only
-        number = re.search(r"os error (\d+)|code: (\d+)", str(error))
-        code = int(number[1] or number[2]) if number else errno.EIO
-        raise OSError(code, os.strerror(code) if number else str(error)) from None
-    share_as_folder(path)
+    except SafetensorError as error:  # the system's error code is only in its text
+        match = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        code = int(match[1] or match[2]) if match else errno.EIO
+        raise OSError(code, os.strerror(code) if match else str(error)) from None
+    inherit_permissions(path)
     _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """Waits until the file or folder is on the disk (folders: where the system can)."""
+    """Flush a file or folder to the disk."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

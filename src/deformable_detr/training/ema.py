@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, which is what a run evaluates and keeps."""
+"""Exponential moving average of the weights, which a run evaluates and saves."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
-def average_of(model: nn.Module, decay: float) -> AveragedModel:
-    """An average that `update_parameters(model)` brings up to date after a step; `.module` is the averaged model.
+def exponential_moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Return an average to update with `update_parameters(model)` after each step; `.module` is the averaged model.
 
-    decay: in 0..1, part of the average that a step leaves. Early steps leave less, (1 + n) / (10 + n) after n of
-    them, so that the start is soon forgotten. Norm statistics are averaged too.
+    Batch-norm statistics are averaged too. After n steps the decay is at most (1 + n) / (10 + n), so that the initial
+    weights are soon forgotten.
     """
 
     @torch.no_grad()
-    def blend(averages: Sequence[Tensor], values: Sequence[Tensor], done: Tensor | int) -> None:
-        steps = float(done)
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], num_averaged: Tensor | int) -> None:
+        steps = float(num_averaged)
         weight = 1 - min(decay, (1 + steps) / (10 + steps))
         for average, value in zip(averages, values, strict=True):
             if average.is_floating_point():
@@ -26,6 +26,6 @@ def average_of(model: nn.Module, decay: float) -> AveragedModel:
             else:
                 average.copy_(value)
 
-    averaged = AveragedModel(model, multi_avg_fn=blend, use_buffers=True)
+    averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     averaged.requires_grad_(False)
     return averaged

@@ -1,4 +1,4 @@
-"""AdamW with the paper's groups of parameters, and the learning rate over the training (section 5)."""
+"""AdamW with the paper's parameter groups, and the learning-rate schedule (section 5)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from torch import nn
 from ..config.schema import TrainConfig
 from ..utils.errors import UserError
 
+PRESET_BATCH_SIZE = 4  # images per step for which the presets' learning rates are tuned
 
-def parameter_groups(model: nn.Module, config: TrainConfig, helpers: nn.Module | None = None) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group: base, sampling (offsets and reference points) or backbone.
 
-    Each group has "name", "params", "names" (of the parameters), "factor" (of the learning rate) and "lr". All decay
-    alike, norms and biases too, as in the paper. Groups without parameters are left out.
-    helpers: what learns beside the model; its parameters join the base group, named "helpers.…".
+def parameter_groups(model: nn.Module, config: TrainConfig, denoising: nn.Module | None = None) -> list[dict[str, Any]]:
+    """Put every trainable parameter into one of the groups "base", "sampling" and "backbone".
+
+    "sampling" holds the projections of sampling offsets and reference points. All groups have the same weight decay,
+    norms and biases included, as in the paper. Parameters of `denoising` join "base".
+
+    Returns:
+        One dict per non-empty group: "name", "params", "names" (of the parameters), "factor" (relative to lr), "lr".
     """
     factors = {"base": 1.0, "sampling": config.sampling_lr_mult, "backbone": config.backbone_lr_mult}
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members[group_of(name)].append((name, parameter))
-    for name, parameter in helpers.named_parameters(prefix="helpers") if helpers is not None else ():
-        members["base"].append((name, parameter))
+    if denoising is not None:
+        members["base"] += denoising.named_parameters(prefix="denoising")
     if not any(members.values()):
         raise UserError("the model has no trainable parameter: lower model.frozen_stages")
     return [
@@ -42,42 +46,39 @@ def parameter_groups(model: nn.Module, config: TrainConfig, helpers: nn.Module |
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter, by its name in the model."""
+    """Return the group of a parameter by its name in the model."""
     if name.startswith("backbone."):
         return "backbone"
     return "sampling" if "sampling_offsets" in name or "reference_points" in name else "base"
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, helpers: nn.Module | None = None) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, in its fused form, which can skip a step without asking the host."""
-    return torch.optim.AdamW(parameter_groups(model, config, helpers), weight_decay=config.weight_decay, fused=True)
+def build_optimizer(model: nn.Module, config: TrainConfig, denoising: nn.Module | None = None) -> torch.optim.AdamW:
+    """Return AdamW over `parameter_groups`. Its fused form can skip a step without waiting for the device."""
+    return torch.optim.AdamW(parameter_groups(model, config, denoising), weight_decay=config.weight_decay, fused=True)
 
 
-PRESET_BATCH = 4  # images a step that the presets' learning rates are for
+def total_batch_size(config: TrainConfig, world_size: int) -> int:
+    """Return the images per optimizer step over all processes."""
+    return config.total_batch_size or config.batch_size * world_size
 
 
-def total_batch_size(config: TrainConfig, processes: int) -> int:
-    """Images an optimizer step, over all processes."""
-    return config.total_batch_size or config.batch_size * processes
-
-
-def scaled_lr(config: TrainConfig, batch: int) -> tuple[float, str]:
-    """The learning rate for steps of `batch` images, and how it came about.
-
-    lr × √(batch / base_batch_size), the rule for adaptive optimizers (Malladi et al. 2022).
-    """
-    meant = config.base_batch_size or (PRESET_BATCH if config.total_batch_size else config.batch_size)
-    if batch == meant:
+def scaled_lr(config: TrainConfig, batch_size: int) -> tuple[float, str]:
+    """Return lr × √(batch_size / base_batch_size) (Malladi et al. 2022) and a text that shows the calculation."""
+    base = config.base_batch_size or (PRESET_BATCH_SIZE if config.total_batch_size else config.batch_size)
+    if batch_size == base:
         return config.lr, f"{config.lr:g}"
-    lr = config.lr * math.sqrt(batch / meant)
-    return lr, f"{lr:.3g} = {config.lr:g} × √({batch} / {meant})"
+    lr = config.lr * math.sqrt(batch_size / base)
+    return lr, f"{lr:.3g} = {config.lr:g} × √({batch_size} / {base})"
 
 
 def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
-    """What the learning rates are multiplied by.
+    """Return the factor of the learning rates.
 
-    step: optimizer steps done; the first `warmup_steps` steps rise linearly from 1 / warmup_steps to 1.
-    progress: 0..1, part of the training done. "step" divides by 10 at lr_drop, "cosine" falls to 0 at 1.
+    Args:
+        config: Warm-up rises linearly over `warmup_steps`. Schedule "step" divides by 10 at `lr_drop`, "cosine" falls
+            to 0 at the end.
+        step: Optimizer steps taken before.
+        progress: Part of the training that is done, 0..1.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.lr_schedule == "step":
@@ -86,32 +87,28 @@ def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, progress: float) -> None:
-    """Gives every group the learning rate of this step."""
+    """Set the learning rate of every group for this step."""
     factor = lr_factor(config, step, progress)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * group["factor"] * factor
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter: "NAME/exp_avg" and so on, so that it does not depend on their order."""
+    """Return the optimizer state by parameter name: "NAME/exp_avg", "NAME/exp_avg_sq", "NAME/step"."""
     return {
         f"{name}/{key}": value
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for name, parameter in _named_parameters(optimizer).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Takes back what `optimizer_tensors` gave; a state of another shape is a `UserError`.
+    """Restore what `optimizer_tensors` returned; entries of parameters that are no longer trained are ignored.
 
-    What learns no more, since more of the backbone is frozen or denoising is off now, needs no state.
+    Raises:
+        UserError: An entry has another shape than its parameter.
     """
-    parameters = {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    }
+    parameters = _named_parameters(optimizer)
     for entry, value in tensors.items():
         name, _, key = entry.rpartition("/")
         parameter = parameters.get(name)
@@ -119,6 +116,14 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
             continue
         if value.ndim and value.shape != parameter.shape:
             raise UserError(f"the checkpoint's optimizer state does not fit the model: {entry}")
-        # In the parameter's own memory format: the fused update walks through memory, not through indices.
-        here = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
-        optimizer.state[parameter][key] = here.copy_(value)
+        # In the memory format of the parameter: the fused update walks through memory, not through indices.
+        state = torch.empty_like(parameter if value.ndim else value, dtype=value.dtype, device=parameter.device)
+        optimizer.state[parameter][key] = state.copy_(value)
+
+
+def _named_parameters(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }

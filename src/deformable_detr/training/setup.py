@@ -1,8 +1,9 @@
-"""How a run begins: its folder, its classes, its batch, its model, its random numbers."""
+"""Preparation of a run: folder lock, classes, automatic settings, model, random seeds, error messages."""
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,37 +19,30 @@ from .checkpoint import generations
 from .run_dir import RunDir
 
 if TYPE_CHECKING:
-    from .run_dir import RunDir
-
-if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
     from ..detector import DeformableDETR
 
 log = logging.getLogger(__name__)
 
+# epochs=auto: 30 epochs at 300 images, changing with the square root, between 12 (as DETRs on COCO) and 150.
+_EPOCHS, _EPOCHS_IMAGES = 30, 300
+_MIN_EPOCHS, _MAX_EPOCHS = 12, 150
+# eval_every=auto: about 50 evaluations per run at most, and at least 100 training images between two.
+_MAX_EVALUATIONS, _IMAGES_PER_EVALUATION = 50, 100
+
 
 @contextmanager
-def held(folder: RunDir, resume: bool, world: DistributedContext) -> Iterator[None]:
-    """The run folder is the first process's."""
+def lock_run_dir(run_dir: RunDir, resume: bool, context: DistributedContext) -> Iterator[None]:
+    """Claim and lock the run folder on rank 0; its `UserError` is raised in every process."""
     with ExitStack() as stack:
-        with world.sync_errors():
-            if world.is_rank_zero:
-                stack.enter_context(folder.held(resume))
+        with context.sync_errors():
+            if context.is_rank_zero:
+                stack.enter_context(run_dir.lock(resume))
         yield
 
 
-def same_batch(config: Config, state: Mapping[str, Any], world: DistributedContext) -> Config:
-    """A run of one process that goes on in several keeps its batch, where nobody said another."""
-    if world.size == 1 or config.train.total_batch_size is not None or "total_batch_size" not in state:
-        return config
-    batch = {
-        "total_batch_size": state["total_batch_size"],
-        "base_batch_size": config.train.base_batch_size or config.train.batch_size,
-    }
-    return config.updated({"train": batch})
-
-
 def with_classes(config: Config, dataset: CocoDataset) -> Config:
+    """Return the config with the classes of the training set."""
     categories = dataset.categories
     classes = {
         "num_classes": len(categories),
@@ -58,41 +52,79 @@ def with_classes(config: Config, dataset: CocoDataset) -> Config:
     return config.updated({"model": classes}, "the training set")
 
 
-def build(config: Config, restored: bool, speaks: bool = True) -> DeformableDETR:
+def resolve_auto(config: Config, images: int) -> tuple[Config, str | None]:
+    """Replace "auto" settings by numbers for this many training images; return a line that names them, or None."""
+    train, chosen = config.train, {}
+    epochs = train.epochs
+    if epochs == "auto":
+        epochs = chosen["epochs"] = auto_epochs(images)
+    if train.eval_every == "auto":
+        chosen["eval_every"] = max((epochs or 0) // _MAX_EVALUATIONS, math.ceil(_IMAGES_PER_EVALUATION / images))
+    if not chosen:
+        return config, None
+    settings = ", ".join(f"train.{name}={value}" for name, value in chosen.items())
+    return config.updated({"train": chosen}), f"for {images} training images: {settings}"
+
+
+def auto_epochs(images: int) -> int:
+    """Return the epochs for a training set: 42 for 150 images, 30 for 300, 12 from 1876 on."""
+    return min(max(round(_EPOCHS * math.sqrt(_EPOCHS_IMAGES / images)), _MIN_EPOCHS), _MAX_EPOCHS)
+
+
+def fix_batch_size(config: Config, total: int) -> Config:
+    """Return the config with an explicit total batch size, so that it stays with any number of processes."""
+    base = config.train.base_batch_size or config.train.batch_size
+    return config.updated({"train": {"total_batch_size": total, "base_batch_size": base}})
+
+
+def keep_batch_size(config: Config, state: Mapping[str, Any], context: DistributedContext) -> Config:
+    """Keep the batch size of a run of one process that several processes resume, unless the config sets one."""
+    if context.world_size == 1 or config.train.total_batch_size is not None:
+        return config
+    return fix_batch_size(config, state["total_batch_size"])
+
+
+def build_model(config: Config, resumed: bool, verbose: bool = True) -> DeformableDETR:
+    """Build the model: with the weights of `train.weights` or of the backbone, or, if resumed, without any."""
     from ..detector import DeformableDETR
     from ..weights.convert import not_convertible
     from ..weights.finetune import begin
 
-    if speaks and not restored and (note := not_convertible(config.model)):
+    if resumed:
+        return DeformableDETR(config.model.without_pretrained_backbone())
+    if verbose and (note := not_convertible(config.model)):
         log.warning(note)
-    if config.train.weights and not restored:
-        return begin(config.model, config.train.weights, print if speaks else lambda line: None, DeformableDETR)
-    return DeformableDETR(config.model.without_pretrained_backbone() if restored else config.model)
+    if config.train.weights:
+        return begin(config.model, config.train.weights, print if verbose else lambda line: None, DeformableDETR)
+    return DeformableDETR(config.model)
 
 
-def seed_all(*numbers: int) -> None:
-    """Starts all generators; one number as it is, several mixed."""
-    seed = numbers[0] if len(numbers) == 1 else int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def mixed_seed(*numbers: int) -> int:
+    """Return one 64-bit seed from several numbers; (0, 1) and (1, 0) give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def machine_errors_as_user_errors(folder: RunDir, config: Config) -> AbstractContextManager[None]:
-    """Turns what the machine does to the training within into a `UserError`: the cause, the mend, what is saved.
+def machine_errors_as_user_errors(run_dir: RunDir, config: Config) -> AbstractContextManager[None]:
+    """Turn full memory, killed loader workers and failed file access into a `UserError` with cause and fix.
 
-    That is: memory of the device or of the machine full; a loader's process killed; files that cannot be written or
-    read. Other errors, which are faults of the program, pass as they are.
+    Other errors pass unchanged.
     """
     train, model = config.train, config.model
-    smaller = (
-        f"use a smaller --batch-size (now {train.batch_size}; --total-batch-size keeps what the optimizer sees) or "
+    hint = (
+        f"use a smaller --batch-size (now {train.batch_size}; --total-batch-size keeps the optimizer's batch) or "
         f"--image-size (now {model.image_size}), or --set model.gradient_checkpointing=true"
     )
-    return explain_machine_errors(train.batch_size, config.data.workers, smaller, lambda: f"; {_saved(folder)}")
+    return explain_machine_errors(train.batch_size, config.data.workers, hint, lambda: f"; {_resume_hint(run_dir)}")
 
 
-def _saved(folder: RunDir) -> str:
-    if generations(folder.last):
-        return "the last checkpoint is good: go on with --resume"
-    return f"nothing was saved yet: start again{' with --resume' if folder.begun else ''}"
+def _resume_hint(run_dir: RunDir) -> str:
+    if generations(run_dir.checkpoints.last):
+        return "resume from the last checkpoint with --resume"
+    return f"no checkpoint was saved: start again{' with --resume' if run_dir.started else ''}"

@@ -1,4 +1,4 @@
-"""The ways in which a training ends before its time."""
+"""How a training ends early: signals and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -14,62 +14,64 @@ from ..utils.errors import UserError
 
 
 class NonFiniteLoss(UserError):
-    """The loss or its gradient is NaN or infinite; nothing was learnt from it and the last checkpoint is kept."""
+    """The loss or its gradient is NaN or infinite. The weights are not updated and the last checkpoint is kept."""
 
     def __init__(self, step: int, losses: Mapping[str, float], image_ids: Sequence[int], what: str = "loss") -> None:
         self.step, self.losses, self.image_ids = step, dict(losses), list(image_ids)
-        shown = [f"{name} {value:.4g}" for name, value in losses.items()
-                 if name in ("loss", "loss_class", "loss_boxes", "loss_giou") or not math.isfinite(value)]  # fmt: skip
+        main = ("loss", "loss_class", "loss_boxes", "loss_giou")
+        shown = [f"{name} {value:.4g}" for name, value in losses.items() if name in main or not math.isfinite(value)]
         super().__init__(
             f"the {what} is not finite at step {step}: {', '.join(shown)}; images {', '.join(map(str, image_ids))}; "
-            "the last checkpoint is good: look at these images, lower train.lr or use train.precision fp32, and resume"
+            "check these images, lower train.lr or set train.precision=fp32, and resume from the last checkpoint"
         )
 
 
 class TrainingInterrupted(SystemExit):
-    """Ctrl-C or SIGTERM: the last checkpoint is saved; ends the process with code 130 or 143, without a traceback."""
+    """Ctrl-C or SIGTERM ended the training after saving. Exit code 130 or 143, without a traceback."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(128 + signal_number)
 
 
 class GracefulShutdown:
-    """Within it, the first Ctrl-C or SIGTERM only sets `received`; the second one acts as it does elsewhere.
+    """Inside it, the first Ctrl-C or SIGTERM only sets `received`; a second one acts as usual.
 
-    `at_once`: set while nothing needs saving; a signal then raises `TrainingInterrupted` where it arrives.
+    Attributes:
+        received: The signal, or None.
+        immediate: Set while there is nothing to save; a signal then raises `TrainingInterrupted` at once.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.at_once = False
-        self._process = os.getpid()
-        self._before: dict[int, Any] = {}
+        self.immediate = False
+        self._pid = os.getpid()
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+                self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._restore()
+        self._restore_handlers()
 
-    def check(self) -> None:
-        """Raises `TrainingInterrupted` if a signal was received."""
+    def raise_if_received(self) -> None:
+        """Raise `TrainingInterrupted` if a signal was received."""
         if self.received is not None:
             raise TrainingInterrupted(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader's process inherited this: its parent decides when it ends
+        if os.getpid() != self._pid:  # a loader worker inherited this handler; its parent ends it
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
         self.received = number
-        self._restore()
-        if self.at_once:
-            self.check()
+        self._restore_handlers()
+        if self.immediate:
+            self.raise_if_received()
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._handlers = {}

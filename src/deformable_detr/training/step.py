@@ -1,4 +1,4 @@
-"""One optimizer step: forward, losses, backward, clipping, update; and the watch for losses that are not finite."""
+"""One optimizer step: forward, losses, backward, clipping, update, and the check for losses that are not finite."""
 
 from __future__ import annotations
 
@@ -8,39 +8,66 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
 from ..distributed.context import DistributedContext
-from ..distributed.parallel import gradients, parallelize, touch
+from ..distributed.parallel import accumulate_gradients, parallelize, zero_with_gradient
 from ..structures import ImageBatch, Target
 from ..utils.errors import UserError
 from .criterion import LossOutput, SetCriterion
 from .denoising import BatchConsistentRng, Denoising
-from .ema import average_of
-from .matcher import Matches
-from .optimizer import (
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from .ema import exponential_moving_average
+from .matcher import Matches, PackedTargets
+from .optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from .setup import mixed_seed
 from .signals import NonFiniteLoss
-from .totals import Batch, BatchStats, combined, own_figures
 
 if TYPE_CHECKING:
     from ..detector import DeformableDETR
 
-_OVERFLOWS = 50  # steps in a row that fp16 may lose to overflow while its scale settles
+Batch = tuple[ImageBatch, list[Target]]
+
+_MAX_OVERFLOWS = 50  # consecutive steps that fp16 may skip while its loss scale settles
 
 
 @dataclass(frozen=True)
-class StepFigures:
-    """What a step gave: "loss", its unweighted parts and "grad_norm" before clipping.
+class BatchStats:
+    """Sizes of the whole batch of a step, over all micro-batches and processes.
 
-    step: counted from 1; lr: of the base group.
+    first_image: Images of the processes of lower rank; the other fields are equal in every process.
+    """
+
+    images: int
+    objects: int
+    max_objects: int
+    first_image: int = 0
+    world_size: int = 1
+
+    @property
+    def num_boxes(self) -> float:
+        """Divisor of the losses in each process, whose gradients are then averaged over the processes."""
+        return max(self.objects, 1) / self.world_size
+
+    @classmethod
+    def combine(cls, counts: Sequence[Sequence[float]], rank: int = 0) -> BatchStats:
+        """Return the stats for process `rank` from the `count_objects` of every process."""
+        images, objects, max_objects = ([int(numbers[index]) for numbers in counts] for index in range(3))
+        return cls(sum(images), sum(objects), max(max_objects), sum(images[:rank]), len(counts))
+
+
+def count_objects(micro_batches: Sequence[Batch]) -> tuple[int, int, int]:
+    """Return (images, objects, most objects in an image) of this process."""
+    counts = [len(target.labels) for _, targets in micro_batches for target in targets]
+    return len(counts), sum(counts), max(counts, default=0)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Metrics of a step: "loss", its unweighted parts, and "grad_norm" before clipping.
+
+    step: Counted from 1. lr: Learning rate of the base group.
     """
 
     step: int
@@ -49,113 +76,138 @@ class StepFigures:
 
 
 @dataclass(frozen=True)
+class _Losses:
+    """Losses of a step in this process, still on the device, and the ids of images with non-finite predictions."""
+
+    names: list[str]
+    values: Tensor  # (len(names),)
+    bad_images: list[int]
+
+
+@dataclass(frozen=True)
 class _Pending:
-    """Figures that the device may still compute while the host goes on; bad: images with predictions not finite."""
+    """Metrics that the device may still be computing."""
 
     step: int
     lr: float
-    image_ids: list[int]
-    bad: list[int]
     names: list[str]
-    values: Tensor  # (len(names),)
+    values: Tensor
+    bad_images: list[int]
+    images: list[int]
 
 
 class TrainStep:
-    """A model and all that changes it.
+    """A model with its criterion, optimizer, loss scale and moving average.
 
-    Nothing here waits for the device but the matcher: a step's figures are read during the next one, after the
-    matcher's copy. An update from a loss or gradient that is not finite is left out on the device itself.
+    The matcher is the only wait for the device: the metrics of a step are read during the next one, after the
+    matcher's copy. The device itself skips an update from a non-finite loss or gradient.
     """
 
-    def __init__(self, model: DeformableDETR, config: TrainConfig, world: DistributedContext | None = None) -> None:
+    def __init__(self, model: DeformableDETR, config: TrainConfig, context: DistributedContext | None = None) -> None:
         self.model, self.config = model, config
         self.mean, self.std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         self.device = self.mean.device
-        self.world = world or DistributedContext(str(self.device), size=1)
+        self.context = context or DistributedContext(str(self.device), world_size=1)
         self.criterion = SetCriterion(config, model.config.class_aware_proposals)
-        self.helpers = nn.ModuleDict()  # what learns beside the model and is no part of it
+        self.denoising: Denoising | None = None
         if config.num_denoising:
             if not model.config.two_stage:
                 raise UserError("train.num_denoising needs model.two_stage: true; set train.num_denoising=0")
-            self.helpers["denoising"] = Denoising(config, model.config.num_classes, model.config.hidden_dim)
-        self.helpers.to(self.device)
-        self.network = parallelize(_Network(model, self.helpers), self.world)
-        self.optimizer = build_optimizer(model, config, self.helpers)
-        self.average = average_of(model, config.ema_decay) if config.ema_decay else None
+            self.denoising = Denoising(config, model.config.num_classes, model.config.hidden_dim).to(self.device)
+        self.network = parallelize(_DenoisingNetwork(model, self.denoising), self.context)
+        self.optimizer = build_optimizer(model, config, self.denoising)
+        self.ema = exponential_moving_average(model, config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._pending: _Pending | None = None
         self._overflows = 0
 
+    @property
+    def ema_or_model(self) -> DeformableDETR:
+        """The model to evaluate and save: the moving average if there is one."""
+        return self.model if self.ema is None else cast("DeformableDETR", self.ema.module)
+
     def step(
-        self, passes: Sequence[Batch], done: int, progress: float, totals: BatchStats | None = None
-    ) -> StepFigures | None:
-        """Learns from uint8 batches as if they were one, pass by pass; `done` steps came before.
+        self, micro_batches: Sequence[Batch], global_step: int, progress: float, stats: BatchStats | None = None
+    ) -> StepMetrics | None:
+        """Take one optimizer step on uint8 micro-batches as if they were one batch.
 
-        progress: 0..1, part of the training that is over. totals: of the whole step, where other processes have passes
-        too, equally many, some perhaps without images; none: these passes are all of it.
+        Args:
+            micro_batches: Of this process.
+            global_step: Number of steps taken before.
+            progress: Part of the training that is done, 0..1.
+            stats: Of the whole step, if other processes take part. Each then has equally many micro-batches, some
+                perhaps without images. Default: computed from `micro_batches`.
 
-        Returns the figures of the step before. Raises `NonFiniteLoss` for this step's predictions or that step's loss.
+        Returns:
+            The metrics of the step before, if not read yet.
+
+        Raises:
+            NonFiniteLoss: For this step's predictions or the previous step's loss.
         """
-        set_learning_rate(self.optimizer, self.config, done, progress)
-        before, names, values, bad = self.backward(passes, done, totals)
-        values = self.world.mean(values)
-        norm = self._update(values[0])
-        image_ids = [target.image_id for _, targets in passes for target in targets]
-        rate = self.optimizer.param_groups[0]["lr"]
+        set_learning_rate(self.optimizer, self.config, global_step, progress)
+        previous, losses = self.backward(micro_batches, global_step, stats)
+        values = self.context.all_reduce_mean(losses.values)
+        grad_norm = self._update(values[0])
         self._pending = _Pending(
-            done + 1, rate, image_ids, bad, [*names, "grad_norm"], torch.cat([values, norm.reshape(1)])
+            step=global_step + 1,
+            lr=self.optimizer.param_groups[0]["lr"],
+            names=[*losses.names, "grad_norm"],
+            values=torch.cat([values, grad_norm.reshape(1)]),
+            bad_images=losses.bad_images,
+            images=[target.image_id for _, targets in micro_batches for target in targets],
         )
-        return before
+        return previous
 
     def backward(
-        self, passes: Sequence[Batch], done: int = 0, totals: BatchStats | None = None
-    ) -> tuple[StepFigures | None, list[str], Tensor, list[int]]:
-        """Puts the gradients of the whole step in place; see `step`.
-
-        Returns the figures of the step before, and of this one the names and values of the losses, of which the mean
-        over the processes is that of the step, and the images whose predictions are not finite.
-        """
-        plain = totals is None and len(passes) == 1
-        totals = totals or combined([own_figures(passes)])
-        before, names, sums, bad, first = None, [], [], [], totals.first
-        self.optimizer.zero_grad(set_to_none=True)  # before the pass: its activations take the gradients' place
-        for number, (batch, targets) in enumerate(passes):
-            with gradients(self.network, last=number == len(passes) - 1):
-                # Alone, a pass draws from the generators that everybody seeds; in company, all draw the same numbers.
-                noise = None if plain else BatchConsistentRng(totals.images, first, _mixed(self.config.seed, done))
-                losses, total = self._losses(batch, targets, totals, noise)
-                if number == 0:
-                    before = self.settle()
+        self, micro_batches: Sequence[Batch], global_step: int = 0, stats: BatchStats | None = None
+    ) -> tuple[StepMetrics | None, _Losses]:
+        """Compute the gradients of a step; see `step`. Return the metrics of the step before and these losses."""
+        single = stats is None and len(micro_batches) == 1
+        stats = stats or BatchStats.combine([count_objects(micro_batches)])
+        previous, names, sums, bad_images, first = None, [], [], [], stats.first_image
+        self.optimizer.zero_grad(set_to_none=True)  # before the forward pass: its activations take the gradients' place
+        for index, (batch, targets) in enumerate(micro_batches):
+            with accumulate_gradients(self.network, last=index == len(micro_batches) - 1):
+                # A single micro-batch draws from the global generator; several draw parts of the same numbers.
+                rng = None
+                if not single:
+                    rng = BatchConsistentRng(stats.images, first, mixed_seed(self.config.seed, global_step))
+                losses, total = self._forward(batch, targets, stats, rng)
+                if index == 0:
+                    previous = self.flush_pending_metrics()
                 names = ["loss", *losses.parts]
                 values = torch.stack([losses.total.detach(), *losses.parts.values()])
-                bad += [target.image_id for target, finite in zip(targets, losses.finite, strict=False) if not finite]
-                if bad and self.world.size == 1:
-                    raise NonFiniteLoss(done + 1, dict(zip(names, values.tolist(), strict=True)), bad)
-                if not plain:
-                    values[-1] *= len(targets) * totals.processes / totals.images  # a mean over images
+                bad_images += [target.image_id for target, ok in zip(targets, losses.finite, strict=False) if not ok]
+                if bad_images and self.context.world_size == 1:
+                    named = dict(zip(names, values.tolist(), strict=True))
+                    raise NonFiniteLoss(global_step + 1, named, bad_images)
+                if not single:
+                    values[-1] *= len(targets) * stats.world_size / stats.images  # the cardinality error, a mean
                 self.scaler.scale(total).backward()
             sums.append(values * bool(targets))
             first += len(targets)
-        return before, names, torch.stack(sums).sum(0), bad
+        return previous, _Losses(names, torch.stack(sums).sum(0), bad_images)
 
-    def _losses(
-        self, batch: ImageBatch, targets: Sequence[Target], totals: BatchStats, noise: BatchConsistentRng | None
+    def _forward(
+        self, batch: ImageBatch, targets: Sequence[Target], stats: BatchStats, rng: BatchConsistentRng | None
     ) -> tuple[LossOutput, Tensor]:
-        """The losses of a pass, and the scalar to differentiate."""
-        batch, shown = (batch, targets) if targets else _placeholder()
-        batch = batch.to(self.device, non_blocking=True).normalize(self.mean, self.std)
+        """Return the losses of a micro-batch and the scalar to differentiate."""
+        images, shown = (batch, targets) if targets else _placeholder_batch()
+        images = images.to(self.device, non_blocking=True).normalize(self.mean, self.std)
+        packed = PackedTargets.pack(shown)
         with _autocast(self.device, self.config.precision):
-            outputs, known = self.network(batch.pixels, batch.padding_mask, shown, totals.most, noise)
-        losses = self.criterion(outputs, shown, totals.num_boxes, known)
-        if totals.processes == 1:
+            outputs, denoising_matches = self.network(images, packed, stats.max_objects, rng)
+        losses = self.criterion(outputs, packed.to(self.device), stats.num_boxes, denoising_matches)
+        if stats.world_size == 1:
             return losses, losses.total
-        total = losses.total * bool(targets) + touch(outputs, self.helpers)
+        denoising = [] if self.denoising is None else [self.denoising]
+        total = losses.total * bool(targets) + zero_with_gradient(outputs, *denoising)
         if targets and not all(losses.finite):
-            total = total * math.nan  # all processes will see it in the gradient and stop together
+            total = total * math.nan  # all processes see it in the gradient and stop together
         return losses, total
 
     def _update(self, loss: Tensor) -> Tensor:
-        """Clips the gradients and takes the step; returns their norm."""
+        """Clip the gradients, update the weights and return the norm of the gradients before clipping."""
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_max_norm or math.inf)
@@ -163,42 +215,17 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
-            # Fused AdamW changes nothing where this is 1, as the scaler of fp16 has it do.
+            # Fused AdamW skips the update if found_inf is 1, as with the GradScaler of fp16.
             self.optimizer.found_inf = (~torch.isfinite(norm + loss)).float()  # pyright: ignore[reportAttributeAccessIssue]
             self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
         return norm
 
-    @property
-    def learned(self) -> DeformableDETR:
-        """The model to evaluate and keep: the averaged one where there is an average."""
-        return self.model if self.average is None else cast("DeformableDETR", self.average.module)
+    def flush_pending_metrics(self) -> StepMetrics | None:
+        """Return the metrics of the last step if not read yet; raise `NonFiniteLoss` if they are not finite.
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint must hold to go on exactly here, by groups."""
-        groups = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
-        if self.helpers:
-            groups["helpers"] = self.helpers.state_dict()
-        if self.average is not None:
-            groups["average"] = self.average.state_dict()
-        return groups
-
-    def load(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
-        """Goes back to what `tensors` gave."""
-        self.model.load_state_dict(tensors["model"])
-        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
-        for name, part, setting in (("helpers", self.helpers, "num_denoising"), ("average", self.average, "ema_decay")):
-            if not part:  # also where the checkpoint has it: the run goes on without
-                continue
-            if name not in tensors:
-                raise UserError(f"the run was without train.{setting}: set it to 0 to go on, or start a new run")
-            part.load_state_dict(tensors[name])
-
-    def settle(self) -> StepFigures | None:
-        """The figures of the last step if nobody had them yet; `NonFiniteLoss` if they are not finite.
-
-        In fp16 the gradient may overflow now and then: that step is lost and the scale falls.
+        In fp16 the gradient may overflow occasionally: the step is skipped and the loss scale halves.
         """
         if self._pending is None:
             return None
@@ -206,53 +233,65 @@ class TrainStep:
         values = dict(zip(pending.names, pending.values.tolist(), strict=True))
         losses = {name: value for name, value in values.items() if name != "grad_norm"}
         if not all(map(math.isfinite, losses.values())):
-            self._stop(pending, losses)
+            self._raise_non_finite(pending, losses, "loss")
         overflow = not math.isfinite(values["grad_norm"])
         self._overflows = self._overflows + 1 if overflow else 0
-        if overflow and (not self.scaler.is_enabled() or self._overflows >= _OVERFLOWS):
-            self._stop(pending, losses, "gradient of the loss")
-        return StepFigures(pending.step, pending.lr, values)
+        if overflow and (not self.scaler.is_enabled() or self._overflows >= _MAX_OVERFLOWS):
+            self._raise_non_finite(pending, losses, "gradient of the loss")
+        return StepMetrics(pending.step, pending.lr, values)
 
-    def _stop(self, pending: _Pending, losses: dict[str, float], what: str = "loss") -> NoReturn:
-        """Raises in every process, which all have the same figures, and names the images of all."""
-        everyone = self.world.all_gather_object((pending.bad, pending.image_ids))
-        self.world.agreed = True
-        ids = [number for bad, _ in everyone for number in bad] or [number for _, own in everyone for number in own]
-        raise NonFiniteLoss(pending.step, losses, ids, what)
+    def _raise_non_finite(self, pending: _Pending, losses: dict[str, float], what: str) -> NoReturn:
+        """Raise in every process, all of which have the same metrics, naming the images of all."""
+        gathered = self.context.all_gather_object((pending.bad_images, pending.images))
+        self.context.exit_synced = True
+        image_ids = [image for bad, _ in gathered for image in bad] or [image for _, ids in gathered for image in ids]
+        raise NonFiniteLoss(pending.step, losses, image_ids, what)
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return all tensors that an exact resume needs, by group."""
+        groups = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
+        groups |= {name: module.state_dict() for name, module, _ in self._extra_state()}
+        return groups
+
+    def load_state_tensors(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
+        """Restore what `state_tensors` returned; a group that the config no longer needs is ignored."""
+        self.model.load_state_dict(tensors["model"])
+        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        for name, module, option in self._extra_state():
+            if name not in tensors:
+                raise UserError(f"cannot resume: the run had train.{option}=0; set it to 0, or start a new run")
+            module.load_state_dict(tensors[name])
+
+    def _extra_state(self) -> list[tuple[str, nn.Module, str]]:
+        """Return (group, module, option that enables it) of what is trained beside the model."""
+        entries = [("denoising", self.denoising, "num_denoising"), ("ema", self.ema, "ema_decay")]
+        return [(name, module, option) for name, module, option in entries if module is not None]
 
 
-class _Network(nn.Module):
-    """What a pass computes with: the model, and what learns beside it."""
+class _DenoisingNetwork(nn.Module):
+    """The model with its denoising queries: everything that DistributedDataParallel must wrap."""
 
-    def __init__(self, model: DeformableDETR, helpers: nn.ModuleDict) -> None:
+    def __init__(self, model: DeformableDETR, denoising: Denoising | None) -> None:
         super().__init__()
-        self.model, self.helpers = model, helpers
+        self.model, self.denoising = model, denoising
 
     def forward(
-        self,
-        pixels: Tensor,
-        padding_mask: Tensor,
-        targets: Sequence[Target],
-        most: int,
-        noise: BatchConsistentRng | None,
+        self, images: ImageBatch, targets: PackedTargets, max_objects: int, rng: BatchConsistentRng | None
     ) -> tuple[dict[str, Tensor], tuple[Matches, int] | None]:
-        noisy = None
-        if "denoising" in self.helpers:
-            noisy = self.helpers["denoising"](targets, self.model.config.num_queries, most, noise)
-        outputs = self.model(pixels, padding_mask, denoising_queries=noisy and noisy[0])
-        return outputs, noisy and noisy[1:]
+        queries, matches = None, None
+        if self.denoising is not None:
+            made = self.denoising(targets, self.model.config.num_queries, max_objects, rng)
+            if made is not None:
+                queries, *matches = made
+        outputs = self.model(images.pixels, images.padding_mask, denoising_queries=queries)
+        return outputs, None if matches is None else (matches[0], matches[1])
 
 
-def _placeholder() -> Batch:
-    """One black image, for a process that has none in a pass and must compute with the others all the same."""
-    side = 128  # pixels; two or more cells at every stride that learning norms see
+def _placeholder_batch() -> Batch:
+    """Return one black image, for a process without images that must compute with the others."""
+    side = 128  # pixels; two or more cells at every stride, which trainable norms need
     pixels, mask = torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.zeros(1, side, side, dtype=torch.bool)
-    nothing = Target.empty(-1, (side, side))
-    return ImageBatch(pixels, mask), [nothing]
-
-
-def _mixed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return ImageBatch(pixels, mask), [Target.empty(-1, (side, side))]
 
 
 def _autocast(device: torch.device, precision: str) -> Any:

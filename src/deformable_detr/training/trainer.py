@@ -1,4 +1,4 @@
-"""Training: steps, epochs, evaluation, checkpoints, and how a run begins, goes on and ends."""
+"""The training loop: epochs of steps, evaluation, checkpoints, resume and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from torch import Tensor
 from ..config.schema import Config
 from ..distributed.context import DistributedContext
 from ..distributed.launch import restarted
-from ..evaluation.distributed import evaluate_distributed
 from ..utils.errors import UserError
 from .checkpoint import random_state, restore_random_state, update_state
+from .logger import TrainingLogger, TrainState
 from .optimizer import scaled_lr, total_batch_size
-from .recipe import for_size
-from .report import Report, TrainState
-from .run_dir import RunDir, fingerprint
-from .setup import build, held, machine_errors_as_user_errors, same_batch, seed_all, with_classes
+from .run_dir import RunDir
+from .setup import (
+    build_model,
+    fix_batch_size,
+    keep_batch_size,
+    lock_run_dir,
+    machine_errors_as_user_errors,
+    mixed_seed,
+    resolve_auto,
+    seed_all,
+    with_classes,
+)
 from .signals import GracefulShutdown, TrainingInterrupted
-from .step import TrainStep
-from .totals import Batch, BatchStats, combined, own_figures
+from .step import Batch, BatchStats, TrainStep, count_objects
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
@@ -33,336 +40,347 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SAVE_SECONDS = 600.0  # of training between two saves inside a long epoch
+_SAVE_SECONDS = 600.0  # of training between two checkpoints in a long epoch
 
 
 def train_model(
     data: str | os.PathLike[str], out: str | os.PathLike[str], config: Config, resume: bool = False
 ) -> dict[str, Any]:
-    """Trains a detector on the data set at `data` and leaves the run in the folder `out`.
+    """Train a detector on a dataset; the run and its best model are saved in the folder `out`.
 
-    The classes of the training set become those of the model. The run ends after `config.train.epochs` epochs or
-    `config.train.minutes` minutes, whichever comes first. Minutes count the training steps and the wait for their
-    images; starting, evaluation and saving are not counted. The last model is always evaluated.
+    The model gets the classes of the training set. The run ends after `train.epochs` or `train.minutes`, whichever
+    comes first; minutes count training steps, not evaluation and saving. The last model is always evaluated.
 
-    resume: go on from the last checkpoint in `out`; a run that is finished is left as it is.
+    Args:
+        data: Folder of the dataset.
+        out: Folder of the run.
+        config: All settings.
+        resume: Continue from the last checkpoint in `out`; a finished run is left unchanged.
 
-    Returns the figures of the last evaluation (`evaluation.evaluate`) with "best_AP", "epoch", "step", "images_seen"
-    and "seconds" of training.
-    Raises `UserError` for a folder or a data set that cannot be used, `NonFiniteLoss` for a NaN or infinite loss, and
-    `TrainingInterrupted` (a SystemExit) after Ctrl-C or SIGTERM, when the last checkpoint is saved.
+    Returns:
+        The metrics of the last evaluation with "best_AP", "epoch", "step", "images_seen" and "seconds" of training.
+
+    Raises:
+        UserError: The folder or the dataset cannot be used.
+        NonFiniteLoss: The loss or gradient is NaN or infinite.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
-    folder = RunDir(out)
-    with DistributedContext(config.train.device) as world:
-        resume = world.on_rank_zero(lambda: resume or (restarted() and folder.begun))
-        with held(folder, resume, world), machine_errors_as_user_errors(folder, config):
-            return _train_in(folder, data, config, resume, world)
+    run_dir = RunDir(out)
+    with DistributedContext(config.train.device) as context:
+        resume = context.on_rank_zero(lambda: resume or (restarted() and run_dir.started))
+        with lock_run_dir(run_dir, resume, context), machine_errors_as_user_errors(run_dir, config):
+            trainer, note = _prepare(data, run_dir, config, resume, context)
+            return trainer.run(note)
 
 
-def _train_in(
-    folder: RunDir, data: str | os.PathLike[str], config: Config, resume: bool, world: DistributedContext
-) -> dict[str, Any]:
+def _prepare(
+    data: str | os.PathLike[str], run_dir: RunDir, config: Config, resume: bool, context: DistributedContext
+) -> tuple[Trainer, str | None]:
+    """Return the trainer of a new or resumed run and a line to print first."""
+    train_set, val_set = _open_datasets(data, config, resume, context)
+    with context.sync_errors():
+        config, note = resolve_auto(with_classes(config, train_set), len(train_set))
+    checkpoint = context.on_rank_zero(
+        lambda: run_dir.checkpoints.restore(config, train_set.fingerprint()) if resume else None
+    )
+    if checkpoint is not None:
+        config = keep_batch_size(config, checkpoint[1], context)
+    elif resume:
+        note = "no checkpoint in this run yet: it starts from the beginning"
+
+    seed_all(config.train.seed)
+    model = context.local_rank_zero_first(lambda: build_model(config, checkpoint is not None, context.is_rank_zero))
+    datasets, data_name = (train_set, val_set), Path(data).resolve().name
+    trainer = Trainer(config, model.to(context.device), datasets, run_dir, data_name, context)
+    if checkpoint is not None:
+        trainer.load_checkpoint(*checkpoint)
+    elif not context.is_rank_zero:
+        seed_all(mixed_seed(config.train.seed, context.rank))  # for dropout
+    context.on_rank_zero(lambda: run_dir.write_config(trainer.config))
+    return trainer, note
+
+
+def _open_datasets(
+    data: str | os.PathLike[str], config: Config, resume: bool, context: DistributedContext
+) -> tuple[CocoDataset, CocoDataset]:
+    """Open and validate the training and the validation split. A resumed run was validated when it started."""
     from ..data.dataset import open_dataset, refuse_same_file
     from ..data.transforms import EvalTransform, TrainTransform
     from ..data.validate import check_for_training
 
-    size, multiple = (config.model.image_size, config.model.long_side), config.model.size_divisor
-    if not resume:  # a run that goes on had its set checked; that it is the same one is seen below
-        for line in world.on_rank_zero(lambda: list(check_for_training(data, config.data, *size))):
+    size, divisor = (config.model.image_size, config.model.long_side), config.model.size_divisor
+    if not resume:
+        for line in context.on_rank_zero(lambda: list(check_for_training(data, config.data, *size))):
             log.warning(line)
-    split = config.data.train_split, config.data.val_split
-    with world.sync_errors():
-        train_set = open_dataset(
-            data, split[0], config.data, transform=TrainTransform.from_config(config.data, *size, multiple)
-        )
+    with context.sync_errors():
+        transform = TrainTransform.from_config(config.data, *size, divisor)
+        train_set = open_dataset(data, config.data.train_split, config.data, transform=transform)
         if not len(train_set):
             raise UserError(f"the training set at {data} has no images")
-        known = train_set.categories
-        validation = open_dataset(
-            data, split[1], config.data, categories=known, transform=EvalTransform(*size, size_divisor=multiple)
-        )
-        refuse_same_file(train_set, validation, data)
-        config, note = for_size(with_classes(config, train_set), len(train_set))
-    restored = world.on_rank_zero(lambda: folder.restore(config, fingerprint(train_set)) if resume else None)
-    if restored is not None:
-        config = same_batch(config, restored[1], world)
-
-    seed_all(config.train.seed)
-    anew = resume and restored is None
-    model = world.local_rank_zero_first(lambda: build(config, restored is not None, world.is_rank_zero)).to(
-        world.device
-    )
-    trainer = Trainer(config, model, train_set, validation, folder, Path(data).resolve().name, world)
-    if restored is not None:
-        trainer.restore(*restored)
-        restored = None  # its files stay open, and on the disk, as long as their tensors are there
-    elif not world.is_rank_zero:
-        seed_all(config.train.seed, world.rank)  # for dropout; what all must draw alike has seeds of its own
-    world.on_rank_zero(lambda: folder.write_config(trainer.config))
-    return trainer.run("no checkpoint yet in this run: it starts anew" if anew else note)
+        transform = EvalTransform(*size, size_divisor=divisor)
+        val_set = open_dataset(data, config.data.val_split, config.data, train_set.categories, transform)
+        refuse_same_file(train_set, val_set, data)
+    return train_set, val_set
 
 
 class Trainer:
-    """One run: a model, its optimizer, its data, and the folder where it is kept."""
+    """One run: a model, its datasets, and the folder where it is saved."""
 
     def __init__(
         self,
         config: Config,
         model: DeformableDETR,
-        train_set: CocoDataset,
-        validation: CocoDataset,
-        folder: RunDir,
+        datasets: tuple[CocoDataset, CocoDataset],
+        run_dir: RunDir,
         data_name: str | None = None,
-        world: DistributedContext | None = None,
+        context: DistributedContext | None = None,
     ) -> None:
         from ..data.dataloader import LoaderOptions, build_dataloader
         from ..data.mosaic import MosaicDataset
 
-        self.world = world or DistributedContext(str(model.pixel_mean.device), size=1)
-        self.data_name = data_name  # for the model card
-        self.model, self.validation, self.folder = model, validation, folder
-        self.effective = total_batch_size(config.train, self.world.size)
-        self.lr, self._lr_note = scaled_lr(config.train, self.effective)
-        if self.world.size > 1 and config.train.total_batch_size is None:  # as it is now it stays, wherever it goes on
-            batch = {
-                "total_batch_size": self.effective,
-                "base_batch_size": config.train.base_batch_size or config.train.batch_size,
-            }
-            config = config.updated({"train": batch})
+        self.context = context or DistributedContext(str(model.pixel_mean.device), world_size=1)
+        self.model, self.run_dir, self.data_name = model, run_dir, data_name
+        train_set, self.val_set = datasets
+        self.data_fingerprint = train_set.fingerprint()
+        self.total_batch_size = total_batch_size(config.train, self.context.world_size)
+        self.lr, self._lr_note = scaled_lr(config.train, self.total_batch_size)
+        if self.context.world_size > 1 and config.train.total_batch_size is None:
+            config = fix_batch_size(config, self.total_batch_size)
         self.config, train = config, config.train
-        # `for_size` left no "auto".
-        self.epochs, self.eval_every = cast("int | None", train.epochs), cast("int", train.eval_every)
-        self.data_fingerprint = fingerprint(train_set)
-        shown = MosaicDataset(train_set, config.data.mosaic_prob) if config.data.mosaic_prob else train_set
         options = LoaderOptions(
-            train.batch_size, config.data.workers, shuffle=True, seed=train.seed, total_batch_size=self.effective,
-            rank=self.world.rank, world_size=self.world.size, aspect_ratio_grouping=config.data.aspect_ratio_grouping,
+            train.batch_size, config.data.workers, shuffle=True, seed=train.seed,
+            total_batch_size=self.total_batch_size, rank=self.context.rank, world_size=self.context.world_size,
+            aspect_ratio_grouping=config.data.aspect_ratio_grouping,
         )  # fmt: skip
-        self.loader = build_dataloader(shown, options)
-        self.batches = self.loader.sampler.num_steps
-        with self.world.sync_errors():
-            self.stepper = TrainStep(model, train.replace(lr=self.lr), self.world)
-        self.counters = TrainState()
-        self.stop = GracefulShutdown()
-        self.report = Report(train, folder.path, self.world.is_rank_zero)
+        mosaic_prob = config.data.mosaic_prob
+        self.loader = build_dataloader(MosaicDataset(train_set, mosaic_prob) if mosaic_prob else train_set, options)
+        self.steps_per_epoch = self.loader.sampler.num_steps
+        with self.context.sync_errors():
+            self.train_step = TrainStep(model, train.replace(lr=self.lr), self.context)
+            self.logger = TrainingLogger(train, run_dir.path, self.context.is_rank_zero)
+        self.state = TrainState()
+        self.shutdown = GracefulShutdown()
 
-    # --- how far ------------------------------------------------------------------------------------------------
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def run(self, note: str | None = None) -> dict[str, Any]:
+        """Train to the end and return the summary of the run; print `note` first."""
+        state = self.state
+        with self.logger as logger:
+            if note:
+                logger.print(note)
+            if self.finished and state.evaluated_step == state.step:
+                logger.print(f"the run in {self.run_dir.path} is finished: {state.epoch} epochs, {state.step} steps")
+                return self.summary()
+            self._print_batch_size()
+            with self.shutdown:
+                logger.open(state)
+                while True:
+                    if self.evaluation_due:
+                        self.evaluate()
+                    if self.finished:
+                        break
+                    self.train_epoch()
+                    if not self.evaluation_due:
+                        logger.print_epoch(state, self.progress)
+                if self.progress < 1:
+                    logger.print(f"no better AP in {state.stale_evaluations} evaluations: the run ends")
+        return self.summary()
+
+    def train_epoch(self) -> None:
+        """Train to the end of the epoch or of the run, then save."""
+        state = self.state
+        self.model.train()
+        saved_at = state.seconds
+        if state.epoch_step == 0:
+            state.mosaic = self.config.data.mosaic_prob > 0 and self.progress < self.config.data.close_mosaic
+        self.loader.sampler.set_epoch(state.epoch, start_step=state.epoch_step, mosaic=state.mosaic)
+        batches = iter(self.loader)
+        start = time.perf_counter()
+        while state.epoch_step < self.steps_per_epoch:
+            micro_batches, stats = self._next_batches(batches)
+            metrics = self.train_step.step(micro_batches, state.step, self.progress, stats)
+            self.logger.log_step(metrics, state, self.progress)
+            state.epoch_step += 1
+            state.step += 1
+            state.images_seen += stats.images if stats else len(micro_batches[0][1])
+            state.seconds += time.perf_counter() - start
+            self._sync_processes()
+            self.logger.show_progress(state, self.progress)
+            self._stop_if_signaled()
+            if self.progress >= 1:
+                break
+            if state.seconds - saved_at > _SAVE_SECONDS:
+                self.save()
+                saved_at = state.seconds
+            start = time.perf_counter()
+        self._finish_epoch()
+        self.save()
+        self._sync_processes()
+        self._stop_if_signaled()
+
+    def evaluate(self) -> None:
+        """Evaluate the model on the validation set, and save it if it is the best one so far."""
+        state, model = self.state, self.train_step.ema_or_model
+        is_best = state.record_evaluation(self._compute_metrics(model))
+        self.logger.log_evaluation(state)  # before it is saved: a run killed in between evaluates again
+        if is_best:
+            self._export(model)
+            self.save(best=True)
+        state_dict = self.state_dict()
+        self.context.on_rank_zero(lambda: update_state(self.run_dir.checkpoints.last, state_dict))
+        self.logger.print_epoch(state, self.progress)
+        self._sync_processes()
+        self._stop_if_signaled()
+
+    # --- progress -----------------------------------------------------------------------------------------------
 
     @property
     def progress(self) -> float:
-        """0..1, part of the run that is done, by epochs or minutes, whichever ends first."""
-        train, done = self.config.train, self.counters
-        epochs = (done.epoch + done.batch / self.batches) / self.epochs if self.epochs else 0.0
-        minutes = done.seconds / (60 * train.minutes) if train.minutes else 0.0
-        return min(1.0, max(epochs, minutes))
+        """Part of the run that is done, 0..1, by epochs or minutes, whichever ends first."""
+        train, state = self.config.train, self.state
+        epochs = cast("int | None", train.epochs)  # `resolve_auto` replaced "auto"
+        by_epochs = (state.epoch + state.epoch_step / self.steps_per_epoch) / epochs if epochs else 0.0
+        by_minutes = state.seconds / (60 * train.minutes) if train.minutes else 0.0
+        return min(1.0, max(by_epochs, by_minutes))
 
     @property
-    def ended(self) -> bool:
-        """Whether all of it is done, or it stopped getting better."""
+    def finished(self) -> bool:
+        """Whether the run is complete or `patience` is exhausted."""
         patience = self.config.train.patience
-        return self.progress >= 1 or (patience is not None and self.counters.stale >= patience)
+        return self.progress >= 1 or (patience is not None and self.state.stale_evaluations >= patience)
 
-    def run(self, note: str | None = None) -> dict[str, Any]:
-        """Trains to the end and returns the figures; says `note` first."""
-        done = self.counters
-        with self.report as report:
-            if note:
-                report.say(note)
-            if self.ended and done.evaluated_step == done.step:
-                report.say(f"the run in {self.folder.path} is finished: {done.epoch} epochs, {done.step} steps")
-                return self._summary()
-            self._say_batch()
-            with self.stop:
-                report.begin(done)
-                while True:
-                    if self._evaluation_due():
-                        self._evaluate()
-                    if self.ended:
-                        break
-                    self._epoch()
-                    if not self._evaluation_due():
-                        report.say_epoch(done, self.progress)
-                if self.progress < 1:
-                    report.say(f"no better AP in {done.stale} evaluations: the run ends")
-        return self._summary()
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation is missing: at the end of the run and of every `eval_every`-th epoch."""
+        state, eval_every = self.state, cast("int", self.config.train.eval_every)
+        epoch_end = state.step > 0 and state.epoch_step == 0 and state.epoch % eval_every == 0
+        return (self.progress >= 1 or epoch_end) and state.evaluated_step != state.step
 
-    def _say_batch(self) -> None:
-        train, passes = self.config.train, self.loader.sampler.micro_batches(0)
-        if self.world.size > 1 or passes > 1 or train.total_batch_size:
-            how = f"{self.world.size} processes × " if self.world.size > 1 else ""
-            how += f"{passes} passes of up to {train.batch_size}"
-            self.report.say(f"{self.effective} images a step ({how}), learning rate {self._lr_note}")
+    def summary(self) -> dict[str, Any]:
+        """Return what `train_model` returns."""
+        state = self.state
+        progress = {name: getattr(state, name) for name in ("epoch", "step", "images_seen", "seconds")}
+        return {**(state.metrics or {}), "best_AP": state.best_ap, **progress}
 
-    def _evaluation_due(self) -> bool:
-        """At the end of the run and of every `eval_every`-th epoch; also for a run that was killed before it."""
-        done = self.counters
-        whole = done.step > 0 and done.batch == 0 and done.epoch % self.eval_every == 0
-        return (self.progress >= 1 or whole) and done.evaluated_step != done.step
+    def _finish_epoch(self) -> None:
+        if self.state.epoch_step == self.steps_per_epoch:
+            self.state.epoch, self.state.epoch_step = self.state.epoch + 1, 0
 
-    def _summary(self) -> dict[str, Any]:
-        done = self.counters
-        facts = {name: getattr(done, name) for name in ("epoch", "step", "images_seen", "seconds")}
-        return {**(done.metrics or {}), "best_AP": done.best, **facts}
-
-    # --- steps --------------------------------------------------------------------------------------------------
-
-    def _epoch(self) -> None:
-        """The rest of the running epoch, or as much of it as there is time for; then the last checkpoint is saved."""
-        done = self.counters
-        self.model.train()
-        saved = done.seconds
-        if done.batch == 0:
-            done.mosaic = self.config.data.mosaic_prob > 0 and self.progress < self.config.data.close_mosaic
-        self.loader.sampler.set_epoch(done.epoch, start_step=done.batch, mosaic=done.mosaic)
-        batches = iter(self.loader)
-        mark = time.perf_counter()
-        while done.batch < self.batches:
-            passes, totals = self._next(batches)
-            self.report.account(self.stepper.step(passes, done.step, self.progress, totals), done, self.progress)
-            done.batch += 1
-            done.step += 1
-            done.images_seen += totals.images if totals else len(passes[0][1])
-            done.seconds += time.perf_counter() - mark
-            self._agree()
-            self.report.show(done, self.progress)
-            if self.stop.received is not None:
-                self._interrupt()
-            if self.progress >= 1:
-                break
-            if done.seconds - saved > _SAVE_SECONDS:
-                self.save()
-                saved = done.seconds
-            mark = time.perf_counter()
-        if done.batch == self.batches:
-            done.epoch, done.batch = done.epoch + 1, 0
-        self.save()
-        self._agree()
-        if self.stop.received is not None:
-            self._interrupt()
-
-    def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], BatchStats | None]:
-        """This process's passes of the next step, and what all of them together hold, if there are several."""
-        passes, failure = [], None
-        try:
-            passes = [next(batches) for _ in range(self.loader.sampler.micro_batches(self.counters.batch))]
-        except UserError as error:
-            if self.world.size == 1:
-                raise
-            failure = error
-        except RuntimeError:
-            # Ctrl-C reaches the loader's processes too, and PyTorch complains that they are gone.
-            if self.stop.received is None or self.world.size > 1:
-                raise
-            self._interrupt()
-        if self.world.size == 1 and len(passes) == 1:
-            return passes, None
-        told = self.world.gather([*own_figures(passes), failure is not None])
-        if any(failed for *_, failed in told):
-            self.world.raise_on_all_ranks(failure)
-        return passes, combined(told, self.world.rank)
-
-    def _agree(self) -> None:
-        """The first process's clock counts, and a signal that one process has got is everybody's."""
-        if self.world.size == 1:
-            return
-        told = self.world.gather([self.counters.seconds, self.stop.received or 0])
-        self.counters.seconds = told[0][0]
-        signals = [int(number) for _, number in told if number]
-        if signals:
-            self.stop.received = max(signals)
-
-    # --- between the steps --------------------------------------------------------------------------------------
-
-    def _evaluate(self) -> None:
-        from ..evaluation.evaluator import evaluate_dataset
-        from ..evaluation.gallery import Gallery
-
-        train, done = self.config.train, self.counters
-        learned, workers = self.stepper.learned, self.config.data.workers
-        try:
-            self.stop.at_once = True  # all is saved: a signal need not wait until the evaluation is over
-            self.stop.check()
-            keep = Gallery(self.folder.path, done.step, done.epoch)
-            if self.world.size > 1:
-                metrics = evaluate_distributed(learned, self.validation, train.batch_size, workers, self.world, keep)
-            else:
-                metrics = evaluate_dataset(learned, self.validation, train.batch_size, workers, None, False, keep)
-        except TrainingInterrupted:
-            self._say_interrupted()
-            raise
-        finally:
-            self.stop.at_once = False
-        figure = metrics["AP"]
-        # Of equals the later: while nothing is found, the model has seen more; and patience begins with a first find.
-        gained = not done.best or (figure is not None and figure > done.best)
-        better = gained or figure == done.best
-        done.metrics, done.evaluated_step, done.stale = metrics, done.step, 0 if gained else done.stale + 1
-        if better:
-            done.best = figure
-        self.report.evaluated(done)  # before it is saved: a run that is killed in between evaluates again
-        if better:
-            from ..weights.model_card import ModelCardData
-
-            figures = {name: value for name, value in metrics.items() if name.startswith(("AP", "AR"))}
-            facts = ModelCardData(self.data_name, figures, self.config)
-            self.world.on_rank_zero(lambda: self.folder.export(learned, facts))
-            self.save(best=True)
-        state = self._state()
-        self.world.on_rank_zero(lambda: update_state(self.folder.last, state))
-        self.report.say_epoch(done, self.progress)
-        self._agree()
-        if self.stop.received is not None:
-            self._interrupt()
+    # --- checkpoints --------------------------------------------------------------------------------------------
 
     def save(self, best: bool = False) -> None:
-        """Makes the present state the last (or the best) checkpoint, once the last step proved good."""
-        self.report.account(self.stepper.settle(), self.counters, self.progress)
-        state = self._state()
-        self.world.on_rank_zero(lambda: self.folder.save(self.stepper.tensors(), state, best))
+        """Save the last (or the best) checkpoint, once the last step is known to be finite."""
+        self.logger.log_step(self.train_step.flush_pending_metrics(), self.state, self.progress)
+        state_dict, checkpoints = self.state_dict(), self.run_dir.checkpoints
+        self.context.on_rank_zero(lambda: checkpoints.save(self.train_step.state_tensors(), state_dict, best))
 
-    def _state(self) -> dict[str, Any]:
-        """All but the tensors; every process must ask."""
-        state = {
-            "counters": asdict(self.counters),
-            "batches": self.batches,
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the tensors, ready for JSON. All processes must call it."""
+        return {
+            "train_state": asdict(self.state),
+            "steps_per_epoch": self.steps_per_epoch,
             "progress": self.progress,
             "model": self.config.model.model_dump(mode="json"),
             "data": self.data_fingerprint,
-            "scaler": self.stepper.scaler.state_dict(),
-            "random": random_state(),
-            "total_batch_size": self.effective,
-            "report": self.report.state(),
+            "scaler": self.train_step.scaler.state_dict(),
+            "random": self.context.all_gather_object(random_state()),
+            "total_batch_size": self.total_batch_size,
+            "logger": self.logger.state_dict(),
         }
-        if self.world.size > 1:
-            state["random_of_others"] = self.world.all_gather_object(random_state())[1:]
-        return state
 
-    def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Goes back to where a checkpoint was saved, by any number of processes."""
-        with self.world.sync_errors():
-            self.stepper.load(tensors)
-        self.counters = done = TrainState(**state["counters"])
-        # With another batch size, as much of the epoch is done as before.
-        done.batch = done.batch * self.batches // state["batches"]
-        if done.batch == self.batches:
-            done.epoch, done.batch = done.epoch + 1, 0
-        if self.stepper.scaler.is_enabled() and state["scaler"]:
-            self.stepper.scaler.load_state_dict(state["scaler"])
-        self.report.resume(done, state.get("report"))
-        others = state.get("random_of_others", [])
-        if self.world.is_rank_zero:
-            restore_random_state(state["random"])
-        elif len(others) == self.world.size - 1:
-            restore_random_state(others[self.world.rank - 1])
+    def load_checkpoint(self, tensors: Mapping[str, dict[str, Tensor]], state_dict: Mapping[str, Any]) -> None:
+        """Restore a checkpoint, which any number of processes may have saved."""
+        with self.context.sync_errors():
+            self.train_step.load_state_tensors(tensors)
+        self.state = state = TrainState(**state_dict["train_state"])
+        # With another batch size, the same part of the epoch is done.
+        state.epoch_step = state.epoch_step * self.steps_per_epoch // state_dict["steps_per_epoch"]
+        self._finish_epoch()
+        if self.train_step.scaler.is_enabled() and state_dict["scaler"]:
+            self.train_step.scaler.load_state_dict(state_dict["scaler"])
+        self.logger.load_state_dict(state_dict["logger"])
+        rank, states = self.context.rank, state_dict["random"]
+        if rank == 0 or len(states) == self.context.world_size:
+            restore_random_state(states[rank])
         else:
-            seed_all(self.config.train.seed, self.world.rank, done.step)
+            seed_all(mixed_seed(self.config.train.seed, rank, state.step))
 
-    def _interrupt(self) -> None:
+    def _export(self, model: DeformableDETR) -> None:
+        from ..weights.model_card import ModelCardData
+
+        metrics = {name: value for name, value in (self.state.metrics or {}).items() if name.startswith(("AP", "AR"))}
+        card = ModelCardData(self.data_name, metrics, self.config)
+        self.context.on_rank_zero(lambda: self.run_dir.export(model, card))
+
+    # --- batches, processes and signals -------------------------------------------------------------------------
+
+    def _next_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], BatchStats | None]:
+        """Return this process's micro-batches of the next step; and their stats, if there are several in all."""
+        micro_batches, error = [], None
+        try:
+            count = self.loader.sampler.micro_batches(self.state.epoch_step)
+            micro_batches = [next(batches) for _ in range(count)]
+        except UserError as failure:
+            if self.context.world_size == 1:
+                raise
+            error = failure
+        except RuntimeError:
+            # Ctrl-C reaches the loader workers too, and PyTorch reports that they are gone.
+            if self.shutdown.received is None or self.context.world_size > 1:
+                raise
+            self._stop_if_signaled()
+        if self.context.world_size == 1 and len(micro_batches) == 1:
+            return micro_batches, None
+        counts = self.context.all_gather([*count_objects(micro_batches), error is not None])
+        if any(failed for *_, failed in counts):
+            self.context.raise_first(error)
+        return micro_batches, BatchStats.combine(counts, self.context.rank)
+
+    def _sync_processes(self) -> None:
+        """Use the clock of rank 0 in every process, and share a received signal."""
+        if self.context.world_size == 1:
+            return
+        gathered = self.context.all_gather([self.state.seconds, self.shutdown.received or 0])
+        self.state.seconds = gathered[0][0]
+        signals = [int(number) for _, number in gathered if number]
+        if signals:
+            self.shutdown.received = max(signals)
+
+    def _stop_if_signaled(self) -> None:
+        if self.shutdown.received is None:
+            return
         self.save()
-        self._say_interrupted()
-        self.world.agreed = True
-        self.stop.check()
+        self._print_interrupted()
+        self.context.exit_synced = True
+        self.shutdown.raise_if_received()
 
-    def _say_interrupted(self) -> None:
-        step, place = self.counters.step, self.folder.last
-        self.report.say(f"interrupted at step {step}; saved in {place}: go on with --resume")
+    def _print_interrupted(self) -> None:
+        last = self.run_dir.checkpoints.last
+        self.logger.print(f"interrupted at step {self.state.step}; saved in {last}: resume with --resume")
+
+    def _print_batch_size(self) -> None:
+        train, world_size, count = self.config.train, self.context.world_size, self.loader.sampler.micro_batches(0)
+        if world_size > 1 or count > 1 or train.total_batch_size:
+            how = f"{world_size} processes × " if world_size > 1 else ""
+            how += f"{count} × {train.batch_size} at most"
+            self.logger.print(f"total batch size {self.total_batch_size} ({how}), learning rate {self._lr_note}")
+
+    def _compute_metrics(self, model: DeformableDETR) -> dict[str, Any]:
+        from ..evaluation.distributed import evaluate_distributed
+        from ..evaluation.evaluator import evaluate_dataset
+        from ..evaluation.gallery import Gallery
+
+        batch_size, workers = self.config.train.batch_size, self.config.data.workers
+        gallery = Gallery(self.run_dir.path, self.state.step, self.state.epoch)
+        try:
+            self.shutdown.immediate = True  # everything is saved: a signal need not wait for the evaluation
+            self.shutdown.raise_if_received()
+            if self.context.world_size > 1:
+                return evaluate_distributed(model, self.val_set, batch_size, workers, self.context, gallery)
+            return evaluate_dataset(model, self.val_set, batch_size, workers, None, False, gallery)
+        except TrainingInterrupted:
+            self._print_interrupted()
+            raise
+        finally:
+            self.shutdown.immediate = False

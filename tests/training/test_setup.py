@@ -3,7 +3,7 @@
 import pytest
 
 from deformable_detr.config import presets
-from deformable_detr.training.recipe import auto_epochs, for_size
+from deformable_detr.training.setup import auto_epochs, resolve_auto
 from tests.support.training import tiny_config
 
 
@@ -15,7 +15,7 @@ def test_smaller_sets_are_seen_more_often(images, epochs):
 
 
 def test_the_default_preset_gets_numbers_and_says_so():
-    config, note = for_size(presets.config("small"), 150)
+    config, note = resolve_auto(presets.config("small"), 150)
     assert (config.train.epochs, config.train.eval_every) == (42, 1)
     assert note == "for 150 training images: train.epochs=42, train.eval_every=1"
     assert "epochs: 42\n" in config.to_yaml()
@@ -23,10 +23,10 @@ def test_the_default_preset_gets_numbers_and_says_so():
 
 @pytest.mark.parametrize(("images", "every"), [(1, 100), (20, 5), (100, 1), (5000, 1)])
 def test_a_tiny_set_is_not_evaluated_all_the_time(images, every):
-    assert for_size(presets.config("small"), images)[0].train.eval_every == every
+    assert resolve_auto(presets.config("small"), images)[0].train.eval_every == every
 
 
 def test_what_was_given_stays():
     given = presets.config("small").updated({"train": {"epochs": None, "minutes": 5.0, "eval_every": 2}})
-    assert for_size(given, 150) == (given, None)
-    assert for_size(tiny_config(), 150) == (tiny_config(), None)
+    assert resolve_auto(given, 150) == (given, None)
+    assert resolve_auto(tiny_config(), 150) == (tiny_config(), None)

@@ -1,13 +1,16 @@
 import json
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from deformable_detr.training.log import MetricsLog, Progress, duration
+from deformable_detr.config.schema import TrainConfig
+from deformable_detr.training.logger import MetricsFile, TrainingLogger, TrainState, format_duration
+from deformable_detr.utils.errors import UserError
 
 
 def test_records_are_lines_and_curves(tmp_path):
-    with MetricsLog(tmp_path) as log:
+    with MetricsFile(tmp_path, tensorboard=True) as log:
         log.write("train", {"step": 2, "loss": 1.5})
         # Others may read it while it is open.
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"kind": "train", "step": 2, "loss": 1.5}
@@ -20,37 +23,58 @@ def test_records_are_lines_and_curves(tmp_path):
 
 
 def test_going_on_removes_what_came_after_the_checkpoint(tmp_path):
-    with MetricsLog(tmp_path) as log:
+    with MetricsFile(tmp_path) as log:
         for step in range(1, 5):
             log.write("train", {"step": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')  # the process was killed here
-    with MetricsLog(tmp_path, step=2) as log:
+    with MetricsFile(tmp_path, step=2) as log:
         log.write("train", {"step": 3})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
 
 
 def test_an_evaluation_that_was_not_saved_is_removed(tmp_path):
-    with MetricsLog(tmp_path) as log:
+    with MetricsFile(tmp_path) as log:
         for step in (1, 2):
             log.write("train", {"step": step})
             log.write("evaluation", {"step": step})
-    with MetricsLog(tmp_path, step=2, evaluated=1):
+    with MetricsFile(tmp_path, step=2, evaluated_step=1):
         pass
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("evaluation", 1), ("train", 2)]
 
 
-def test_without_a_terminal_only_the_lines_are_shown(capsys):
-    with Progress() as bar:
-        bar.show(0.5, {"loss": "1.0"})
-        bar.say("epoch 1")
+def test_without_a_terminal_only_the_lines_are_shown(tmp_path, capsys):
+    with TrainingLogger(TrainConfig(), tmp_path) as logger:
+        logger.show_progress(TrainState(), 0.5)
+        logger.print("epoch 1")
     captured = capsys.readouterr()
     assert captured.err == "epoch 1\n"
     assert captured.out == ""
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4, "0:04"), (65.4, "1:05"), (7420, "2:03:40")])
-def test_duration(seconds, text):
-    assert duration(seconds) == text
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_tensorboard_is_written_only_on_request(tmp_path, monkeypatch):
+    with MetricsFile(tmp_path) as log:
+        log.write("train", {"step": 1, "loss": 1.5})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # not installed
+    TrainingLogger(TrainConfig(), tmp_path)
+    with pytest.raises(UserError, match=r"pip install 'deformable-detr\[tensorboard\]'"):
+        TrainingLogger(TrainConfig(tensorboard=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("aps", "best", "best_ap", "stale"),
+    [([0.2, 0.5, 0.4], [True, True, False], 0.5, 1), ([0.0, 0.0], [True, True], 0.0, 0),
+     ([None, None], [True, True], None, 0), ([0.3, 0.3], [True, True], 0.3, 1)],
+)  # fmt: skip
+def test_the_best_evaluation_is_recorded(aps, best, best_ap, stale):
+    state = TrainState(step=7)
+    assert [state.record_evaluation({"AP": ap}) for ap in aps] == best
+    assert (state.best_ap, state.stale_evaluations, state.evaluated_step) == (best_ap, stale, 7)
