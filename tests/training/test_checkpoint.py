@@ -46,7 +46,7 @@ def test_round_trip_and_two_generations_stay(tmp_path):
     latest, before = generations(tmp_path / "last")
     assert (load_state(latest)["step"], load_state(before)["step"]) == (3.0, 2.0)
     assert load_checkpoint(before)[0]["model"]["weight"][0] == 2
-    save_checkpoint(tmp_path / "last", tensors(4.0), {}, kept=1)
+    save_checkpoint(tmp_path / "last", tensors(4.0), {}, keep=1)
     assert sorted(path.name for path in (tmp_path / "last").iterdir()) == files_of(4)
 
 
@@ -103,7 +103,7 @@ class Crash(BaseException):
         ("checksum", 0),
         ("checksum", 1),
         ("_to_json", 0),
-        ("write_text", 0),
+        ("replace_file", 0),
     ],
 )
 def test_a_crash_at_any_moment_leaves_the_one_before(tmp_path, monkeypatch, moment, call):

@@ -225,7 +225,7 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_bytes().decode()
         document = json.loads(text)
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):
-            raise UserError(f"checkpoint file {path} has an unknown format or version: start a new run")
+            raise UserError(f"checkpoint file {path} is of another format or version: start a new run")
         content = {"files": document["files"], "state": document["state"]}
         intact = _to_json(content) == text  # the checksum alone would miss changes outside of the content
     except OSError as error:
