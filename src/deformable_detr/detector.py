@@ -59,17 +59,16 @@ class DeformableDETR(DeformableDETRNetwork):
 
         return push(self, repository, **options)
 
-    def optimize(self, precision: str = "fp32", compile: bool = False, bucket: int | None = None) -> OptimizedDetector:
+    def optimize(self, precision: str = "fp32", compile: bool = False) -> OptimizedDetector:
         """Return a copy for inference: the same outputs, faster and in less memory.
 
         Args:
             precision: "fp32", or "bf16" if the processor supports it.
             compile: Also compile with `torch.compile` (on CPUs this needs a C++ compiler).
-            bucket: Pad inputs to multiples of this many pixels, so that few shapes occur. Default: no padding.
         """
-        from .runtimes.fused import optimized
+        from .runtimes.fused import OptimizedDetector
 
-        return optimized(self, precision, compile, bucket)
+        return OptimizedDetector(self, precision, compile=compile)
 
     def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
         """Return `Detections` for one image (path, PIL image, HWC array, CHW tensor), or a list for a list of images.
@@ -96,11 +95,11 @@ def load_detector(source: str | os.PathLike[str], device: str = "auto", precisio
         UserError: The source cannot be loaded, or "bf16" was asked of an exported file.
     """
     if is_exported(source):
-        from .runtimes.detector import load
+        from .runtimes.detector import load_exported
 
         if precision == "bf16":
             raise UserError(f"{os.fspath(source)}: an exported file has a fixed precision; bf16 is for models")
-        return load(source, device)
+        return load_exported(source, device)
     from .utils.device import pick_device
 
     model = DeformableDETR.from_pretrained(source).to(pick_device(device))

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from deformable_detr.export import export, export_model, formats, load
+from deformable_detr.export import ExportOptions, export, export_model, load_exported
+from deformable_detr.export.verify import example_inputs, max_differences
+from deformable_detr.runtimes.metadata import ExportMetadata
 from deformable_detr.utils.errors import UserError
+from deformable_detr.utils.files import EXPORT_SUFFIXES
 from tests.support.models import IDS, NAMES, found_set, tiny
 
 pytest.importorskip("onnx")
@@ -51,7 +54,7 @@ def file(model, tmp_path_factory):
     """One open ONNX file with post-processing, which most of the tests here look at."""
     path = tmp_path_factory.mktemp("export") / "tiny.onnx"
     lines = []
-    result = export_model(model, path, "onnx", post_processing=True, report=lines.append)
+    result = export_model(model, path, "onnx", ExportOptions(post_processing=True), lines.append)
     assert result.path == path
     assert [case.batch for case in result.cases] == [1, 2, 5]
     assert sum(line.startswith("verified batch") for line in lines) == 3
@@ -60,13 +63,13 @@ def file(model, tmp_path_factory):
 
 
 def test_any_batch_and_size(model, file):
-    agree(model, load(file), SIZES)
+    agree(model, load_exported(file), SIZES)
 
 
 def test_metadata(model, file):
     import onnx
 
-    exported = load(file)
+    exported = load_exported(file)
     assert (exported.config.class_names, exported.config.category_ids) == (NAMES, IDS)
     assert torch.equal(exported.pixel_mean, model.pixel_mean)
     assert torch.equal(exported.pixel_std, model.pixel_std)
@@ -94,14 +97,14 @@ def test_default_query_options(tmp_path):
     """Those of the small preset, over two decoder layers, whose graph has parts that an exporter wants to merge."""
     model = tiny(decoder_layers=2, iterative_query_pos=True, look_forward_twice=True)
     export_model(model, tmp_path / "tiny.onnx", "onnx")
-    agree(model, load(tmp_path / "tiny.onnx"), SIZES[:1])
+    agree(model, load_exported(tmp_path / "tiny.onnx"), SIZES[:1])
 
 
 def test_one_reference_for_all_decoder_layers(tmp_path):
     """The paper's plain form: every layer takes the logit of the same points, which an exporter wants to merge too."""
     model = tiny(decoder_layers=2, refine=False, two_stage=False, query_init="box", class_aware_proposals=False)
     export_model(model, tmp_path / "tiny.onnx", "onnx")
-    agree(model, load(tmp_path / "tiny.onnx"), SIZES[:1])
+    agree(model, load_exported(tmp_path / "tiny.onnx"), SIZES[:1])
 
 
 def test_fixed_size_and_gather_form_on_the_command_line(model, tmp_path, capsys):
@@ -115,19 +118,19 @@ def test_fixed_size_and_gather_form_on_the_command_line(model, tmp_path, capsys)
           "--sampling", "gather"])  # fmt: skip
     assert "verified batch 5 of 64×96" in capsys.readouterr().out
     assert not any(node.op_type == "GridSample" for node in onnx.load(path).graph.node)
-    exported = load(path)
+    exported = load_exported(path)
     assert exported.canvas == (64, 96)
     agree(model, exported, [(1, 64, 96), (3, 64, 96)])
     image = np.random.default_rng(0).integers(0, 255, (140, 90, 3), np.uint8)  # portrait: fits, with padding
     assert len(exported.predict(image, threshold=0.0)) == 6 * 3  # a map of 2 × 3 tokens: fewer than queries
-    with pytest.raises(UserError, match=r"65×96 pixels are over the exported size 64×96"):
+    with pytest.raises(UserError, match=r"65×96 pixels exceed the exported size 64×96"):
         exported(torch.zeros(1, 3, 65, 96))
 
 
 def test_an_exported_file_has_its_own_precision():
     from deformable_detr.detector import load_detector
 
-    with pytest.raises(UserError, match=r"model\.onnx: an exported file has a precision of its own"):
+    with pytest.raises(UserError, match=r"model\.onnx: an exported file has a fixed precision"):
         load_detector("model.onnx", "cpu", "bf16")
 
 
@@ -170,16 +173,16 @@ def test_tampered_export_is_refused(model, tmp_path, monkeypatch):
     """One weight changed a little between tracing and writing: nothing is written, and what was there stays."""
     path = tmp_path / "model.pt2"
     path.write_bytes(b"before")
-    honest = export.write
+    honest = export.write_file
 
-    def tampering(kind, program, *rest):
+    def tampering(to, program, *rest):
         name = next(key for key in program.state_dict if key.endswith("value_proj.weight"))
         program.state_dict[name][0, 0] += 0.5
-        honest(kind, program, *rest)
+        honest(to, program, *rest)
 
-    monkeypatch.setattr(export, "write", tampering)
+    monkeypatch.setattr(export, "write_file", tampering)
     with pytest.raises(UserError, match=r"refused: the exported file differs from the model, batch 1"):
-        export_model(model, path, "torch", image_size=(64, 96))
+        export_model(model, path, "torch", ExportOptions(image_size=(64, 96)))
     assert path.read_bytes() == b"before"
     assert [other.name for other in tmp_path.iterdir()] == ["model.pt2"]
 
@@ -187,17 +190,17 @@ def test_tampered_export_is_refused(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"out": "a.xml", "to": "onnx"}, "ends in .onnx"),
+        ({"out": "a.xml", "to": "onnx"}, "must end in .onnx"),
         ({"out": "a.onnx", "to": "onnx", "precision": "fp16"}, "needs --data"),
-        ({"out": "a.onnx", "to": "onnx", "image_size": (8, 64)}, "each side must be 32 pixels at least"),
+        ({"out": "a.onnx", "to": "onnx", "image_size": (8, 64)}, "each side must be at least 32 pixels"),
         ({"out": "a" * 300 + ".onnx", "to": "onnx"}, ".onnx: cannot be written: File name too long"),
         ({"out": "a" * 300 + ".xml", "to": "openvino"}, ".xml: cannot be written: File name too long"),
     ],
 )
 def test_mistakes_are_named(model, tmp_path, options, message):
-    options = {**options, "out": tmp_path / options["out"]}
+    out, to = tmp_path / options.pop("out"), options.pop("to")
     with pytest.raises(UserError, match=re.escape(message)):
-        export_model(model, **options)
+        export_model(model, out, to, ExportOptions(**options))
     assert not list(tmp_path.iterdir())
 
 
@@ -205,7 +208,7 @@ def test_mistakes_are_named(model, tmp_path, options, message):
 def test_weights_beside_openvinos_graph_replace_nothing_else(model, tmp_path, folder):
     other = tmp_path / "pytorch_model.bin"
     other.mkdir() if folder else other.write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"its weights go to .*pytorch_model\.bin, where there is something else"):
+    with pytest.raises(UserError, match=r"its weights would replace .*pytorch_model\.bin, another file"):
         export_model(model, tmp_path / "pytorch_model.xml", "openvino")
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
 
@@ -228,19 +231,19 @@ def test_a_graph_never_lies_beside_the_weights_of_another_export(fails, tmp_path
     if fails:
         monkeypatch.setattr(os, "replace", failing)
         with pytest.raises(PermissionError):
-            export._put(new, tmp_path / "a.xml")
+            export.move_into_place(new, tmp_path / "a.xml")
     else:
-        export._put(new, tmp_path / "a.xml")
+        export.move_into_place(new, tmp_path / "a.xml")
     found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     old = dict.fromkeys(("a.xml", "a.bin"), tmp_path.name)
     assert found == {"a.bin": old, "a.xml": {"a.bin": "new"}, None: dict.fromkeys(old, "new")}[fails]
 
 
 def test_sizes_that_no_memory_holds_are_named():
-    does_not_hold = "--image-size 9,9: this machine's memory does not hold"
-    with pytest.raises(UserError, match=does_not_hold), export._in_memory((9, 9)):
+    does_not_hold = "--image-size 9,9: not enough memory"
+    with pytest.raises(UserError, match=does_not_hold), export.memory_errors((9, 9)):
         torch.empty(2**55)
-    with pytest.raises(RuntimeError, match="shapes"), export._in_memory((9, 9)):
+    with pytest.raises(RuntimeError, match="shapes"), export.memory_errors((9, 9)):
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
@@ -254,22 +257,18 @@ def test_foreign_and_broken_files_are_named(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, tmp_path / "foreign.onnx")
     with pytest.raises(UserError, match=r"foreign\.onnx was not written by `deformable-detr export`"):
-        load(tmp_path / "foreign.onnx")
+        load_exported(tmp_path / "foreign.onnx")
     for name in ("broken.onnx", "broken.pt2", "broken.xml"):
         (tmp_path / name).write_bytes(b"nothing")
         with pytest.raises(UserError, match=re.escape(name)):
-            load(tmp_path / name)
+            load_exported(tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
-        load(tmp_path / "nowhere.onnx")
+        load_exported(tmp_path / "nowhere.onnx")
 
 
-def test_metadata_keys_are_all_written():
-    """A .pt2 is asked for its extra files by name."""
-    from deformable_detr.runtimes.metadata import Described
-
-    described = Described(tiny().config, None, "fp32", "gather", False)
-    assert tuple(described.to_strings()) == formats.METADATA_KEYS
-    assert Described.from_strings(described.to_strings(), "file") == described
+def test_metadata_survives_a_round_trip():
+    metadata = ExportMetadata(tiny().config, None, "fp32", "gather", False)
+    assert ExportMetadata.from_strings(metadata.to_strings(), "file") == metadata
 
 
 @pytest.mark.slow
@@ -278,11 +277,11 @@ def test_every_format_any_size(kind, tmp_path):
     """Two levels, open sizes; the metadata comes back from each format."""
     pytest.importorskip(kind)
     model = tiny(num_feature_levels=2)
-    path = tmp_path / f"tiny{formats.SUFFIXES[kind]}"
+    path = tmp_path / f"tiny{EXPORT_SUFFIXES[kind]}"
     export_model(model, path, kind)
-    exported = load(path)
-    assert exported.described.config == export._config(model)
-    assert exported.described[1:] == (None, "fp32", "grid_sample", False)
+    exported = load_exported(path)
+    config = export.self_contained_config(model)
+    assert exported.metadata == ExportMetadata(config, None, "fp32", "grid_sample", False)
     agree(model, exported, SIZES)
 
 
@@ -301,15 +300,13 @@ def test_full_size(kind, sampling, preset, tmp_path):
     # With a spread of 0.15 a full-size model is so unsteady that its own fp32 is 4e-4 off its fp64.
     model = DeformableDETR(presets.PRESETS[preset](backbone_weights="none", num_classes=4, image_size=320))
     model = lively(model, spread=0.05)
-    path = tmp_path / f"model{formats.SUFFIXES[kind]}"
-    export_model(model, path, kind, sampling=sampling)
-    exported = load(path, "cpu")
-    from deformable_detr.export.verify import _inputs, difference
-
+    path = tmp_path / f"model{EXPORT_SUFFIXES[kind]}"
+    export_model(model, path, kind, ExportOptions(sampling=sampling))
+    exported = load_exported(path, "cpu")
     for height, width in ((256, 320), (203, 331), (319, 161)):
         for count in (1, 2, 5, 8):
-            pixels, mask, wanted = _inputs(model, count, height, width)
-            logits, boxes = difference(wanted, exported(pixels, mask))
+            pixels, mask, wanted = example_inputs(model, count, height, width)
+            logits, boxes = max_differences(wanted, exported(pixels, mask))
             assert logits <= 1e-3, (count, height, width)
             assert boxes <= 1e-4, (count, height, width)
     if kind == "onnx":

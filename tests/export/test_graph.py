@@ -6,8 +6,8 @@ from torch import nn
 
 from deformable_detr import ops
 from deformable_detr.export.graph import InferenceGraph, parse_size, trace
-from deformable_detr.export.padding import SameConvolution
-from deformable_detr.export.verify import difference
+from deformable_detr.export.padding import DynamicSameConv2d
+from deformable_detr.export.verify import max_differences
 from deformable_detr.model.layers import resize_mask
 from deformable_detr.model.position_encoding import _resize_table
 from deformable_detr.runtimes.fused.folding import fold_batch_norms
@@ -56,7 +56,7 @@ def test_same_padding(kernel, stride, dilation):
 
     torch.manual_seed(0)
     theirs = Conv2dSame(3, 4, kernel, stride=stride, dilation=dilation)
-    ours = SameConvolution(theirs)
+    ours = DynamicSameConv2d(theirs)
     for size in ((7, 8), (16, 15), (9, 33)):
         x = torch.randn(1, 3, *size)
         assert torch.equal(theirs(x), ours(x))
@@ -110,22 +110,23 @@ def test_forms_for_graphs_equal_those_for_eager(monkeypatch):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_difference():
+def test_max_differences():
     torch.manual_seed(0)
     wanted = {"pred_logits": torch.randn(2, 6, 3), "pred_boxes": torch.rand(2, 6, 4)}
     order = torch.tensor([1, 0, 2, 5, 4, 3])
     swapped = {key: value[:, order] for key, value in wanted.items()}
-    assert difference(wanted, swapped) == (0.0, 0.0)
+    assert max_differences(wanted, swapped) == (0.0, 0.0)
     for key, place in (("pred_logits", 0), ("pred_boxes", 1)):
         changed = {name: value.clone() for name, value in swapped.items()}
         changed[key][1, 2, 0] += 0.01
-        assert difference(wanted, changed)[place] == pytest.approx(0.01, abs=1e-5)
+        assert max_differences(wanted, changed)[place] == pytest.approx(0.01, abs=1e-5)
     # The boxes of two queries exchanged, and not their logits, is no other order.
     crossed = {"pred_logits": wanted["pred_logits"], "pred_boxes": wanted["pred_boxes"][:, order]}
-    assert max(difference(wanted, crossed)) > 0.01
+    assert max(max_differences(wanted, crossed)) > 0.01
     swapped["pred_logits"][0, 0, 0] = float("nan")
-    assert difference(wanted, swapped) == (float("inf"), float("inf"))
-    assert difference(wanted, {**wanted, "pred_boxes": wanted["pred_boxes"][:, :5]}) == (float("inf"), float("inf"))
+    assert max_differences(wanted, swapped) == (float("inf"), float("inf"))
+    inf = float("inf")
+    assert max_differences(wanted, {**wanted, "pred_boxes": wanted["pred_boxes"][:, :5]}) == (inf, inf)
 
 
 def test_sizes():

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from deformable_detr.cli import main
-from deformable_detr.export import export, export_model, formats, load
+from deformable_detr.export import ExportOptions, export, export_model, load_exported
 from deformable_detr.export.graph import INPUTS
-from deformable_detr.export.quantization import PARTS, Calibration, quantized
-from deformable_detr.runtimes.metadata import Described
+from deformable_detr.export.quantization import INT8_MODULES, CalibrationImages, quantize
+from deformable_detr.runtimes.metadata import ExportMetadata
 from deformable_detr.utils.errors import UserError
+from deformable_detr.utils.files import EXPORT_SUFFIXES
 from tests.support.models import found_set, tiny
 
 pytest.importorskip("onnx")
@@ -32,8 +33,9 @@ def data(model, tmp_path_factory):
     return found_set(tmp_path_factory.mktemp("int8") / "set", model, images=6)
 
 
-def described(model, image_size=None):
-    return Described(export._config(model), image_size, "int8", "grid_sample", False)
+def metadata(model, image_size=None, post_processing=False):
+    config = export.self_contained_config(model)
+    return ExportMetadata(config, image_size, "int8", "grid_sample", post_processing)
 
 
 @pytest.mark.parametrize("module", [
@@ -41,8 +43,8 @@ def described(model, image_size=None):
     "encoder.layers.0.ffn.linear1", "encoder.layers.11.self_attn.value_proj", "encoder.layers.0.self_attn.output_proj",
 ])  # fmt: skip
 def test_parts_in_int8(module):
-    assert PARTS["backbone and encoder"].match(f"model.{module}")
-    assert bool(PARTS["encoder"].match(f"model.{module}")) == module.startswith("encoder")
+    assert INT8_MODULES["backbone and encoder"].match(f"model.{module}")
+    assert bool(INT8_MODULES["encoder"].match(f"model.{module}")) == module.startswith("encoder")
 
 
 @pytest.mark.parametrize("module", [
@@ -52,49 +54,49 @@ def test_parts_in_int8(module):
     "decoder.position_head.layers.0", "proposals", "",
 ])  # fmt: skip
 def test_parts_in_fp32(module):
-    assert not any(parts.match(f"model.{module}") for parts in PARTS.values())
+    assert not any(parts.match(f"model.{module}") for parts in INT8_MODULES.values())
 
 
 def test_calibration_images(model, data):
     """Those of the training split, all over it, as the model is given them, as often as they are asked for."""
-    images = Calibration(described(model), data)
+    images = CalibrationImages(metadata(model), data)
     assert len(images) == len(list(images)) == len(list(images)) == 6
     seen = []
     with model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone())):
         model.predict(data / "train" / "1.png")
     torch.testing.assert_close(next(iter(images))[0], seen[0])
-    few = list(Calibration(described(model), data, most=2))
+    few = list(CalibrationImages(metadata(model), data, max_images=2))
     assert [pixels.shape for pixels, _ in few] == [list(images)[at][0].shape for at in (0, 3)]
-    pixels, mask = next(iter(Calibration(described(model, (128, 160)), data)))
+    pixels, mask = next(iter(CalibrationImages(metadata(model, (128, 160)), data)))
     assert pixels.shape == (1, 3, 128, 160)
     assert mask.any()
     assert (pixels.permute(0, 2, 3, 1)[mask] == 0).all()
 
 
 def test_mistakes_are_named(model, data, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="for onnx and openvino"):
-        export_model(model, tmp_path / "a.pt2", "torch", "int8", data=data)
+    with pytest.raises(UserError, match="not supported for torch; use --to onnx or --to openvino"):
+        export_model(model, tmp_path / "a.pt2", "torch", ExportOptions("int8", data=data))
     with pytest.raises(UserError, match="needs --data"):
-        export_model(model, tmp_path / "a.onnx", "onnx", "int8")
+        export_model(model, tmp_path / "a.onnx", "onnx", ExportOptions("int8"))
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(UserError, match=re.escape("nncf is not installed: pip install 'deformable-detr[export]'")):
-        export_model(model, tmp_path / "a.onnx", "onnx", "int8", data=data)
+        export_model(model, tmp_path / "a.onnx", "onnx", ExportOptions("int8", data=data))
     assert not list(tmp_path.iterdir())
 
 
 def test_ap_of_fp32_is_measured_where_there_is_data(model, data, tmp_path):
     lines = []
-    before, after = export_model(model, tmp_path / "a.onnx", "onnx", data=data, report=lines.append).ap
+    _, _, before, after = export_model(model, tmp_path / "a.onnx", "onnx", ExportOptions(data=data), lines.append)
     assert after == pytest.approx(before, abs=1e-6)
     assert f"AP {before:.4f} before, {after:.4f} after" in lines
-    assert export_model(model, tmp_path / "b.onnx", "onnx").ap is None
+    assert export_model(model, tmp_path / "b.onnx", "onnx").ap_before is None
 
 
 @pytest.mark.parametrize(("bound", "refused"), [(0.005, True), (1.0, False)])
 def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, refused):
     """A quantizer that spoils the class heads: only the bound on AP keeps its file from being written."""
 
-    def spoiling(proto, images, parts, by_channel):
+    def spoiling(proto, images, modules, per_channel):
         for weight in proto.graph.initializer:
             if "classes" in weight.name and weight.name.endswith("bias"):
                 values = onnx.numpy_helper.to_array(weight)
@@ -102,25 +104,25 @@ def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, ref
                 weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
         return proto
 
-    monkeypatch.setattr(export, "quantizer", lambda: None)
-    monkeypatch.setattr(export, "quantized", spoiling)
-    monkeypatch.setattr(export, "AP_LOSS", bound)
+    monkeypatch.setattr(export, "import_nncf", lambda: None)
+    monkeypatch.setattr(export, "quantize", spoiling)
+    monkeypatch.setattr(export, "MAX_AP_LOSS", bound)
     path, lines = tmp_path / "model.onnx", []
-    options = {"data": data, "report": lines.append}
+    options = ExportOptions("int8", data=data)
     if refused:
-        with pytest.raises(UserError, match=r"refused: int8 takes AP from 0\.\d+ to 0\.\d+; nothing was written"):
-            export_model(model, path, "onnx", "int8", **options)
+        with pytest.raises(UserError, match=r"refused: int8 lowers AP from 0\.\d+ to 0\.\d+, .* nothing was written"):
+            export_model(model, path, "onnx", options, lines.append)
         assert not list(tmp_path.iterdir())
     else:
-        before, after = export_model(model, path, "onnx", "int8", **options).ap
+        _, _, before, after = export_model(model, path, "onnx", options, lines.append)
         assert after < before - 0.005
         assert path.exists()
     # Where one choice of parts costs too much, the next is tried.
-    assert sum(line.startswith("AP ") for line in lines) == (len(PARTS) if refused else 1)
+    assert sum(line.startswith("AP ") for line in lines) == (len(INT8_MODULES) if refused else 1)
 
 
-@pytest.mark.parametrize("by_channel", [False, True])
-def test_depthwise_convolutions_run(by_channel, caplog):
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_depthwise_convolutions_run(per_channel, caplog):
     """ONNX Runtime merges such a convolution, here one without bias, with what is around it: one range, or it fails."""
     pytest.importorskip("nncf")
     import onnxruntime
@@ -133,14 +135,14 @@ def test_depthwise_convolutions_run(by_channel, caplog):
     pixels = torch.rand(1, 3, 24, 24)
     program = torch.onnx.export(module, (pixels,), input_names=[INPUTS[0]], dynamo=True, verbose=False)
     images = [(pixels, torch.zeros(1, 24, 24, dtype=torch.bool))] * 3
-    proto = quantized(program.model_proto, images, re.compile(""), by_channel)
+    proto = quantize(program.model_proto, images, re.compile(""), per_channel)
     assert sum(node.op_type == "DequantizeLinear" for node in proto.graph.node) > 3
     logging.getLogger("deformable_detr").warning("heard")
     assert "heard" in caplog.text
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
-    if by_channel:
+    if per_channel:
         with pytest.raises(Exception, match="zero point"):
             session.run(None, {INPUTS[0]: pixels.numpy()})
     else:
@@ -155,15 +157,15 @@ def test_from_export_to_use(model, data, tmp_path, monkeypatch, capsys, kind):
     """With the bound lifted: random weights bear nothing. The file predicts and is evaluated as others are."""
     pytest.importorskip("nncf")
     pytest.importorskip(kind)
-    monkeypatch.setattr(export, "AP_LOSS", 1.0)
+    monkeypatch.setattr(export, "MAX_AP_LOSS", 1.0)
     model.save_pretrained(tmp_path / "model")
-    path = tmp_path / f"tiny{formats.SUFFIXES[kind]}"
+    path = tmp_path / f"tiny{EXPORT_SUFFIXES[kind]}"
     main(["export", str(tmp_path / "model"), "--to", kind, "--out", str(path), "--precision", "int8",
           "--data", str(data), "--post-processing"])  # fmt: skip
     said = capsys.readouterr().out
     assert "calibrating on 6 training images" in said
     assert re.search(r"AP \d\.\d+ before, \d\.\d+ after", said)
-    assert load(path).described == described(model)._replace(post_processing=True)
+    assert load_exported(path).metadata == metadata(model, post_processing=True)
     if kind == "onnx":
         assert sum(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node) > 5
     main(["evaluate", str(path), str(data), "--device", "cpu", "--workers", "0", "--json", str(tmp_path / "f.json")])

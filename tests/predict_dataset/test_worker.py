@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deformable_detr.detector import DeformableDETR
-from deformable_detr.export.verify import difference
+from deformable_detr.export.verify import max_differences
 from deformable_detr.predict_dataset import worker
 from deformable_detr.predict_dataset.filesystem import Store
 from deformable_detr.predict_dataset.manifest import make_plan
@@ -127,15 +127,14 @@ def test_batches_are_of_good_images_of_one_size(model, tmp_path, monkeypatch):
 def test_exported_model(model, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from deformable_detr.export import export_model
+    from deformable_detr.export import ExportOptions, export_model, load_exported
 
     path = tmp_path / "tiny.onnx"
-    export_model(DeformableDETR.from_pretrained(model), path, "onnx", image_size=(96, 128))
+    export_model(DeformableDETR.from_pretrained(model), path, "onnx", ExportOptions(image_size=(96, 128)))
     folder = as_folder(tmp_path / "images", FILES)
     units(path, folder, tmp_path / "out")
-    from deformable_detr.export import load
 
-    exported = load(path, "cpu")
+    exported = load_exported(path, "cpu")
     found = rows(tmp_path / "out")
     for name in ("a00.png", "b/c03.png"):
         detections = exported.predict(folder / name, THRESHOLD, 7)
@@ -198,7 +197,7 @@ def test_models_are_known_by_what_they_hold(model, tmp_path):
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted, found = DeformableDETR.from_pretrained(model)(pixels), again(pixels)
-    assert max(difference(wanted, found)) <= 1e-4
+    assert max(max_differences(wanted, found)) <= 1e-4
 
 
 def test_names_that_are_no_text(model, tmp_path):

@@ -129,11 +129,11 @@ def test_the_model_tells_of_itself(client):
 
 @pytest.mark.slow
 def test_an_exported_model_does_not_explain(tmp_path):
-    from deformable_detr.export import export_model, load
+    from deformable_detr.export import ExportOptions, export_model, load_exported
 
     pytest.importorskip("onnxruntime")
-    export_model(small_model(), tmp_path / "tiny.onnx", "onnx", image_size=(64, 64))
-    exported = load(tmp_path / "tiny.onnx", "cpu")
+    export_model(small_model(), tmp_path / "tiny.onnx", "onnx", ExportOptions(image_size=(64, 64)))
+    exported = load_exported(tmp_path / "tiny.onnx", "cpu")
     with running(exported) as client:
         assert not client.get("/v1/model").json()["explains"]
         assert "/v1/explain" not in client.get("/openapi.json").json()["paths"]

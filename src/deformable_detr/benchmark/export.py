@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..detector import DeformableDETR
-from ..export import export_model, load
+from ..export import ExportOptions, export_model, load_exported
 from ..utils.errors import UserError
 from ..utils.files import EXPORT_SUFFIXES, write_json
 from .rounds import described, in_turn
@@ -78,16 +78,16 @@ def measure(
             path = Path(folder) / f"{number}{EXPORT_SUFFIXES[form.runtime]}"
             kind, sampling, precision = form
             try:
-                measured = {"data": data, "report": report} if precision == "int8" else {}
-                exported = export_model(model, path, kind, precision, sampling=sampling, **measured)  # type: ignore[arg-type]
+                options = ExportOptions(precision, sampling=sampling, data=data if precision == "int8" else None)  # type: ignore[arg-type]
+                export_model(model, path, kind, options, report)  # type: ignore[arg-type]
             except UserError as error:
                 if precision != "int8":
                     raise
                 report(f"{form}: {error}")
                 continue
-            ways[form] = load(path, "cpu", threads=torch.get_num_threads())
+            ways[form] = load_exported(path, "cpu", threads=torch.get_num_threads())
             mib = sum(file.stat().st_size for file in Path(folder).glob(f"{number}.*")) / 2**20
-            made[form] = mib, exported.ap
+            made[form] = mib, None
             report(f"{form}: exported and verified")
         for batch in batches:
             pixels = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))

@@ -130,7 +130,7 @@ def gemm_gflops(dtype: torch.dtype, device: str = "cpu") -> float:
     x, weight, bias = torch.randn(4096, 1024), torch.randn(256, 1024), torch.randn(256)
     x, weight, bias = (t.to(device=device, dtype=dtype) for t in (x, weight, bias))
     calls = [lambda: torch.nn.functional.linear(x, weight, bias)]
-    if device == "cpu" and onednn.available(dtype):
+    if device == "cpu" and onednn.is_available(dtype):
         packed = onednn.PackedLinear(weight, bias, None, dtype, packed=True)
         calls.append(lambda: packed(x))
     best = float("inf")

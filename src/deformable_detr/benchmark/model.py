@@ -117,14 +117,12 @@ def ways(
             found["optimized", precision] = (ours(fast), fast)
         if "compiled" in wanted:
             found["compiled", precision] = (ours(model.optimize(precision, compile=True)), None)
-        if "graphs" in wanted:  # a bucket of one pixel: each size is a CUDA graph of its own, and nothing is padded
-            found["graphs", precision] = (ours(model.optimize(precision, bucket=1)), None)
     for runtime, (kind, name) in RUNTIMES.items():
         if runtime in wanted:
-            from ..export import export_model, load
+            from ..export import export_model, load_exported
 
             export_model(model, folder / name, kind)  # type: ignore[arg-type]  # of the table above
-            found[runtime, "fp32"] = (ours(load(folder / name, "cpu", threads=torch.get_num_threads())), None)
+            found[runtime, "fp32"] = (ours(load_exported(folder / name, "cpu", threads=torch.get_num_threads())), None)
     return found
 
 

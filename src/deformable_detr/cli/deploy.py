@@ -56,14 +56,13 @@ def export(
         limit: Only its first so many images.
     """
     from ..detector import DeformableDETR
-    from ..export import export_model
+    from ..export import ExportOptions, export_model
     from ..export.graph import parse_size
 
     at_least_one(limit=limit)
-    size = parse_size(image_size)
-    detector = DeformableDETR.from_pretrained(model)
-    export_model(detector, out, to, precision, size, post_processing, sampling, data, split, limit, report=print)
-    print(f"{out} computes what {model} does; next: deformable-detr predict {out} IMAGE --out pictures")
+    options = ExportOptions(precision, parse_size(image_size), post_processing, sampling, data, split, limit)
+    export_model(DeformableDETR.from_pretrained(model), out, to, options, report=print)
+    print(f"{out} matches {model}. Next: deformable-detr predict {out} IMAGE --out pictures")
 
 
 @app.command

@@ -1,6 +1,6 @@
-"""Models as files for other runtimes: ONNX, OpenVINO and torch.export, verified before they are written."""
+"""Export models to ONNX, OpenVINO and torch.export files, verified before they are written."""
 
-from ..runtimes.detector import ExportedDetector, load
-from .export import Exported, export_model
+from ..runtimes.detector import ExportedDetector, load_exported
+from .export import ExportOptions, ExportResult, export_model
 
-__all__ = ["Exported", "ExportedDetector", "export_model", "load"]
+__all__ = ["ExportOptions", "ExportResult", "ExportedDetector", "export_model", "load_exported"]

@@ -1,4 +1,4 @@
-"""The three kinds of files: how a graph becomes one, and how one runs."""
+"""Write a traced graph as a file: ONNX, OpenVINO or torch.export."""
 
 from __future__ import annotations
 
@@ -9,45 +9,48 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from ..runtimes.metadata import _DESCRIPTION
+from ..runtimes.metadata import NAMESPACE, ExportMetadata
 from ..utils.packages import need, quiet_exporter
 from .graph import INPUTS, OUTPUTS
 
 OPSET = 20
 
 
-def write(
-    kind: str,
+def write_file(
+    to: str,
     program: ExportedProgram,
     path: Path,
-    strings: Mapping[str, str],
-    precision: str,
-    post_processing: bool,
-    change: Callable[[Any], Any] = lambda proto: proto,
+    metadata: ExportMetadata,
+    transform: Callable[[Any], Any] = lambda proto: proto,
 ) -> None:
-    """Writes the graph as `kind` (a key of EXPORT_SUFFIXES) with the metadata; OpenVINO has a .bin beside the .xml.
+    """Write a graph and its metadata.
 
-    change: what is done to the ONNX model on the way to either ONNX or OpenVINO.
+    Args:
+        to: "onnx", "openvino" (writes a .bin beside the .xml) or "torch".
+        program: The graph.
+        path: The file.
+        metadata: Stored in the file.
+        transform: Applied to the ONNX model that becomes the ONNX or OpenVINO file.
     """
-    if kind == "torch":
-        torch.export.save(program, path, extra_files={f"{_DESCRIPTION}.{key}": text for key, text in strings.items()})
+    strings = metadata.to_strings()
+    if to == "torch":
+        torch.export.save(program, path, extra_files={f"{NAMESPACE}.{key}": text for key, text in strings.items()})
         return
-    proto = change(_onnx(program, strings, post_processing))
-    if kind == "onnx":
+    proto = transform(_onnx_model(program, strings, metadata.post_processing))
+    if to == "onnx":
         need("onnx").save(proto, path)
         return
     openvino = need("openvino")
-    converted = openvino.Core().read_model(proto.SerializeToString())  # `convert_model` reports each use to its makers
+    converted = openvino.Core().read_model(proto.SerializeToString())  # `convert_model` would send telemetry
     for key, text in strings.items():
-        converted.set_rt_info(text, [_DESCRIPTION, key])
-    # The CPU plugin would choose bf16 where the processor has it, which is off by whole units of a logit.
-    if precision != "fp16":
+        converted.set_rt_info(text, [NAMESPACE, key])
+    # The CPU plugin would choose bf16 if the processor has it, which changes logits by whole units.
+    if metadata.precision != "fp16":
         converted.set_rt_info("f32", ["runtime_options", "INFERENCE_PRECISION_HINT"])
-    openvino.save_model(converted, path, compress_to_fp16=precision == "fp16")
+    openvino.save_model(converted, path, compress_to_fp16=metadata.precision == "fp16")
 
 
-def _onnx(program: ExportedProgram, strings: Mapping[str, str], post_processing: bool) -> Any:
-    """The ONNX model of a graph, in one piece."""
+def _onnx_model(program: ExportedProgram, strings: Mapping[str, str], post_processing: bool) -> Any:
     need("onnx")
     need("onnxscript")
     with quiet_exporter():
@@ -69,16 +72,15 @@ def _onnx(program: ExportedProgram, strings: Mapping[str, str], post_processing:
 
 
 def _name_dimensions(proto: Any) -> None:
-    """Readable names of the open dimensions instead of the tracer's symbols."""
+    """Replace the tracer's symbols for dynamic dimensions by readable names."""
     names: dict[str, str] = {}
-    for dimension, name in zip(
-        proto.graph.input[0].type.tensor_type.shape.dim, ("batch", "", "height", "width"), strict=True
-    ):
+    pixel_dims = proto.graph.input[0].type.tensor_type.shape.dim
+    for dimension, name in zip(pixel_dims, ("batch", "", "height", "width"), strict=True):
         if name and dimension.dim_param:
             names[dimension.dim_param] = name
     for value in [*proto.graph.input, *proto.graph.output]:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param in names:
                 dimension.dim_param = names[dimension.dim_param]
-    # What is said of the tensors in between has the old names in it, and no runtime needs it.
+    # The descriptions of intermediate tensors contain the old symbols, and no runtime needs them.
     del proto.graph.value_info[:]

@@ -1,9 +1,7 @@
-"""From a model to a graph: `torch.export` with batch, height and width left open."""
+"""Trace a model with `torch.export`, with dynamic batch, height and width."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -16,42 +14,58 @@ from torch.export import Dim, ExportedProgram
 from ..detector import DeformableDETR
 from ..model.postprocess import clip_boxes_to_image, topk_boxes
 from ..ops import use_backend
-from ..runtimes.fused.folding import stripped
+from ..runtimes.fused.folding import inference_copy
 from ..utils.errors import UserError, first_line
-from .padding import open_same_padding
+from ..utils.packages import quiet_exporter
+from .padding import use_dynamic_same_padding
 
 Sampling = Literal["grid_sample", "gather"]
 INPUTS = ("pixels", "padding_mask", "original_sizes")
 OUTPUTS = ("pred_logits", "pred_boxes", "boxes", "scores", "labels")
-TOP_K = 100  # detections an image with post-processing
-EXAMPLE = (3, 203, 267)  # batch, height and width that no other dimension shares
+TOP_K = 100  # detections per image with post-processing
+EXAMPLE = (3, 203, 267)  # batch, height and width; no other dimension has these sizes
 
 
 def parse_size(text: str) -> tuple[int, int] | None:
-    """(height, width) of "H,W", or none of "dynamic". Raises UserError for anything else."""
+    """Parse "H,W" to (height, width) and "dynamic" to None. Raises UserError for anything else."""
     if text == "dynamic":
         return None
     sides = text.split(",")
     if len(sides) == 2 and all(side.strip().isdecimal() and int(side) > 0 for side in sides):
         return int(sides[0]), int(sides[1])
-    raise UserError(f"--image-size {text}: give H,W in pixels, such as 640,640, or dynamic")
+    raise UserError(f"--image-size {text}: must be H,W in pixels, such as 640,640, or dynamic")
 
 
 class InferenceGraph(nn.Module):
-    """What an exported file computes.
+    """The computation of an exported file.
 
-    forward(pixels (B, 3, H, W) normalized fp32, padding_mask (B, H, W) bool) → pred_logits (B, Q, K), pred_boxes
-    (B, Q, 4), as the model's; with post_processing also original_sizes (B, 2) int64 (height, width) in, and boxes
-    (B, k, 4) xyxy pixels inside the original images, scores (B, k) and labels (B, k) int64 out, best first, k = 100 or
-    all.
+    Args:
+        model: Copied.
+        post_processing: Add the outputs boxes, scores and labels.
+        dtype: Of the network. Inputs and outputs are fp32.
     """
 
     def __init__(self, model: DeformableDETR, post_processing: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.model = _prepared(model).to(dtype)
+        model = inference_copy(model, "cpu")
+        model.to(memory_format=torch.contiguous_format)
+        use_dynamic_same_padding(model.backbone.body)
+        self.model = model.to(dtype)
         self.post_processing, self.dtype = post_processing, dtype
 
     def forward(self, pixels: Tensor, padding_mask: Tensor, original_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Compute `OUTPUTS`.
+
+        Args:
+            pixels: (B, 3, H, W), normalized RGB.
+            padding_mask: (B, H, W) bool, True = padding.
+            original_sizes: (B, 2) int64, (height, width) in pixels, with post-processing only.
+
+        Returns:
+            pred_logits (B, Q, K) and pred_boxes (B, Q, 4) as the model returns them. With post-processing also boxes
+            (B, k, 4), xyxy in pixels clipped to the original images, scores (B, k) and labels (B, k) int64, in
+            descending order of score; k is `TOP_K` or Q·K if that is less.
+        """
         out = self.model(pixels.to(self.dtype), padding_mask)
         logits, boxes = out["pred_logits"].float(), out["pred_boxes"].float()
         if original_sizes is None:
@@ -60,18 +74,16 @@ class InferenceGraph(nn.Module):
         return logits, boxes, clip_boxes_to_image(corners, original_sizes), scores, labels
 
 
-def _prepared(model: DeformableDETR) -> DeformableDETR:
-    """A copy on the CPU, without what only training needs."""
-    model = stripped(model, "cpu")
-    model.to(memory_format=torch.contiguous_format)
-    open_same_padding(model.backbone.body)
-    return model
-
-
 def trace(graph: InferenceGraph, image_size: tuple[int, int] | None, sampling: Sampling) -> ExportedProgram:
-    """The graph of any batch, and of any height and width or of those given.
+    """Trace a graph with a dynamic batch size.
 
-    Raises UserError for a model that cannot be traced, which are backbones that compute with their input's size.
+    Args:
+        graph: The graph.
+        image_size: Fixed (height, width). None: dynamic.
+        sampling: Operators of the deformable attention.
+
+    Raises:
+        UserError: The model cannot be traced, as backbones whose code computes with the input size.
     """
     batch, height, width = EXAMPLE
     height, width = image_size or (height, width)
@@ -83,28 +95,23 @@ def trace(graph: InferenceGraph, image_size: tuple[int, int] | None, sampling: S
     if graph.post_processing:
         inputs += (torch.tensor([[height, width]] * batch),)
         shapes += ({0: Dim.DYNAMIC},)
-    plain = "gather" if sampling == "gather" else "reference"
+    backend = "gather" if sampling == "gather" else "reference"
     try:
-        with use_backend(plain), _tracing(), torch.no_grad():
+        with use_backend(backend), quiet_exporter(), _plain_attention(), torch.no_grad():
             return torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
     except (RuntimeError, ValueError, TypeError, TorchDynamoException) as error:
-        line = first_line(error, 300)
+        hint = " with dynamic sizes; try --image-size H,W" if image_size is None else ""
         raise UserError(
-            f"a model with backbone '{graph.model.config.backbone}' cannot be exported"
-            f"{' with open sizes; try --image-size H,W' if image_size is None else ''}: {line}"
+            f"a model with backbone '{graph.model.config.backbone}' cannot be exported{hint}: {first_line(error, 300)}"
         ) from error
 
 
 @contextmanager
-def _tracing() -> Iterator[None]:
-    """Attention by plain operators instead of the fused one for inference, and no chatter of the exporter."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+def _plain_attention() -> Iterator[None]:
+    """Trace self-attention as plain operators instead of PyTorch's fused inference path."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    level = logging.getLogger("torch.export").level
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        logging.getLogger("torch.export").setLevel(level)
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,4 +1,4 @@
-"""Whether a file computes what its model does."""
+"""Compare the outputs of an exported file with the model's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..runtimes.detector import ExportedDetector
 from ..utils.errors import UserError
 from .graph import TOP_K
 
-LOGITS, BOXES = 1e-3, 1e-4  # greatest differences of an fp32 file
+LOGIT_TOLERANCE, BOX_TOLERANCE = 1e-3, 1e-4  # maximum differences of an fp32 file
 ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
-class Case:
-    """One input: its batch, height and width, and the greatest differences found there."""
+class VerifiedCase:
+    """One input: its batch size, height and width, and the maximum differences of logits and boxes."""
 
     batch: int
     height: int
@@ -32,8 +32,8 @@ class Case:
         return f"batch {self.batch} of {self.height}×{self.width}: logits {self.logits:.1e}, boxes {self.boxes:.1e}"
 
 
-def cases(image_size: tuple[int, int] | None, short_side: int) -> list[tuple[int, int, int]]:
-    """(batch, height, width) to verify: the size itself, or three sizes, odd and portrait ones too."""
+def input_sizes(image_size: tuple[int, int] | None, short_side: int) -> list[tuple[int, int, int]]:
+    """Return (batch, height, width) of three inputs: of the fixed size, or landscape, odd and portrait ones."""
     if image_size is not None:
         return [(batch, *image_size) for batch in (1, 2, 5)]
     side = min(short_side, 480)
@@ -41,55 +41,67 @@ def cases(image_size: tuple[int, int] | None, short_side: int) -> list[tuple[int
 
 
 def verify(
-    model: DeformableDETR, exported: ExportedDetector, tolerances: tuple[float, float] = (LOGITS, BOXES)
-) -> list[Case]:
-    """Compares the file with the model over `cases`; with more than one image a batch, with padding.
+    model: DeformableDETR,
+    exported: ExportedDetector,
+    tolerances: tuple[float, float] = (LOGIT_TOLERANCE, BOX_TOLERANCE),
+) -> list[VerifiedCase]:
+    """Compare file and model on three batches; those with several images have padding.
 
-    model: in evaluation mode, fp32, on the CPU. Raises UserError for a difference over (logits, boxes) tolerances.
+    Args:
+        model: In evaluation mode, fp32, on the CPU.
+        exported: The opened file.
+        tolerances: Maximum differences of logits and boxes.
+
+    Raises:
+        UserError: A difference exceeds its tolerance.
     """
-    found = []
-    for batch, height, width in cases(exported.canvas, model.config.image_size):
-        pixels, mask, wanted = _inputs(model, batch, height, width)
-        case = Case(batch, height, width, *difference(wanted, exported(pixels, mask)))
-        found.append(case)
-        # Written so that not-a-number fails too.
-        if not (case.logits <= tolerances[0] and case.boxes <= tolerances[1]):
+    cases = []
+    for batch, height, width in input_sizes(exported.canvas, model.config.image_size):
+        pixels, mask, expected = example_inputs(model, batch, height, width)
+        case = VerifiedCase(batch, height, width, *max_differences(expected, exported(pixels, mask)))
+        cases.append(case)
+        if not (case.logits <= tolerances[0] and case.boxes <= tolerances[1]):  # also true for NaN
             raise UserError(
                 f"refused: the exported file differs from the model, {case} "
                 f"(allowed: logits {tolerances[0]:.0e}, boxes {tolerances[1]:.0e}); nothing was written"
             )
-        if exported.described.post_processing:
+        if exported.metadata.post_processing:
             _verify_detections(exported, pixels, mask, case)
-    return found
+    return cases
 
 
-def difference(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> tuple[float, float]:
-    """Greatest difference of logits and of boxes; inf where the shapes differ.
+def max_differences(expected: dict[str, Tensor], outputs: dict[str, Tensor]) -> tuple[float, float]:
+    """Return the maximum differences of logits and boxes; inf if the shapes differ.
 
-    Queries may stand in another order: proposals whose scores are a rounding apart swap places.
+    Queries are matched first, because proposals with almost equal scores may swap places.
     """
     from scipy.optimize import linear_sum_assignment
 
-    worst = [0.0, 0.0]
-    for key in ("pred_logits", "pred_boxes"):
-        if wanted[key].shape != got[key].shape:
+    keys = ("pred_logits", "pred_boxes")
+    if any(expected[key].shape != outputs[key].shape for key in keys):
+        return float("inf"), float("inf")
+    maxima = [0.0, 0.0]
+    pairs = zip(*(expected[key] for key in keys), *(outputs[key].cpu() for key in keys), strict=True)
+    for logits, boxes, out_logits, out_boxes in pairs:
+        if not bool(torch.isfinite(out_logits).all() and torch.isfinite(out_boxes).all()):
             return float("inf"), float("inf")
-    for logits, boxes, got_logits, got_boxes in zip(
-        wanted["pred_logits"], wanted["pred_boxes"], got["pred_logits"].cpu(), got["pred_boxes"].cpu(), strict=True
-    ):
-        if not bool(torch.isfinite(got_logits).all() and torch.isfinite(got_boxes).all()):
-            return float("inf"), float("inf")
-        if float((logits - got_logits).abs().max()) > LOGITS or float((boxes - got_boxes).abs().max()) > BOXES:
-            distance = torch.cdist(logits, got_logits, p=torch.inf) + 10 * torch.cdist(boxes, got_boxes, p=torch.inf)
+        if _max_abs(logits - out_logits) > LOGIT_TOLERANCE or _max_abs(boxes - out_boxes) > BOX_TOLERANCE:
+            distance = torch.cdist(logits, out_logits, p=torch.inf) + 10 * torch.cdist(boxes, out_boxes, p=torch.inf)
             order = torch.from_numpy(np.asarray(linear_sum_assignment(distance.numpy())[1]))
-            got_logits, got_boxes = got_logits[order], got_boxes[order]
-        worst[0] = max(worst[0], float((logits - got_logits).abs().max()))
-        worst[1] = max(worst[1], float((boxes - got_boxes).abs().max()))
-    return worst[0], worst[1]
+            out_logits, out_boxes = out_logits[order], out_boxes[order]
+        maxima[0] = max(maxima[0], _max_abs(logits - out_logits))
+        maxima[1] = max(maxima[1], _max_abs(boxes - out_boxes))
+    return maxima[0], maxima[1]
 
 
-def _inputs(model: DeformableDETR, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Images that are smooth in places and rough in others, in different paddings, and the model's outputs."""
+def _max_abs(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def example_inputs(
+    model: DeformableDETR, batch: int, height: int, width: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return pixels with smooth and rough areas, a mask with other padding per image, and the model's outputs."""
     for seed in range(ATTEMPTS):
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.randn(batch, 3, 5, 7, generator=generator)
@@ -102,16 +114,13 @@ def _inputs(model: DeformableDETR, batch: int, height: int, width: int) -> tuple
         pixels = pixels.masked_fill(mask[:, None], 0.0)
         with torch.inference_mode():
             out = model(pixels, mask)
-        if not _on_the_edge(model, out):
+        if not _is_ambiguous(model, out):
             break
     return pixels, mask, {key: out[key].clone() for key in ("pred_logits", "pred_boxes")}
 
 
-def _on_the_edge(model: DeformableDETR, out: dict[str, Tensor], gap: float = 1e-4) -> bool:
-    """Whether the last proposal that became a query and the first that did not are a rounding apart.
-
-    The least difference in the arithmetic would then choose another query, so such an input shows nothing.
-    """
+def _is_ambiguous(model: DeformableDETR, out: dict[str, Tensor], gap: float = 1e-4) -> bool:
+    """Whether rounding could select other proposals: the last selected and the first rejected score are too close."""
     if not model.config.two_stage:
         return False
     logits = out["encoder_logits"]
@@ -119,22 +128,25 @@ def _on_the_edge(model: DeformableDETR, out: dict[str, Tensor], gap: float = 1e-
     count = model.config.num_queries
     if scores.shape[1] <= count:
         return False
-    best = scores.topk(count + 1, dim=1).values
-    return bool((best[:, count - 1] - best[:, count] < gap).any())
+    top = scores.topk(count + 1, dim=1).values
+    return bool((top[:, count - 1] - top[:, count] < gap).any())
 
 
-def _verify_detections(exported: ExportedDetector, pixels: Tensor, mask: Tensor, case: Case) -> None:
-    """The post-processed outputs against the rule they follow, applied to the same file's raw outputs."""
+def _verify_detections(exported: ExportedDetector, pixels: Tensor, mask: Tensor, case: VerifiedCase) -> None:
+    """Compare the post-processed outputs with our post-processing of the same file's logits and boxes."""
     sizes = torch.tensor([[101 + 7 * index, 203 - 5 * index] for index in range(len(pixels))])
     logits, boxes, corners, scores, labels = exported.runtime([pixels, mask, sizes])
-    wanted_corners, wanted_scores, wanted_labels = topk_boxes(logits, boxes, sizes.float(), TOP_K)
-    wanted_corners = clip_boxes_to_image(wanted_corners, sizes)
-    clear = torch.ones_like(scores, dtype=torch.bool)  # ranks of which no other pair has the same score
-    equal = (wanted_scores[:, 1:] - wanted_scores[:, :-1]).abs() < 1e-6
-    clear[:, 1:] &= ~equal
-    clear[:, :-1] &= ~equal
-    clear[:, -1] = False
-    fits = scores.shape == wanted_scores.shape and bool(((scores - wanted_scores).abs() < 1e-5).all())
-    if not (fits and torch.equal(labels[clear], wanted_labels[clear])
-            and bool(((corners - wanted_corners)[clear].abs() < 1e-2).all())):  # fmt: skip
-        raise UserError(f"refused: the exported file's detections are not those of its logits and boxes, {case}")
+    expected_corners, expected_scores, expected_labels = topk_boxes(logits, boxes, sizes.float(), TOP_K)
+    expected_corners = clip_boxes_to_image(expected_corners, sizes)
+    unique = torch.ones_like(scores, dtype=torch.bool)  # ranks whose score no other detection has
+    equal = (expected_scores[:, 1:] - expected_scores[:, :-1]).abs() < 1e-6
+    unique[:, 1:] &= ~equal
+    unique[:, :-1] &= ~equal
+    unique[:, -1] = False
+    if not (
+        scores.shape == expected_scores.shape
+        and bool(((scores - expected_scores).abs() < 1e-5).all())
+        and torch.equal(labels[unique], expected_labels[unique])
+        and bool(((corners - expected_corners)[unique].abs() < 1e-2).all())
+    ):
+        raise UserError(f"refused: the file's detections do not match its logits and boxes, {case}")

@@ -12,10 +12,10 @@ from .. import ops
 
 
 class SamplingDetails(NamedTuple):
-    """Where one layer looked.
+    """Where one layer sampled the memory.
 
-    locations: (B, Q, M, L, P, 2), (x, y) in 0..1 of the padded canvas.
-    weights: (B, Q, M, L, P), over L × P they sum to 1.
+    locations: (B, Q, M, L, P, 2), (x, y) in 0..1 of the padded maps.
+    weights: (B, Q, M, L, P), which sum to 1 over L × P.
     """
 
     locations: Tensor
@@ -23,9 +23,13 @@ class SamplingDetails(NamedTuple):
 
 
 class DeformableAttention(nn.Module):
-    """Each query reads P points a head and level around its reference.
+    """Attention in which each query reads P points per head and level around its reference point.
 
-    dim: C; heads: M; levels: L; points: P. C is M · D.
+    Args:
+        dim: C, a multiple of `heads`.
+        heads: M.
+        levels: L.
+        points: P.
     """
 
     def __init__(self, dim: int, heads: int, levels: int, points: int) -> None:
@@ -37,7 +41,7 @@ class DeformableAttention(nn.Module):
         self.output_proj = nn.Linear(dim, dim)
 
     def reset_parameters(self) -> None:
-        """Offsets start as rings: head m looks in the direction 2π·m/M, point p at distance p + 1 (appendix A.4)."""
+        """Start as rings: head m samples in direction 2π·m/M, point p at distance p + 1 (appendix A.4)."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
         directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
@@ -61,10 +65,18 @@ class DeformableAttention(nn.Module):
         padding_mask: Tensor | None = None,
         return_details: bool = False,
     ) -> tuple[Tensor, SamplingDetails | None]:
-        """What the queries read, (B, Q, C), and on request where they read it.
+        """Attend to the memory.
 
-        queries: (B, Q, C). memory: (B, S, C). padding_mask: (B, S), True = padding, which reads as zero.
-        reference_points: (B, Q, L, 2) points or (B, Q, L, 4) boxes (cx, cy, w, h), 0..1 of the padded canvas, fp32.
+        Args:
+            queries: (B, Q, C), content plus position.
+            reference_points: (B, Q, L, 2) points or (B, Q, L, 4) boxes in 0..1 of the padded maps, fp32.
+            memory: (B, S, C).
+            spatial_shapes: (height, width) per level.
+            padding_mask: (B, S) bool; padding reads as zero. Default: no padding.
+            return_details: Also return the sampling locations and weights.
+
+        Returns:
+            (B, Q, C), and `SamplingDetails` or None.
         """
         B, Q, _ = queries.shape
         M, L, P = self.heads, self.levels, self.points

@@ -1,10 +1,8 @@
-"""The backbone, any timm model, and the feature maps of all levels made from it (appendix A.2)."""
+"""The backbone, any timm model, and the input projections to all feature levels (appendix A.2)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,20 @@ from ..utils.packages import quiet_loggers
 from .frozen_norm import freeze_batch_norms
 from .resnet import ResNet
 
-STRIDES = (8, 16, 32)  # the levels that the backbone itself gives; coarser ones are made by convolution
+STRIDES = (8, 16, 32)  # of the backbone's own levels; the input projections add coarser ones
 
 
 class Backbone(nn.Module):
-    """Feature maps of a timm model, or of a ResNet in the config's `backbone_shape`.
+    """Feature maps (B, channels[l], H_l, W_l) of a timm model, or of a ResNet with the config's `backbone_shape`.
 
-    (B, 3, H, W) → a map (B, channels[l], H_l, W_l) for each level l.
-
-    Raises UserError for a model that timm does not know or that has no such maps, and for weights that cannot be had
-    or do not fit.
+    Raises:
+        UserError: timm has no such model, the model has no such maps, or its weights are missing or do not fit.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         levels = min(config.num_feature_levels, len(STRIDES))
-        body, stages = _features(config, STRIDES[-levels:])
+        body, stages = _feature_extractor(config, STRIDES[-levels:])
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         pretrained = config.backbone_weights != "none"
         norm = config.backbone_norm
@@ -40,39 +36,22 @@ class Backbone(nn.Module):
             body = freeze_batch_norms(body)
         count = config.frozen_stages if config.frozen_stages is not None else (2 if pretrained else 0)
         _freeze_stages(body, stages, count, config.backbone)
-        # Convolutions are faster with the channels last, and tokens come out of such maps without a copy.
+        # Convolutions are faster in channels_last, and flattening such maps to tokens needs no copy.
         self.body = body.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        if not torch.compiler.is_exporting():  # a graph leaves the layout to what runs it
+        if not torch.compiler.is_exporting():  # the runtime of an exported graph chooses its own layout
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-            if self.training and len(pixels) == 1 and max(pixels.shape[2:]) <= STRIDES[-1]:
-                with _running_statistics(self.body):
-                    return self.body(pixels)
         return self.body(pixels)
 
 
-@contextmanager
-def _running_statistics(body: nn.Module) -> Iterator[None]:
-    """Batch norms as in evaluation: the last map has one value a channel, whose mean and variance say nothing."""
-    norms = [module for module in body.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    learning = [norm for norm in norms if norm.training]
-    for norm in learning:
-        norm.eval()
-    try:
-        yield
-    finally:
-        for norm in learning:
-            norm.train()
-
-
 class InputProjection(nn.Module):
-    """Backbone maps → `num_feature_levels` maps of C channels, the coarser ones by 3×3 convolutions of stride 2."""
+    """Project backbone maps to `num_feature_levels` maps of C channels; 3×3 stride-2 convolutions add the coarser."""
 
     def __init__(self, config: ModelConfig, channels: tuple[int, ...]) -> None:
         super().__init__()
         C = config.hidden_dim
-        groups = math.gcd(32, C)  # 32 in the paper; widths that it does not divide take what does
+        groups = math.gcd(32, C)  # 32 in the paper
         convolutions = [nn.Conv2d(c, C, 1) for c in channels]
         width = channels[-1]
         for _ in range(config.num_feature_levels - len(channels)):
@@ -80,81 +59,78 @@ class InputProjection(nn.Module):
             width = C
         for convolution in convolutions:
             nn.init.xavier_uniform_(convolution.weight)
-            nn.init.constant_(convolution.bias, 0.0)  # type: ignore[arg-type]  # there is one
+            nn.init.constant_(convolution.bias, 0.0)  # type: ignore[arg-type]
         self.levels = nn.ModuleList(nn.Sequential(layer, nn.GroupNorm(groups, C)) for layer in convolutions)
-        self.levels.to(memory_format=torch.channels_last)  # as the maps are: else the largest weights are reordered
+        self.levels.to(memory_format=torch.channels_last)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        maps = [_normed(project, x) for project, x in zip(self.levels, features, strict=False)]
+        maps = [_project(level, x) for level, x in zip(self.levels, features, strict=False)]
         x = features[-1]
-        for project in self.levels[len(features) :]:
-            x = _normed(project, x)
+        for level in self.levels[len(features) :]:
+            x = _project(level, x)
             maps.append(x)
         return maps
 
 
-def _normed(project: nn.Module, x: Tensor) -> Tensor:
-    """Convolution and GroupNorm, the latter on contiguous maps: with the channels last, PyTorch's CPU kernel takes the
-    variance as a difference of squares, which cost a tenfold error here.
-    """
-    convolution, norm = project.children()
+def _project(level: nn.Module, x: Tensor) -> Tensor:
+    """Convolve and normalize. GroupNorm gets contiguous maps: its channels_last kernel is ten times less exact."""
+    convolution, norm = level.children()
     return norm(convolution(x).contiguous())
 
 
 def pixel_statistics(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """RGB mean and deviation in 0..1: the config's, else what the backbone was trained with, else ImageNet's."""
+    """Return the RGB mean and standard deviation in 0..1: the config's, else the backbone's, else ImageNet's."""
     import timm
 
-    known = None if config.backbone_shape else timm.get_pretrained_cfg(config.backbone)
-    mean = config.pixel_mean or (known.mean if known else (0.485, 0.456, 0.406))
-    std = config.pixel_std or (known.std if known else (0.229, 0.224, 0.225))
+    pretrained = None if config.backbone_shape else timm.get_pretrained_cfg(config.backbone)
+    mean = config.pixel_mean or (pretrained.mean if pretrained else (0.485, 0.456, 0.406))
+    std = config.pixel_std or (pretrained.std if pretrained else (0.229, 0.224, 0.225))
     return tuple(mean), tuple(std)
 
 
-def _features(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[dict[str, Any]]]:
-    """The timm model cut to its maps at `strides`, with weights, and timm's list of all its stages."""
+def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[dict[str, Any]]]:
+    """Create the backbone with outputs at `strides` and its weights; also return timm's list of all its stages."""
     import timm
 
     if config.backbone_shape is not None:
         try:
             body = ResNet(config.backbone_shape, strides if len(strides) > 1 else None)
         except ValueError as error:
-            raise UserError(
-                f"backbone_shape gives {error}; {config.num_feature_levels} feature levels need that"
-            ) from None
+            levels = config.num_feature_levels
+            raise UserError(f"backbone_shape has {error}, which num_feature_levels {levels} needs") from None
         return body, body.feature_info.info
     name, source = config.backbone, config.backbone_weights
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
-        raise UserError(f"backbone '{name}' is no timm model" + (f"; similar: {close}" if close else ""))
+        similar = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
+        raise UserError(f"backbone '{name}' is not a timm model" + (f"; similar: {similar}" if similar else ""))
     options: dict[str, Any] = {"output_stride": 16} if config.dilation else {}
     try:
         probe: Any = timm.create_model(name, features_only=True, **options)
         stages = probe.feature_info.info
     except (RuntimeError, AttributeError, TypeError, NotImplementedError, AssertionError) as error:
-        what = "dilated feature maps (DC5)" if config.dilation else "feature maps"
-        raise UserError(f"backbone '{name}' gives no {what}: {first_line(error)}") from None
-    last = max(stage["reduction"] for stage in stages)
-    wanted = (last,) if len(strides) == 1 else strides
-    by_stride = {stage["reduction"]: index for index, stage in enumerate(stages)}  # the deepest of each stride
-    if any(stride not in by_stride for stride in wanted):
-        raise UserError(f"backbone '{name}' has maps at strides {sorted(by_stride)}, not all of {list(wanted)}")
-    options |= {"features_only": True, "out_indices": tuple(by_stride[stride] for stride in wanted)}
+        feature = "dilated feature maps (DC5)" if config.dilation else "feature maps"
+        raise UserError(f"backbone '{name}' does not support {feature}: {first_line(error)}") from None
+    by_stride = {stage["reduction"]: index for index, stage in enumerate(stages)}  # the deepest per stride
+    if len(strides) == 1:
+        strides = (max(by_stride),)
+    if not by_stride.keys() >= set(strides):
+        raise UserError(f"backbone '{name}' has maps at strides {sorted(by_stride)}; needed are {list(strides)}")
+    options |= {"features_only": True, "out_indices": tuple(by_stride[stride] for stride in strides)}
     if source == "none":
         return timm.create_model(name, **options), stages
-    if source == "hub":
-        try:
-            with quiet_loggers("timm", "huggingface_hub"):
-                return timm.create_model(name, pretrained=True, **options), stages
-        except Exception as error:  # whatever the hub's client, the network or the file raise
-            raise UserError(
-                f"weights of backbone '{name}' could not be fetched ({first_line(error).split('. ')[0]}); "
-                "give --backbone-weights PATH (safetensors in timm's names) or none"
-            ) from None
-    return _from_file(name, Path(source), options), stages
+    if source != "hub":
+        return _load_weights(name, Path(source), options), stages
+    try:
+        with quiet_loggers("timm", "huggingface_hub"):
+            return timm.create_model(name, pretrained=True, **options), stages
+    except Exception as error:  # the hub client, the network and the file raise many types
+        raise UserError(
+            f"cannot download weights of backbone '{name}' ({first_line(error).split('. ')[0]}); "
+            "set --backbone-weights to a safetensors file with timm's names, or to none"
+        ) from None
 
 
-def _from_file(name: str, path: Path, options: dict[str, Any]) -> Any:
+def _load_weights(name: str, path: Path, options: dict[str, Any]) -> Any:
     import timm
 
     if not path.is_file():
@@ -163,27 +139,27 @@ def _from_file(name: str, path: Path, options: dict[str, Any]) -> Any:
     try:
         with quiet_loggers("timm", "huggingface_hub"):
             body = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **options)
-    except Exception as error:  # whatever the reader of the file raises: it is the file that is wrong
-        raise UserError(f"backbone weights {path} are not those of timm's '{name}': {first_line(error)}") from None
-    # timm loads feature extractors leniently: a file of another model would leave the random start in place.
-    missed = [key for key, value in body.state_dict().items() if value.ndim > 1 and torch.equal(value, fresh[key])]
-    if missed:
-        raise UserError(f"backbone weights {path} are not those of timm's '{name}': no values for {missed[0]}")
+    except Exception as error:  # readers of malformed files raise many types
+        raise UserError(f"backbone weights {path} do not fit timm's '{name}': {first_line(error)}") from None
+    # timm ignores missing keys of feature extractors, so look for tensors that kept their random values.
+    missing = [key for key, value in body.state_dict().items() if value.ndim > 1 and torch.equal(value, fresh[key])]
+    if missing:
+        raise UserError(f"backbone weights {path} do not fit timm's '{name}': no values for {missing[0]}")
     return body
 
 
 def _freeze_stages(body: nn.Module, stages: list[dict], count: int, name: str) -> None:
-    """No gradient for the first `count` stages and all that comes before them."""
+    """Disable gradients of the first `count` stages and of everything before them."""
     if not count:
         return
     if count > len(stages):
-        raise UserError(f"frozen_stages {count}: backbone '{name}' has {len(stages)} stages")
+        raise UserError(f"frozen_stages {count}: backbone '{name}' has only {len(stages)} stages")
     last = stages[count - 1]["module"]
     names = [module_name for module_name, _ in body.named_modules()]
-    # A list of features renames nested modules: blocks.1 becomes blocks_1.
+    # timm's feature lists rename nested modules: blocks.1 becomes blocks_1.
     ends = [i for i, n in enumerate(names) if n == last or n.startswith((f"{last}.", last.replace(".", "_")))]
     if not ends:
-        raise UserError(f"frozen_stages: backbone '{name}' has no module '{last}'; set frozen_stages to 0")
+        raise UserError(f"frozen_stages {count}: backbone '{name}' has no module '{last}'; set frozen_stages to 0")
     for module_name in names[: max(ends) + 1]:
         for parameter in body.get_submodule(module_name).parameters(recurse=False):
             parameter.requires_grad_(False)

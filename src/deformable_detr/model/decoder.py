@@ -1,4 +1,4 @@
-"""The decoder: queries talk to each other, read the encoder's memory and refine their boxes (section 4.1, A.4)."""
+"""The decoder: queries attend to each other and to the memory, and refine their boxes (section 4.1, appendix A.4)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,52 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config.schema import ModelConfig
 from .attention import DeformableAttention, SamplingDetails
-from .geometry import refine_boxes
+from .geometry import FlattenedFeatures, refine_boxes
 from .heads import DetectionHeads
 from .layers import MLP, Dropout, FeedForward
 from .position_encoding import box_encoding
 
 
-class DecoderOutput(NamedTuple):
-    """What each decoder layer says. N: layers.
+class Queries(NamedTuple):
+    """The decoder's input.
 
-    logits: (N, B, Q, K). boxes: (N, B, Q, 4) cxcywh in 0..1.
-    reference_points: (N, B, Q, 2 or 4), what each layer started from, 0..1 of the unpadded image.
-    details: of each layer, empty unless asked for.
+    content: (B, Q, C).
+    position: (B, Q, C), or None with iterative_query_pos: the reference boxes then give it.
+    reference_points: (B, Q, 2) points or (B, Q, 4) boxes.
+    """
+
+    content: Tensor
+    position: Tensor | None
+    reference_points: Tensor
+
+    def prepend(self, content: Tensor, position: Tensor | None, boxes: Tensor) -> Queries:
+        """Put more queries with reference boxes before these."""
+        if self.position is not None and position is not None:
+            position = torch.cat((position, self.position), dim=1)
+        content = torch.cat((content.to(self.content.dtype), self.content), dim=1)
+        boxes = torch.cat((boxes.to(self.reference_points.dtype), self.reference_points), dim=1)
+        return Queries(content, position, boxes)
+
+
+class DenoisingQueries(NamedTuple):
+    """X queries that only training adds, before the model's own (DN-DETR, section 4).
+
+    queries: (B, X, C).
+    boxes: (B, X, 4), their reference boxes.
+    attn_mask: (X + Q, X + Q) bool, True = the row's query does not attend to the column's.
+    """
+
+    queries: Tensor
+    boxes: Tensor
+    attn_mask: Tensor
+
+
+class DecoderOutput(NamedTuple):
+    """The predictions of all N layers.
+
+    logits: (N, B, Q, K). boxes: (N, B, Q, 4).
+    reference_points: N × (B, Q, 2 or 4), each layer's input.
+    details: N × `SamplingDetails`; empty unless asked for.
     """
 
     logits: Tensor
@@ -32,45 +66,33 @@ class DecoderOutput(NamedTuple):
     details: list[SamplingDetails]
 
 
-class DenoisingQueries(NamedTuple):
-    """Queries beside the model's own, for training only (denoising, more queries an object). N: their number.
-
-    queries: (B, N, C). boxes: (B, N, 4) cxcywh in 0..1, where they start.
-    attn_mask: (N + Q, N + Q) bool, True = the row's query does not see the column's; the extra ones come first.
-    """
-
-    queries: Tensor
-    boxes: Tensor
-    attn_mask: Tensor
-
-
 class SelfAttention(nn.MultiheadAttention):
-    """Attention of the queries to each other, with the parameters of PyTorch's and with our `Dropout`."""
+    """PyTorch's multi-head attention, parameters included, with the faster `Dropout`."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__(dim, heads, dropout, batch_first=True)
         self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """x, position: (B, Q, C), of which the sum decides who listens to whom. attn_mask: (Q, Q), True = unseen."""
+        """x, position: (B, Q, C). attn_mask: (Q, Q) bool, True = not attended to. Positions are not in the values."""
         B, Q, C = x.shape
         assert self.in_proj_weight is not None
         weight, bias = (t.split([2 * C, C]) for t in (self.in_proj_weight, self.in_proj_bias))
-        asked = F.linear(x + position, weight[0], bias[0]).view(B, Q, 2, self.num_heads, -1)
-        q, k = asked.permute(2, 0, 3, 1, 4)  # (B, M, Q, D) each
+        qk = F.linear(x + position, weight[0], bias[0]).view(B, Q, 2, self.num_heads, -1)
+        q, k = qk.permute(2, 0, 3, 1, 4)  # (B, M, Q, D) each
         v = F.linear(x, weight[1], bias[1]).view(B, Q, self.num_heads, -1).transpose(1, 2)
         if self.training and self.dropout:
             logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, M, Q, Q)
             if attn_mask is not None:
                 logits = logits.masked_fill(attn_mask, -torch.inf)
-            read = self.drop(logits.softmax(-1)) @ v
+            out = self.drop(logits.softmax(-1)) @ v
         else:
-            read = F.scaled_dot_product_attention(q, k, v, None if attn_mask is None else ~attn_mask)
-        return self.out_proj(read.transpose(1, 2).flatten(2))
+            out = F.scaled_dot_product_attention(q, k, v, None if attn_mask is None else ~attn_mask)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the queries, deformable attention to the memory, a feed-forward network."""
+    """Self-attention among the queries, deformable cross-attention to the memory, and a feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -101,10 +123,10 @@ class DecoderLayer(nn.Module):
         queries = queries if pre else self.norm1(queries)
 
         x = self.norm2(queries) if pre else queries
-        read, details = self.cross_attn(
+        x, details = self.cross_attn(
             x + query_position, reference_points, memory, spatial_shapes, padding_mask, return_details
         )
-        queries = queries + self.dropout(read)
+        queries = queries + self.dropout(x)
         queries = queries if pre else self.norm2(queries)
 
         queries = queries + self.dropout(self.ffn(self.norm3(queries) if pre else queries))
@@ -112,7 +134,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers that each feed the next, with the heads that read every one of them."""
+    """A stack of decoder layers, with prediction heads on every one of them."""
 
     def __init__(self, config: ModelConfig, heads: DetectionHeads) -> None:
         super().__init__()
@@ -126,48 +148,48 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        queries: Tensor,
-        query_position: Tensor | None,
-        reference_points: Tensor,
+        queries: Queries,
         memory: Tensor,
-        spatial_shapes: ops.Shapes,
-        valid_ratios: Tensor,
-        padding_mask: Tensor | None,
+        features: FlattenedFeatures,
         attn_mask: Tensor | None = None,
         return_details: bool = False,
     ) -> DecoderOutput:
-        """queries, query_position: (B, Q, C). reference_points: (B, Q, 2 or 4) in 0..1 of the unpadded image.
+        """Predict logits and boxes after every layer.
 
-        memory: (B, S, C). valid_ratios: (B, L, 2). padding_mask: (B, S). attn_mask: (Q, Q), True = unseen.
-        query_position is not read with iterative_query_pos: it then follows from the reference boxes.
+        memory: (B, S, C), whose geometry `features` has. attn_mask: (Q, Q) bool, True = not attended to.
         """
-        all_logits, all_boxes, all_references, every = [], [], [], []
-        start = reference_points  # what boxes are relative to; the same numbers, but with a gradient to look twice
+        content, position, reference_points = queries
+        all_logits, all_boxes, all_references, all_details = [], [], [], []
+        start = reference_points  # the base of the box deltas; with look_forward_twice it carries a gradient
         for index, layer in enumerate(self.layers):
-            # On the padded canvas of each level; boxes scale in both corners alike.
-            ratios = valid_ratios if reference_points.shape[-1] == 2 else valid_ratios.repeat(1, 1, 2)
-            on_canvas = reference_points[:, :, None] * ratios[:, None]
             if self.position_head is not None:
-                encoded = box_encoding(reference_points, queries.shape[-1] // 2)
-                query_position = self.position_head(encoded.to(queries.dtype))
-            inputs = (queries, query_position, on_canvas, memory, spatial_shapes, padding_mask)
+                encoding = box_encoding(reference_points, content.shape[-1] // 2)
+                position = self.position_head(encoding.to(content.dtype))
+            inputs = (
+                content, position, self._on_padded_maps(reference_points, features.valid_ratios), memory,
+                features.spatial_shapes, features.padding_mask, attn_mask, return_details,
+            )  # fmt: skip
             if self.gradient_checkpointing and self.training:
-                queries, details = checkpoint(layer, *inputs, attn_mask, return_details, use_reentrant=False)
+                content, details = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                queries, details = layer(*inputs, attn_mask, return_details)
-            logits, deltas = self.heads(self.norm(queries), index)
+                content, details = layer(*inputs)
+            logits, deltas = self.heads(self.norm(content), index)
             boxes = refine_boxes(deltas, start)
             all_logits.append(logits)
             all_boxes.append(boxes)
             all_references.append(reference_points)
-            every.append(details)
-            if self.refine:  # gradients stay inside a layer (appendix A.4), or reach the one before (DINO, section 3.5)
+            all_details.append(details)
+            if self.refine:  # gradients stay in a layer (appendix A.4) or reach the one before (DINO, section 3.5)
                 twice = self.look_forward_twice and torch.is_grad_enabled()
                 start = refine_boxes(deltas, reference_points) if twice else boxes.detach()
                 reference_points = boxes.detach()
         return DecoderOutput(
-            torch.stack(all_logits),
-            torch.stack(all_boxes),
-            all_references,
-            [item for item in every if item is not None],
+            torch.stack(all_logits), torch.stack(all_boxes), all_references, all_details if return_details else []
         )
+
+    @staticmethod
+    def _on_padded_maps(reference_points: Tensor, valid_ratios: Tensor) -> Tensor:
+        """Scale (B, Q, 2 or 4) from the unpadded image to the padded map of each level: (B, Q, L, 2 or 4)."""
+        if reference_points.shape[-1] == 4:
+            valid_ratios = valid_ratios.repeat(1, 1, 2)
+        return reference_points[:, :, None] * valid_ratios[:, None]

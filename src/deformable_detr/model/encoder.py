@@ -1,4 +1,4 @@
-"""The encoder: every pixel of every level looks around itself, layer after layer (section 4.1)."""
+"""The encoder: every pixel of every level attends to a few points around it (section 4.1, "Deformable encoder")."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config.schema import ModelConfig
 from .attention import DeformableAttention, SamplingDetails
-from .geometry import pixel_centers
+from .geometry import FlattenedFeatures, pixel_centers
 from .layers import Dropout, FeedForward
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention and a feed-forward network, normalized after (post-norm) or before (pre-norm) each."""
+    """Deformable self-attention and a feed-forward network, with post-norm or pre-norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class EncoderLayer(nn.Module):
         return_details: bool = False,
     ) -> tuple[Tensor, SamplingDetails | None]:
         x = self.norm1(tokens) if self.pre_norm else tokens
-        read, details = self.self_attn(x + position, reference_points, x, spatial_shapes, padding_mask, return_details)
-        tokens = tokens + self.dropout(read)
+        x, details = self.self_attn(x + position, reference_points, x, spatial_shapes, padding_mask, return_details)
+        tokens = tokens + self.dropout(x)
         if self.pre_norm:
             return tokens + self.dropout(self.ffn(self.norm2(tokens))), details
         tokens = self.norm1(tokens)
@@ -44,7 +44,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Layers that each feed the next, over the tokens of all levels: (B, S, C) in and out."""
+    """A stack of encoder layers over the tokens of all levels."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -53,26 +53,18 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = config.gradient_checkpointing
 
     def forward(
-        self,
-        tokens: Tensor,
-        position: Tensor,
-        spatial_shapes: ops.Shapes,
-        valid_ratios: Tensor,
-        padding_mask: Tensor | None,
-        return_details: bool = False,
+        self, features: FlattenedFeatures, return_details: bool = False
     ) -> tuple[Tensor, list[SamplingDetails]]:
-        """Refined tokens, and on request where each layer looked.
-
-        position: (B, S, C), position plus level encoding. valid_ratios: (B, L, 2). padding_mask: (B, S).
-        """
+        """Return the memory (B, S, C) and, if asked for, the sampling of each layer."""
+        tokens, position, padding_mask, spatial_shapes, valid_ratios = features
         centers = pixel_centers(spatial_shapes, valid_ratios)
-        reference_points = centers[:, :, None] * valid_ratios[:, None]  # (B, S, L, 2)
-        every = []
+        reference_points = centers[:, :, None] * valid_ratios[:, None]  # (B, S, L, 2), of the padded maps
+        all_details = []
         for layer in self.layers:
             inputs = (tokens, position, reference_points, spatial_shapes, padding_mask, return_details)
             if self.gradient_checkpointing and self.training:
                 tokens, details = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 tokens, details = layer(*inputs)
-            every.append(details)
-        return self.norm(tokens), [details for details in every if details is not None]
+            all_details.append(details)
+        return self.norm(tokens), all_details if return_details else []

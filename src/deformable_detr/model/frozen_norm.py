@@ -1,4 +1,4 @@
-"""Batch norm whose statistics and factors are constants, as it stays with pretrained weights."""
+"""Batch normalization with fixed statistics and affine parameters, for pretrained backbones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.autograd.function import once_differentiable
 
 
 class FrozenBatchNorm(nn.Module):
-    """timm's or torchvision's frozen norm, computed in one pass and in the precision of its input: (B, C, H, W) → same.
+    """timm's or torchvision's frozen batch norm in one pass, without saving its input, in the input's precision.
 
-    Those two make two maps of it, in fp32 even under autocast. Names of buffers are the same. norm: what it replaces.
+    Args:
+        norm: The frozen norm to replace. Buffers keep their names.
     """
 
     weight: Tensor
@@ -26,7 +27,7 @@ class FrozenBatchNorm(nn.Module):
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, norm.get_buffer(name))
         self.eps: float = norm.eps
-        # timm's norms have the activation in them.
+        # timm's norms include the activation.
         self.drop, self.act = getattr(norm, "drop", nn.Identity()), getattr(norm, "act", nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,13 +35,13 @@ class FrozenBatchNorm(nn.Module):
         normed = _Affine.apply(x, *constants, self.eps) if self.training else F.batch_norm(x, *constants, eps=self.eps)
         return self.act(self.drop(normed))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Affine(torch.autograd.Function):
-    """PyTorch's own would keep the input for the gradient, which is not needed where the factors are constants."""
+    """F.batch_norm with constants; PyTorch's own saves the input, which this gradient does not need."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -58,12 +59,11 @@ class _Affine(torch.autograd.Function):
 
 
 def freeze_batch_norms(body: nn.Module) -> nn.Module:
-    """The body with every batch norm frozen."""
+    """Return the module with every batch norm replaced by a `FrozenBatchNorm`."""
     from timm.layers.norm_act import freeze_batch_norm_2d
 
     body = freeze_batch_norm_2d(body)
     for name, module in list(body.named_modules()):
         if type(module).__name__.startswith("FrozenBatchNorm"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(body.get_submodule(parent), leaf, FrozenBatchNorm(module))
+            body.set_submodule(name, FrozenBatchNorm(module))
     return body

@@ -1,4 +1,4 @@
-"""The small parts that encoder, decoder and heads share."""
+"""Small modules that encoder, decoder and heads share."""
 
 from __future__ import annotations
 
@@ -10,36 +10,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .box_ops import upcast
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, but on CPUs from a mask of one byte an element that is drawn five times sooner.
+    """nn.Dropout with a mask on CPUs that is one byte per element and five times faster to draw.
 
-    PyTorch's own takes a random number an element there and keeps them all in the input's precision: a seventh of a
-    training step's time. Here four elements share the 64 bits of a number, so that p is a whole number of 1/65536; the
-    scale is the inverse of exactly that probability.
+    Four elements share the 64 bits of one random number, so that p is rounded to 1/65536; the scale matches.
+    PyTorch's own dropout takes a seventh of a training step's time there.
     """
 
-    def drawn(self, x: Tensor) -> tuple[Tensor, float] | None:
-        """Which elements of x stay (1) or go (0), int8 in its shape, and what those that stay are multiplied by.
-
-        None: nothing goes, or `forward` is left to PyTorch.
-        """
-        goes = round(self.p * 65536)
-        if not self.training or goes in (0, 65536) or x.device.type != "cpu" or torch.compiler.is_compiling():
+    def mask_and_scale(self, x: Tensor) -> tuple[Tensor, float] | None:
+        """Return an int8 mask like x (1 = kept) and the scale of kept elements; None if PyTorch's forward applies."""
+        dropped = round(self.p * 65536)
+        if not self.training or dropped in (0, 65536) or x.device.type != "cpu" or torch.compiler.is_compiling():
             return None
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        stays = bits[: x.numel()].view(x.shape) >= goes - 32768
-        return stays.view(torch.int8), 65536 / (65536 - goes)
+        kept = bits[: x.numel()].view(x.shape) >= dropped - 32768
+        return kept.view(torch.int8), 65536 / (65536 - dropped)
 
     def forward(self, x: Tensor) -> Tensor:
-        drawn = self.drawn(x)
+        drawn = self.mask_and_scale(x)
         return super().forward(x) if drawn is None else (x * drawn[0]).mul_(drawn[1])
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them, (…, C) in and out."""
+    """Two linear layers with an activation and dropout between them: (…, C) in and out."""
 
     def __init__(self, dim: int, hidden: int, activation: str, dropout: float) -> None:
         super().__init__()
@@ -50,19 +48,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.linear1(x)
-        if isinstance(self.activation, nn.ReLU) and (drawn := self.dropout.drawn(x)) is not None:
-            return self.linear2(_DroppedReLU.apply(x, *drawn))
+        if isinstance(self.activation, nn.ReLU) and (drawn := self.dropout.mask_and_scale(x)) is not None:
+            return self.linear2(_ReLUDropout.apply(x, *drawn))
         return self.linear2(self.dropout(self.activation(x)))
 
 
-class _DroppedReLU(torch.autograd.Function):
-    """ReLU, then dropout. Keeps its output alone, which the next layer keeps anyway: where that is over 0, gradients
-    pass. These are the largest tensors of a training step.
-    """
+class _ReLUDropout(torch.autograd.Function):
+    """ReLU and dropout that save only their output, which the next layer saves anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stays: Tensor, scale: float) -> Tensor:
-        y = x.relu().mul_(stays).mul_(scale)
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        y = x.relu().mul_(mask).mul_(scale)
         ctx.save_for_backward(y)
         ctx.scale = scale
         return y
@@ -89,10 +85,10 @@ class MLP(nn.Module):
 
 
 def resize_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A mask (B, H, W) at another size (h, w), each pixel from the nearest above and left of it."""
+    """Resize a bool mask (B, H, W) by nearest-neighbor interpolation."""
     if not torch.compiler.is_exporting():
         return F.interpolate(mask[:, None].float(), size=shape)[:, 0].bool()
-    # Runtimes round differently where pixels fall on one another: in a graph, the sum that `interpolate` does.
+    # Runtimes round the index differently; this is `interpolate`'s own arithmetic.
     for dim, size in enumerate(shape, start=1):
         old, new = (torch.scalar_tensor(n, device=mask.device) for n in (mask.shape[dim], size))
         index = (torch.arange(size, dtype=torch.float32, device=mask.device) * (old / new)).floor().minimum(old - 1)
@@ -101,6 +97,6 @@ def resize_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """The logit of x in 0..1, bounded by ±log(1 / eps); in fp32 at least, since half precision overflows."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    """Return the logit of x in 0..1, bounded by ±log(1 / eps), in at least fp32: half precision overflows."""
+    x = upcast(x)
     return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))

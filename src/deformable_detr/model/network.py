@@ -1,4 +1,12 @@
-"""Deformable DETR, from pixels to class logits and boxes (figure 1 of the paper)."""
+"""Deformable DETR (Zhu et al. 2021, arXiv 2010.04159, figure 1), from pixels to class logits and boxes.
+
+    pixels (B, 3, H, W) ─ backbone, input projections ─► L maps (B, C, H_l, W_l) ─ flatten ─► tokens (B, S, C)
+        ─ encoder ─► memory (B, S, C) ─ initial queries (B, Q, C) ─ decoder, heads ─► logits (B, Q, K), boxes (B, Q, 4)
+
+Dimensions in `model` and `ops`: B images, S memory tokens (the pixels of all levels), Q queries, M heads, D channels
+per head, C = M·D, L levels, P points per head and level, N decoder layers, K classes.
+Boxes are (cx, cy, w, h) in 0..1 of the unpadded image; `padding_mask` is True at padding.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +18,10 @@ from torch import Tensor, nn
 from ..config.schema import ModelConfig
 from .attention import DeformableAttention
 from .backbone import Backbone, InputProjection, pixel_statistics
-from .decoder import Decoder, DenoisingQueries
+from .box_ops import upcast
+from .decoder import Decoder, DenoisingQueries, Queries
 from .encoder import Encoder
-from .geometry import get_valid_ratios, level_masks
+from .geometry import FlattenedFeatures, get_valid_ratios, level_masks
 from .heads import DetectionHeads
 from .position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from .two_stage import TwoStageProposals
@@ -21,9 +30,13 @@ N = TypeVar("N", bound="DeformableDETRNetwork")
 
 
 class DeformableDETRNetwork(nn.Module):
-    """The detector.
+    """The detection network.
 
-    Raises UserError where the backbone or its weights cannot be had.
+    Args:
+        config: Sizes and variant.
+
+    Raises:
+        UserError: The backbone or its weights are not available.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -48,10 +61,9 @@ class DeformableDETRNetwork(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
 
     def _reset_parameters(self) -> None:
-        """Xavier for all matrices of the transformer, then the parts that start in their own way."""
-        parts = [self.encoder, self.decoder.layers]
-        parts.append(self.proposals if self.config.two_stage else self.reference_points)
-        for part in parts:
+        """Initialize all matrices of the transformer by Xavier; parts with their own initialization come last."""
+        query_part = self.proposals if self.config.two_stage else self.reference_points
+        for part in (self.encoder, self.decoder.layers, query_part):
             for parameter in part.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
@@ -70,73 +82,92 @@ class DeformableDETRNetwork(nn.Module):
         return_attention: bool = False,
         denoising_queries: DenoisingQueries | None = None,
     ) -> dict[str, Any]:
-        """Class logits and boxes of every query.
+        """Predict class logits and boxes for every query.
 
-        pixels: (B, 3, H, W), normalized RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
-        Returns a dict of
-            pred_logits (B, Q, K) and pred_boxes (B, Q, 4), cxcywh in 0..1 of the unpadded image;
-            layer_logits (N, B, Q, K) and layer_boxes (N, B, Q, 4), the same of all N decoder layers;
-            two-stage: encoder_logits (B, S, K), of which column 0 says "object" (all columns their class with
-            class_aware_proposals), and encoder_boxes (B, S, 4);
-            with denoising queries: denoising_logits (N, B, extra, K) and denoising_boxes (N, B, extra, 4);
-            with return_attention: encoder_attention and decoder_attention, lists of `SamplingDetails` a layer,
-            decoder_reference_points, what each layer started from, and spatial_shapes, (height, width) a level.
+        Args:
+            pixels: (B, 3, H, W), normalized RGB.
+            padding_mask: (B, H, W) bool. Default: no padding.
+            return_attention: Also return where every layer sampled.
+            denoising_queries: Additional queries for training a two-stage model.
+
+        Returns:
+            A dict with
+            pred_logits (B, Q, K) and pred_boxes (B, Q, 4): the last decoder layer's predictions;
+            layer_logits (N, B, Q, K) and layer_boxes (N, B, Q, 4): those of all decoder layers;
+            encoder_logits (B, S, K) and encoder_boxes (B, S, 4), two-stage only: the proposals. Column 0 of the logits
+            means "object"; with class_aware_proposals, each column is its class;
+            denoising_logits and denoising_boxes, with denoising_queries: like layer_logits and layer_boxes;
+            encoder_attention and decoder_attention, with return_attention: lists of `SamplingDetails` per layer;
+            decoder_reference_points and spatial_shapes, with return_attention: each decoder layer's input, and (height,
+            width) per level.
+
+        Raises:
+            ValueError: denoising_queries for a one-stage model.
         """
+        features = self._flatten(pixels, padding_mask)
+        memory, encoder_attention = self.encoder(features, return_attention)
+        queries, outputs = self._initial_queries(memory, features, denoising_queries)
+        outputs |= self._decode(queries, memory, features, denoising_queries, return_attention)
+        if return_attention:
+            outputs |= {"encoder_attention": encoder_attention, "spatial_shapes": features.spatial_shapes}
+        return outputs
+
+    def _flatten(self, pixels: Tensor, padding_mask: Tensor | None) -> FlattenedFeatures:
+        """Pixels to the tokens of all levels, level after level and row by row."""
         if padding_mask is None:
             padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
-        if denoising_queries is not None and not self.config.two_stage:
-            raise ValueError("denoising queries start from boxes: they need a two-stage model")
-        pixels = pixels.masked_fill(padding_mask[:, None], 0.0)
-
-        maps = self.projections(self.backbone(pixels))
+        maps = self.projections(self.backbone(pixels.masked_fill(padding_mask[:, None], 0.0)))
         spatial_shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
         masks = level_masks(padding_mask, spatial_shapes)
-        precision = torch.promote_types(pixels.dtype, torch.float32)
-        valid_ratios = get_valid_ratios(masks, precision)  # (B, L, 2)
-        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # (B, S, C)
-        mask = torch.cat([mask.flatten(1) for mask in masks], dim=1)  # (B, S)
-        position = torch.cat(
-            [
-                self.position(mask, tokens.dtype).flatten(2).transpose(1, 2) + level
-                for mask, level in zip(masks, self.level_embedding, strict=True)
-            ],
-            dim=1,
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
+        positions = [
+            self.position(mask, tokens.dtype).flatten(2).transpose(1, 2) + level
+            for mask, level in zip(masks, self.level_embedding, strict=True)
+        ]
+        return FlattenedFeatures(
+            tokens=tokens,
+            position=torch.cat(positions, dim=1),
+            padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1),
+            spatial_shapes=spatial_shapes,
+            valid_ratios=get_valid_ratios(masks, torch.promote_types(pixels.dtype, torch.float32)),
         )
 
-        memory, encoder_attention = self.encoder(tokens, position, spatial_shapes, valid_ratios, mask, return_attention)
-
-        out: dict[str, Any] = {}
+    def _initial_queries(
+        self, memory: Tensor, features: FlattenedFeatures, denoising: DenoisingQueries | None
+    ) -> tuple[Queries, dict[str, Any]]:
+        """The decoder's input, denoising queries first, and the outputs of the proposal stage."""
         if self.config.two_stage:
-            proposed = self.proposals(memory, spatial_shapes, valid_ratios, mask, self.decoder.heads)
-            queries, query_position, references = proposed[:3]
-            if denoising_queries is not None:
-                position, _ = self.proposals.embed_boxes(denoising_queries.boxes, memory)
-                queries = torch.cat((denoising_queries.queries.to(queries.dtype), queries), dim=1)
-                references = torch.cat((denoising_queries.boxes.to(references.dtype), references), dim=1)
-                if query_position is not None and position is not None:
-                    query_position = torch.cat((position, query_position), dim=1)
-            out |= {"encoder_logits": proposed.logits, "encoder_boxes": proposed.boxes}
-        else:
-            query_position, queries = self.query_embedding.weight.expand(pixels.shape[0], -1, -1).chunk(2, dim=-1)
-            references = self.reference_points(query_position).to(precision).sigmoid()
+            proposals = self.proposals(memory, features, self.decoder.heads)
+            queries = proposals.queries
+            if denoising is not None:
+                position, _ = self.proposals.embed_boxes(denoising.boxes, memory)
+                queries = queries.prepend(denoising.queries, position, denoising.boxes)
+            return queries, {"encoder_logits": proposals.logits, "encoder_boxes": proposals.boxes}
+        if denoising is not None:
+            raise ValueError("denoising_queries need a two-stage model, whose queries start from boxes")
+        position, content = self.query_embedding.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
+        return Queries(content, position, upcast(self.reference_points(position)).sigmoid()), {}
 
-        # With fewer tokens than queries there are fewer queries: the model's own come last in the mask.
-        attn_mask = (
-            denoising_queries.attn_mask[: queries.shape[1], : queries.shape[1]]
-            if denoising_queries is not None
-            else None
-        )
-        decoded = self.decoder(
-            queries, query_position, references, memory, spatial_shapes, valid_ratios, mask,
-            attn_mask, return_attention,
-        )  # fmt: skip
-        logits, boxes = decoded.logits, decoded.boxes
-        if denoising_queries is not None:
-            count = denoising_queries.queries.shape[1]
-            out |= {"denoising_logits": logits[:, :, :count], "denoising_boxes": boxes[:, :, :count]}
+    def _decode(
+        self,
+        queries: Queries,
+        memory: Tensor,
+        features: FlattenedFeatures,
+        denoising: DenoisingQueries | None,
+        return_attention: bool,
+    ) -> dict[str, Any]:
+        """Run the decoder and separate its predictions from those of the denoising queries."""
+        outputs: dict[str, Any] = {}
+        attn_mask = None
+        if denoising is not None:
+            Q = queries.content.shape[1]  # less than the mask's size if there are fewer tokens than queries
+            attn_mask = denoising.attn_mask[:Q, :Q]
+        logits, boxes, reference_points, details = self.decoder(queries, memory, features, attn_mask, return_attention)
+        if denoising is not None:
+            count = denoising.queries.shape[1]
+            outputs |= {"denoising_logits": logits[:, :, :count], "denoising_boxes": boxes[:, :, :count]}
             logits, boxes = logits[:, :, count:], boxes[:, :, count:]
-        out |= {"pred_logits": logits[-1], "pred_boxes": boxes[-1], "layer_logits": logits, "layer_boxes": boxes}
+        outputs |= {"pred_logits": logits[-1], "pred_boxes": boxes[-1], "layer_logits": logits, "layer_boxes": boxes}
         if return_attention:
-            out |= {"encoder_attention": encoder_attention, "decoder_attention": decoded.details}
-            out |= {"decoder_reference_points": decoded.reference_points, "spatial_shapes": spatial_shapes}
-        return out
+            outputs |= {"decoder_attention": details, "decoder_reference_points": reference_points}
+        return outputs

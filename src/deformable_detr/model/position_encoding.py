@@ -12,7 +12,7 @@ TEMPERATURE = 10000
 
 
 def sine_encoding(values: Tensor, channels: int) -> Tensor:
-    """Sines and cosines of positions in 0..1 at `channels` / 2 wavelengths, interleaved: (…,) → (…, channels)."""
+    """Encode positions in 0..1 as interleaved sines and cosines of `channels` / 2 wavelengths: (…, channels)."""
     index = torch.arange(channels, dtype=values.dtype, device=values.device)
     wavelengths = TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / channels)
     phases = values[..., None] * (2 * math.pi) / wavelengths
@@ -20,18 +20,19 @@ def sine_encoding(values: Tensor, channels: int) -> Tensor:
 
 
 def box_encoding(boxes: Tensor, channels: int) -> Tensor:
-    """Sine encoding of each coordinate of boxes in 0..1: (…, 4) → (…, 4 · channels) (appendix A.4, two-stage)."""
+    """Encode each coordinate of boxes (…, 4) in 0..1: (…, 4 · channels) (appendix A.4, two-stage)."""
     return sine_encoding(boxes, channels).flatten(-2)
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Sines of each pixel's center, relative to the unpadded part of the map: (B, H, W) mask → (B, C, H, W)."""
+    """Sine encoding of each pixel's center, relative to the unpadded part of the map."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
 
     def forward(self, padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return (B, C, H, W) for a mask (B, H, W)."""
         valid = (~padding_mask).to(torch.promote_types(dtype, torch.float32))
         y, x = valid.cumsum(1), valid.cumsum(2)
         y = (y - 0.5) / (y[:, -1:, :] + 1e-6)
@@ -40,16 +41,13 @@ class PositionEmbeddingSine(nn.Module):
         return torch.cat((sine_encoding(y, half), sine_encoding(x, half)), dim=-1).permute(0, 3, 1, 2).to(dtype)
 
     def halves(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """The two halves of the channels on a map without padding: (H, 1, C / 2) of rows, (1, W, C / 2) of columns."""
+        """Return the two halves of the channels of an unpadded map: rows (H, 1, C / 2) and columns (1, W, C / 2)."""
         y, x = ((torch.arange(length) + 0.5) / (length + 1e-6) for length in (height, width))
         return sine_encoding(y, self.dim // 2)[:, None], sine_encoding(x, self.dim // 2)[None]
 
 
 class PositionEmbeddingLearned(nn.Module):
-    """A learned vector a column and a row: (B, H, W) mask → (B, C, H, W).
-
-    Maps larger than the table of 50 × 50 take linear interpolations of it.
-    """
+    """A learned vector per column and per row; beyond `size` × `size` pixels the table is interpolated."""
 
     def __init__(self, dim: int, size: int = 50) -> None:
         super().__init__()
@@ -57,25 +55,25 @@ class PositionEmbeddingLearned(nn.Module):
         self.columns = nn.Parameter(torch.rand(size, dim // 2))
 
     def forward(self, padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return (B, C, H, W) for a mask (B, H, W)."""
         B, H, W = padding_mask.shape
         columns, rows = self.halves(H, W)
         encoding = torch.cat((columns.expand(H, -1, -1), rows.expand(-1, W, -1)), dim=-1)
         return encoding.permute(2, 0, 1).expand(B, -1, -1, -1).to(dtype)
 
     def halves(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """The two halves of the channels: (1, W, C / 2) of columns, (H, 1, C / 2) of rows."""
+        """Return the two halves of the channels: columns (1, W, C / 2) and rows (H, 1, C / 2)."""
         return _resize_table(self.columns, width)[None], _resize_table(self.rows, height)[:, None]
 
 
 def _resize_table(table: Tensor, length: int) -> Tensor:
-    if torch.compiler.is_exporting():
-        # The same without asking for the length, which an exported graph leaves open.
+    if torch.compiler.is_exporting():  # without a branch on the length, which an exported graph leaves open
         last = len(table) - 1
         steps = torch.scalar_tensor(length, dtype=table.dtype, device=table.device) - 1
-        place = torch.arange(length, dtype=table.dtype, device=table.device) * (last / steps.clamp(min=last))
-        low = place.long().clamp(max=last)
-        part = (place - low)[:, None]
-        return table[low] * (1 - part) + table[(low + 1).clamp(max=last)] * part
+        index = torch.arange(length, dtype=table.dtype, device=table.device) * (last / steps.clamp(min=last))
+        low = index.long().clamp(max=last)
+        fraction = (index - low)[:, None]
+        return table[low] * (1 - fraction) + table[(low + 1).clamp(max=last)] * fraction
     if length <= len(table):
         return table[:length]
     return F.interpolate(table.t()[None], size=length, mode="linear", align_corners=True)[0].t()

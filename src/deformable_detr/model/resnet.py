@@ -1,4 +1,4 @@
-"""Residual networks of any depth and width (He et al., 2015), for weights whose sizes have no name in timm."""
+"""ResNets of any depth and width (He et al. 2015), for weights of shapes that timm has no name for."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from .layers import ACTIVATIONS
 
 
 class ResNet(nn.Module):
-    """Feature maps at chosen strides: (B, 3, H, W) → a list of (B, C_l, H_l, W_l). Modules have torchvision's names.
+    """Feature maps (B, C_l, H_l, W_l) at chosen strides. Modules have torchvision's names.
 
-    strides: those of the maps, none: the last one only. Raises ValueError for a stride that there is not.
+    Args:
+        shape: Blocks, depths and widths.
+        strides: Of the maps to return. None: the last map only.
+
+    Raises:
+        ValueError: The network has no map at one of the strides.
     """
 
     def __init__(self, shape: ResNetShape, strides: tuple[int, ...] | None) -> None:
@@ -29,12 +34,12 @@ class ResNet(nn.Module):
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
             stages.append({"num_chs": out, "reduction": 4 << index, "module": f"layer{index + 1}"})
             width = out
-        at = {stage["reduction"]: index for index, stage in enumerate(stages)}
-        absent = [stride for stride in strides or () if stride not in at]
-        if absent:
-            raise ValueError(f"maps at strides {sorted(at)}, none at {absent[0]}")
-        self.wanted = tuple(at[stride] for stride in strides) if strides else (len(stages) - 1,)
-        self.feature_info = FeatureInfo(stages, self.wanted)
+        by_stride = {stage["reduction"]: index for index, stage in enumerate(stages)}
+        missing = [stride for stride in strides or () if stride not in by_stride]
+        if missing:
+            raise ValueError(f"maps at strides {sorted(by_stride)}, but not at {missing[0]}")
+        self.out_indices = tuple(by_stride[stride] for stride in strides) if strides else (len(stages) - 1,)
+        self.feature_info = FeatureInfo(stages, self.out_indices)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -43,24 +48,24 @@ class ResNet(nn.Module):
         x = self.act1(self.bn1(self.conv1(pixels)))
         maps = [x]
         x = self.maxpool(x)
-        for index in range(1, self.wanted[-1] + 1):
+        for index in range(1, self.out_indices[-1] + 1):
             x = self.get_submodule(f"layer{index}")(x)
             maps.append(x)
-        return [maps[index] for index in self.wanted]
+        return [maps[index] for index in self.out_indices]
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions (basic), or one between two 1×1 at a quarter of the width (bottleneck), and a shortcut."""
+    """Basic: two 3×3 convolutions. Bottleneck: 1×1, 3×3, 1×1, the inner ones with a quarter of the channels."""
 
     def __init__(self, shape: ResNetShape, width: int, out: int, stride: int) -> None:
         super().__init__()
         inner = max(1, out // 4)
-        plan = [(width, out, 3, stride), (out, out, 3, 1)]
+        convolutions = [(width, out, 3, stride), (out, out, 3, 1)]
         if shape.block == "bottleneck":
             first = stride if shape.stride_first else 1
-            plan = [(width, inner, 1, first), (inner, inner, 3, stride // first), (inner, out, 1, 1)]
-        self.depth = len(plan)
-        for index, (a, b, size, step) in enumerate(plan, 1):
+            convolutions = [(width, inner, 1, first), (inner, inner, 3, stride // first), (inner, out, 1, 1)]
+        self.depth = len(convolutions)
+        for index, (a, b, size, step) in enumerate(convolutions, 1):
             self.add_module(f"conv{index}", nn.Conv2d(a, b, size, stride=step, padding=size // 2, bias=False))
             self.add_module(f"bn{index}", nn.BatchNorm2d(b))
         self.activation = ACTIVATIONS[shape.activation]()

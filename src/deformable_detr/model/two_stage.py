@@ -1,4 +1,4 @@
-"""Two-stage: the encoder's own proposals become the decoder's queries (section 4.2, appendix A.4)."""
+"""Two-stage: the encoder's best proposals become the decoder's queries (section 4.2, appendix A.4)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..config.schema import ModelConfig
-from .geometry import proposal_anchors
+from .decoder import Queries
+from .geometry import FlattenedFeatures, proposal_anchors
 from .heads import DetectionHeads
 from .position_encoding import box_encoding
 
 
 class Proposals(NamedTuple):
-    """The best Q tokens as queries, and what was said of all S tokens.
+    """The Q best tokens as queries, and the predictions for all S tokens.
 
-    queries, query_position: (B, Q, C); no position where it follows from the boxes.
-    reference_points: (B, Q, 4) cxcywh in 0..1.
-    logits: (B, S, K), of which column 0 says "object", or each its class with class_aware_proposals.
-    boxes: (B, S, 4) cxcywh in 0..1.
+    logits: (B, S, K). Column 0 means "object"; with class_aware_proposals, each column is its class.
+    boxes: (B, S, 4).
     """
 
-    queries: Tensor
-    query_position: Tensor | None
-    reference_points: Tensor
+    queries: Queries
     logits: Tensor
     boxes: Tensor
 
 
 class TwoStageProposals(nn.Module):
-    """Scores a box at every token and turns the best ones into queries."""
+    """Score a box at every token and turn the best ones into queries."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,46 +36,42 @@ class TwoStageProposals(nn.Module):
         self.class_aware_proposals, self.query_init = config.class_aware_proposals, config.query_init
         self.memory_proj = nn.Linear(C, C)
         self.memory_norm = nn.LayerNorm(C)
-        # What is made from a proposal's box: the query's position, its content, or both (the paper).
-        self.parts = (not config.iterative_query_pos, self.query_init == "box")
-        if any(self.parts):
-            self.query_proj = nn.Linear(2 * C, sum(self.parts) * C)
-            self.query_norm = nn.LayerNorm(sum(self.parts) * C)
+        # In the paper a proposal's box gives both the query's position and its content.
+        self.from_box = (not config.iterative_query_pos, self.query_init == "box")
+        if any(self.from_box):
+            self.query_proj = nn.Linear(2 * C, sum(self.from_box) * C)
+            self.query_norm = nn.LayerNorm(sum(self.from_box) * C)
         if self.query_init == "learned":
             self.query_embedding = nn.Embedding(config.num_queries, C)
 
     def embed_boxes(self, boxes: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Position and content, (B, Q, C) each or none, of queries that start at boxes (B, Q, 4) in 0..1."""
-        if not any(self.parts):
-            return None, None
-        # In fp32 whatever the model's own precision: so the published weights were trained, and half would not do.
-        encoded = box_encoding(boxes.float(), like.shape[-1] // 2).to(like.dtype)
-        made = list(self.query_norm(self.query_proj(encoded)).split(like.shape[-1], dim=-1))
-        position = made.pop(0) if self.parts[0] else None
-        return position, made[0] if self.parts[1] else None
+        """Return position and content (B, Q, C) for boxes (B, Q, 4); None for what boxes do not give.
 
-    def forward(
-        self,
-        memory: Tensor,
-        spatial_shapes: ops.Shapes,
-        valid_ratios: Tensor,
-        padding_mask: Tensor | None,
-        heads: DetectionHeads,
-    ) -> Proposals:
-        """memory: (B, S, C). valid_ratios: (B, L, 2). padding_mask: (B, S). Fewer tokens than queries: all serve."""
-        anchors, usable = proposal_anchors(spatial_shapes, valid_ratios, padding_mask)
-        tokens = memory.masked_fill(~usable[..., None], 0.0)
+        like: A tensor (…, C) of the result's dtype.
+        """
+        if not any(self.from_box):
+            return None, None
+        # Encoded in fp32, as the published weights were trained; half precision is too coarse.
+        encoding = box_encoding(boxes.float(), like.shape[-1] // 2).to(like.dtype)
+        parts = list(self.query_norm(self.query_proj(encoding)).split(like.shape[-1], dim=-1))
+        position = parts.pop(0) if self.from_box[0] else None
+        return position, parts[0] if self.from_box[1] else None
+
+    def forward(self, memory: Tensor, features: FlattenedFeatures, heads: DetectionHeads) -> Proposals:
+        """Propose boxes from the memory (B, S, C). If S < Q, all tokens become queries."""
+        anchors, valid = proposal_anchors(features.spatial_shapes, features.valid_ratios, features.padding_mask)
+        tokens = memory.masked_fill(~valid[..., None], 0.0)
         tokens = self.memory_norm(self.memory_proj(tokens))
         logits, deltas = heads(tokens, -1)
         unactivated = deltas + anchors
-        count = torch.sym_min(self.num_queries, memory.shape[1])  # `min`, but open in an exported graph
+        count = torch.sym_min(self.num_queries, memory.shape[1])  # `min` would fix S in an exported graph
         scores = logits.amax(-1) if self.class_aware_proposals else logits[..., 0]
         best = scores.topk(count, dim=1).indices[..., None]  # (B, Q, 1)
-        chosen = unactivated.gather(1, best.expand(-1, -1, 4)).detach().sigmoid()
-        query_position, queries = self.embed_boxes(chosen, memory)
+        boxes = unactivated.gather(1, best.expand(-1, -1, 4)).detach().sigmoid()
+        position, content = self.embed_boxes(boxes, memory)
         if self.query_init == "encoder":
-            queries = tokens.gather(1, best.expand(-1, -1, tokens.shape[-1])).detach()
+            content = tokens.gather(1, best.expand(-1, -1, tokens.shape[-1])).detach()
         elif self.query_init == "learned":
-            queries = self.query_embedding.weight[:count].expand(memory.shape[0], -1, -1)
-        assert queries is not None
-        return Proposals(queries, query_position, chosen, logits, unactivated.sigmoid())
+            content = self.query_embedding.weight[:count].expand(memory.shape[0], -1, -1)
+        assert content is not None
+        return Proposals(Queries(content, position, boxes), logits, unactivated.sigmoid())

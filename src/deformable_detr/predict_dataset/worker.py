@@ -70,7 +70,7 @@ def pack_model(source: str) -> tuple[dict[str, bytes], str]:
 def unpack_model(files: Mapping[str, bytes], device: str, threads: int) -> Any:
     """The detector of `pack_model`, on `device`."""
     from ..detector import load_detector
-    from ..runtimes.detector import load
+    from ..runtimes.detector import load_exported
     from ..utils.files import is_exported
 
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,7 @@ def unpack_model(files: Mapping[str, bytes], device: str, threads: int) -> Any:
             (Path(folder) / name).write_bytes(data)
         for name in files:
             if is_exported(name):
-                return load(Path(folder) / name, device, threads)
+                return load_exported(Path(folder) / name, device, threads)
         return load_detector(folder, device, "fp32")
 
 

@@ -1,0 +1,1 @@
+"""Detectors for inference only: the fused model, and exported files run by their runtimes."""

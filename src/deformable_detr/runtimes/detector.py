@@ -1,4 +1,4 @@
-"""An exported file in the model's place: the same config, the same call, the same prediction."""
+"""An exported file as a detector, with the config and the calls of `DeformableDETR`."""
 
 from __future__ import annotations
 
@@ -11,70 +11,83 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..utils.errors import UserError
-from .files import Runtime, read
-from .metadata import Described
+from .files import Runtime, open_runtime
+from .metadata import ExportMetadata
 
 
 class ExportedDetector(nn.Module):
-    """Predicts and is evaluated as `DeformableDETR` is, by the runtime that its file is for.
+    """An exported file that takes the model's place in `predict` and `evaluate`.
 
-    config, pixel_mean, pixel_std: as the model's. described: how it was exported. Its canvas is fixed where
-    `described.image_size` is: smaller batches are padded to it.
+    Args:
+        runtime: The opened file.
+        path: The file, for error messages.
+
+    Attributes:
+        config, pixel_mean, pixel_std: The model's.
+        metadata: The options of the export.
     """
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, runtime: Runtime, where: str) -> None:
+    def __init__(self, runtime: Runtime, path: str) -> None:
         super().__init__()
         self.runtime = runtime
-        self.described = Described.from_strings(runtime.strings, where)
-        self.config = self.described.config
+        self.metadata = ExportMetadata.from_strings(runtime.strings, path)
+        self.config = self.metadata.config
         device = runtime.device
         self.register_buffer("pixel_mean", torch.tensor(self.config.pixel_mean, device=device), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(self.config.pixel_std, device=device), persistent=False)
 
     @property
     def canvas(self) -> tuple[int, int] | None:
-        """(height, width) that images have to fit in; none: any."""
-        return self.described.image_size
+        """(height, width) to which all batches are padded. None: any size."""
+        return self.metadata.image_size
 
     def forward(
         self, pixels: Tensor, padding_mask: Tensor | None = None, *, return_attention: bool = False
     ) -> dict[str, Any]:
-        """pred_logits (B, Q, K) and pred_boxes (B, Q, 4), cxcywh in 0..1 of the unpadded image.
+        """Run the file.
 
-        pixels: (B, 3, H, W), normalized RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
-        Raises UserError for attention, which is not in the file, and for pixels larger than a fixed canvas.
+        Args:
+            pixels: (B, 3, H, W), normalized RGB.
+            padding_mask: (B, H, W) bool, True = padding. Default: no padding.
+            return_attention: Not supported.
+
+        Returns:
+            `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4), cxcywh in 0..1 of the unpadded image.
+
+        Raises:
+            UserError: Attention was asked for, or the pixels exceed the exported size.
         """
         if return_attention:
-            raise UserError("an exported model does not tell where it looked; give the model's folder")
+            raise UserError("an exported file has no sampling points; use the model that it was exported from")
         if padding_mask is None:
             padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
-        inputs = list(fitted(pixels, padding_mask, self.canvas))
-        if self.described.post_processing:
+        inputs = list(pad_to_canvas(pixels, padding_mask, self.canvas))
+        if self.metadata.post_processing:
             inputs.append(torch.tensor([inputs[0].shape[2:]] * len(pixels)))
         logits, boxes = self.runtime(inputs)[:2]
         return {"pred_logits": logits, "pred_boxes": boxes}
 
     def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
-        """As `DeformableDETR.predict`."""
+        """Return `Detections`. See `DeformableDETR.predict`."""
         from ..predict.predictor import predict
 
         return predict(self, source, threshold, top_k, batch_size)
 
 
-def fitted(pixels: Tensor, padding_mask: Tensor, canvas: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """Pixels and mask with padding to the right and below up to the canvas, where there is one."""
+def pad_to_canvas(pixels: Tensor, padding_mask: Tensor, canvas: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """Pad pixels and mask on the right and at the bottom to `canvas` (height, width). None: return them unchanged."""
     if canvas is None or tuple(pixels.shape[2:]) == canvas:
         return pixels, padding_mask
-    below, right = canvas[0] - pixels.shape[2], canvas[1] - pixels.shape[3]
-    if min(below, right) < 0:
+    bottom, right = canvas[0] - pixels.shape[2], canvas[1] - pixels.shape[3]
+    if min(bottom, right) < 0:
         height, width = pixels.shape[2:]
-        raise UserError(f"images of {height}×{width} pixels are over the exported size {canvas[0]}×{canvas[1]}")
-    return F.pad(pixels, (0, right, 0, below)), F.pad(padding_mask, (0, right, 0, below), value=True)
+        raise UserError(f"images of {height}×{width} pixels exceed the exported size {canvas[0]}×{canvas[1]}")
+    return F.pad(pixels, (0, right, 0, bottom)), F.pad(padding_mask, (0, right, 0, bottom), value=True)
 
 
-def load(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> ExportedDetector:
-    """The detector of a file that `export` wrote. See `formats.read` for device, threads and errors."""
-    return ExportedDetector(read(Path(path), device, threads), os.fspath(path))
+def load_exported(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> ExportedDetector:
+    """Load a file that `export` wrote. See `files.open_runtime` for the arguments and errors."""
+    return ExportedDetector(open_runtime(Path(path), device, threads), os.fspath(path))

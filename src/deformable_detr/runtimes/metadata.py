@@ -1,21 +1,30 @@
-"""What a file says of its model: as JSON strings by key, which every format can carry."""
+"""Metadata of exported files, stored as JSON strings by key in every file format."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from ..config.schema import ModelConfig
 from ..utils.errors import UserError
 
 FORMAT, VERSION = "deformable-detr", 1
+NAMESPACE = "deformable_detr"  # prefix of the keys in .pt2 files and in OpenVINO's rt_info
+REQUIRED_KEYS = ("format", "version", "model", "image_size", "precision", "sampling", "post_processing")
 
 
-class Described(NamedTuple):
-    """The model's config with its normalization in it, and how it was exported.
+@dataclass(frozen=True)
+class ExportMetadata:
+    """The model's config and the options of its export.
 
-    image_size: (height, width) of the input, none: any. precision: fp32, fp16 or int8.
+    Attributes:
+        config: The model's config, including its normalization.
+        image_size: (height, width) of the input. None: any size.
+        precision: "fp32", "fp16" or "int8".
+        sampling: "grid_sample" or "gather".
+        post_processing: Whether the graph also returns boxes in pixels, scores and labels.
     """
 
     config: ModelConfig
@@ -25,7 +34,7 @@ class Described(NamedTuple):
     post_processing: bool
 
     def to_strings(self) -> dict[str, str]:
-        """JSON by key. `model` is all of the config; what other programs need stands by itself."""
+        """Return JSON strings by key; `model` is the whole config, other keys repeat what other programs need."""
         config = self.config
         values: dict[str, Any] = {
             "format": FORMAT,
@@ -46,31 +55,25 @@ class Described(NamedTuple):
         return {key: json.dumps(value, ensure_ascii=True) for key, value in values.items()}
 
     @classmethod
-    def from_strings(cls, strings: Mapping[str, str], where: str) -> Described:
-        """Raises UserError for a file that this package did not write."""
+    def from_strings(cls, strings: Mapping[str, str], path: str) -> ExportMetadata:
+        """Parse the strings of the file `path`.
+
+        Raises:
+            UserError: The file was not written by this package, or its metadata is damaged.
+        """
         try:
-            values = {key: json.loads(text) for key, text in strings.items() if key in _KEYS}
+            values = {key: json.loads(strings[key]) for key in REQUIRED_KEYS if key in strings}
             if values.get("format") != FORMAT:
-                raise UserError(f"{where} was not written by `deformable-detr export`: it says nothing of its classes")
+                raise UserError(f"{path} was not written by `deformable-detr export`: it has no metadata of ours")
             if values["version"] != VERSION:
-                raise UserError(f"{where} has version {values['version']!r}; this release reads {VERSION}")
+                raise UserError(f"{path} has metadata version {values['version']!r}; this release reads {VERSION}")
             size = values["image_size"]
             return cls(
-                ModelConfig.from_dict(values["model"], where),
-                None if size is None else (int(size[0]), int(size[1])),
-                values["precision"], values["sampling"], values["post_processing"],
-            )  # fmt: skip
+                config=ModelConfig.from_dict(values["model"], path),
+                image_size=None if size is None else (int(size[0]), int(size[1])),
+                precision=values["precision"],
+                sampling=values["sampling"],
+                post_processing=values["post_processing"],
+            )
         except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise UserError(f"{where}: its description of the model is broken: {error}") from None
-
-
-_KEYS = frozenset({"format", "version", "model", "image_size", "precision", "sampling", "post_processing"})
-
-
-_DESCRIPTION = "deformable_detr"  # where OpenVINO's IR and .pt2 keep the metadata
-
-
-METADATA_KEYS = (
-    "format", "version", "model", "class_names", "category_ids", "pixel_mean", "pixel_std", "image_size", "short_side",
-    "long_side", "size_divisor", "precision", "sampling", "post_processing",
-)  # fmt: skip
+            raise UserError(f"{path}: its metadata is damaged ({error}); export the model again") from None

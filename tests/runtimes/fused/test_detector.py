@@ -6,11 +6,11 @@ from torch import nn
 
 from deformable_detr import DeformableDETR
 from deformable_detr.config import presets
-from deformable_detr.export.verify import difference
+from deformable_detr.export.verify import max_differences
 from deformable_detr.runtimes.fused import OptimizedDetector, onednn
-from deformable_detr.runtimes.fused.fusion import fused
-from deformable_detr.runtimes.fused.layout import Layouts, sizes_of
-from deformable_detr.runtimes.fused.transformer import in_parts, part_length
+from deformable_detr.runtimes.fused.fusion import fuse_backbone
+from deformable_detr.runtimes.fused.positional_inputs import PositionalInputCache, image_sizes_of
+from deformable_detr.runtimes.fused.transformer import chunk_length, run_in_chunks
 from deformable_detr.utils.errors import UserError
 from tests.support.models import lively
 
@@ -67,7 +67,7 @@ def test_a_map_taken_before_its_norm_stays_as_it_is():
 def test_a_backbone_that_takes_no_small_images():
     """As maxvit, whose windows have to fit, or inception_v3, which pools what is too small at 64 pixels."""
     from deformable_detr.config.schema import ModelConfig
-    from deformable_detr.runtimes.fused.folding import example
+    from deformable_detr.runtimes.fused.folding import example_pixels
 
     class Wide(nn.Module):
         def forward(self, x):
@@ -75,10 +75,10 @@ def test_a_backbone_that_takes_no_small_images():
             return [x]
 
     config = ModelConfig(image_size=200, size_divisor=96)
-    assert example(Wide(), config, torch.zeros(3), (96, 128)).shape == (1, 3, 96, 128)
-    assert example(Wide(), config, torch.zeros(3), (64, 64)).shape == (1, 3, 192, 288)
+    assert example_pixels(Wide(), config, torch.zeros(3), (96, 128)).shape == (1, 3, 96, 128)
+    assert example_pixels(Wide(), config, torch.zeros(3), (64, 64)).shape == (1, 3, 192, 288)
     with pytest.raises(AssertionError, match="no whole windows"):
-        example(Wide(), ModelConfig(image_size=200), torch.zeros(3), (64, 64))
+        example_pixels(Wide(), ModelConfig(image_size=200), torch.zeros(3), (64, 64))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -91,11 +91,11 @@ def test_outputs_are_the_models(variant):
     for size, padded in ((1, False), (1, True), (3, False), (3, True)):
         pixels, mask = batch(size, padded)
         wanted = plain(pixels, mask)
-        logits, boxes = difference(wanted, fast(pixels, mask))
+        logits, boxes = max_differences(wanted, fast(pixels, mask))
         assert logits <= 1e-4, (size, padded)
         assert boxes <= 1e-4, (size, padded)
         if not padded:
-            assert difference(wanted, fast(pixels)) == (logits, boxes)
+            assert max_differences(wanted, fast(pixels)) == (logits, boxes)
     after = plain.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not plain.training
@@ -108,24 +108,24 @@ def test_other_weights_are_noticed():
     plain, pixels = model(), batch(1, False)[0]
     other = model()
     other.decoder.layers[1].norm2.bias += 0.05  # pyright: ignore
-    assert difference(plain(pixels), other.optimize()(pixels))[0] > 1e-3
+    assert max_differences(plain(pixels), other.optimize()(pixels))[0] > 1e-3
 
 
 @torch.no_grad()
-def test_parts_make_no_difference(monkeypatch):
+def test_parts_make_no_max_differences(monkeypatch):
     plain = model("two-stage")
     pixels, mask = batch(3, True)
     wanted = plain(pixels, mask)
     for rows, step in ((1, 1), (7, 3), (64, 64)):
-        monkeypatch.setattr("deformable_detr.runtimes.fused.detector.ROWS", rows)
-        monkeypatch.setattr("deformable_detr.runtimes.fused.transformer.STEP", step)
-        assert max(difference(wanted, plain.optimize()(pixels, mask))) <= 1e-4
-    monkeypatch.setattr("deformable_detr.runtimes.fused.detector.ROWS", None)
+        monkeypatch.setattr("deformable_detr.runtimes.fused.detector.CHUNK_ROWS", rows)
+        monkeypatch.setattr("deformable_detr.runtimes.fused.transformer.CHUNK_MULTIPLE", step)
+        assert max(max_differences(wanted, plain.optimize()(pixels, mask))) <= 1e-4
+    monkeypatch.setattr("deformable_detr.runtimes.fused.detector.CHUNK_ROWS", None)
     fast = OptimizedDetector(plain, packed=False)  # as on a GPU
-    assert max(difference(wanted, fast(pixels, mask))) <= 1e-4
+    assert max(max_differences(wanted, fast(pixels, mask))) <= 1e-4
 
 
-def test_rows_in_parts():
+def test_rows_run_in_chunks():
     a, b = torch.arange(600.0).view(2, 150, 2), torch.arange(300.0).view(1, 150, 2)
     wanted = (a + b, a * b)
     seen = []
@@ -136,18 +136,18 @@ def test_rows_in_parts():
         return x + y, x * y
 
     other = torch.full_like(a, torch.nan)
-    total, product = in_parts(run, 50, (a, b, None), [a, other])  # what is read is written over
+    total, product = run_in_chunks(run, 50, (a, b, None), [a, other])  # what is read is written over
     assert seen == [64] * 6  # and not 64, 64, 22
     assert total is a
     assert product is other
     assert torch.equal(total, wanted[0])
     assert torch.equal(product, wanted[1])
-    assert len(in_parts(run, 50, (b[:, :20], b[:, :20], None), [])[0][0]) == 20
+    assert len(run_in_chunks(run, 50, (b[:, :20], b[:, :20], None), [])[0][0]) == 20
 
 
 def test_images_of_many_sizes_share_few_lengths_of_parts():
     sizes = range(5000, 9000)
-    lengths = [part_length(size, 2048) for size in sizes]
+    lengths = [chunk_length(size, 2048) for size in sizes]
     assert len(set(lengths)) <= 16
     assert min(lengths) > 1500
     assert max(lengths) < 2700
@@ -164,14 +164,14 @@ def test_bf16_is_near_and_says_fp32():
     pixels, mask = batch(2, True)
     out = fast(pixels, mask)
     assert out["pred_logits"].dtype == out["pred_boxes"].dtype == torch.float32
-    logits, boxes = difference(plain(pixels, mask), out)
+    logits, boxes = max_differences(plain(pixels, mask), out)
     assert 1e-4 < logits < 0.3
     assert boxes < 0.05
 
 
 def test_bf16_is_refused_where_the_processor_lacks_it(monkeypatch):
     monkeypatch.setattr("deformable_detr.runtimes.fused.detector.has_bf16", lambda: False)
-    with pytest.raises(UserError, match="no bf16 products"):
+    with pytest.raises(UserError, match="no bf16 instructions"):
         model().optimize("bf16")
 
 
@@ -179,51 +179,39 @@ def test_mistakes_are_named():
     plain = model()
     with pytest.raises(UserError, match="precision 'int4': choose from fp32, bf16"):
         plain.optimize("int4")
-    with pytest.raises(UserError, match="bucket 0 is under 1"):
-        plain.optimize(bucket=0)
     fast = plain.optimize()
     assert fast.optimize() is fast
-    with pytest.raises(UserError, match="does not tell where it looked"):
+    with pytest.raises(UserError, match="has no sampling points"):
         fast(torch.zeros(1, 3, 64, 64), return_attention=True)
-    with pytest.raises(UserError, match="stays as it was made"):
+    with pytest.raises(UserError, match="cannot change its device or dtype"):
         fast.double()
     assert fast.to("cpu") is fast
 
 
 @torch.no_grad()
-def test_buckets_pad_as_a_larger_image_would():
-    plain = model()
-    fast = plain.optimize(bucket=32)
-    pixels, _ = batch(1, False)
-    canvas, mask = torch.zeros(1, 3, 96, 128), torch.ones(1, 96, 128, dtype=torch.bool)
-    canvas[:, :, :75, :110], mask[:, :75, :110] = pixels, False
-    assert max(difference(plain(canvas, mask), fast(pixels))) <= 1e-4
-
-
-@torch.no_grad()
 def test_layouts_are_kept_and_bounded(monkeypatch):
     made = []
-    original = Layouts._made
-    monkeypatch.setattr(Layouts, "_made", lambda *a, **k: made.append(a[1].shape) or original(*a, **k))
+    original = PositionalInputCache._compute
+    monkeypatch.setattr(PositionalInputCache, "_compute", lambda *a, **k: made.append(a[1].shape) or original(*a, **k))
     fast = model().optimize()
     for _ in range(3):
         fast(*batch(2, True))
         fast(*batch(2, False))
     assert len(made) == 2
-    monkeypatch.setattr(Layouts, "MOST", 3)
+    monkeypatch.setattr(PositionalInputCache, "MAX_ENTRIES", 3)
     for width in range(64, 64 + 8 * 5, 8):
         fast(torch.randn(1, 3, 64, width))
-    assert len(fast.layouts._kept) == 3
-    monkeypatch.setattr(Layouts, "BYTES", 1)
+    assert len(fast.positional_inputs._cache) == 3
+    monkeypatch.setattr(PositionalInputCache, "MAX_BYTES", 1)
     fast(torch.randn(1, 3, 72, 64))
-    assert len(fast.layouts._kept) == 1
+    assert len(fast.positional_inputs._cache) == 1
 
 
 def test_sizes_of_masks():
     _, mask = batch(3, True)
-    assert sizes_of(mask) == ((72, 77), (63, 88), (54, 99))
+    assert image_sizes_of(mask) == ((72, 77), (63, 88), (54, 99))
     mask[1, 5, 5] = True  # a hole
-    assert sizes_of(mask) is None
+    assert image_sizes_of(mask) is None
 
 
 @torch.no_grad()
@@ -232,8 +220,8 @@ def test_a_mask_of_any_shape():
     pixels, mask = batch(1, True)
     mask[:, 30:40, 20:60] = True
     fast = plain.optimize()
-    assert max(difference(plain(pixels, mask), fast(pixels, mask))) <= 1e-4
-    assert not fast.layouts._kept
+    assert max(max_differences(plain(pixels, mask), fast(pixels, mask))) <= 1e-4
+    assert not fast.positional_inputs._cache
 
 
 class _Strange(nn.Module):
@@ -251,15 +239,15 @@ class _Strange(nn.Module):
 @torch.no_grad()
 def test_a_backbone_without_a_graph_stays_as_it_is():
     body = _Strange().eval()
-    assert fused(body, torch.randn(1, 3, 8, 8), torch.float32, packed=True) is body
+    assert fuse_backbone(body, torch.randn(1, 3, 8, 8), torch.float32, packed=True) is body
 
 
-@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@pytest.mark.skipif(not onednn.is_available(torch.float32), reason="no fused products here")
 @torch.no_grad()
 def test_sums_and_activations_become_part_of_convolutions():
     fast = model().optimize()
     kinds = [type(module).__name__ for module in fast.backbone.modules()]
-    assert "Convolution" in kinds
+    assert "PackedConv2d" in kinds
     assert not {"Conv2d", "BatchNorm2d", "ReLU"} & set(kinds)
     in_place = [m for m in fast.backbone.modules() if isinstance(m, onednn.PackedConv2d) and m.in_place]
     assert in_place
@@ -267,7 +255,7 @@ def test_sums_and_activations_become_part_of_convolutions():
     assert len({x.data_ptr() for x in features}) == len(features)  # no map was overwritten by the next
 
 
-@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@pytest.mark.skipif(not onednn.is_available(torch.float32), reason="no fused products here")
 @pytest.mark.parametrize("groups", [1, 8])
 @torch.no_grad()
 def test_weights_are_laid_out_once_for_all_sizes_of_a_layout(groups):
@@ -278,15 +266,15 @@ def test_weights_are_laid_out_once_for_all_sizes_of_a_layout(groups):
     for B, height, width in ((2, 9, 14), (2, 9, 14), (1, 9, 14), (2, 9, 15), (2, 31, 8), (2, 9, 14), (3, 31, 8)):
         x = torch.randn(B, 8, height, width)
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
-        weights.append(id(ours.laid_out[ours.layouts[x.shape[1:]]]))
+        weights.append(id(ours.packed_weights[ours.layouts[x.shape[1:]]]))
     assert len(ours.layouts) == 3
-    assert len(set(weights)) == len(ours.laid_out)  # one of each layout, and none made anew
+    assert len(set(weights)) == len(ours.packed_weights)  # one of each layout, and none made anew
 
 
-@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@pytest.mark.skipif(not onednn.is_available(torch.float32), reason="no fused products here")
 @torch.no_grad()
 def test_layouts_of_weights_and_sizes_are_bounded(monkeypatch):
-    monkeypatch.setattr(onednn, "SIZES", 4)
+    monkeypatch.setattr(onednn, "MAX_INPUT_SIZES", 4)
     laid_out = torch.ops.mkldnn._get_mkldnn_serialized_md
     names = iter([0, 1, 0, 2, 3, 0, 1, 1, 1])  # layouts, as if oneDNN wanted these
     monkeypatch.setattr(
@@ -301,12 +289,12 @@ def test_layouts_of_weights_and_sizes_are_bounded(monkeypatch):
     for width in (5, 6, 7, 8, 9, 7, 6, 9, 5):
         x = torch.randn(1, 4, 5, width)
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
-        kept.append([layout[0] for layout in ours.laid_out])
+        kept.append([layout[0] for layout in ours.packed_weights])
         assert len(ours.layouts) <= 4
     assert kept == [[0], [0, 1], [1, 0], [1, 0, 2], [0, 2, 3], [0, 2, 3], [2, 3, 0], [2, 3, 0], [3, 0, 1]]
 
 
-@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@pytest.mark.skipif(not onednn.is_available(torch.float32), reason="no fused products here")
 @pytest.mark.parametrize(
     ("kernel", "stride"), [((3, 3), (2, 2)), ((5, 5), (2, 2)), ((2, 2), (2, 2)), ((3, 4), (2, 3)), ((5, 5), (4, 3))]
 )
@@ -327,7 +315,7 @@ def test_depthwise_convolutions_with_same_padding_copy_no_map(kernel, stride, mo
             torch.testing.assert_close(ours(x), y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not onednn.available(torch.float32), reason="no fused products here")
+@pytest.mark.skipif(not onednn.is_available(torch.float32), reason="no fused products here")
 @pytest.mark.parametrize("settings", [{"groups": 1}, {"groups": 8}, {"kernel_size": 1}, {"dilation": 2}, {"stride": 1}])
 @torch.no_grad()
 def test_other_convolutions_with_same_padding(settings):
@@ -348,7 +336,7 @@ def test_compiled():
     fast = plain.optimize(compile=True)
     for size, padded in ((1, False), (3, True)):
         pixels, mask = batch(size, padded)
-        assert max(difference(plain(pixels, mask), fast(pixels, mask))) <= 1e-4
+        assert max(max_differences(plain(pixels, mask), fast(pixels, mask))) <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -1,9 +1,9 @@
-"""The detector for inference: the same outputs from the same weights, sooner and in less memory."""
+"""The detector for inference: the model's outputs, faster and in less memory."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,143 +13,166 @@ from ...config.schema import ModelConfig
 from ...model.backbone import InputProjection
 from ...model.network import DeformableDETRNetwork
 from ...utils.errors import UserError
-from .folding import example, stripped
-from .fusion import fused
-from .layout import Layouts, PositionalInputs
-from .onednn import ROWS, PackedConv2d, available, has_bf16
-from .transformer import FastDecoder, FastEncoder, FastProposals, WeightPacking
-
-if TYPE_CHECKING:
-    from .compiled import CudaGraphs
+from .folding import example_pixels, inference_copy
+from .fusion import fuse_backbone
+from .onednn import CHUNK_ROWS, PackedConv2d, has_bf16, is_available
+from .positional_inputs import PositionalInputCache, PositionalInputs
+from .transformer import FusedDecoder, FusedEncoder, FusedProposals, WeightPacking
 
 _log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class OptimizedDetector(nn.Module):
-    """What `DeformableDETR.optimize` makes: takes the model's place in `predict` and `evaluate`, and cannot learn.
+    """The result of `DeformableDETR.optimize`. It takes the model's place in `predict` and `evaluate`.
 
-    config, pixel_mean, pixel_std: the model's. precision: fp32 or bf16. It stays on the device it was made on.
+    It cannot be trained, and stays on the device that the model is on. In bf16 the backbone, the encoder and the
+    decoder's values are in half precision; queries, boxes and classes stay in fp32.
 
-    In bf16 the backbone, the encoder and what the decoder reads are in half precision; queries, boxes and classes are
-    fp32 throughout.
+    Args:
+        model: Not changed.
+        precision: "fp32" or "bf16".
+        compile: Compile backbone and transformer with `torch.compile` at the first call, for any size.
+        packed: Use oneDNN's weight layout. Default: if available, and not with `compile`.
+
+    Raises:
+        UserError: The precision is unknown, or the processor lacks it.
+
+    Attributes:
+        config, pixel_mean, pixel_std: The model's.
     """
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, model: DeformableDETRNetwork, precision: str = "fp32", packed: bool | None = None) -> None:
-        """packed: oneDNN's weight layout; none: where it can be had. Raises UserError for a precision there is not."""
+    def __init__(
+        self,
+        model: DeformableDETRNetwork,
+        precision: str = "fp32",
+        *,
+        compile: bool = False,
+        packed: bool | None = None,
+    ) -> None:
         super().__init__()
-        if precision not in DTYPES:
-            raise UserError(f"precision '{precision}': choose from {', '.join(DTYPES)}")
         device = model.get_buffer("pixel_mean").device
-        dtype = DTYPES[precision]
-        if dtype == torch.bfloat16 and device.type == "cpu" and not has_bf16():
-            raise UserError("precision bf16: this processor has no bf16 products (AVX512-BF16 or AMX); use fp32")
+        dtype = _checked_dtype(precision, device)
         if packed is None:
-            packed = device.type == "cpu" and available(dtype) and available(torch.float32)
-        copied = stripped(model)
+            packed = not compile and device.type == "cpu" and is_available(dtype) and is_available(torch.float32)
+        source = inference_copy(model)
         self.config: ModelConfig = model.config
-        self.precision, self.dtype = precision, dtype
+        self.precision, self.dtype, self.packed = precision, dtype, packed
         for name in ("pixel_mean", "pixel_std"):
-            self.register_buffer(name, copied.get_buffer(name).clone(), persistent=False)
-        form = WeightPacking(dtype, packed, ROWS if device.type == "cpu" else None)
-        pixels = example(copied.backbone.body, self.config, self.pixel_mean, (96, 128))
+            self.register_buffer(name, source.get_buffer(name).clone(), persistent=False)
+        pixels = example_pixels(source.backbone.body, self.config, self.pixel_mean, (96, 128))
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        self.layouts = Layouts(copied, dtype)
-        self.backbone = fused(copied.backbone.body, pixels, dtype, packed)
-        self.projections = FastProjections(copied.projections, dtype, packed)
+        # The compiler does its own blocking.
+        packing = WeightPacking(dtype, packed, CHUNK_ROWS if device.type == "cpu" and not compile else None)
+        self.positional_inputs = PositionalInputCache(source, dtype)
+        self.backbone = fuse_backbone(source.backbone.body, pixels, dtype, packed)
+        self.projections = FusedInputProjection(source.projections, dtype, packed)
         if self.config.two_stage:
-            self.proposals = FastProposals(copied.proposals, copied.decoder.heads, form)
+            self.proposals = FusedProposals(source.proposals, source.decoder.heads, packing)
         else:
-            with torch.no_grad():
-                position, queries = copied.query_embedding.weight[None].chunk(2, dim=-1)
-                start = copied.reference_points(position).sigmoid()
-            for name, value in (("queries", queries), ("query_position", position), ("references", start)):
-                self.register_buffer(name, value.clone(), persistent=False)
-        self.encoder = FastEncoder(copied.encoder.layers, copied.encoder.norm, copied.decoder, form)
-        self.decoder = FastDecoder(copied.decoder, self.config, form)
+            self._register_learned_queries(source)
+        self.encoder = FusedEncoder(source.encoder.layers, source.encoder.norm, source.decoder, packing)
+        self.decoder = FusedDecoder(source.decoder, self.config, packing)
         self.eval().requires_grad_(False)
-        self.packed = packed
-        self.bucket: int | None = None  # set by `compiled.specialize`, as the next
-        self.graphs: CudaGraphs | None = None
-        _log.info("optimized for %s in %s%s", device, precision, ", weights laid out for oneDNN" if packed else "")
+        if compile:
+            self.features = torch.compile(self.features, dynamic=True)
+            self.detect = torch.compile(self.detect, dynamic=True)
+        _log.info("optimized for %s in %s%s", device, precision, ", weights packed for oneDNN" if packed else "")
+
+    @torch.no_grad()
+    def _register_learned_queries(self, source: DeformableDETRNetwork) -> None:
+        position, queries = source.query_embedding.weight[None].chunk(2, dim=-1)
+        reference_points = source.reference_points(position).sigmoid()
+        buffers = {"queries": queries, "query_position": position, "reference_points": reference_points}
+        for name, value in buffers.items():
+            self.register_buffer(name, value.clone(), persistent=False)
 
     @torch.no_grad()
     def forward(
         self, pixels: Tensor, padding_mask: Tensor | None = None, *, return_attention: bool = False
     ) -> dict[str, Any]:
-        """pred_logits (B, Q, K) and pred_boxes (B, Q, 4), cxcywh in 0..1 of the unpadded image, fp32.
+        """Detect objects.
 
-        pixels: (B, 3, H, W), normalized RGB. padding_mask: (B, H, W) bool, True = padding; none: no padding.
-        Raises UserError for attention, which only the model itself tells.
+        Args:
+            pixels: (B, 3, H, W), normalized RGB.
+            padding_mask: (B, H, W) bool, True = padding. Default: no padding.
+            return_attention: Not supported.
+
+        Returns:
+            `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4), cxcywh in 0..1 of the unpadded image, fp32.
+
+        Raises:
+            UserError: Attention was asked for.
         """
         if return_attention:
-            raise UserError("an optimized model does not tell where it looked; ask the model it was made of")
+            raise UserError("an optimized model has no sampling points; use the model before optimize()")
         if padding_mask is not None and not bool(padding_mask.any()):
             padding_mask = None
-        if self.bucket is not None:
-            from .layout import padded_to
-
-            pixels, padding_mask = padded_to(pixels, padding_mask, self.bucket)
         if padding_mask is not None:
             pixels = pixels.masked_fill(padding_mask[:, None], 0.0)
-        if self.graphs is not None:
-            logits, boxes = self.graphs(pixels, padding_mask)
-            return {"pred_logits": logits, "pred_boxes": boxes}
         maps = self.features(pixels)
         shapes = tuple((x.shape[1], x.shape[2]) for x in maps)
-        layout = self.layouts((pixels.shape[2], pixels.shape[3]), shapes, padding_mask)
-        logits, boxes = self.detect(maps, layout)
+        positional = self.positional_inputs((pixels.shape[2], pixels.shape[3]), shapes, padding_mask)
+        logits, boxes = self.detect(maps, positional)
         return {"pred_logits": logits, "pred_boxes": boxes}
 
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """The maps of all levels, (B, H_l, W_l, C)."""
+        """Return the projected maps of all levels, (B, H_l, W_l, C)."""
         pixels = pixels.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return self.projections(list(self.backbone(pixels)))
 
-    def detect(self, maps: list[Tensor], layout: PositionalInputs) -> tuple[Tensor, Tensor]:
-        """Logits and boxes from the maps of all levels, which are let go of."""
+    def detect(self, maps: list[Tensor], positional: PositionalInputs) -> tuple[Tensor, Tensor]:
+        """Return logits and boxes from the maps of all levels; the list is emptied to free their memory."""
         B = len(maps[0])
         tokens = torch.cat([x.flatten(1, 2) for x in maps], dim=1)
         maps.clear()
-        memory, values = self.encoder(tokens, layout)
+        memory, values = self.encoder(tokens, positional)
         del tokens
         if self.config.two_stage:
-            queries, position, references = self.proposals(memory, layout)
+            queries, position, reference_points = self.proposals(memory, positional)
         else:
-            queries, position, references = (
-                self.get_buffer(name).expand(B, -1, -1) for name in ("queries", "query_position", "references")
+            queries, position, reference_points = (
+                self.get_buffer(name).expand(B, -1, -1) for name in ("queries", "query_position", "reference_points")
             )
         del memory
-        return self.decoder(queries, position, references, values, layout)
+        return self.decoder(queries, position, reference_points, values, positional)
 
     def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
-        """As `DeformableDETR.predict`."""
+        """Return `Detections`. See `DeformableDETR.predict`."""
         from ...predict.predictor import predict
 
         return predict(self, source, threshold, top_k, batch_size)
 
     def optimize(self, *_: Any, **__: Any) -> OptimizedDetector:
-        """Itself: it is."""
+        """Return self."""
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         probe = fn(self.pixel_mean)
         if probe.device == self.pixel_mean.device and probe.dtype == self.pixel_mean.dtype:
             return self
-        raise UserError("an optimized model stays as it was made; move the model it was made of and optimize that")
+        raise UserError("an optimized model cannot change its device or dtype; move the original model, then optimize")
 
 
-class FastProjections(nn.Module):
-    """Backbone maps (B, C_l, H_l, W_l) → normalized maps of all levels (B, H_l, W_l, C), channels last throughout."""
+def _checked_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision not in DTYPES:
+        raise UserError(f"precision '{precision}': choose from {', '.join(DTYPES)}")
+    if precision == "bf16" and device.type == "cpu" and not has_bf16():
+        raise UserError("precision bf16: this processor has no bf16 instructions (AVX512-BF16 or AMX); use fp32")
+    return DTYPES[precision]
+
+
+class FusedInputProjection(nn.Module):
+    """Backbone maps (B, C_l, H_l, W_l) → normalized maps of all levels (B, H_l, W_l, C), channels-last throughout."""
 
     def __init__(self, projections: InputProjection, dtype: torch.dtype, packed: bool) -> None:
         super().__init__()
-        pairs: list[Any] = [list(level.children()) for level in projections.levels]
-        self.convolutions = nn.ModuleList(PackedConv2d(pair[0], None, dtype, packed) for pair in pairs)
-        self.norms = nn.ModuleList(pair[1] for pair in pairs)
+        levels: list[Any] = [list(level.children()) for level in projections.levels]
+        self.convolutions = nn.ModuleList(PackedConv2d(conv, None, dtype, packed) for conv, _ in levels)
+        self.norms = nn.ModuleList(norm for _, norm in levels)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         maps = []
@@ -163,10 +186,10 @@ class FastProjections(nn.Module):
 
 
 def group_norm(x: Tensor, norm: Any) -> Tensor:
-    """`nn.GroupNorm` of maps (B, H, W, C) with the channels last, sums in fp32.
+    """`nn.GroupNorm` of channels-last maps (B, H, W, C), with fp32 sums.
 
-    In fp32 on the CPU of deviations from the mean: PyTorch's own, for channels that come last, takes the mean's square
-    from the squares' mean, 2e-4 off where the mean is ten deviations from zero. In bf16 the maps are no more exact.
+    PyTorch's channels-last kernel for the CPU computes the variance as the difference of two large numbers: 2e-4 off if
+    the mean is ten deviations from zero. So the deviations are squared here.
     """
     B, _, _, C = x.shape
     groups = norm.num_groups
@@ -175,7 +198,7 @@ def group_norm(x: Tensor, norm: Any) -> Tensor:
         return F.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, norm.eps).permute(0, 2, 3, 1)
     flat = x.reshape(B, -1, C)
     mean = flat.mean(1).view(B, groups, -1).mean(-1, keepdim=True).expand(-1, -1, C // groups).reshape(B, 1, C)
-    apart = flat - mean
-    variance = apart.square().mean(1).view(B, groups, -1).mean(-1, keepdim=True)
+    deviation = flat - mean
+    variance = deviation.square().mean(1).view(B, groups, -1).mean(-1, keepdim=True)
     scale = (variance + norm.eps).rsqrt().expand(-1, -1, C // groups).reshape(B, 1, C) * norm.weight
-    return torch.addcmul(norm.bias, apart, scale).view(x.shape)
+    return torch.addcmul(norm.bias, deviation, scale).view(x.shape)

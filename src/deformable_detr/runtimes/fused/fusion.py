@@ -1,4 +1,4 @@
-"""A backbone in which every convolution does the addition and the activation that follow it."""
+"""Fuse a backbone's convolutions with the addition and the activation that follow them."""
 
 from __future__ import annotations
 
@@ -11,123 +11,141 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ...utils.errors import first_line
-from .onednn import Activation, PackedConv2d, activation_of
+from .onednn import Activation, PackedConv2d, fusable_activation
 
 _log = logging.getLogger(__name__)
-_SUMS = {operator.add, operator.iadd, torch.add}
+_ADDITIONS = {operator.add, operator.iadd, torch.add}
 _RELUS = {F.relu, torch.relu}
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-class _Tracer(fx.Tracer):
+class _LeafTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not any(True for _ in m.children())
 
 
-def fused(body: nn.Module, pixels: Tensor, dtype: torch.dtype, packed: bool) -> nn.Module:
-    """The body (batch norms folded, evaluation mode) as a graph of `PackedConv2d`s and what is left, in `dtype`.
+def fuse_backbone(body: nn.Module, pixels: Tensor, dtype: torch.dtype, packed: bool) -> nn.Module:
+    """Rewrite a backbone as a graph of `PackedConv2d` modules and the operations between them.
 
-    pixels: an input of it, which shows the sizes of what is added. A body whose forward pass depends on values or that
-    hooks into its modules cannot be written as a graph: it stays as it is, in `dtype`.
+    A backbone that cannot be traced, or whose graph returns other values, is returned unfused.
+
+    Args:
+        body: Evaluation mode, batch norms folded.
+        pixels: (1, 3, H, W), an input that shows the sizes of the maps.
+        dtype: Of the result.
+        packed: Use oneDNN's weight layout; see `onednn.is_available`.
     """
     from torch.fx.passes.shape_prop import ShapeProp
 
     try:
-        module = fx.GraphModule(body, _Tracer().trace(body))
+        module = fx.GraphModule(body, _LeafTracer().trace(body))
         with torch.no_grad():
-            wanted = [x.float() for x in body(pixels)]
+            expected = [x.float() for x in body(pixels)]
             ShapeProp(module).propagate(pixels)
-            _fuse(module, dtype, packed)
-            found = [x.float() for x in module(pixels.to(dtype))]
-    except Exception as error:  # tracing meets whatever the backbone's code does with what are no tensors
-        _log.info("the backbone stays as it is: %s", first_line(error))
+            _GraphFuser(module, dtype, packed).run()
+            outputs = [x.float() for x in module(pixels.to(dtype))]
+    except Exception as error:  # tracing runs the backbone's own Python code on symbolic values
+        _log.info("the backbone is not fused: %s", first_line(error))
         return body.to(dtype)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    pairs = zip(wanted, found, strict=False)
-    if len(wanted) == len(found) and all(a.shape == b.shape and _error(a, b) < tolerance for a, b in pairs):
+    pairs = zip(expected, outputs, strict=False)
+    if len(expected) == len(outputs) and all(
+        a.shape == b.shape and _relative_rmse(a, b) < _TOLERANCES[dtype] for a, b in pairs
+    ):
         return module
-    _log.warning("the backbone stays as it is: its graph computes something else")
+    _log.warning("the backbone is not fused: its graph returns different values")
     return body.to(dtype)
 
 
-def _error(wanted: Tensor, found: Tensor) -> float:
-    """The root mean square of the difference, relative to that of what was wanted; NaN for what is not finite."""
-    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp(min=1e-12))
+def _relative_rmse(expected: Tensor, output: Tensor) -> float:
+    """Root mean square of the difference relative to that of the expected values; NaN if not finite."""
+    return float((output - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp(min=1e-12))
 
 
-def _fuse(module: fx.GraphModule, dtype: torch.dtype, packed: bool) -> None:
-    graph = module.graph
-    modules: dict[str, Any] = dict(module.named_modules())
+class _GraphFuser:
+    """One pass over a traced backbone that replaces convolutions, in place."""
 
-    def called(node: Any) -> Any:
-        return modules.get(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype, packed: bool) -> None:
+        self.module, self.graph = module, module.graph
+        self.dtype, self.packed = dtype, packed
+        self.modules: dict[str, Any] = dict(module.named_modules())
 
-    for node in list(graph.nodes):
-        if type(called(node)) in (nn.Identity, nn.Dropout):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if type(self._called(node)) in (nn.Identity, nn.Dropout):
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
+        self.order = {node: index for index, node in enumerate(self.graph.nodes)}
+        calls = [str(node.target) for node in self.graph.nodes if node.op == "call_module"]
+        for node in list(self.graph.nodes):
+            if PackedConv2d.supports(self._called(node)) and calls.count(str(node.target)) == 1:
+                self._fuse_convolution(node)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.module.delete_all_unused_submodules()
+        self.module.recompile()
+        self.module.to(self.dtype)
 
-    def activation_after(node: fx.Node) -> tuple[fx.Node | None, Activation | None]:
-        """The only user of a node, where that is an activation that can be part of the call."""
-        user = next(iter(node.users)) if len(node.users) == 1 else None
+    def _fuse_convolution(self, node: fx.Node) -> None:
+        """Replace a convolution, the addition after it and the activation after that by one call."""
+        addition, other = self._addition_after(node)
+        # If both summands are convolutions, the later one adds: the other result exists by then.
+        if other is not None and PackedConv2d.supports(self._called(other)) and self.order[other] >= self.order[node]:
+            addition = other = None
+        last = addition or node
+        activation_node, activation = self._activation_after(last)
+        last = activation_node or last
+        name = str(node.target)
+        convolution = PackedConv2d(self._called(node), activation, self.dtype, self.packed)
+        if other is not None and addition is not None:
+            # In place only if `other` has no later reader and is not a view of another map.
+            read_before = all(self.order[user] < self.order[addition] for user in other.users if user is not addition)
+            convolution.in_place = read_before and isinstance(self._called(other), PackedConv2d | nn.MaxPool2d)
+        self.modules[name] = convolution
+        self.module.set_submodule(name, convolution)
+        arguments = node.args[:1] if other is None else (node.args[0], other)
+        with self.graph.inserting_before(last):
+            call = self.graph.call_module(name, arguments)
+        call.meta = dict(last.meta)
+        self.order[call] = self.order[last]
+        last.replace_all_uses_with(call)
+        for replaced in (activation_node, addition, node):
+            if replaced is not None:
+                self.graph.erase_node(replaced)
+
+    def _called(self, node: Any) -> Any:
+        """The module that a node calls, or None."""
+        is_call = isinstance(node, fx.Node) and node.op == "call_module"
+        return self.modules.get(str(node.target)) if is_call else None
+
+    def _activation_after(self, node: fx.Node) -> tuple[fx.Node | None, Activation | None]:
+        """The only user of a node, if it is an activation that can be fused."""
+        user = _only_user(node)
         if user is None:
             return None, None
-        module_ = called(user)
-        if module_ is not None:
-            known = activation_of(module_)
-        elif (user.op == "call_function" and user.target in _RELUS) or (user.op, user.target) == (
-            "call_method",
-            "relu",
-        ):
-            known = activation_of(nn.ReLU())
-        else:
-            known = None
-        return (user, known) if known else (None, None)
+        module = self._called(user)
+        is_relu = (user.op == "call_function" and user.target in _RELUS) or (
+            user.op == "call_method" and user.target == "relu"
+        )
+        if module is None and is_relu:
+            module = nn.ReLU()
+        activation = None if module is None else fusable_activation(module)
+        return (user, activation) if activation else (None, None)
 
-    def sum_after(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-        """The only user of a node, where that adds another map of the same size, and that map."""
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        if user is None or user.op != "call_function" or user.target not in _SUMS or user.kwargs or len(user.args) != 2:
+    def _addition_after(self, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+        """The only user of a node, if it adds another map of the same size, and that map."""
+        user = _only_user(node)
+        if user is None or user.op != "call_function" or user.target not in _ADDITIONS:
+            return None, None
+        if user.kwargs or len(user.args) != 2:
             return None, None
         other = user.args[1] if user.args[0] is node else user.args[0]
         if not isinstance(other, fx.Node) or other is node or _shape(other) is None or _shape(other) != _shape(node):
             return None, None
         return user, other
 
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    counts = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    for node in list(graph.nodes):
-        convolution = called(node)
-        if not PackedConv2d.takes(convolution) or counts.count(str(node.target)) > 1:
-            continue
-        last, arguments = node, node.args[:1]
-        added, other = sum_after(node)
-        # Of two convolutions that are added, the later one does it: the other's result is there by then.
-        if (
-            added is not None
-            and other is not None
-            and (not PackedConv2d.takes(called(other)) or order[other] < order[node])
-        ):
-            last, arguments = added, (node.args[0], other)
-        user, activation = activation_after(last)
-        last = user or last
-        modules[str(node.target)] = made = PackedConv2d(convolution, activation, dtype, packed)
-        if other is not None and len(arguments) == 2:  # nobody reads the other map later, and it is no view of another
-            before = all(order[reader] < order[added] for reader in other.users if reader is not added)
-            made.in_place = before and isinstance(called(other), PackedConv2d | nn.MaxPool2d)
-        module.set_submodule(str(node.target), made)
-        with graph.inserting_before(last):
-            call = graph.call_module(str(node.target), arguments)
-        call.meta = dict(last.meta)
-        order[call] = order[last]
-        last.replace_all_uses_with(call)
-        for old in (user, added if len(arguments) == 2 else None, node):
-            if old is not None:
-                graph.erase_node(old)
-    graph.eliminate_dead_code()
-    graph.lint()
-    module.delete_all_unused_submodules()
-    module.recompile()
-    module.to(dtype)
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

@@ -1,8 +1,7 @@
-"""Products and convolutions with what follows them in one call.
+"""Linear layers and convolutions fused with the addition or activation that follows them.
 
-On CPUs that is oneDNN's own call, by the operators that PyTorch's compiler uses, with weights laid out beforehand: the
-sum or the activation is done while a result is still in the cache, and nothing is reordered at each call. They are not
-part of PyTorch's public interface, so they are used only where they are there and compute what the public ones do.
+On CPUs they call oneDNN through operators that PyTorch's compiler uses, with weights packed in advance. These operators
+are not public, so `is_available` compares their results with the public ones before they are used.
 """
 
 from __future__ import annotations
@@ -15,20 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...utils.errors import first_line
+
 _log = logging.getLogger(__name__)
+CHUNK_ROWS = 2048  # rows per call of a linear layer, so that intermediate results stay in the cache
+# Per convolution. 60 image sizes needed at most 3 layouts, 1.1 to 1.4 times the memory of the weights.
+MAX_WEIGHT_LAYOUTS, MAX_INPUT_SIZES = 3, 256
 
 
 class Activation(NamedTuple):
-    """An activation as oneDNN knows it, and the module that computes the same."""
+    """An activation by oneDNN's name and arguments, and the module that computes the same."""
 
     name: str
     scalars: list[float]
     algorithm: str
     module: nn.Module
 
+    @property
+    def arguments(self) -> tuple[str, list[float], str]:
+        return self.name, self.scalars, self.algorithm
 
-def activation_of(module: nn.Module) -> Activation | None:
-    """How oneDNN calls an activation; none: it does not know it."""
+
+_NO_ACTIVATION = ("none", [], "")
+
+
+def fusable_activation(module: nn.Module) -> Activation | None:
+    """Return an activation in oneDNN's terms, or None if oneDNN does not have it."""
     kind = type(module)
     if kind is nn.ReLU:
         return Activation("relu", [], "", nn.ReLU())
@@ -40,43 +51,47 @@ def activation_of(module: nn.Module) -> Activation | None:
     if kind is nn.Hardswish:
         return Activation("hardswish", [], "", nn.Hardswish())
     if kind is nn.GELU:
-        form = str(module.approximate)
-        return Activation("gelu", [], form, nn.GELU(form))
+        approximate = str(module.approximate)
+        return Activation("gelu", [], approximate, nn.GELU(approximate))
     return None
 
 
 @functools.cache
-def available(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch and processor have the calls in `dtype`, and they compute what they should."""
+def is_available(dtype: torch.dtype) -> bool:
+    """Whether PyTorch and the processor have oneDNN's fused operators in `dtype`, and they return correct values."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16 and not has_bf16():
         return False
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((5, 16), (24, 16), (24,)))
     try:
-        product = PackedLinear(weight, bias, activation_of(nn.ReLU()), dtype, packed=True)
-        convolution = PackedConv2d(_example(weight, bias), activation_of(nn.ReLU()), dtype, packed=True)
-        pixels = x.view(1, 16, 5, 1).contiguous(memory_format=torch.channels_last)
-        other = torch.ones(1, 24, 5, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        mapped = (F.conv2d(pixels, weight[:, :, None, None], bias) + other).relu()
-        pairs = [
-            (product(x), F.linear(x, weight, bias).relu()),
-            (convolution(pixels, other), mapped),
-        ]
+        pairs = _fused_and_public_results(dtype)
     except (AttributeError, RuntimeError, TypeError) as error:
-        _log.info("no fused products in this PyTorch: %s", str(error).splitlines()[0])
+        _log.info("this PyTorch has no fused operators of oneDNN: %s", first_line(error))
         return False
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    right = all(bool(((a - b).abs() < tolerance).all()) for a, b in pairs)
-    if not right:
-        _log.warning("fused products of this PyTorch compute something else; they are not used")
-    return right
+    correct = all(bool(((a - b).abs() < tolerance).all()) for a, b in pairs)
+    if not correct:
+        _log.warning("the fused operators of this PyTorch return wrong values and are not used")
+    return correct
+
+
+def _fused_and_public_results(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Results of a packed linear layer and a packed convolution, each with the public operators' result."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((5, 16), (24, 16), (24,)))
+    linear = PackedLinear(weight, bias, fusable_activation(nn.ReLU()), dtype, packed=True)
+    plain = nn.Conv2d(16, 24, 1)
+    plain.weight.data, plain.bias.data = weight[:, :, None, None], bias  # type: ignore[union-attr]
+    convolution = PackedConv2d(plain, fusable_activation(nn.ReLU()), dtype, packed=True)
+    pixels = x.view(1, 16, 5, 1).contiguous(memory_format=torch.channels_last)
+    other = torch.ones(1, 24, 5, 1, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    expected = (F.conv2d(pixels, weight[:, :, None, None], bias) + other).relu()
+    return [(linear(x), F.linear(x, weight, bias).relu()), (convolution(pixels, other), expected)]
 
 
 @functools.cache
 def has_bf16() -> bool:
-    """Whether this processor multiplies bf16 numbers itself (AVX512-BF16 or AMX)."""
+    """Whether the processor has bf16 instructions (AVX512-BF16 or AMX)."""
     capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if capability:
         return bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))
@@ -89,9 +104,14 @@ def has_bf16() -> bool:
 
 
 class PackedLinear(nn.Module):
-    """x · Wᵀ + b, with the activation or the sum with another tensor in the same call.
+    """x · Wᵀ + b, fused with an activation or with the addition of another tensor.
 
-    weight: (out, in). activation: none, or one of `activation_of`. packed: oneDNN's call, on CPUs where `available`.
+    Args:
+        weight: (out, in).
+        bias: (out,), optional.
+        activation: A result of `fusable_activation`, optional.
+        dtype: Of the weights.
+        packed: Call oneDNN with packed weights; needs a CPU where `is_available(dtype)`.
     """
 
     weight: Tensor
@@ -105,18 +125,18 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
         weight = weight.detach().to(dtype).contiguous()
         if packed:
-            # No buffer: its layout is oneDNN's secret, and no other device could have it.
-            self.laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-            self.call = (activation.name, activation.scalars, activation.algorithm) if activation else ("none", [], "")
+            # Not a buffer: the layout is private to oneDNN and cannot move to another device.
+            self.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight, CHUNK_ROWS)
+            self.activation_arguments = activation.arguments if activation else _NO_ACTIVATION
         else:
             self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """x: (…, in). other: (…, out), added instead of an activation."""
+        """x: (…, in). other: (…, out), added instead of the activation."""
         if self.packed:
             if other is not None:
-                return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.laid_out, self.bias, "add")
-            return torch.ops.mkldnn._linear_pointwise(x, self.laid_out, self.bias, *self.call)
+                return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed_weight, self.bias, "add")
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed_weight, self.bias, *self.activation_arguments)
         y = F.linear(x, self.weight, self.bias)
         if other is not None:
             return y + other
@@ -124,7 +144,17 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv2d(nn.Module):
-    """A convolution, then the sum with another map and the activation in the same call. Channels last."""
+    """A convolution fused with the addition of another map and an activation, in channels-last format.
+
+    Args:
+        convolution: A module for which `supports` is true.
+        activation: A result of `fusable_activation`, optional.
+        dtype: Of the weights.
+        packed: Call oneDNN with packed weights; needs a CPU where `is_available(dtype)`.
+
+    Attributes:
+        in_place: Whether `forward` may overwrite the map that it adds.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -134,98 +164,92 @@ class PackedConv2d(nn.Module):
         self.activation, self.packed = activation, packed
         self.kernel, self.stride = convolution.kernel_size, list(convolution.stride)
         self.dilation = list(convolution.dilation)
-        self.same = type(convolution).__name__ == "Conv2dSame"  # TensorFlow's padding, by the input's size
-        self.in_front = packed and self.same and _may_stand_in_front(convolution)
-        padding: Any = [0, 0] if self.same else list(convolution.padding)  # integers: `takes`
-        self.shape = (padding, self.stride, self.dilation, convolution.groups)
+        self.same_padding = type(convolution).__name__ == "Conv2dSame"  # TensorFlow's, depends on the input size
+        self.shifted_kernel = packed and self.same_padding and _allows_shifted_kernel(convolution)
+        padding: Any = [0, 0] if self.same_padding else list(convolution.padding)  # integers: see `supports`
+        self.geometry = (padding, self.stride, self.dilation, convolution.groups)
         bias = convolution.bias
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
         weight = convolution.weight.detach().to(dtype)
-        if self.in_front:
+        if self.shifted_kernel:
             weight = F.pad(weight, (1, 0, 1, 0))
         weight = weight.contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight, persistent=False)
-        self.call = (activation.name, activation.scalars, activation.algorithm) if activation else ("none", [], "")
+        self.activation_arguments = activation.arguments if activation else _NO_ACTIVATION
         self.in_place = False
-        self.laid_out: dict[bytes, Tensor] = {}  # weights by their layouts
-        self.layouts: dict[torch.Size, bytes] = {}  # by sizes of the input
-
-    def _weight(self, x: Tensor, shape: tuple[Any, ...]) -> Tensor:
-        """The weight in the layout of oneDNN's own that it wants for a size of the input.
-
-        Laying it out at each call takes 3 to 8% of a forward pass, and what is made for one size can cost tenfold time
-        at another. But most sizes share a layout: only what a new one gives shows which, and one of each is kept.
-        """
-        size = x.shape[1:]  # any batch: the layout depends on it little
-        known = self.laid_out.get(self.layouts.get(size, b""))
-        if known is not None:
-            return known
-        made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, list(x.shape))
-        layout = torch.ops.mkldnn._get_mkldnn_serialized_md(made).numpy().tobytes()
-        others = {other: kept for other, kept in self.laid_out.items() if other != layout}
-        weight = self.laid_out.get(layout, made)
-        # New dictionaries, as other threads may read the old ones.
-        self.laid_out = {**dict(list(others.items())[1 - LAYOUTS :]), layout: weight}
-        self.layouts = {**dict(list(self.layouts.items())[1 - SIZES :]), size: layout}
-        return weight
-
-    def _margins(self, x: Tensor) -> list[int]:
-        """Rows and columns of zeros on each side for a kernel that begins one before its own first ones."""
-        from timm.layers.padding import get_same_padding
-
-        sizes = zip(x.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
-        return [get_same_padding(*size) // 2 + 1 for size in sizes]  # pyright: ignore[reportReturnType]
+        self.packed_weights: dict[bytes, Tensor] = {}  # by layout
+        self.layouts: dict[torch.Size, bytes] = {}  # by input size
 
     @staticmethod
-    def takes(module: Any) -> bool:
-        """Whether a module is a convolution of the kinds known here."""
-        known = type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
-        return known and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    def supports(module: Any) -> bool:
+        """Whether a module is a convolution that can be packed."""
+        is_convolution = type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
+        return is_convolution and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """x: (B, in, H, W). other: (B, out, h, w), which is overwritten where `in_place` is set."""
-        shape = self.shape
-        if self.in_front:
-            shape = (self._margins(x), *shape[1:])
-        elif self.same:
+        """x: (B, in, H, W). other: (B, out, h, w), added before the activation."""
+        geometry = self.geometry
+        if self.shifted_kernel:
+            geometry = (self._shifted_padding(x), *geometry[1:])
+        elif self.same_padding:
             from timm.layers.padding import pad_same
 
             x = pad_same(x, list(self.kernel), self.stride, self.dilation)
         if self.packed:
-            x = x.contiguous(memory_format=torch.channels_last)
-            weight = self._weight(x, shape)
-            if other is None:
-                return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *shape, *self.call)
-            unary = self.call if self.activation else (None, [], None)
-            call = torch.ops.mkldnn._convolution_pointwise.binary
-            if self.in_place and other.is_contiguous(memory_format=torch.channels_last):
-                call = torch.ops.mkldnn._convolution_pointwise_.binary
-                return call(other, x, weight, self.bias, *shape, "add", 1.0, *unary)
-            other = other.contiguous(memory_format=torch.channels_last)
-            return call(x, other, weight, self.bias, *shape, "add", 1.0, *unary)
-        padding, stride, dilation, groups = shape
+            return self._forward_packed(x, other, geometry)
+        padding, stride, dilation, groups = geometry
         y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         if other is not None:
             y = y + other
         return y if self.activation is None else self.activation.module(y)
 
+    def _forward_packed(self, x: Tensor, other: Tensor | None, geometry: tuple[Any, ...]) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = self._packed_weight(x, geometry)
+        if other is None:
+            arguments = self.activation_arguments
+            return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *geometry, *arguments)
+        unary = self.activation_arguments if self.activation else (None, [], None)
+        if self.in_place and other.is_contiguous(memory_format=torch.channels_last):
+            call = torch.ops.mkldnn._convolution_pointwise_.binary
+            return call(other, x, weight, self.bias, *geometry, "add", 1.0, *unary)
+        other = other.contiguous(memory_format=torch.channels_last)
+        call = torch.ops.mkldnn._convolution_pointwise.binary
+        return call(x, other, weight, self.bias, *geometry, "add", 1.0, *unary)
 
-def _may_stand_in_front(convolution: nn.Conv2d) -> bool:
-    """Whether "same" padding, one wider after the map than before it, can be done without a padded copy of the map.
+    def _packed_weight(self, x: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+        """The weight in the layout that oneDNN prefers for this input size.
 
-    A row and a column of zeros in front of the kernel, and margins of one pixel more than before the map, read the same
-    pixels. In a depthwise convolution these products are nearly free, and the copy was the larger part of its time.
+        Packing at every call costs 3 to 8% of a forward pass, and a layout for another size can be ten times slower.
+        Most sizes share a layout, so one copy per layout is cached.
+        """
+        size = x.shape[1:]  # the layout hardly depends on the batch
+        weight = self.packed_weights.get(self.layouts.get(size, b""))
+        if weight is not None:
+            return weight
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
+        layout = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy().tobytes()
+        others = {key: value for key, value in self.packed_weights.items() if key != layout}
+        weight = self.packed_weights.get(layout, packed)
+        # New dictionaries, because other threads may be reading the old ones.
+        self.packed_weights = {**dict(list(others.items())[1 - MAX_WEIGHT_LAYOUTS :]), layout: weight}
+        self.layouts = {**dict(list(self.layouts.items())[1 - MAX_INPUT_SIZES :]), size: layout}
+        return weight
+
+    def _shifted_padding(self, x: Tensor) -> list[int]:
+        """Padding per side for a kernel with a row and a column of zeros in front."""
+        from timm.layers.padding import get_same_padding
+
+        sizes = zip(x.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+        return [get_same_padding(*size) // 2 + 1 for size in sizes]  # pyright: ignore[reportReturnType]
+
+
+def _allows_shifted_kernel(convolution: nn.Conv2d) -> bool:
+    """Whether asymmetric "same" padding can be replaced by a row and a column of zeros in front of the kernel.
+
+    This reads the same pixels without a padded copy of the map, which took most of the time of a strided depthwise
+    convolution; the additional products are nearly free there.
     """
     sizes = zip(convolution.kernel_size, convolution.stride, convolution.dilation, strict=True)
     depthwise = convolution.groups == convolution.in_channels == convolution.out_channels
     return depthwise and all(kernel >= stride > 1 and dilation == 1 for kernel, stride, dilation in sizes)
-
-
-ROWS = 2048  # about as many rows of a product at a time: what belongs to them stays in the cache
-LAYOUTS, SIZES = 3, 256  # of a convolution, at most; 60 sizes of images had 3 at most, 1.1 to 1.4 of the weights' size
-
-
-def _example(weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
-    convolution.weight.data, convolution.bias.data = weight[:, :, None, None], bias  # type: ignore[union-attr]
-    return convolution

@@ -1,6 +1,6 @@
-"""Encoder, proposals and decoder for inference: the modules of `model`, weights arranged for fewer, larger products.
+"""Encoder, proposals and decoder for inference: weights concatenated for fewer, larger matrix products.
 
-B images, S tokens, Q queries, C channels, M heads, L levels, P points.
+B images, S tokens, Q queries, C channels, M heads, D channels per head, L levels, P points, K classes.
 """
 
 from __future__ import annotations
@@ -22,218 +22,231 @@ from ...model.heads import DetectionHeads
 from ...model.layers import FeedForward
 from ...model.position_encoding import box_encoding
 from ...model.two_stage import TwoStageProposals
-from .layout import PositionalInputs
-from .onednn import PackedLinear, activation_of
+from .onednn import PackedLinear, fusable_activation
+from .positional_inputs import PositionalInputs
 
-STEP = 64  # rows that the length of a part is a multiple of; the parts overlap by fewer rows each
+CHUNK_MULTIPLE = 64  # chunk lengths are multiples of it; chunks overlap by fewer rows each
 
 
 class WeightPacking:
-    """How the weights are kept: dtype of the heavy parts, oneDNN's layout or not, rows of tokens at a time."""
+    """How weights are stored.
 
-    def __init__(self, dtype: torch.dtype, packed: bool, rows: int | None) -> None:
-        self.dtype, self.packed, self.rows = dtype, packed, rows
+    Args:
+        dtype: Of the backbone, encoder and values.
+        packed: In oneDNN's layout; see `onednn.is_available`.
+        chunk_rows: Tokens that pass through a layer together. None: all.
+    """
 
-    def product(self, *layers: nn.Linear, activation: nn.Module | None = None, dtype: torch.dtype | None = None):
-        """One product with the outputs of several linear layers side by side."""
+    def __init__(self, dtype: torch.dtype, packed: bool, chunk_rows: int | None) -> None:
+        self.dtype, self.packed, self.chunk_rows = dtype, packed, chunk_rows
+
+    def linear(self, *layers: nn.Linear, activation: nn.Module | None = None) -> PackedLinear:
+        """Return one layer with the outputs of several linear layers side by side."""
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        known = None if activation is None else activation_of(activation)
-        return PackedLinear(weight, bias, known, dtype or self.dtype, self.packed)
+        return self.linear_from(weight, bias, activation)
 
-    def exact(self) -> WeightPacking:
-        """The same in fp32, which boxes and classes are computed in."""
-        return WeightPacking(torch.float32, self.packed, self.rows)
+    def linear_from(self, weight: Tensor, bias: Tensor, activation: nn.Module | None = None) -> PackedLinear:
+        fused = None if activation is None else fusable_activation(activation)
+        return PackedLinear(weight, bias, fused, self.dtype, self.packed)
+
+    def fp32(self) -> WeightPacking:
+        """Return the same packing in fp32, for boxes and classes."""
+        return WeightPacking(torch.float32, self.packed, self.chunk_rows)
 
 
-def in_parts(
-    run: Callable[..., Sequence[Tensor]], rows: int | None, tensors: Sequence[Tensor | None], into: list[Tensor]
+def run_in_chunks(
+    function: Callable[..., Sequence[Tensor]],
+    chunk_rows: int | None,
+    inputs: Sequence[Tensor | None],
+    outputs: list[Tensor],
 ) -> list[Tensor]:
-    """`run` over a few rows of its tensors at a time, so that what it makes in between stays in the cache.
+    """Run a function on a few rows of its inputs at a time, so that intermediate results stay in the cache.
 
-    tensors: (B or 1, S, …), none is handed on. run takes rows of them, (n, …), and returns rows of results.
-    into: the tensors (B, S, …) for the results; empty ones are made. rows: about as many; none: all at once, and
-    nothing is copied.
+    Args:
+        function: Takes rows (n, …) of each input and returns rows (n, …) of each output.
+        chunk_rows: Approximate number of rows per chunk. None: one call with the whole inputs.
+        inputs: (B or 1, S, …) each. None is passed on.
+        outputs: (B, S, …) each, filled in place; they may be inputs. Empty: new tensors.
+
+    Returns:
+        The outputs.
     """
-    if rows is None:
-        return list(run(*tensors))
-    B = max(len(t) for t in tensors if t is not None)
-    S = next(t.shape[1] for t in tensors if t is not None)
-    rows = part_length(S, rows)
+    if chunk_rows is None:
+        return list(function(*inputs))
+    B = max(len(x) for x in inputs if x is not None)
+    S = next(x.shape[1] for x in inputs if x is not None)
+    length = chunk_length(S, chunk_rows)
     for image in range(B):
 
         def run_from(start: int, image: int = image) -> Sequence[Tensor]:
-            return run(*(None if t is None else t[image if len(t) > 1 else 0, start : start + rows] for t in tensors))
+            rows = (None if x is None else x[image if len(x) > 1 else 0, start : start + length] for x in inputs)
+            return function(*rows)
 
-        last = run_from(S - rows)  # first: it begins inside the one before it, which writes over what it reads
-        if not into:
-            into = [found.new_empty(B, S, *found.shape[1:]) for found in last]
-        for start in range(0, S - rows, rows):
-            for whole, found in zip(into, run_from(start), strict=True):
-                whole[image, start : start + rows] = found
-        for whole, found in zip(into, last, strict=True):
-            whole[image, S - rows :] = found
-    return into
+        last = run_from(S - length)  # first, because it overlaps the chunk before it, which overwrites its inputs
+        if not outputs:
+            outputs = [rows.new_empty(B, S, *rows.shape[1:]) for rows in last]
+        for start in range(0, S - length, length):
+            for output, rows in zip(outputs, run_from(start), strict=True):
+                output[image, start : start + length] = rows
+        for output, rows in zip(outputs, last, strict=True):
+            output[image, S - length :] = rows
+    return outputs
 
 
-def part_length(S: int, rows: int) -> int:
-    """Rows of each part of S, about `rows`: a multiple of `STEP`, so that images of many sizes share a few lengths.
+def chunk_length(S: int, chunk_rows: int) -> int:
+    """Return the rows per chunk: near `chunk_rows` and a multiple of `CHUNK_MULTIPLE`.
 
-    oneDNN compiles a product anew for each number of rows: half a millisecond and more than half a MiB every time.
+    Images of many sizes then share a few lengths; oneDNN compiles each new one, in half a millisecond and half a MiB.
     """
-    parts = max(1, round(S / rows))
-    return min(S, -(-S // (STEP * parts)) * STEP)
+    count = max(1, round(S / chunk_rows))
+    return min(S, -(-S // (CHUNK_MULTIPLE * count)) * CHUNK_MULTIPLE)
 
 
-class Norm(nn.Module):
-    """Layer normalization in the weights' own precision."""
-
-    def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.norm = norm.to(dtype) if isinstance(norm, nn.LayerNorm) else norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-
-class FeedForwardPair(nn.Module):
+class FusedFeedForward(nn.Module):
     """x + the feed-forward network of y."""
 
-    def __init__(self, ffn: FeedForward, form: WeightPacking) -> None:
+    def __init__(self, ffn: FeedForward, packing: WeightPacking) -> None:
         super().__init__()
-        self.widen = form.product(ffn.linear1, activation=ffn.activation)
-        self.narrow = form.product(ffn.linear2)
+        self.linear1 = packing.linear(ffn.linear1, activation=ffn.activation)
+        self.linear2 = packing.linear(ffn.linear2)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.narrow(self.widen(y), x)
+        return self.linear2(self.linear1(y), x)
 
 
-class Sampling(nn.Module):
-    """Offsets and attention logits of a deformable attention in one product: (…, M, L, P, 2) and (…, M, L, P)."""
+class SamplingProjection(nn.Module):
+    """Sampling offsets (…, M, L, P, 2) and attention logits (…, M, L, P) from one matrix product."""
 
-    def __init__(self, attention: DeformableAttention, form: WeightPacking) -> None:
+    def __init__(self, attention: DeformableAttention, packing: WeightPacking) -> None:
         super().__init__()
         self.shape = (attention.heads, attention.levels, attention.points)
-        self.split = attention.sampling_offsets.out_features
-        self.product = form.product(attention.sampling_offsets, attention.attention_weights)
+        self.num_offsets = attention.sampling_offsets.out_features
+        self.linear = packing.linear(attention.sampling_offsets, attention.attention_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.product(x)
-        offsets, logits = found[..., : self.split], found[..., self.split :]
+        outputs = self.linear(x)
+        offsets, logits = outputs[..., : self.num_offsets], outputs[..., self.num_offsets :]
         return offsets.unflatten(-1, (*self.shape, 2)), logits.unflatten(-1, self.shape)
 
 
-class FastEncoderLayer(nn.Module):
-    """An encoder layer in two steps, before and after the sampling, that know each token by itself."""
+class FusedEncoderLayer(nn.Module):
+    """An encoder layer as two functions of single tokens, before and after the sampling."""
 
-    def __init__(self, layer: EncoderLayer, form: WeightPacking) -> None:
+    def __init__(self, layer: EncoderLayer, packing: WeightPacking) -> None:
         super().__init__()
         self.pre_norm = layer.pre_norm
         self.heads = layer.self_attn.heads
-        self.value = form.product(layer.self_attn.value_proj)
-        self.sampling = Sampling(layer.self_attn, form)
-        self.output = form.product(layer.self_attn.output_proj)
-        self.norm1, self.norm2 = Norm(layer.norm1, form.dtype), Norm(layer.norm2, form.dtype)
-        self.ffn = FeedForwardPair(layer.ffn, form)
+        self.value = packing.linear(layer.self_attn.value_proj)
+        self.sampling = SamplingProjection(layer.self_attn, packing)
+        self.output = packing.linear(layer.self_attn.output_proj)
+        self.norm1, self.norm2 = layer.norm1.to(packing.dtype), layer.norm2.to(packing.dtype)
+        self.ffn = FusedFeedForward(layer.ffn, packing)
 
-    def before(self, tokens: Tensor, position: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Values (…, M, D), offsets and logits of tokens (…, C). padding: (…), True where values are to be zero."""
+    def before_sampling(
+        self, tokens: Tensor, position: Tensor, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return values (…, M, D), offsets and logits of tokens (…, C); values are 0 in the padding."""
         x = self.norm1(tokens) if self.pre_norm else tokens
         value = self.value(x)
-        if padding is not None:
-            value = value.masked_fill(padding[..., None], 0.0)
+        if padding_mask is not None:
+            value = value.masked_fill(padding_mask[..., None], 0.0)
         return value.unflatten(-1, (self.heads, -1)), *self.sampling(x + position)
 
-    def after(self, tokens: Tensor, read: Tensor) -> Tensor:
-        """The layer's tokens from those that came in and what they read, (…, C) each."""
-        tokens = self.output(read, tokens)
+    def after_sampling(self, tokens: Tensor, samples: Tensor) -> Tensor:
+        """Return the layer's output from its input and the sampled values, (…, C) each."""
+        tokens = self.output(samples, tokens)
         if self.pre_norm:
             return self.ffn(tokens, self.norm2(tokens))
         tokens = self.norm1(tokens)
         return self.norm2(self.ffn(tokens, tokens))
 
 
-class FastEncoder(nn.Module):
-    """All encoder layers, and the values that the decoder's layers read: they all project the same memory."""
+class FusedEncoder(nn.Module):
+    """All encoder layers, and the value projections of all decoder layers: they read the same memory."""
 
-    def __init__(self, layers: nn.ModuleList, norm: nn.Module, decoder: Decoder, form: WeightPacking) -> None:
+    def __init__(self, layers: nn.ModuleList, norm: nn.Module, decoder: Decoder, packing: WeightPacking) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(FastEncoderLayer(layer, form) for layer in layers)  # type: ignore[arg-type]
-        self.norm = Norm(norm, form.dtype)
+        self.layers = nn.ModuleList(FusedEncoderLayer(layer, packing) for layer in layers)  # type: ignore[arg-type]
+        self.norm = norm.to(packing.dtype)
         attentions: list[Any] = [layer.cross_attn for layer in decoder.layers]
-        self.values = form.product(*(attention.value_proj for attention in attentions))
+        self.values = packing.linear(*(attention.value_proj for attention in attentions))
         self.value_shape = (len(attentions), attentions[0].heads, -1)
-        self.rows = form.rows
+        self.chunk_rows = packing.chunk_rows
 
-    def forward(self, tokens: Tensor, layout: PositionalInputs) -> tuple[Tensor, list[Tensor]]:
-        """tokens: (B, S, C). The memory (B, S, C), and a decoder layer each its values (B, S, M, D)."""
-        B = len(tokens)
-        references = layout.references.expand(B, -1, -1, -1)
-        fixed = (layout.position, layout.mask)
+    def forward(self, tokens: Tensor, positional: PositionalInputs) -> tuple[Tensor, list[Tensor]]:
+        """Return the memory (B, S, C) and, per decoder layer, its values (B, S, M, D), of tokens (B, S, C)."""
+        padding_mask = positional.padding_mask
+        reference_points = positional.reference_points.expand(len(tokens), -1, -1, -1)
+        per_token = (positional.position, padding_mask)
         layers: list[Any] = list(self.layers)
         if not layers:
-            memory, *values = in_parts(self._finish, self.rows, (tokens, layout.mask), [])
+            memory, *values = run_in_chunks(self._finish, self.chunk_rows, (tokens, padding_mask), [])
             return memory, values
-        sampled = in_parts(layers[0].before, self.rows, (tokens, *fixed), [])
-        for layer, following in zip(layers, [*layers[1:], None], strict=True):
-            read = ops.deformable_attention(sampled[0], layout.spatial_shapes, references, *sampled[1:])
-            if following is None:
-                sampled.clear()
+        sampling_inputs = run_in_chunks(layers[0].before_sampling, self.chunk_rows, (tokens, *per_token), [])
+        for layer, next_layer in zip(layers, [*layers[1:], None], strict=True):
+            samples = ops.deformable_attention(
+                sampling_inputs[0], positional.spatial_shapes, reference_points, *sampling_inputs[1:]
+            )
+            if next_layer is None:
+                break
 
-                def last(x: Tensor, y: Tensor, mask: Tensor | None, layer: Any = layer) -> Sequence[Tensor]:
-                    return self._finish(layer.after(x, y), mask)
-
-                memory, *values = in_parts(last, self.rows, (tokens, read, layout.mask), [])
-                return memory, values
-
-            def between(
-                x: Tensor, y: Tensor, position: Tensor, mask: Tensor | None, a: Any = layer, b: Any = following
+            def between_samplings(
+                x: Tensor, y: Tensor, position: Tensor, mask: Tensor | None, a: Any = layer, b: Any = next_layer
             ) -> Sequence[Tensor]:
-                x = a.after(x, y)
-                return x, *b.before(x, position, mask)
+                x = a.after_sampling(x, y)
+                return x, *b.before_sampling(x, position, mask)
 
-            # Rows are read before they are written: the tensors of the layer before serve again.
-            tokens, *sampled = in_parts(between, self.rows, (tokens, read, *fixed), [tokens, *sampled])
-        raise AssertionError("unreachable: the last layer returns")
+            # Rows are read before they are written, so the tensors of the previous layer can be reused.
+            tokens, *sampling_inputs = run_in_chunks(
+                between_samplings, self.chunk_rows, (tokens, samples, *per_token), [tokens, *sampling_inputs]
+            )
+        sampling_inputs.clear()
 
-    def _finish(self, tokens: Tensor, padding: Tensor | None) -> Sequence[Tensor]:
+        def after_last_sampling(x: Tensor, y: Tensor, mask: Tensor | None) -> Sequence[Tensor]:
+            return self._finish(layers[-1].after_sampling(x, y), mask)
+
+        memory, *values = run_in_chunks(after_last_sampling, self.chunk_rows, (tokens, samples, padding_mask), [])
+        return memory, values
+
+    def _finish(self, tokens: Tensor, padding_mask: Tensor | None) -> Sequence[Tensor]:
         memory = self.norm(tokens)
         values = self.values(memory)
-        if padding is not None:
-            values = values.masked_fill(padding[..., None], 0.0)
+        if padding_mask is not None:
+            values = values.masked_fill(padding_mask[..., None], 0.0)
         return memory, *values.unflatten(-1, self.value_shape).unbind(-3)
 
 
-class FastProposals(nn.Module):
-    """The best tokens as queries. Scores are computed for all of them, boxes only for the chosen."""
+class FusedProposals(nn.Module):
+    """The highest-scoring tokens as queries: scores for all tokens, boxes for the selected ones only."""
 
-    def __init__(self, stage: TwoStageProposals, heads: DetectionHeads, form: WeightPacking) -> None:
+    def __init__(self, stage: TwoStageProposals, heads: DetectionHeads, packing: WeightPacking) -> None:
         super().__init__()
         self.stage = stage
-        self.rows, self.dtype = form.rows, form.dtype
-        self.project, self.norm = form.product(stage.memory_proj), stage.memory_norm
+        self.chunk_rows, self.dtype = packing.chunk_rows, packing.dtype
+        self.project, self.norm = packing.linear(stage.memory_proj), stage.memory_norm
         index = -1 if len(heads.classes) > 1 else 0
         scorer: Any = heads.classes[index]
-        kept = slice(None) if stage.class_aware_proposals else slice(0, 1)
-        self.register_buffer("weight", scorer.weight[kept].float().clone(), persistent=False)
-        self.register_buffer("bias", scorer.bias[kept].float().clone(), persistent=False)
+        classes = slice(None) if stage.class_aware_proposals else slice(0, 1)
+        self.register_buffer("weight", scorer.weight[classes].float().clone(), persistent=False)
+        self.register_buffer("bias", scorer.bias[classes].float().clone(), persistent=False)
         self.boxes = heads.boxes[index]
 
-    def forward(self, memory: Tensor, layout: PositionalInputs) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Queries (B, Q, C), their position (B, Q, C) or none, and boxes (B, Q, 4) of the memory (B, S, C)."""
-        assert layout.anchors is not None
+    def forward(self, memory: Tensor, positional: PositionalInputs) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return queries (B, Q, C), their position (B, Q, C) or None, and boxes (B, Q, 4) of the memory (B, S, C)."""
+        assert positional.anchors is not None
         B, S, C = memory.shape
-        anchors = layout.anchors.expand(B, -1, -1)
-        (scores,) = in_parts(self._scores, self.rows, (memory, layout.usable), [])
-        best = scores.topk(min(self.stage.num_queries, S), dim=1).indices[..., None]  # (B, Q, 1)
-        usable = layout.usable.expand(B, -1)[..., None].gather(1, best)  # type: ignore[union-attr]
-        tokens = self._tokens(memory.gather(1, best.expand(-1, -1, C)), usable[..., 0])
-        boxes = (self.boxes(tokens) + anchors.gather(1, best.expand(-1, -1, 4))).sigmoid()
+        anchors = positional.anchors.expand(B, -1, -1)
+        (scores,) = run_in_chunks(self._scores, self.chunk_rows, (memory, positional.usable), [])
+        top = scores.topk(min(self.stage.num_queries, S), dim=1).indices[..., None]  # (B, Q, 1)
+        usable = positional.usable.expand(B, -1)[..., None].gather(1, top)  # type: ignore[union-attr]
+        tokens = self._tokens(memory.gather(1, top.expand(-1, -1, C)), usable[..., 0])
+        boxes = (self.boxes(tokens) + anchors.gather(1, top.expand(-1, -1, 4))).sigmoid()
         position, queries = self.stage.embed_boxes(boxes, tokens)
         if self.stage.query_init == "encoder":
             queries = tokens
         elif self.stage.query_init == "learned":
-            queries = self.stage.query_embedding.weight[: best.shape[1]].expand(B, -1, -1)
+            queries = self.stage.query_embedding.weight[: top.shape[1]].expand(B, -1, -1)
         assert queries is not None
         return queries, position, boxes
 
@@ -245,53 +258,53 @@ class FastProposals(nn.Module):
         return (logits.amax(-1),)
 
 
-class FastDecoderLayer(nn.Module):
-    """A decoder layer that is given its values. All in fp32 but those: the queries are few."""
+class FusedDecoderLayer(nn.Module):
+    """A decoder layer that gets its values from the encoder. All else is fp32: there are few queries."""
 
-    def __init__(self, layer: DecoderLayer, form: WeightPacking) -> None:
+    def __init__(self, layer: DecoderLayer, packing: WeightPacking) -> None:
         super().__init__()
         self.pre_norm, self.heads = layer.pre_norm, layer.self_attn.num_heads
         C = layer.self_attn.embed_dim
         weight, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
-        exact = form.exact()
-        self.query_key = PackedLinear(weight[: 2 * C], bias[: 2 * C], None, exact.dtype, exact.packed)
-        self.value = PackedLinear(weight[2 * C :], bias[2 * C :], None, exact.dtype, exact.packed)
-        self.spoken = exact.product(layer.self_attn.out_proj)
-        self.sampling = Sampling(layer.cross_attn, exact)
-        self.read = exact.product(layer.cross_attn.output_proj)
+        packing = packing.fp32()
+        self.query_key = packing.linear_from(weight[: 2 * C], bias[: 2 * C])
+        self.value = packing.linear_from(weight[2 * C :], bias[2 * C :])
+        self.self_attn_output = packing.linear(layer.self_attn.out_proj)
+        self.sampling = SamplingProjection(layer.cross_attn, packing)
+        self.cross_attn_output = packing.linear(layer.cross_attn.output_proj)
         self.norm1, self.norm2, self.norm3 = layer.norm1, layer.norm2, layer.norm3
-        self.ffn = FeedForwardPair(layer.ffn, exact)
+        self.ffn = FusedFeedForward(layer.ffn, packing)
 
     def forward(
-        self, queries: Tensor, position: Tensor, references: Tensor, values: Tensor, spatial_shapes: ops.Shapes
+        self, queries: Tensor, position: Tensor, reference_points: Tensor, values: Tensor, spatial_shapes: ops.Shapes
     ) -> Tensor:
-        """queries, position: (B, Q, C). references: (B, Q, L, 2 or 4). values: (B, S, M, D)."""
+        """queries, position: (B, Q, C). reference_points: (B, Q, L, 2 or 4). values: (B, S, M, D)."""
         x = self.norm1(queries) if self.pre_norm else queries
         query, key = self.query_key(x + position).chunk(2, dim=-1)
-        query, key, value = map(self._by_head, (query, key, self.value(x)))
-        spoken = F.scaled_dot_product_attention(query, key, value)
-        queries = self.spoken(spoken.transpose(1, 2).flatten(2), queries)
+        query, key, value = map(self._split_heads, (query, key, self.value(x)))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        queries = self.self_attn_output(attended.transpose(1, 2).flatten(2), queries)
         queries = queries if self.pre_norm else self.norm1(queries)
 
         x = self.norm2(queries) if self.pre_norm else queries
         offsets, logits = self.sampling(x + position)
-        read = ops.deformable_attention(values, spatial_shapes, references, offsets, logits)
-        queries = self.read(read.to(queries.dtype), queries)
+        samples = ops.deformable_attention(values, spatial_shapes, reference_points, offsets, logits)
+        queries = self.cross_attn_output(samples.to(queries.dtype), queries)
         queries = queries if self.pre_norm else self.norm2(queries)
 
         queries = self.ffn(queries, self.norm3(queries) if self.pre_norm else queries)
         return queries if self.pre_norm else self.norm3(queries)
 
-    def _by_head(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, M, Q, D)
 
 
-class FastDecoder(nn.Module):
-    """The decoder's layers with the box heads that refine; classes are read after the last one only."""
+class FusedDecoder(nn.Module):
+    """The decoder layers and their box heads; classes are computed after the last layer only."""
 
-    def __init__(self, decoder: Decoder, config: ModelConfig, form: WeightPacking) -> None:
+    def __init__(self, decoder: Decoder, config: ModelConfig, packing: WeightPacking) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(FastDecoderLayer(layer, form) for layer in decoder.layers)  # type: ignore[arg-type]
+        self.layers = nn.ModuleList(FusedDecoderLayer(layer, packing) for layer in decoder.layers)  # type: ignore[arg-type]
         self.norm, self.position_head, self.refine = decoder.norm, decoder.position_head, config.refine
         last = config.decoder_layers - 1
         boxes = decoder.heads.boxes
@@ -302,18 +315,21 @@ class FastDecoder(nn.Module):
         self,
         queries: Tensor,
         position: Tensor | None,
-        references: Tensor,
+        reference_points: Tensor,
         values: list[Tensor],
-        layout: PositionalInputs,
+        positional: PositionalInputs,
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, Q, K) and boxes (B, Q, 4). queries, position: (B, Q, C). references: (B, Q, 2 or 4)."""
-        ratios = layout.valid_ratios.expand(len(queries), -1, -1)
+        """Return logits (B, Q, K) and boxes (B, Q, 4).
+
+        queries, position: (B, Q, C). reference_points: (B, Q, 2 or 4). values: (B, S, M, D) per layer.
+        """
+        ratios = positional.valid_ratios.expand(len(queries), -1, -1)
         for index, layer in enumerate(self.layers):
-            across = ratios if references.shape[-1] == 2 else ratios.repeat(1, 1, 2)
-            on_canvas = references[:, :, None] * across[:, None]
+            scale = ratios if reference_points.shape[-1] == 2 else ratios.repeat(1, 1, 2)
+            on_canvas = reference_points[:, :, None] * scale[:, None]
             if self.position_head is not None:
-                position = self.position_head(box_encoding(references, queries.shape[-1] // 2))
-            queries = layer(queries, position, on_canvas, values[index], layout.spatial_shapes)
+                position = self.position_head(box_encoding(reference_points, queries.shape[-1] // 2))
+            queries = layer(queries, position, on_canvas, values[index], positional.spatial_shapes)
             if self.refine or index == len(self.layers) - 1:
-                references = refine_boxes(self.boxes[index](self.norm(queries)), references)
-        return self.classes(self.norm(queries)), references
+                reference_points = refine_boxes(self.boxes[index](self.norm(queries)), reference_points)
+        return self.classes(self.norm(queries)), reference_points

@@ -1,0 +1,133 @@
+"""Inputs that depend only on the sizes of a batch, cached for the latest sizes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...model.geometry import get_valid_ratios, level_masks, pixel_centers, proposal_anchors
+
+if TYPE_CHECKING:
+    from ...model.network import DeformableDETRNetwork
+
+
+@dataclass(frozen=True)
+class PositionalInputs:
+    """Positions of the tokens of a batch. B is 1 if no image is padded: one row serves all of them.
+
+    Attributes:
+        spatial_shapes: (height, width) of each level's map.
+        position: (B, S, C), position encoding plus level embedding.
+        reference_points: (B, S, L, 2).
+        valid_ratios: (B, L, 2).
+        padding_mask: (B, S), True = padding. None: no padding.
+        anchors: (B, S, 4) in logit space, two-stage models only.
+        usable: (B, S), tokens that may become proposals, two-stage models only.
+    """
+
+    spatial_shapes: tuple[tuple[int, int], ...]
+    position: Tensor
+    reference_points: Tensor
+    valid_ratios: Tensor
+    padding_mask: Tensor | None
+    anchors: Tensor | None
+    usable: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (value for value in vars(self).values() if isinstance(value, Tensor))
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+class PositionalInputCache(nn.Module):
+    """Compute `PositionalInputs`, and cache the latest `MAX_ENTRIES`, at most `MAX_BYTES` in all.
+
+    Args:
+        model: Its position encoding and level embedding are used.
+        dtype: Of `PositionalInputs.position`.
+    """
+
+    MAX_ENTRIES = 2
+    MAX_BYTES = 64 << 20
+
+    def __init__(self, model: DeformableDETRNetwork, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.position, self.level_embedding = model.position, model.level_embedding
+        self.two_stage, self.dtype = model.config.two_stage, dtype
+        self._cache: OrderedDict[object, PositionalInputs] = OrderedDict()
+        self._lock = Lock()
+
+    def forward(self, canvas: tuple[int, int], shapes: ops.Shapes, padding_mask: Tensor | None) -> PositionalInputs:
+        """Return the inputs of a batch.
+
+        Args:
+            canvas: (height, width) of the batch.
+            shapes: (height, width) of each level's map.
+            padding_mask: (B, H, W). None: no image is padded.
+        """
+        shapes = tuple((int(h), int(w)) for h, w in shapes)
+        if padding_mask is None:
+            empty_mask = self.level_embedding.new_zeros(1, *canvas, dtype=torch.bool)
+            return self._cached((canvas, shapes), lambda: self._compute(empty_mask, shapes, padded=False))
+        sizes = image_sizes_of(padding_mask)
+        if sizes is None:
+            return self._compute(padding_mask, shapes, padded=True)
+        return self._cached((canvas, shapes, sizes), lambda: self._compute(padding_mask, shapes, padded=True))
+
+    def _cached(self, key: object, compute: Callable[[], PositionalInputs]) -> PositionalInputs:
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        inputs = compute()
+        with self._lock:
+            self._cache[key] = inputs
+            while len(self._cache) > 1 and (
+                len(self._cache) > self.MAX_ENTRIES
+                or sum(entry.nbytes for entry in self._cache.values()) > self.MAX_BYTES
+            ):
+                self._cache.popitem(last=False)
+        return inputs
+
+    def _compute(self, padding_mask: Tensor, shapes: tuple[tuple[int, int], ...], padded: bool) -> PositionalInputs:
+        masks = level_masks(padding_mask, shapes)
+        ratios = get_valid_ratios(masks, torch.float32)
+        encode = self._encode_padded if padded else self._encode_unpadded
+        position = torch.cat(list(map(encode, masks, self.level_embedding)), dim=1)
+        token_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None
+        anchors = usable = None
+        if self.two_stage:
+            anchors, usable = proposal_anchors(shapes, ratios, token_mask)
+        reference_points = pixel_centers(shapes, ratios)[:, :, None] * ratios[:, None]
+        return PositionalInputs(shapes, position, reference_points, ratios, token_mask, anchors, usable)
+
+    def _encode_padded(self, mask: Tensor, level: Tensor) -> Tensor:
+        """Position encoding plus level embedding of one map: mask (B, H, W) → (B, H·W, C)."""
+        return (self.position(mask, torch.float32).flatten(2).transpose(1, 2) + level).to(self.dtype)
+
+    def _encode_unpadded(self, mask: Tensor, level: Tensor) -> Tensor:
+        """The same for a map without padding, from one encoding per row and one per column."""
+        halves = self.position.halves(*mask.shape[1:])
+        parts = [(half.to(level) + part).to(self.dtype) for half, part in zip(halves, level.chunk(2), strict=True)]
+        return torch.cat(torch.broadcast_tensors(*parts), dim=-1).flatten(0, 1)[None]
+
+    def __deepcopy__(self, memo: object) -> PositionalInputCache:
+        raise TypeError("an optimized model cannot be copied; call optimize() on the original model again")
+
+
+def image_sizes_of(padding_mask: Tensor) -> tuple[tuple[int, int], ...] | None:
+    """(height, width) of each image of a mask (B, H, W). None: an image is not a rectangle in the upper left corner."""
+    heights, widths = (~padding_mask[:, :, 0]).sum(1), (~padding_mask[:, 0, :]).sum(1)
+    rows = torch.arange(padding_mask.shape[1], device=padding_mask.device)
+    columns = torch.arange(padding_mask.shape[2], device=padding_mask.device)
+    rectangles = (rows < heights[:, None])[:, :, None] & (columns < widths[:, None])[:, None, :]
+    if not torch.equal(rectangles, ~padding_mask):
+        return None
+    return tuple(zip(heights.tolist(), widths.tolist(), strict=True))

@@ -1,0 +1,90 @@
+"""Feature levels, freezing, weights and errors of the backbone."""
+
+import pytest
+import torch
+from torch import nn
+
+from deformable_detr import UserError
+from deformable_detr.config import presets
+from deformable_detr.model.backbone import Backbone, InputProjection
+
+
+def backbone(**changes) -> Backbone:
+    return Backbone(presets.multi_scale(**{"backbone": "resnet10t", "backbone_weights": "none", **changes}))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 4, 6])
+def test_levels_halve_from_stride_8_on(levels):
+    body = backbone(num_feature_levels=levels)
+    project = InputProjection(presets.multi_scale(hidden_dim=64, num_heads=4, num_feature_levels=levels), body.channels)
+    sizes = [x.shape[-1] for x in project(body(torch.randn(1, 3, 256, 256)))]
+    first = {1: 32, 2: 16}.get(levels, 8)
+    assert sizes == [256 // (first * 2**i) for i in range(levels)]
+
+
+def test_dc5_keeps_stride_16():
+    body = Backbone(presets.single_scale_dc5(backbone="resnet18", backbone_weights="none"))
+    assert body(torch.randn(1, 3, 128, 128))[0].shape[-1] == 8
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "mobilenetv4_conv_small_050", "convnext_atto"])
+def test_frozen_stages_get_no_gradient_and_the_rest_does(name):
+    body = backbone(backbone=name, frozen_stages=2)
+    sum(x.sum() for x in body(torch.randn(1, 3, 64, 64))).backward()
+    frozen = [n for n, p in body.named_parameters() if not p.requires_grad]
+    free = [n for n, p in body.named_parameters() if p.requires_grad]
+    assert frozen
+    assert free
+    every = [n for n, _ in body.named_parameters()]
+    assert every[: len(frozen)] == frozen  # the first ones, without a hole
+    assert all(p.grad is not None for p in body.parameters() if p.requires_grad)
+
+
+def test_norms_are_frozen_with_weights_and_trained_without():
+    trained = [m for m in backbone().modules() if isinstance(m, nn.BatchNorm2d)]
+    assert trained
+    frozen = backbone(backbone_norm="frozen").train()
+    assert not [m for m in frozen.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = {k: v.clone() for k, v in frozen.state_dict().items()}
+    frozen(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(v, before[k]) for k, v in frozen.state_dict().items())
+
+
+def test_weights_from_a_file(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    source = timm.create_model("resnet10t")
+    save_file(source.state_dict(), tmp_path / "resnet10t.safetensors")
+    body = backbone(backbone_weights=str(tmp_path / "resnet10t.safetensors"))
+    assert torch.equal(body.body.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
+    with pytest.raises(UserError, match=r"resnet10t\.safetensors do not fit timm's 'resnet18'"):
+        backbone(backbone="resnet18", backbone_weights=str(tmp_path / "resnet10t.safetensors"))
+    with pytest.raises(UserError, match=r"resnet10t\.safetensors do not fit"):
+        backbone(backbone="tf_efficientnet_lite0", backbone_weights=str(tmp_path / "resnet10t.safetensors"))
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=r"broken\.safetensors"):
+        backbone(backbone_weights=str(tmp_path / "broken.safetensors"))
+    with pytest.raises(UserError, match=r"missing\.safetensors"):
+        backbone(backbone_weights=str(tmp_path / "missing.safetensors"))
+
+
+def test_the_shared_efficientnet_loads(shared):
+    path = shared / "weights" / "tf_efficientnet_lite0.timm.fp32.safetensors"
+    body = backbone(backbone="tf_efficientnet_lite0", backbone_weights=str(path))
+    assert body.channels == (40, 112, 320)
+    assert not any(p.requires_grad for p in body.body.conv_stem.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "resnet5000"}, "'resnet5000' is not a timm model"),
+        ({"backbone": "vit_tiny_patch16_224"}, "strides|feature maps"),
+        ({"frozen_stages": 9}, "frozen_stages 9"),
+    ],
+)
+def test_a_wrong_backbone_is_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        backbone(**changes)
