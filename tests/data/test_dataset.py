@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from deformable_detr.data import transforms
-from deformable_detr.data.dataset import CocoDataset, open_dataset
+from deformable_detr.data.dataset import open_dataset
 from deformable_detr.structures import Category
 from deformable_detr.utils.errors import UserError
 
@@ -150,7 +150,7 @@ def test_a_models_categories(tmp_path, caplog):
         open_dataset(tmp_path, categories=order[:3])
 
     open_dataset(tmp_path, categories=(Category(90, "queen"), *order[1:]))
-    assert "category 90 is 'z' here and 'queen' in the model" in caplog.text
+    assert "category 90 is 'z' in the file and 'queen' in the model" in caplog.text
 
 
 def test_names_decide_where_only_the_ids_differ(tmp_path, caplog):
@@ -158,7 +158,7 @@ def test_names_decide_where_only_the_ids_differ(tmp_path, caplog):
     model = (Category(3, "z"), Category(0, "a"), Category(90, "m"), Category(1, "no"), Category(2, "more"))
     data = open_dataset(tmp_path, categories=model)
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
-        "the classes have other ids here than in the model, such as 'a' 3 instead of 0; names decide"
+        "classes have other ids than in the model, such as 'a' 3 instead of 0; names decide"
     ]
     assert data[1][1].labels.tolist() == [0, 2]
     truth = data.ground_truth
@@ -174,11 +174,13 @@ def test_names_decide_where_only_the_ids_differ(tmp_path, caplog):
         assert open_dataset(tmp_path, categories=wanted)[1][1].labels.tolist() == [ids.index(90), ids.index(44)]
     assert "ids decide" in caplog.text
     assert "names decide" not in caplog.text
-    assert "no class is called as in the model" not in caplog.text
+    assert "no class name is known to the model" not in caplog.text
     caplog.clear()
     foreign = (Category(3, "cell"), Category(44, "nucleus"), Category(90, "other"), Category(1, "dust"))
     open_dataset(tmp_path, categories=foreign)
-    assert "no class is called as in the model: category 3 is 'a' here and 'cell' in the model; ids" in caplog.text
+    assert (
+        "no class name is known to the model: category 3 is 'a' in the file and 'cell' in the model; ids" in caplog.text
+    )
 
 
 def test_boxes_without_area_are_skipped_and_counted(tmp_path, caplog):
@@ -314,13 +316,13 @@ FAULTS = {
     "no annotations": (("annotations",), DELETE, "it has no list 'annotations'"),
     "no categories": (("categories",), DELETE, "it has no list 'categories'"),
     "images no list": (("images",), {"a": 1}, "it has no list 'images'"),
-    "empty set": (("images",), [], "'images' is empty"),
+    "empty set": (("images",), [], "has no images"),
     "no classes": (("categories",), [], "'categories' is empty"),
-    "image no object": (("images", 1), 5, r"images\[1\] needs a whole number 'id'"),
-    "image id text": (("images", 1, "id"), "7a", r"images\[1\] needs a whole number 'id'"),
-    "image id true": (("images", 1, "id"), True, r"images\[1\] needs a whole number 'id'"),
-    "image id huge": (("images", 1, "id"), 2**70, r"images\[1\] needs a whole number 'id'"),
-    "image id missing": (("images", 1, "id"), DELETE, r"images\[1\] needs a whole number 'id'"),
+    "image no object": (("images", 1), 5, r"images\[1\] needs an integer 'id'"),
+    "image id text": (("images", 1, "id"), "7a", r"images\[1\] needs an integer 'id'"),
+    "image id true": (("images", 1, "id"), True, r"images\[1\] needs an integer 'id'"),
+    "image id huge": (("images", 1, "id"), 2**70, r"images\[1\] needs an integer 'id'"),
+    "image id missing": (("images", 1, "id"), DELETE, r"images\[1\] needs an integer 'id'"),
     "duplicate image id": (
         ("images", 1, "id"),
         11,
@@ -328,11 +330,15 @@ FAULTS = {
     ),
     "no file name": (("images", 1, "file_name"), DELETE, r"images\[1\] \(id 7\) needs the 'file_name'"),
     "empty file name": (("images", 1, "file_name"), "", r"images\[1\] \(id 7\) needs the 'file_name'"),
-    "missing image": (("images", 1, "file_name"), "c.png", r"image 'c\.png' is missing in .*train; add the file or"),
-    "category id text": (("categories", 1, "id"), "three", r"categories\[1\] needs a whole number 'id'"),
+    "missing image": (
+        ("images", 1, "file_name"),
+        "c.png",
+        r"images\[1\] names the image 'c\.png', which is missing in .*train; add the file or",
+    ),
+    "category id text": (("categories", 1, "id"), "three", r"categories\[1\] needs an integer 'id'"),
     "category no name": (("categories", 1, "name"), DELETE, r"categories\[1\] needs .* a text 'name'"),
-    "duplicate category": (("categories", 1, "id"), 90, r"categories\[1\] \('a'\) has the id 90 of another"),
-    "annotation no object": (("annotations", 3), None, r"annotations\[3\] is no object"),
+    "duplicate category": (("categories", 1, "id"), 90, r"categories\[1\] \('a'\) has the id 90 of categories\[0\]"),
+    "annotation no object": (("annotations", 3), None, r"annotations\[3\] is not an object"),
     "unknown category": (("annotations", 3, "category_id"), 4, r"annotations\[3\] \(id 6\) has category_id 4, which"),
     "no category": (("annotations", 3, "category_id"), DELETE, r"annotations\[3\] \(id 6\) has category_id None"),
     "unknown image": (("annotations", 3, "image_id"), 8, r"annotations\[3\] \(id 6\) has image_id 8, which is not"),
@@ -379,8 +385,8 @@ def test_each_fault_is_one_line_that_names_it(tmp_path, fault):
         ('{"images": [', "not valid JSON"),
         ("<html>", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[]", "a list instead of an object"),
-        ("3", "a int instead of an object"),
+        ("[]", "list instead of an object"),
+        ("3", "int instead of an object"),
     ],
 )
 def test_files_that_are_no_coco_json(tmp_path, text, message):
@@ -410,7 +416,7 @@ def test_a_truncated_image_is_named_when_it_is_read(tmp_path):
 
 
 def test_workers_get_arrays_and_no_ground_truth(tmp_path):
-    data = open_dataset(write(tmp_path), transform=transforms.evaluation(10, 100))
+    data = open_dataset(write(tmp_path), transform=transforms.EvalTransform(10, 100))
     before = len(pickle.dumps(data))
     assert data.ground_truth is data.ground_truth
     copied = pickle.loads(pickle.dumps(data))
@@ -434,10 +440,14 @@ def test_cost_grows_with_the_number_of_records(tmp_path):
             ],
             "categories": [{"id": n, "name": str(n)} for n in (1, 2, 3)],
         }
-        path = tmp_path / f"{images}.json"
-        path.write_text(json.dumps(content))
+        folder = tmp_path / str(images) / "train"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            for record in content["images"]:
+                (folder / record["file_name"]).touch()
+            (folder / "_annotations.coco.json").write_text(json.dumps(content))
         start = time.process_time()  # what other processes take of the machine is not counted
-        data = CocoDataset(path, tmp_path)
+        data = open_dataset(folder)
         taken = time.process_time() - start
         assert len(data._boxes) == images * 5
         return taken

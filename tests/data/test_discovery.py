@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, features
 
 from deformable_detr.config.schema import DataConfig
-from deformable_detr.data.dataset import open_dataset, refuse_same_file
+from deformable_detr.data.dataset import ensure_distinct_splits, open_dataset
 from deformable_detr.data.discovery import IMAGE_SUFFIXES, is_image
 from deformable_detr.predict.predictor import folder_images
 from deformable_detr.utils.errors import UserError
@@ -128,9 +128,9 @@ def test_root_is_a_split_folder_or_a_file(tmp_path):
         assert read(tmp_path / "cards/_annotations.coco.json", split) == ["c.png"]
     with pytest.raises(UserError, match="train: no 'val' split"):
         read(tmp_path / "train", "val")
-    with pytest.raises(UserError, match=r"_annotations\.coco\.json is no 'val' split by its name"):
+    with pytest.raises(UserError, match=r"_annotations\.coco\.json is not the 'val' split by its name"):
         read(tmp_path / "train/_annotations.coco.json", "val")
-    with pytest.raises(UserError, match=r"instances_val2017\.json is no 'train' split by its name"):
+    with pytest.raises(UserError, match=r"instances_val2017\.json is not the 'train' split by its name"):
         read(tmp_path / "annotations/instances_val2017.json", "train")
 
 
@@ -139,8 +139,8 @@ def test_training_images_are_no_validation(tmp_path):
     put(tmp_path / "more/_annotations.coco.json", tmp_path / "more", ["c.png"])
     train, val = (open_dataset(tmp_path / "cards", split) for split in ("train", "val"))
     with pytest.raises(UserError, match="would be both the training and the validation split"):
-        refuse_same_file(train, val, tmp_path)
-    refuse_same_file(train, open_dataset(tmp_path / "more", "val"), tmp_path)
+        ensure_distinct_splits(train, val, tmp_path)
+    ensure_distinct_splits(train, open_dataset(tmp_path / "more", "val"), tmp_path)
 
 
 def test_explicit_files(tmp_path, monkeypatch):
@@ -168,12 +168,18 @@ def test_explicit_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"images": "photos"}, r"data\.images is given without data\.annotations"),
-        ({"annotations": "x.json", "images": "photos"}, r"data\.annotations: x\.json is neither in .* nor here"),
-        ({"annotations": "a.json", "images": "x"}, r"data\.images: x is neither in .* nor here"),
-        ({"annotations": "a.json", "images": "a.json"}, r"data\.images: .*a\.json is no folder"),
+        ({"images": "photos"}, r"data\.images is set without data\.annotations; set both"),
+        (
+            {"annotations": "x.json", "images": "photos"},
+            r"data\.annotations: x\.json is neither in .* nor in the working directory",
+        ),
+        ({"annotations": "a.json", "images": "x"}, r"data\.images: x is neither in .* nor in the working directory"),
+        ({"annotations": "a.json", "images": "a.json"}, r"data\.images: .*a\.json is not a folder"),
         ({"annotations": "photos", "images": "photos"}, "photos: Is a directory"),
-        ({"annotations": "a.json"}, r"image 'a\.png' and all others are missing; looked in .*; .* give data\.images"),
+        (
+            {"annotations": "a.json"},
+            r"names the image 'a\.png', which is missing in .*; put the images there or set data\.images",
+        ),
     ],
 )
 def test_explicit_mistakes(tmp_path, data, message):
@@ -188,7 +194,7 @@ def test_no_validation_split(tmp_path):
     with pytest.raises(UserError) as caught:
         read(tmp_path, "val")
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path}: no 'val' split; looked for val|valid|validation/_annotations.coco.json")
+    assert message.startswith(f"{tmp_path}: no 'val' split; searched val|valid|validation/_annotations.coco.json")
     assert "data.val_images and data.val_annotations" in message
     assert "\n" not in message
 
@@ -196,7 +202,7 @@ def test_no_validation_split(tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match="no 'train' split"):
         read(tmp_path, "train")
-    with pytest.raises(UserError, match="gone: no such data set"):
+    with pytest.raises(UserError, match="gone: no such dataset"):
         read(tmp_path / "gone", "train")
 
 
@@ -214,7 +220,7 @@ def test_half_a_set_of_another_format_is_told(tmp_path):
     shutil.copytree(voc, nested)
     for root, place, words in [
         (yolo, "labels", "data.yaml is missing"), (voc, "annotations", "name the folders images and annotations"),
-        (nested.parent, "train/annotations", "images and XML files together in train/"),
+        (nested.parent, "train/annotations", "images and XML files together into train/"),
     ]:  # fmt: skip
         with pytest.raises(UserError) as caught:
             open_dataset(root)
@@ -248,11 +254,12 @@ def test_a_missing_image_is_named_before_training(tmp_path):
     assert len(read(tmp_path, "train")) == 4
     (tmp_path / "train/c.png").unlink()
     with pytest.raises(
-        UserError, match=r"_annotations\.coco\.json: image 'c\.png' is missing in .*train; add the file"
+        UserError,
+        match=r"\.coco\.json: images\[2\] names the image 'c\.png', which is missing in .*train; add the file",
     ):
         open_dataset(tmp_path)
     (tmp_path / "train/d.png").unlink()
-    with pytest.raises(UserError, match=r"image 'c\.png' \(and 1 more\) is missing"):
+    with pytest.raises(UserError, match=r"images\[2\] names the image 'c\.png', which is missing"):
         open_dataset(tmp_path)
 
 
@@ -265,7 +272,7 @@ def test_names_that_can_be_no_file(tmp_path, name):
     content = json.loads(path.read_text())
     content["images"].append({"id": 9, "file_name": name})
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is missing in"):
+    with pytest.raises(UserError, match=r"images\[1\] names the image .*; add the file or remove its record"):
         open_dataset(tmp_path)
 
 

@@ -131,12 +131,12 @@ def test_a_set_that_is_not_divided_is_read_whole_and_divided(tmp_path, capsys, m
     root.mkdir()
     make(root)
     assert contents(root, "train") == expected("train")
-    with pytest.raises(UserError, match="divide it with deformable-detr split") as said:
+    with pytest.raises(UserError, match="split it with deformable-detr split") as said:
         as_training(root)
     if "no 'val' split" not in str(said.value):  # obj_train_data says what it is
         assert contents(root, "val") == expected("train")
     before = state(root)
-    command = re.search(r"divide it with deformable-detr (split .*) --out NEW", str(said.value))[1]
+    command = re.search(r"split it with deformable-detr (split .*) --out NEW", str(said.value))[1]
     split(capsys, *shlex.split(command)[1:], "--out", tmp_path / "new", "--val", "0.4")
     as_training(tmp_path / "new")
     both = contents(tmp_path / "new", "train") | contents(tmp_path / "new", "val")
@@ -156,7 +156,7 @@ def test_classes_txt_with_a_folder_for_each_split(tmp_path):
         with pytest.raises(UserError, match="no 'test' split"):
             contents(root, "test")
     (root / "classes.txt").write_text("cat\ncat\n")
-    with pytest.raises(UserError, match=r"classes\.txt.*'cat' stands there twice"):
+    with pytest.raises(UserError, match=r"classes\.txt.*lists 'cat' twice"):
         contents(root, "train")
 
 
@@ -167,13 +167,13 @@ def test_lists_of_a_voc_set_say_what_is_in_a_split_whatever_its_folders_are_call
     assert contents(root, "train") == expected("train")
     assert contents(root, "val") == expected("val")
     (root / "ImageSets/Main/val.txt").unlink()
-    with pytest.raises(UserError, match=r"no 'val' split; it needs .*val\.txt"):
+    with pytest.raises(UserError, match=r"no 'val' split; write .*val\.txt"):
         contents(root, "val")
 
 
 def test_what_is_said_of_a_set_without_validation(tmp_path, capsys):
     many(tmp_path / "set")
-    with pytest.raises(UserError, match=r"no 'val' split; .*; or divide it with deformable-detr split .*set --out NEW"):
+    with pytest.raises(UserError, match=r"no 'val' split; .*; or split it with deformable-detr split .*set --out NEW"):
         as_training(tmp_path / "set")
     many(tmp_path / "set", folder="test")
     with pytest.raises(UserError, match=r"; or take the test split with --set data\.val_split=test"):
@@ -322,7 +322,9 @@ def test_links_to_folders_of_images(tmp_path):
 def test_a_list_of_classes_without_images_of_the_split(tmp_path):
     yolo("images/train", "labels/train")(tmp_path)
     assert contents(tmp_path, "train") == expected("train")
-    with pytest.raises(UserError, match=r"no 'val' split; classes\.txt is there, but no images in .*images/val or "):
+    with pytest.raises(
+        UserError, match=r"no 'val' split; classes\.txt exists, but there are no images in .*images/val or "
+    ):
         contents(tmp_path, "val")
 
 
@@ -409,7 +411,7 @@ def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch):
     for arguments, words in [
         ((tmp_path / "divided", "--out", new), "has a 'val' split already"),
         ((few, "--out", new), "1 images in 1 groups that stay together leave none for the 'val' split"),
-        ((tmp_path / "absent", "--out", new), "no such data set"),
+        ((tmp_path / "absent", "--out", new), "no such dataset"),
         ((tmp_path / "full", "--out", new), "no 'train' split"),
         ((root, "--out", tmp_path / "full"), "is not empty"), ((root, "--out", root / "in"), "--out"),
         ((root, "--out", new, "--val", "0"), "--val 0 "),

@@ -3,7 +3,7 @@
 import pytest
 
 from deformable_detr.config.schema import DataConfig
-from deformable_detr.data.dataset import open_dataset, refuse_same_file
+from deformable_detr.data.dataset import ensure_distinct_splits, open_dataset
 from deformable_detr.data.validate import KINDS, check_dataset, check_for_training
 from deformable_detr.utils.errors import UserError
 
@@ -25,7 +25,7 @@ def as_training(root, check="full", **data):
     lines = check_for_training(root, config, **SIZES)
     train = open_dataset(root, config.train_split, config)
     val = open_dataset(root, config.val_split, config, categories=train.categories)
-    refuse_same_file(train, val, root)
+    ensure_distinct_splits(train, val, root)
     for split in (train, val):
         assert len(list(split)) == len(split)
         assert split.ground_truth

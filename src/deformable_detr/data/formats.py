@@ -1,105 +1,79 @@
-"""A split as it lies on disk, in whichever format: where its records are and how they become one COCO dict."""
+"""Detect the format of a dataset: COCO JSON, YOLO or Pascal VOC."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..config.schema import DataConfig
-from ..structures import Category
 from ..utils.errors import UserError
-from .coco import is_other_json, read_json
+from .coco import CocoSource, is_other_json
 from .discovery import (
     ROBOFLOW,
+    configured_annotations,
+    ensure_readable,
     find_annotations,
-    find_images,
-    given_annotations,
     names_other_split,
-    refuse_unreadable,
     split_aliases,
 )
-from .problems import OnProblem, Source, refuse
-
-
-@dataclass(frozen=True)
-class CocoSource:
-    """A COCO JSON file, its images in `folder` or where `layouts.find_images` finds them."""
-
-    file: Path
-    root: Path
-    split: str
-    data: DataConfig
-    format: str = "coco"
-
-    def read(self, categories: Sequence[Category] | None = None, complain: OnProblem = refuse) -> dict[str, Any]:
-        return read_json(self.file)
-
-    def image_folder(self, names: Sequence[str]) -> Path:
-        return find_images(self.file, self.root, self.split, self.data, names)
+from .source import Source
+from .voc import find_voc
+from .yolo import CLASS_FILES, find_yaml, find_yolo, find_yolo_without_yaml
 
 
 def find_source(root: Path, split: str, data: DataConfig) -> Source:
-    """One split of the set at `root`: COCO JSON, else YOLO (`data.yaml`), else Pascal VOC (XML files).
+    """Find one split of the dataset at `root`: COCO JSON, otherwise YOLO, otherwise Pascal VOC.
 
-    Raises `UserError` where there is no such split.
+    Raises:
+        UserError: There is no such split.
     """
-    from .voc import find_voc
-    from .yolo import find_listed, find_yaml, find_yolo
-
-    refuse_unreadable(root)
+    ensure_readable(root)
     if root.is_file() and (yaml := find_yaml(root)):
         return find_yolo(yaml, split)
-    failure: UserError | None = None
+    error: UserError | None = None
     try:
         file = find_annotations(root, split, data)
-        # A folder's only JSON file may be anything where the set is plainly in another format.
-        certain = given_annotations(split, data) or file == root or file.name == ROBOFLOW
+        # The only JSON file of a folder may be anything if the dataset is clearly in another format.
+        certain = configured_annotations(split, data) or file == root or file.name == ROBOFLOW
         if certain or file.stem.startswith("instances_"):
             return CocoSource(file, root, split, data)
-    except UserError as error:
-        if given_annotations(split, data) or not root.is_dir():
+    except UserError as coco_error:
+        if configured_annotations(split, data) or not root.is_dir():
             raise
-        file, failure = root, error
+        file, error = root, coco_error
     if (yaml := find_yaml(root)) is not None:
         return find_yolo(yaml, split)
     if (voc := find_voc(root, split, (data.train_split, data.val_split, "test"))) is not None:
         return voc
-    if (listed := find_listed(root, split)) is not None:
-        return listed
-    if failure is None and is_other_json(file):
-        failure = UserError(f"{root}: no '{split}' split; {file.name} has no list 'images'; give COCO JSON")
-    if failure is not None:
-        raise _nearly_a_set(root, split) or failure
+    if (yolo := find_yolo_without_yaml(root, split)) is not None:
+        return yolo
+    if error is None and is_other_json(file):
+        error = UserError(f"{root}: no '{split}' split; {file.name} has no list 'images'; give COCO JSON")
+    if error is not None:
+        raise _incomplete_layout(root, split) or error
     return CocoSource(file, root, split, data)
 
 
-def _nearly_a_set(root: Path, split: str) -> UserError | None:
-    """What is missing where a folder has YOLO's or VOC's files, but not their layout."""
-    from .yolo import CLASSES
-
+def _incomplete_layout(root: Path, split: str) -> UserError | None:
+    """Explain what is missing in a folder with YOLO or VOC files but not their layout."""
+    prefix = f"{root}: no '{split}' split;"
     if names_other_split(root / "x", split):
-        return UserError(
-            f"{root}: no '{split}' split; its name says that it is another one; give the folder that holds both, or "
-            "rename it"
-        )
-    if classes := next((name for name in CLASSES if (root / name).is_file()), None):
-        places = " or ".join(str(root / place) for place in (f"images/{split}", f"{split}/images"))
-        return UserError(f"{root}: no '{split}' split; {classes} is there, but no images in {places}; put them there")
+        return UserError(f"{prefix} the folder is named as another split; give the folder with both, or rename it")
+    if classes := next((name for name in CLASS_FILES if (root / name).is_file()), None):
+        folders = " or ".join(str(root / place) for place in (f"images/{split}", f"{split}/images"))
+        return UserError(f"{prefix} {classes} exists, but there are no images in {folders}; put them there")
     folders = [root, *(root / name for name in split_aliases(split))]
     for folder in (folder / "labels" for folder in folders):
         if any(folder.rglob("*.txt")):
             return UserError(
-                f"{root}: no '{split}' split; {folder} has YOLO's label files, but data.yaml is missing; write one in "
-                f"{root} with 'train' and 'val', a folder or a list of images each, and 'names', the classes, or list "
-                f"the classes in classes.txt, a name a line"
+                f"{prefix} {folder} has YOLO label files, but data.yaml is missing; write one in {root} with 'train' "
+                "and 'val' (a folder or a list of images each) and 'names' (the classes), or list the classes in "
+                "classes.txt, one per line"
             )
     for folder in (folder / name for folder in folders for name in ("annotations", "Annotations")):
         if any(folder.glob("*.xml")):
             return UserError(
-                f"{root}: no '{split}' split; {folder} has Pascal VOC's XML files, but the set is in neither of its "
-                f"layouts; name the folders images and annotations and put both into {split}/ or list the images in "
-                f"ImageSets/Main/{split}.txt, or put images and XML files together in {split}/"
+                f"{prefix} {folder} has Pascal VOC files, but the dataset has neither VOC layout; name the folders "
+                f"images and annotations and put both into {split}/ or list the images in ImageSets/Main/{split}.txt, "
+                f"or put images and XML files together into {split}/"
             )
     return None

@@ -15,9 +15,9 @@ from typing import Any
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
 from .discovery import ROBOFLOW
-from .problems import ignore
+from .problems import ignore_problem
 from .validate import Report, find_splits
-from .validate.annotations import Picture
+from .validate.annotations import ImageRecord
 from .validate.issues import Findings
 from .validate.repair import write_annotations
 
@@ -56,7 +56,7 @@ def refuse_division(root: Path, data: DataConfig, shares: Shares) -> None:
     if data.train_split not in splits:
         raise UserError(next(finding.line for finding in found if finding.split == data.train_split))
     for name, share in ((data.val_split, shares.val), ("test", shares.test)):
-        if share and name in splits and splits[name].read(complain=ignore)["images"]:
+        if share and name in splits and splits[name].read(on_problem=ignore_problem)["images"]:
             mend = "train on it as it is" if name == data.val_split else "leave out --test"
             raise UserError(f"{root}: has a '{name}' split already, {splits[name].file}; {mend}")
 
@@ -177,7 +177,9 @@ def _balance(
                 wanted_of[name][label] += sign * number
 
 
-def _groups(pictures: Mapping[int, Picture], records: Sequence[dict[str, Any]], pattern: str | None) -> list[list[int]]:
+def _groups(
+    pictures: Mapping[int, ImageRecord], records: Sequence[dict[str, Any]], pattern: str | None
+) -> list[list[int]]:
     """Ids of the images that stay together, in the order of their names."""
     leader: dict[int, int] = {}
 

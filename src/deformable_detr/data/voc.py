@@ -1,4 +1,4 @@
-"""Pascal VOC sets: an XML file with pixel boxes for each image."""
+"""Pascal VOC datasets: an XML file with pixel boxes per image."""
 
 from __future__ import annotations
 
@@ -6,153 +6,175 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..structures import Category
 from ..utils.errors import UserError
-from .discovery import ALIASES, is_hidden, is_image, label_file, names_other_split, refuse_unreadable, split_aliases
-from .problems import OnProblem, ids_by_name, ignore, refuse
+from .discovery import (
+    SPLIT_ALIASES,
+    ImageFolder,
+    ensure_readable,
+    is_hidden,
+    is_image,
+    label_file,
+    names_other_split,
+    split_aliases,
+)
+from .problems import OnProblem, Problem, raise_problem
+from .source import AnnotationCache, ParsedAnnotations, category_ids_by_name, to_coco
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-_FLAG = re.compile(r"\s+(-1|0|1)$")  # whether a class is in the image: no, only difficult ones, yes
+_CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")  # in lists of one class: absent, only difficult objects, present
 
 
 @dataclass(frozen=True)
 class VocSource:
-    """One split: `JPEGImages/` (or `images/`), `Annotations/` and the list `ImageSets/Main/<split>.txt`; or these two
-    folders, or one with all of it.
+    """One split of a Pascal VOC dataset; see `Source`.
 
-    file: the list, or the folder of the images. Where there is a list, pixels are counted from 1 and both ends of a box
-    belong to it, as in the published sets; else coordinates are taken as they are. Objects marked difficult are objects
-    like any others. Ids are numbers from 1 in the order of the names, or those of the model's classes of these names.
-    others: the set's other splits, whose classes are listed too: the format has no list of its own.
+    Layouts: `JPEGImages/` (or `images/`), `Annotations/` and the list `ImageSets/Main/<split>.txt`; or both folders
+    without a list; or one folder with everything. With a list, pixels are counted from 1 and a box includes both ends,
+    as in the published datasets; otherwise coordinates are used as they are. Difficult objects count like others.
+    Category ids are numbers from 1 in the order of the names, or those of the model's classes with these names.
+
+    Attributes:
+        file: The list, or the folder of the images.
+        images: Folder of the images.
+        annotations: Folder of the XML files.
+        others: The dataset's other splits; the format has no list of classes, so theirs are listed too.
     """
 
     file: Path
     images: Path
     annotations: Path
-    others: tuple[VocSource, ...] = ()
+    others: tuple[VocSource, ...] = field(default=(), compare=False)
     format: str = "voc"
 
     @property
-    def listed(self) -> bool:
-        """Whether a list says which images there are."""
+    def has_list(self) -> bool:
+        """Whether a list names the images."""
         return self.file != self.images
 
-    def image_folder(self, names: Sequence[str]) -> Path:
-        return self.images
+    def find_images(self, names: Sequence[str]) -> ImageFolder:
+        """Return the folder of the images."""
+        return ImageFolder.of_listed_files(self.images, names)
 
-    def read(self, categories: Sequence[Category] | None = None, complain: OnProblem = refuse) -> dict[str, Any]:
-        images, objects = self._contents(complain)
-        own = {record["name"] for record in objects}
+    def read(
+        self,
+        categories: Sequence[Category] | None = None,
+        on_problem: OnProblem = raise_problem,
+        cache: AnnotationCache | None = None,
+    ) -> dict[str, Any]:
+        """Return the COCO dict; without `categories`, it lists the classes of all splits."""
+        cache = cache or AnnotationCache()
+        parsed = cache.parse(self)
+        parsed.report(on_problem)
+        names = {item["class"] for item in parsed.content["objects"]}
         if categories is None:
-            own.update(*(source.class_names() for source in self.others))
-        if not own and categories is None:
-            raise UserError(f"{self.file}: no object in any of its XML files, so there is no class; label some first")
-        names = sorted(own)
-        ids = dict(zip(names, ids_by_name(names, categories, first=1), strict=True))
-        annotations = [
-            {
-                "id": number, "image_id": record["image_id"], "category_id": ids[record["name"]],
-                "bbox": record["bbox"], "area": max(0.0, record["bbox"][2]) * max(0.0, record["bbox"][3]),
-                "iscrowd": 0, "where": record["where"],
-            }
-            for number, record in enumerate(objects, start=1)
-        ]  # fmt: skip
-        listed = [{"id": ids[name], "name": name} for name in names]
-        if categories is not None:
-            listed += [{"id": c.id, "name": c.name} for c in categories if c.name not in ids]
-        return {"images": images, "annotations": annotations, "categories": listed}
+            names.update(*(source.class_names(cache) for source in self.others))
+        if not names and categories is None:
+            raise UserError(f"{self.file}: none of its XML files has an object, so there is no class; label some first")
+        ordered = sorted(names)
+        ids = dict(zip(ordered, category_ids_by_name(ordered, categories, first=1), strict=True))
+        listed = [{"id": ids[name], "name": name} for name in ordered]
+        listed += [{"id": c.id, "name": c.name} for c in categories or () if c.name not in ids]
+        return to_coco(parsed, ids, listed)
 
-    def class_names(self) -> set[str]:
-        """Those of the split's objects; what cannot be read is left to whoever reads the split itself."""
+    def class_names(self, cache: AnnotationCache) -> set[str]:
+        """Return the classes of the split's objects; problems are reported when the split itself is read."""
         try:
-            return {record["name"] for record in self._contents(ignore)[1]}
+            return {item["class"] for item in cache.parse(self).content["objects"]}
         except UserError:
             return set()
 
-    def _contents(self, complain: OnProblem) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Images, and objects with the names of their classes."""
+    def parse(self) -> ParsedAnnotations:
+        """Read the list and the XML files."""
+        problems: list[Problem] = []
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
-        for path, names in self._files(complain):
-            root = _parsed(path, complain)
-            if (own := _labeled(path, names, root, complain)) is None:
+        for path, names in self._files(problems):
+            root = _parse_xml(path, problems)
+            if (name := _labeled_image(path, names, root, problems)) is None:
                 continue
-            record: dict[str, Any] = {"id": len(images) + 1, "file_name": own}
+            record: dict[str, Any] = {"id": len(images) + 1, "file_name": name}
             images.append(record)
-            if not self.listed:  # the others have no XML file
-                others = [name for name in names if name != own]
-                images += [{"id": number, "file_name": name} for number, name in enumerate(others, len(images) + 1)]
+            if not self.has_list:  # the others have no XML file
+                others = [other for other in names if other != name]
+                images += [{"id": number, "file_name": other} for number, other in enumerate(others, len(images) + 1)]
             if root is None:
                 continue
             height, width = (_number(root, f"size/{side}") or 0 for side in ("height", "width"))
             if height > 0 and width > 0:
                 record |= {"height": int(height), "width": int(width)}
-            for place, element in enumerate(root.iter("object")):
-                if (found := self._object(path, place, element, complain)) is not None:
-                    objects.append({"image_id": record["id"], **found})
-        return images, objects
+            for index, element in enumerate(root.iter("object")):
+                if (item := self._object(path, index, element, problems)) is not None:
+                    objects.append({"image_id": record["id"], **item})
+        return ParsedAnnotations({"images": images, "objects": objects}, tuple(problems))
 
-    def _files(self, complain: OnProblem) -> list[tuple[Path, list[str]]]:
-        """XML file and image of each record of the split; several images where they differ in their endings alone."""
+    def _files(self, problems: list[Problem]) -> list[tuple[Path, list[str]]]:
+        """Return the XML file and the image of each record; several images if only their suffixes differ."""
         names: dict[str, list[str]] = {}
         for name in sorted(os.listdir(self.images)):
             if is_image(name):
                 names.setdefault(Path(name).stem, []).append(name)
-        found: dict[tuple[str, ...], tuple[Path, list[str]]] = {}
-        for record, text in self._records(names):
-            stem, images = _listed(text, names) if self.listed else (text, names.get(text, []))
+        files: dict[tuple[str, ...], tuple[Path, list[str]]] = {}
+        for record, text in self._entries(names):
+            stem, images = _match_line(text, names) if self.has_list else (text, names.get(text, []))
             if not images:
-                complain(
-                    "image-missing", self.file, record, f"names {text!r}, of which no image is in {self.images}",
-                    "add the file or remove the record",
-                )  # fmt: skip
+                message = f"names {text!r}, but {self.images} has no such image"
+                hint = "add the file or remove the record"
+                problems.append(Problem("image-missing", self.file, record, message, hint))
                 continue
-            if tuple(images) in found:  # the first of lines that name the same image counts
+            if tuple(images) in files:  # a repeated line
                 continue
             path = label_file(self.annotations, stem, "xml")
-            if self.listed and not path.is_file():
-                complain("label-unreadable", path, "", "is missing", f"add it or remove {stem} from {self.file.name}")
-            found[tuple(images)] = path, images
-        return list(found.values())
+            if self.has_list and not path.is_file():
+                hint = f"add it or remove {stem} from {self.file.name}"
+                problems.append(Problem("label-unreadable", path, "", "is missing", hint))
+            files[tuple(images)] = path, images
+        return list(files.values())
 
-    def _records(self, names: Iterable[str]) -> list[tuple[str, str]]:
-        """(where it is said, what is said) of the split's images: lines of its list, or names without ending."""
-        if not self.listed:
-            own = {Path(name).stem for name in os.listdir(self.annotations) if _is_xml(name)}
-            return [(f"{stem}.xml", stem) for stem in sorted(own.union(names))]
+    def _entries(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """Return (place, text) of the split's images: lines of its list, or names without suffix."""
+        if not self.has_list:
+            stems = {Path(name).stem for name in os.listdir(self.annotations) if _is_xml(name)}
+            return [(f"{stem}.xml", stem) for stem in sorted(stems.union(names))]
         try:
             lines = self.file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.file}: cannot be read as text ({error}); write one image name a line") from None
+            raise UserError(f"{self.file}: cannot be read as text ({error}); write one image name per line") from None
         return [(f"line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
-    def _object(self, path: Path, place: int, element: Element, complain: OnProblem) -> dict[str, Any] | None:
+    def _object(self, path: Path, index: int, element: Element, problems: list[Problem]) -> dict[str, Any] | None:
         name = (element.findtext("name") or "").strip()
-        record = f"object[{place}]" + (f" ({name!r})" if name else "")
         corners = [_number(element, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         if not name or any(value is None for value in corners):
-            what = "has no bndbox of four numbers (xmin, ymin, xmax, ymax)" if name else "has no name"
-            complain("label-row", path, record, what, "correct or remove the object")
+            record = f"object[{index}]" + (f" ({name!r})" if name else "")
+            message = "has no bndbox of four numbers (xmin, ymin, xmax, ymax)" if name else "has no name"
+            problems.append(Problem("label-row", path, record, message, "correct or remove the object"))
             return None
         x0, y0, x1, y1 = (value for value in corners if value is not None)
-        shift = 1 if self.listed else 0
-        bbox = [x0 - shift, y0 - shift, x1 - x0 + shift, y1 - y0 + shift]
-        return {"name": name, "bbox": bbox, "where": f"{path.name} object[{place}]"}
+        offset = 1 if self.has_list else 0
+        bbox = [x0 - offset, y0 - offset, x1 - x0 + offset, y1 - y0 + offset]
+        return {"class": name, "bbox": bbox, "where": f"{path.name} object[{index}]"}
 
 
 def find_voc(root: Path, split: str, splits: Sequence[str] = ("train", "val", "test")) -> VocSource | None:
-    """One split of a VOC set; None where the folder is no such set. splits: all that there may be.
+    """Find one split of a VOC dataset; None if the folder is not one.
 
-    Raises `UserError` where it is one and lacks the split.
+    Args:
+        root: The dataset's folder.
+        split: The split to find.
+        splits: All splits whose classes count.
+
+    Raises:
+        UserError: It is a VOC dataset without this split.
     """
-    found = _find_split(root, split)
-    if found is None:
+    source = _find_split(root, split)
+    if source is None:
         return None
     others: dict[Path, VocSource] = {}
     for name in splits:
@@ -160,54 +182,54 @@ def find_voc(root: Path, split: str, splits: Sequence[str] = ("train", "val", "t
             other = _find_split(root, name)
         except UserError:  # no such split
             continue
-        if other is not None and other.file != found.file:
+        if other is not None and other.file != source.file:
             others[other.file] = other
-    return replace(found, others=tuple(others.values()))
+    return replace(source, others=tuple(others.values()))
 
 
 def _find_split(root: Path, split: str) -> VocSource | None:
     for folder in (root, root / "JPEGImages", root / "Annotations"):
-        refuse_unreadable(folder)
+        ensure_readable(folder)
     if not root.is_dir():
         return None
     aliases = split_aliases(split)
-    pair = _pair(root)
+    pair = _image_and_xml_folders(root)
     lists = root / "ImageSets" / "Main"
     if pair and (lists.is_dir() or (pair[0].name == "JPEGImages" and not _has_xml(pair[1]))):
-        listed = {file.stem for file in lists.glob("*.txt") if file.is_file()}
-        wanted = aliases
-        if listed.isdisjoint(name for names in ALIASES for name in names):
-            wanted = (*aliases, "default", "trainval")  # CVAT's name of a set that is not divided, and VOC's
-        if found := next((name for name in wanted if name in listed), None):
-            return VocSource(lists / f"{found}.txt", *pair)
-        raise UserError(f"{root}: no '{split}' split; it needs {lists / f'{aliases[0]}.txt'}, an image name a line")
+        stems = {file.stem for file in lists.glob("*.txt") if file.is_file()}
+        names = aliases
+        if stems.isdisjoint(name for names in SPLIT_ALIASES for name in names):
+            names = (*aliases, "default", "trainval")  # CVAT's and VOC's names of a dataset without splits
+        if name := next((name for name in names if name in stems), None):
+            return VocSource(lists / f"{name}.txt", *pair)
+        raise UserError(f"{root}: no '{split}' split; write {lists / f'{aliases[0]}.txt'}, one image name per line")
     folders = [root / name for name in aliases]
     if not names_other_split(root / "x", split):
         folders.append(root)
     for folder in folders:
-        for images, labels in filter(None, (_pair(folder), (folder, folder))):
+        for images, labels in filter(None, (_image_and_xml_folders(folder), (folder, folder))):
             if _has_xml(labels):
                 return VocSource(images, images, labels)
     return None
 
 
-def _pair(folder: Path) -> tuple[Path, Path] | None:
-    """The folders of the images and of their XML files in one, in any case."""
+def _image_and_xml_folders(folder: Path) -> tuple[Path, Path] | None:
+    """Find the folders of images and XML files in a folder, in any case."""
     if not folder.is_dir():
         return None
-    refuse_unreadable(folder)
-    found: dict[str, Path] = {}
+    ensure_readable(folder)
+    folders: dict[str, Path] = {}
     with os.scandir(folder) as entries:
         for entry in entries:
             if (name := entry.name.lower()) in ("jpegimages", "images", "annotations") and entry.is_dir():
-                found[name] = folder / entry.name
-    images = found.get("jpegimages") or found.get("images")
-    return (images, found["annotations"]) if images and "annotations" in found else None
+                folders[name] = folder / entry.name
+    images = folders.get("jpegimages") or folders.get("images")
+    return (images, folders["annotations"]) if images and "annotations" in folders else None
 
 
-def _listed(line: str, names: Mapping[str, list[str]]) -> tuple[str, list[str]]:
-    """Name without ending, and images, of a list's line: `a`, `a.jpg`, or with the flag of a class's list `a -1`."""
-    for text in (line, _FLAG.sub("", line)):
+def _match_line(line: str, names: Mapping[str, list[str]]) -> tuple[str, list[str]]:
+    """Return the stem and the images of a list's line: `a`, `a.jpg`, or `a -1` in the list of a class."""
+    for text in (line, _CLASS_FLAG.sub("", line)):
         if text in names:
             return text, names[text]
         if text in names.get(stem := Path(text).stem, ()):
@@ -215,19 +237,20 @@ def _listed(line: str, names: Mapping[str, list[str]]) -> tuple[str, list[str]]:
     return line, []
 
 
-def _labeled(path: Path, names: Sequence[str], root: Element | None, complain: OnProblem) -> str | None:
-    """Which of the images whose names differ in their endings alone an XML file is about."""
+def _labeled_image(path: Path, names: Sequence[str], root: Element | None, problems: list[Problem]) -> str | None:
+    """Choose the image of an XML file among those that differ only in their suffixes."""
     if len(names) == 1 or root is None:
         return names[0]
-    named = re.split(r"[/\\]", root.findtext("filename") or "")[-1].strip()
-    if named in names:
-        return named
-    complain("image-record", path, "", f"may be of {' or '.join(names)}", "name the image in its <filename>")
+    name = re.split(r"[/\\]", root.findtext("filename") or "")[-1].strip()
+    if name in names:
+        return name
+    message = f"may belong to {' or '.join(names)}"
+    problems.append(Problem("image-record", path, "", message, "name the image in its <filename>"))
     return None
 
 
-def _parsed(path: Path, complain: OnProblem) -> Element | None:
-    """The root element; entities, which can be made to fill the memory or to read other files, are refused."""
+def _parse_xml(path: Path, problems: list[Problem]) -> Element | None:
+    """Parse an XML file. Entities are rejected: they can fill the memory or read other files."""
     from xml.etree.ElementTree import ParseError
 
     from defusedxml import DefusedXmlException
@@ -241,14 +264,14 @@ def _parsed(path: Path, complain: OnProblem) -> Element | None:
         root = parse(path, forbid_dtd=True).getroot()
         if root is not None and root.tag == "annotation":
             return root
-        what = f"is no Pascal VOC annotation (its root is <{root.tag[:40] if root is not None else ''}>)"
+        message = f"is not a Pascal VOC annotation (its root is <{root.tag[:40] if root is not None else ''}>)"
     except DefusedXmlException:
-        what = "declares a document type or entities, which is not safe to read"
+        message = "declares a document type or entities, which are unsafe"
     except (ParseError, ValueError, LookupError) as error:
-        what = f"is not valid XML ({' '.join(str(error).split())})"
+        message = f"is not valid XML ({' '.join(str(error).split())})"
     except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-    complain("label-unreadable", path, "", what, "export the annotation again")
+        message = f"cannot be read ({error.strerror or error})"
+    problems.append(Problem("label-unreadable", path, "", message, "export the annotation again"))
     return None
 
 
@@ -261,7 +284,7 @@ def _number(element: Element, key: str) -> float | None:
 
 
 def _has_xml(folder: Path) -> bool:
-    refuse_unreadable(folder)
+    ensure_readable(folder)
     return folder.is_dir() and any(map(_is_xml, os.listdir(folder)))
 
 

@@ -217,10 +217,11 @@ def open_eval_dataset(
 ) -> CocoDataset:
     """Open a split with the model's evaluation transform; arguments and errors as in `evaluate`."""
     from ..data.dataset import open_dataset
+    from ..data.source import AnnotationCache
     from ..data.transforms import EvalTransform
 
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
-    data_config = data_config or DataConfig()
+    data_config, cache = data_config or DataConfig(), AnnotationCache()
     dataset = open_dataset(
         data,
         split=split,
@@ -229,7 +230,9 @@ def open_eval_dataset(
         transform=EvalTransform(
             config.image_size, config.long_side, getattr(model, "canvas", None), config.size_divisor
         ),
+        cache=cache,
     )
+    dataset.load_ground_truth(cache)
     _require_classes(config, dataset)
     _warn_about_training_images(dataset, Path(data).expanduser(), split, data_config)
     return dataset
@@ -238,7 +241,7 @@ def open_eval_dataset(
 def _warn_about_training_images(dataset: CocoDataset, root: Path, split: str, data_config: DataConfig) -> None:
     """Warn if a folder without splits is both the training split and this one."""
     from ..data.formats import find_source
-    from ..data.problems import same_split
+    from ..data.source import same_split
 
     if not root.is_dir() or split in split_aliases(data_config.train_split):
         return

@@ -81,7 +81,7 @@ def _prepare(
     with context.sync_errors():
         config, note = resolve_auto(with_classes(config, train_set), len(train_set))
     checkpoint = context.on_rank_zero(
-        lambda: run_dir.checkpoints.restore(config, train_set.fingerprint()) if resume else None
+        lambda: run_dir.checkpoints.restore(config, train_set.fingerprint) if resume else None
     )
     if checkpoint is not None:
         config = keep_batch_size(config, checkpoint[1], context)
@@ -104,22 +104,24 @@ def _open_datasets(
     data: str | os.PathLike[str], config: Config, resume: bool, context: DistributedContext
 ) -> tuple[CocoDataset, CocoDataset]:
     """Open and validate the training and the validation split. A resumed run was validated when it started."""
-    from ..data.dataset import open_dataset, refuse_same_file
+    from ..data.dataset import ensure_distinct_splits, open_dataset
+    from ..data.source import AnnotationCache
     from ..data.transforms import EvalTransform, TrainTransform
     from ..data.validate import check_for_training
 
     size, divisor = (config.model.image_size, config.model.long_side), config.model.size_divisor
+    cache = AnnotationCache()  # each annotation file is parsed once
     if not resume:
-        for line in context.on_rank_zero(lambda: list(check_for_training(data, config.data, *size))):
+        for line in context.on_rank_zero(lambda: list(check_for_training(data, config.data, *size, cache))):
             log.warning(line)
     with context.sync_errors():
         transform = TrainTransform.from_config(config.data, *size, divisor)
-        train_set = open_dataset(data, config.data.train_split, config.data, transform=transform)
-        if not len(train_set):
-            raise UserError(f"the training set at {data} has no images")
+        train_set = open_dataset(data, config.data.train_split, config.data, transform=transform, cache=cache)
         transform = EvalTransform(*size, size_divisor=divisor)
-        val_set = open_dataset(data, config.data.val_split, config.data, train_set.categories, transform)
-        refuse_same_file(train_set, val_set, data)
+        val_set = open_dataset(data, config.data.val_split, config.data, train_set.categories, transform, cache)
+        ensure_distinct_splits(train_set, val_set, data)
+        if context.is_rank_zero:
+            val_set.load_ground_truth(cache)
     return train_set, val_set
 
 
@@ -141,7 +143,7 @@ class Trainer:
         self.context = context or DistributedContext(str(model.pixel_mean.device), world_size=1)
         self.model, self.run_dir, self.data_name = model, run_dir, data_name
         train_set, self.val_set = datasets
-        self.data_fingerprint = train_set.fingerprint()
+        self.data_fingerprint = train_set.fingerprint
         self.total_batch_size = total_batch_size(config.train, self.context.world_size)
         self.lr, self._lr_note = scaled_lr(config.train, self.total_batch_size)
         if self.context.world_size > 1 and config.train.total_batch_size is None:

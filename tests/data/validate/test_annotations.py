@@ -199,7 +199,7 @@ COCO = {
     "boxes in 0..1": (normalized, {"boxes-normalized"}, "all boxes in 0..1"),
     "boxes as corners": (corners, {"boxes-corners"}, "only as x0, y0, x1, y1"),
     "objects count from 0": (objects_from_zero, {"category-off-by-one"}, "add 1 to"),
-    "categories count from 0": (categories_from_zero, {"category-off-by-one", "category-renumbered"}, "take 1 from"),
+    "categories count from 0": (categories_from_zero, {"category-off-by-one", "category-renumbered"}, "subtract 1"),
     "validation counts from 0": (val_from_zero, {"category-renumbered"}, "'cat' 0 instead of 1"),
     "exchanged in the validation": (exchanged, {"category-renumbered"}, "'cat' 2 instead of 1"),
     "exchanged, and one more class": (
@@ -303,7 +303,7 @@ def test_a_fault_of_data_yaml_is_said_once(tmp_path):
     root = yolo_set(tmp_path)
     (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, cat]\n")
     (finding,) = found(root).findings
-    assert "'cat' stands there twice" in finding.line
+    assert "'names' lists 'cat' twice" in finding.line
 
 
 def xml(text):
@@ -349,7 +349,7 @@ def test_voc(tmp_path, case):
 
 def test_what_it_does_not_find_it_leaves_to_training(tmp_path):
     """There is no set at all: nothing to list."""
-    with pytest.raises(UserError, match="no such data set"):
+    with pytest.raises(UserError, match="no such dataset"):
         found(tmp_path / "gone")
     assert codes(tmp_path) == {"split-missing"}
 
@@ -361,7 +361,7 @@ def test_one_split_alone(tmp_path):
         assert [len(split.pictures) for split in report.splits] == [1 if place == root / VAL else 3]
         (error,) = report.errors
         assert error.code == "split-missing", "what training says too"
-        with pytest.raises(UserError, match=r"no '(train|val)' split"):
+        with pytest.raises(UserError, match=r"(no|not the) '(train|val)' split"):
             as_training(place)
     (root / TRAIN).rename(root / "train/all.json")
     (root / "train").rename(root / "images")

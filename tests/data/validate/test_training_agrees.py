@@ -4,6 +4,7 @@ import pytest
 
 from deformable_detr.cli import main
 from deformable_detr.config.schema import DataConfig
+from deformable_detr.data import coco
 from deformable_detr.data.validate import KINDS, check_for_training
 from deformable_detr.utils.errors import UserError
 from tests.data.validate.test_annotations import COCO, VOC, YOLO
@@ -76,6 +77,15 @@ def test_there_are_as_many_cases_as_were_asked_for():
     found_by_some = {kind for _, _, expected in CASES.values() for kind in expected}
     elsewhere = {"leak", "image-copy", "image-missing", "set-refused"}
     assert KINDS.keys() - found_by_some - USUAL - elsewhere == set(), "a kind that no case has"
+
+
+def test_a_training_parses_each_annotation_file_once(tmp_path, monkeypatch):
+    root = coco_set(tmp_path / "set")
+    parsed = []
+    original = coco.read_json
+    monkeypatch.setattr(coco, "read_json", lambda path: parsed.append(path) or original(path))
+    main(["train", str(root), "--out", str(tmp_path / "run"), *OPTIONS])
+    assert sorted(parsed) == [root / "train/_annotations.coco.json", root / "valid/_annotations.coco.json"]
 
 
 def test_faults_in_the_validation_split_count_too(tmp_path):

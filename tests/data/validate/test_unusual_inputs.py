@@ -101,7 +101,7 @@ COCO = {
     "gzip": (written(lambda text: gzip.compress(text.encode())), UNREADABLE, "not valid JSON"),
     "a comma too many": (written(lambda text: text[:-1].encode() + b",}"), UNREADABLE, "not valid JSON"),
     "two documents": (written(lambda text: (text + text).encode()), UNREADABLE, "Extra data"),
-    "a number": (written(lambda text: b"5"), UNREADABLE, "a int instead of"),
+    "a number": (written(lambda text: b"5"), UNREADABLE, "int instead of"),
     "a key that is there twice": (written(lambda text: text.replace('"images":', '"images": 5, "images":').encode()),
                                   set(), ""),
     "infinity beside the records": (edited()(lambda c: c.update(info={"x": float("inf")})), set(), ""),

@@ -17,7 +17,8 @@ from ...config.schema import DataConfig
 from ...structures import Category
 from ...utils.errors import UserError
 from ..formats import find_source
-from ..problems import Source, dividing, other_split, same_split
+from ..problems import split_command_hint
+from ..source import AnnotationCache, Source, distinct_val_hint, same_split
 from .annotations import Split, read_split
 from .boxes import check_boxes
 from .classes import check_classes, class_counts
@@ -102,6 +103,7 @@ def check_dataset(
     long_side: int,
     depth: Depth = "full",
     progress: bool = False,
+    cache: AnnotationCache | None = None,
 ) -> Report:
     """Looks at the training, the validation and, where there is one, the test split of the set at `root`.
 
@@ -112,11 +114,12 @@ def check_dataset(
     """
     base = Path(root).expanduser()
     found = Findings()
+    cache = cache or AnnotationCache()
     sources = find_splits(base, data, found)
     splits: list[Split] = []
     categories: tuple[Category, ...] | None = None
     for name, source in sources.items():
-        if (split := read_split(source, name, categories, found)) is None:
+        if (split := read_split(source, name, categories, found, cache)) is None:
             continue
         if name == data.train_split:
             categories = tuple(Category(number, split.categories[number]) for number in sorted(split.categories))
@@ -130,7 +133,11 @@ def check_dataset(
 
 
 def check_for_training(
-    root: str | os.PathLike[str], data: DataConfig, image_size: int, long_side: int
+    root: str | os.PathLike[str],
+    data: DataConfig,
+    image_size: int,
+    long_side: int,
+    cache: AnnotationCache | None = None,
 ) -> tuple[str, ...]:
     """The lines that a training says about its set before it begins, the warnings in brief; `data.check` says how deep.
 
@@ -140,7 +147,7 @@ def check_for_training(
     """
     if data.check == "off":
         return ()
-    report = check_dataset(root, data, image_size, long_side, depth=data.check)
+    report = check_dataset(root, data, image_size, long_side, depth=data.check, cache=cache)
     used = [finding for finding in report.findings if finding.split in (data.train_split, data.val_split)]
     report = replace(report, findings=Findings(used))
     if errors := report.errors:
@@ -170,7 +177,7 @@ def refused(report: Report, data: DataConfig) -> None:
 def find_splits(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]:
     """The splits that there are; of a set of one file or folder, that one. What is wrong with them is a finding."""
     if not root.exists():
-        raise UserError(f"{root}: no such data set; give its folder or its annotation file")
+        raise UserError(f"{root}: no such dataset; give its folder or its annotation file")
     sources: dict[str, Source] = {}
     failures: dict[str, UserError] = {}
     for name in dict.fromkeys((data.train_split, data.val_split, "test")):
@@ -186,13 +193,17 @@ def find_splits(root: Path, data: DataConfig, found: Findings) -> dict[str, Sour
             said.add(str(failures[name]))
             what, _, mend = str(failures[name]).removeprefix(f"{root}: ").partition("; ")
             if data.train_split in sources:
-                other = "take the test split with --set data.val_split=test" if "test" in sources else dividing(root)
+                other = (
+                    "take the test split with --set data.val_split=test"
+                    if "test" in sources
+                    else split_command_hint(root)
+                )
                 mend += f"; or {other}"
             found.add("split-missing", root, "", what, mend, split=name)
     train, val = sources.get(data.train_split), sources.get(data.val_split)
     if train is not None and val is not None and same_split(train, val):
         found.add("splits-same", train.file, "", "would be both the training and the validation split",
-                  other_split(val, root), split=data.val_split)  # fmt: skip
+                  distinct_val_hint(val, root), split=data.val_split)  # fmt: skip
         del sources[data.val_split]
     return sources
 

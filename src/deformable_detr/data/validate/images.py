@@ -19,7 +19,7 @@ from PIL import Image
 
 from ...utils.errors import UserError
 from ...utils.images import TRANSPOSED_ORIENTATIONS, read_header, read_image
-from .annotations import Picture, Split
+from .annotations import ImageRecord, Split
 from .issues import Findings
 
 Depth = Literal["auto", "full"]
@@ -29,7 +29,7 @@ AUTO_SECONDS = 20.0
 DIM = 4096  # values of 12 bits, as medical and industrial cameras write them into 16
 CHUNK = 64  # images between two looks at the clock
 
-Task = tuple[Split, Picture]
+Task = tuple[Split, ImageRecord]
 
 
 @dataclass
@@ -76,7 +76,7 @@ def check_pictures(splits: Sequence[Split], depth: Depth, found: Findings, progr
 
 def _each(
     tasks: Sequence[Task],
-    work: Callable[[Picture], tuple[str | None, bytes | None]],
+    work: Callable[[ImageRecord], tuple[str | None, bytes | None]],
     seconds: float | None,
     progress: bool,
     unit: str,
@@ -95,7 +95,7 @@ def _each(
                 return
 
 
-def _look(picture: Picture) -> tuple[str | None, bytes | None]:
+def _look(picture: ImageRecord) -> tuple[str | None, bytes | None]:
     try:
         picture.size, picture.orientation = read_header(picture.path)
     except UserError as error:
@@ -103,7 +103,7 @@ def _look(picture: Picture) -> tuple[str | None, bytes | None]:
     return None, None
 
 
-def _decode(picture: Picture) -> tuple[str | None, bytes | None]:
+def _decode(picture: ImageRecord) -> tuple[str | None, bytes | None]:
     """What is wrong with the file, or the digest of its upright RGB pixels."""
     try:
         pixels = read_image(picture.path)
@@ -123,7 +123,7 @@ def _dim(path: Path) -> int:
     return highest if 0 < highest < DIM else 0
 
 
-def _unreadable(split: Split, picture: Picture, error: str, found: Findings) -> None:
+def _unreadable(split: Split, picture: ImageRecord, error: str, found: Findings) -> None:
     picture.broken = True
     what, _, mend = error.removeprefix(f"{picture.path}: ").rpartition("; ")
     found.add(
@@ -132,7 +132,7 @@ def _unreadable(split: Split, picture: Picture, error: str, found: Findings) -> 
     )  # fmt: skip
 
 
-def _compare_size(split: Split, picture: Picture, found: Findings) -> None:
+def _compare_size(split: Split, picture: ImageRecord, found: Findings) -> None:
     if picture.size is None or picture.declared is None or picture.size == picture.declared:
         return
     (height, width), (own_height, own_width) = picture.size, picture.declared

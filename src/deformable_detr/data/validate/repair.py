@@ -16,10 +16,10 @@ import numpy as np
 from ...utils.errors import UserError
 from ...utils.files import write_text
 from ...utils.images import TRANSPOSED_ORIENTATIONS
-from ..coco import MaskBox, record_name, whole
 from ..discovery import ROBOFLOW
+from ..records import MaskBox, is_int64, record_name
 from . import Report
-from .annotations import Picture, Split
+from .annotations import ImageRecord, Split
 from .boxes import clipped, sizes_of, unit_fault
 from .issues import OVERHANG
 
@@ -137,9 +137,9 @@ class _Repair:
         rest = {key: raw[key] for key in raw if key not in ("images", "annotations", "categories")}
         return {**rest, "images": images, "annotations": annotations, "categories": categories}
 
-    def _merged(self, pictures: list[Picture]) -> tuple[list[Picture], dict[int, int]]:
+    def _merged(self, pictures: list[ImageRecord]) -> tuple[list[ImageRecord], dict[int, int]]:
         """The pictures, each file once; and the ids of the records left out → the ids that their objects get."""
-        first: dict[str, Picture] = {}
+        first: dict[str, ImageRecord] = {}
         merged: dict[int, int] = {}
         for picture in pictures:
             if (other := first.setdefault(picture.name, picture)) is not picture:
@@ -259,13 +259,13 @@ class _Ids:
     """An id for each object: its own where no other had it before, else a fresh one."""
 
     def __init__(self, records: list[Any]) -> None:
-        numbers = [record["id"] for record in records if isinstance(record, dict) and whole(record.get("id"))]
+        numbers = [record["id"] for record in records if isinstance(record, dict) and is_int64(record.get("id"))]
         self.next = max(numbers, default=0) + 1
         self.taken: set[int] = set()
 
     def of(self, record: dict[str, Any]) -> int:
         number = record.get("id")
-        if not isinstance(number, int) or not whole(number) or number in self.taken:
+        if not isinstance(number, int) or not is_int64(number) or number in self.taken:
             number, self.next = self.next, self.next + 1
         self.taken.add(number)
         return number
@@ -310,7 +310,7 @@ def _turned(boxes: np.ndarray, height: int, width: int, orientation: int) -> np.
     return np.stack([new_x, new_y, h, w], axis=1)
 
 
-def _own_name(picture: Picture, taken: set[str]) -> str:
+def _own_name(picture: ImageRecord, taken: set[str]) -> str:
     """A file name inside the split's folder that no other picture has."""
     path = PurePath(picture.name)
     name = path.name if path.is_absolute() or ".." in path.parts else str(path)

@@ -1,0 +1,154 @@
+"""One split of a dataset on disk, in any format, and what all formats share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..structures import Category
+from .discovery import ImageFolder
+from .problems import OnProblem, Problem, raise_problem, split_command_hint
+
+
+@dataclass(frozen=True)
+class ParsedAnnotations:
+    """Annotations as parsed from the files, before category ids are assigned.
+
+    Attributes:
+        content: The COCO dict, or a dict with 'images' and 'objects' of another format.
+        problems: Records that were left out.
+        digest: SHA-256 of the file in hexadecimal; empty if there are many files.
+    """
+
+    content: dict[str, Any]
+    problems: tuple[Problem, ...] = ()
+    digest: str = ""
+
+    def report(self, on_problem: OnProblem) -> None:
+        """Pass every problem to the callback."""
+        for problem in self.problems:
+            on_problem(problem)
+
+
+class Source(Protocol):
+    """One split on disk. Equal sources read the same files.
+
+    Attributes:
+        file: Identifies the split in messages; two splits never share it.
+        format: 'coco', 'yolo' or 'voc'.
+    """
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def format(self) -> str: ...
+
+    def parse(self) -> ParsedAnnotations:
+        """Read and parse the annotation files; use `AnnotationCache.parse` to do it once."""
+        ...
+
+    def read(
+        self,
+        categories: Sequence[Category] | None = None,
+        on_problem: OnProblem = raise_problem,
+        cache: AnnotationCache | None = None,
+    ) -> dict[str, Any]:
+        """Return the COCO dict. Formats without category ids take those of `categories` by name."""
+        ...
+
+    def find_images(self, names: Sequence[str]) -> ImageFolder:
+        """Find the folder that the image file names are relative to."""
+        ...
+
+
+class AnnotationCache:
+    """Parse each split's annotation files once, however often they are read.
+
+    Share one cache between a check and the datasets that follow it, then drop it: it keeps the parsed annotations.
+    """
+
+    def __init__(self) -> None:
+        self._parsed: dict[Source, ParsedAnnotations] = {}
+
+    def parse(self, source: Source) -> ParsedAnnotations:
+        """Return the parsed annotations of a split."""
+        if source not in self._parsed:
+            self._parsed[source] = source.parse()
+        return self._parsed[source]
+
+
+def same_split(first: Source, second: Source) -> bool:
+    """Whether two splits are the same files."""
+    return os.path.realpath(first.file) == os.path.realpath(second.file)
+
+
+def distinct_val_hint(source: Source, root: Path | str) -> str:
+    """Return the hint for a validation split that is also the training split."""
+    if source.format == "yolo":
+        return f"{split_command_hint(root)}, or name another folder under val in data.yaml"
+    return f"{split_command_hint(root)}, or set data.val_images and data.val_annotations"
+
+
+def to_coco(
+    parsed: ParsedAnnotations, ids: Mapping[Any, int], categories: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Build the COCO dict of a format whose objects have a 'class' instead of a category id.
+
+    Each annotation keeps 'where', its place in the label files.
+    """
+    annotations = [
+        {
+            "id": number,
+            "image_id": item["image_id"],
+            "category_id": ids[item["class"]],
+            "bbox": item["bbox"],
+            "area": max(0.0, item["bbox"][2]) * max(0.0, item["bbox"][3]),
+            "iscrowd": 0,
+            "where": item["where"],
+        }
+        for number, item in enumerate(parsed.content["objects"], start=1)
+    ]
+    return {"images": parsed.content["images"], "annotations": annotations, "categories": list(categories)}
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a COCO dict in hexadecimal; it does not depend on where the folder is."""
+    annotations = [{k: v for k, v in a.items() if k != "where"} for a in content["annotations"]]
+    return hashlib.sha256(json.dumps({**content, "annotations": annotations}, sort_keys=True).encode()).hexdigest()
+
+
+def category_ids_by_name(names: Sequence[str], categories: Sequence[Category] | None, first: int) -> list[int]:
+    """Return an id per name: that of the category with this name, otherwise a new one. Default ids: `first`, …"""
+    if categories is None:
+        return list(range(first, first + len(names)))
+    known = {category.name: category.id for category in categories}
+    new_id = max((category.id for category in categories), default=0)
+    ids = []
+    for name in names:
+        if name not in known:
+            new_id += 1
+        ids.append(known.get(name, new_id))
+    return ids
+
+
+def remap_category_ids(
+    file_categories: Sequence[Category], categories: Sequence[Category], used: Container[int]
+) -> dict[int, int]:
+    """Map category ids of a file to those of a model that lists the same names under other ids; {} to keep the ids.
+
+    Names decide if each is unique in both lists and `categories` has every file category that objects use. Otherwise
+    ids decide, because the unknown name may be the mistake. Unused and unknown categories get no id.
+    """
+    ids = {category.name: category.id for category in categories}
+    names = {category.name for category in file_categories}
+    unknown = any(category.name not in ids and category.id in used for category in file_categories)
+    if len(ids) < len(categories) or len(names) < len(file_categories) or unknown:
+        return {}
+    mapping = {category.id: ids[category.name] for category in file_categories if category.name in ids}
+    return mapping if any(old != new for old, new in mapping.items()) else {}

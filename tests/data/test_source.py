@@ -1,0 +1,63 @@
+"""Sources and the cache: every annotation file is read once for the check, both datasets and the ground truth."""
+
+import collections
+from pathlib import Path
+
+import defusedxml.ElementTree
+import pytest
+
+from deformable_detr.config.schema import DataConfig
+from deformable_detr.data.dataset import open_dataset
+from deformable_detr.data.source import AnnotationCache, remap_category_ids
+from deformable_detr.data.validate import check_for_training
+from deformable_detr.structures import Category
+from tests.support.datasets import coco_set, voc_set, yolo_set
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often each annotation file was read."""
+    counts = collections.Counter()
+
+    def counted(function):
+        def wrapper(path, *args, **options):
+            if Path(path).suffix in (".json", ".xml", ".txt") and "ImageSets" not in str(path):
+                counts[str(path)] += 1
+            return function(path, *args, **options)
+
+        return wrapper
+
+    for name in ("read_bytes", "read_text"):
+        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+    monkeypatch.setattr(defusedxml.ElementTree, "parse", counted(defusedxml.ElementTree.parse))
+    return counts
+
+
+@pytest.mark.parametrize(("make", "files"), [(coco_set, 2), (yolo_set, 3), (voc_set, 4)])
+def test_training_reads_each_annotation_file_once(tmp_path, reads, make, files):
+    root = make(tmp_path)
+    cache, data = AnnotationCache(), DataConfig(check="full")
+    reads.clear()
+    check_for_training(root, data, 64, 107, cache)
+    train = open_dataset(root, "train", data, cache=cache)
+    val = open_dataset(root, "val", data, train.categories, cache=cache)
+    truth = val.load_ground_truth(cache)
+    assert val.ground_truth is truth
+    assert len(truth["annotations"]) == 2
+    assert train.fingerprint != val.fingerprint
+    assert len(reads) == files
+    assert set(reads.values()) == {1}, reads
+
+    again = open_dataset(root, "val", data, train.categories)
+    assert again.fingerprint == val.fingerprint
+    assert again.ground_truth == truth, "as from the shared cache"
+    assert max(reads.values()) > 1, "without the cache, the files are read again"
+
+
+def test_names_decide_only_if_they_are_unique_and_known():
+    cats = (Category(0, "cat"), Category(1, "dog"))
+    assert remap_category_ids((Category(1, "cat"), Category(2, "dog")), cats, {1, 2}) == {1: 0, 2: 1}
+    assert remap_category_ids((Category(1, "cat"), Category(2, "fox")), cats, {1, 2}) == {}
+    assert remap_category_ids((Category(1, "cat"), Category(2, "fox")), cats, {1}) == {1: 0}
+    assert remap_category_ids((Category(1, "cat"), Category(2, "cat")), cats, {1}) == {}
+    assert remap_category_ids(cats, cats, {0, 1}) == {}
