@@ -85,7 +85,7 @@ def test_older_glibc_accepts_a_lower_threshold(monkeypatch, caplog):
 FORKED = """
 import sys
 import torch
-from deformable_detr.benchmark.machine import resident_mib
+from deformable_detr.benchmark import resident_mib
 from deformable_detr.data import dataloader
 from deformable_detr.utils.process import retain_freed_memory
 if not retain_freed_memory():

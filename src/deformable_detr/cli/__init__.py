@@ -16,11 +16,11 @@ from cyclopts import CycloptsError
 
 from ..utils.errors import UserError
 from ..utils.process import limit_primitive_caches, retain_freed_memory, shorten_omp_spin
-from . import deploy, infer, measuring, train
+from . import benchmark, deploy, infer, train
 from .app import app
 from .options import complain
 
-__all__ = ["app", "deploy", "infer", "main", "measuring", "train"]
+__all__ = ["app", "benchmark", "deploy", "infer", "main", "train"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,9 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that it reads all the same; others are errors
     _tidy_up_at_sigterm()
     retain_freed_memory()
-    if words[:1] != ["benchmark"]:  # it compares with programs that do not change these settings
-        limit_primitive_caches()
-        shorten_omp_spin()
+    limit_primitive_caches()
+    shorten_omp_spin()
     try:
         try:
             _run(words)

@@ -1,1 +1,0 @@
-"""Speed, measured where the user stands."""
