@@ -9,7 +9,16 @@ from PIL import Image
 from deformable_detr import UserError, explain
 from deformable_detr.explanation import DetectionExplanation, attention_inside_box, trace
 from deformable_detr.ops.reference import sample_and_sum
-from tests.support.explanations import HEADS, LEVELS, POINTS, hand_set, picture, random_model, some_offsets
+from tests.support.explanations import (
+    HEADS,
+    LEVELS,
+    POINTS,
+    hand_set,
+    picture,
+    random_model,
+    some_offsets,
+    trace_on_canvas,
+)
 
 ODD = [(67, 101), (101, 67), (64, 64), (13, 47)]  # (height, width)
 CANVAS = (200, 208)
@@ -64,7 +73,7 @@ def test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_pos
     """Independent of our arithmetic: what the op reads at its own locations says where in the image that is."""
     model = random_model(two_stage=True, refine=True)
     height, width = size
-    traced = trace(model, picture(*size), threshold=0.0, canvas=canvas)
+    traced = trace_on_canvas(model, picture(*size), canvas, threshold=0.0)
     shapes = traced.detection(0).spatial_shapes
     if canvas:
         assert traced.valid_ratios.min() < 0.7
@@ -114,7 +123,7 @@ def test_without_offsets_the_encoder_looks_at_the_very_token_of_the_point(canvas
     for layer in model.encoder.layers:
         hand_set(layer.self_attn, torch.zeros(HEADS, LEVELS, POINTS, 2), torch.zeros(HEADS, LEVELS, POINTS))
     height, width = 67, 101
-    traced = trace(model, picture(height, width), canvas=canvas)
+    traced = trace_on_canvas(model, picture(height, width), canvas)
     for x, y in [(0, 0), (50.2, 31.9), (100.9, 66.9), (width, height)]:
         found = traced.point(x, y)
         for token, (across, down), (h, w) in zip(

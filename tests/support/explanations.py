@@ -1,8 +1,14 @@
-"""A small detector whose sampling points are known because its offsets and weights are set by hand."""
+"""A small detector with sampling offsets and attention weights set by hand."""
+
+import sys
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from deformable_detr import DeformableDETR, ModelConfig
+from deformable_detr.explanation import trace
+from deformable_detr.structures import ImageBatch
 
 HEADS, LEVELS, POINTS = 2, 3, 2
 
@@ -52,3 +58,18 @@ def some_offsets(seed):
 def picture(height, width, seed=0):
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, height, width), generator=draw, dtype=torch.uint8)
+
+
+def trace_on_canvas(model, image, canvas, **options):
+    """`trace` with the image padded to (height, width), as in a batch with larger images."""
+    module = sys.modules["deformable_detr.explanation.trace"]
+    collate = module.collate
+
+    def padded(samples):
+        batch, targets = collate(samples)
+        padding = (0, canvas[1] - batch.pixels.shape[3], 0, canvas[0] - batch.pixels.shape[2])
+        mask = F.pad(batch.padding_mask, padding, value=True)
+        return ImageBatch(F.pad(batch.pixels, padding), mask), targets
+
+    with mock.patch.object(module, "collate", padded if canvas else collate):
+        return trace(model, image, **options)

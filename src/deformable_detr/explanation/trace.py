@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -18,7 +17,7 @@ from ..model.geometry import get_valid_ratios, level_masks
 from ..model.network import DeformableDETRNetwork
 from ..model.postprocess import postprocess, to_detections
 from ..predict.predictor import evaluating, model_categories
-from ..structures import Detections, ImageBatch, Target
+from ..structures import Detections, Target
 from ..utils.errors import UserError
 from ..utils.images import read_image
 from .explanation import DetectionExplanation, PointExplanation
@@ -135,12 +134,12 @@ class Trace:
             tokens.append(start + row * w + column)
             centers.append(((column + 0.5) / columns * width, (row + 0.5) / rows * height))
             start += h * w
-        layers = tuple(
-            EncoderLayerSampling(self._locations(details.locations[0, tokens]), details.weights[0, tokens].float())
-            for details in self.outputs["encoder_attention"]
-        )
+        layers = []
+        for details in self.outputs["encoder_attention"]:
+            locations = canvas_to_pixels(details.locations[0, tokens], self.valid_ratios, self.image_size)
+            layers.append(EncoderLayerSampling(locations, details.weights[0, tokens].float()))
         context = self.image, self.image_size, self.spatial_shapes
-        return PointExplanation(*context, layers, (x, y), torch.tensor(tokens), torch.tensor(centers))
+        return PointExplanation(*context, tuple(layers), (x, y), torch.tensor(tokens), torch.tensor(centers))
 
     @property
     def _image_name(self) -> str:
@@ -154,12 +153,9 @@ class Trace:
             reference_box=self._box_to_pixels(reference) if len(reference) == 4 else None,
             box=self._box_to_pixels(self.outputs["layer_boxes"][layer, 0, query]),
             scores=self.outputs["layer_logits"][layer, 0, query].float().sigmoid(),
-            locations=self._locations(details.locations[0, query]),
+            locations=canvas_to_pixels(details.locations[0, query], self.valid_ratios, self.image_size),
             weights=details.weights[0, query].to(torch.float32, copy=True),
         )
-
-    def _locations(self, locations: Tensor) -> Tensor:
-        return canvas_to_pixels(locations, self.valid_ratios, self.image_size)
 
     def _to_pixels(self, points: Tensor) -> Tensor:
         height, width = self.image_size
@@ -172,13 +168,7 @@ class Trace:
         return self._to_pixels(box_convert(box.float(), "cxcywh", "xyxy").view(2, 2)).flatten()
 
 
-def trace(
-    model: DeformableDETRNetwork,
-    image: Any,
-    threshold: float = 0.5,
-    top_k: int = 100,
-    canvas: tuple[int, int] | None = None,
-) -> Trace:
+def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_k: int = 100) -> Trace:
     """Run a model on one image as `predict` does and keep the sampling points of every layer.
 
     Args:
@@ -186,7 +176,6 @@ def trace(
         image: A path, PIL image, array or tensor, as for `predict`.
         threshold: Minimum score of a detection, 0..1.
         top_k: Maximum number of detections.
-        canvas: (height, width) to pad the resized image to, as in a batch with larger images.
 
     Raises:
         UserError: The image cannot be read, or a setting is out of range.
@@ -200,9 +189,6 @@ def trace(
     image_size = pixels.shape[1], pixels.shape[2]
     resized = resize(pixels, config.image_size, config.long_side, size_divisor=config.size_divisor)
     batch, _ = collate([(resized, Target.empty(0, image_size))])
-    if canvas is not None:
-        padding = (0, canvas[1] - batch.pixels.shape[3], 0, canvas[0] - batch.pixels.shape[2])
-        batch = ImageBatch(F.pad(batch.pixels, padding), F.pad(batch.padding_mask, padding, value=True))
     with evaluating(model):
         mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         inputs = batch.to(mean.device).normalize(mean, std)

@@ -26,8 +26,8 @@ class Metrics:
         self.read_seconds = Histogram("read_seconds", "Time to decode and resize an image.", **timing)
         self.model_seconds = Histogram("model_seconds", "Time of the model per batch.", **timing)
         self.batch_images = Histogram("batch_images", "Images per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), **common)
-        self._queued = Gauge("queue_images", "Images that wait for the model.", **common)
-        self._accepted = Gauge("taken_images", "Images accepted and not answered yet.", **common)
+        self._queued = Gauge("queued_images", "Images that wait for the model.", **common)
+        self._accepted = Gauge("accepted_images", "Images accepted and not answered yet.", **common)
         self.ready = Gauge("ready", "1 while /readyz answers 200.", **common)
 
     def watch(self, queued: Callable[[], int], accepted: Callable[[], int]) -> None:
