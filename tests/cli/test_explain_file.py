@@ -1,4 +1,4 @@
-"""The command `explain`: the file that the ending asks for, the figures, and one line for every mistake."""
+"""The command `explain`: output formats, summary and errors."""
 
 import json
 
@@ -37,7 +37,7 @@ def run(place, capsys, monkeypatch):
     return call
 
 
-def test_the_best_detection_unless_told_otherwise(run, place):
+def test_the_default_is_the_best_detection(run, place):
     code, out, err = run("model image.png --threshold 0 --json raw.json")
     assert (code, err) == (0, "")
     assert Image.open(place / "image-explained.png").format == "PNG"
@@ -60,7 +60,7 @@ def test_the_best_detection_unless_told_otherwise(run, place):
         ("--out page.html", "page.html", b"<!doctype html>"),
     ],
 )
-def test_the_ending_says_what_is_written(run, place, arguments, file, start):
+def test_the_extension_selects_the_format(run, place, arguments, file, start):
     code, out, err = run(f"model image.png --threshold 0 {arguments}")
     assert (code, err) == (0, "")
     assert (place / file).read_bytes().startswith(start)
@@ -92,7 +92,7 @@ def test_the_ending_says_what_is_written(run, place, arguments, file, start):
         ("nowhere image.png", ["nowhere"]),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(run, place, arguments, words):
+def test_errors_are_one_line_and_exit_code_2(run, place, arguments, words):
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     code, out, err = run(arguments)
     assert code == 2

@@ -1,4 +1,4 @@
-"""What training does to the attention: on a card it goes to the card, with random weights it does not."""
+"""Training moves the attention to the objects: compare a trained model with random weights."""
 
 import os
 
@@ -16,7 +16,7 @@ IMAGES = 12
 
 @pytest.fixture(scope="module")
 def cards_model(shared, tmp_path_factory):
-    """A run that DEFORMABLE_DETR_CARDS_RUN names, else the small preset after some minutes on small images."""
+    """The run in DEFORMABLE_DETR_CARDS_RUN, or the small preset trained for some minutes."""
     if given := os.environ.get("DEFORMABLE_DETR_CARDS_RUN"):
         return DeformableDETR.from_pretrained(given)
     out = tmp_path_factory.mktemp("cards") / "run"
@@ -30,7 +30,7 @@ def cards_model(shared, tmp_path_factory):
 
 
 def best_detections(model, dataset):
-    """(explanation of the best detection, the labeled card nearest to it) of each image that is looked at."""
+    """Per image: (explanation of the best detection, the labeled card nearest to it)."""
     from torchvision.ops import box_convert, box_iou
 
     found = []
@@ -43,7 +43,7 @@ def best_detections(model, dataset):
 
 
 def mean_shares(explained, boxes):
-    """Share of the attention inside the given boxes, an image each: (first, last decoder layer)."""
+    """Mean share of the attention inside one box per image: (first, last decoder layer)."""
     inside = [one.attention_inside_box(box)[[0, -1]] for one, box in zip(explained, boxes, strict=True)]
     return torch.stack(inside).mean(0).tolist()
 

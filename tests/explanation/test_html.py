@@ -1,4 +1,4 @@
-"""The page: all in one file, the tensors' positions in it, names that cannot break it."""
+"""The page is self-contained, has the positions of the tensors and escapes class names."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def content(text):
     return json.loads(found[1])
 
 
-def test_the_points_in_the_page_are_those_of_the_tensors(traced):
+def test_points_equal_the_tensors(traced):
     chosen = traced.detection(2)
     data = content(page(traced, chosen))
     assert data["first"] == 2
@@ -41,7 +41,7 @@ def test_the_points_in_the_page_are_those_of_the_tensors(traced):
             assert layer["share_inside_box"] == pytest.approx(share, abs=1e-4)
 
 
-def test_a_point_is_alone_in_its_page(traced):
+def test_page_of_a_point(traced):
     found = traced.point(20, 30)
     data = content(page(traced, found, layer=1))
     assert [item["kind"] for item in data["items"]] == ["point"]
@@ -50,7 +50,7 @@ def test_a_point_is_alone_in_its_page(traced):
     torch.testing.assert_close(points[..., :2] / 10, found.layers[0].locations, atol=0.0501, rtol=0)
 
 
-def test_the_page_loads_nothing_and_names_cannot_break_it(traced):
+def test_the_page_is_self_contained_and_escapes_names(traced):
     text = page(traced, traced.detection(0))
     addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", re.sub(r"base64,[\w+/=]+", "", text)))
     assert addresses <= {"http://www.w3.org/2000/svg"}
@@ -61,7 +61,7 @@ def test_the_page_loads_nothing_and_names_cannot_break_it(traced):
     assert text.index("data:image/jpeg;base64,")
 
 
-def test_mistakes_are_one_line(traced, tmp_path):
+def test_errors(traced, tmp_path):
     with pytest.raises(UserError, match="no layer 9"):
         page(traced, traced.detection(0), layer=8)
     (tmp_path / "file").touch()

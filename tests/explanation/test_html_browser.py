@@ -1,4 +1,4 @@
-"""The page in a real browser: hovering, tapping, keys and toggles show the right points, and nothing sticks out."""
+"""The page in a browser: hover, click, keyboard and toggles show the right points; layout."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def traced():
 
 
 def points(driver):
-    """(N, 3) x, y, weight of what is drawn, and the set of (level, head)."""
+    """The drawn points: (N, 3) x, y, weight, and the set of (level, head)."""
     script = """return [...document.querySelectorAll('.point')].map(
         p => ['x', 'y', 'weight', 'level', 'head'].map(k => +p.dataset[k]))"""
     drawn = torch.tensor(driver.execute_script(script), dtype=torch.float32).view(-1, 5)
@@ -94,7 +94,7 @@ def test_hover_click_slider_and_toggles(browse, traced, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
-def test_nothing_sticks_out(browse, traced, tmp_path, width, dark):
+def test_layout(browse, traced, tmp_path, width, dark):
     driver = browse(save_page(traced, traced.point(100, 60), tmp_path / "page.html"), width, dark)
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert clipped(driver) == []

@@ -1,4 +1,4 @@
-"""Figures and animations: the points are drawn where the arrays say, at any image size."""
+"""Figures and animations: points are drawn at their positions, at any image size."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from tests.support.explanations import picture, random_model
 
 
 def by_hand(image, spots, box=(20.0, 15.0, 180.0, 135.0), name="thing", weights=None):
-    """One head, one level, a layer for each list of spots; weights even unless given."""
+    """One head, one level, one layer per list of spots. Default: equal weights."""
     height, width = image.shape[:2]
     layers = []
     for places in spots:
@@ -29,7 +29,7 @@ def by_hand(image, spots, box=(20.0, 15.0, 180.0, 135.0), name="thing", weights=
 
 
 def centers(mask):
-    """Centers (x, y) of the mask's connected parts of some size, from left to right."""
+    """Centers (x, y) of the connected parts of a mask, from left to right."""
     from scipy.ndimage import center_of_mass, label
 
     parts, count = label(mask)
@@ -42,7 +42,7 @@ def close_to(pixels, color, tolerance=24):
 
 
 def drawn_at(spot):
-    """Where, in pixels of the image, a picture has the one sampling point of an explanation."""
+    """Position, in pixels of the image, of the sampling point in a figure."""
     image = np.full((150, 200, 3), 90, dtype=np.uint8)
     landmarks = [(30.0, 25.0), (170.0, 125.0)]
     for x, y in landmarks:
@@ -64,16 +64,16 @@ def drawn_at(spot):
 
 
 @pytest.mark.parametrize("spot", [(60.5, 100.25), (150.0, 30.0), (120.75, 52.0)])
-def test_a_point_is_drawn_where_its_location_says(spot):
+def test_points_are_drawn_at_their_locations(spot):
     assert drawn_at(spot) == pytest.approx(spot, abs=0.25)
 
 
-def test_half_a_pixel_is_noticed():
+def test_a_shift_of_half_a_pixel_is_detected():
     for shifted in ((61.0, 100.25), (60.5, 99.75)):
         assert drawn_at(shifted) != pytest.approx((60.5, 100.25), abs=0.25)
 
 
-def test_names_are_no_formulas_and_never_empty_boxes(caplog):
+def test_names_are_not_formulas_and_have_fallbacks(caplog):
     """A dollar sign would start a formula; a letter without a font would be drawn as an empty box."""
     image = np.full((150, 200, 3), 90, dtype=np.uint8)
     plain = np.asarray(by_hand(image, [[(60.0, 70.0)]], name="class 1").draw())
@@ -96,7 +96,7 @@ def test_a_gif_keeps_the_colors_of_the_weights(tmp_path):
         assert np.median(np.abs(shown[there].astype(int) - color)) <= 2
 
 
-def test_the_close_up_holds_the_box_and_nearly_all_of_the_attention():
+def test_the_viewport_contains_the_box_and_most_attention():
     image = np.zeros((400, 600, 3), dtype=np.uint8)
     found = by_hand(image, [[(300.0, 200.0), (290.0, 210.0), (5000.0, 5000.0)]], (280.0, 190.0, 320.0, 230.0),
                     weights=[0.5, 0.495, 0.005])  # fmt: skip
@@ -113,7 +113,7 @@ def test_the_close_up_holds_the_box_and_nearly_all_of_the_attention():
 
 
 @pytest.mark.parametrize("size", [(13, 20), (64, 64), (40, 900), (900, 40), (2000, 3000)])
-def test_pictures_have_a_readable_size_whatever_the_image(size):
+def test_figure_size(size):
     model = random_model(two_stage=True, refine=True)
     found = explain(model, picture(*size), threshold=0.0)
     drawn = found.draw()
@@ -122,7 +122,7 @@ def test_pictures_have_a_readable_size_whatever_the_image(size):
     assert min(drawn.size) >= 300
 
 
-def test_one_layer_of_the_encoder_has_a_panel_for_each_level():
+def test_one_encoder_layer_has_a_panel_per_token():
     found = explain(random_model(encoder_layers=1), picture(67, 101), point=(30, 30))
     every, one = found.draw(), found.draw(layer=0)
     assert one.height > 1.3 * every.height
@@ -142,7 +142,7 @@ def test_a_gif_has_a_frame_per_layer(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".WEBP"])
-def test_a_picture_in_the_format_of_its_ending(tmp_path, ending):
+def test_image_formats(tmp_path, ending):
     image = np.full((150, 200, 3), 90, dtype=np.uint8)
     path = by_hand(image, [[(50.0, 50.0)]], name="a very long class name " * 20).save(tmp_path / f"still{ending}", 0)
     with Image.open(path) as still:
@@ -150,7 +150,7 @@ def test_a_picture_in_the_format_of_its_ending(tmp_path, ending):
         assert still.width < 2000
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_errors(tmp_path):
     found = by_hand(np.zeros((150, 200, 3), dtype=np.uint8), [[(50.0, 50.0)]])
     with pytest.raises(UserError, match="no layer 2: the decoder has 1"):
         found.draw(layer=1)

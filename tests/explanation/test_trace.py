@@ -1,4 +1,4 @@
-"""Where the model looked, in pixels: against the tensors, against offsets set by hand, whatever the image's form."""
+"""Sampling points in pixels, compared with the tensors and with offsets set by hand, for all image shapes."""
 
 import sys
 
@@ -25,7 +25,7 @@ CANVAS = (200, 208)
 
 
 def with_known_points(**changes):
-    """References at (0.3, 0.6), offsets and weights by hand; gives the model and those of its two decoder layers."""
+    """A model with references at (0.3, 0.6), and the offsets and logits set in its two decoder layers."""
     model = random_model(**changes)
     known = [some_offsets(1), some_offsets(2)]
     with torch.no_grad():
@@ -37,7 +37,7 @@ def with_known_points(**changes):
 
 
 @pytest.mark.parametrize("size", ODD)
-def test_points_set_by_hand_lie_where_equation_3_puts_them(size):
+def test_known_offsets_follow_equation_3(size):
     model, known = with_known_points()
     height, width = size
     found = explain(model, picture(*size), threshold=0.0)
@@ -54,7 +54,7 @@ def test_points_set_by_hand_lie_where_equation_3_puts_them(size):
         torch.testing.assert_close(layer.weights, weights)
 
 
-def test_points_around_a_box_are_spread_over_half_its_sides():
+def test_offsets_scale_with_the_reference_box():
     model, known = with_known_points(refine=True)
     found = explain(model, picture(67, 101), threshold=0.0)
     first, second = found.layers
@@ -69,8 +69,8 @@ def test_points_around_a_box_are_spread_over_half_its_sides():
 
 @pytest.mark.parametrize("size", ODD)
 @pytest.mark.parametrize("canvas", [None, CANVAS])
-def test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_positions(size, canvas):
-    """Independent of our arithmetic: what the op reads at its own locations says where in the image that is."""
+def test_sampling_a_map_of_coordinates_gives_the_locations(size, canvas):
+    """Independent of `canvas_to_pixels`: the op reads pixel coordinates at its own locations."""
     model = random_model(two_stage=True, refine=True)
     height, width = size
     traced = trace_on_canvas(model, picture(*size), canvas, threshold=0.0)
@@ -107,18 +107,18 @@ def test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_pos
 
 
 @pytest.mark.parametrize("shift", [0.5, 4.0])  # pixels; half a cell of the finest map
-def test_positions_shifted_by_half_a_pixel_or_cell_are_noticed(monkeypatch, shift):
+def test_shifted_locations_are_detected(monkeypatch, shift):
     module = sys.modules["deformable_detr.explanation.trace"]
     right = module.canvas_to_pixels
     monkeypatch.setattr(module, "canvas_to_pixels", lambda *where: right(*where) + shift)
     with pytest.raises(AssertionError, match="not close"):
-        test_points_set_by_hand_lie_where_equation_3_puts_them((67, 101))
+        test_known_offsets_follow_equation_3((67, 101))
     with pytest.raises(AssertionError, match="not close"):
-        test_a_map_of_its_own_coordinates_sampled_at_the_tensors_gives_the_drawn_positions((67, 101), None)
+        test_sampling_a_map_of_coordinates_gives_the_locations((67, 101), None)
 
 
 @pytest.mark.parametrize("canvas", [None, CANVAS])
-def test_without_offsets_the_encoder_looks_at_the_very_token_of_the_point(canvas):
+def test_without_offsets_the_encoder_samples_the_token_of_the_point(canvas):
     model = random_model()
     for layer in model.encoder.layers:
         hand_set(layer.self_attn, torch.zeros(HEADS, LEVELS, POINTS, 2), torch.zeros(HEADS, LEVELS, POINTS))
@@ -137,7 +137,7 @@ def test_without_offsets_the_encoder_looks_at_the_very_token_of_the_point(canvas
     assert traced.point(0, 0).tokens[0] == 0
 
 
-def test_a_photograph_on_its_side_is_explained_upright(tmp_path):
+def test_exif_orientation(tmp_path):
     model = random_model(two_stage=True, refine=True)
     upright = picture(67, 101).permute(1, 2, 0).numpy()
     exif = Image.Exif()
@@ -151,7 +151,7 @@ def test_a_photograph_on_its_side_is_explained_upright(tmp_path):
     assert wide.token_centers[:, 0].max() > 67  # right of what the file's own width would allow
 
 
-def test_the_detections_are_those_of_prediction_and_the_last_layer_is_theirs():
+def test_detections_equal_predict_and_the_last_layer():
     model = random_model(two_stage=True, refine=True)
     image = picture(67, 101)
     predicted = model.predict(image, threshold=0.008, top_k=8)
@@ -168,13 +168,13 @@ def test_the_detections_are_those_of_prediction_and_the_last_layer_is_theirs():
         torch.testing.assert_close(last.box.clamp(min=torch.zeros(4), max=limits), predicted.boxes[number])
 
 
-def test_the_model_keeps_its_mode_and_prediction_is_not_changed():
+def test_the_model_keeps_its_mode():
     model = random_model().train()
     explain(model, picture(64, 64), threshold=0.0)
     assert model.training
 
 
-def test_share_of_the_attention_inside_a_box():
+def test_attention_inside_box():
     locations = torch.tensor([[1.0, 1.0], [5.0, 5.0], [10.0, 0.0], [11.0, 2.0]])
     weights = torch.tensor([0.1, 0.4, 0.2, 0.3])
     assert attention_inside_box(locations, weights, torch.tensor([0.0, 0.0, 10.0, 4.0])).item() == pytest.approx(0.3)
@@ -184,7 +184,7 @@ def test_share_of_the_attention_inside_a_box():
     assert attention_inside_box(locations, weights, torch.tensor([2.0, 2.0, 4.0, 4.0])).item() == 0.0
 
 
-def test_shares_follow_the_weights_layer_by_layer():
+def test_attention_inside_box_per_layer():
     model, _ = with_known_points()
     found = explain(model, picture(67, 101), threshold=0.0)
     box = torch.tensor([0.0, 0.0, 33.0, 67.0])
@@ -195,7 +195,7 @@ def test_shares_follow_the_weights_layer_by_layer():
         assert share == pytest.approx(layer.weights[inside].sum().item() / HEADS)
 
 
-def test_numbers_for_json():
+def test_to_dict():
     model = random_model(refine=True)
     found = explain(model, picture(67, 101), 1, threshold=0.0)
     assert isinstance(found, DetectionExplanation)
@@ -224,7 +224,7 @@ def test_numbers_for_json():
         ({"point": (5, 5), "detection": 0}, ["not both"]),
     ],
 )
-def test_mistakes_are_one_line(options, words):
+def test_errors(options, words):
     with pytest.raises(UserError) as error:
         explain(random_model(), picture(67, 101), **options)
     assert "\n" not in str(error.value)
@@ -232,7 +232,7 @@ def test_mistakes_are_one_line(options, words):
         assert word in str(error.value)
 
 
-def test_a_model_without_encoder_has_no_points_to_tell_of():
+def test_a_model_without_encoder_layers():
     model = random_model(encoder_layers=0)
     with pytest.raises(UserError, match="no encoder layers"):
         explain(model, picture(67, 101), point=(5, 5))

@@ -1,4 +1,4 @@
-"""The routes of a running server: right answers equal `predict`, wrong requests get one line and the right status."""
+"""Routes of a running server: results equal `predict`, and wrong requests get the right status and one line."""
 
 import io
 import json
@@ -56,7 +56,7 @@ def test_one_image_as_the_body(client, model, kind):
     same(answer, predicted(model, data))
 
 
-def test_boxes_end_at_the_border():
+def test_boxes_are_clipped_to_the_image():
     wide = small_model()
     with torch.no_grad():
         for head in wide.decoder.heads.boxes:
@@ -77,7 +77,7 @@ def test_several_images_in_a_form(client, model):
         same(answer, predicted(model, data, threshold=0.3, top_k=7))
 
 
-def test_many_clients_get_what_serial_prediction_gives(client, model):
+def test_concurrent_requests_equal_serial_prediction(client, model):
     pictures = [picture("PNG", *size, seed=seed) for seed in range(6) for size in ((48, 64), (64, 64))]
     wanted = [predicted(model, data, threshold=0.2, top_k=5 + number) for number, data in enumerate(pictures)]
     before = client.engine.metrics.batch_images._sum.get()
@@ -93,7 +93,7 @@ def test_many_clients_get_what_serial_prediction_gives(client, model):
     assert client.engine.metrics.batch_images._sum.get() - before == 60
 
 
-def test_exif_turns_the_picture(client, model):
+def test_exif_orientation(client, model):
     exif = Image.Exif()
     exif[0x0112] = 6
     data = picture("JPEG", 40, 80, exif=exif)
@@ -120,7 +120,7 @@ def test_explain_equals_the_trace(client, model):
     assert client.post("/v1/explain", files=form(data, data)).status_code == 422
 
 
-def test_the_model_tells_of_itself(client):
+def test_model_description(client):
     facts = schemas.Model.model_validate(client.get("/v1/model").json())
     assert [one.name for one in facts.classes] == list(NAMES)
     assert facts.explains
@@ -159,7 +159,7 @@ def test_parameters(client, query, status):
         assert next(iter(query)) in response.json()["detail"]
 
 
-def test_a_bad_image_is_named_and_spoils_its_request_only(client):
+def test_a_damaged_image_fails_only_its_request(client):
     data = picture("JPEG", 100, 100)
     response = client.post("/v1/detect", files=form(picture(), data[: len(data) // 2], b"nothing"))
     assert response.status_code == 422
@@ -167,7 +167,7 @@ def test_a_bad_image_is_named_and_spoils_its_request_only(client):
     assert client.post("/v1/detect", files=form(picture(), data)).status_code == 200
 
 
-REFUSED = [
+ATTACKS = [
     *(("GET", path, None, None, 404) for path in (
         "/../etc/passwd", "/..%2f..%2fetc%2fpasswd", "/page.css/../../engine.py", "/%2e%2e/%2e%2e/etc/passwd",
         "/page.js%00.png", "//etc/passwd", "/static/../../etc/passwd", "/v1/../../etc/passwd",
@@ -192,8 +192,8 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "path", "kind", "body", "status"), REFUSED)
-def test_paths_and_addresses_are_refused(client, method, path, kind, body, status):
+@pytest.mark.parametrize(("method", "path", "kind", "body", "status"), ATTACKS)
+def test_paths_and_urls_are_never_opened(client, method, path, kind, body, status):
     # By hand, for httpx would tidy the path up.
     import http.client
 
@@ -207,16 +207,16 @@ def test_paths_and_addresses_are_refused(client, method, path, kind, body, statu
     assert set(json.loads(text)) == {"detail"}
 
 
-def test_there_are_thirty_of_them():
-    assert len(REFUSED) >= 30
+def test_at_least_thirty_attacks():
+    assert len(ATTACKS) >= 30
 
 
-def test_compressed_bodies_are_not_read(client):
+def test_compressed_bodies_are_refused(client):
     assert raw(client, picture(), headers={"Content-Encoding": "gzip"}).status_code == 415
     assert raw(client, picture(), headers={"Content-Encoding": "identity"}).status_code == 200
 
 
-def test_pixels_are_bounded_by_the_header():
+def test_pixel_limit():
     with running(pixels=48 * 64) as client:
         assert raw(client, picture(height=48, width=64)).status_code == 200
         response = raw(client, picture(height=48, width=65))
@@ -224,7 +224,7 @@ def test_pixels_are_bounded_by_the_header():
         assert "megapixels" in response.json()["detail"]
 
 
-def test_bodies_are_bounded_while_they_come():
+def test_body_limit_while_streaming():
     data = picture("BMP", 64, 64)
     sent = []
 
@@ -245,7 +245,7 @@ def test_bodies_are_bounded_while_they_come():
         assert client.post("/v1/detect", content=pieces, headers={"Content-Type": "image/bmp"}).status_code == 200
 
 
-def test_held_bytes_are_bounded():
+def test_total_body_limit():
     data = picture("BMP", 64, 64)
     with running(total_body_bytes=len(data)) as client:
         assert raw(client, data).status_code == 200
@@ -253,13 +253,13 @@ def test_held_bytes_are_bounded():
         assert raw(client, data).status_code == 200
 
 
-def test_images_in_a_request_are_bounded():
+def test_images_per_request_limit():
     with running(images=2, max_queue=2) as client:
         assert client.post("/v1/detect", files=form(picture(), picture())).status_code == 200
         assert client.post("/v1/detect", files=form(picture(), picture(), picture())).status_code == 422
 
 
-def test_overload_gives_only_answers_and_refusals():
+def test_overload_answers_200_or_503():
     data = picture()
     with running(slow(small_model(), 0.05), max_queue=4, images=4, max_batch_size=2) as client:
 
@@ -276,14 +276,14 @@ def test_overload_gives_only_answers_and_refusals():
         assert client.engine._accepted == 0
 
 
-def test_explanations_are_bounded():
+def test_explanation_limit():
     with running(slow(small_model(), 0.2), max_explanations=1) as client, ThreadPoolExecutor(4) as pool:
         statuses = list(pool.map(lambda _: raw(client, picture(), "/v1/explain").status_code, range(4)))
         assert sorted(set(statuses)) == [200, 503]
         assert raw(client, picture(), "/v1/explain").status_code == 200
 
 
-def test_the_deadline():
+def test_timeout():
     model, gate = small_model(), threading.Event()
     with running(model, timeout=0.5) as client:
         hook = model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
@@ -297,19 +297,18 @@ def test_the_deadline():
 
 
 @pytest.mark.parametrize("slow", ["parse_uploads", "detected_image"])
-def test_the_deadline_is_of_all_from_the_whole_request_to_the_answer(monkeypatch, slow):
-    """Taking the body apart and putting the answer together too."""
+def test_timeout_includes_parsing_and_serialization(monkeypatch, slow):
     from deformable_detr.serve import app
 
     inner, reached, gate = getattr(app, slow), threading.Event(), threading.Event()
 
-    def held(*given):
+    def blocked(*arguments):
         reached.set()
         gate.wait(60)
-        return inner(*given)
+        return inner(*arguments)
 
     with running(small_model(), timeout=0.5) as client:
-        monkeypatch.setattr(app, slow, held)
+        monkeypatch.setattr(app, slow, blocked)
         # A busy machine may miss the deadline before it comes to the answer: asked until it does.
         wait_until(lambda: raw(client, picture()).status_code == 504 and reached.is_set())
         monkeypatch.undo()
@@ -317,7 +316,7 @@ def test_the_deadline_is_of_all_from_the_whole_request_to_the_answer(monkeypatch
         wait_until(lambda: raw(client, picture()).status_code == 200)
 
 
-def test_nobody_works_for_a_client_that_left():
+def test_work_of_disconnected_clients_is_canceled():
     model, gate, seen = small_model(), threading.Event(), []
     with running(model, max_batch_size=1) as client:
         model.register_forward_pre_hook(lambda *_: gate.wait(30) and None)
@@ -336,7 +335,7 @@ def test_nobody_works_for_a_client_that_left():
         assert len(seen) == 2  # the first and the last
 
 
-def test_a_fault_of_the_model_is_told_and_the_server_goes_on(caplog):
+def test_a_model_error_is_logged_and_the_server_continues(caplog):
     model = small_model()
     with running(model) as client:
 
@@ -368,14 +367,14 @@ def test_health_and_readiness(client):
     assert client.get("/readyz").status_code == 200
 
 
-def test_a_dead_model_thread_shows():
+def test_a_dead_model_thread_is_unhealthy():
     with running() as client:
         client.engine._batcher.stop()
         assert client.get("/healthz").status_code == 503
         assert client.get("/readyz").status_code == 503
 
 
-def test_figures(client):
+def test_metrics(client):
     raw(client, picture())
     client.get("/no/such/path")
     text = client.get("/metrics").text
@@ -385,7 +384,7 @@ def test_figures(client):
     assert "deformable_detr_ready 1.0" in text
 
 
-def test_the_page_loads_nothing_from_elsewhere(client):
+def test_the_page_loads_nothing_from_other_sites(client):
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     policy = page.headers["content-security-policy"]
@@ -406,7 +405,7 @@ def guarded():
 
 class TestToken:
     @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer x", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
-    def test_is_asked_for(self, guarded, header):
+    def test_is_required(self, guarded, header):
         headers = {"Authorization": header} if header is not None else {}
         for method, path in (
             ("GET", "/v1/model"),
@@ -418,13 +417,13 @@ class TestToken:
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"
 
-    def test_opens(self, guarded):
+    def test_grants_access(self, guarded):
         assert raw(guarded, picture()).status_code == 200
         assert guarded.get("/v1/model").status_code == 200
         assert guarded.get("/metrics").status_code == 200
         assert raw(guarded, picture(), headers={"Host": "photos.example"}).status_code == 200
 
-    def test_is_not_needed_for_probes_and_the_page(self, guarded):
+    def test_is_not_required_for_health_checks_and_the_page(self, guarded):
         for path in ("/healthz", "/readyz", "/", "/page.css", "/viewer.js", "/openapi.json"):
             assert httpx.get(f"{guarded.base_url}{path}", trust_env=False).status_code == 200
 
@@ -437,16 +436,16 @@ class TestToken:
         ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://[bad"}, 403),
     ],
 )  # fmt: skip
-def test_without_a_token_other_sites_cannot_reach_it(client, headers, status):
+def test_other_sites_are_refused_without_a_token(client, headers, status):
     assert raw(client, picture(), headers=headers).status_code == status
 
 
-def test_its_own_page_may(client):
+def test_same_origin_is_allowed(client):
     origin = str(client.base_url).rstrip("/")
     assert raw(client, picture(), headers={"Origin": origin}).status_code == 200
 
 
-def test_large_images_are_read_one_at_a_time(client, monkeypatch):
+def test_large_images_are_decoded_one_at_a_time(client, monkeypatch):
     monkeypatch.setattr("deformable_detr.serve.engine.LARGE_IMAGE", 48 * 64 - 1)
     names = []
     real = client.engine._large_reader.submit

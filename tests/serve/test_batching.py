@@ -1,4 +1,4 @@
-"""Gathering for one thread: equal keys together, the oldest first, nothing lost, nothing done in vain."""
+"""Batching for one thread: equal keys together, the oldest first, no lost and no needless work."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ from deformable_detr.serve.batching import Batcher
 
 
 class Work:
-    """Notes its batches; doubles numbers; waits at a gate."""
+    """Records its batches, doubles numbers and can be blocked by a gate."""
 
     def __init__(self):
         self.batches, self.gate = [], threading.Event()
@@ -37,8 +37,8 @@ def run(scenario, most=4, wait=0.02):
     return work.batches
 
 
-async def held(batcher, work):
-    """The thread busy with a batch of its own, so that what comes next waits together."""
+async def blocked_thread(batcher, work):
+    """Block the thread with one batch, so that later payloads queue up."""
     work.gate.clear()
     first = batcher.submit(-1, "first")
     while len(batcher):
@@ -46,9 +46,9 @@ async def held(batcher, work):
     return first
 
 
-def test_equal_keys_go_together_and_the_oldest_first():
+def test_equal_keys_share_a_batch_and_the_oldest_runs_first():
     async def scenario(batcher, work):
-        first = await held(batcher, work)
+        first = await blocked_thread(batcher, work)
         waiting = [batcher.submit(number, "even" if number % 2 == 0 else "odd") for number in range(7)]
         work.gate.set()
         assert await asyncio.gather(first, *waiting) == [-2, 0, 2, 4, 6, 8, 10, 12]
@@ -58,7 +58,7 @@ def test_equal_keys_go_together_and_the_oldest_first():
 
 def test_full_batches():
     async def scenario(batcher, work):
-        first = await held(batcher, work)
+        first = await blocked_thread(batcher, work)
         waiting = [batcher.submit(number, 0) for number in range(10)]
         work.gate.set()
         await asyncio.gather(first, *waiting)
@@ -66,7 +66,7 @@ def test_full_batches():
     assert run(scenario)[1:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_the_first_waits_for_others_but_not_long():
+def test_the_first_payload_waits_a_limited_time():
     async def scenario(batcher, work):
         one = batcher.submit(1, 0)
         await asyncio.sleep(0.05)
@@ -78,9 +78,9 @@ def test_the_first_waits_for_others_but_not_long():
     assert run(scenario, wait=0.5) == [[1, 2], [3]]
 
 
-def test_a_failure_is_its_batch_s_alone():
+def test_an_error_fails_only_its_batch():
     async def scenario(batcher, work):
-        first = await held(batcher, work)
+        first = await blocked_thread(batcher, work)
         waiting = [batcher.submit("bad", 0), batcher.submit("good", 0), batcher.submit("other", 1)]
         work.gate.set()
         await first
@@ -91,9 +91,9 @@ def test_a_failure_is_its_batch_s_alone():
     run(scenario)
 
 
-def test_canceled_ones_are_not_worked_on():
+def test_canceled_payloads_are_skipped():
     async def scenario(batcher, work):
-        first = await held(batcher, work)
+        first = await blocked_thread(batcher, work)
         waiting = [batcher.submit(number, 0) for number in range(4)]
         waiting[0].cancel()
         waiting[2].cancel()
@@ -105,9 +105,9 @@ def test_canceled_ones_are_not_worked_on():
     assert run(scenario)[1:] == [[1, 3]]
 
 
-def test_stopping_finishes_what_is_there():
+def test_stop_finishes_submitted_payloads():
     async def scenario(batcher, work):
-        first = await held(batcher, work)
+        first = await blocked_thread(batcher, work)
         waiting = [batcher.submit(number, number) for number in range(5)]
         stopping = asyncio.ensure_future(asyncio.to_thread(batcher.stop))
         while not batcher._stopping:
@@ -121,7 +121,7 @@ def test_stopping_finishes_what_is_there():
     run(scenario)
 
 
-def test_a_start_that_fails_says_why():
+def test_start_raises_the_error_of_begin():
     def begin():
         raise ValueError("no model")
 
@@ -129,7 +129,7 @@ def test_a_start_that_fails_says_why():
         Batcher(lambda payloads: payloads, 1, 0.0, begin).start()
 
 
-def test_many_at_once_each_get_their_own():
+def test_many_payloads_get_their_own_results():
     async def scenario(batcher, work):
         numbers = list(range(500))
         results = await asyncio.gather(*(batcher.submit(number, number % 3) for number in numbers))

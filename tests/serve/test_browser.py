@@ -1,4 +1,4 @@
-"""The page in a real browser: choose, hover, filter, keys, paste, drop, camera, download; nothing sticks out."""
+"""The page in a browser: choose, hover, filter, keyboard, paste, drop, camera, download and layout."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ def guarded():
 
 @pytest.fixture
 def browse(tmp_path):
-    """Opens a server's page at a width; gives selenium's driver."""
+    """Open the page of a server at a width; return selenium's driver."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     program = shutil.which("chromium") or shutil.which("google-chrome")
     driver_program = shutil.which("chromedriver")
@@ -99,7 +99,7 @@ def text(driver, name):
     return driver.find_element("id", name).text
 
 
-def complaints(driver):
+def console_errors(driver):
     return [one["message"] for one in driver.get_log("browser")]
 
 
@@ -165,11 +165,11 @@ def test_choose_hover_filter_and_download(browse, client, tmp_path):
         time.sleep(0.05)
     content = json.loads(saved.read_text())
     assert [one["score"] for one in content["detections"]] == pytest.approx([one["score"] for one in shown], abs=1e-4)
-    assert complaints(driver) == []
+    assert console_errors(driver) == []
 
 
-def test_of_two_images_the_later_is_shown(browse, client, tmp_path):
-    """Also where the first takes long to be made ready, as a large one that is converted does."""
+def test_the_later_of_two_images_is_shown(browse, client, tmp_path):
+    """Even if the first one takes long to prepare, such as a large image that is converted."""
     driver = browse(client)
     wait(driver, "state.model")
     driver.execute_script(
@@ -188,10 +188,10 @@ def test_of_two_images_the_later_is_shown(browse, client, tmp_path):
     )
     assert image == [60, 40, "quick.png, 60 × 40 pixels"]
     assert driver.execute_script("return state.file.size") == len(picture("PNG", 40, 60, seed=2))
-    assert complaints(driver) == []
+    assert console_errors(driver) == []
 
 
-def test_by_keys_alone(browse, client, tmp_path):
+def test_keyboard(browse, client, tmp_path):
     from selenium.webdriver import ActionChains, Keys
 
     driver = browse(client)
@@ -236,10 +236,10 @@ def test_drop_and_paste(browse, client):
         + "document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: t, bubbles: true}))"
     )
     wait(driver, "state.result && state.name === 'pasted.png' && document.getElementById('busy').hidden")
-    assert complaints(driver) == []
+    assert console_errors(driver) == []
 
 
-def test_what_the_server_does_not_read_is_converted_or_told(browse, client):
+def test_unsupported_formats_are_converted_or_reported(browse, client):
     driver = browse(client)
     wait(driver, "state.model")
     picture_of_lines = (
@@ -267,7 +267,7 @@ def test_what_the_server_does_not_read_is_converted_or_told(browse, client):
     wait(driver, "document.getElementById('error').textContent.includes('truncated')")
 
 
-def test_places_are_of_the_image_that_was_chosen_not_of_the_smaller_one_that_is_sent(browse, client, tmp_path):
+def test_positions_refer_to_the_chosen_image_not_the_smaller_sent_one(browse, client, tmp_path):
     driver = browse(client)
     wait(driver, "state.model")
     driver.execute_script("state.model.limits.body_bytes = 1000")  # so that it is converted
@@ -296,7 +296,7 @@ def test_places_are_of_the_image_that_was_chosen_not_of_the_smaller_one_that_is_
                     assert [a[2:] for a in mine["points"]] == [b[2:] for b in theirs["points"]]
             for mine, theirs in pairs:
                 assert mine == pytest.approx([side * scale[i % 2] for i, side in enumerate(theirs)], abs=0.1)
-    assert complaints(driver) == []
+    assert console_errors(driver) == []
 
 
 def large_picture(tmp_path, width, height):
@@ -306,7 +306,7 @@ def large_picture(tmp_path, width, height):
     return path
 
 
-def test_the_camera(browse, client):
+def test_camera(browse, client):
     driver = browse(client)
     wait(driver, "state.model")
     driver.find_element("id", "camera").click()
@@ -318,10 +318,10 @@ def test_the_camera(browse, client):
     driver.find_element("id", "shoot").click()
     wait(driver, "state.result && state.name === 'camera.jpg'")
     assert driver.execute_script("return state.camera === null")
-    assert complaints(driver) == []
+    assert console_errors(driver) == []
 
 
-def test_the_token_is_asked_for(browse, guarded, tmp_path):
+def test_token(browse, guarded, tmp_path):
     driver = browse(guarded)
     wait(driver, "!document.getElementById('access').hidden")
     assert "token" in text(driver, "error")
@@ -335,8 +335,8 @@ def test_the_token_is_asked_for(browse, guarded, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
-def test_nothing_sticks_out(browse, client, tmp_path, width, dark):
-    """Set SCREENSHOTS to a folder to look at the pages yourself, MODEL and PHOTO to what is on them."""
+def test_layout(browse, client, tmp_path, width, dark):
+    """Set SCREENSHOTS to a folder to keep the pages, MODEL and PHOTO to choose their content."""
     driver = browse(client, width, dark)
     wait(driver, "state.model")
     pages = [keep(driver, f"empty-{width}-{dark}")]
@@ -352,7 +352,7 @@ def test_nothing_sticks_out(browse, client, tmp_path, width, dark):
 
 
 def keep(driver, name):
-    """What is clipped or lies over something else; whether the page is as wide as the screen. And a screenshot."""
+    """Return clipped and overlapping elements, and whether the page fits the screen; save a screenshot."""
     if "SCREENSHOTS" in os.environ:
         (Path(os.environ["SCREENSHOTS"]) / f"{name}.png").write_bytes(
             base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})["data"])

@@ -1,4 +1,4 @@
-"""Slow clients: dropped in time, and nobody else notices them."""
+"""Slow clients are dropped in time and do not delay others."""
 
 import socket
 import statistics
@@ -19,8 +19,8 @@ def connect(client):
     return connection
 
 
-def heard(connection):
-    """Everything until the server closes; how long that took."""
+def read_all(connection):
+    """Read until the server closes; return the text and the seconds."""
     began, text = time.monotonic(), b""
     try:
         while piece := connection.recv(65536):
@@ -37,23 +37,23 @@ def client():
 
 
 @pytest.mark.parametrize("start", [b"", b"GET /hea", HEAD])
-def test_a_head_that_does_not_come(client, start):
+def test_head_timeout(client, start):
     with connect(client) as connection:
         connection.sendall(start)
-        text, seconds = heard(connection)
+        text, seconds = read_all(connection)
     assert 0.3 < seconds < 5
     assert text.startswith(b"HTTP/1.1 408")
 
 
-def test_a_second_head_that_does_not_come(client):
+def test_second_head_timeout(client):
     with connect(client) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /")
-        text, seconds = heard(connection)
+        text, seconds = read_all(connection)
     assert 0.3 < seconds < 5
     assert text.startswith(b"HTTP/1.1 200")
 
 
-def test_a_head_in_drops(client):
+def test_slow_head(client):
     began = time.monotonic()
     with connect(client) as connection:
         for letter in HEAD * 10:
@@ -65,25 +65,25 @@ def test_a_head_in_drops(client):
     assert time.monotonic() - began < 5
 
 
-def test_a_head_that_does_not_end(client):
+def test_endless_head(client):
     with connect(client) as connection:
         connection.sendall(HEAD + b"A: " + b"b" * 100_000)
-        assert b" 400 " in heard(connection)[0].split(b"\r\n")[0]
+        assert b" 400 " in read_all(connection)[0].split(b"\r\n")[0]
 
 
 @pytest.mark.parametrize(
     "framing", [b"Content-Length: 1000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n"]
 )
-def test_a_body_that_stops(client, framing):
+def test_stalled_body(client, framing):
     with connect(client) as connection:
         connection.sendall(HEAD + framing + b"ab")
-        text, seconds = heard(connection)
+        text, seconds = read_all(connection)
     assert text.startswith(b"HTTP/1.1 408")
     assert b"did not arrive in time" in text
     assert seconds < 8
 
 
-def test_a_body_in_drops(client):
+def test_slow_body(client):
     began = time.monotonic()
     with connect(client) as connection:
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
@@ -98,17 +98,17 @@ def test_a_body_in_drops(client):
     assert 1 < time.monotonic() - began < 8
 
 
-def test_a_steady_body_is_waited_for(client):
+def test_steady_body_is_accepted(client):
     data = picture()
     with connect(client) as connection:
         connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data))
         for part in range(4):
             connection.sendall(data[part * len(data) // 4 : (part + 1) * len(data) // 4])
             time.sleep(0.2)
-        assert heard(connection)[0].startswith(b"HTTP/1.1 200")
+        assert read_all(connection)[0].startswith(b"HTTP/1.1 200")
 
 
-def test_two_hundred_slow_clients_do_not_hold_up_the_others():
+def test_two_hundred_slow_clients_do_not_delay_others():
     with ExitStack() as stack, running(head_timeout=30, stall_timeout=30, body_timeout=30) as client:
         slow = [stack.enter_context(connect(client)) for _ in range(200)]
         for number, connection in enumerate(slow):
@@ -127,7 +127,7 @@ def test_two_hundred_slow_clients_do_not_hold_up_the_others():
         wait_until(lambda: len(client.server.server_state.connections) <= 1)
 
 
-def test_the_one_that_waited_longest_makes_room():
+def test_the_longest_idle_connection_is_dropped():
     with running(connections=5, head_timeout=30) as client, ExitStack() as stack:
         assert client.get("/healthz").status_code == 200
         slow = [stack.enter_context(connect(client)) for _ in range(20)]
@@ -138,11 +138,11 @@ def test_the_one_that_waited_longest_makes_room():
         wait_until(lambda: len(client.server.server_state.connections) <= 5)
         with connect(client) as late:
             late.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            assert heard(late)[0].startswith(b"HTTP/1.1 200")
-        assert heard(slow[0])[0] == b""
+            assert read_all(late)[0].startswith(b"HTTP/1.1 200")
+        assert read_all(slow[0])[0] == b""
 
 
-def test_an_answer_that_is_not_read(client):
+def test_unread_response(client):
     ask = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -159,21 +159,21 @@ def test_an_answer_that_is_not_read(client):
 
 
 def test_expect_continue(client):
-    """A client that asks before it sends: refused at once, or told to go on."""
+    """A client that waits for "100 Continue" is refused at once or told to continue."""
     data = picture()
     with connect(client) as connection:
         connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 30000000\r\n\r\n")
-        assert heard(connection)[0].startswith(b"HTTP/1.1 413")
+        assert read_all(connection)[0].startswith(b"HTTP/1.1 413")
     with connect(client) as connection:
         length = b"Content-Length: %d\r\n" % len(data)
         connection.sendall(HEAD + b"Expect: 100-continue\r\nConnection: close\r\n" + length + b"\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 100")
         connection.sendall(data)
-        assert heard(connection)[0].startswith(b"HTTP/1.1 200")
+        assert read_all(connection)[0].startswith(b"HTTP/1.1 200")
 
 
-def test_small_answers_that_are_not_read(client):
-    """Less than what makes the server wait: the connection ends all the same."""
+def test_small_unread_responses(client):
+    """Below the size at which the transport pauses writing."""
     ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
     before = set(client.server.server_state.connections)
     with socket.socket() as connection:

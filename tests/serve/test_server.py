@@ -1,4 +1,4 @@
-"""The program: where it listens, what it refuses to start with, how it leaves."""
+"""The server process: address, token, options and shutdown."""
 
 import os
 import signal
@@ -28,19 +28,19 @@ def no_token(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("host", "here"),
+    ("host", "expected"),
     [
         ("localhost", True), ("LOCALHOST.", True), ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True),
         ("::ffff:127.0.0.1", True), ("0.0.0.0", False), ("::", False), ("", False), ("192.168.1.2", False),
         ("localhost.example", False), ("127.0.0.1.example", False), ("::ffff:10.0.0.1", False), ("2130706433", False),
     ],
 )  # fmt: skip
-def test_what_is_this_machine(host, here):
-    assert is_loopback(host) is here
+def test_is_loopback(host, expected):
+    assert is_loopback(host) is expected
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "photos.example"])
-def test_other_hosts_need_a_token(host, monkeypatch):
+def test_public_hosts_need_a_token(host, monkeypatch):
     with pytest.raises(UserError, match=TOKEN_VARIABLE):
         check_token(None, host)
     assert check_token(TOKEN, host) == TOKEN
@@ -49,14 +49,14 @@ def test_other_hosts_need_a_token(host, monkeypatch):
     assert check_token(TOKEN, host) == TOKEN
 
 
-def test_this_machine_needs_none():
+def test_localhost_needs_no_token():
     assert check_token(None, "127.0.0.1") is None
 
 
 @pytest.mark.parametrize(
     "token", ["", "short", "fifteen-letters", "with a blank in it", "ümläütümläütümläüt", "x" * 20 + "\n"]
 )
-def test_bad_tokens(token, monkeypatch):
+def test_invalid_tokens(token, monkeypatch):
     with pytest.raises(UserError, match="token"):
         check_token(token, "127.0.0.1")
     monkeypatch.setenv(TOKEN_VARIABLE, token)
@@ -64,7 +64,7 @@ def test_bad_tokens(token, monkeypatch):
         check_token(None, "127.0.0.1")
 
 
-def test_what_a_name_leads_to_counts(monkeypatch):
+def test_the_resolved_address_decides(monkeypatch):
     real = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real("0.0.0.0", *a, **k))
     with pytest.raises(UserError, match="token"):
@@ -72,7 +72,7 @@ def test_what_a_name_leads_to_counts(monkeypatch):
     listen("localhost", 0, TOKEN).close()
 
 
-def test_a_port_that_is_taken():
+def test_invalid_addresses():
     with listen("127.0.0.1", 0, None) as first:
         first.listen()
         with pytest.raises(UserError, match=r"127\.0\.0\.1 --port \d+: cannot listen there"):
@@ -91,7 +91,7 @@ def test_invalid_limits(name, value):
         Limits(**{name: value})
 
 
-def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
+def test_missing_packages(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(serving, "_REQUIRED", ("no_such_package", "fastapi"))
     with pytest.raises(SystemExit) as caught:
         main(["serve", str(tmp_path)])
@@ -99,7 +99,7 @@ def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == "error: serve needs no_such_package: pip install 'deformable-detr[serve]'\n"
 
 
-def test_an_open_host_is_refused_before_the_model_is_read(capsys, tmp_path):
+def test_a_public_host_without_token_is_refused_before_loading(capsys, tmp_path):
     with pytest.raises(SystemExit) as caught:
         main(["serve", str(tmp_path / "missing"), "--host", "0.0.0.0"])
     assert caught.value.code == 2
@@ -107,7 +107,7 @@ def test_an_open_host_is_refused_before_the_model_is_read(capsys, tmp_path):
 
 
 class Program:
-    """`deformable-detr serve` as a process of its own."""
+    """`deformable-detr serve` in a separate process."""
 
     def __init__(self, model, *options, **environment):
         command = [sys.executable, "-m", "deformable_detr", "serve", str(model), "--port", "0", *options]
@@ -118,7 +118,7 @@ class Program:
         assert line.startswith("serving "), self.process.stderr.read()
         self.address = line.split(" at ")[1].split()[0]
 
-    def leave(self, sign):
+    def signal(self, sign):
         self.process.send_signal(sign)
 
     def ended(self):
@@ -143,7 +143,7 @@ def program(tmp_path):
             one.process.communicate()
 
 
-def test_a_model_that_fails_at_its_first_image_is_one_line(tmp_path, monkeypatch):
+def test_a_model_that_fails_on_its_first_image(tmp_path, monkeypatch):
     from deformable_detr.serve import server
 
     model = small_model()
@@ -155,7 +155,7 @@ def test_a_model_that_fails_at_its_first_image_is_one_line(tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_sigterm_under_load_loses_nothing(program):
+def test_sigterm_under_load_loses_no_request(program):
     """Clients send on until /readyz says no, as a balancer makes them: a connection that comes in the instant in which
     the server closes its door is nobody's request yet, and the client's to repeat."""
     server = program("--shutdown-delay", "3", "--max-batch-size", "2", **{TOKEN_VARIABLE: TOKEN})
@@ -184,7 +184,7 @@ def test_sigterm_under_load_loses_nothing(program):
         time.sleep(0.01)
     before = len(answers)
     stopping.set()
-    server.leave(signal.SIGTERM)
+    server.signal(signal.SIGTERM)
     try:
         while True:
             not_ready.append(httpx.get(f"{address}/readyz", timeout=10, trust_env=False).status_code)
@@ -204,9 +204,9 @@ def test_sigterm_under_load_loses_nothing(program):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_ends_it(program):
+def test_ctrl_c(program):
     server = program()
     assert httpx.get(f"{server.address}/readyz", trust_env=False).status_code == 200
-    server.leave(signal.SIGINT)
+    server.signal(signal.SIGINT)
     code, errors = server.ended()
     assert (code, errors) == (130, "")

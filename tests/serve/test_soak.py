@@ -1,4 +1,4 @@
-"""Load with three tenths of bad requests: `serving_soak`, short here, long by SOAK=100000 and `-m slow`."""
+"""Load with 30% invalid requests: short here, long with SOAK=100000 and `-m slow`."""
 
 import os
 
@@ -11,7 +11,7 @@ from tests.support.soak import Soak, equal
 @pytest.mark.parametrize(
     "requests", [300, pytest.param(int(os.environ.get("SOAK", 20_000)), marks=pytest.mark.slow, id="long")]
 )
-def test_good_answers_are_right_and_bad_requests_do_no_harm(requests):
+def test_valid_and_invalid_requests_under_load(requests):
     model = small_model()
     with running(model) as client:
         soak = Soak(client, model, requests, clients=8 if requests == 300 else 32)
@@ -25,7 +25,7 @@ def test_good_answers_are_right_and_bad_requests_do_no_harm(requests):
         assert soak.growth() < 0.05
 
 
-def test_another_answer_would_be_noticed():
+def test_wrong_responses_are_detected():
     model = small_model()
     with running(model) as client:
         soak = Soak(client, model, 1, 1)

@@ -1,4 +1,4 @@
-"""Forms taken apart, names made fit to be shown."""
+"""Parsing of request bodies and cleaning of file names."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_parts_in_order():
 
 
 @pytest.mark.parametrize("kind", ["image/png", "IMAGE/JPEG; x=y", "application/octet-stream"])
-def test_a_body_that_is_an_image(kind):
+def test_image_body(kind):
     (found,) = parse_uploads(kind, bytearray(b"abc"), 2)
     assert bytes(found.data) == b"abc"
 
@@ -43,7 +43,7 @@ def test_a_body_that_is_an_image(kind):
 @pytest.mark.parametrize(
     "kind", ["", "text/plain", "application/json", "text/uri-list", "application/x-www-form-urlencoded"]
 )
-def test_other_bodies(kind):
+def test_other_content_types(kind):
     assert refused(kind, b'{"url": "http://127.0.0.1/"}') == 415
 
 
@@ -62,7 +62,7 @@ def test_other_bodies(kind):
         (part(more=b"A: b\r\n" * 1000) + b"--b--\r\n", 400),
     ],
 )
-def test_bad_forms(body, status):
+def test_malformed_forms(body, status):
     assert refused(KIND, body) == status
     assert len(parse_uploads(KIND, bytearray(part() * 2 + b"--b--\r\n"), 2)) == 2
 
@@ -72,7 +72,7 @@ def test_a_form_without_a_boundary():
     assert refused("multipart/form-data; boundary=" + "x" * 5000, part() + b"--b--\r\n") == 400
 
 
-def test_names_are_made_fit_to_be_shown():
+def test_clean_text():
     assert clean_text(b"../../etc/passwd") == "../../etc/passwd"  # only shown, never opened
     assert clean_text(b"a\x00b\nc\x1b[31m") == "abc[31m"
     assert clean_text("a\u202egpj.exe".encode()) == "agpj.exe"

@@ -1,4 +1,4 @@
-"""A server in a thread of the test's own process, at a port of its own, and pictures to send."""
+"""A server in a thread of the test process, and images to send."""
 
 import io
 import threading
@@ -20,7 +20,7 @@ from tests.support.models import tiny
 
 
 def small_model(**changes):
-    """64 pixels, 12 queries; its scores spread around a half."""
+    """64 pixels, 12 queries, scores around 0.5."""
     model = tiny(image_size=64, max_size=128, **changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -31,7 +31,7 @@ def small_model(**changes):
 
 @contextmanager
 def running(model=None, token=None, **limits):
-    """Gives an httpx client of a running server, with `server` and `engine` on it."""
+    """Yield an httpx client of a running server, with attributes `server`, `engine` and `port`."""
     limits = Limits(**{"shutdown_delay": 0.0, **limits})
     status, metrics = Status(), Metrics()
     engine = Engine(small_model() if model is None else model, limits, metrics)
@@ -55,12 +55,12 @@ def running(model=None, token=None, **limits):
 def wait_until(true, seconds=30.0):
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
 def slow(model, seconds):
-    """The model, with so much time spent in each pass."""
+    """The model, delayed by some seconds per pass."""
     model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
     return model
 
@@ -71,7 +71,7 @@ def pixels(height=48, width=64, seed=0):
 
 
 def picture(kind="PNG", height=48, width=64, seed=0, **options):
-    """The bytes of a picture."""
+    """The bytes of an image file."""
     file = io.BytesIO()
     Image.fromarray(pixels(height, width, seed)).save(file, kind, **options)
     return file.getvalue()

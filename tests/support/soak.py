@@ -1,8 +1,7 @@
-"""A long load on a server: `python tests/serving_soak.py --requests 100000 --clients 32`, or --model for a real one.
+"""Load test of a server: `python -m tests.support.soak --requests 100000 --clients 32`, with --model for a real one.
 
-Three tenths of the requests are bad in one of several ways. Good answers must equal what the model predicts serially,
-bad requests must get their 4xx, nothing may get an unexpected 5xx, and after the first tenth the process's memory may
-grow by 5% at most.
+30% of the requests are invalid in one of several ways. Responses to valid requests must equal serial prediction and
+invalid requests must get their 4xx status. No 5xx but 503 may occur. After the first tenth, memory may grow by 5%.
 """
 
 import argparse
@@ -30,7 +29,7 @@ ATOL = 1e-4  # of the image's sides, and of scores
 
 
 class Soak:
-    """requests: how many. clients: that send at the same time. counts: of statuses, by what was sent."""
+    """counts: responses by (kind of request, status). problems: unexpected responses."""
 
     def __init__(self, client, model, requests, clients):
         self.client, self.requests, self.clients = client, requests, clients
@@ -87,7 +86,7 @@ class Soak:
         if response.status_code == 200:
             for answer, index in zip(response.json()["images"], chosen, strict=True):
                 if not equal(answer, self.wanted[index]):
-                    self.problems.append(f"another answer than the serial one: {answer}")
+                    self.problems.append(f"differs from serial prediction: {answer}")
 
     def _bad(self, client, draw):
         data = draw.choice(self.pictures)
@@ -118,13 +117,13 @@ class Soak:
 
     def _note(self, kind, response, expected):
         self.counts[kind, response.status_code] += 1
-        # No room is an answer that a loaded server may give.
+        # A loaded server may answer 503.
         if response.status_code not in (*expected, 503):
             self.problems.append(f"{kind}: {response.status_code} {response.text[:200]}")
 
 
 def equal(answer, found):
-    """Whether an answer is what prediction gave."""
+    """Whether a response equals the detections."""
     if [one["label"] for one in answer["detections"]] != found.labels.tolist():
         return False
     side = max(found.image_size)
@@ -134,7 +133,7 @@ def equal(answer, found):
 
 
 def resident():
-    """Bytes of memory that this process has, server and clients."""
+    """Resident memory of this process (server and clients) in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -154,7 +153,7 @@ def main():
     with running(model) as client:
         soak = Soak(client, model, options.requests, options.clients)
         seconds = soak.run()
-        print(f"{options.requests} requests in {seconds:.0f} s, {options.requests / seconds:.0f} a second")
+        print(f"{options.requests} requests in {seconds:.0f} s, {options.requests / seconds:.0f} per second")
         for (kind, status), count in sorted(soak.counts.items()):
             print(f"{kind:6} {status or 'left'}: {count}")
         growth = soak.growth()
