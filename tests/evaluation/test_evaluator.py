@@ -69,7 +69,7 @@ def test_figures_are_those_of_the_names_where_the_file_has_other_ids(tmp_path, c
     metrics = evaluate(finder(), root, workers=0, progress=False)
     assert metrics["per_class"] == {"green": None, "red": pytest.approx(1.0)}
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
-        "the classes have other ids here than in the model, such as 'green' 0 instead of 3; names decide"
+        "classes have other ids than in the model, such as 'green' 0 instead of 3; names decide"
     ]
 
 

@@ -95,7 +95,7 @@ def test_restore_refuses_what_is_not_the_run_s(tmp_path, change, data, message):
 
 def test_fingerprint_follows_the_annotations_and_not_the_place(tmp_path):
     sets = [open_dataset(write_dataset(tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    first, same, other = (dataset.fingerprint() for dataset in sets)
+    first, same, other = (dataset.fingerprint for dataset in sets)
     assert first == same
     assert first != other
 

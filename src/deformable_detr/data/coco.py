@@ -9,41 +9,37 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config.schema import DataConfig
 from ..structures import Category
 from ..utils.errors import UserError
 from .discovery import ImageFolder, find_image_folder
-from .problems import OnProblem, raise_problem
 from .records import MaskBox, is_finite
-from .source import AnnotationCache, ParsedAnnotations
+from .source import AnnotationCache, ParsedAnnotations, Source
 
 _DIGITS = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
-class CocoSource:
+class CocoSource(Source):
     """A COCO JSON file; see `Source`. The images are where `find_image_folder` finds them."""
 
     file: Path
     root: Path = field(compare=False)
     split: str = field(compare=False)
     data: DataConfig = field(compare=False)
-    format: str = "coco"
+    format: ClassVar[str] = "coco"
 
     def parse(self) -> ParsedAnnotations:
         """Read the file; see `read_json`."""
         return read_json(self.file)
 
-    def read(
-        self,
-        categories: Sequence[Category] | None = None,
-        on_problem: OnProblem = raise_problem,
-        cache: AnnotationCache | None = None,
+    def to_coco(
+        self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
     ) -> dict[str, Any]:
         """Return the COCO dict as it is in the file, without masks."""
-        return (cache or AnnotationCache()).parse(self).content
+        return parsed.content
 
     def find_images(self, names: Sequence[str]) -> ImageFolder:
         """Find the folder of the images; see `find_image_folder`."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from ..structures import Category
 from .discovery import ImageFolder
@@ -29,29 +30,31 @@ class ParsedAnnotations:
     problems: tuple[Problem, ...] = ()
     digest: str = ""
 
-    def report(self, on_problem: OnProblem) -> None:
-        """Pass every problem to the callback."""
-        for problem in self.problems:
-            on_problem(problem)
 
-
-class Source(Protocol):
+class Source(ABC):
     """One split on disk. Equal sources read the same files.
 
     Attributes:
-        file: Identifies the split in messages; two splits never share it.
+        file: The file or folder that identifies the split in messages; no two splits share it.
         format: 'coco', 'yolo' or 'voc'.
     """
 
-    @property
-    def file(self) -> Path: ...
+    file: Path
+    format: ClassVar[str]
 
-    @property
-    def format(self) -> str: ...
-
+    @abstractmethod
     def parse(self) -> ParsedAnnotations:
         """Read and parse the annotation files; use `AnnotationCache.parse` to do it once."""
-        ...
+
+    @abstractmethod
+    def to_coco(
+        self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
+    ) -> dict[str, Any]:
+        """Build the COCO dict. Formats without category ids take those of `categories` by name."""
+
+    @abstractmethod
+    def find_images(self, names: Sequence[str]) -> ImageFolder:
+        """Find the folder that the image file names are relative to."""
 
     def read(
         self,
@@ -59,12 +62,12 @@ class Source(Protocol):
         on_problem: OnProblem = raise_problem,
         cache: AnnotationCache | None = None,
     ) -> dict[str, Any]:
-        """Return the COCO dict. Formats without category ids take those of `categories` by name."""
-        ...
-
-    def find_images(self, names: Sequence[str]) -> ImageFolder:
-        """Find the folder that the image file names are relative to."""
-        ...
+        """Return the COCO dict and report all problems of the files; see `to_coco`."""
+        cache = cache or AnnotationCache()
+        parsed = cache.parse(self)
+        for problem in parsed.problems:
+            on_problem(problem)
+        return self.to_coco(parsed, categories, cache)
 
 
 class AnnotationCache:
@@ -95,7 +98,7 @@ def distinct_val_hint(source: Source, root: Path | str) -> str:
     return f"{split_command_hint(root)}, or set data.val_images and data.val_annotations"
 
 
-def to_coco(
+def coco_dict(
     parsed: ParsedAnnotations, ids: Mapping[Any, int], categories: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Build the COCO dict of a format whose objects have a 'class' instead of a category id.

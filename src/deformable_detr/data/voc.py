@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..structures import Category
 from ..utils.errors import UserError
@@ -22,8 +22,8 @@ from .discovery import (
     names_other_split,
     split_aliases,
 )
-from .problems import OnProblem, Problem, raise_problem
-from .source import AnnotationCache, ParsedAnnotations, category_ids_by_name, to_coco
+from .problems import Problem
+from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -32,7 +32,7 @@ _CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")  # in lists of one class: absent, only
 
 
 @dataclass(frozen=True)
-class VocSource:
+class VocSource(Source):
     """One split of a Pascal VOC dataset; see `Source`.
 
     Layouts: `JPEGImages/` (or `images/`), `Annotations/` and the list `ImageSets/Main/<split>.txt`; or both folders
@@ -51,7 +51,7 @@ class VocSource:
     images: Path
     annotations: Path
     others: tuple[VocSource, ...] = field(default=(), compare=False)
-    format: str = "voc"
+    format: ClassVar[str] = "voc"
 
     @property
     def has_list(self) -> bool:
@@ -62,16 +62,10 @@ class VocSource:
         """Return the folder of the images."""
         return ImageFolder.of_listed_files(self.images, names)
 
-    def read(
-        self,
-        categories: Sequence[Category] | None = None,
-        on_problem: OnProblem = raise_problem,
-        cache: AnnotationCache | None = None,
+    def to_coco(
+        self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
     ) -> dict[str, Any]:
         """Return the COCO dict; without `categories`, it lists the classes of all splits."""
-        cache = cache or AnnotationCache()
-        parsed = cache.parse(self)
-        parsed.report(on_problem)
         names = {item["class"] for item in parsed.content["objects"]}
         if categories is None:
             names.update(*(source.class_names(cache) for source in self.others))
@@ -81,7 +75,7 @@ class VocSource:
         ids = dict(zip(ordered, category_ids_by_name(ordered, categories, first=1), strict=True))
         listed = [{"id": ids[name], "name": name} for name in ordered]
         listed += [{"id": c.id, "name": c.name} for c in categories or () if c.name not in ids]
-        return to_coco(parsed, ids, listed)
+        return coco_dict(parsed, ids, listed)
 
     def class_names(self, cache: AnnotationCache) -> set[str]:
         """Return the classes of the split's objects; problems are reported when the split itself is read."""

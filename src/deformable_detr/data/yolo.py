@@ -28,8 +28,8 @@ from .discovery import (
     split_aliases,
     unreadable_folder,
 )
-from .problems import OnProblem, Problem, raise_problem
-from .source import AnnotationCache, ParsedAnnotations, category_ids_by_name, to_coco
+from .problems import Problem, raise_problem
+from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")  # Label Studio, LabelImg, CVAT: one name per line
@@ -46,7 +46,7 @@ class _TextLoader(yaml.SafeLoader):
 
 
 @dataclass(frozen=True)
-class YoloSource:
+class YoloSource(Source):
     """One split of a YOLO dataset; see `Source`.
 
     The label file of `…/images/….jpg` is `…/labels/….txt`, or is beside the image if there is no such folder. A row is
@@ -54,39 +54,31 @@ class YoloSource:
     upright image. An image without a label file, or with an empty one, has no objects.
 
     Attributes:
+        file: The first of `places`.
         root: The dataset's folder, which file names are relative to.
         places: Folders, and text files with lists of images.
         names: Class names.
         keypoints: Number of keypoint values per row after the box, from `kpt_shape` in data.yaml.
     """
 
+    file: Path
     root: Path
     places: tuple[Path, ...]
     names: tuple[str, ...]
     keypoints: int = 0
-    format: str = "yolo"
-
-    @property
-    def file(self) -> Path:
-        """The first folder or list; it identifies the split."""
-        return self.places[0]
+    format: ClassVar[str] = "yolo"
 
     def find_images(self, names: Sequence[str]) -> ImageFolder:
         """Return the dataset's folder."""
         return ImageFolder.of_listed_files(self.root, names)
 
-    def read(
-        self,
-        categories: Sequence[Category] | None = None,
-        on_problem: OnProblem = raise_problem,
-        cache: AnnotationCache | None = None,
+    def to_coco(
+        self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
     ) -> dict[str, Any]:
         """Return the COCO dict; category ids start at 0, or are those of `categories` by name."""
-        parsed = (cache or AnnotationCache()).parse(self)
-        parsed.report(on_problem)
         ids = category_ids_by_name(self.names, categories, first=0)
         listed = [{"id": number, "name": name} for number, name in zip(ids, self.names, strict=True)]
-        return to_coco(parsed, dict(enumerate(ids)), listed)
+        return coco_dict(parsed, dict(enumerate(ids)), listed)
 
     def parse(self) -> ParsedAnnotations:
         """Read the lists, the label files and the size of every image."""
@@ -251,7 +243,7 @@ def find_yolo(file: Path, split: str) -> YoloSource:
     if not all(isinstance(entry, str) for entry in values):
         raise UserError(f"{file}: '{key}' must be a folder, a text file, or a list of these")
     places = tuple(_resolve(file, content.get("path"), entry, key) for entry in values)
-    return YoloSource(file.parent, places, names, _num_keypoint_values(content.get("kpt_shape"), file))
+    return YoloSource(places[0], file.parent, places, names, _num_keypoint_values(content.get("kpt_shape"), file))
 
 
 def find_yolo_without_yaml(root: Path, split: str) -> YoloSource | None:
@@ -275,7 +267,7 @@ def find_yolo_without_yaml(root: Path, split: str) -> YoloSource | None:
     for problem in problems:
         raise_problem(problem)
     names: list[Any] = [line.strip() for line in text.splitlines()]
-    return YoloSource(root, (folder,), _class_names(names, None, file))
+    return YoloSource(folder, root, (folder,), _class_names(names, None, file))
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
