@@ -1,23 +1,25 @@
-"""What travels between the parts: normalized batches, and detections in the forms that people use."""
+"""Image batches, targets, and detections in the formats that people use."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from deformable_detr import UserError
 from deformable_detr.structures import Detections, ImageBatch, Target
 
 
-def found(image=None, count=2):
+def detections(image=None, count=2):
     boxes = torch.tensor([[10.0, 20.0, 60.5, 90.0], [0.0, 0.0, 5.0, 7.25]])[:count]
     scores, labels = torch.tensor([0.875, 0.5])[:count], torch.tensor([1, 0])[:count]
     names = ("犬", "cat")[:count]
     return Detections(boxes, scores, labels, torch.tensor([17, 3])[:count], names, (100, 200), image)
 
 
-def test_normalize_is_the_formula_and_padding_is_zero():
+def test_normalize():
     pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 4, 5, dtype=torch.bool)
     mask[1, :, 3:] = True
@@ -51,37 +53,43 @@ def test_to_dict_survives_json(tmp_path):
             {"box": [0.0, 0.0, 5.0, 7.25], "score": 0.5, "label": 0, "category_id": 3, "name": "cat"},
         ],
     }
-    assert json.loads(json.dumps(found(path).to_dict())) == expected
-    in_memory = found(np.zeros((100, 200, 3), np.uint8), count=0).to_dict()
+    assert json.loads(json.dumps(detections(path).to_dict())) == expected
+    in_memory = detections(np.zeros((100, 200, 3), np.uint8), count=0).to_dict()
     assert in_memory == {"image": None, "height": 100, "width": 200, "detections": []}
 
 
 def test_to_coco_has_sizes_and_original_ids():
-    assert found().to_coco(42) == [
+    assert detections().to_coco(42) == [
         {"image_id": 42, "category_id": 17, "bbox": [10.0, 20.0, 50.5, 70.0], "score": 0.875},
         {"image_id": 42, "category_id": 3, "bbox": [0.0, 0.0, 5.0, 7.25], "score": 0.5},
     ]
-    assert json.loads(json.dumps(found().to_coco("x")))[0]["image_id"] == "x"
-    assert found(count=0).to_coco(1) == []
+    assert json.loads(json.dumps(detections().to_coco("x")))[0]["image_id"] == "x"
+    assert detections(count=0).to_coco(1) == []
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_to_supervision(count):
-    theirs = found(count=count).to_supervision()
+    theirs = detections(count=count).to_supervision()
     assert len(theirs) == count
-    np.testing.assert_array_equal(theirs.xyxy, found(count=count).boxes.numpy())
-    np.testing.assert_array_equal(theirs.confidence, found(count=count).scores.numpy())
+    np.testing.assert_array_equal(theirs.xyxy, detections(count=count).boxes.numpy())
+    np.testing.assert_array_equal(theirs.confidence, detections(count=count).scores.numpy())
     assert theirs.class_id.tolist() == [1, 0][:count]
     assert theirs.data["class_name"].tolist() == ["犬", "cat"][:count]
     assert theirs.data["category_id"].tolist() == [17, 3][:count]
 
 
+def test_to_supervision_names_the_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match=r"pip install 'deformable-detr\[supervision\]'"):
+        detections().to_supervision()
+
+
 def test_repr_is_one_short_line():
-    assert repr(found("table.jpg")) == "Detections(2 in table.jpg: 犬 0.88, cat 0.50)"
-    assert repr(found(count=0)) == "Detections(0 in an image)"
+    assert repr(detections("table.jpg")) == "Detections(2 in table.jpg: 犬 0.88, cat 0.50)"
+    assert repr(detections(count=0)) == "Detections(0 in an image)"
 
 
 def test_save_gives_the_path_back(tmp_path):
-    drawn = found(np.full((100, 200, 3), 128, np.uint8)).save(tmp_path / "new" / "drawn.png")
+    drawn = detections(np.full((100, 200, 3), 128, np.uint8)).save(tmp_path / "new" / "drawn.png")
     assert drawn == tmp_path / "new" / "drawn.png"
     assert Image.open(drawn).mode == "RGB"

@@ -126,8 +126,8 @@ def make_data(folder: Path, train_images: int = 1500, val_images: int = 200, see
 
 def draw_examples(model: Any, images: Sequence[Path], out: Path, columns: int = 6) -> Path:
     """Writes each image with its detections to `out`/pictures, and all of them in a grid, whose path it returns."""
+    from .utils.files import replace_file
     from .visualize.draw import draw
-    from .weights.native import replace_file
 
     drawn = []
     for image in images:

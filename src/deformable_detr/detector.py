@@ -1,4 +1,4 @@
-"""The detector that users call: the network with loading, saving, prediction and optimization."""
+"""The public model: the network with loading, saving, prediction and optimization."""
 
 from __future__ import annotations
 
@@ -16,64 +16,80 @@ if TYPE_CHECKING:
 
 
 class DeformableDETR(DeformableDETRNetwork):
-    """Deformable DETR: the network of `model.network` and what a user does with it.
+    """Deformable DETR (Zhu et al., 2021): the network and what a user does with it.
 
     Args:
-        config: The network. `presets` has the paper's variants.
+        config: The architecture. `presets` has the paper's variants.
 
     Raises:
         UserError: The backbone or its weights are not available.
     """
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **changes: Any) -> Self:
+    def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> Self:
         """Load a model in evaluation mode.
 
         Args:
-            source: A run folder, a folder written by `save_pretrained`, a transformers repository (folder or hub id)
-                or an official checkpoint (`.pth`).
-            **changes: Config fields that should differ from the source's, such as `image_size=640`. See
-                `weights.load.load`.
+            source: A run folder or one that `save_pretrained` wrote, a transformers repository of Deformable DETR
+                (folder or hub id), or an official checkpoint (`.pth`).
+            **overrides: Config fields to change, such as `image_size=640`; see `weights.load.load_pretrained`.
 
         Raises:
-            UserError: The source is missing, foreign, damaged or unsafe, or a change has no meaning.
+            UserError: The source is missing, foreign, damaged or unsafe to read, or an override is not possible.
         """
-        from .weights.load import load
+        from .weights.load import load_pretrained
 
-        return load(source, cls, **changes)
+        return load_pretrained(source, cls, **overrides)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], facts: ModelCardData | None = None) -> None:
-        """Write config.json, model.safetensors and a model card, which `from_pretrained` reads.
+    def save_pretrained(self, folder: str | os.PathLike[str], card_data: ModelCardData | None = None) -> None:
+        """Write config.json, model.safetensors and a model card into a folder, which is created if missing.
 
-        Args:
-            folder: Created if missing.
-            facts: Training data, metrics and license for the model card.
+        Raises:
+            UserError: The folder cannot be written.
         """
         from .weights.native import save
 
-        save(self, Path(folder), facts)
+        save(self, Path(folder), card_data)
 
-    def push_to_hub(self, repository: str, **options: Any) -> str:
-        """Upload the model to `repository` ("owner/name") on the hub and return its address. See `weights.hub.push`."""
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model and its card to the Hugging Face hub.
+
+        Args:
+            repo_id: "owner/name"; created if missing.
+            **options: Format, visibility, token and card of `weights.hub.push`.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            UserError: The hub refuses the upload, or the format cannot express the model.
+        """
         from .weights.hub import push
 
-        return push(self, repository, **options)
+        return push(self, repo_id, **options)
 
     def optimize(self, precision: str = "fp32", compile: bool = False) -> OptimizedDetector:
-        """Return a copy for inference: the same outputs, faster and in less memory.
+        """Return a copy for inference that is faster, needs less memory and has the same outputs.
 
         Args:
             precision: "fp32", or "bf16" if the processor supports it.
-            compile: Also compile with `torch.compile` (on CPUs this needs a C++ compiler).
+            compile: Also compile with `torch.compile`. On CPUs this needs a C++ compiler.
         """
         from .runtimes.fused import OptimizedDetector
 
         return OptimizedDetector(self, precision, compile=compile)
 
     def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
-        """Return `Detections` for one image (path, PIL image, HWC array, CHW tensor), or a list for a list of images.
+        """Detect objects.
 
-        See `predict.predictor.predict`.
+        Args:
+            source: An image as a path, PIL image, HWC array or CHW tensor, or a list of images.
+            threshold: Lowest score, 0 to 1.
+            top_k: Most detections per image.
+            batch_size: Images per forward pass.
+
+        Returns:
+            `Detections` for an image, a list of them for a list.
         """
         from .predict.predictor import predict
 
@@ -81,24 +97,24 @@ class DeformableDETR(DeformableDETRNetwork):
 
 
 def load_detector(source: str | os.PathLike[str], device: str = "auto", precision: str | None = None) -> Any:
-    """Load a model or an exported file on a device.
+    """Load a model or an exported file.
 
     Args:
-        source: An exported file (.onnx, .xml, .pt2) or anything that `DeformableDETR.from_pretrained` takes.
+        source: An exported file (.onnx, .xml, .pt2) or anything that `DeformableDETR.from_pretrained` reads.
         device: "auto", "cpu", "cuda", "mps", or a device of the exported file's runtime.
-        precision: "fp32" or "bf16" returns the model after `optimize`. Default: the model as it is.
+        precision: "fp32" or "bf16" returns the model after `optimize`. Default: the model itself.
 
     Returns:
         A detector with `config`, `pixel_mean`, `pixel_std` and `predict`.
 
     Raises:
-        UserError: The source cannot be loaded, or "bf16" was asked of an exported file.
+        UserError: The source cannot be loaded, or it is an exported file and `precision` is "bf16".
     """
     if is_exported(source):
         from .runtimes.detector import load_exported
 
         if precision == "bf16":
-            raise UserError(f"{os.fspath(source)}: an exported file has a fixed precision; bf16 is for models")
+            raise UserError(f"{os.fspath(source)}: an exported file has a fixed precision; only a model can use bf16")
         return load_exported(source, device)
     from .utils.device import pick_device
 

@@ -1,10 +1,6 @@
-"""Models written in other formats and read again: not a bit changes; what has no place there is refused."""
+"""Models in one format written in another and read again: the weights are the same bits, or the model is refused."""
 
-import argparse
-import os
 import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,358 +10,220 @@ from deformable_detr import DeformableDETR, UserError
 from deformable_detr.config import presets
 from deformable_detr.model.postprocess import postprocess
 from deformable_detr.weights import official_format, transformers_format
-from deformable_detr.weights.convert import convert, not_convertible
-from deformable_detr.weights.convert import write as convert_model
-from tests.model.test_parity import batch, randomized, transformers
-from tests.weights.test_load import OURS, ours, same
+from deformable_detr.weights.convert import convert, portability_note, write
+from tests.support.parity import transformers
+from tests.support.weights import equal_weights, tiny_model
 
-PAPER = [name for name in presets.PRESETS if not name.startswith("small")]
-
-
-def big_enough(name: str, **changes) -> DeformableDETR:
-    """A small model that the official code has too: its backbone, and its width for two-stage."""
-    torch.manual_seed(0)
-    widths = {"hidden_dim": 256, "num_heads": 8} if name == "two-stage" else {}
-    values = {**OURS, "backbone": "resnet50", **widths, **changes}
-    return randomized(DeformableDETR(presets.PRESETS[name](**values)))
+PRESETS = [name for name in presets.PRESETS if not name.startswith("small")]
+SIZES = {"image_size": 320, "size_divisor": 32}
 
 
-LITE = {"backbone": "tf_efficientnet_lite0", "hidden_dim": 128}
-THERE = [*((name, "frozen", {}) for name in PAPER), ("two-stage", "train", {}), ("small-portable", "frozen", LITE)]
-
-
-@pytest.mark.parametrize(("name", "norm", "changes"), THERE)
-def test_to_transformers_and_back(name, norm, changes, tmp_path):
-    sizes = {"image_size": 320, "size_divisor": 32}
-    model = ours(presets.PRESETS[name], backbone_norm=norm, dropout=0.0, **sizes, **changes)
-    counted = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
-    assert bool(counted) == (norm == "train")
-    model.load_state_dict({**model.state_dict(), **{name: torch.tensor(7 + i) for i, name in enumerate(counted)}})
-    model.save_pretrained(tmp_path / "ours")
-    lines = convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
-    assert lines[1] == "it gives the same logits and boxes in transformers as here"
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {"backbone_norm": "frozen"}) for name in PRESETS),
+        ("two-stage", {"backbone_norm": "train"}),
+        ("small-portable", {"backbone": "tf_efficientnet_lite0", "hidden_dim": 128}),
+    ],
+)
+def test_transformers_and_back(name, changes, tmp_path):
+    model = tiny_model(presets.PRESETS[name], dropout=0.0, **{**SIZES, **changes})
+    model.save_pretrained(tmp_path / "native")
+    lines = convert(tmp_path / "native", "transformers", tmp_path / "theirs")
+    assert lines[1] == "verified: transformers computes the same logits and boxes"
+    assert "note: this model was trained on images with sides that are multiples of 32" in lines[2]
     assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == [
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     ]  # fmt: skip
-    convert(tmp_path / "theirs", "ours", tmp_path / "back")
+    convert(tmp_path / "theirs", "native", tmp_path / "back")
     back = DeformableDETR.from_pretrained(tmp_path / "back")
-    assert same(model, back)
-    assert "note: it was trained on images whose sides are multiples of 32" in lines[2]
-    was, now = model.config.without_pretrained_backbone().model_dump(), back.config.model_dump()
-    # The backbone is named in transformers' way, and statistics that were the backbone's own are said.
-    assert {key for key in was if was[key] != now[key]} <= {"backbone", "backbone_shape", "pixel_mean", "pixel_std"}
+    assert equal_weights(model, back)
+    before, after = model.config.without_pretrained_backbone().model_dump(), back.config.model_dump()
+    # Transformers has other names for backbones, and statistics that were the backbone's own are stated.
+    different = {key for key in before if before[key] != after[key]}
+    assert different <= {"backbone", "backbone_shape", "pixel_mean", "pixel_std"}
     assert torch.equal(back.pixel_mean, model.pixel_mean)
 
 
-@pytest.mark.parametrize(("name", "norm"), [*((name, "frozen") for name in PAPER), ("two-stage", "train")])
-def test_to_the_official_format_and_back(name, norm, tmp_path):
-    model = big_enough(name, backbone_norm=norm, image_size=320, size_divisor=32)
-    for key, value in model.state_dict().items():
-        if key.endswith("num_batches_tracked"):
-            value.fill_(5)
-    model.save_pretrained(tmp_path / "ours")
-    lines = convert(tmp_path / "ours", "official", tmp_path / "theirs")
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in PRESETS if name != "two-stage"),
+        ("two-stage", {"hidden_dim": 256, "backbone_norm": "train"}),
+        ("refine", {"backbone": "resnet50", "backbone_norm": "frozen"}),
+    ],
+)
+def test_the_official_format_and_back(name, changes, tmp_path, tiny_backbone):
+    model = tiny_model(presets.PRESETS[name], num_heads=8, **SIZES, **changes)
+    model.save_pretrained(tmp_path / "native")
+    lines = convert(tmp_path / "native", "official", tmp_path / "theirs")
     assert any("num_classes = 3" in line for line in lines)
     assert any("multiples of 32" in line for line in lines)
-    convert(tmp_path / "theirs" / official_format.FILE, "ours", tmp_path / "back")
+    convert(tmp_path / "theirs" / official_format.FILE, "native", tmp_path / "back")
     back = DeformableDETR.from_pretrained(tmp_path / "back")
-    assert same(model, back)
+    assert equal_weights(model, back)
     assert back.config == model.config.without_pretrained_backbone()
 
 
-def test_what_the_official_file_holds(tmp_path):
-    """Its names, with both names of the heads that the decoder uses as well, and settings that its parser knows."""
-    official_format.save(big_enough("two-stage"), tmp_path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        values = torch.load(tmp_path / official_format.FILE, weights_only=True)
-    names, args = values["model"], values["args"]
-    for name in (
-        "transformer.level_embed", "transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
-        "transformer.encoder.layers.0.linear1.weight", "transformer.decoder.layers.1.cross_attn.value_proj.bias",
-        "transformer.decoder.layers.1.self_attn.in_proj_weight", "transformer.decoder.layers.1.norm3.bias",
-        "transformer.decoder.bbox_embed.2.layers.2.weight", "transformer.decoder.class_embed.2.bias",
-        "bbox_embed.2.layers.2.weight", "class_embed.2.bias", "transformer.enc_output.weight",
-        "transformer.enc_output_norm.bias", "transformer.pos_trans.weight", "transformer.pos_trans_norm.weight",
-        "input_proj.3.0.weight", "input_proj.3.1.bias", "backbone.0.body.conv1.weight",
-        "backbone.0.body.layer4.0.downsample.1.running_var",
-    ):  # fmt: skip
-        assert name in names, name
-    assert not [name for name in names if name.startswith(("decoder", "encoder", "proposals", "projections"))]
-    assert (args.with_box_refine, args.two_stage, args.num_queries, args.dec_layers) == (True, True, 20, 2)
-
-
-def test_norms_of_the_decoder_are_numbered_otherwise_there(tmp_path):
-    model = big_enough("multi-scale")
-    official_format.save(model, tmp_path)
-    names = torch.load(tmp_path / official_format.FILE, weights_only=False)["model"]
-    layer = model.decoder.layers[0]
-    assert torch.equal(names["transformer.decoder.layers.0.norm2.weight"], layer.norm1.weight)
-    assert torch.equal(names["transformer.decoder.layers.0.norm1.weight"], layer.norm2.weight)
-
-
-def test_transformers_takes_model_processor_and_names(tmp_path):
-    model = ours(image_size=64, max_size=120)
-    model.save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
-    theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "theirs").eval()
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "theirs")
+def test_transformers_uses_model_processor_and_names(tmp_path):
+    model = tiny_model(image_size=64, max_size=120)
+    write(model, "transformers", tmp_path)
+    theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "cow"}
     assert theirs.config.label2id == {"cat": 0, "dog": 1, "cow": 2}
-    picture = Image.effect_noise((200, 100), 90).convert("RGB")
-    inputs = processor(images=picture, return_tensors="pt")
+    image = Image.effect_noise((200, 100), 90).convert("RGB")
+    inputs = processor(images=image, return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 60, 120)
     with torch.no_grad():
-        here, there = model(inputs["pixel_values"]), theirs(**inputs)
-    assert torch.allclose(here["pred_logits"], there.logits, atol=1e-5)
-    found = processor.post_process_object_detection(there, threshold=0.0, target_sizes=[(100, 200)])[0]
-    chosen = postprocess(
-        {"pred_logits": there.logits, "pred_boxes": there.pred_boxes}, [(100, 200)], top_k=len(found["scores"])
-    )
-    assert torch.equal(chosen[0].scores, found["scores"])
-    assert torch.equal(chosen[0].labels, found["labels"])
-    assert torch.equal(chosen[0].boxes, found["boxes"])
+        ours, outputs = model(inputs["pixel_values"]), theirs(**inputs)
+    assert torch.allclose(ours["pred_logits"], outputs.logits, atol=1e-5)
+    expected = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(100, 200)])[0]
+    raw = {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes}
+    [selected] = postprocess(raw, [(100, 200)], top_k=len(expected["scores"]))
+    assert torch.equal(selected.scores, expected["scores"])
+    assert torch.equal(selected.labels, expected["labels"])
+    assert torch.equal(selected.boxes, expected["boxes"])
 
 
 def test_the_same_detections_from_the_same_file(tmp_path):
-    """From the picture on: their processor, model and post-processing, and ours, which cuts boxes at the border.
+    """From the image file on: their processor, model and post-processing, and ours, which clips boxes to the image.
 
-    Where the long side's limit counts, transformers 5 stretches an image by up to a pixel of its short side; the
-    paper's code does not, and neither do we.
+    If the long side's limit applies, transformers 5 stretches an image by up to a pixel of its short side; the paper's
+    code does not, and neither do we.
     """
-    model = ours(image_size=96, max_size=200)
-    convert_model(model, "transformers", tmp_path / "theirs")
+    model = tiny_model(image_size=96, max_size=200)
+    write(model, "transformers", tmp_path / "theirs")
     theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "theirs").eval()
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "theirs")
     for width, height in ((317, 211), (480, 640), (50, 50)):
-        picture = Image.effect_noise((width // 8 + 1, height // 8 + 1), 90).convert("RGB").resize((width, height))
-        picture.save(tmp_path / "picture.png")
+        image = Image.effect_noise((width // 8 + 1, height // 8 + 1), 90).convert("RGB").resize((width, height))
+        image.save(tmp_path / "image.png")
         with torch.no_grad():
-            there = theirs(**processor(images=picture, return_tensors="pt"))
-        expected = processor.post_process_object_detection(there, threshold=0.0, target_sizes=[(height, width)])[0]
-        found = model.predict(tmp_path / "picture.png", threshold=0.0)
-        assert len(found) == len(expected["scores"])
-        assert (found.scores - expected["scores"]).abs().max() <= 1e-4
-        clear = (expected["scores"].diff().abs() > 1e-4).nonzero().flatten()  # ranks that rounding does not decide
-        firm = [int(i) for i in clear if int(i) - 1 in clear]
-        assert len(firm) > 10
+            outputs = theirs(**processor(images=image, return_tensors="pt"))
+        expected = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(height, width)])[0]
+        detections = model.predict(tmp_path / "image.png", threshold=0.0)
+        assert len(detections) == len(expected["scores"])
+        assert (detections.scores - expected["scores"]).abs().max() <= 1e-4
+        distinct = (expected["scores"].diff().abs() > 1e-4).nonzero().flatten()  # ranks that rounding does not decide
+        ranks = [int(i) for i in distinct if int(i) - 1 in distinct]
+        assert len(ranks) > 10
         border = torch.tensor([width, height, width, height])
-        assert torch.equal(found.labels[firm], expected["labels"][firm])
-        assert (found.boxes - expected["boxes"].clamp(min=0).minimum(border))[firm].abs().max() <= 0.05
+        assert torch.equal(detections.labels[ranks], expected["labels"][ranks])
+        clipped = expected["boxes"].clamp(min=0).minimum(border)
+        assert (detections.boxes - clipped)[ranks].abs().max() <= 0.05
 
 
-def test_a_model_that_was_trained_on_there_does_not_keep_our_stale_config(tmp_path):
-    ours().save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
+def test_changes_made_in_transformers_outdate_our_config(native_model, tmp_path):
+    write(native_model, "transformers", tmp_path / "theirs")
     model = transformers.AutoModelForObjectDetection.from_pretrained(
         tmp_path / "theirs", id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}, ignore_mismatched_sizes=True
     )
     model.save_pretrained(tmp_path / "further")
-    found = DeformableDETR.from_pretrained(tmp_path / "further").config
-    assert (found.class_names, found.category_ids) == (("a", "b"), (0, 1))
-    # Names that were mended by hand in their config are the names; our ids then belong to nobody.
-    path = tmp_path / "theirs" / "config.json"
+    config = DeformableDETR.from_pretrained(tmp_path / "further").config
+    assert (config.class_names, config.category_ids) == (("a", "b"), (0, 1))
+    path = tmp_path / "theirs" / "config.json"  # a name edited by hand: our category ids no longer apply
     path.write_text(path.read_text().replace('"cow"', '"bull"'))
-    found = DeformableDETR.from_pretrained(tmp_path / "theirs").config
-    assert (found.class_names, found.category_ids) == (("cat", "dog", "bull"), (0, 1, 2))
+    config = DeformableDETR.from_pretrained(tmp_path / "theirs").config
+    assert (config.class_names, config.category_ids) == (("cat", "dog", "bull"), (0, 1, 2))
 
 
 @pytest.mark.parametrize(
     ("changes", "to", "message"),
     [
-        ({"pre_norm": True}, "transformers", "pre_norm"),
-        ({"class_aware_proposals": True}, "transformers", "class_aware_proposals"),
-        ({"iterative_query_pos": True}, "official", "iterative_query_pos"),
-        ({"query_init": "encoder"}, "official", "query_init"),
-        ({}, "official", "test_resnet"),
-        ({"backbone": "resnet50"}, "official", "hidden_dim"),
-        ({"backbone": "resnet50", "activation": "gelu"}, "official", "activation"),
-        ({"backbone": "resnet50", "num_feature_levels": 2}, "official", "num_feature_levels"),
+        ({"pre_norm": True}, "transformers", "pre_norm: True"),
+        ({"class_aware_proposals": True}, "transformers", "class_aware_proposals: True"),
         ({"hidden_dim": 48}, "transformers", "hidden_dim"),
+        ({"iterative_query_pos": True}, "official", "iterative_query_pos: True"),
+        ({"query_init": "encoder"}, "official", "query_init: encoder"),
+        ({}, "official", "no backbone 'test_resnet'"),
+        ({"backbone": "resnet50"}, "official", "hidden_dim of 256"),
+        ({"activation": "gelu"}, "official", "activation: gelu"),
+        ({"num_feature_levels": 2}, "official", "num_feature_levels: 2"),
     ],
 )
-def test_parts_that_the_others_lack(changes, to, message, tmp_path):
-    ours(**changes).save_pretrained(tmp_path / "ours")
+def test_networks_that_a_format_cannot_express(changes, to, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        convert(tmp_path / "ours", to, tmp_path / "theirs")
-    assert not list((tmp_path / "theirs").glob("*"))
+        write(tiny_model(**changes), to, tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
 
 
-@pytest.mark.parametrize("broken", ["backbone", "heads", "unused", "unloadable"])
-def test_a_conversion_that_computes_something_else_is_refused(broken, tmp_path, monkeypatch):
-    """Faults put into the writer: a setting that means another network there, a tensor in another's place, …"""
-    model = ours()
-    model.save_pretrained(tmp_path / "ours")
-    write, spread = transformers_format.write_config, transformers_format.spread
+@pytest.mark.parametrize("fault", ["activation", "tensor", "unused", "unloadable"])
+def test_a_conversion_that_computes_something_else_is_refused(fault, native_model, tmp_path, monkeypatch):
+    """Faults put into the writer, and faults of transformers."""
+    write_config, to_reference_keys = transformers_format.write_config, transformers_format.to_reference_keys
+    auto_class = transformers.AutoModelForObjectDetection
+    if fault == "activation":
+        message = "the logits differ by"
+        faulty = lambda model: {**write_config(model), "activation_function": "gelu"}  # noqa: E731
+        monkeypatch.setattr(transformers_format, "write_config", faulty)
+    elif fault == "tensor":
+        message = "reads back with other values"
 
-    def config_of_another(model):
-        described = write(model)
-        if broken == "backbone":  # the published trap: norms that lose the activations they carry, or another eps
-            described["activation_function"] = "gelu"
-        return described
+        def misplaced(*arguments, **options):
+            tensors = to_reference_keys(*arguments, **options)
+            tensors["model.decoder.class_embed.0.bias"] += 1e-3
+            return tensors
 
-    def misplaced(*arguments, **options):
-        tensors = spread(*arguments, **options)
-        if broken == "heads":
-            tensors["model.decoder.class_embed.0.bias"] = tensors["model.decoder.class_embed.0.bias"] + 1e-3
-        return tensors
-
-    monkeypatch.setattr(transformers_format, "write_config", config_of_another)
-    monkeypatch.setattr(transformers_format, "spread", misplaced)
-    message = {"backbone": "the logits of this model differ by", "heads": "reads back with another"}.get(broken)
-    if broken == "unused":
-        report = {"missing_keys": {"class_embed.9.bias"}, "unexpected_keys": set()}
-        load = transformers.AutoModelForObjectDetection.from_pretrained
-        monkeypatch.setattr(
-            transformers.AutoModelForObjectDetection,
-            "from_pretrained",
-            lambda folder, **options: (load(folder), report),
-        )
+        monkeypatch.setattr(transformers_format, "to_reference_keys", misplaced)
+    elif fault == "unused":
         message = r"no use or no value for class_embed\.9\.bias"
-    if broken == "unloadable":
+        load, report = auto_class.from_pretrained, {"missing_keys": {"class_embed.9.bias"}, "unexpected_keys": set()}
+        monkeypatch.setattr(auto_class, "from_pretrained", lambda folder, **options: (load(folder), report))
+    else:
+        message = "cannot run this model: size mismatch$"
 
         def fail(*arguments, **options):
             raise RuntimeError("size mismatch\nand a long story")
 
-        monkeypatch.setattr(transformers.AutoModelForObjectDetection, "from_pretrained", fail)
-        message = "cannot run this model: size mismatch$"
+        monkeypatch.setattr(auto_class, "from_pretrained", fail)
     with pytest.raises(UserError, match=f"^refused: .*{message}"):
-        convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
+        write(native_model, "transformers", tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 
 
-def test_without_transformers_the_file_is_read_back(tmp_path, monkeypatch):
-    ours().save_pretrained(tmp_path / "ours")
+def test_without_transformers_the_files_are_read_back(native_model, native_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    lines = convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
+    lines = convert(native_folder, "transformers", tmp_path)
     assert "not installed" in lines[1]
-    assert same(DeformableDETR.from_pretrained(tmp_path / "ours"), DeformableDETR.from_pretrained(tmp_path / "theirs"))
+    assert equal_weights(native_model, DeformableDETR.from_pretrained(tmp_path))
 
 
-def test_whoever_trains_a_network_that_cannot_go_there_is_told(tmp_path):
+def test_a_note_on_networks_that_cannot_be_converted():
     for name, preset in presets.PRESETS.items():
-        line = not_convertible(preset())
-        assert (line is None) == (name != "small")
-    said = not_convertible(presets.small())
-    assert said is not None
-    assert "\n" not in said
-    assert "--preset small-portable" in said
+        note = portability_note(preset())
+        assert (note is None) == (name != "small")
+        assert note is None or "--preset small-portable" in note
 
 
-def test_conversion_writes_over_nothing(tmp_path):
-    model = ours()
-    model.save_pretrained(tmp_path / "ours")
-    before = (tmp_path / "ours" / "config.json").read_text()
-    with pytest.raises(UserError, match=r"already holds config\.json"):
-        convert(tmp_path / "ours", "transformers", tmp_path / "ours")
-    assert (tmp_path / "ours" / "config.json").read_text() == before
+def test_nothing_is_overwritten(native_folder, tmp_path):
+    before = (native_folder / "config.json").read_text()
+    with pytest.raises(UserError, match=r"already has config\.json"):
+        convert(native_folder, "transformers", native_folder)
+    assert (native_folder / "config.json").read_text() == before
     with pytest.raises(UserError, match="is a file"):
-        convert(tmp_path / "ours", "ours", tmp_path / "ours" / "config.json")
-    with pytest.raises(UserError, match="choose from ours, transformers, official"):
-        convert(tmp_path / "ours", "onnx", tmp_path / "out")
+        convert(native_folder, "native", native_folder / "config.json")
+    with pytest.raises(UserError, match="choose from native, transformers, official"):
+        convert(native_folder, "onnx", tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="cannot be written"):
-        convert(tmp_path / "ours", "ours", tmp_path / "ours" / "config.json" / "deeper")
+        convert(native_folder, "native", native_folder / "config.json" / "deeper")
 
 
-def test_others_may_read_what_is_written(tmp_path):
-    ours().save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", "transformers", tmp_path / "theirs")
+def test_files_have_the_users_usual_permissions(native_model, tmp_path):
+    write(native_model, "transformers", tmp_path)
     (tmp_path / "plain").touch()
     modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
     assert modes == {(tmp_path / "plain").stat().st_mode}
 
 
-# --- the official code itself, where there is a checkout of it ----------------------------------------------------
+def test_the_command(native_folder, tmp_path, capsys):
+    from deformable_detr import cli
 
-
-@pytest.fixture(scope="module")
-def official_code():
-    """Functions of a checkout of the paper authors' repository, its compiled op replaced by its own Python version."""
-    folder = os.environ.get("DEFORMABLE_DETR_OFFICIAL")
-    if not folder or not Path(folder, "models", "deformable_detr.py").is_file():
-        pytest.skip("no checkout of the official code (set DEFORMABLE_DETR_OFFICIAL)")
-    import types
-
-    import torchvision
-
-    patch = pytest.MonkeyPatch()
-    patch.syspath_prepend(folder)
-    patch.setitem(sys.modules, "MultiScaleDeformableAttention", types.ModuleType("MultiScaleDeformableAttention"))
-    patch.setattr(torchvision, "__version__", "0.9.0")  # it compares the first three characters
-    resnet = torchvision.models.resnet50
-    patch.setattr(torchvision.models, "resnet50", lambda pretrained, **options: resnet(weights=None, **options))
-    from models import (  # type: ignore[import-not-found]
-        backbone,
-        deformable_detr,
-        deformable_transformer,
-        position_encoding,
-    )
-    from models.ops.functions import ms_deform_attn_func  # type: ignore[import-not-found]
-    from models.ops.modules import ms_deform_attn  # type: ignore[import-not-found]
-    from util.misc import NestedTensor  # type: ignore[import-not-found]
-
-    def op(value, shapes, starts, locations, weights, step):
-        return ms_deform_attn_func.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
-
-    patch.setattr(ms_deform_attn, "MSDeformAttnFunction", types.SimpleNamespace(apply=op))
-
-    def build(args, classes):
-        return deformable_detr.DeformableDETR(
-            backbone.build_backbone(args), deformable_transformer.build_deforamble_transformer(args),
-            num_classes=classes, num_queries=args.num_queries, num_feature_levels=args.num_feature_levels,
-            aux_loss=True, with_box_refine=args.with_box_refine, two_stage=args.two_stage,
-        )  # fmt: skip
-
-    @contextmanager
-    def precision(dtype):
-        """Its positions and valid ratios are float32 by name, as is our encoding of proposals (and transformers'): in
-        float64 these names mean that.
-        """
-        with pytest.MonkeyPatch.context() as doubled:
-            if dtype == torch.float64:
-                named = types.SimpleNamespace(**{**vars(torch), "float32": torch.float64})
-                doubled.setattr(position_encoding, "torch", named)
-                doubled.setattr(deformable_transformer, "torch", named)
-                doubled.setattr(torch.Tensor, "float", torch.Tensor.double)
-            yield
-
-    yield types.SimpleNamespace(
-        build=build, Nested=NestedTensor, PostProcess=deformable_detr.PostProcess, precision=precision
-    )
-    patch.undo()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PAPER)
-def test_the_official_code_gives_the_same(official_code, name, tmp_path):
-    """At full size, in both directions; what their modules themselves save, and what we write for them."""
-    torch.manual_seed(0)
-    model = randomized(DeformableDETR(presets.PRESETS[name](backbone_weights="none")))
-    official_format.save(model, tmp_path)
-    values = torch.load(tmp_path / official_format.FILE, weights_only=False)
-    theirs = official_code.build(values["args"], 91)
-    torch.save({"model": randomized(theirs, seed=2).state_dict(), "args": values["args"]}, tmp_path / "theirs.pth")
-    for path in (tmp_path / "theirs.pth", tmp_path / official_format.FILE):
-        theirs.float().load_state_dict(torch.load(path, weights_only=False)["model"], strict=True)
-        here = DeformableDETR.from_pretrained(path)
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-            pixels, mask = batch(dtype)
-            with torch.no_grad(), official_code.precision(dtype):
-                found = here.to(dtype)(pixels, mask)
-                expected = theirs.to(dtype).eval()(official_code.Nested(pixels, mask))
-            pairs = {"logits": ("pred_logits", found["pred_logits"]), "boxes": ("pred_boxes", found["pred_boxes"])}
-            for what, (key, value) in pairs.items():
-                assert (expected[key] - value).abs().max() <= tolerance, what
-            for layer, outputs in enumerate(expected["aux_outputs"]):
-                assert (outputs["pred_logits"] - found["layer_logits"][layer]).abs().max() <= tolerance
-                assert (outputs["pred_boxes"] - found["layer_boxes"][layer]).abs().max() <= tolerance
-            if name == "two-stage":
-                proposed = expected["enc_outputs"]
-                assert (proposed["pred_logits"] - found["encoder_logits"]).abs().max() <= tolerance
-            assert expected["pred_logits"].std() > 0.1
-            sizes = torch.tensor([[480, 640], [300, 500], [333, 444]])
-            for there, chosen in zip(
-                official_code.PostProcess()(expected, sizes), postprocess(expected, sizes.tolist()), strict=True
-            ):
-                assert torch.equal(there["scores"], chosen.scores)
-                assert torch.equal(there["labels"], chosen.labels)
-                assert torch.equal(there["boxes"], chosen.boxes)
+    command = ["convert", str(native_folder), "--to", "transformers", "--out", str(tmp_path / "out")]
+    cli.main(command)
+    assert "AutoModelForObjectDetection" in capsys.readouterr().out
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --out")

@@ -12,12 +12,12 @@ from .options import Device, Flag, at_least_one
 
 
 @app.command
-def convert(source: str, *, to: Literal["ours", "transformers", "official"], out: Path) -> None:
+def convert(source: str, *, to: Literal["native", "transformers", "official"], out: Path) -> None:
     """Write a model in another format, for the tools that read it.
 
     Args:
         source: A run or model folder, a transformers folder or hub id, or an official .pth.
-        to: ours, transformers (its Auto classes) or official (the paper authors' code).
+        to: native, transformers (its Auto classes) or official (the paper authors' code).
         out: Folder for the model; it must not hold one.
     """
     from ..weights.convert import convert as write

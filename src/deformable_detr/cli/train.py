@@ -69,7 +69,7 @@ def train(
     """
     from ..config.resolve import resolve_config
     from ..distributed.launch import is_rank_zero, restarted
-    from ..weights.finetune import starting_config
+    from ..weights.finetune import finetune_config
 
     own = None if out is None else out / "config.yaml"
     begun = (resume or restarted()) and config is None and own is not None and own.is_file()
@@ -92,7 +92,7 @@ def train(
         "data.check": check,
         "train.seed": seed,
     }
-    settings = resolve_config(None if begun else preset, config, set_ or (), options, config_of_weights=starting_config)
+    settings = resolve_config(None if begun else preset, config, set_ or (), options, config_of_weights=finetune_config)
     if begun and preset not in (None, settings.preset):
         raise UserError(f"--preset {preset}: the run in {out} began with {settings.preset}, and keeps it")
     if print_config:

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from ..config.resolve import resolve_config
 from ..config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from ..utils.errors import UserError
-from ..weights.finetune import starting_config
+from ..weights.finetune import finetune_config
 from .options import TrainOptions
 from .run_dir import run_config
 from .trainer import train_model
@@ -53,7 +53,7 @@ def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, optio
         base = run_config(out)
     else:
         base = resolve_config(
-            preset, options={"train.weights": options.get("weights")}, config_of_weights=starting_config
+            preset, options={"train.weights": options.get("weights")}, config_of_weights=finetune_config
         )
     return base.updated(sections, "train()")
 

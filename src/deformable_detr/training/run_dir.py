@@ -106,12 +106,12 @@ class RunDir:
     def export(self, model: DeformableDETR, card: ModelCardData | None = None) -> None:
         """Save the model so that `from_pretrained` loads it from the run folder, with a model card from `card`."""
         from ..weights.model_card import FILE as CARD_FILE
-        from ..weights.model_card import somebodys_own
+        from ..weights.model_card import is_user_card
 
         temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=self.path))
         try:
             model.save_pretrained(temporary, card)
-            if somebodys_own(self.path):
+            if is_user_card(self.path):
                 (temporary / CARD_FILE).unlink()
             # config.json, which marks the folder as a model, is moved last.
             for file in sorted(temporary.iterdir(), key=lambda file: (file.name == "config.json", file.name)):

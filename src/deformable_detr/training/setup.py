@@ -87,15 +87,17 @@ def keep_batch_size(config: Config, state: Mapping[str, Any], context: Distribut
 def build_model(config: Config, resumed: bool, verbose: bool = True) -> DeformableDETR:
     """Build the model: with the weights of `train.weights` or of the backbone, or, if resumed, without any."""
     from ..detector import DeformableDETR
-    from ..weights.convert import not_convertible
-    from ..weights.finetune import begin
+    from ..weights.convert import portability_note
+    from ..weights.finetune import load_for_finetuning
 
     if resumed:
         return DeformableDETR(config.model.without_pretrained_backbone())
-    if verbose and (note := not_convertible(config.model)):
+    if verbose and (note := portability_note(config.model)):
         log.warning(note)
     if config.train.weights:
-        return begin(config.model, config.train.weights, print if verbose else lambda line: None, DeformableDETR)
+        return load_for_finetuning(
+            config.model, config.train.weights, print if verbose else lambda line: None, DeformableDETR
+        )
     return DeformableDETR(config.model)
 
 

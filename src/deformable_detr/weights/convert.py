@@ -1,4 +1,4 @@
-"""A model in one format written in another: the verb `convert`."""
+"""Convert a model to another format: the command `convert`."""
 
 from __future__ import annotations
 
@@ -16,116 +16,117 @@ from ..utils.errors import UserError
 from ..utils.files import write_files
 from . import native, official_format, transformers_format, verify
 from .image_processor import PREPROCESSOR
-from .load import load
-from .model_card import ModelCardData, card_writer
+from .load import load_pretrained
+from .model_card import ModelCardData, card_file
 
-Format = Literal["ours", "transformers", "official"]
+Format = Literal["native", "transformers", "official"]
 _FILES = {
-    "ours": (native.CONFIG, native.WEIGHTS),
-    "transformers": (transformers_format.CONFIG, PREPROCESSOR, "model.safetensors"),
+    "native": (native.CONFIG, native.WEIGHTS),
+    "transformers": (transformers_format.CONFIG, PREPROCESSOR, transformers_format.WEIGHTS),
     "official": (official_format.FILE,),
 }
 
 
 def convert(source: str | os.PathLike[str], to: Format, out: str | os.PathLike[str]) -> list[str]:
-    """Writes the model of any source into the folder `out`, in another format; returns what a user should know.
+    """Write a model into a folder in another format.
 
-    to: "ours" (for `from_pretrained`), "transformers" (model, image processor and class names for its Auto classes),
-        "official" (checkpoint.pth for the paper authors' code).
+    Args:
+        source: Anything that `load_pretrained` reads.
+        to: "native" (for `from_pretrained`), "transformers" (model, image processor and class names for its Auto
+            classes) or "official" (checkpoint.pth for the paper authors' code).
+        out: The folder; it must not hold a model.
 
-    Raises UserError for a source that cannot be read (see `source.load`), for a model that the format has no place
-    for, and for a folder that already holds a model or cannot be written.
+    Returns:
+        Lines for the user: where the model is, how to load it, what the format cannot express.
+
+    Raises:
+        UserError: The source cannot be read, the format cannot express the model, or the folder cannot be written.
     """
-    target = Path(out)
+    folder = Path(out)
     if to not in _FILES:
         raise UserError(f"--to {to}: choose from {', '.join(_FILES)}")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--out {target} is a file; it must be a folder")
-    taken = [name for names in _FILES.values() for name in names if (target / name).exists()]
-    if taken:
-        raise UserError(f"--out {target} already holds {taken[0]}: choose another folder")
-    model = load(source)
-    tried = write(model, to, target)
-    return notes(model, to, target, tried)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; give a folder")
+    existing = [name for names in _FILES.values() for name in names if (folder / name).exists()]
+    if existing:
+        raise UserError(f"--out {folder} already has {existing[0]}; choose another folder")
+    model = load_pretrained(source)
+    was_run = write(model, to, folder)
+    return _notes(model, to, folder, was_run)
 
 
-def write(model: DeformableDETRNetwork, to: Format, target: Path, facts: ModelCardData | None = None) -> bool:
-    """Writes a model into a folder in a format, with a model card. Raises UserError as `convert` does.
+def write(model: DeformableDETRNetwork, to: Format, folder: Path, card_data: ModelCardData | None = None) -> bool:
+    """Write a model and its card into a folder. Raises UserError as `convert` does.
 
-    What is written is read back, and for transformers run there beside the model, before it is put in place. Returns
-    whether it was run: False where transformers is not installed or the format is another one.
+    The files are read back before they are moved to the folder. A transformers model is also run beside this one.
+
+    Returns:
+        Whether it was run: False for the other formats, and if transformers is not installed.
     """
-    facts = facts or ModelCardData(library="transformers" if to == "transformers" else "deformable-detr")
-    if to == "ours":
-        native.save(model, target, facts)
+    card_data = card_data or ModelCardData(library="transformers" if to == "transformers" else "deformable-detr")
+    if to == "native":
+        native.save(model, folder, card_data)
         return False
-    tried = False
-    with _staged(target) as made:
+    was_run = False
+    with _staging(folder) as staging:
         if to == "transformers":
-            transformers_format.save(model, made)
-            verify.same_when_read(model, transformers_format.load(made)[1], made / "model.safetensors")
-            tried = verify.same_in_transformers(model, made)
+            transformers_format.save(model, staging)
+            verify.check_round_trip(model, transformers_format.read(staging))
+            was_run = verify.check_in_transformers(model, staging)
         else:
-            official_format.save(model, made)
-            verify.same_when_read(
-                model, official_format.load(made / official_format.FILE)[1], made / official_format.FILE
-            )
-    write_files(target, card_writer(target, model.config, facts))
-    return tried
+            official_format.save(model, staging)
+            verify.check_round_trip(model, official_format.read(staging / official_format.FILE))
+    write_files(folder, card_file(folder, model.config, card_data))
+    return was_run
 
 
-def not_convertible(config: ModelConfig) -> str | None:
-    """One line for whoever is about to train a network that transformers has no place for; none for the others."""
+def portability_note(config: ModelConfig) -> str | None:
+    """Return a warning for a network that cannot be converted to transformers, or None."""
     try:
         transformers_format.check_parts(config)
     except UserError:
-        return "note: transformers has no place for this network; --preset small-portable can be converted to it"
+        return "note: this network cannot be converted to transformers; one trained with --preset small-portable can"
     return None
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A folder whose files move into `target` at the end of the block, or vanish where it raises."""
-    there = target.is_dir()
-    made: Path | None = None
+def _staging(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` at the end of the block, or vanish if it raises."""
+    existed = folder.is_dir()
+    staging: Path | None = None
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".convert-", dir=target))
-        yield made
-        for file in sorted(made.iterdir(), reverse=True):  # weights before the config that makes them a model
-            os.replace(file, target / file.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".convert-", dir=folder))
+        yield staging
+        for file in sorted(staging.iterdir(), reverse=True):  # the weights before config.json
+            os.replace(file, folder / file.name)
     except OSError as error:
-        raise UserError(f"folder {target} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"folder {folder} cannot be written: {error.strerror or error}") from None
     finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-        if not there and target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
-def notes(model: DeformableDETRNetwork, to: Format, target: Path, tried: bool) -> list[str]:
-    """Lines for the user: where the model is, how to load it, and what the format has no place for."""
-    if to == "ours":
-        return [f"the model is in {target}: DeformableDETR.from_pretrained({str(target)!r})"]
-    multiple = model.config.size_divisor
-    sizes = [] if multiple == 1 else [
-        f"note: it was trained on images whose sides are multiples of {multiple}; what prepares images there "
-        "keeps other sizes, which costs AP: resize them to such sides beforehand"
-    ]  # fmt: skip
+def _notes(model: DeformableDETRNetwork, to: Format, folder: Path, was_run: bool) -> list[str]:
+    if to == "native":
+        return [f"wrote {folder}: load it with DeformableDETR.from_pretrained({str(folder)!r})"]
     if to == "transformers":
-        how = (
-            "it gives the same logits and boxes in transformers as here"
-            if tried
-            else "read back and equal; not run in transformers, which is not installed"
-        )
-        return [f"the model is in {target}: AutoModelForObjectDetection.from_pretrained({str(target)!r})", how, *sizes]
-    lines = [
-        f"the model is in {target / official_format.FILE}: main.py --resume {target / official_format.FILE}",
-        *sizes,
-    ]
-    if model.config.num_classes != 91:
+        lines = [
+            f"wrote {folder}: load it with AutoModelForObjectDetection.from_pretrained({str(folder)!r})",
+            "verified: transformers computes the same logits and boxes"
+            if was_run
+            else "the files were read back; the model was not run in transformers, which is not installed",
+        ]
+    else:
+        path = folder / official_format.FILE
+        lines = [f"wrote {path}: load it with main.py --resume {path}"]
+        if (count := model.config.num_classes) != 91:
+            lines.append(f"note: build() of the official code assumes 91 classes; set num_classes = {count} there")
+    if (divisor := model.config.size_divisor) != 1:
         lines.append(
-            f"note: build() of the official code counts on 91 classes for COCO; set num_classes = "
-            f"{model.config.num_classes} there"
+            f"note: this model was trained on images with sides that are multiples of {divisor}; other tools keep "
+            "other sizes, which costs AP: resize images beforehand"
         )
     return lines

@@ -1,4 +1,4 @@
-"""Fine-tuning: a new model starts from the weights of another one, as far as they fit."""
+"""Fine-tuning: start a new model from the weights of another, as far as they fit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
@@ -14,130 +15,117 @@ from ..config import presets
 from ..config.schema import Config, ModelConfig
 from ..model.network import DeformableDETRNetwork, N
 from ..utils.errors import UserError
-from .load import read
-from .resize import resized
+from .checkpoint import Checkpoint
+from .load import read_checkpoint
+from .resize import resize_state
 
 _HEAD = re.compile(r"decoder\.heads\.(classes|boxes)\.(\d+)\.(.+)")
-_PRIOR = -math.log(99)  # every class starts with probability 1% (see model/heads.py)
-_NAMELESS = re.compile(r"n/a|label_\d+|class \d+")  # stand-ins that say nothing of what a class is
-# What the data set and the run decide, whatever the source has.
+_CLASS_PRIOR = -math.log(99)  # the bias at which a class has probability 1% (focal loss; see model/heads.py)
+_PLACEHOLDER_NAME = re.compile(r"n/a|label_\d+|class \d+")
+# Fields that the dataset and the run decide.
 _NOT_INHERITED = {"class_names", "category_ids", "num_classes", "backbone_weights", "gradient_checkpointing"}
+# Fields that tell the presets apart.
+_ARCHITECTURE = (
+    "two_stage", "num_feature_levels", "dilation", "refine", "class_aware_proposals", "query_init",
+    "iterative_query_pos",
+)  # fmt: skip
 
 
 @dataclass
 class TransferReport:
-    """What happened to each tensor of the new model, and to those of the source.
+    """What each tensor of a new model was initialized from.
 
-    loaded: names taken as they are. partly, fresh: names of which a part or nothing was taken, and why.
-    unused: names of the source that the model has no use for, and why. classes: names whose rows were kept.
+    Attributes:
+        loaded: Tensors copied from the source.
+        partial: Tensors copied in part, and which part is new.
+        initialized: Tensors with initial values, and why.
+        unused: Tensors of the source that were not copied, and why.
     """
 
     loaded: list[str] = field(default_factory=list)
-    partly: dict[str, str] = field(default_factory=dict)
-    fresh: dict[str, str] = field(default_factory=dict)
+    partial: dict[str, str] = field(default_factory=dict)
+    initialized: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
-    classes: list[str] = field(default_factory=list)
 
-    def lines(self, source: str | os.PathLike[str]) -> list[str]:
-        """The report, a line for each group of tensors with the same reason."""
-        count = len(self.loaded) + len(self.partly) + len(self.fresh)
-        out = [f"weights of {source}: {len(self.loaded)} of {count} tensors loaded"]
-        for title, group in (("partly", self.partly), ("new", self.fresh), ("left out", self.unused)):
-            reasons: dict[str, list[str]] = {}
-            for name, why in group.items():
-                reasons.setdefault(why, []).append(name)
-            for why, names in reasons.items():
+    def lines(self, path: Path) -> list[str]:
+        """Return the report on the weights of `path`, with one line per group of tensors that have the same reason."""
+        count = len(self.loaded) + len(self.partial) + len(self.initialized)
+        lines = [f"loaded {len(self.loaded)} of {count} tensors from {path}"]
+        for title, group in (("partial", self.partial), ("new", self.initialized), ("unused", self.unused)):
+            names_by_reason: dict[str, list[str]] = {}
+            for name, reason in group.items():
+                names_by_reason.setdefault(reason, []).append(name)
+            for reason, names in names_by_reason.items():
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                out.append(f"  {title}: {names[0]}{more} ({why})")
-        return out
+                lines.append(f"  {title}: {names[0]}{more} ({reason})")
+        return lines
 
 
-def starting_config(source: str | os.PathLike[str]) -> Config:
-    """The config to fine-tune a source with: its network and image size, and the training of the preset it is like.
+def finetune_config(source: str | os.PathLike[str]) -> Config:
+    """Return the config to fine-tune a source: its network, with the training settings of the most similar preset.
 
-    Its classes are left out: they are the data set's. Raises UserError as `source.load` does.
+    The classes are left out: they come from the dataset. Raises UserError as `load_pretrained` does.
     """
-    found, _, _ = read(source)
-    kept = {name: value for name, value in found.model_dump().items() if name not in _NOT_INHERITED}
-    model = ModelConfig.from_dict({**kept, "backbone_weights": "none"}, f"the network of {source}")
-    alike = (
-        "num_feature_levels",
-        "dilation",
-        "refine",
-        "two_stage",
-        "class_aware_proposals",
-        "query_init",
-        "iterative_query_pos",
-    )
+    inherited = read_checkpoint(source).config.model_dump(exclude=_NOT_INHERITED)
+    model = ModelConfig.from_dict({**inherited, "backbone_weights": "none"}, f"the network of {source}")
 
-    def likeness(name: str) -> tuple[bool, int, int]:
+    def similarity(name: str) -> tuple[bool, int, int]:
         preset = presets.PRESETS[name]()
-        same = {field for field in alike if getattr(preset, field) == getattr(model, field)}
-        return "two_stage" in same, len(same), _shared(preset, model)
+        equal = {field for field in ModelConfig.model_fields if getattr(preset, field) == getattr(model, field)}
+        return "two_stage" in equal, len(equal.intersection(_ARCHITECTURE)), len(equal)
 
-    nearest = max(presets.PRESETS, key=likeness)
-    return presets.config(nearest).replace(model=model)
+    return presets.config(max(presets.PRESETS, key=similarity)).replace(model=model)
 
 
-def begin(
+def load_for_finetuning(
     config: ModelConfig,
     source: str | os.PathLike[str],
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
     network_class: type[N] = DeformableDETRNetwork,
 ) -> N:
-    """A new model with `config` that starts from the weights of `source`, as `load_for_training` takes them.
+    """Build a network with `config` and initialize it with `transfer_weights`.
 
-    Pretrained weights of the backbone are only fetched where the source has another backbone.
+    Pretrained backbone weights are downloaded only if the source has another backbone.
     """
-    found = read(source)
-    model = network_class(config.without_pretrained_backbone() if _base(found[0]) == _base(config) else config)
-    _transfer(model, found[0], found[1], source, say)
+    checkpoint = read_checkpoint(source)
+    same_backbone = _backbone(checkpoint.config) == _backbone(config)
+    model = network_class(config.without_pretrained_backbone() if same_backbone else config)
+    transfer_weights(model, checkpoint, log)
     return model
 
 
-def load_for_training(
-    model: DeformableDETRNetwork, source: str | os.PathLike[str], say: Callable[[str], object] = print
+def transfer_weights(
+    model: DeformableDETRNetwork, checkpoint: Checkpoint, log: Callable[[str], object] = print
 ) -> TransferReport:
-    """Copies everything whose shape fits from `source` (see `source.load`) into a new model.
+    """Copy every tensor of a checkpoint that fits into a new model, and log the report line by line.
 
-    Where the classes differ, class heads start at the focal prior but for the rows of classes of the same name. Queries
-    and feature levels that the source lacks keep the model's own values, as does all that does not fit.
+    If the classes differ, class heads start at the focal prior; rows of classes with the same name are copied. Queries
+    and feature levels that the checkpoint lacks keep their initial values.
 
-    say: gets the report line by line. Raises UserError for a source that cannot be read and where nothing fits.
+    Raises:
+        UserError: The checkpoint is damaged, or nothing of it fits.
     """
-    config, state, _ = read(source)
-    return _transfer(model, config, state, source, say)
-
-
-def _transfer(
-    model: DeformableDETRNetwork,
-    config: ModelConfig,
-    state: Mapping[str, Tensor],
-    source: str | os.PathLike[str],
-    say: Callable[[str], object],
-) -> TransferReport:
-    own = model.state_dict()
+    config, target = checkpoint.config, model.config
+    state = _assign_heads(checkpoint.build(DeformableDETRNetwork)[1], config, target)
+    state, extensions = resize_state(state, config, model)
     report = TransferReport()
-    state, new = resized(_paired(state, config, model.config), config, model)
-    if _base(config) != _base(model.config):
-        for name in [name for name in state if name.startswith("backbone.")]:
-            report.unused[name] = f"its backbone is {config.backbone}, not {model.config.backbone}"
-            del state[name]
-    heads = _class_rows(state, own, config, model.config, report)
-    taken: dict[str, Tensor] = {}
+    if _backbone(config) != _backbone(target):
+        reason = f"the source's backbone is {config.backbone}, not {target.backbone}"
+        report.unused = {name: reason for name in state if name.startswith("backbone.")}
+    state = {name: value for name, value in state.items() if name not in report.unused}
+    own = model.state_dict()
+    copied = _class_heads(state, own, config, target, report)
     for name, value in own.items():
-        if name in heads:
-            taken[name] = heads[name]
-        elif name not in state:
-            if not name.endswith("num_batches_tracked"):
-                report.fresh[name] = "not in the source"
+        if name in copied or (name not in state and name.endswith("num_batches_tracked")):
+            continue
+        if name not in state:
+            report.initialized[name] = "not in the source"
         elif state[name].shape != value.shape:
-            shapes = f"{tuple(state[name].shape)} there, {tuple(value.shape)} here"
-            report.fresh[name] = f"other shape: {shapes}"
+            report.initialized[name] = f"shape {tuple(value.shape)}, in the source {tuple(state[name].shape)}"
         else:
-            taken[name] = state[name]
-            if name in new:
-                report.partly[name] = f"new: {new[name]}"
+            copied[name] = state[name]
+            if name in extensions:
+                report.partial[name] = f"new: {extensions[name]}"
             else:
                 report.loaded.append(name)
     report.unused |= {
@@ -145,113 +133,93 @@ def _transfer(
     }
     if not any(own[name].ndim > 1 for name in report.loaded):  # a bias may fit by chance
         raise UserError(
-            f"nothing of {source} fits this model: hidden_dim {config.hidden_dim} and backbone {config.backbone} "
-            f"there, {model.config.hidden_dim} and {model.config.backbone} here"
+            f"no weights of {checkpoint.path} fit this model: they have hidden_dim {config.hidden_dim} and backbone "
+            f"{config.backbone}, this model {target.hidden_dim} and {target.backbone}"
         )
-    model.load_state_dict({**own, **{name: value.to(own[name].dtype) for name, value in taken.items()}})
-    for line in report.lines(source):
-        say(line)
+    model.load_state_dict({**own, **{name: value.to(own[name].dtype) for name, value in copied.items()}})
+    for line in report.lines(checkpoint.path):
+        log(line)
     return report
 
 
-def _shared(preset: ModelConfig, model: ModelConfig) -> int:
-    """Of how many settings two networks have the same value."""
-    return sum(value == getattr(model, name) for name, value in preset.model_dump().items())
-
-
-def _base(config: ModelConfig) -> object:
+def _backbone(config: ModelConfig) -> object:
     return config.backbone_shape or config.backbone.split(".")[0]
 
 
-def _paired(state: Mapping[str, Tensor], config: ModelConfig, target: ModelConfig) -> dict[str, Tensor]:
-    """The tensors with the heads of the target's number: of each decoder layer, and of the encoder's proposals.
+def _assign_heads(state: Mapping[str, Tensor], config: ModelConfig, target: ModelConfig) -> dict[str, Tensor]:
+    """Rename the heads to the target's: one pair per decoder layer or a shared one, and the encoder's.
 
-    Where the source's layers share one pair, each layer of the target gets it.
+    Each layer of the target gets the source's shared pair; a shared pair of the target gets the last layer's.
     """
-    out = {name: value for name, value in state.items() if not _HEAD.match(name)}
-    layers = target.decoder_layers if target.refine else 1
-    sources = {layer: (layer if config.refine else 0) for layer in range(layers)}
+    last = config.decoder_layers - 1 if config.refine else 0
+    if target.refine:
+        sources = {layer: layer if config.refine else 0 for layer in range(target.decoder_layers)}
+        sources = {layer: source for layer, source in sources.items() if source <= last}
+    else:
+        sources = {0: last}
     if target.two_stage and config.two_stage:
         sources[target.decoder_layers] = config.decoder_layers
-    last = config.decoder_layers - 1 if config.refine else 0
-    if not target.refine:
-        sources[0] = last  # the one pair reads all layers, so the source's last one is nearest
-    heads: dict[int, list[tuple[str, str, Tensor]]] = {}
+    assigned = {name: value for name, value in state.items() if not _HEAD.match(name)}
     for name, value in state.items():
         if match := _HEAD.match(name):
-            heads.setdefault(int(match[2]), []).append((match[1], match[3], value))
-    for here, there in sources.items():
-        if there > last and here != target.decoder_layers:
-            continue
-        for kind, rest, value in heads.get(there, []):
-            out[f"decoder.heads.{kind}.{here}.{rest}"] = value
-    return out
+            layers = [layer for layer, source in sources.items() if source == int(match[2])]
+            assigned |= {f"decoder.heads.{match[1]}.{layer}.{match[3]}": value for layer in layers}
+    return assigned
 
 
-def _class_rows(
+def _class_heads(
     state: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
     config: ModelConfig,
     target: ModelConfig,
     report: TransferReport,
 ) -> dict[str, Tensor]:
-    """The class heads: none of them here where they mean the same, so that they are taken as they are."""
-    same = _same_classes(config, target)
-    rows = [(row, row) for row in range(target.num_classes)] if same else _same_names(config, target)
-    names = target.class_names or [str(row) for row in range(target.num_classes)]
-    report.classes = [] if same else [names[here] for here, _ in rows]
+    """Class heads at the prior, with the rows that can be copied; nothing for heads that mean the same in both."""
+    same_classes = _same_classes(config, target)
+    matches = [] if same_classes else _matching_classes(config, target)
     heads: dict[str, Tensor] = {}
     for name, value in own.items():
         match = _HEAD.match(name)
         if match is None or match[1] != "classes":
             continue
-        source, pairs = state.get(name), list(rows)
-        of_encoder = target.two_stage and int(match[2]) == target.decoder_layers
-        # The encoder's column 0 says "object", whatever the first class is called, or each column its class.
-        other = of_encoder and config.two_stage and config.class_aware_proposals != target.class_aware_proposals
-        if same and not other:
+        is_encoder = target.two_stage and int(match[2]) == target.decoder_layers
+        # Column 0 of the encoder's head scores "object", unless its proposals are class-aware.
+        rescored = is_encoder and config.two_stage and config.class_aware_proposals != target.class_aware_proposals
+        if same_classes and not rescored:
             continue
-        if of_encoder and not target.class_aware_proposals:
-            pairs = [(0, 0)]
-        if source is None or source.shape[1:] != value.shape[1:] or other:
-            pairs = []
-        made = value.clone()
-        if match[3] == "bias":
-            made.fill_(_PRIOR)
-        for here, there in pairs:
-            made[here] = source[there].to(made.dtype) if source is not None else made[here]
-        heads[name] = made
-        kept = "its score of 'object'" if pairs == [(0, 0)] and of_encoder else f"{len(pairs)} classes of the same name"
-        reason = f"{len(value)} classes, {config.num_classes} in the source"
-        if pairs:
-            report.partly[name] = f"{reason}; kept {kept}, the rest starts at the prior"
-        elif other:
-            report.fresh[name] = (
-                f"another score with class_aware_proposals {config.class_aware_proposals} in the source; at the prior"
-            )
+        objectness = is_encoder and not target.class_aware_proposals
+        source = state.get(name)
+        rows = [(0, 0)] if objectness else matches
+        if rescored or source is None or source.shape[1:] != value.shape[1:]:
+            rows = []
+        heads[name] = value.clone().fill_(_CLASS_PRIOR) if match[3] == "bias" else value.clone()
+        for row, source_row in rows:
+            heads[name][row] = source[source_row].to(value.dtype)  # type: ignore[index]  # no source, no rows
+        classes = f"{len(value)} classes, the source has {config.num_classes}"
+        if rescored:
+            report.initialized[name] = f"the source has class_aware_proposals {config.class_aware_proposals}"
+        elif not rows:
+            report.initialized[name] = f"{classes}, none of the same name"
+        elif objectness:
+            report.partial[name] = f"{classes}; kept its score of 'object'"
         else:
-            report.fresh[name] = f"{reason}; none of the same name, all start at the prior"
+            report.partial[name] = f"{classes}; kept {len(rows)} of the same name"
     return heads
 
 
 def _same_classes(config: ModelConfig, target: ModelConfig) -> bool:
-    if config.num_classes != target.num_classes:
-        return False
-    if config.class_names and target.class_names:
-        return [_key(name) for name in config.class_names] == [_key(name) for name in target.class_names]
-    return not config.class_names and not target.class_names
+    names, target_names = (list(map(_normalize, one.class_names)) for one in (config, target))
+    return config.num_classes == target.num_classes and names == target_names
 
 
-def _same_names(config: ModelConfig, target: ModelConfig) -> list[tuple[int, int]]:
-    """(row here, row there) of each class that both have."""
-    known = {_key(name): row for row, name in reversed(list(enumerate(config.class_names)))}
-    pairs = [(row, known.get(_key(name))) for row, name in enumerate(target.class_names)]
+def _matching_classes(config: ModelConfig, target: ModelConfig) -> list[tuple[int, int]]:
+    """(row, row in the source) of each class that both have by name."""
+    rows = {_normalize(name): row for row, name in reversed(list(enumerate(config.class_names)))}
+    names = [_normalize(name) for name in target.class_names]
     return [
-        (here, there)
-        for here, there in pairs
-        if there is not None and not _NAMELESS.fullmatch(_key(target.class_names[here]))
+        (row, rows[name]) for row, name in enumerate(names) if name in rows and not _PLACEHOLDER_NAME.fullmatch(name)
     ]
 
 
-def _key(name: str) -> str:
+def _normalize(name: str) -> str:
     return " ".join(name.casefold().split())

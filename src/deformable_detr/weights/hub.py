@@ -1,4 +1,4 @@
-"""A model put on the hub."""
+"""Upload a model to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,35 +12,42 @@ from ..utils.errors import UserError, first_line
 from .convert import Format, write
 from .model_card import ModelCardData
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def push(
     model: DeformableDETRNetwork,
-    repository: str,
-    to: Format = "ours",
+    repo_id: str,
+    to: Format = "native",
     private: bool = False,
     token: str | None = None,
-    facts: ModelCardData | None = None,
+    card_data: ModelCardData | None = None,
 ) -> str:
-    """Uploads the model with its card to `repository` ("owner/name", made where it is not there); returns its address.
+    """Upload a model and its card, and return the address.
 
-    to: the format, as in `convert`. token: none: the one that `hf auth login` has stored.
-    Raises UserError, one line, for a bad name and for whatever the hub refuses.
+    Args:
+        model: The model.
+        repo_id: "owner/name"; created if missing.
+        to: The format; see `convert`.
+        private: Whether a new repository is private.
+        token: Default: the one that `hf auth login` stored.
+        card_data: See `save_pretrained`.
+
+    Raises:
+        UserError: The id is invalid, the format cannot express the model, or the hub refuses the upload.
     """
     from huggingface_hub import HfApi
 
-    if not _ID.fullmatch(repository):
-        raise UserError(f"hub repository {repository!r}: write owner/name")
+    if not _REPO_ID.fullmatch(repo_id):
+        raise UserError(f"hub repository {repo_id!r}: write owner/name")
     library = "transformers" if to == "transformers" else "deformable-detr"
-    facts = replace(facts or ModelCardData(), repository=repository, library=library)
+    card_data = replace(card_data or ModelCardData(), repo_id=repo_id, library=library)
     with tempfile.TemporaryDirectory() as folder:
-        write(model, to, Path(folder), facts)
+        write(model, to, Path(folder), card_data)
         try:
             api = HfApi(token=token)
-            api.create_repo(repository, private=private, exist_ok=True)
-            address = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Deformable DETR")
-        except Exception as error:  # whatever the hub's client or the network raise
-            line = first_line(error)
-            raise UserError(f"hub repository {repository}: {line}") from None
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            address = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload Deformable DETR")
+        except Exception as error:  # from the hub's client or the network
+            raise UserError(f"hub repository {repo_id}: {first_line(error)}") from None
     return str(address)

@@ -1,4 +1,4 @@
-"""The config of transformers' image processor: image size and pixel statistics, read and written."""
+"""Image size and pixel statistics in the config of transformers' image processor."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from ..utils.errors import UserError
 from ..utils.files import read_json
 
 PREPROCESSOR = "preprocessor_config.json"
-_LONGEST = 2**15
+_MAX_SIDE = 2**15
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def read_processor(folder: Path) -> dict[str, Any]:
-    """The image processor's config in a repository; empty where it has none."""
-    for name in (PREPROCESSOR, "processor_config.json"):
-        if (folder / name).is_file():
-            values = read_json(folder / name)
-            inner = values.get("image_processor")
-            return inner if isinstance(inner, dict) else values
-    return {}
+    """Return the fields of `ModelConfig` that a repository's image processor states, else transformers' defaults."""
+    path = next((folder / name for name in (PREPROCESSOR, "processor_config.json") if (folder / name).is_file()), None)
+    values = read_json(path) if path else {}
+    inner = values.get("image_processor")
+    return processor_fields(inner if isinstance(inner, dict) else values, path or folder / PREPROCESSOR)
 
 
-def processor_settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Image size and pixel statistics; what is not said is transformers' default."""
+def processor_fields(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Translate an image processor's config. Raises UserError, naming `path`, if a value makes no sense."""
     values = {**_IMAGENET, **{key: value for key, value in values.items() if value is not None}}
     size = values.get("size", {})
     if isinstance(size, int):
@@ -37,28 +35,29 @@ def processor_settings(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
         factor = float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0
         mean, std = ([float(x) for x in values[key]] for key in ("image_mean", "image_std"))
     except (TypeError, ValueError, AttributeError, OverflowError):
-        raise UserError(f"{path}: size, rescale_factor, image_mean or image_std is no number") from None
+        raise UserError(f"{path}: size, rescale_factor, image_mean or image_std is not a number") from None
     if len(mean) != 3 or len(std) != 3:
         raise UserError(f"{path}: image_mean and image_std must have 3 numbers")
-    if any(not 1 <= side <= _LONGEST for side in sides):
-        raise UserError(f"{path}: size {size} is not in 1..{_LONGEST} pixels")
-    if not values.get("do_normalize", True):
-        mean, std = [0.0] * 3, [1.0] * 3
+    if any(not 1 <= side <= _MAX_SIDE for side in sides):
+        raise UserError(f"{path}: size {size} must be 1 to {_MAX_SIDE} pixels")
     if not factor > 0:
         raise UserError(f"{path}: rescale_factor {factor} must be above 0")
-    scale = 1.0 if abs(factor * 255 - 1) < 1e-6 else factor * 255  # theirs counts pixels in 0..255, ours in 0..1
+    if not values.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    # Their statistics are for pixels × rescale_factor, ours for pixels / 255.
+    scale = 1.0 if abs(factor * 255 - 1) < 1e-6 else factor * 255
     short, long = min(sides, default=800), max(sides, default=1333)
-    alone = len(sides) == 1 and "shortest_edge" in size
+    only_short = len(sides) == 1 and "shortest_edge" in size
     return {
         "image_size": short,
-        "max_size": None if alone or long == round(short * 1333 / 800) else long,
+        "max_size": None if only_short or long == round(short * 1333 / 800) else long,
         "pixel_mean": tuple(x / scale for x in mean),
         "pixel_std": tuple(x / scale for x in std),
     }
 
 
 def write_processor(config: ModelConfig) -> dict[str, Any]:
-    """The config of transformers' image processor that prepares images as this model wants them."""
+    """Return the config of transformers' image processor that prepares images for this model."""
     mean, std = pixel_statistics(config)
     return {
         "image_processor_type": "DeformableDetrImageProcessor",

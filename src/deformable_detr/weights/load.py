@@ -1,126 +1,127 @@
-"""A model from wherever its weights are: our folder, a transformers repository, the hub, an official checkpoint."""
+"""Load a model from a folder, a transformers repository, the hub or an official checkpoint."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork, N
 from ..utils.errors import UserError, first_line
-from ..utils.files import read_json
+from ..utils.files import is_exported, read_json
 from . import native, official_format, transformers_format
-from .resize import resized
+from .checkpoint import Checkpoint
+from .resize import resize_state
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_HUB_FILES = (("*.json", "*.safetensors"), ("*.json", "pytorch_model*.bin", "*.pth"))  # pickles only where need be
-# Settings that may differ from the source's: they do not decide what the weights mean.
-FREE = ("image_size", "max_size", "num_queries", "num_feature_levels", "dropout", "gradient_checkpointing",
-        "class_names", "category_ids", "pixel_mean", "pixel_std", "frozen_stages")  # fmt: skip
+_HUB_FILES = (("*.json", "*.safetensors"), ("*.json", "pytorch_model*.bin", "*.pth"))  # pickles only as a last resort
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
+# Fields that may differ from the source's because they do not change what the weights mean.
+OVERRIDABLE = (
+    "image_size", "max_size", "num_queries", "num_feature_levels", "dropout", "gradient_checkpointing", "class_names",
+    "category_ids", "pixel_mean", "pixel_std", "frozen_stages",
+)  # fmt: skip
 
 
-def load(source: str | os.PathLike[str], network_class: type[N] = DeformableDETRNetwork, **changes: Any) -> N:
-    """The model of a source in evaluation mode, in float32, or float64 where all its weights are.
+def load_pretrained(
+    source: str | os.PathLike[str], network_class: type[N] = DeformableDETRNetwork, **overrides: Any
+) -> N:
+    """Load a model in evaluation mode, in float32, or in float64 if all its weights are.
 
-    source: a run folder or a folder that `save_pretrained` wrote; a transformers repository of Deformable DETR, as a
-        folder or by its hub id ("owner/name", "owner/name@revision"); an official checkpoint (`.pth`).
-    changes: settings of `ModelConfig` that should differ: any of `FREE`. num_queries of a one-stage model and
-        num_feature_levels can only shrink here, since what they would add was never trained; `load_for_training` adds.
+    Args:
+        source: A run folder or one that `save_pretrained` wrote; a transformers repository of Deformable DETR as a
+            folder or hub id ("owner/name", "owner/name@revision"); an official checkpoint (`.pth`).
+        network_class: The class to build.
+        **overrides: Fields of `ModelConfig` to change, of `OVERRIDABLE`. `num_feature_levels`, and `num_queries` of a
+            one-stage model, can only shrink: what they add would be untrained.
 
-    Raises UserError, one line, for a source that is missing, foreign, broken or unsafe to read, and for a change that
-    has no meaning.
+    Raises:
+        UserError: The source is missing, foreign, damaged or unsafe, or an override is not possible.
     """
-    unknown = [key for key in changes if key not in FREE]
+    unknown = [name for name in overrides if name not in OVERRIDABLE]
     if unknown:
-        raise UserError(f"{unknown[0]} of a trained model cannot be changed on loading; what can: {', '.join(FREE)}")
-    config, state, model = read(source, network_class)
-    if changes:
-        changed = config.replace(**changes)
-        if changed.num_feature_levels > config.num_feature_levels or (
-            not config.two_stage and changed.num_queries > config.num_queries
-        ):
-            what = "num_feature_levels" if changed.num_feature_levels > config.num_feature_levels else "num_queries"
-            raise UserError(
-                f"{source} has {what} {getattr(config, what)}; more would be untrained: "
-                "train them with `deformable-detr train DATA --weights SOURCE`"
-            )
-        model = network_class(changed.without_pretrained_backbone())
-        state, _ = resized(state, config, model)
-    return filled(model, state)
-
-
-def read(
-    source: str | os.PathLike[str], network_class: type[N] = DeformableDETRNetwork
-) -> tuple[ModelConfig, dict[str, Tensor], N]:
-    """Config, tensors in our names and an empty model in their shape. Raises UserError as `load` does."""
-    path = locate(source)
-    if path.is_dir():
-        if read_json(path / "config.json").get("format") == native.FORMAT:
-            return native.read(path, network_class)
-        return transformers_format.load(path, network_class)
-    return official_format.load(path, network_class)
-
-
-def filled(model: N, state: dict[str, Tensor]) -> N:
-    """The model with the tensors in it, in evaluation mode; float64 where all of them are."""
-    floats = [value for value in state.values() if value.is_floating_point()]
-    if floats and all(value.dtype == torch.float64 for value in floats):
+        raise UserError(f"{source}: {unknown[0]} cannot be overridden; these can: {', '.join(OVERRIDABLE)}")
+    checkpoint = read_checkpoint(source)
+    model, state = checkpoint.build(network_class)
+    if overrides:
+        config = checkpoint.config.replace(**overrides)
+        _refuse_untrained(source, checkpoint.config, config)
+        model = network_class(config.without_pretrained_backbone())
+        state, _ = resize_state(state, checkpoint.config, model)
+    if all(value.dtype == torch.float64 for value in state.values() if value.is_floating_point()):
         model = model.double()
     model.load_state_dict(state)
     return model.eval()
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
-    """The folder or the official checkpoint that a source names; what is on the hub is fetched."""
-    from ..utils.files import is_exported
+def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+    """Read a source's config and tensors without building the network. Raises UserError as `load_pretrained` does."""
+    path = locate_source(source)
+    if not path.is_dir():
+        return official_format.read(path)
+    is_native = read_json(path / "config.json").get("format") == native.FORMAT
+    return native.read(path) if is_native else transformers_format.read(path)
 
+
+def locate_source(source: str | os.PathLike[str]) -> Path:
+    """Return the source's folder or official checkpoint; download it if the source is a hub id."""
     path = Path(source)
     if len(os.fspath(path)) > 4096 or any(len(part) > 255 or "\0" in part for part in path.parts):
-        raise UserError(f"model {os.fspath(path)[:80]!r}…: no path and no hub id is as long or has such characters")
+        raise UserError(f"model {os.fspath(path)[:80]!r}… is too long or has invalid characters")
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return path
-        checkpoints = sorted(path.glob("*.pth"))
-        if len(checkpoints) == 1:
-            return checkpoints[0]
-        if ((path / "config.yaml").is_file() and (path / "checkpoints").is_dir()) or (path / "metrics.jsonl").is_file():
-            raise UserError(
-                f"model {path}: this run has none yet, it ended before its first evaluation; "
-                "go on with it: train --resume"
-            )
-        raise UserError(f"model {path}: no config.json there" + (", and several .pth" if checkpoints else ""))
+        return _locate_in_folder(path)
     if path.is_file():
         if is_exported(path):
-            raise UserError(f"model {path}: an exported file is no model any more; give the folder it was made of")
+            raise UserError(f"model {path} is an exported file; give the folder of the model that it was made from")
         if path.suffix in (".safetensors", ".bin", ".json") and (path.parent / "config.json").is_file():
             return path.parent
         if path.suffix == ".safetensors":
-            raise UserError(f"{path} has no config.json beside it, which says what network the weights are of")
+            raise UserError(f"model {path} has no config.json beside it, which describes the network")
         return path
-    named = os.fspath(source)
-    # A name beside other things that are here is a path that was mistyped; the network is not asked for it.
-    if _HUB_ID.fullmatch(named) and path.suffix not in (".pth", ".safetensors", ".bin") and not path.parent.is_dir():
-        return _fetched(named)
+    # If the parent folder exists, the source is a mistyped path, not a hub id.
+    hub_id = os.fspath(source)
+    if _HUB_ID.fullmatch(hub_id) and path.suffix not in _WEIGHT_SUFFIXES and not path.parent.is_dir():
+        return _download(hub_id)
     raise UserError(f"model {source}: no such folder or file")
 
 
-def _fetched(source: str) -> Path:
+def _locate_in_folder(folder: Path) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    checkpoints = sorted(folder.glob("*.pth"))
+    if len(checkpoints) == 1:
+        return checkpoints[0]
+    if checkpoints:
+        raise UserError(f"model {folder} has no config.json and several .pth files; name one of them")
+    if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
+        raise UserError(f"model {folder}: this run has no model yet; continue it with train --resume")
+    raise UserError(f"model {folder} has no config.json")
+
+
+def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    name, _, revision = source.partition("@")
-    for files in _HUB_FILES:
+    name, _, revision = hub_id.partition("@")
+    folder = Path()
+    for patterns in _HUB_FILES:
         try:
-            fetched = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(files)))
-        except Exception as error:  # whatever the hub's client, the network or the disk raise
-            line = first_line(error)
-            line = shorten(line, 300, placeholder=" …")
-            raise UserError(f"model {source}: no such folder, and not to be had from the hub: {line}") from None
-        if any(file.suffix in (".safetensors", ".bin", ".pth") for file in fetched.iterdir()):
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+        except Exception as error:  # from the hub's client, the network or the disk
+            raise UserError(f"model {hub_id}: no such folder, and the download failed: {first_line(error)}") from None
+        if any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir()):
             break
-    return locate(fetched)
+    return locate_source(folder)
+
+
+def _refuse_untrained(source: object, trained: ModelConfig, config: ModelConfig) -> None:
+    fields = ["num_feature_levels"] if config.two_stage else ["num_feature_levels", "num_queries"]
+    for field in fields:
+        if getattr(config, field) > getattr(trained, field):
+            raise UserError(
+                f"{source} has {field} {getattr(trained, field)}; more would be untrained: fine-tune with "
+                "`deformable-detr train DATA --weights SOURCE`"
+            )

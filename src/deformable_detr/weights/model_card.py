@@ -1,4 +1,4 @@
-"""The model card: README.md beside the weights, in the form that the hub reads."""
+"""The model card: README.md beside the weights, with the metadata that the hub reads."""
 
 from __future__ import annotations
 
@@ -13,136 +13,129 @@ from ..config.schema import Config, ModelConfig
 
 FILE = "README.md"
 _MARK = "<!-- written by deformable-detr; delete this line to keep your changes -->"
-_PLAIN = ModelConfig()
-_LISTED = 100  # classes named in a card; the rest are in config.json
+_LISTED_CLASSES = 100
+_LOADING = {
+    "deformable-detr": """\
+from deformable_detr import DeformableDETR
+
+model = DeformableDETR.from_pretrained({source})
+detections = model.predict("image.jpg")""",
+    "transformers": """\
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+processor = AutoImageProcessor.from_pretrained({source})
+model = AutoModelForObjectDetection.from_pretrained({source})""",
+}
 
 
 @dataclass(frozen=True)
 class ModelCardData:
-    """What a card tells beyond the model's own config.
+    """What a model card states beside the model's own config.
 
-    data: name of the training set, or what is known of it. figures: metrics such as {"AP": 0.46}, None where there is
-    none. settings: the run's whole config. license: an identifier of the hub's list, such as "apache-2.0".
-    repository: hub id, for the lines on how to load. library: "deformable-detr" or "transformers".
+    Attributes:
+        dataset: Name or description of the training data.
+        metrics: Such as {"AP": 0.46}; None values are left out.
+        config: The config of the training run.
+        license: An identifier from the hub's list, such as "apache-2.0".
+        repo_id: Hub id, for the example of how to load the model.
+        library: "deformable-detr" or "transformers".
     """
 
-    data: str | None = None
-    figures: Mapping[str, Any] = field(default_factory=dict)
-    settings: Config | None = None
+    dataset: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    config: Config | None = None
     license: str = "unknown"
-    repository: str | None = None
+    repo_id: str | None = None
     library: str = "deformable-detr"
 
 
-def card_writer(folder: Path, config: ModelConfig, facts: ModelCardData) -> dict[str, str]:
-    """The card's name and text, for `write_files`; nothing where the folder has a card of somebody's own."""
-    if somebodys_own(folder):
-        return {}
-    return {FILE: card(config, facts)}
+def card_file(folder: Path, config: ModelConfig, data: ModelCardData) -> dict[str, str]:
+    """Return the card's name and text for `write_files`, or nothing if the folder has a user's own card."""
+    return {} if is_user_card(folder) else {FILE: model_card(config, data)}
 
 
-def somebodys_own(folder: Path) -> bool:
-    """Whether the folder has a card that is not ours to write over."""
+def is_user_card(folder: Path) -> bool:
+    """Return whether the folder has a card that must not be overwritten: one without our marker."""
     path = folder / FILE
     return path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
-def card(config: ModelConfig, facts: ModelCardData) -> str:
-    """The card as Markdown, with the hub's fields in YAML before it."""
-    figures = {name: value for name, value in facts.figures.items() if isinstance(value, int | float)}
-    fields: dict[str, Any] = {
-        "license": facts.license,
-        "library_name": facts.library,
+def model_card(config: ModelConfig, data: ModelCardData) -> str:
+    """Return the card as Markdown, with the hub's metadata in YAML before it."""
+    metrics = {name: value for name, value in data.metrics.items() if isinstance(value, int | float)}
+    license = (
+        "Unknown: set `license` at the top of this card. The licenses of the training images and of the weights that "
+        "training started from may apply."
+        if data.license == "unknown"
+        else f"`{_inline(data.license)}`"
+    )
+    loading = _LOADING[data.library].format(source=repr(data.repo_id or "path/to/this/folder"))
+    metric_rows = [f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items()]
+    sections = [
+        f"---\n{_yaml(_metadata(metrics, data))}---\n{_MARK}",
+        "# Deformable DETR",
+        _summary(config),
+        f"## Data\n\n{_inline(data.dataset) if data.dataset else 'Not stated.'}",
+        f"## Metrics\n\n{_table('| metric | value |', metric_rows) if metrics else 'Not measured.'}",
+        f"## Classes\n\n{_class_table(config)}",
+        f"## Config\n\n{_config(config, data.config)}",
+        f"## License\n\n{license}",
+        f"## How to load\n\n```python\n{loading}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(metrics: Mapping[str, float], data: ModelCardData) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
+        "license": data.license,
+        "library_name": data.library,
         "pipeline_tag": "object-detection",
         "tags": ["object-detection", "deformable-detr"],
     }
-    if figures:
-        results = [{"type": name, "name": name, "value": round(float(value), 4)} for name, value in figures.items()]
-        task = {"type": "object-detection", "name": "Object detection"}
-        dataset = {"type": "custom", "name": facts.data or "custom data"}
-        fields["model-index"] = [
-            {"name": "Deformable DETR", "results": [{"task": task, "dataset": dataset, "metrics": results}]}
-        ]
-    parts = [
-        f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)}---\n{_MARK}",
-        "# Deformable DETR",
-        _summary(config),
-        f"## Data\n\n{_line(facts.data) if facts.data else 'Not said.'}",
-        f"## Figures\n\n{_table(figures) if figures else 'None measured.'}",
-        f"## Classes\n\n{_classes(config)}",
-        f"## Settings\n\n{_settings(config, facts.settings)}",
-        f"## License\n\n{_licence(facts.license)}",
-        f"## How to load\n\n{_loading(facts)}",
-    ]
-    return "\n\n".join(parts) + "\n"
+    if metrics:
+        result = {
+            "task": {"type": "object-detection", "name": "Object detection"},
+            "dataset": {"type": "custom", "name": data.dataset or "custom data"},
+            "metrics": [{"type": name, "name": name, "value": round(value, 4)} for name, value in metrics.items()],
+        }
+        metadata["model-index"] = [{"name": "Deformable DETR", "results": [result]}]
+    return metadata
 
 
 def _summary(config: ModelConfig) -> str:
-    kinds = [
-        name for name, there in (("iterative box refinement", config.refine), ("two-stage", config.two_stage)) if there
-    ]
-    levels = "1 feature level" if config.num_feature_levels == 1 else f"{config.num_feature_levels} feature levels"
-    extras = f", {' and '.join(kinds)}" if kinds else ""
+    options = {"iterative box refinement": config.refine, "two-stage": config.two_stage}
+    variant = " and ".join(name for name, is_set in options.items() if is_set)
     return (
-        f"Finds objects of {config.num_classes} classes in images. Backbone {_line(config.backbone)}, {levels}, "
-        f"{config.num_queries} queries{extras}; images are resized to a short side of {config.image_size} and a long "
-        f"side of at most {config.long_side} pixels."
+        f"Detects {config.num_classes} classes of objects. Backbone {_inline(config.backbone)}, feature levels: "
+        f"{config.num_feature_levels}, queries: {config.num_queries}{f', {variant}' if variant else ''}. Images are "
+        f"resized to a short side of {config.image_size} and a long side of at most {config.long_side} pixels."
     )
 
 
-def _classes(config: ModelConfig) -> str:
+def _class_table(config: ModelConfig) -> str:
     names = config.class_names or [f"class {label}" for label in range(config.num_classes)]
     ids = config.category_ids or range(config.num_classes)
-    rows = [f"| {label} | {_line(name)} | {id} |" for label, (name, id) in enumerate(zip(names, ids, strict=True))]
-    more = f"\n\nand {len(rows) - _LISTED} more, in `config.json`." if len(rows) > _LISTED else ""
-    return "\n".join(["| label | name | category id |", "|---|---|---|", *rows[:_LISTED]]) + more
+    rows = [f"| {label} | {_inline(name)} | {id} |" for label, (name, id) in enumerate(zip(names, ids, strict=True))]
+    more = f"\n\nand {len(rows) - _LISTED_CLASSES} more, in `config.json`." if len(rows) > _LISTED_CLASSES else ""
+    return _table("| label | name | category id |", rows[:_LISTED_CLASSES]) + more
 
 
-def _settings(config: ModelConfig, settings: Config | None) -> str:
-    hidden = {"class_names", "category_ids", "num_classes"}
-    model = {
-        name: value
-        for name, value in config.model_dump(mode="json").items()
-        if name not in hidden and value != getattr(_PLAIN, name)
-    }
-    sections: dict[str, Any] = {"model": model}
-    if settings is not None:
-        sections |= {"preset": settings.preset, "train": settings.train.model_dump(mode="json", exclude_defaults=True)}
-    text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
-    return f"What differs from the defaults:\n\n```yaml\n{text.replace('```', '` ` `')}```"
+def _table(header: str, rows: list[str]) -> str:
+    return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows])
 
 
-def _licence(license: str) -> str:
-    if license == "unknown":
-        return (
-            "Not said: set `license` at the top of this card. That of the training images, and of the weights that the "
-            "training started from, may bind you."
-        )
-    return f"`{_line(license)}`"
+def _config(model: ModelConfig, config: Config | None) -> str:
+    classes = {"class_names", "category_ids", "num_classes"}
+    sections: dict[str, Any] = {"model": model.model_dump(mode="json", exclude_defaults=True, exclude=classes)}
+    if config is not None:
+        sections |= {"preset": config.preset, "train": config.train.model_dump(mode="json", exclude_defaults=True)}
+    return f"Changes from the defaults:\n\n```yaml\n{_yaml(sections).replace('```', '` ` `')}```"
 
 
-def _loading(facts: ModelCardData) -> str:
-    source = repr(facts.repository or "path/to/this/folder")
-    if facts.library == "transformers":
-        code = (
-            "from transformers import AutoImageProcessor, AutoModelForObjectDetection\n\n"
-            f"processor = AutoImageProcessor.from_pretrained({source})\n"
-            f"model = AutoModelForObjectDetection.from_pretrained({source})"
-        )
-    else:
-        code = (
-            "from deformable_detr import DeformableDETR\n\n"
-            f"model = DeformableDETR.from_pretrained({source})\n"
-            'detections = model.predict("image.jpg")'
-        )
-    return f"```python\n{code}\n```"
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
-def _table(figures: Mapping[str, Any]) -> str:
-    rows = [f"| {_line(name)} | {value:.4g} |" for name, value in figures.items()]
-    return "\n".join(["| metric | value |", "|---|---|", *rows])
-
-
-def _line(text: str) -> str:
-    """Text that stays inside a line, a table cell and plain Markdown, whatever is in it."""
+def _inline(text: str) -> str:
+    """Escape text so that it stays inside a line or table cell."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -1,0 +1,91 @@
+"""Weights as read from a file in any format, and the network that they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..config.schema import ModelConfig
+from ..model.network import DeformableDETRNetwork, N
+from ..utils.errors import UserError
+from .key_mapping import Placements, from_reference_keys, native_placements
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A config and the tensors of a file under the keys of its format.
+
+    Attributes:
+        config: The network, with nothing to download.
+        tensors: The tensors by the format's keys.
+        path: File of the tensors.
+        config_name: What describes the network, for errors: "config.json".
+        placements: Returns where our tensors are among them.
+        check_network: Raises UserError if the network, once built, is not the one that the file describes.
+    """
+
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    path: Path
+    config_name: str
+    placements: Callable[[Iterable[str], ModelConfig], Placements] = native_placements
+    check_network: Callable[[DeformableDETRNetwork], None] = lambda network: None
+
+    def build(self, network_class: type[N]) -> tuple[N, dict[str, Tensor]]:
+        """Build the network and return it with its state dict, which is not loaded yet.
+
+        Raises:
+            UserError: The tensors do not fit the config.
+        """
+        self._check_sizes()
+        network = network_class(self.config)
+        self.check_network(network)
+        expected = network.state_dict()
+        placements = self.placements(expected, self.config)
+        return network, from_reference_keys(self.tensors, placements, expected, self.path, self.config_name)
+
+    def _check_sizes(self) -> None:
+        """Refuse a config whose sizes exceed all sizes of the tensors before it allocates memory."""
+        config, shape = self.config, self.config.backbone_shape
+        points = max(config.decoder_points, config.encoder_points if config.encoder_layers else 0)
+        sizes = {
+            "hidden_dim": config.hidden_dim,
+            "ffn_dim": config.ffn_dim,
+            "encoder_layers": config.encoder_layers,
+            "decoder_layers": config.decoder_layers,
+            "num_classes": config.num_classes,
+            "num_queries": 0 if config.two_stage and config.query_init != "learned" else config.num_queries,
+            "heads × levels × points": config.num_heads * config.num_feature_levels * points,
+            "backbone_shape": max(shape.stem, *shape.widths, sum(shape.depths)) if shape else 0,
+        }
+        largest = max(
+            [len(self.tensors), *(size for value in self.tensors.values() for size in value.shape)], default=0
+        )
+        for name, size in sizes.items():
+            if size > largest:
+                raise UserError(f"{self.path}: no tensor is as large as {name} {size} of {self.config_name}")
+
+
+def restore_own_fields(config: ModelConfig, saved: object, fields: tuple[str, ...]) -> ModelConfig:
+    """Take what a foreign format cannot express from our own config that was saved with the weights.
+
+    Class names and category ids are taken as well if the names still are those of `config`. A config that cannot be
+    read, or does not fit, is ignored: another release wrote it, and the weights are complete without it.
+    """
+    if not isinstance(saved, Mapping):
+        return config
+    try:
+        own = ModelConfig.from_dict(saved).without_pretrained_backbone()
+        if (own.class_names or default_class_names(own.num_classes)) == config.class_names:
+            fields = (*fields, "class_names", "category_ids")
+        return config.replace(**{field: getattr(own, field) for field in fields})
+    except UserError:
+        return config
+
+
+def default_class_names(count: int) -> tuple[str, ...]:
+    """Return the names that transformers gives to unnamed classes."""
+    return tuple(f"LABEL_{label}" for label in range(count))

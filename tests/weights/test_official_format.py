@@ -1,0 +1,264 @@
+"""Checkpoints of the paper authors' code: what is read, what is written, and their own code on the same weights."""
+
+import argparse
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from deformable_detr import DeformableDETR
+from deformable_detr.config import presets
+from deformable_detr.model.postprocess import postprocess
+from deformable_detr.weights import official_format
+from tests.support.parity import batch, randomized
+from tests.support.weights import equal_weights, official_values, refusal, tiny_model
+
+PRESETS = [name for name in presets.PRESETS if not name.startswith("small")]
+EQUAL = None
+
+
+def with_args(values, **changes):
+    return {**values, "args": argparse.Namespace(**{**vars(values["args"]), **changes})}
+
+
+def with_tensors(values, **tensors):
+    return {**values, "model": {**values["model"], **tensors}}
+
+
+CHANGES = {
+    "as it is": (lambda v: v, EQUAL),
+    "settings as a dict": (lambda v: {**v, "args": vars(v["args"])}, EQUAL),
+    "settings with tensors": (
+        lambda v: with_args(v, position_embedding=torch.zeros(3), dec_layers=torch.ones(2)),
+        EQUAL,
+    ),
+    "nested settings": (lambda v: with_args(v, nested=argparse.Namespace(a=argparse.Namespace(b=[1]))), EQUAL),
+    "averaged weights": (lambda v: {"model_ema": v["model"], "args": v["args"], "epoch": 3}, EQUAL),
+    "averaged weights in a module": (lambda v: {"ema": {"module": v["model"]}, "args": v["args"]}, EQUAL),
+    "prefix and a profiler's leftovers": (
+        lambda v: {
+            **v,
+            "model": {f"module.{n}": t for n, t in v["model"].items()}
+            | {"module.transformer.total_ops": torch.ones(1)},
+        },
+        EQUAL,
+    ),
+    "optimizer": (lambda v: {**v, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 49}, EQUAL),
+    "our own config is invalid": (lambda v: {**v, official_format.OWN_CONFIG: {"model": {"num_classes": "x"}}}, EQUAL),
+    "our own config has other classes": (
+        lambda v: {**v, official_format.OWN_CONFIG: {"model": {"num_classes": 9, "category_ids": list(range(9))}}},
+        EQUAL,
+    ),
+    "heads in words": (lambda v: with_args(v, nheads="eight"), "eight"),
+    "no heads": (lambda v: with_args(v, nheads=0), "zero"),
+    "negative heads": (lambda v: with_args(v, nheads=-8), "num_heads|point"),
+    "other levels": (lambda v: with_args(v, num_feature_levels=1), "its settings have num_feature_levels 1"),
+    "other layers": (lambda v: with_args(v, dec_layers=6), "its settings have dec_layers 6"),
+    "other width": (lambda v: with_args(v, hidden_dim=256), "its settings have hidden_dim 256"),
+    "no refinement": (lambda v: with_args(v, with_box_refine=False), "its settings have with_box_refine False"),
+    "another backbone": (lambda v: with_args(v, backbone="resnet101"), "lacks|no tensor is as large"),
+    "an unknown backbone": (lambda v: with_args(v, backbone="swin_t"), "swin_t"),
+    "half of the tensors": (lambda v: {**v, "model": dict(list(v["model"].items())[::2])}, "lacks|not a complete"),
+    "no levels": (lambda v: {**v, "model": {n: t for n, t in v["model"].items() if "level" not in n}}, "level_embed"),
+    "levels of another shape": (
+        lambda v: with_tensors(v, **{"transformer.level_embed": torch.zeros(4)}),
+        "not a complete",
+    ),
+    "an endless number of layers": (
+        lambda v: with_tensors(v, **{"transformer.decoder.layers.99999999.x": torch.zeros(1)}),
+        "its settings have dec_layers",
+    ),
+    "a tensor larger than its data": (
+        lambda v: with_tensors(v, **{"transformer.level_embed": torch.zeros(1).expand(10**6, 10**6)}),
+        "less data",
+    ),
+    "no state dict": (lambda v: {"args": v["args"], "epoch": 1}, "not a tensor"),
+    "nothing": (lambda v: {}, "no dict"),
+    "copies that differ": (
+        lambda v: with_tensors(v, **{"transformer.decoder.bbox_embed.0.layers.2.bias": torch.ones(4)}),
+        "differ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_checkpoint_loads_equal_or_gives_one_line(
+    name, official_model, shared_checkpoint, tiny_backbone, tmp_path
+):
+    change, message = CHANGES[name]
+    path = tmp_path / "checkpoint.pth"
+    torch.save(change(official_values(shared_checkpoint)), path)
+    if message is EQUAL:
+        model = DeformableDETR.from_pretrained(path)
+        assert all(torch.equal(value, official_model.state_dict()[key]) for key, value in model.state_dict().items())
+        return
+    refused = refusal(path)
+    assert re.search(message, refused), refused
+    assert str(path) in refused
+
+
+def test_a_real_backbone_with_and_without_settings(tmp_path):
+    """Published files are in the old format; bare tensors do not tell the number of heads: it is the paper's 8."""
+    expected = tiny_model(presets.multi_scale, backbone="resnet50", num_heads=8)
+    official_format.save(expected, tmp_path)
+    path = tmp_path / official_format.FILE
+    values = official_values(path)
+    torch.save(values, path, _use_new_zipfile_serialization=False)
+    model = DeformableDETR.from_pretrained(tmp_path)  # the folder with nothing else in it
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+    config = model.config
+    assert (config.refine, config.num_feature_levels, config.num_queries, config.category_ids) == (
+        False,
+        4,
+        20,
+        (0, 1, 2),
+    )
+    torch.save(values["model"], path)
+    bare = DeformableDETR.from_pretrained(path)
+    assert equal_weights(model, bare)
+    assert (bare.config.num_heads, bare.config.encoder_points, bare.config.backbone) == (8, 4, "resnet50")
+
+
+def test_91_classes_have_the_names_and_ids_of_coco(tiny_backbone, tmp_path):
+    official_format.save(tiny_model(presets.multi_scale, num_classes=91, class_names=(), category_ids=()), tmp_path)
+    path = tmp_path / official_format.FILE
+    torch.save(official_values(path), path)
+    config = DeformableDETR.from_pretrained(path).config
+    assert config.category_ids == tuple(range(91))
+    assert [config.class_names[label] for label in (0, 1, 12, 13, 90)] == [
+        "N/A", "person", "N/A", "stop sign", "toothbrush",
+    ]  # fmt: skip
+    assert len({name for name in config.class_names if name != "N/A"}) == 80
+
+
+def test_other_files(tmp_path):
+    (tmp_path / "image.pth").write_bytes(b"\x89PNG")
+    torch.save({"model": {"backbone.weight": torch.zeros(1)}}, tmp_path / "detr.pth")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    for name, message in (("image", "damaged"), ("detr", "no transformer.level_embed"), ("list", "no dict")):
+        assert message in refusal(tmp_path / f"{name}.pth")
+
+
+def test_written_keys_and_settings(tiny_backbone, tmp_path):
+    """The official names, both of those that the decoder's heads have there, and settings that its parser knows."""
+    model = tiny_model(hidden_dim=256)
+    official_format.save(model, tmp_path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        values = torch.load(tmp_path / official_format.FILE, weights_only=True)
+    names, args = values["model"], values["args"]
+    for name in (
+        "transformer.level_embed", "transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
+        "transformer.encoder.layers.0.linear1.weight", "transformer.decoder.layers.1.cross_attn.value_proj.bias",
+        "transformer.decoder.layers.1.self_attn.in_proj_weight", "transformer.decoder.layers.1.norm3.bias",
+        "transformer.decoder.bbox_embed.2.layers.2.weight", "transformer.decoder.class_embed.2.bias",
+        "bbox_embed.2.layers.2.weight", "class_embed.2.bias", "transformer.enc_output.weight",
+        "transformer.enc_output_norm.bias", "transformer.pos_trans.weight", "transformer.pos_trans_norm.weight",
+        "input_proj.3.0.weight", "input_proj.3.1.bias",
+    ):  # fmt: skip
+        assert name in names, name
+    assert not [name for name in names if name.startswith(("decoder", "encoder", "proposals", "projections"))]
+    assert (args.with_box_refine, args.two_stage, args.num_queries, args.dec_layers) == (True, True, 20, 2)
+    layer = model.decoder.layers[0]  # the official decoder numbers its norms otherwise
+    assert torch.equal(names["transformer.decoder.layers.0.norm2.weight"], layer.norm1.weight)
+    assert torch.equal(names["transformer.decoder.layers.0.norm1.weight"], layer.norm2.weight)
+
+
+# --- the official code itself, if there is a checkout of it --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def official_code():
+    """Functions of a checkout of the paper authors' repository, its compiled op replaced by its own Python version."""
+    folder = os.environ.get("DEFORMABLE_DETR_OFFICIAL")
+    if not folder or not Path(folder, "models", "deformable_detr.py").is_file():
+        pytest.skip("no checkout of the official code (set DEFORMABLE_DETR_OFFICIAL)")
+    import types
+
+    import torchvision
+
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(folder)
+    patch.setitem(sys.modules, "MultiScaleDeformableAttention", types.ModuleType("MultiScaleDeformableAttention"))
+    patch.setattr(torchvision, "__version__", "0.9.0")  # it compares the first three characters
+    resnet = torchvision.models.resnet50
+    patch.setattr(torchvision.models, "resnet50", lambda pretrained, **options: resnet(weights=None, **options))
+    from models import (  # type: ignore[import-not-found]
+        backbone,
+        deformable_detr,
+        deformable_transformer,
+        position_encoding,
+    )
+    from models.ops.functions import ms_deform_attn_func  # type: ignore[import-not-found]
+    from models.ops.modules import ms_deform_attn  # type: ignore[import-not-found]
+    from util.misc import NestedTensor  # type: ignore[import-not-found]
+
+    def op(value, shapes, starts, locations, weights, step):
+        return ms_deform_attn_func.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
+
+    patch.setattr(ms_deform_attn, "MSDeformAttnFunction", types.SimpleNamespace(apply=op))
+
+    def build(args, classes):
+        return deformable_detr.DeformableDETR(
+            backbone.build_backbone(args), deformable_transformer.build_deforamble_transformer(args),
+            num_classes=classes, num_queries=args.num_queries, num_feature_levels=args.num_feature_levels,
+            aux_loss=True, with_box_refine=args.with_box_refine, two_stage=args.two_stage,
+        )  # fmt: skip
+
+    @contextmanager
+    def precision(dtype):
+        """Its positions and valid ratios are float32 by name, as is our encoding of proposals (and transformers'): in
+        float64 these names mean that.
+        """
+        with pytest.MonkeyPatch.context() as doubled:
+            if dtype == torch.float64:
+                named = types.SimpleNamespace(**{**vars(torch), "float32": torch.float64})
+                doubled.setattr(position_encoding, "torch", named)
+                doubled.setattr(deformable_transformer, "torch", named)
+                doubled.setattr(torch.Tensor, "float", torch.Tensor.double)
+            yield
+
+    yield types.SimpleNamespace(
+        build=build, Nested=NestedTensor, PostProcess=deformable_detr.PostProcess, precision=precision
+    )
+    patch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_official_code_gives_the_same(official_code, name, tmp_path):
+    """At full size, in both directions; what their modules themselves save, and what we write for them."""
+    torch.manual_seed(0)
+    model = randomized(DeformableDETR(presets.PRESETS[name](backbone_weights="none")))
+    official_format.save(model, tmp_path)
+    values = torch.load(tmp_path / official_format.FILE, weights_only=False)
+    theirs = official_code.build(values["args"], 91)
+    torch.save({"model": randomized(theirs, seed=2).state_dict(), "args": values["args"]}, tmp_path / "theirs.pth")
+    for path in (tmp_path / "theirs.pth", tmp_path / official_format.FILE):
+        theirs.float().load_state_dict(torch.load(path, weights_only=False)["model"], strict=True)
+        here = DeformableDETR.from_pretrained(path)
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+            pixels, mask = batch(dtype)
+            with torch.no_grad(), official_code.precision(dtype):
+                found = here.to(dtype)(pixels, mask)
+                expected = theirs.to(dtype).eval()(official_code.Nested(pixels, mask))
+            pairs = {"logits": ("pred_logits", found["pred_logits"]), "boxes": ("pred_boxes", found["pred_boxes"])}
+            for what, (key, value) in pairs.items():
+                assert (expected[key] - value).abs().max() <= tolerance, what
+            for layer, outputs in enumerate(expected["aux_outputs"]):
+                assert (outputs["pred_logits"] - found["layer_logits"][layer]).abs().max() <= tolerance
+                assert (outputs["pred_boxes"] - found["layer_boxes"][layer]).abs().max() <= tolerance
+            if name == "two-stage":
+                proposed = expected["enc_outputs"]
+                assert (proposed["pred_logits"] - found["encoder_logits"]).abs().max() <= tolerance
+            assert expected["pred_logits"].std() > 0.1
+            sizes = torch.tensor([[480, 640], [300, 500], [333, 444]])
+            for there, chosen in zip(
+                official_code.PostProcess()(expected, sizes), postprocess(expected, sizes.tolist()), strict=True
+            ):
+                assert torch.equal(there["scores"], chosen.scores)
+                assert torch.equal(there["labels"], chosen.labels)
+                assert torch.equal(there["boxes"], chosen.boxes)
