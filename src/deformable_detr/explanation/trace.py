@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from torchvision.ops import box_convert
 
 from ..config.schema import ModelConfig
 from ..data.dataloader import collate
@@ -163,8 +164,6 @@ class Trace:
 
     def _box_to_pixels(self, box: Tensor) -> Tensor:
         """(cx, cy, w, h) in 0..1 of the unpadded image → (4,) x1, y1, x2, y2."""
-        from torchvision.ops import box_convert
-
         return self._to_pixels(box_convert(box.float(), "cxcywh", "xyxy").view(2, 2)).flatten()
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ..config.schema import ModelConfig
 from ..data.dataloader import collate
 from ..data.transforms import resize
 from ..detector import DeformableDETR
+from ..explanation import Trace, trace
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..predict.predictor import evaluating, forward, model_categories
 from ..structures import Detections, Target
@@ -30,9 +31,6 @@ from .decoding import LARGE_IMAGE, decode, open_image
 from .limits import HttpError, Limits
 from .metrics import Metrics
 from .uploads import Upload
-
-if TYPE_CHECKING:
-    from ..explanation import Trace
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -202,8 +200,6 @@ class Engine:
         return [ScoredBoxes(*(part[: job.top_k] for part in boxes)) for job, boxes in zip(jobs, results, strict=True)]
 
     def _explain(self, job: _ExplainJob) -> list[Trace]:
-        from ..explanation import trace
-
         return [trace(self.model, job.pixels, job.threshold, job.top_k)]  # pyright: ignore[reportArgumentType]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..explanation import DecoderLayerSampling, Trace
 from ..structures import Detections
-
-if TYPE_CHECKING:
-    from ..explanation import DecoderLayerSampling, Trace
 
 
 def detected_image(detections: Detections, name: str | None) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
 from .limits import ClientDisconnected, HttpError, Limits
 
 FIELD = "images"  # the name of the form parts
@@ -88,9 +91,6 @@ def parse_uploads(content_type: str, body: bytearray, max_images: int) -> list[U
 
 
 def _parse_form(content_type: str, body: bytearray, max_images: int) -> list[Upload]:
-    from python_multipart.exceptions import FormParserError
-    from python_multipart.multipart import MultipartParser, parse_options_header
-
     _, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if not boundary:
@@ -136,8 +136,6 @@ class _FormHandler:
         self.field = self.value = b""
 
     def _check_name(self) -> None:
-        from python_multipart.multipart import parse_options_header
-
         _, self.options = parse_options_header(self.headers.get(b"content-disposition", b""))
         name = clean_text(self.options.get(b"name", b""))
         if name != FIELD:
