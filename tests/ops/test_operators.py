@@ -14,7 +14,7 @@ import torch
 from deformable_detr import ops
 from deformable_detr.ops import operators
 from deformable_detr.ops.native import library
-from tests.ops.test_backends import assert_near, case, fused, require, results
+from tests.support.op_cases import assert_near, case, fused, require, results
 
 SHAPES = ((6, 7), (3, 4))
 FLAT = [6, 7, 3, 4]
@@ -33,12 +33,12 @@ def test_opcheck(backend, dtype):
     grad = torch.ones(2, 9, 32, dtype=dtype)
     plain = [t.detach() for t in (value, reference, offsets, logits)]
     with ops.use_backend(backend):
-        torch.library.opcheck(operators.deformable_attention, (value, FLAT, reference, offsets, logits))
-        torch.library.opcheck(operators.sample_and_sum, (value, FLAT, offsets, logits))
+        torch.library.opcheck(operators.attention, (value, FLAT, reference, offsets, logits))
+        torch.library.opcheck(operators.attention, (value, FLAT, None, offsets, logits))
         for wanted in (True, False):
             arguments = (grad, plain[0], FLAT, *plain[1:], wanted)
-            torch.library.opcheck(operators.deformable_attention_backward, arguments)
-        torch.library.opcheck(operators.sample_and_sum_backward, (grad, plain[0], FLAT, plain[2], plain[3]))
+            torch.library.opcheck(operators.attention_backward, arguments)
+        torch.library.opcheck(operators.attention_backward, (grad, plain[0], FLAT, None, *plain[2:], False))
 
 
 def test_compiles_in_one_graph_with_gradients():
@@ -56,7 +56,7 @@ def test_exports_with_dynamic_batch_and_queries():
     batch, queries = torch.export.Dim("batch", max=64), torch.export.Dim("queries", max=900)
     dynamic = ({0: batch}, *({0: batch, 1: queries} for _ in range(3)))
     program = torch.export.export(Attention(), tuple(tensors), dynamic_shapes=dynamic)
-    assert "deformable_detr.deformable_attention" in program.graph_module.code
+    assert "deformable_detr.attention" in program.graph_module.code
     other = [t.float() for t in case(SHAPES, B=3, Q=5, M=2, D=16, seed=1)]
     assert torch.equal(program.module()(*other), Attention()(*other))
     with ops.use_backend("reference"):
@@ -106,7 +106,7 @@ def test_one_log_line_says_what_runs(monkeypatch, caplog):
         ((object(), "avx9"), logging.INFO, "runs on cpu (compiled library, avx9"),
         ((None, "not built"), logging.WARNING, "runs on embedding_bag (plain PyTorch, slower"),
     ):
-        monkeypatch.setattr(operators, "_announced", set())
+        monkeypatch.setattr(operators, "_logged", set())
         monkeypatch.setattr(library, "status", lambda status=status: status)
         caplog.clear()
         with caplog.at_level(logging.INFO, "deformable_detr.ops"):

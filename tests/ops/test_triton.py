@@ -12,7 +12,7 @@ import torch
 
 from deformable_detr import ops
 from deformable_detr.ops import triton_backend
-from tests.ops.test_backends import assert_near, case, fused, results, sampled
+from tests.support.op_cases import assert_near, case, fused, results, sampled
 
 SCRIPT = Path(__file__).parents[1] / "support" / "triton_interpreted.py"
 
@@ -32,7 +32,7 @@ def test_interpreted_kernels_agree_with_float64():
 )
 def test_kernels_compile_ahead_without_spills(kernel, dtype, registers, capability):
     pytest.importorskip("triton")
-    from deformable_detr.ops.triton_aot import compile_for
+    from tests.support.triton_aot import compile_for
 
     usage = compile_for(kernel, capability, dtype)
     assert 0 < usage.registers <= registers
@@ -45,7 +45,7 @@ def test_kernels_compile_ahead_without_spills(kernel, dtype, registers, capabili
 @pytest.mark.parametrize(("channels", "levels", "points"), [(32, 4, 4), (64, 5, 8), (24, 3, 4), (256, 1, 1)])
 def test_other_shapes_compile_ahead_too(reference, fixed, channels, levels, points):
     pytest.importorskip("triton")
-    from deformable_detr.ops.triton_aot import compile_for
+    from tests.support.triton_aot import compile_for
 
     for kernel in ("forward", "backward"):
         usage = compile_for(
@@ -70,7 +70,7 @@ def test_squares_of_queries_are_a_permutation():
 
 
 def test_a_backend_of_another_device_is_refused():
-    with ops.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for and does not run on cpu"):
+    with ops.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' does not run on cpu"):
         fused(((3, 4),))(*(t.float() for t in case(((3, 4),))))
 
 

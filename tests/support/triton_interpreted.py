@@ -7,7 +7,7 @@ import torch
 
 from deformable_detr import ops
 from deformable_detr.ops import triton_backend
-from tests.ops.test_backends import assert_near, case
+from tests.support.op_cases import assert_near, case
 
 
 def gradients(call, inputs, cotangent):

@@ -1,4 +1,7 @@
-"""Multi-scale deformable attention, on every machine."""
+"""Multi-scale deformable attention on CPUs and GPUs, and its use in transformers' models.
+
+Dimensions in all files: B images, S tokens of all levels, Q queries, M heads, D channels per head, L levels, P points.
+"""
 
 from .accelerate import accelerate, restore
 from .dispatch import Backend, backends, deformable_attention, sample_and_sum, use_backend

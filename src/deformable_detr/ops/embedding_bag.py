@@ -1,7 +1,6 @@
-"""The forward pass in plain PyTorch, several times faster than `grid_sample` on CPUs that have no compiled library.
+"""The forward pass in plain PyTorch, several times faster than `grid_sample` on CPUs without the compiled library.
 
-A query's weighted corners are one bag of rows of `value`: `F.embedding_bag` sums them without storing the samples.
-Queries go in chunks, so that the tables of rows and weights stay in the cache. No gradient.
+A query's weighted corner pixels are one bag of rows of `value`, which `F.embedding_bag` sums without storing samples.
 """
 
 from __future__ import annotations
@@ -10,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1024
+CHUNK = 1024  # queries whose tables of rows and weights stay in the cache
 
 
-def forward(value: Tensor, shapes: list[int], reference: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
-    """As `native.library.forward`: (B, Q, M·D); fp32 arithmetic for all dtypes up to fp32."""
+def forward(
+    value: Tensor, shapes: list[int], reference_points: Tensor | None, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Like `native.library.forward`, with fp32 arithmetic for every dtype."""
     B, S, M, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     n = L * P
     sizes = torch.tensor(shapes, dtype=torch.int64, device=value.device).view(L, 2)
-    if int(sizes.prod(-1).sum()) != S:
-        raise ValueError(f"deformable attention: spatial shapes {shapes} do not add up to the {S} tokens of value")
     start = (sizes.prod(-1).cumsum(0) - sizes.prod(-1)).to(torch.int32).repeat_interleave(P)
     size = sizes.flip(-1).float().repeat_interleave(P, dim=0)  # (n, 2) as (width, height)
     width = sizes[:, 1].to(torch.int32).repeat_interleave(P)
@@ -30,11 +29,10 @@ def forward(value: Tensor, shapes: list[int], reference: Tensor | None, offsets:
         table = value[b].reshape(S * M, D).float()
         for q in range(0, Q, CHUNK):
             chunk = slice(q, q + CHUNK)
-            x, weights = _pixels(
-                None if reference is None else reference[b, chunk].float(), offsets[b, chunk].float(),
-                logits[b, chunk].float().flatten(-2), size, P,
-            )  # fmt: skip
-            rows, factors = _corners(x, weights, size, start, width)
+            points = None if reference_points is None else reference_points[b, chunk].float()
+            chunk_logits = logits[b, chunk].float().flatten(-2)
+            pixels, weights = _pixels_and_weights(points, offsets[b, chunk].float(), chunk_logits, size, P)
+            rows, factors = _corners(pixels, weights, size, start, width)
             count = rows.shape[0]
             rows.mul_(M).add_(heads)
             sums = F.embedding_bag(
@@ -44,25 +42,25 @@ def forward(value: Tensor, shapes: list[int], reference: Tensor | None, offsets:
     return output
 
 
-def _pixels(
-    reference: Tensor | None, offsets: Tensor, logits: Tensor, size: Tensor, points: int
+def _pixels_and_weights(
+    points: Tensor | None, offsets: Tensor, logits: Tensor, size: Tensor, P: int
 ) -> tuple[Tensor, Tensor]:
     """Sampling locations (q, M, n, 2) in pixels of their level and attention weights (q, M, n) of one chunk."""
     offsets = offsets.flatten(2, 3)  # (q, M, n, 2)
-    if reference is None:
+    if points is None:
         return torch.addcmul(offsets.new_full((), -0.5), offsets, size), logits
-    reference = reference.repeat_interleave(points, dim=1)[:, None]  # (q, 1, n, 2 or 4)
-    scale = reference[..., 2:] * size * (0.5 / points) if reference.shape[-1] == 4 else 1.0
-    # Small numbers first: a place far from the origin is rounded once.
-    return torch.addcmul(offsets * scale - 0.5, reference[..., :2], size), logits.softmax(-1)
+    points = points.repeat_interleave(P, dim=1)[:, None]  # (q, 1, n, 2 or 4)
+    scale = points[..., 2:] * size * (0.5 / P) if points.shape[-1] == 4 else 1.0
+    # Small numbers first, so that a location far from the origin is rounded once.
+    return torch.addcmul(offsets * scale - 0.5, points[..., :2], size), logits.softmax(-1)
 
 
-def _corners(x: Tensor, weights: Tensor, size: Tensor, start: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (q, M, 4, n) around each location and their weights: outside the map a token in range, weight 0."""
-    low = x.floor()
+def _corners(pixels: Tensor, weights: Tensor, size: Tensor, start: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (q, M, 4, n) around each location and their weights; outside the map any token with weight 0."""
+    low = pixels.floor()
     high = low + 1
-    fraction = x - low
-    # A NaN compares false: its weight is 0, and nan_to_num gives it a token in range.
+    fraction = pixels - low
+    # NaN compares false, so its weight is 0; nan_to_num makes its token valid.
     high_weight = torch.where(high.ge(0) & high.lt(size), fraction, 0.0)
     low_weight = torch.where(low.ge(0) & low.lt(size), 1 - fraction, 0.0)
     last = size - 1
@@ -73,5 +71,7 @@ def _corners(x: Tensor, weights: Tensor, size: Tensor, start: Tensor, width: Ten
     bottom = torch.addcmul(start, high[..., 1], width)
     rows = torch.stack([top + left, top + right, bottom + left, bottom + right], dim=2)
     upper, lower = low_weight[..., 1] * weights, high_weight[..., 1] * weights
-    near, far = low_weight[..., 0], high_weight[..., 0]
-    return rows, torch.stack([upper * near, upper * far, lower * near, lower * far], dim=2)
+    left_weight, right_weight = low_weight[..., 0], high_weight[..., 0]
+    return rows, torch.stack(
+        [upper * left_weight, upper * right_weight, lower * left_weight, lower * right_weight], dim=2
+    )

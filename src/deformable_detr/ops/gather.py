@@ -1,7 +1,4 @@
-"""Bilinear sampling by looking up rows, for runtimes that miscompute `grid_sample` or have none.
-
-As exact as `reference.sample_and_sum`, and slower in PyTorch: meant for exported graphs.
-"""
+"""Bilinear sampling by `index_select`, for exported graphs whose runtime has no exact `grid_sample`."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from .reference import Shapes, map_sizes
 def sample_and_sum(
     value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """`reference.sample_and_sum`: bilinear samples of `value` at the locations, summed by the weights, (B, Q, M·D)."""
+    """Equal `reference.sample_and_sum`, slower in PyTorch."""
     dtype = value.dtype
     value = value.to(sampling_locations.dtype)
     B, S, M, D = value.shape
@@ -27,16 +24,18 @@ def sample_and_sum(
     total = value.new_zeros(B * M, Q, D)
     for level, (h, w) in enumerate(spatial_shapes):
         size = sizes[level]
-        # A place that is far away or not a number counts as one just outside the map.
-        place = locations[:, :, level].nan_to_num(-1.0).clamp(-1.0, 2.0) * size - 0.5  # (B·M, Q, P, 2)
-        corner = place.floor()
-        beyond = place - corner
+        # Far and NaN locations become ones just outside the map.
+        pixels = locations[:, :, level].nan_to_num(-1.0).clamp(-1.0, 2.0) * size - 0.5  # (B·M, Q, P, 2)
+        corner = pixels.floor()
+        fraction = pixels - corner
         for dy in (0, 1):
             for dx in (0, 1):
                 pixel = corner + torch.tensor((dx, dy), dtype=corner.dtype, device=corner.device)
                 inside = ((pixel >= 0) & (pixel < size)).all(-1)
-                near = (beyond[..., 0] if dx else 1 - beyond[..., 0]) * (beyond[..., 1] if dy else 1 - beyond[..., 1])
-                weight = (weights[:, :, level] * near).masked_fill(~inside, 0.0)
+                share = (fraction[..., 0] if dx else 1 - fraction[..., 0]) * (
+                    fraction[..., 1] if dy else 1 - fraction[..., 1]
+                )
+                weight = (weights[:, :, level] * share).masked_fill(~inside, 0.0)
                 x, y = pixel.clamp(min=0.0).minimum(size - 1).long().unbind(-1)
                 index = first + y * w + x
                 samples = rows.index_select(0, index.reshape(-1)).view(B * M, Q, P, D)

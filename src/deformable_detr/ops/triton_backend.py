@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_SAMPLES = 64  # levels × points
-MAX_CHANNELS = 256  # a head
 OLDEST = (7, 5)  # compute capability
 _TILE = 8  # queries on the map are visited in squares of so many pixels
 
@@ -79,13 +77,6 @@ def _prepare(
     """Tensor arguments, keyword arguments and grid that both kernels share."""
     B, S, M, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
-    if sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True)) != S or len(shapes) != 2 * L:
-        raise ValueError(f"deformable attention: spatial shapes {shapes} do not add up to the {S} tokens of value")
-    found = (offsets.shape, logits.shape)
-    if found != ((B, Q, M, L, P, 2), (B, Q, M, L, P)):
-        raise ValueError(f"deformable attention: offsets and logits of shapes {found} for value {tuple(value.shape)}")
-    if reference is not None and reference.shape[:3] != (B, Q, L):
-        raise ValueError(f"deformable attention: reference points of shape {tuple(reference.shape)}")
     blocks, warps = configuration(D, L, P, fixed)
     key = tuple(shapes)
     geometry = _geometry(key, value.device)

@@ -1,6 +1,6 @@
-"""Compiles the GPU kernels for cards that are not here, and reads what they take of them.
+"""Compile the GPU kernels for absent GPUs and read their register usage.
 
-python -m deformable_detr.ops.triton_aot      # registers and spills for compute capability 7.5, 8.0 and 9.0
+python -m tests.support.triton_aot      # registers and spills for compute capability 7.5, 8.0 and 9.0
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .triton_backend import configuration
+from deformable_detr.ops.triton_backend import configuration
 
 CAPABILITIES = (75, 80, 90)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one thread: registers, and bytes of memory where they did not suffice."""
+    """Registers and spilled bytes per thread."""
 
     kernel: str
     capability: int
@@ -31,12 +31,15 @@ def compile_for(
     kernel: str, capability: int, dtype: str, *, reference: int = 2, channels: int = 32, levels: int = 4,
     points: int = 4, fixed: bool = False,
 ) -> Usage:  # fmt: skip
-    """kernel: "forward" or "backward"; dtype: "fp32", "fp16" or "bf16"; reference: coordinates of a point (0: none)."""
+    """Compile a kernel.
+
+    kernel: "forward" or "backward". dtype: "fp32", "fp16" or "bf16". reference: 2 for points, 4 for boxes, 0 for none.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from . import triton_kernels
+    from deformable_detr.ops import triton_kernels
 
     function = getattr(triton_kernels, kernel)
     blocks, warps = configuration(channels, levels, points, fixed)
@@ -47,16 +50,16 @@ def compile_for(
     types["grad_value"] = "i64" if fixed else "fp32"
     if not reference:
         types["offsets"] = "fp32"
-    signature, attributes, given = {}, {}, {}
+    signature, attributes, constexprs = {}, {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
-            signature[name], given[name] = "constexpr", constants[name]
+            signature[name], constexprs[name] = "constexpr", constants[name]
         elif name in ("Q", "S"):
             signature[name] = "i32"
         else:
             signature[name] = "*" + types.get(name, dtype)
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=function, signature=signature, constexprs=given, attrs=attributes)
+    source = ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": True}
     )
@@ -72,10 +75,10 @@ def _resources(binary: bytes) -> tuple[int, int]:
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    if found is None:
-        raise ValueError(f"cuobjdump says nothing of registers: {text!r}")
-    registers, stack, local = map(int, found.groups())
+    match = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    if match is None:
+        raise ValueError(f"cuobjdump reports no registers: {text!r}")
+    registers, stack, local = map(int, match.groups())
     return registers, stack + local
 
 
