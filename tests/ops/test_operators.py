@@ -165,7 +165,7 @@ def test_callers_in_several_threads_do_not_disturb_each_other():
         worker.join()
     assert len(found) == 20
     assert all(torch.equal(a, b) for result in found for a, b in zip(result, expected, strict=True))
-    assert len(library._pool._free) <= library._Pool.KEEP
+    assert len(library._pool._free) <= library._ScratchPool.KEEP
 
 
 def _in_child(shapes, tensors, queue) -> None:

@@ -1,7 +1,4 @@
-"""Runs the GPU kernels. Nothing of Triton is imported before the first call on a GPU.
-
-B images, S tokens, Q queries, M heads, D channels a head, L levels, P points.
-"""
+"""Launch the GPU kernels. Triton is not imported before the first call on a GPU."""
 
 from __future__ import annotations
 
@@ -12,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OLDEST = (7, 5)  # compute capability
-_TILE = 8  # queries on the map are visited in squares of so many pixels
+MIN_CAPABILITY = (7, 5)
+_TILE = 8  # pixels; the encoder's queries run in squares of this side
 
 
 @functools.cache
 def status() -> tuple[bool, str]:
-    """Whether the kernels can run here; what runs them, or why not."""
+    """Return whether the kernels run here, and on what GPU or why not."""
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed"
     if not torch.cuda.is_available():
-        return False, "no GPU that torch can use"
+        return False, "torch finds no GPU"
     name = torch.cuda.get_device_name()
-    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
-        return False, f"{name} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        return False, f"{name} has a compute capability below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
     return True, f"Triton kernels, {name}"
 
 
@@ -34,10 +31,9 @@ def _power_of_two(n: int) -> int:
 
 
 def configuration(channels: int, levels: int, points: int, fixed: bool = False) -> tuple[dict[str, int], int]:
-    """Block sizes and number of warps for a head's channels, levels and points: nothing else decides them.
+    """Return block sizes and number of warps for D, L and P.
 
-    A program holds queries × samples × channels numbers of a pixel at a time, about 32 a thread; half as many where
-    sums are `fixed` point of 64 bits.
+    A program holds BQ × N × DP numbers, about 32 per thread, or half as many with `fixed` point sums of 64 bits.
     """
     N, DP = _power_of_two(levels * points), _power_of_two(channels)
     one_warp = 512 if fixed else 1024
@@ -56,7 +52,7 @@ def _geometry(shapes: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _order(shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The encoder's queries, square by square: neighbors read the same values while they are in the cache."""
+    """The encoder's queries square by square: neighbors read the same values, while these are in the cache."""
     order, start = [], 0
     for height, width in zip(shapes[::2], shapes[1::2], strict=True):
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -69,39 +65,42 @@ def _order(shapes: tuple[int, ...], device: torch.device) -> Tensor:
 def _prepare(
     value: Tensor,
     shapes: list[int],
-    reference: Tensor | None,
+    reference_points: Tensor | None,
     offsets: Tensor,
     logits: Tensor,
     fixed: bool = False,
 ) -> tuple[list[Tensor], dict[str, Any], tuple[int, int, int]]:
-    """Tensor arguments, keyword arguments and grid that both kernels share."""
+    """Tensor arguments, keyword arguments and grid of both kernels."""
     B, S, M, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     blocks, warps = configuration(D, L, P, fixed)
     key = tuple(shapes)
     geometry = _geometry(key, value.device)
     ordered = Q == S and Q > _TILE**2
-    points = geometry if reference is None else reference.float().contiguous()
+    points = geometry if reference_points is None else reference_points.float().contiguous()
     tensors = [
         value.contiguous(), offsets.contiguous(), logits.contiguous(), points,
         _order(key, value.device) if ordered else geometry, geometry,
     ]  # fmt: skip
     options = {
-        "Q": Q, "S": S, "M": M, "D": D, "L": L, "P": P, "REF": 0 if reference is None else reference.shape[-1],
+        "Q": Q, "S": S, "M": M, "D": D, "L": L, "P": P,
+        "REF": 0 if reference_points is None else reference_points.shape[-1],
         "ORDERED": ordered, "num_warps": warps, "enable_fp_fusion": True, **blocks,
     }  # fmt: skip
     return tensors, options, (-(-Q // blocks["BQ"]), M, B)
 
 
-def forward(value: Tensor, shapes: list[int], reference: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
-    """As `native.library.forward`: (B, Q, M·D) of `value`'s dtype."""
+def forward(
+    value: Tensor, shapes: list[int], reference_points: Tensor | None, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Like `native.library.forward`."""
     from . import triton_kernels
 
     B, _, M, D = value.shape
     output = value.new_empty((B, offsets.shape[1], M * D))
     if not output.numel():
         return output
-    tensors, options, grid = _prepare(value, shapes, reference, offsets, logits)
+    tensors, options, grid = _prepare(value, shapes, reference_points, offsets, logits)
     triton_kernels.forward[grid](*tensors, output, **options)  # pyright: ignore[reportCallIssue]
     return output
 
@@ -110,49 +109,51 @@ def backward(
     grad_output: Tensor,
     value: Tensor,
     shapes: list[int],
-    reference: Tensor | None,
+    reference_points: Tensor | None,
     offsets: Tensor,
     logits: Tensor,
     reference_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """As `native.library.backward`. Under `torch.use_deterministic_algorithms` the same bits in every run."""
+    """Like `native.library.backward`; reproducible under `torch.use_deterministic_algorithms`."""
     from . import triton_kernels
 
     fixed = torch.are_deterministic_algorithms_enabled()
     sums = torch.zeros(value.shape, dtype=torch.int64 if fixed else torch.float32, device=value.device)
     grad_logits = logits.new_empty(logits.shape)
-    exact = reference is not None and (reference.shape[-1] == 4 or reference_gradient)
-    by_pixel = offsets.new_empty(offsets.shape, dtype=torch.float32 if exact else offsets.dtype)
-    scale = _fixed_point(grad_output, logits, reference, offsets) if fixed else sums
+    exact = reference_points is not None and (reference_points.shape[-1] == 4 or reference_gradient)
+    grad_pixels = offsets.new_empty(offsets.shape, dtype=torch.float32 if exact else offsets.dtype)
+    scale = _fixed_point_scale(grad_output, logits, reference_points, offsets) if fixed else sums
     if grad_output.numel():
-        tensors, options, grid = _prepare(value, shapes, reference, offsets, logits, fixed)
-        arguments = (grad_output.contiguous(), *tensors, scale, sums, by_pixel, grad_logits)
+        tensors, options, grid = _prepare(value, shapes, reference_points, offsets, logits, fixed)
+        arguments = (grad_output.contiguous(), *tensors, scale, sums, grad_pixels, grad_logits)
         triton_kernels.backward[grid](*arguments, FIXED=fixed, **options)  # pyright: ignore[reportCallIssue]
     grad_value = (sums.double() / scale.double()).to(value.dtype) if fixed else sums.to(value.dtype)
-    if reference is None:
-        return grad_value, None, by_pixel, grad_logits
-    grad_reference, grad_offsets = _by_reference(by_pixel, shapes, reference, offsets)
+    if reference_points is None:
+        return grad_value, None, grad_pixels, grad_logits
+    grad_reference, grad_offsets = _reference_backward(grad_pixels, shapes, reference_points, offsets)
     return grad_value, grad_reference if reference_gradient else None, grad_offsets, grad_logits
 
 
-def _by_reference(by_pixel: Tensor, shapes: list[int], reference: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the reference points and the offsets from those of the samples' places in pixels."""
-    if reference.shape[-1] == 2 and by_pixel.dtype != torch.float32:
-        return reference, by_pixel  # nobody asked for the first
-    size = torch.tensor(shapes, dtype=torch.float32).view(-1, 2).flip(-1).to(by_pixel.device)  # (L, 2)
-    center = by_pixel.sum((2, 4)) * size
-    if reference.shape[-1] == 2:
-        return center.to(reference.dtype), by_pixel.to(offsets.dtype)
+def _reference_backward(
+    grad_pixels: Tensor, shapes: list[int], reference_points: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of reference points and offsets from those of the sampled pixel positions."""
+    if reference_points.shape[-1] == 2 and grad_pixels.dtype != torch.float32:
+        return reference_points, grad_pixels  # the caller ignores the first
+    size = torch.tensor(shapes, dtype=torch.float32).view(-1, 2).flip(-1).to(grad_pixels.device)  # (L, 2)
+    center = grad_pixels.sum((2, 4)) * size
+    if reference_points.shape[-1] == 2:
+        return center.to(reference_points.dtype), grad_pixels.to(offsets.dtype)
     half = 0.5 / offsets.shape[4]
-    extent = (by_pixel * offsets.float()).sum((2, 4)) * size * half
-    scale = reference[:, :, None, :, None, 2:].float() * size[:, None] * half
-    return torch.cat([center, extent], -1).to(reference.dtype), (by_pixel * scale).to(offsets.dtype)
+    extent = (grad_pixels * offsets.float()).sum((2, 4)) * size * half
+    scale = reference_points[:, :, None, :, None, 2:].float() * size[:, None] * half
+    return torch.cat([center, extent], -1).to(reference_points.dtype), (grad_pixels * scale).to(offsets.dtype)
 
 
-def _fixed_point(grad_output: Tensor, logits: Tensor, reference: Tensor | None, offsets: Tensor) -> Tensor:
-    """A power of two, (1,): the largest sum that a value can receive, times it, is below 2^62."""
+def _fixed_point_scale(grad_output: Tensor, logits: Tensor, reference_points: Tensor | None, offsets: Tensor) -> Tensor:
+    """A power of two (1,) that scales the largest possible sum to below 2^62."""
     largest = grad_output.abs().amax().float() if grad_output.numel() else grad_output.new_ones((), dtype=torch.float32)
-    if reference is None and logits.numel():
+    if reference_points is None and logits.numel():
         largest = largest * logits.abs().amax().float()
     terms = offsets.shape[1] * offsets.shape[3] * offsets.shape[4] * 4
     bits = 62 - (terms - 1).bit_length() - largest.clamp(min=1e-30).log2().ceil()

@@ -1,17 +1,16 @@
-"""The GPU kernels. One program: a few queries, one head, one image.
+"""The GPU kernels. One program computes a few queries of one head of one image.
 
-B images, S tokens, Q queries, M heads, D channels a head, L levels, P points; LP = L·P, padded to a power of two N; D
-padded to DP. All tensors contiguous: value (B, S, M, D), offsets (B, Q, M, L, P, 2), logits (B, Q, M, L, P), reference
-(B, Q, L, REF). geometry: int32 (L, 3), height, width and first token of each level. order: int32 permutation of the
-queries (neighbors on the map side by side, for the caches), read if ORDERED. REF: coordinates of a reference point, or
-0 where offsets are locations in 0..1 and logits are weights. Arithmetic is fp32 whatever the tensors hold.
+LP = L·P, padded to the power of two N; DP is D padded likewise. All tensors are contiguous: value (B, S, M, D), offsets
+(B, Q, M, L, P, 2), logits (B, Q, M, L, P), reference (B, Q, L, REF). REF is 2 for points, 4 for boxes, or 0: offsets are
+then locations in 0..1 and logits are weights. geometry: int32 (L, 3), height, width and first token per level. order:
+int32 permutation of the queries, read if ORDERED. Arithmetic is fp32 for every dtype.
 
-Indices of pixels are clamped into the map and carry weight zero outside it: no load needs a mask for that.
+Pixel indices are clamped into the map and have weight zero outside it, so that their loads need no mask.
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOptionalSubscript=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's own language, which only looks like Python)
+# (Triton's language, not Python)
 
 import triton
 import triton.language as tl
@@ -19,10 +18,10 @@ import triton.language as tl
 
 @triton.jit
 def _queries(order, Q, ORDERED: tl.constexpr, BQ: tl.constexpr):
-    """The program's queries, and which of them exist."""
+    """Queries [BQ] of the program, and which of them exist."""
     r = tl.program_id(0) * BQ + tl.arange(0, BQ)
     live = r < Q
-    if ORDERED:  # noqa: SIM108 (decided at compile time)
+    if ORDERED:  # noqa: SIM108 (a compile-time branch)
         q = tl.load(order + r, mask=live, other=0)
     else:
         q = tl.where(live, r, 0)
@@ -31,23 +30,23 @@ def _queries(order, Q, ORDERED: tl.constexpr, BQ: tl.constexpr):
 
 @triton.jit
 def _weights(logits, row, live, LP: tl.constexpr, N: tl.constexpr, REF: tl.constexpr):
-    """Attention weights [BQ, N] of rows (query, head): softmax, or as given. Zero beyond LP and for missing queries."""
+    """Attention weights [BQ, N] of rows (query, head); zero beyond LP and for missing queries."""
     c = tl.arange(0, N)
-    known = live[:, None] & (c < LP)[None, :]
+    valid = live[:, None] & (c < LP)[None, :]
     at = logits + row[:, None] * LP + c[None, :]
     if REF == 0:
-        a = tl.load(at, mask=known, other=0.0).to(tl.float32)
+        a = tl.load(at, mask=valid, other=0.0).to(tl.float32)
     else:
         x = tl.load(at, mask=(c < LP)[None, :], other=float("-inf")).to(tl.float32)
         e = tl.exp(x - tl.max(x, 1)[:, None])
-        a = tl.where(known, e / tl.sum(e, 1)[:, None], 0.0)
+        a = tl.where(valid, e / tl.sum(e, 1)[:, None], 0.0)
     return a
 
 
 @triton.jit
 def _positions(offsets, reference, geometry, q, row, LP: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
                N: tl.constexpr, REF: tl.constexpr):  # fmt: skip
-    """Pixels [BQ, N] of the samples, and the geometry [N] of their levels."""
+    """Pixel positions [BQ, N] of the samples, and the geometry [N] of their levels."""
     c = tl.arange(0, N)
     real = c < LP
     level = tl.where(real, c // P, 0)
@@ -67,10 +66,10 @@ def _positions(offsets, reference, geometry, q, row, LP: tl.constexpr, L: tl.con
         if REF == 4:
             ox = ox * (tl.load(point + 2) * Wf * (0.5 / P))
             oy = oy * (tl.load(point + 3) * Hf * (0.5 / P))
-        # Small numbers first: a place far from the origin is rounded once.
+        # Small numbers first, so that a position far from the origin is rounded once.
         x = tl.load(point) * Wf + (ox - 0.5)
         y = tl.load(point + 1) * Hf + (oy - 0.5)
-    # Far away or not a number: just outside.
+    # Far and NaN positions become ones just outside the map.
     x = tl.minimum(tl.maximum(x, -2.0), Wf + 1.0)
     y = tl.minimum(tl.maximum(y, -2.0), Hf + 1.0)
     return x, y, H, W, start
@@ -78,7 +77,7 @@ def _positions(offsets, reference, geometry, q, row, LP: tl.constexpr, L: tl.con
 
 @triton.jit
 def _pixels(x, y, H, W, start):
-    """Rows of value for the four pixels [BQ, N] around each sample, whether each is in the map, and the fractions."""
+    """Rows of value at the four pixels [BQ, N] around each sample, whether each is in the map, and the fractions."""
     left = tl.floor(x)
     top = tl.floor(y)
     x0 = left.to(tl.int32)
@@ -98,7 +97,7 @@ def _pixels(x, y, H, W, start):
 
 @triton.jit
 def _read(value, row, d, M: tl.constexpr, D: tl.constexpr):
-    """Values [BQ, N, DP] of rows [BQ, N] of one head."""
+    """Values [BQ, N, DP] at rows [BQ, N] of one head."""
     at = value + row[:, :, None] * (M * D) + d[None, None, :]
     return tl.load(at, mask=(d < D)[None, None, :], other=0.0).to(tl.float32)
 
@@ -133,14 +132,14 @@ def forward(value, offsets, logits, reference, order, geometry, output, Q, S,
 
 @triton.jit
 def _scatter(grad_value, row, weight, g, d, scale, M: tl.constexpr, D: tl.constexpr, FIXED: tl.constexpr):
-    """weight [BQ, N] × g [BQ, DP] onto rows of the value's gradient: fp32, or fixed point in int64."""
+    """Add weight [BQ, N] × g [BQ, DP] to rows of the value's gradient, in fp32 or as fixed point in int64."""
     at = grad_value + row[:, :, None] * (M * D) + d[None, None, :]
-    part = weight[:, :, None] * g[:, None, :]
-    some = (weight != 0.0)[:, :, None] & (d < D)[None, None, :]
+    product = weight[:, :, None] * g[:, None, :]
+    nonzero = (weight != 0.0)[:, :, None] & (d < D)[None, None, :]
     if FIXED:
-        tl.atomic_add(at, (part * scale).to(tl.int64), mask=some, sem="relaxed")
+        tl.atomic_add(at, (product * scale).to(tl.int64), mask=nonzero, sem="relaxed")
     else:
-        tl.atomic_add(at, part, mask=some, sem="relaxed")
+        tl.atomic_add(at, product, mask=nonzero, sem="relaxed")
 
 
 @triton.jit
@@ -150,13 +149,13 @@ def _dot(value, row, inside, g, d, M: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["Q", "S"])
-def backward(grad_output, value, offsets, logits, reference, order, geometry, scale, grad_value, by_pixel, grad_logits,
+def backward(grad_output, value, offsets, logits, reference, order, geometry, scale, grad_value, grad_pixels, grad_logits,
              Q, S, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
              N: tl.constexpr, REF: tl.constexpr, ORDERED: tl.constexpr, FIXED: tl.constexpr,
              BQ: tl.constexpr):  # fmt: skip
-    """grad_value, zeroed before, (B, S, M, D): fp32, or int64 times scale[0] if FIXED (the same in every run).
+    """grad_value (B, S, M, D), zeroed by the caller: fp32, or if FIXED int64 times scale[0], which is reproducible.
 
-    by_pixel (B, Q, M, L, P, 2): gradient of the sample's place, in pixels (REF 0: in units of the map).
+    grad_pixels (B, Q, M, L, P, 2): gradient of the sampled positions, in pixels or, for REF 0, in units of the map.
     """
     LP: tl.constexpr = L * P
     m = tl.program_id(1)
@@ -188,17 +187,17 @@ def backward(grad_output, value, offsets, logits, reference, order, geometry, sc
     _scatter(target, r3, tl.where(in3, w3, 0.0), g, d, factor, M, D, FIXED)
     above = d0 + fx * (d1 - d0)
     down = d2 + fx * (d3 - d2) - above
-    by_weight = above + fy * down
-    by_x = a * ((1.0 - fy) * (d1 - d0) + fy * (d3 - d2))
-    by_y = a * down
+    grad_weight = above + fy * down
+    grad_x = a * ((1.0 - fy) * (d1 - d0) + fy * (d3 - d2))
+    grad_y = a * down
     if REF == 0:
-        by_x *= W.to(tl.float32)[None, :]
-        by_y *= H.to(tl.float32)[None, :]
-        by_logit = by_weight
+        grad_x *= W.to(tl.float32)[None, :]
+        grad_y *= H.to(tl.float32)[None, :]
+        grad_logit = grad_weight
     else:
-        by_logit = a * (by_weight - tl.sum(a * by_weight, 1)[:, None])
-    known = live[:, None] & (c < LP)[None, :]
+        grad_logit = a * (grad_weight - tl.sum(a * grad_weight, 1)[:, None])
+    valid = live[:, None] & (c < LP)[None, :]
     at = (b * Q * M + row)[:, None] * LP + c[None, :]
-    tl.store(by_pixel + at * 2, by_x.to(by_pixel.dtype.element_ty), mask=known)
-    tl.store(by_pixel + at * 2 + 1, by_y.to(by_pixel.dtype.element_ty), mask=known)
-    tl.store(grad_logits + at, by_logit.to(grad_logits.dtype.element_ty), mask=known)
+    tl.store(grad_pixels + at * 2, grad_x.to(grad_pixels.dtype.element_ty), mask=valid)
+    tl.store(grad_pixels + at * 2 + 1, grad_y.to(grad_pixels.dtype.element_ty), mask=valid)
+    tl.store(grad_logits + at, grad_logit.to(grad_logits.dtype.element_ty), mask=valid)

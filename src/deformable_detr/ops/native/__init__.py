@@ -1,1 +1,1 @@
-"""The CPU kernels: C++ without torch, built by `build`, called by `library`."""
+"""The CPU kernels: C++ without torch, compiled by `build` and called by `library`."""

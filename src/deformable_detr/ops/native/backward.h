@@ -1,13 +1,13 @@
-// Gradients of the weighted sums. One (head, level range) writes its own part of every result: no atomics, one order.
-// Values and their gradients are fp32 here; only the output's gradient may be bf16.
+// Gradients of the weighted sums. Each (head, level range) writes its own part of every result: no atomics, and the same
+// order in every run. Values and their gradients are fp32; only the output's gradient may be bf16.
 #pragma once
 #include "layout.h"
 
 namespace MSDA_NS {
 
-typedef float Dots[MAX_SAMPLES][4];  // output gradient · value, for each pixel of each sample
+typedef float Dots[MAX_SAMPLES][4];  // output gradient · value per pixel of each sample
 
-// D channels: gradient rows grow by weight × output gradient, dot products by output gradient · value.
+// For D channels, add weight × output gradient to the gradient rows, and output gradient · value to the dot products.
 template <int D, bool BORDERED>
 INLINE void scatter_rows(const Geometry& g, const float* value, float* grad, int64_t row,
                          const float* __restrict grad_output, const Taps& t, int first, int last, bool add, Dots& dots) {
@@ -52,7 +52,7 @@ INLINE void scatter(const Geometry& g, const float* value, float* grad, int64_t 
     scatter_rows<LANES, BORDERED>(g, value + d, grad + d, row, G + d, t, first, last, d > 0, dots);
 }
 
-// From dot products to d/d attention weight, and d/d x, d/d y in pixels times the attention weight.
+// From dot products to the gradients of the attention weight and, in pixels, of x and y.
 template <bool BORDERED>
 INLINE void sample_gradients(const Geometry& g, const Taps& t, const float* __restrict weights, const Dots& dots,
                              float* __restrict by_weight, float* __restrict by_x, float* __restrict by_y) {
@@ -93,7 +93,7 @@ static void reference_gradient(const msda_call* c, const Geometry& g, const floa
   }
 }
 
-// d/d logit = a (d/d a - Σ a d/d a); without a softmax the weights are the caller's.
+// d/d logit = a (d/d a - Σ a d/d a); for given weights, d/d a itself.
 INLINE void finish_logits(const msda_call* c, const Geometry& g, const float* __restrict weights,
                           const float* __restrict by_weight, int64_t query) {
   alignas(64) float out[MAX_SAMPLES];
@@ -116,7 +116,7 @@ INLINE const float* attention_weights(const msda_call* c, const Geometry& g, int
   return weights;
 }
 
-// All queries of image `b` on head `m`, samples [first, last): `value` and `grad` are that head's.
+// All queries of image `b` on head `m`, samples [first, last). `value` and `grad` are that head's.
 template <bool BORDERED, typename T>
 static void backward_head(const msda_call* c, const Geometry& g, const float* value, float* grad, int64_t row,
                           int64_t b, int m, int first, int last) {
@@ -136,8 +136,8 @@ static void backward_head(const msda_call* c, const Geometry& g, const float* va
     const Frame f = frame_of(g, c->reference + q * g.levels * size, size, frame_room);
     find_taps<BORDERED, true>(g, f, offsets, weights, (int)row, t);
     if (!BORDERED) {
-      ask_for(value, row, t, first, last, D * 4);
-      ask_for(grad, row, t, first, last, D * 4);
+      prefetch_rows(value, row, t, first, last, D * 4);
+      prefetch_rows(grad, row, t, first, last, D * 4);
     }
     scatter<BORDERED>(g, value, grad, row, G, t, first, last, dots, D);
     sample_gradients<BORDERED>(g, t, weights, dots, by_weight, by_x, by_y);
@@ -152,7 +152,7 @@ static void backward_head(const msda_call* c, const Geometry& g, const float* va
   }
 }
 
-// The logits' gradients of image `b`, queries [begin, end), once all levels' pieces are there.
+// The logits' gradients of queries [begin, end) of image `b`, after all their levels are done.
 static void finish_queries(const msda_call* c, const Geometry& g, int64_t b, int64_t begin, int64_t end) {
   alignas(64) float room[MAX_SAMPLES], buffer[MAX_SAMPLES], by_weight[MAX_SAMPLES];
   for (int64_t k = begin * c->M; k < end * c->M; k++) {
@@ -188,7 +188,7 @@ static void backward(const msda_call* c) {
       if (c->scratch) {
         float* mine = c->scratch + m * g.bordered * row;
         backward_head<true, T>(c, g, mine, mine + D, row, b, m, first, first + step);
-      } else {  // float only: msda_backward has seen to it
+      } else {  // fp32 only; msda_backward checks it
         backward_head<false, T>(c, g, (const float*)value + m * D, (float*)result + m * D, c->M * D, b, m, first,
                                 first + step);
       }

@@ -1,10 +1,9 @@
-"""Compiles the CPU library: the wheel's build hook calls `build`, and so may anybody in a source checkout:
+"""Compile the CPU library, for the wheel's build hook or by hand in a source checkout:
 
     python -m deformable_detr.ops.native.build
 
-Needs a C and a C++ compiler that understand GNU vectors (GCC 12 or newer, Clang 16 or newer) and nothing else: no torch
-headers, no Python headers. OpenMP is compiled in but not linked: the library uses the copy that torch has loaded, so
-that both share one pool of threads.
+Needs a C and a C++ compiler with GNU vectors (GCC 12 or Clang 16, or newer), but no torch or Python headers. OpenMP is
+compiled in but not linked: the library shares the copy, and thus the thread pool, that torch has loaded.
 """
 
 from __future__ import annotations
@@ -34,32 +33,36 @@ X86_SETS = {
 
 
 class BuildError(Exception):
-    """Why the library could not be built, in one line."""
+    """The library cannot be built; the message is one line."""
 
 
 def _compiler(variable: str, *names: str) -> list[str]:
-    if chosen := os.environ.get(variable):
-        return shlex.split(chosen)
+    if command := os.environ.get(variable):
+        return shlex.split(command)
     for name in names:
         if path := shutil.which(name):
             return [path]
-    raise BuildError(f"no compiler found ({' or '.join(names)}; set {variable} to name one)")
+    raise BuildError(f"no compiler found ({' or '.join(names)}); set {variable} to one")
 
 
 def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise BuildError(f"{command[0]} does not run: {error}") from error
+        raise BuildError(f"cannot run {command[0]}: {error}") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
         raise BuildError(f"{command[0]} failed: {lines[0]}")
 
 
 def build(folder: Path, machine: str | None = None, extra_flags: tuple[str, ...] = ()) -> Path:
-    """Writes the library into `folder` and returns its path; BuildError says why not."""
+    """Compile the library into `folder` and return its path.
+
+    Raises:
+        BuildError: There is no compiler, it fails, or the platform is not supported.
+    """
     if sys.platform != "linux":
-        raise BuildError(f"built on Linux only so far, not on {sys.platform}")
+        raise BuildError(f"the CPU library supports only Linux, not {sys.platform}")
     machine = machine or platform.machine()
     c, cpp = _compiler("CC", "gcc", "clang", "cc"), _compiler("CXX", "g++", "clang++", "c++")
     x86 = machine in ("x86_64", "AMD64")
@@ -75,7 +78,7 @@ def build(folder: Path, machine: str | None = None, extra_flags: tuple[str, ...]
         _run([*c, *FLAGS, *target, *extra_flags, "-c", str(SOURCES / "dispatch.c"), "-o", objects[-1]])
         folder.mkdir(parents=True, exist_ok=True)
         finished = folder / (LIBRARY + ".new")
-        # No -ffast-math here: at link time it would switch off denormal numbers for the whole process.
+        # Without -ffast-math, which would disable denormal numbers in the whole process.
         _run([*c, "-shared", "-s", "-o", str(finished), *objects, *extra_flags, "-lm"])
         os.replace(finished, folder / LIBRARY)
     return folder / LIBRARY

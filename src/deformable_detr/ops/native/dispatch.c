@@ -1,4 +1,4 @@
-// The library's face: picks the best instruction set once, checks what memory safety depends on.
+// The exported functions: choose the instruction set at load time, and check what memory safety depends on.
 #define _GNU_SOURCE
 #include <stddef.h>
 #include <stdlib.h>
@@ -20,16 +20,16 @@ static kernel forward_ = msda_base_forward, backward_ = msda_base_backward;
 static int (*lanes_)(void) = msda_base_lanes;
 static const char* set_ = "base";
 
-// MSDA_ISA=base or avx2 in the environment holds it back (tests, comparisons).
+// The environment variable MSDA_ISA=base or avx2 limits it, for tests and comparisons.
 __attribute__((constructor)) static void choose(void) {
 #ifdef MSDA_X86
-  const char* wish = getenv("MSDA_ISA");
-  const int most = !wish ? 2 : wish[0] == 'b' ? 0 : wish[0] == 'a' && wish[3] == '2' ? 1 : 2;
+  const char* limit = getenv("MSDA_ISA");
+  const int level = !limit ? 2 : limit[0] == 'b' ? 0 : limit[0] == 'a' && limit[3] == '2' ? 1 : 2;
   __builtin_cpu_init();
-  if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+  if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
     forward_ = msda_avx512_forward; backward_ = msda_avx512_backward; lanes_ = msda_avx512_lanes; set_ = "avx512";
-  } else if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+  } else if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("bmi2")) {
     forward_ = msda_avx2_forward; backward_ = msda_avx2_backward; lanes_ = msda_avx2_lanes; set_ = "avx2";
   }
@@ -48,8 +48,8 @@ static int64_t bordered_tokens(const msda_call* c) {
   return n;
 }
 
-// Zero when the call is sound, else the number of the rule it breaks (library.py has their words).
-static int broken_rule(const msda_call* c) {
+// 0 for a valid call, else an error code; library.py has the messages.
+static int error_code(const msda_call* c) {
   if (c->B < 0 || c->Q < 0 || c->S < 1 || c->M < 1 || c->D < 1 || c->D > MSDA_MAX_CHANNELS) return 1;
   if (c->L < 1 || c->P < 1 || c->L > MSDA_MAX_SAMPLES || c->P > MSDA_MAX_SAMPLES) return 2;
   if (c->L * c->P > MSDA_MAX_SAMPLES) return 2;
@@ -65,34 +65,34 @@ static int broken_rule(const msda_call* c) {
   return bordered_tokens(c) > INT32_MAX / (2 * MSDA_MAX_CHANNELS) ? 3 : 0;
 }
 
-// Whether values can be read where they lie: whole vectors of channels, and for gradients fp32.
+// Whether values can be read in place: whole vectors of channels, and fp32 for gradients.
 API int msda_plain_allowed(const msda_call* c, int backward) {
   return c->D % lanes_() == 0 && !(backward && c->value_bf16);
 }
-// Bytes of `scratch` for one call, however large B is. Negative: the rule that the call breaks.
+// Bytes of `scratch` for a call of any B; negative: the error code.
 API int64_t msda_scratch_bytes(const msda_call* c, int backward) {
-  const int rule = broken_rule(c);
-  return rule ? -rule : bordered_tokens(c) * c->M * channels(c) * (backward ? 2 : 1) * (int64_t)sizeof(float);
+  const int code = error_code(c);
+  return code ? -code : bordered_tokens(c) * c->M * channels(c) * (backward ? 2 : 1) * (int64_t)sizeof(float);
 }
 API int msda_forward(const msda_call* c) {
-  const int rule = broken_rule(c);
-  if (rule) return rule;
+  const int code = error_code(c);
+  if (code) return code;
   if (!c->scratch && !msda_plain_allowed(c, 0)) return 6;
   if (c->B && c->Q) forward_(c);
   return 0;
 }
 API int msda_backward(const msda_call* c) {
-  const int rule = broken_rule(c);
-  if (rule) return rule;
+  const int code = error_code(c);
+  if (code) return code;
   if (!c->scratch && !msda_plain_allowed(c, 1)) return 6;
   backward_(c);
   return 0;
 }
 
-// Memory in huge pages where the system has them: page-table misses were half of the time without.
+// Huge pages where available; without them page-table misses took half of the time.
 API void* msda_scratch(int64_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
-  return malloc((size_t)bytes);  // to the byte: rounding up would hide reads past the end
+  return malloc((size_t)bytes);  // exact size, so that reads past the end are found
 #endif
   const size_t page = (size_t)2 << 20, size = ((size_t)bytes + page - 1) / page * page;
   void* p = 0;

@@ -4,15 +4,15 @@
 
 namespace MSDA_NS {
 
-// Queries whose taps come before their sums. Packed values are read in order, more than 2 gained nothing; plain ones
-// lie anywhere, often not in a cache yet, and 8 with their rows asked for took half of the time.
+// Queries whose taps are computed before their sums. 2 suffice for bordered values, which are read in order; plain ones
+// are often not cached, and 8 with prefetched rows halved the time.
 constexpr int AHEAD_BORDERED = 2, AHEAD_PLAIN = 8;
 
-// D channels of one query and head. `value` is the head's; plain layout: `row` numbers from token to token.
+// Sum D channels of one query and head. `value` is the head's, with `row` numbers per token in the plain layout.
 template <int D, bool BORDERED, typename T>
 INLINE void sum_rows(const Geometry& g, const T* __restrict value, int64_t row, const Taps& t, int samples, float scale,
                      float* __restrict out) {
-  constexpr int N = D / LANES, CHAINS = N >= 8 ? 1 : N >= 4 ? 2 : 4;  // enough sums at once to hide their latency
+  constexpr int N = D / LANES, CHAINS = N >= 8 ? 1 : N >= 4 ? 2 : 4;  // independent sums to hide latency
   floats s[CHAINS][N];
   for (int j = 0; j < CHAINS; j++)
     for (int k = 0; k < N; k++) s[j][k] = floats{};
@@ -57,8 +57,8 @@ INLINE void sum_channels(const msda_call* c, const Geometry& g, const T* value, 
   narrow(to, out, c->D);
 }
 
-// Queries [begin, end) of image `b`, head after head, `head` numbers apart. A few queries' taps come before their
-// sums: the processor then has many reads to wait for at once.
+// Queries [begin, end) of image `b`, head by head, `head` numbers apart. Taps of AHEAD queries precede their sums, so
+// that many reads are in flight.
 template <bool BORDERED, typename T, typename O>
 static void forward_block(const msda_call* c, const Geometry& g, const T* value, int64_t row, int64_t head,
                           int64_t b, int64_t begin, int64_t end) {
@@ -84,7 +84,7 @@ static void forward_block(const msda_call* c, const Geometry& g, const T* value,
         const float* offsets = padded(c->offsets, c->offsets_bf16, q * n * 2, 2 * n, 2 * g.vectors, 0.f, offset_room);
         const float* weights = raw_weights(c, g, q, weight_room, logit_room, &scales[j]);
         find_taps<BORDERED, false>(g, frames[i + j], offsets, weights, (int)row, taps[j]);
-        if (!BORDERED) ask_for(value + m * head, row, taps[j], 0, n, c->D * (int64_t)sizeof(T));
+        if (!BORDERED) prefetch_rows(value + m * head, row, taps[j], 0, n, c->D * (int64_t)sizeof(T));
       }
       for (int j = 0; j < group; j++)
         sum_channels<BORDERED>(c, g, value + m * head, row, taps[j], scales[j],
@@ -98,8 +98,8 @@ static void forward(const msda_call* c) {
   describe(g, c);
   const int64_t Q = c->Q, image = c->S * c->M * c->D, lines = map_rows(c);
   const int row = whole_vectors(c->D);
-  const int64_t most = c->scratch ? 128 : 16, room = FRAME_FLOATS / (frame_rows(c->reference_size) * g.vectors);
-  const int64_t block = most < room ? most : room, blocks = (Q + block - 1) / block;
+  const int64_t limit = c->scratch ? 128 : 16, room = FRAME_FLOATS / (frame_rows(c->reference_size) * g.vectors);
+  const int64_t block = limit < room ? limit : room, blocks = (Q + block - 1) / block;
 #pragma omp parallel num_threads(c->threads) if (c->threads > 1)
   {
     if (c->scratch) {

@@ -1,4 +1,4 @@
-// Compiled once for each instruction set, -DMSDA_NS=msda_avx512 and so on. No torch, no C++ library.
+// Compiled once per instruction set with -DMSDA_NS=msda_avx512 etc., without torch and the C++ library.
 #include "backward.h"
 #include "forward.h"
 #define JOIN_(a, b) a##_##b

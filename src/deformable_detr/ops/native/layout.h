@@ -1,7 +1,6 @@
-// The bordered layout of values: one image, head by head, each level's map with zeros around it. A sample's four pixels then follow from one
-// index without any test, a head's map fits the caches, and huge pages spare the page table. `row` floats a pixel: the
-// values (padded to whole vectors), and for gradients beside them the sums that grow there. (Visiting the encoder's
-// queries in tiles instead of rows was tried: no gain.)
+// The bordered layout of values: one image, head by head, each level's map with zeros around it. The four pixels of a
+// sample then follow from one index without tests, a head's map fits the caches, and huge pages spare the page table.
+// A pixel takes `row` floats: the values, padded to whole vectors, and for the backward pass as many gradient sums.
 #pragma once
 #include "samples.h"
 
@@ -13,7 +12,7 @@ INLINE int64_t map_rows(const msda_call* c) {  // rows of all levels, with borde
   return n;
 }
 
-// Which level, row of its map (-1: border) and first tokens the k-th of `map_rows` is.
+// The k-th of `map_rows`: width, row in its map (-1: border) and first token in either layout.
 struct MapRow { int64_t width, y, plain, bordered; };
 INLINE MapRow map_row(const msda_call* c, int64_t k) {
   int64_t plain = 0, bordered = 0;
@@ -26,7 +25,7 @@ INLINE MapRow map_row(const msda_call* c, int64_t k) {
   }
 }
 
-// One row of a map, all heads, from (S, M, D); `row` floats a pixel, all beyond the D values zero.
+// Copy one row of a map, all heads, from (S, M, D) to the bordered layout; zero what is not a value.
 template <typename T>
 static void pack(const msda_call* c, const T* from, float* to, int64_t bordered, int row, int64_t k) {
   const MapRow r = map_row(c, k);
@@ -50,7 +49,7 @@ static void pack(const msda_call* c, const T* from, float* to, int64_t bordered,
       }
 }
 
-// The way back for the sums, which lie `skip` floats into each pixel.
+// Copy the gradient sums, `skip` floats into each pixel, back to (S, M, D).
 template <typename T>
 static void unpack(const msda_call* c, const float* from, T* to, int64_t bordered, int row, int skip, int64_t k) {
   const MapRow r = map_row(c, k);

@@ -1,8 +1,4 @@
-"""The CPU library from Python, through ctypes: no compiled extension, so one wheel serves every Python and torch.
-
-`status()` says whether it is there; `forward` and `backward` run it. B images, S tokens, Q queries, M heads, D channels
-a head, L levels, P points.
-"""
+"""The compiled CPU library through ctypes: no Python extension, so one wheel fits every Python and torch version."""
 
 from __future__ import annotations
 
@@ -19,23 +15,23 @@ from torch import Tensor
 from .build import LIBRARY, SOURCES
 
 ABI = 4
-MAX_SAMPLES = 64  # levels × points
-MAX_CHANNELS = 256  # a head
+MAX_SAMPLES = 64  # L · P
+MAX_CHANNELS = 256  # D
 DTYPES = (torch.float32, torch.bfloat16)
-_RULES = {
-    1: "an empty or negative dimension, or too many channels",
-    2: "more levels × points than the library takes",
-    3: "sizes beyond 32 bits",
-    4: "reference points with neither 2 nor 4 coordinates",
-    5: "spatial shapes that do not add up to the tokens of value",
-    6: "no scratch memory for a call that needs it",
+_ERRORS = {  # dispatch.c's codes
+    1: "a dimension is empty or negative, or there are too many channels",
+    2: "there are more levels × points than the library supports",
+    3: "sizes exceed 32 bits",
+    4: "reference points need 2 or 4 coordinates",
+    5: "spatial shapes do not add up to the tokens of value",
+    6: "the call needs scratch memory",
 }
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
 class _Call(ctypes.Structure):
-    """call.h's msda_call."""
+    """msda_call in call.h."""
 
     _fields_ = (
         *((name, _pointer) for name in (
@@ -50,9 +46,9 @@ class _Call(ctypes.Structure):
 
 
 def _open() -> ctypes.CDLL:
-    library = ctypes.CDLL(os.fspath(SOURCES / LIBRARY))  # torch is loaded: its OpenMP serves
+    library = ctypes.CDLL(os.fspath(SOURCES / LIBRARY))  # finds OpenMP in the loaded torch
     if library.msda_abi() != ABI or library.msda_call_size() != ctypes.sizeof(_Call):
-        raise OSError(f"{LIBRARY} belongs to another version of this package: build it again")
+        raise OSError(f"{LIBRARY} was built for another version of this package; reinstall it")
     library.msda_instruction_set.restype = ctypes.c_char_p
     library.msda_scratch.restype, library.msda_scratch.argtypes = _pointer, [_long]
     library.msda_release.restype, library.msda_release.argtypes = None, [_pointer]
@@ -66,9 +62,9 @@ def _open() -> ctypes.CDLL:
 
 @functools.cache
 def status() -> tuple[ctypes.CDLL | None, str]:
-    """The library and the instruction set it runs, or None and why it is missing."""
+    """Return the library and its instruction set, or None and why it is not available."""
     if not (SOURCES / LIBRARY).exists():
-        return None, "this installation has no compiled library (no compiler when it was built, or another platform)"
+        return None, "this installation has no compiled library (built without a compiler, or for another platform)"
     try:
         library = _open()
     except OSError as error:
@@ -76,10 +72,10 @@ def status() -> tuple[ctypes.CDLL | None, str]:
     return library, library.msda_instruction_set().decode()
 
 
-class _Pool:
-    """Scratch memory kept for the next call: a fresh huge page costs more than what is done in it."""
+class _ScratchPool:
+    """Scratch memory kept between calls: faulting in fresh huge pages takes longer than the work done in them."""
 
-    KEEP = 2
+    KEEP = 2  # blocks
 
     def __init__(self) -> None:
         self.reset()
@@ -90,14 +86,14 @@ class _Pool:
 
     @contextmanager
     def borrow(self, library: ctypes.CDLL, size: int) -> Iterator[int | None]:
-        """The address of at least `size` bytes; None for 0."""
+        """Yield the address of at least `size` bytes, or None for 0 bytes."""
         if not size:
             yield None
             return
         with self._lock:
             self._free.sort()
-            fitting = next((block for block in self._free if block[0] >= size), None)
-            block = fitting or (self._free[0] if self._free else (0, 0))
+            large_enough = next((block for block in self._free if block[0] >= size), None)
+            block = large_enough or (self._free[0] if self._free else (0, 0))
             if block[1]:
                 self._free.remove(block)
         if block[0] < size:
@@ -105,7 +101,7 @@ class _Pool:
                 library.msda_release(block[1])
             block = (size, library.msda_scratch(size))
             if not block[1]:
-                raise MemoryError(f"no {size} bytes of scratch memory for deformable attention")
+                raise MemoryError(f"deformable attention: cannot allocate {size} bytes of scratch memory")
         try:
             yield block[1]
         finally:
@@ -117,21 +113,21 @@ class _Pool:
                 library.msda_release(block[1])
 
 
-_pool = _Pool()
+_pool = _ScratchPool()
 _forked = False
 
 
 def release_scratch() -> None:
-    """Gives the memory kept for the next call back to the system."""
-    found, _ = status()
-    if found is not None:
+    """Return the memory that is kept between calls to the system."""
+    library, _ = status()
+    if library is not None:
         blocks, _pool._free = _pool._free, []
         for _, address in blocks:
-            found.msda_release(address)
+            library.msda_release(address)
 
 
 def _after_fork() -> None:
-    # OpenMP's threads do not survive a fork, and waiting for them would hang; a lock may have been held.
+    # OpenMP's threads do not survive a fork, and waiting for them would hang; the lock may have been held.
     global _forked
     _forked = True
     _pool.reset()
@@ -141,21 +137,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _check(library_result: int) -> None:
-    if library_result:
-        raise ValueError(f"deformable attention: {_RULES.get(library_result, library_result)}")
+def _raise_if_error(code: int) -> None:
+    if code:
+        raise ValueError(f"deformable attention: {_ERRORS.get(code, code)}")
 
 
 def _describe(
-    value: Tensor, shapes: list[int], reference: Tensor | None, offsets: Tensor, logits: Tensor
-) -> tuple[_Call, tuple[object, ...]]:
-    """The call without results and scratch, and what must stay alive while it runs."""
-    B, S, M, D = value.shape
-    Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
+    value: Tensor, shapes: list[int], reference_points: Tensor | None, offsets: Tensor, logits: Tensor
+) -> tuple[ctypes.CDLL, _Call, tuple[object, ...]]:
+    """The library, the call without results and scratch, and the objects that must live until it returns."""
+    library, reason = status()
+    if library is None:
+        raise RuntimeError(reason)
     for tensor in (value, offsets, logits):
         if tensor.dtype not in DTYPES or tensor.device.type != "cpu":
-            raise TypeError(f"deformable attention: {tensor.dtype} on {tensor.device} is not for the CPU library")
+            raise TypeError(f"deformable attention: the CPU library does not support {tensor.dtype} on {tensor.device}")
     value, offsets, logits = value.contiguous(), offsets.contiguous(), logits.contiguous()
+    B, S, M, D = value.shape
+    _, Q, _, L, P, _ = offsets.shape
     table = (_long * len(shapes))(*shapes)
     call = _Call(
         value=value.data_ptr(), shapes=ctypes.addressof(table), offsets=offsets.data_ptr(), logits=logits.data_ptr(),
@@ -163,34 +162,40 @@ def _describe(
         value_bf16=value.dtype == torch.bfloat16, offsets_bf16=offsets.dtype == torch.bfloat16,
         logits_bf16=logits.dtype == torch.bfloat16, threads=1 if _forked else torch.get_num_threads(),
     )  # fmt: skip
-    if reference is not None:
-        reference = reference.to(torch.float32).contiguous()
-        call.reference, call.reference_size = reference.data_ptr(), reference.shape[-1]
-    return call, (value, offsets, logits, reference, table)
+    if reference_points is not None:
+        reference_points = reference_points.to(torch.float32).contiguous()
+        call.reference, call.reference_size = reference_points.data_ptr(), reference_points.shape[-1]
+    return library, call, (value, offsets, logits, reference_points, table)
 
 
 def _scratch_bytes(library: ctypes.CDLL, call: _Call, backward: bool) -> int:
-    """Scratch memory that the call is to have: 0 where values are read as they lie."""
+    """Scratch memory of the call; 0 where it reads values in place."""
     size = library.msda_scratch_bytes(call, backward)
-    _check(-size if size < 0 else 0)
-    # Laying values out anew pays when most of them are read: for the decoder's few queries it would cost 3 × the time.
+    _raise_if_error(-size if size < 0 else 0)
+    # Packing all values costs 3 × the time of sampling them for the few queries of a decoder.
     return 0 if call.Q * 4 < call.S and library.msda_plain_allowed(call, backward) else size
 
 
-def forward(value: Tensor, shapes: list[int], reference: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
-    """(B, Q, M·D) of `value`'s dtype. Without `reference`, offsets are locations in 0..1 and logits are weights.
+def forward(
+    value: Tensor, shapes: list[int], reference_points: Tensor | None, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Run the op on shapes that `operators` has checked.
 
-    value (B, S, M, D) and offsets (B, Q, M, L, P, 2), logits (B, Q, M, L, P): fp32 or bf16 each; reference
-    (B, Q, L, 2 or 4). ValueError for shapes that do not fit together.
+    Args:
+        value: (B, S, M, D), fp32 or bf16, like offsets and logits.
+        shapes: height, width, height, width, … of all levels.
+        reference_points: (B, Q, L, 2 or 4). None: offsets are locations in 0..1 and logits are weights.
+        offsets: (B, Q, M, L, P, 2).
+        logits: (B, Q, M, L, P).
+
+    Returns:
+        (B, Q, M·D) of `value`'s dtype.
     """
-    library, reason = status()
-    if library is None:
-        raise RuntimeError(reason)
-    call, alive = _describe(value, shapes, reference, offsets, logits)
+    library, call, alive = _describe(value, shapes, reference_points, offsets, logits)
     output = value.new_empty((call.B, call.Q, call.M * call.D))
     call.output = output.data_ptr()
     with _pool.borrow(library, _scratch_bytes(library, call, backward=False)) as call.scratch:
-        _check(library.msda_forward(call))
+        _raise_if_error(library.msda_forward(call))
     del alive
     return output
 
@@ -199,32 +204,29 @@ def backward(
     grad_output: Tensor,
     value: Tensor,
     shapes: list[int],
-    reference: Tensor | None,
+    reference_points: Tensor | None,
     offsets: Tensor,
     logits: Tensor,
     reference_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of value, reference (None unless asked for), offsets and logits: each like its tensor, contiguous."""
-    library, reason = status()
-    if library is None:
-        raise RuntimeError(reason)
-    call, alive = _describe(value, shapes, reference, offsets, logits)
+    """Return gradients of value, reference_points (None unless asked for), offsets and logits, each like its tensor."""
+    library, call, alive = _describe(value, shapes, reference_points, offsets, logits)
     grad_output = grad_output.to(value.dtype).contiguous()
     if grad_output.shape != (call.B, call.Q, call.M * call.D):
         raise ValueError(f"deformable attention: output gradient of shape {tuple(grad_output.shape)}")
     grad_value, grad_offsets, grad_logits = (t.new_empty(t.shape) for t in (value, offsets, logits))
     call.grad_output, call.grad_value = grad_output.data_ptr(), grad_value.data_ptr()
     call.grad_offsets, call.grad_logits = grad_offsets.data_ptr(), grad_logits.data_ptr()
-    by_head = None
-    if reference is not None and reference_gradient:
-        by_head = torch.empty(call.B, call.M, call.Q, call.L, call.reference_size)
-        call.grad_reference = by_head.data_ptr()
-    split = call.threads > call.M  # more threads than heads: levels are work of their own
+    per_head = None
+    if reference_points is not None and reference_gradient:
+        per_head = torch.empty(call.B, call.M, call.Q, call.L, call.reference_size)
+        call.grad_reference = per_head.data_ptr()
+    split = call.threads > call.M  # more threads than heads: split each head's work by level
     with (
         _pool.borrow(library, _scratch_bytes(library, call, backward=True)) as call.scratch,
         _pool.borrow(library, call.Q * call.M * call.L * call.P * 4 if split else 0) as call.weight_scratch,
     ):
-        _check(library.msda_backward(call))
+        _raise_if_error(library.msda_backward(call))
     del alive
-    grad_reference = None if by_head is None or reference is None else by_head.sum(1).to(reference.dtype)
-    return grad_value, grad_reference, grad_offsets, grad_logits
+    grad_points = None if per_head is None or reference_points is None else per_head.sum(1).to(reference_points.dtype)
+    return grad_value, grad_points, grad_offsets, grad_logits

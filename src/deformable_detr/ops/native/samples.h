@@ -1,7 +1,7 @@
 // From offsets and logits to rows of values and their weights.
 //
-// All positions here are in pixels of a map with a border of one pixel: pixel 0 of the map is at 1, so that truncating a
-// clamped position is its floor. Tables are padded to whole vectors.
+// Positions are in pixels of a map with a border of one pixel: pixel 0 of the map is at 1, so that truncating a clamped
+// position is its floor. Tables are padded to whole vectors.
 #pragma once
 #include "vectors.h"
 
@@ -9,7 +9,7 @@ namespace MSDA_NS {
 
 constexpr int BORDER = 3;  // columns (and rows) of zeros in the bordered layout: one before the map, two after
 
-// One entry for each (level, point).
+// One entry per (level, point).
 struct Geometry {
   int levels, points, samples, vectors;        // vectors: `samples` in whole vectors
   int64_t bordered;                            // tokens of all levels with their borders
@@ -36,10 +36,10 @@ static inline void describe(Geometry& g, const msda_call* c) {
   g.bordered = bordered;
 }
 
-// Where offsets count from, in 0..1 of the map, and what one of them is worth in pixels: x = x0 · width + offset · dx.
+// Origin of the offsets in 0..1 of the map, and their unit in pixels: x = x0 · width + offset · dx.
 struct Frame { const float *x0, *y0, *dx, *dy; };
 
-constexpr int FRAME_FLOATS = 16384;  // room for the frames of a block of queries
+constexpr int FRAME_FLOATS = 16384;  // for the frames of a block of queries
 INLINE int frame_rows(int reference_size) { return reference_size == 4 ? 4 : 2; }
 
 INLINE Frame frame_of(const Geometry& g, const float* reference, int size, float* __restrict room) {
@@ -61,37 +61,37 @@ INLINE Frame frame_of(const Geometry& g, const float* reference, int size, float
   return size == 4 ? Frame{x0, y0, dx, dy} : Frame{x0, y0, g.one, g.one};
 }
 
-// exp(logits - max) into `weights`; returns 1 / their sum, by which the caller scales what it has summed.
+// Write exp(logits - max) to `weights` and return 1 / their sum, by which the caller scales its result.
 INLINE float softmax(const float* __restrict logits, float* __restrict weights, int vectors) {
   floats top = load(logits), total = floats{};
   for (int i = LANES; i < vectors; i += LANES) top = larger(load(logits + i), top);
-  const float most = largest(top);
+  const float max = largest(top);
   for (int i = 0; i < vectors; i += LANES) {
-    const floats e = exp_negative(load(logits + i) - most);
+    const floats e = exp_negative(load(logits + i) - max);
     store(weights + i, e);
     total += e;
   }
   return 1.f / sum(total);
 }
 
-// The rows that a query reads for one head, and by what they are weighted: bilinear weight × attention weight.
+// The rows that a query reads for one head, and their weights: bilinear × attention.
 struct Taps {
   alignas(64) int32_t row[4][MAX_SAMPLES];    // bordered layout: only [0], the upper left pixel
   alignas(64) float weight[4][MAX_SAMPLES];
-  // For gradients: position inside the pixel, and all ones where the location counts.
+  // For gradients: position inside the pixel, and all ones where the location is near the map.
   alignas(64) float x[MAX_SAMPLES], y[MAX_SAMPLES];
   alignas(64) int32_t inside[MAX_SAMPLES];
   alignas(64) int32_t valid[4][MAX_SAMPLES];  // plain layout: whether the pixel is inside the map
 };
 
-// BORDERED: pixels outside the map are zeros that lie there. Otherwise an index in range and a weight of zero stand for
-// them. Far away or not a number: clamped to the border, so no index is ever out of range.
+// BORDERED: pixels outside the map are zeros in memory; else they are a valid index with weight zero. Far and NaN
+// positions are clamped to the border, so no index is ever out of range.
 template <bool BORDERED, bool GRADIENT>
 INLINE void find_taps(const Geometry& g, const Frame& f, const float* __restrict offsets,
                       const float* __restrict weights, int scale, Taps& t) {
   for (int i = 0; i < g.vectors; i += LANES) {
     const floats even = load(offsets + 2 * i), odd = load(offsets + 2 * i + LANES);
-    // Two fused steps: a place far from the origin is rounded once.
+    // Two fused steps, so that a position far from the origin is rounded once.
     const floats fx = load(f.x0 + i) * load(g.width + i) + (firsts(even, odd) * load(f.dx + i) + 0.5f);
     const floats fy = load(f.y0 + i) * load(g.height + i) + (seconds(even, odd) * load(f.dy + i) + 0.5f);
     const floats right = load(g.width + i) + 1.f, bottom = load(g.height + i) + 1.f, zero = floats{};
@@ -128,7 +128,7 @@ INLINE void find_taps(const Geometry& g, const Frame& f, const float* __restrict
   }
 }
 
-// The attention weights as the caller gave them (room is not used) or their softmax without its scale.
+// The given attention weights, or the softmax of the logits in `room`, still to be multiplied by `scale`.
 INLINE const float* raw_weights(const msda_call* c, const Geometry& g, int64_t query, float* __restrict room,
                                 float* __restrict buffer, float* scale) {
   const float fill = c->reference_size ? -__builtin_inff() : 0.f;
@@ -139,9 +139,9 @@ INLINE const float* raw_weights(const msda_call* c, const Geometry& g, int64_t q
   return room;
 }
 
-// Rows of the plain layout on their way to the processor; samples [first, last), `bytes` of each row.
+// Prefetch `bytes` of each row of the plain layout for samples [first, last).
 template <typename T>
-INLINE void ask_for(const T* value, int64_t row, const Taps& t, int first, int last, int64_t bytes) {
+INLINE void prefetch_rows(const T* value, int64_t row, const Taps& t, int first, int last, int64_t bytes) {
   for (int i = first; i < last; i++)
     for (int k = 0; k < 4; k++) {
       const char* p = (const char*)(value + t.row[k][i] * row);

@@ -1,4 +1,4 @@
-// Vectors as wide as the instruction set has them, in GNU's notation: GCC and Clang, any processor.
+// Vectors of the instruction set's width, as GNU vector extensions (GCC and Clang, any processor).
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -56,7 +56,7 @@ INLINE void store_one(bfloat16* p, float f) {
   *p = f != f ? (bfloat16)0x7fc0 : (bfloat16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-// n numbers to or from floats; `from` and `to` need no padding.
+// Convert n numbers to or from floats; neither array needs padding.
 template <typename T>
 INLINE void widen(float* __restrict to, const T* __restrict from, int64_t n) {
   int64_t i = 0;
@@ -74,7 +74,7 @@ INLINE void narrow(void* base, int bf16, int64_t at, const float* from, int n) {
   else narrow((float*)base + at, from, n);
 }
 
-// `n` numbers, then `fill` up to `whole`: where they lie if nothing is to be added, else in `room`.
+// `n` numbers, then `fill` up to `whole`: in place if nothing has to be added or converted, else copied to `room`.
 INLINE const float* padded(const void* base, int bf16, int64_t at, int n, int whole, float fill,
                            float* __restrict room) {
   if (!bf16 && n == whole) return (const float*)base + at;
@@ -131,7 +131,7 @@ INLINE float largest(floats f) {
   return a > b ? a : b;
 }
 
-// The four vectors' sums, side by side.
+// The sums of four vectors, side by side.
 INLINE void sums_of_four(floats a, floats b, floats c, floats d, float* out) {
 #if MSDA_LANES == 16
 #define HALVES(a, b)                                                            \
