@@ -1,8 +1,8 @@
 """The GPU kernels. One program computes a few queries of one head of one image.
 
 LP = L·P, padded to the power of two N; DP is D padded likewise. All tensors are contiguous: value (B, S, M, D), offsets
-(B, Q, M, L, P, 2), logits (B, Q, M, L, P), reference (B, Q, L, REF). REF is 2 for points, 4 for boxes, or 0: offsets are
-then locations in 0..1 and logits are weights. geometry: int32 (L, 3), height, width and first token per level. order:
+(B, Q, M, L, P, 2), logits (B, Q, M, L, P), reference (B, Q, L, REF). REF is 2 for points, 4 for boxes, or 0; offsets
+are then locations in 0..1 and logits are weights. geometry: int32 (L, 3), height, width and first token per level. order:
 int32 permutation of the queries, read if ORDERED. Arithmetic is fp32 for every dtype.
 
 Pixel indices are clamped into the map and have weight zero outside it, so that their loads need no mask.
@@ -149,8 +149,8 @@ def _dot(value, row, inside, g, d, M: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["Q", "S"])
-def backward(grad_output, value, offsets, logits, reference, order, geometry, scale, grad_value, grad_pixels, grad_logits,
-             Q, S, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+def backward(grad_output, value, offsets, logits, reference, order, geometry, scale, grad_value, grad_pixels,
+             grad_logits, Q, S, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
              N: tl.constexpr, REF: tl.constexpr, ORDERED: tl.constexpr, FIXED: tl.constexpr,
              BQ: tl.constexpr):  # fmt: skip
     """grad_value (B, S, M, D), zeroed by the caller: fp32, or if FIXED int64 times scale[0], which is reproducible.

@@ -1,4 +1,4 @@
-// Gradients of the weighted sums. Each (head, level range) writes its own part of every result: no atomics, and the same
+// Gradients of the weighted sums. Each (head, level range) writes its own part of every result: no atomics, and one
 // order in every run. Values and their gradients are fp32; only the output's gradient may be bf16.
 #pragma once
 #include "layout.h"
@@ -7,7 +7,7 @@ namespace MSDA_NS {
 
 typedef float Dots[MAX_SAMPLES][4];  // output gradient · value per pixel of each sample
 
-// For D channels, add weight × output gradient to the gradient rows, and output gradient · value to the dot products.
+// For D channels, add weight × output gradient to the gradient rows, output gradient · value to the dot products.
 template <int D, bool BORDERED>
 INLINE void scatter_rows(const Geometry& g, const float* value, float* grad, int64_t row,
                          const float* __restrict grad_output, const Taps& t, int first, int last, bool add, Dots& dots) {
