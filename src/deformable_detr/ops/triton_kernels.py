@@ -2,8 +2,8 @@
 
 LP = L·P, padded to the power of two N; DP is D padded likewise. All tensors are contiguous: value (B, S, M, D), offsets
 (B, Q, M, L, P, 2), logits (B, Q, M, L, P), reference (B, Q, L, REF). REF is 2 for points, 4 for boxes, or 0; offsets
-are then locations in 0..1 and logits are weights. geometry: int32 (L, 3), height, width and first token per level. order:
-int32 permutation of the queries, read if ORDERED. Arithmetic is fp32 for every dtype.
+are then locations in 0..1 and logits are weights. geometry: int32 (L, 3), height, width and first token per level.
+order: int32 permutation of the queries, read if ORDERED. Arithmetic is fp32 for every dtype.
 
 Pixel indices are clamped into the map and have weight zero outside it, so that their loads need no mask.
 """
