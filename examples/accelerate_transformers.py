@@ -1,6 +1,6 @@
-"""Ten lines that make a transformers model faster: python examples/accelerate_transformers.py [HUB_ID_OR_FOLDER]
+"""Accelerate a transformers model: python examples/accelerate_transformers.py [HUB_ID_OR_FOLDER]
 
-Without a model it makes a Deformable DETR with random weights; the time is the same.
+Without a model, the example creates a Deformable DETR with random weights.
 """
 
 import sys
@@ -19,8 +19,8 @@ pixels = torch.rand(1, 3, 480, 640)
 
 
 @torch.inference_mode()
-def timed() -> tuple[torch.Tensor, float]:
-    """Boxes (1, Q, 4) and the best of five times in seconds."""
+def predict_boxes() -> tuple[torch.Tensor, float]:
+    """Return boxes (1, Q, 4) and the shortest of five times in seconds."""
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
@@ -29,10 +29,10 @@ def timed() -> tuple[torch.Tensor, float]:
     return boxes, min(seconds)
 
 
-boxes, before = timed()
-changed = ops.accelerate(model)  # this is all
-faster_boxes, after = timed()
-ops.restore(model)  # and as it was
+boxes, before = predict_boxes()
+changed = ops.accelerate(model)
+faster_boxes, after = predict_boxes()
+ops.restore(model)
 
-print(f"{len(changed)} layers changed; {before * 1e3:.0f} ms before, {after * 1e3:.0f} ms after")
-print(f"{before / after:.1f} times as fast; boxes differ by {(boxes - faster_boxes).abs().max():.1e}")
+print(f"{len(changed)} layers changed: {before * 1e3:.0f} ms before, {after * 1e3:.0f} ms after")
+print(f"speedup {before / after:.1f}×; boxes differ by at most {(boxes - faster_boxes).abs().max():.1e}")

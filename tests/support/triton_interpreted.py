@@ -1,4 +1,4 @@
-"""Run by test_ops_triton.py in a process with TRITON_INTERPRET=1: the GPU kernels on CPU tensors, against float64."""
+"""Compare the GPU kernels on CPU tensors with float64; tests/ops/test_triton.py runs it with TRITON_INTERPRET=1."""
 
 import itertools
 import math
@@ -43,7 +43,7 @@ def check(shapes, coordinates, dtype, tolerance, **sizes):
 SHAPES = ((6, 9), (3, 4), (1, 1))
 for coordinates, (B, Q, M, D, P) in itertools.product((0, 2, 4), ((2, 3, 2, 8, 4), (1, 3, 1, 5, 1))):
     check(SHAPES, coordinates, torch.float32, 1e-5, B=B, Q=Q, M=M, D=D, P=P)
-check(SHAPES, 2, torch.float32, 1e-5, B=1, Q=67, M=1, D=32, P=4)  # the encoder's queries: in another order
+check(SHAPES, 2, torch.float32, 1e-5, B=1, Q=67, M=1, D=32, P=4)  # encoder: reordered queries
 check(SHAPES, 2, torch.bfloat16, 2e-2, B=1, Q=3, M=1, D=8, P=4, spread=0.2)
 check(SHAPES, 4, torch.float16, 2e-2, B=1, Q=3, M=2, D=8, P=4)
 
@@ -64,4 +64,4 @@ for tensor in (output, *results):
 empty = triton_backend.backward(output[:, :0], value, flat, reference[:, :0], offsets[:, :0], logits[:, :0], True)
 assert not empty[0].any()
 assert empty[1].shape == (2, 0, 3, 2)
-print("all right")
+print("passed")
