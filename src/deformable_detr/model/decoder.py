@@ -52,20 +52,6 @@ class DenoisingQueries(NamedTuple):
     attn_mask: Tensor
 
 
-class DecoderOutput(NamedTuple):
-    """The predictions of all N layers.
-
-    logits: (N, B, Q, K). boxes: (N, B, Q, 4).
-    reference_points: N × (B, Q, 2 or 4), each layer's input.
-    details: N × `SamplingDetails`; empty unless asked for.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    reference_points: list[Tensor]
-    details: list[SamplingDetails]
-
-
 class SelfAttention(nn.MultiheadAttention):
     """PyTorch's multi-head attention, parameters included, with the faster `Dropout`."""
 
@@ -153,10 +139,18 @@ class Decoder(nn.Module):
         features: FlattenedFeatures,
         attn_mask: Tensor | None = None,
         return_details: bool = False,
-    ) -> DecoderOutput:
-        """Predict logits and boxes after every layer.
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[SamplingDetails]]:
+        """Predict with every layer.
 
-        memory: (B, S, C), whose geometry `features` has. attn_mask: (Q, Q) bool, True = not attended to.
+        Args:
+            queries: The initial queries.
+            memory: (B, S, C), with the geometry of `features`.
+            features: The encoder's input.
+            attn_mask: (Q, Q) bool, True = not attended to.
+            return_details: Also return where each layer sampled.
+
+        Returns:
+            Logits (N, B, Q, K), boxes (N, B, Q, 4), each layer's input reference points, and its `SamplingDetails`.
         """
         content, position, reference_points = queries
         all_logits, all_boxes, all_references, all_details = [], [], [], []
@@ -183,9 +177,7 @@ class Decoder(nn.Module):
                 twice = self.look_forward_twice and torch.is_grad_enabled()
                 start = refine_boxes(deltas, reference_points) if twice else boxes.detach()
                 reference_points = boxes.detach()
-        return DecoderOutput(
-            torch.stack(all_logits), torch.stack(all_boxes), all_references, all_details if return_details else []
-        )
+        return torch.stack(all_logits), torch.stack(all_boxes), all_references, all_details if return_details else []
 
     @staticmethod
     def _on_padded_maps(reference_points: Tensor, valid_ratios: Tensor) -> Tensor:

@@ -137,12 +137,11 @@ class DeformableDETRNetwork(nn.Module):
     ) -> tuple[Queries, dict[str, Any]]:
         """The decoder's input, denoising queries first, and the outputs of the proposal stage."""
         if self.config.two_stage:
-            proposals = self.proposals(memory, features, self.decoder.heads)
-            queries = proposals.queries
+            queries, logits, boxes = self.proposals(memory, features, self.decoder.heads)
             if denoising is not None:
                 position, _ = self.proposals.embed_boxes(denoising.boxes, memory)
                 queries = queries.prepend(denoising.queries, position, denoising.boxes)
-            return queries, {"encoder_logits": proposals.logits, "encoder_boxes": proposals.boxes}
+            return queries, {"encoder_logits": logits, "encoder_boxes": boxes}
         if denoising is not None:
             raise ValueError("denoising_queries need a two-stage model, whose queries start from boxes")
         position, content = self.query_embedding.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -12,18 +10,6 @@ from .decoder import Queries
 from .geometry import FlattenedFeatures, proposal_anchors
 from .heads import DetectionHeads
 from .position_encoding import box_encoding
-
-
-class Proposals(NamedTuple):
-    """The Q best tokens as queries, and the predictions for all S tokens.
-
-    logits: (B, S, K). Column 0 means "object"; with class_aware_proposals, each column is its class.
-    boxes: (B, S, 4).
-    """
-
-    queries: Queries
-    logits: Tensor
-    boxes: Tensor
 
 
 class TwoStageProposals(nn.Module):
@@ -57,8 +43,13 @@ class TwoStageProposals(nn.Module):
         position = parts.pop(0) if self.from_box[0] else None
         return position, parts[0] if self.from_box[1] else None
 
-    def forward(self, memory: Tensor, features: FlattenedFeatures, heads: DetectionHeads) -> Proposals:
-        """Propose boxes from the memory (B, S, C). If S < Q, all tokens become queries."""
+    def forward(
+        self, memory: Tensor, features: FlattenedFeatures, heads: DetectionHeads
+    ) -> tuple[Queries, Tensor, Tensor]:
+        """Return the Q best tokens of the memory (B, S, C) as queries, and logits (B, S, K) and boxes (B, S, 4) of all.
+
+        If S < Q, all tokens become queries.
+        """
         anchors, valid = proposal_anchors(features.spatial_shapes, features.valid_ratios, features.padding_mask)
         tokens = memory.masked_fill(~valid[..., None], 0.0)
         tokens = self.memory_norm(self.memory_proj(tokens))
@@ -74,4 +65,4 @@ class TwoStageProposals(nn.Module):
         elif self.query_init == "learned":
             content = self.query_embedding.weight[:count].expand(memory.shape[0], -1, -1)
         assert content is not None
-        return Proposals(Queries(content, position, boxes), logits, unactivated.sigmoid())
+        return Queries(content, position, boxes), logits, unactivated.sigmoid()
