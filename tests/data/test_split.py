@@ -13,7 +13,7 @@ import pytest
 from deformable_detr.cli import main
 from deformable_detr.config import presets
 from deformable_detr.data.dataset import open_dataset
-from deformable_detr.data.split import assigned
+from deformable_detr.data.split import assign_splits
 from deformable_detr.data.validate import repair
 from deformable_detr.evaluation.evaluator import open_eval_dataset
 from deformable_detr.utils.errors import UserError
@@ -204,10 +204,10 @@ def test_rare_classes_are_in_every_split():
     # One class in ten images of a thousand: at random, a tenth of the divisions would leave it out of validation.
     counts = [{0: 1, 1: 1} if number < 10 else {0: 1} for number in range(1000)]
     for seed in range(30):
-        names = assigned([1] * 1000, counts, {"train": 0.8, "val": 0.2}, seed)
+        names = assign_splits([1] * 1000, counts, {"train": 0.8, "val": 0.2}, seed)
         assert names.count("val") == 200
         assert sum(name == "val" for name, count in zip(names, counts, strict=True) if 1 in count) == 2
-    assert assigned([1], [{0: 1}], {"train": 0.8, "val": 0.2}, 0) == ["train"]
+    assert assign_splits([1], [{0: 1}], {"train": 0.8, "val": 0.2}, 0) == ["train"]
 
 
 def test_shares_are_kept_where_every_class_has_few_images():
@@ -216,21 +216,21 @@ def test_shares_are_kept_where_every_class_has_few_images():
         ([{number // 5: 1} for number in range(100)], {"train": 0.7, "val": 0.2, "test": 0.1}),
         ([{number // 2: 1} for number in range(100)], {"train": 0.8, "val": 0.2}),
     ]:
-        found = Counter(assigned([1] * 100, counts, shares, 0))
+        found = Counter(assign_splits([1] * 100, counts, shares, 0))
         assert found == {name: round(100 * share) for name, share in shares.items()}
-    assert sorted(assigned([1, 1, 1], [{0: 1}] * 3, {"train": 0.7, "val": 0.2, "test": 0.1}, 0)) == [
+    assert sorted(assign_splits([1, 1, 1], [{0: 1}] * 3, {"train": 0.7, "val": 0.2, "test": 0.1}, 0)) == [
         "test",
         "train",
         "val",
     ]
     for sizes in ([200, 190, 20], [100, 30], [50, 50, 50, 1]):
         counts = [{0: size, number: 5} for number, size in enumerate(sizes, 1)]
-        assert set(assigned(sizes, counts, {"train": 0.9, "val": 0.1}, 0)) == {"train", "val"}
+        assert set(assign_splits(sizes, counts, {"train": 0.9, "val": 0.1}, 0)) == {"train", "val"}
 
 
 def test_large_groups_do_not_fill_a_split_beyond_its_share():
     sizes = [40, 30, 10, 10, 5, 3, 1, 1]
-    names = assigned(sizes, [{} for _ in sizes], {"train": 0.7, "val": 0.3}, 0)
+    names = assign_splits(sizes, [{} for _ in sizes], {"train": 0.7, "val": 0.3}, 0)
     assert sum(size for size, name in zip(sizes, names, strict=True) if name == "val") == 30
 
 
@@ -251,7 +251,7 @@ def test_images_that_belong_together_stay_together(tmp_path, capsys):
     )
     assert "give another --group-by than '_'" in refused(capsys, root, "--out", tmp_path / "x", "--group-by", "_")
     assert "20 images in 20 groups" in split(capsys, root, "--out", tmp_path / "each", "--group-by", ".*")
-    assert "is no regular expression" in refused(capsys, root, "--out", tmp_path / "x", "--group-by", "(")
+    assert "is not a regular expression" in refused(capsys, root, "--out", tmp_path / "x", "--group-by", "(")
 
 
 def test_copies_of_one_image_stay_together(tmp_path, capsys):
@@ -298,7 +298,7 @@ def test_splits_of_any_spelling_stay_apart(tmp_path, capsys, places):
         label.write_text(yolo_row(0, (4, 2, 16, 10)))
     (tmp_path / "obj.names").write_text("cat\ndog\n")
     assert [list(contents(tmp_path, name)) for name in ("train", "val", "test")] == [["a"], ["c"], ["e"]]
-    assert "has a 'val' split already" in refused(capsys, tmp_path, "--out", tmp_path.with_name("new"))
+    assert "already has a 'val' split" in refused(capsys, tmp_path, "--out", tmp_path.with_name("new"))
 
 
 @pytest.mark.parametrize("name", ["default", "trainval"])
@@ -409,7 +409,7 @@ def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
     for arguments, words in [
-        ((tmp_path / "divided", "--out", new), "has a 'val' split already"),
+        ((tmp_path / "divided", "--out", new), "already has a 'val' split"),
         ((few, "--out", new), "1 images in 1 groups that stay together leave none for the 'val' split"),
         ((tmp_path / "absent", "--out", new), "no such dataset"),
         ((tmp_path / "full", "--out", new), "no 'train' split"),

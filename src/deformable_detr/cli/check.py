@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.schema import Config, DataConfig
-from ..data.split import UNDIVIDED, Shares, divide, refuse_division
+from ..data.split import SPLIT_ISSUES, SplitOptions, ensure_splittable, split_dataset
 from ..data.validate import Report, check_dataset, refused
 from ..data.validate.repair import CHANGES, Change, new_copy, repair
 from ..data.validate.report_page import page
@@ -33,23 +33,23 @@ def run(data: Path, settings: Config, fix: Path | None, report: Path | None, jso
     return _copied("repaired", found, fix, changes, settings)
 
 
-def split(data: Path, out: Path, settings: Config, shares: Shares) -> bool:
+def split(data: Path, out: Path, settings: Config, options: SplitOptions) -> bool:
     """Writes a repaired copy with a validation split, and prints; whether training could use it.
 
     Raises `UserError` for a set that has one, or too few images, and for an output that cannot be used.
     """
     train, val = settings.data.train_split, settings.data.val_split
-    if val == "test" and shares.test:
-        raise UserError(f"data.val_split=test --test {shares.test:g}: both would be 'test'; leave one out")
+    if val == "test" and options.test:
+        raise UserError(f"data.val_split=test --test {options.test:g}: both would be 'test'; leave one out")
     out = out.expanduser()
-    refuse_division(data.expanduser(), settings.data, shares)
+    ensure_splittable(data.expanduser(), settings.data, options)
     with new_copy(data, out, "--out"):
-        found = _checked(data, settings, without=UNDIVIDED)
+        found = _checked(data, settings, without=SPLIT_ISSUES)
         if train not in {one.name for one in found.splits}:
             raise UserError(next(f.line for f in found.errors if f.split == train and f.code == "file-unreadable"))
         changes = repair(found, out)
-        images, groups = divide(found, out, settings.data, shares)
-    if groups < images or shares.group is not None:
+        images, groups = split_dataset(found, out, settings.data, options)
+    if groups < images or options.group is not None:
         print(f"{images} images in {groups} groups that stay together")
     good = _copied("divided", found, out, changes, settings)
     if good:

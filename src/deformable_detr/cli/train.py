@@ -156,10 +156,10 @@ def split(
         seed: For another division of the same set.
     """
     from ..config.resolve import resolve_config
-    from ..data.split import Shares
+    from ..data.split import SplitOptions
     from .check import split as run
 
-    if not run(data, out, resolve_config(None, None, set_ or ()), Shares(val, test, seed, group_by)):
+    if not run(data, out, resolve_config(None, None, set_ or ()), SplitOptions(val, test, seed, group_by)):
         sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""A validation split, and a test split, out of the images of a set that has none."""
+"""Create validation and test splits from a dataset that has only a training split."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from .validate.annotations import ImageRecord
 from .validate.issues import Findings
 from .validate.repair import write_annotations
 
-ROBOFLOWS_COPY = re.compile(r"(.+)\.rf\.[^./\\]+\.[^./\\]+")  # one original, augmented several times: NAME.rf.HASH.jpg
+ROBOFLOW_COPY = re.compile(r"(.+)\.rf\.[^./\\]+\.[^./\\]+")  # augmented copies of one image: NAME.rf.HASH.jpg
 
-UNDIVIDED = ("split-missing", "splits-same")  # the findings that a division is the mend of
+SPLIT_ISSUES = ("split-missing", "splits-same")  # the issues that a new split fixes
 
 
 @dataclass(frozen=True)
-class Shares:
-    """What part of the images the new splits get, 0..1, and which images stay together.
+class SplitOptions:
+    """How to split a dataset.
 
-    group: the part of a file name that images of one scene share: the groups of the expression, or all that it matches.
+    Attributes:
+        val: Share of the images for validation, 0..1.
+        test: Share of the images for testing, 0..1.
+        seed: Random seed.
+        group: Regular expression; images with the same groups (or the same match) in their names stay together.
     """
 
     val: float = 0.2
@@ -41,180 +45,191 @@ class Shares:
     def __post_init__(self) -> None:
         if not 0 < self.val < 1 or not 0 <= self.test < 1 - self.val:
             raise UserError(
-                f"--val {self.val:g} --test {self.test:g}: give parts of the images, as 0.2, and leave some to train on"
+                f"--val {self.val:g} --test {self.test:g}: give shares such as 0.2, and leave images for training"
             )
         try:
             re.compile(self.group or "")
         except re.error as error:
-            raise UserError(f"--group-by {self.group!r} is no regular expression ({error})") from None
+            raise UserError(f"--group-by {self.group!r} is not a regular expression ({error}); correct it") from None
 
 
-def refuse_division(root: Path, data: DataConfig, shares: Shares) -> None:
-    """Raises `UserError` where a set has the splits that are to be made, or no training split to make them of."""
+def ensure_splittable(root: Path, data: DataConfig, options: SplitOptions) -> None:
+    """Raise `UserError` if the dataset has no training split, or has a split that is to be created."""
     found = Findings()
     splits = find_splits(root, data, found)
     if data.train_split not in splits:
-        raise UserError(next(finding.line for finding in found if finding.split == data.train_split))
-    for name, share in ((data.val_split, shares.val), ("test", shares.test)):
+        raise UserError(next(issue.line for issue in found if issue.split == data.train_split))
+    for name, share in ((data.val_split, options.val), ("test", options.test)):
         if share and name in splits and splits[name].read(on_problem=ignore_problem)["images"]:
-            mend = "train on it as it is" if name == data.val_split else "leave out --test"
-            raise UserError(f"{root}: has a '{name}' split already, {splits[name].file}; {mend}")
+            hint = "train on it as it is" if name == data.val_split else "leave out --test"
+            raise UserError(f"{root}: already has a '{name}' split, {splits[name].file}; {hint}")
 
 
-def divide(report: Report, out: Path, data: DataConfig, shares: Shares) -> tuple[int, int]:
-    """Moves images of the repaired copy `out` from its training split into new ones, with their objects.
+def split_dataset(report: Report, out: Path, data: DataConfig, options: SplitOptions) -> tuple[int, int]:
+    """Move images of the repaired copy `out` from its training split to new splits, with their objects.
 
-    Returns how many images there are and in how many groups that stay together: copies by their pixels, Roboflow's
-    augmented copies of one image, and what `shares.group` says. Raises `UserError` where a split would be empty.
+    Copies by pixels, Roboflow's augmented copies of one image, and images of one `options.group` stay together.
+
+    Returns:
+        The number of images, and of groups that stay together.
+
+    Raises:
+        UserError: A split would be empty.
     """
-    folder = out / data.train_split
-    content = json.loads((folder / ROBOFLOW).read_text(encoding="utf-8"))
+    train_folder = out / data.train_split
+    content = json.loads((train_folder / ROBOFLOW).read_text(encoding="utf-8"))
     if not content["images"]:
-        lines = (finding.line for finding in report.errors if finding.code not in UNDIVIDED)
-        raise UserError(next(lines, f"{report.root}: has no images"))
-    split = next(split for split in report.splits if split.name == data.train_split)
-    groups = _groups({picture.id: picture for picture in split.pictures}, content["images"], shares.group)
+        lines = (issue.line for issue in report.errors if issue.code not in SPLIT_ISSUES)
+        raise UserError(next(lines, f"{report.root}: has no images; add some"))
+    train = next(split for split in report.splits if split.name == data.train_split)
+    groups = _groups({image.id: image for image in train.pictures}, content["images"], options.group)
     classes: dict[int, set[int]] = defaultdict(set)
     for record in content["annotations"]:
         classes[record["image_id"]].add(record["category_id"])
-    counts = [Counter(label for number in group for label in classes[number]) for group in groups]
-    parts = {data.train_split: 1 - shares.val - shares.test, data.val_split: shares.val, "test": shares.test}
-    parts = {name: share for name, share in parts.items() if share}
-    names = assigned([len(group) for group in groups], counts, parts, shares.seed)
-    for name in parts:
+    counts = [Counter(label for image_id in group for label in classes[image_id]) for group in groups]
+    shares = {data.train_split: 1 - options.val - options.test, data.val_split: options.val, "test": options.test}
+    shares = {name: share for name, share in shares.items() if share}
+    names = assign_splits([len(group) for group in groups], counts, shares, options.seed)
+    for name in shares:
         if name not in names:
-            what = f"{len(content['images'])} images in {len(groups)} groups that stay together"
-            mend = "add images or give larger parts"
-            if shares.group is not None:
-                mend = f"give another --group-by than {shares.group!r}, {mend}"
-            raise UserError(f"{report.root}: {what} leave none for the '{name}' split; {mend}")
-    part_of = {number: name for name, group in zip(names, groups, strict=True) for number in group}
-    for name in parts:
-        images = [record for record in content["images"] if part_of[record["id"]] == name]
-        objects = [record for record in content["annotations"] if part_of[record["image_id"]] == name]
+            hint = "add images or give larger shares"
+            if options.group is not None:
+                hint = f"give another --group-by than {options.group!r}, {hint}"
+            sizes = f"{len(content['images'])} images in {len(groups)} groups that stay together"
+            raise UserError(f"{report.root}: {sizes} leave none for the '{name}' split; {hint}")
+    split_of = {image_id: name for name, group in zip(names, groups, strict=True) for image_id in group}
+    for name in shares:
+        images = [record for record in content["images"] if split_of[record["id"]] == name]
+        objects = [record for record in content["annotations"] if split_of[record["image_id"]] == name]
         if name != data.train_split:
             (out / name).mkdir(exist_ok=True)
             for record in images:
-                _move(folder, out / name, record["file_name"])
+                _move(train_folder, out / name, record["file_name"])
         write_annotations(out / name, content | {"images": images, "annotations": objects})
     return len(content["images"]), len(groups)
 
 
-def assigned(
+def assign_splits(
     sizes: Sequence[int], counts: Sequence[Mapping[int, int]], shares: Mapping[str, float], seed: int
 ) -> list[str]:
-    """A split for each group of images: the splits get their shares of each class, the rarest class first.
+    """Assign groups of images to splits so that each split gets its share of each class, the rarest class first.
 
-    sizes: images in each group; counts: how many of them have each class. Iterative stratification (Sechidis,
-    Tsoumakas and Vlahavas, "On the stratification of multi-label data", ECML 2011, algorithm 1), large groups first.
+    Iterative stratification (Sechidis, Tsoumakas and Vlahavas, "On the stratification of multi-label data",
+    ECML 2011, algorithm 1), large groups first.
+
+    Args:
+        sizes: Images per group.
+        counts: Images with each class, per group.
+        shares: Share of the images per split.
+        seed: Random seed.
     """
     order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
     order.sort(key=lambda group: -sizes[group])
-    wanted = {name: share * sum(sizes) for name, share in shares.items()}
     totals = sum((Counter(count) for count in counts), Counter[int]())
-    wanted_of = {name: {label: share * n for label, n in totals.items()} for name, share in shares.items()}
-    left = Counter(label for count in counts for label in count)  # groups that are not assigned yet, by class
+    # How many images, and images of each class, a split still needs.
+    needed = {name: share * sum(sizes) for name, share in shares.items()}
+    needed_of = {name: {label: share * n for label, n in totals.items()} for name, share in shares.items()}
+    unassigned = Counter(label for count in counts for label in count)  # groups by class
     members: dict[int, list[int]] = defaultdict(list)
     for group in order:
         for label in counts[group]:
             members[label].append(group)
-    found: dict[int, str] = {}
+    assigned: dict[int, str] = {}
 
-    def give(group: int, label: int | None) -> None:
-        name = max(shares, key=lambda name: (wanted_of[name].get(label, 0) if label is not None else 0, wanted[name]))
-        found[group] = name
-        wanted[name] -= sizes[group]
-        for own, number in counts[group].items():
-            wanted_of[name][own] -= number
-            left[own] -= 1
+    def assign(group: int, label: int | None) -> None:
+        name = max(shares, key=lambda name: (needed_of[name].get(label, 0) if label is not None else 0, needed[name]))
+        assigned[group] = name
+        needed[name] -= sizes[group]
+        for group_label, count in counts[group].items():
+            needed_of[name][group_label] -= count
+            unassigned[group_label] -= 1
 
-    while left := +left:
-        rarest = min(left, key=lambda label: (left[label], label))
+    while unassigned := +unassigned:
+        rarest = min(unassigned, key=lambda label: (unassigned[label], label))
         for group in members[rarest]:
-            if group not in found:
-                give(group, rarest)
+            if group not in assigned:
+                assign(group, rarest)
     for group in order:
-        if group not in found:
-            give(group, None)
-    _balance(found, sizes, counts, wanted, wanted_of)
-    return [found[group] for group in range(len(sizes))]
+        if group not in assigned:
+            assign(group, None)
+    _balance(assigned, sizes, counts, needed, needed_of)
+    return [assigned[group] for group in range(len(sizes))]
 
 
 def _balance(
-    found: dict[int, str],
+    assigned: dict[int, str],
     sizes: Sequence[int],
     counts: Sequence[Mapping[int, int]],
-    wanted: dict[str, float],
-    wanted_of: dict[str, dict[int, float]],
+    needed: dict[str, float],
+    needed_of: dict[str, dict[int, float]],
 ) -> None:
-    """Moves groups to splits that lack images: where each class has few, all of them round in favour of training.
+    """Move groups to splits that need images: with few images per class, all shares round in favor of training.
 
-    wanted, wanted_of: what the splits still lack, of images and of each class. No split is left empty that need not be.
+    No split is left empty if that can be avoided.
     """
     while True:
-        poor = max(wanted, key=lambda name: (name not in found.values(), wanted[name]))
-        rich = min(wanted, key=lambda name: wanted[name])
-        own = [group for group, name in found.items() if name == rich]
-        lack = min(wanted[poor], -wanted[rich])
-        fitting = [group for group in own if sizes[group] < 2 * lack] if len(own) > 1 else []
-        if poor not in found.values() and not fitting:  # the smallest, where another stays
-            rich = max(wanted, key=lambda name: sum(other == name for other in found.values()))
-            own = [group for group, name in found.items() if name == rich]
-            fitting = [min(own, key=lambda group: sizes[group])] if len(own) > 1 else []
+        poor = max(needed, key=lambda name: (name not in assigned.values(), needed[name]))
+        rich = min(needed, key=lambda name: needed[name])
+        candidates = [group for group, name in assigned.items() if name == rich]
+        lack = min(needed[poor], -needed[rich])
+        fitting = [group for group in candidates if sizes[group] < 2 * lack] if len(candidates) > 1 else []
+        if poor not in assigned.values() and not fitting:  # take the smallest group of the split with most groups
+            rich = max(needed, key=lambda name: sum(other == name for other in assigned.values()))
+            candidates = [group for group, name in assigned.items() if name == rich]
+            fitting = [min(candidates, key=lambda group: sizes[group])] if len(candidates) > 1 else []
         if not fitting:
             return
 
         def gain(group: int, poor: str = poor, rich: str = rich) -> tuple[float, int]:
             classes = counts[group].items()
-            return sum(n * (wanted_of[poor][c] - wanted_of[rich][c]) for c, n in classes), -group
+            return sum(n * (needed_of[poor][label] - needed_of[rich][label]) for label, n in classes), -group
 
         group = max(fitting, key=gain)
-        found[group] = poor
+        assigned[group] = poor
         for name, sign in ((poor, -1), (rich, 1)):
-            wanted[name] += sign * sizes[group]
-            for label, number in counts[group].items():
-                wanted_of[name][label] += sign * number
+            needed[name] += sign * sizes[group]
+            for label, count in counts[group].items():
+                needed_of[name][label] += sign * count
 
 
-def _groups(
-    pictures: Mapping[int, ImageRecord], records: Sequence[dict[str, Any]], pattern: str | None
-) -> list[list[int]]:
-    """Ids of the images that stay together, in the order of their names."""
+def _groups(images: Mapping[int, ImageRecord], records: list[dict[str, Any]], pattern: str | None) -> list[list[int]]:
+    """Return the ids of images that stay together, in the order of their names."""
     leader: dict[int, int] = {}
 
-    def first(number: int) -> int:
-        while leader.setdefault(number, number) != number:
-            number = leader[number]
-        return number
+    def find(image_id: int) -> int:
+        while leader.setdefault(image_id, image_id) != image_id:
+            image_id = leader[image_id]
+        return image_id
 
     owner: dict[Any, int] = {}
     matched = False
-    for record in sorted(records, key=lambda record: record["file_name"]):
-        number, name = record["id"], pictures[record["id"]].name
-        keys: list[Any] = [pictures[number].digest]
-        if copy := ROBOFLOWS_COPY.fullmatch(name):
+    ordered = sorted(records, key=lambda record: record["file_name"])
+    for record in ordered:
+        image_id, name = record["id"], images[record["id"]].name
+        keys: list[Any] = [images[image_id].digest]
+        if copy := ROBOFLOW_COPY.fullmatch(name):
             keys.append(("roboflow", copy[1]))
         if pattern is not None and (match := re.search(pattern, name)):
             matched = True
             keys.append(("group", match.groups() or match[0]))
         for key in keys:
             if key is not None:
-                leader[first(number)] = first(owner.setdefault(key, number))
+                leader[find(image_id)] = find(owner.setdefault(key, image_id))
     if pattern is not None and not matched:
         name = records[0]["file_name"] if records else ""
-        raise UserError(f"--group-by {pattern!r} matches no file name, such as {name!r}")
+        raise UserError(f"--group-by {pattern!r} matches no file name, such as {name!r}; correct it")
     groups: dict[int, list[int]] = defaultdict(list)
-    for record in sorted(records, key=lambda record: record["file_name"]):
-        groups[first(record["id"])].append(record["id"])
+    for record in ordered:
+        groups[find(record["id"])].append(record["id"])
     return list(groups.values())
 
 
-def _move(folder: Path, other: Path, name: str) -> None:
-    place = other / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(folder / name, place)
-    for parent in (folder / name).parents:  # folders that are empty now
+def _move(folder: Path, new_folder: Path, name: str) -> None:
+    target = new_folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(folder / name, target)
+    for parent in (folder / name).parents:
         if parent == folder or any(parent.iterdir()):
             break
         parent.rmdir()

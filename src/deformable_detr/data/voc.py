@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,8 +26,6 @@ from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
-
-_CLASS_FLAG = re.compile(r"\s+(-1|0|1)$")  # in lists of one class: absent, only difficult objects, present
 
 
 @dataclass(frozen=True)
@@ -89,15 +86,10 @@ class VocSource(Source):
         problems: list[Problem] = []
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
-        for path, names in self._files(problems):
-            root = _parse_xml(path, problems)
-            if (name := _labeled_image(path, names, root, problems)) is None:
-                continue
+        for path, name in self._files(problems):
             record: dict[str, Any] = {"id": len(images) + 1, "file_name": name}
             images.append(record)
-            if not self.has_list:  # the others have no XML file
-                others = [other for other in names if other != name]
-                images += [{"id": number, "file_name": other} for number, other in enumerate(others, len(images) + 1)]
+            root = _parse_xml(path, problems)
             if root is None:
                 continue
             height, width = (_number(root, f"size/{side}") or 0 for side in ("height", "width"))
@@ -108,27 +100,28 @@ class VocSource(Source):
                     objects.append({"image_id": record["id"], **item})
         return ParsedAnnotations({"images": images, "objects": objects}, tuple(problems))
 
-    def _files(self, problems: list[Problem]) -> list[tuple[Path, list[str]]]:
-        """Return the XML file and the image of each record; several images if only their suffixes differ."""
-        names: dict[str, list[str]] = {}
-        for name in sorted(os.listdir(self.images)):
-            if is_image(name):
-                names.setdefault(Path(name).stem, []).append(name)
-        files: dict[tuple[str, ...], tuple[Path, list[str]]] = {}
+    def _files(self, problems: list[Problem]) -> list[tuple[Path, str]]:
+        """Return the XML file and the image of each record."""
+        names: dict[str, str] = {}
+        for name in sorted(filter(is_image, os.listdir(self.images))):
+            if (first := names.setdefault(Path(name).stem, name)) != name:
+                message = f"has the name of {first} but another suffix; both would have one XML file"
+                problems.append(Problem("image-record", self.images / name, "", message, "rename or remove it"))
+        files: dict[str, tuple[Path, str]] = {}
         for record, text in self._entries(names):
-            stem, images = _match_line(text, names) if self.has_list else (text, names.get(text, []))
-            if not images:
-                message = f"names {text!r}, but {self.images} has no such image"
-                hint = "add the file or remove the record"
+            stem = text if text in names else Path(text).stem
+            if stem not in names or text not in (stem, names[stem]):
+                message, hint = (
+                    f"names {text!r}, but {self.images} has no such image",
+                    "add the file or remove the record",
+                )
                 problems.append(Problem("image-missing", self.file, record, message, hint))
                 continue
-            if tuple(images) in files:  # a repeated line
-                continue
             path = label_file(self.annotations, stem, "xml")
-            if self.has_list and not path.is_file():
+            if self.has_list and not path.is_file() and stem not in files:
                 hint = f"add it or remove {stem} from {self.file.name}"
                 problems.append(Problem("label-unreadable", path, "", "is missing", hint))
-            files[tuple(images)] = path, images
+            files.setdefault(stem, (path, names[stem]))
         return list(files.values())
 
     def _entries(self, names: Iterable[str]) -> list[tuple[str, str]]:
@@ -219,28 +212,6 @@ def _image_and_xml_folders(folder: Path) -> tuple[Path, Path] | None:
                 folders[name] = folder / entry.name
     images = folders.get("jpegimages") or folders.get("images")
     return (images, folders["annotations"]) if images and "annotations" in folders else None
-
-
-def _match_line(line: str, names: Mapping[str, list[str]]) -> tuple[str, list[str]]:
-    """Return the stem and the images of a list's line: `a`, `a.jpg`, or `a -1` in the list of a class."""
-    for text in (line, _CLASS_FLAG.sub("", line)):
-        if text in names:
-            return text, names[text]
-        if text in names.get(stem := Path(text).stem, ()):
-            return stem, [text]
-    return line, []
-
-
-def _labeled_image(path: Path, names: Sequence[str], root: Element | None, problems: list[Problem]) -> str | None:
-    """Choose the image of an XML file among those that differ only in their suffixes."""
-    if len(names) == 1 or root is None:
-        return names[0]
-    name = re.split(r"[/\\]", root.findtext("filename") or "")[-1].strip()
-    if name in names:
-        return name
-    message = f"may belong to {' or '.join(names)}"
-    problems.append(Problem("image-record", path, "", message, "name the image in its <filename>"))
-    return None
 
 
 def _parse_xml(path: Path, problems: list[Problem]) -> Element | None:
