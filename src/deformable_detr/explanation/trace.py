@@ -179,6 +179,8 @@ def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_
     Raises:
         UserError: The image cannot be read, or a setting is out of range.
     """
+    if not isinstance(model, DeformableDETRNetwork):
+        raise UserError("optimized models and exported files have no sampling points; use the original model")
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is not in 0..1")
     if top_k < 1:

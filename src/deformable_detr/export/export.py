@@ -103,12 +103,9 @@ class _Exporter:
     ) -> None:
         self.model = copy.deepcopy(model).cpu().float().eval()
         self.path, self.to, self.options, self.report = path, to, options, report
+        config = self_contained_config(self.model)
         self.metadata = ExportMetadata(
-            self_contained_config(self.model),
-            options.image_size,
-            options.precision,
-            options.sampling,
-            options.post_processing,
+            config, options.image_size, options.precision, options.sampling, options.post_processing
         )
 
     def run(self) -> ExportResult:

@@ -23,15 +23,7 @@ def write_file(
     metadata: ExportMetadata,
     transform: Callable[[Any], Any] = lambda proto: proto,
 ) -> None:
-    """Write a graph and its metadata.
-
-    Args:
-        to: "onnx", "openvino" (writes a .bin beside the .xml) or "torch".
-        program: The graph.
-        path: The file.
-        metadata: Stored in the file.
-        transform: Applied to the ONNX model that becomes the ONNX or OpenVINO file.
-    """
+    """Write a graph and its metadata. `transform` changes the ONNX model that becomes the ONNX or OpenVINO file."""
     strings = metadata.to_strings()
     if to == "torch":
         torch.export.save(program, path, extra_files={f"{NAMESPACE}.{key}": text for key, text in strings.items()})
@@ -51,8 +43,6 @@ def write_file(
 
 
 def _onnx_model(program: ExportedProgram, strings: Mapping[str, str], post_processing: bool) -> Any:
-    need("onnx")
-    need("onnxscript")
     with quiet_exporter():
         exported = torch.onnx.export(
             program,

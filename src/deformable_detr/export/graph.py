@@ -37,13 +37,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
 
 
 class InferenceGraph(nn.Module):
-    """The computation of an exported file.
-
-    Args:
-        model: Copied.
-        post_processing: Add the outputs boxes, scores and labels.
-        dtype: Of the network. Inputs and outputs are fp32.
-    """
+    """The computation of an exported file, with a copy of the model in `dtype`. Inputs and outputs are fp32."""
 
     def __init__(self, model: DeformableDETR, post_processing: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -75,18 +69,12 @@ class InferenceGraph(nn.Module):
 
 
 def trace(graph: InferenceGraph, image_size: tuple[int, int] | None, sampling: Sampling) -> ExportedProgram:
-    """Trace a graph with a dynamic batch size.
-
-    Args:
-        graph: The graph.
-        image_size: Fixed (height, width). None: dynamic.
-        sampling: Operators of the deformable attention.
+    """Trace a graph with a dynamic batch size and a fixed or dynamic (None) image size.
 
     Raises:
-        UserError: The model cannot be traced, as backbones whose code computes with the input size.
+        UserError: The model cannot be traced, such as a backbone whose code computes with the input size.
     """
-    batch, height, width = EXAMPLE
-    height, width = image_size or (height, width)
+    batch, (height, width) = EXAMPLE[0], image_size or EXAMPLE[1:]
     pixels, mask = torch.zeros(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)
     mask[1, height // 2 :] = True
     sides = [Dim.DYNAMIC if image_size is None else Dim.STATIC] * 2

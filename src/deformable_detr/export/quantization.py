@@ -34,14 +34,7 @@ _SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules
 
 
 class CalibrationImages:
-    """Inputs of the graph, one image each, evenly spaced over the train split and read again in each iteration.
-
-    Iteration yields pixels (1, 3, H, W), normalized and resized as for evaluation, and the padding mask (1, H, W).
-
-    Args:
-        metadata: Of the export.
-        data: Dataset.
-        max_images: Maximum number of images.
+    """Pixels (1, 3, H, W) and padding mask (1, H, W) of images evenly spaced over the train split, read when iterated.
 
     Raises:
         UserError: The dataset has no train split, or other classes than the model.
@@ -72,14 +65,10 @@ class CalibrationImages:
 
 
 def quantize(proto: Any, images: CalibrationImages, modules: re.Pattern[str], per_channel: bool) -> Any:
-    """Return an ONNX model with some modules in int8.
+    """Return an ONNX model with the modules whose names match in int8. The images determine the activation ranges.
 
-    Args:
-        proto: The ONNX model in fp32.
-        images: Determine the ranges of activations.
-        modules: Matches the names of the modules to quantize.
-        per_channel: One range per input channel of a depthwise convolution. OpenVINO supports it; ONNX Runtime leaves
-            such a convolution in fp32 or, without a bias, fails at the first image.
+    `per_channel` uses one range per input channel of a depthwise convolution. OpenVINO supports it. ONNX Runtime leaves
+    such a convolution in fp32 or, without a bias, fails at the first image.
     """
     nncf = import_nncf()
     ranges = nncf.quantization.advanced_parameters.QuantizationParameters(per_channel=None if per_channel else False)

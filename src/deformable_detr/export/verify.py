@@ -45,15 +45,10 @@ def verify(
     exported: ExportedDetector,
     tolerances: tuple[float, float] = (LOGIT_TOLERANCE, BOX_TOLERANCE),
 ) -> list[VerifiedCase]:
-    """Compare file and model on three batches; those with several images have padding.
-
-    Args:
-        model: In evaluation mode, fp32, on the CPU.
-        exported: The opened file.
-        tolerances: Maximum differences of logits and boxes.
+    """Compare a file and a model (evaluation mode, fp32, CPU) on three batches of 1 to 5 images with padding.
 
     Raises:
-        UserError: A difference exceeds its tolerance.
+        UserError: A difference of logits or boxes exceeds its tolerance.
     """
     cases = []
     for batch, height, width in input_sizes(exported.canvas, model.config.image_size):

@@ -16,16 +16,7 @@ from .metadata import ExportMetadata
 
 
 class ExportedDetector(nn.Module):
-    """An exported file that takes the model's place in `predict` and `evaluate`.
-
-    Args:
-        runtime: The opened file.
-        path: The file, for error messages.
-
-    Attributes:
-        config, pixel_mean, pixel_std: The model's.
-        metadata: The options of the export.
-    """
+    """An exported file that takes the model's place in `predict` and `evaluate`; `path` is for error messages."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -44,24 +35,12 @@ class ExportedDetector(nn.Module):
         """(height, width) to which all batches are padded. None: any size."""
         return self.metadata.image_size
 
-    def forward(
-        self, pixels: Tensor, padding_mask: Tensor | None = None, *, return_attention: bool = False
-    ) -> dict[str, Any]:
-        """Run the file.
-
-        Args:
-            pixels: (B, 3, H, W), normalized RGB.
-            padding_mask: (B, H, W) bool, True = padding. Default: no padding.
-            return_attention: Not supported.
-
-        Returns:
-            `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4), cxcywh in 0..1 of the unpadded image.
+    def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Return `pred_logits` and `pred_boxes` as `DeformableDETRNetwork.forward` does.
 
         Raises:
-            UserError: Attention was asked for, or the pixels exceed the exported size.
+            UserError: The pixels exceed the exported size.
         """
-        if return_attention:
-            raise UserError("an exported file has no sampling points; use the model that it was exported from")
         if padding_mask is None:
             padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
         inputs = list(pad_to_canvas(pixels, padding_mask, self.canvas))

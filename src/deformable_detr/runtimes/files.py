@@ -15,12 +15,7 @@ from .metadata import NAMESPACE, REQUIRED_KEYS
 
 
 class Runtime(Protocol):
-    """An opened file. Inputs may be on any device.
-
-    Attributes:
-        strings: The file's metadata.
-        device: Device of the outputs.
-    """
+    """An opened file: its metadata and the device of its outputs. Inputs may be on any device."""
 
     strings: dict[str, str]
     device: torch.device

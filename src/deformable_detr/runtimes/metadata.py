@@ -17,15 +17,7 @@ REQUIRED_KEYS = ("format", "version", "model", "image_size", "precision", "sampl
 
 @dataclass(frozen=True)
 class ExportMetadata:
-    """The model's config and the options of its export.
-
-    Attributes:
-        config: The model's config, including its normalization.
-        image_size: (height, width) of the input. None: any size.
-        precision: "fp32", "fp16" or "int8".
-        sampling: "grid_sample" or "gather".
-        post_processing: Whether the graph also returns boxes in pixels, scores and labels.
-    """
+    """The model's config, including its normalization, and the options of its export (see `export.ExportOptions`)."""
 
     config: ModelConfig
     image_size: tuple[int, int] | None

@@ -46,12 +46,7 @@ class OptimizedDetector(nn.Module):
     pixel_std: Tensor
 
     def __init__(
-        self,
-        model: DeformableDETRNetwork,
-        precision: str = "fp32",
-        *,
-        compile: bool = False,
-        packed: bool | None = None,
+        self, model: DeformableDETRNetwork, precision: str = "fp32", compile: bool = False, packed: bool | None = None
     ) -> None:
         super().__init__()
         device = model.get_buffer("pixel_mean").device
@@ -91,24 +86,8 @@ class OptimizedDetector(nn.Module):
             self.register_buffer(name, value.clone(), persistent=False)
 
     @torch.no_grad()
-    def forward(
-        self, pixels: Tensor, padding_mask: Tensor | None = None, *, return_attention: bool = False
-    ) -> dict[str, Any]:
-        """Detect objects.
-
-        Args:
-            pixels: (B, 3, H, W), normalized RGB.
-            padding_mask: (B, H, W) bool, True = padding. Default: no padding.
-            return_attention: Not supported.
-
-        Returns:
-            `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4), cxcywh in 0..1 of the unpadded image, fp32.
-
-        Raises:
-            UserError: Attention was asked for.
-        """
-        if return_attention:
-            raise UserError("an optimized model has no sampling points; use the model before optimize()")
+    def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Return `pred_logits` and `pred_boxes` in fp32 as `DeformableDETRNetwork.forward` does."""
         if padding_mask is not None and not bool(padding_mask.any()):
             padding_mask = None
         if padding_mask is not None:
@@ -145,10 +124,6 @@ class OptimizedDetector(nn.Module):
         from ...predict.predictor import predict
 
         return predict(self, source, threshold, top_k, batch_size)
-
-    def optimize(self, *_: Any, **__: Any) -> OptimizedDetector:
-        """Return self."""
-        return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         probe = fn(self.pixel_mean)

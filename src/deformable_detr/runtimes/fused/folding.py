@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 
 def inference_copy(model: N, device: torch.device | str | None = None) -> N:
-    """Copy a model for inference: evaluation mode, fp32, no gradients, batch norms and intermediate class heads.
-
-    Args:
-        model: Not changed.
-        device: Of the copy. Default: the model's.
-    """
+    """Copy a model for inference: evaluation mode, fp32, no gradients, batch norms and intermediate class heads."""
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     if device is not None:
         model = model.to(device)
@@ -38,14 +33,7 @@ def inference_copy(model: N, device: torch.device | str | None = None) -> N:
 
 
 def example_pixels(body: nn.Module, config: ModelConfig, like: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return noise (1, 3, height, width) that the backbone accepts.
-
-    Args:
-        body: Backbones with windows or large strides reject some sizes.
-        config: Its usual image size is the second attempt.
-        like: Device and dtype.
-        size: (height, width) of the first attempt.
-    """
+    """Return noise (1, 3, height, width) of `size`, or of the config's typical size if the backbone rejects that."""
     usual = typical_input_size(config)
     generator = torch.Generator().manual_seed(0)
     for height, width in (size, usual):
@@ -64,14 +52,8 @@ def example_pixels(body: nn.Module, config: ModelConfig, like: Tensor, size: tup
 def fold_batch_norms(body: nn.Module, pixels: Tensor) -> int:
     """Fold every batch norm, trained or frozen, into the convolution directly before it, in place.
 
-    Modules that run more than once and convolutions with computed weights are left alone.
-
-    Args:
-        body: A backbone in evaluation mode.
-        pixels: (B, 3, H, W). One forward pass shows which norm follows which convolution.
-
-    Returns:
-        The number of folded norms.
+    Modules that run more than once and convolutions with computed weights are left alone. `body` is in evaluation mode.
+    A forward pass of `pixels` (B, 3, H, W) shows which norm follows which convolution. Returns the number of folds.
     """
     convolution_of, run_counts, tapped = _convolutions_before_norms(body, pixels)
     folded = 0

@@ -25,15 +25,9 @@ class _LeafTracer(fx.Tracer):
 
 
 def fuse_backbone(body: nn.Module, pixels: Tensor, dtype: torch.dtype, packed: bool) -> nn.Module:
-    """Rewrite a backbone as a graph of `PackedConv2d` modules and the operations between them.
+    """Rewrite a backbone (evaluation mode, batch norms folded) as a graph of `PackedConv2d` and other operations.
 
-    A backbone that cannot be traced, or whose graph returns other values, is returned unfused.
-
-    Args:
-        body: Evaluation mode, batch norms folded.
-        pixels: (1, 3, H, W), an input that shows the sizes of the maps.
-        dtype: Of the result.
-        packed: Use oneDNN's weight layout; see `onednn.is_available`.
+    A backbone that cannot be traced, or whose graph returns other values for `pixels`, is returned unfused.
     """
     from torch.fx.passes.shape_prop import ShapeProp
 

@@ -23,16 +23,10 @@ MAX_WEIGHT_LAYOUTS, MAX_INPUT_SIZES = 3, 256
 
 
 class Activation(NamedTuple):
-    """An activation by oneDNN's name and arguments, and the module that computes the same."""
+    """An activation by oneDNN's name, scalars and algorithm, and the module that computes the same."""
 
-    name: str
-    scalars: list[float]
-    algorithm: str
+    arguments: tuple[str, list[float], str]
     module: nn.Module
-
-    @property
-    def arguments(self) -> tuple[str, list[float], str]:
-        return self.name, self.scalars, self.algorithm
 
 
 _NO_ACTIVATION = ("none", [], "")
@@ -42,17 +36,17 @@ def fusable_activation(module: nn.Module) -> Activation | None:
     """Return an activation in oneDNN's terms, or None if oneDNN does not have it."""
     kind = type(module)
     if kind is nn.ReLU:
-        return Activation("relu", [], "", nn.ReLU())
+        return Activation(("relu", [], ""), nn.ReLU())
     if kind in (nn.ReLU6, nn.Hardtanh):
         low, high = float(module.min_val), float(module.max_val)  # pyright: ignore[reportArgumentType]
-        return Activation("hardtanh", [low, high], "", nn.Hardtanh(low, high))
+        return Activation(("hardtanh", [low, high], ""), nn.Hardtanh(low, high))
     if kind is nn.SiLU:
-        return Activation("swish", [], "", nn.SiLU())
+        return Activation(("swish", [], ""), nn.SiLU())
     if kind is nn.Hardswish:
-        return Activation("hardswish", [], "", nn.Hardswish())
+        return Activation(("hardswish", [], ""), nn.Hardswish())
     if kind is nn.GELU:
         approximate = str(module.approximate)
-        return Activation("gelu", [], approximate, nn.GELU(approximate))
+        return Activation(("gelu", [], approximate), nn.GELU(approximate))
     return None
 
 
@@ -92,26 +86,13 @@ def _fused_and_public_results(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]
 @functools.cache
 def has_bf16() -> bool:
     """Whether the processor has bf16 instructions (AVX512-BF16 or AMX)."""
-    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if capability:
-        return bool(capability.get("avx512_bf16") or capability.get("amx_bf16"))
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.startswith("flags")), "")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class PackedLinear(nn.Module):
-    """x · Wᵀ + b, fused with an activation or with the addition of another tensor.
+    """x · Wᵀ + b with weight (out, in), fused with an activation or with the addition of another tensor.
 
-    Args:
-        weight: (out, in).
-        bias: (out,), optional.
-        activation: A result of `fusable_activation`, optional.
-        dtype: Of the weights.
-        packed: Call oneDNN with packed weights; needs a CPU where `is_available(dtype)`.
+    `packed` calls oneDNN with packed weights; it needs a CPU where `is_available(dtype)`.
     """
 
     weight: Tensor
@@ -146,14 +127,7 @@ class PackedLinear(nn.Module):
 class PackedConv2d(nn.Module):
     """A convolution fused with the addition of another map and an activation, in channels-last format.
 
-    Args:
-        convolution: A module for which `supports` is true.
-        activation: A result of `fusable_activation`, optional.
-        dtype: Of the weights.
-        packed: Call oneDNN with packed weights; needs a CPU where `is_available(dtype)`.
-
-    Attributes:
-        in_place: Whether `forward` may overwrite the map that it adds.
+    `packed` is as in `PackedLinear`. If `in_place` is set, `forward` overwrites the map that it adds.
     """
 
     weight: Tensor

@@ -47,12 +47,7 @@ class PositionalInputs:
 
 
 class PositionalInputCache(nn.Module):
-    """Compute `PositionalInputs`, and cache the latest `MAX_ENTRIES`, at most `MAX_BYTES` in all.
-
-    Args:
-        model: Its position encoding and level embedding are used.
-        dtype: Of `PositionalInputs.position`.
-    """
+    """Compute `PositionalInputs` with a model's encodings, and cache the latest `MAX_ENTRIES`, up to `MAX_BYTES`."""
 
     MAX_ENTRIES = 2
     MAX_BYTES = 64 << 20
@@ -65,13 +60,7 @@ class PositionalInputCache(nn.Module):
         self._lock = Lock()
 
     def forward(self, canvas: tuple[int, int], shapes: ops.Shapes, padding_mask: Tensor | None) -> PositionalInputs:
-        """Return the inputs of a batch.
-
-        Args:
-            canvas: (height, width) of the batch.
-            shapes: (height, width) of each level's map.
-            padding_mask: (B, H, W). None: no image is padded.
-        """
+        """Return the inputs of a batch with maps of `shapes` on a `canvas` (height, width). No mask: no padding."""
         shapes = tuple((int(h), int(w)) for h, w in shapes)
         if padding_mask is None:
             empty_mask = self.level_embedding.new_zeros(1, *canvas, dtype=torch.bool)

@@ -6,6 +6,7 @@ B images, S tokens, Q queries, C channels, M heads, D channels per head, L level
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,17 +29,13 @@ from .positional_inputs import PositionalInputs
 CHUNK_MULTIPLE = 64  # chunk lengths are multiples of it; chunks overlap by fewer rows each
 
 
+@dataclass(frozen=True)
 class WeightPacking:
-    """How weights are stored.
+    """How weights are stored, and how many tokens pass through a layer together (None: all)."""
 
-    Args:
-        dtype: Of the backbone, encoder and values.
-        packed: In oneDNN's layout; see `onednn.is_available`.
-        chunk_rows: Tokens that pass through a layer together. None: all.
-    """
-
-    def __init__(self, dtype: torch.dtype, packed: bool, chunk_rows: int | None) -> None:
-        self.dtype, self.packed, self.chunk_rows = dtype, packed, chunk_rows
+    dtype: torch.dtype
+    packed: bool
+    chunk_rows: int | None
 
     def linear(self, *layers: nn.Linear, activation: nn.Module | None = None) -> PackedLinear:
         """Return one layer with the outputs of several linear layers side by side."""
@@ -52,7 +49,7 @@ class WeightPacking:
 
     def fp32(self) -> WeightPacking:
         """Return the same packing in fp32, for boxes and classes."""
-        return WeightPacking(torch.float32, self.packed, self.chunk_rows)
+        return replace(self, dtype=torch.float32)
 
 
 def run_in_chunks(
@@ -63,14 +60,8 @@ def run_in_chunks(
 ) -> list[Tensor]:
     """Run a function on a few rows of its inputs at a time, so that intermediate results stay in the cache.
 
-    Args:
-        function: Takes rows (n, …) of each input and returns rows (n, …) of each output.
-        chunk_rows: Approximate number of rows per chunk. None: one call with the whole inputs.
-        inputs: (B or 1, S, …) each. None is passed on.
-        outputs: (B, S, …) each, filled in place; they may be inputs. Empty: new tensors.
-
-    Returns:
-        The outputs.
+    `inputs` are (B or 1, S, …) or None, `outputs` (B, S, …) are filled in place and may be inputs; an empty list makes
+    new tensors. Without `chunk_rows`, the function is called once with the whole inputs.
     """
     if chunk_rows is None:
         return list(function(*inputs))
@@ -312,13 +303,9 @@ class FusedDecoder(nn.Module):
         self.classes = decoder.heads.classes[last if len(decoder.heads.classes) > 1 else 0]
 
     def forward(
-        self,
-        queries: Tensor,
-        position: Tensor | None,
-        reference_points: Tensor,
-        values: list[Tensor],
+        self, queries: Tensor, position: Tensor | None, reference_points: Tensor, values: list[Tensor],
         positional: PositionalInputs,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return logits (B, Q, K) and boxes (B, Q, 4).
 
         queries, position: (B, Q, C). reference_points: (B, Q, 2 or 4). values: (B, S, M, D) per layer.
