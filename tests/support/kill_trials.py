@@ -50,7 +50,7 @@ class Killer:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self) -> None:
-        for name in ("_write_tensors", "checksum", "_sync", "replace_file"):
+        for name in ("_write_tensors", "checksum", "_sync_folder", "replace_file"):
             setattr(checkpoint, name, self.around(getattr(checkpoint, name)))
         os.replace = self.around(os.replace)
         Path.unlink = self.around(Path.unlink)  # pyright: ignore[reportAttributeAccessIssue]

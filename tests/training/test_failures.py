@@ -12,7 +12,7 @@ import torch
 from deformable_detr.cli import main
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.evaluation import evaluator
-from deformable_detr.training import checkpoint, run_dir
+from deformable_detr.training import checkpoint
 from deformable_detr.training.checkpoint import load_checkpoint
 from deformable_detr.training.logger import MetricsFile
 from deformable_detr.training.run_dir import RunDir, run_config
@@ -20,6 +20,7 @@ from deformable_detr.training.setup import machine_errors_as_user_errors
 from deformable_detr.training.step import TrainStep
 from deformable_detr.training.trainer import train_model
 from deformable_detr.utils.errors import UserError
+from deformable_detr.weights import native
 from tests.support.training import tiny_config, write_dataset
 
 
@@ -116,7 +117,7 @@ def good_until_epoch_1(out):
     tensors, state = load_checkpoint(out / "checkpoints" / "last")
     assert state["train_state"]["epoch"] == 1
     assert all(value.isfinite().all() for value in tensors["model"].values())
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp") or path.name.startswith(".export")]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
     DeformableDETR.from_pretrained(out)
 
 
@@ -172,12 +173,12 @@ def test_a_full_disk(data, tmp_path, monkeypatch, capsys, what):
     out, full = tmp_path / "run", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fill():
-        place, name = {
-            "checkpoint": (checkpoint, "_sync"),
-            "metrics": (MetricsFile, "write"),
-            "model": (run_dir, "inherit_permissions"),
+        owner, name, error = {
+            "checkpoint": (checkpoint, "_sync_folder", full),
+            "metrics": (MetricsFile, "write", full),
+            "model": (native, "write_files", UserError("model.safetensors cannot be written: No space left on device")),
         }[what]
-        monkeypatch.setattr(place, name, raiser(full))
+        monkeypatch.setattr(owner, name, raiser(error))
 
     with monkeypatch.context() as patched:
         broken_in_epoch_2(patched, fill)

@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import filelock
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from deformable_detr.data.dataset import open_dataset
+from deformable_detr.detector import DeformableDETR
 from deformable_detr.training.checkpoint import generations, save_checkpoint
 from deformable_detr.training.run_dir import LOCK, RunDir, run_config
 from deformable_detr.utils.errors import UserError
@@ -239,8 +239,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
 
 
 def test_what_a_killed_process_was_about_to_write_is_deleted(tmp_path):
-    (tmp_path / ".export-abc").mkdir()
-    (tmp_path / ".export-abc" / "model.safetensors").write_text("half")
+    (tmp_path / ".model.safetensors.123.tmp").write_text("half")
     (tmp_path / ".metrics.jsonl.123.tmp").write_text("half")
     (tmp_path / ".mine").write_text("")
     with RunDir(tmp_path).lock(resume=False):
@@ -251,10 +250,5 @@ def test_the_config_of_an_exported_model_appears_last(tmp_path, monkeypatch):
     """So that a folder with config.json has the weights too, whenever the process is killed."""
     placed, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (placed.append(Path(b).name), replace(a, b)))
-
-    def save(folder, facts):
-        for name in ("README.md", "config.json", "model.safetensors"):
-            (folder / name).write_text("")
-
-    RunDir(tmp_path).export(types.SimpleNamespace(save_pretrained=save))
-    assert placed == ["README.md", "model.safetensors", "config.json"]
+    RunDir(tmp_path).export(DeformableDETR(tiny_config().model))
+    assert placed == ["model.safetensors", "README.md", "config.json"]

@@ -60,8 +60,13 @@ class CheckpointManager:
             return None
         run = self.folder.parent
         saved, now = ModelConfig.from_dict(checkpoint[1]["model"], str(self.last)), config.model
-        if (saved.class_names, saved.category_ids) != (now.class_names, now.category_ids):
-            raise UserError(f"cannot resume {run}: {_class_difference(saved, now)}")
+        before, after = (list(zip_longest(model.category_ids, model.class_names)) for model in (saved, now))
+        if before != after:
+            first = next(pair for pair in zip_longest(before, after) if pair[0] != pair[1])
+            raise UserError(
+                f"cannot resume {run}: the training set's classes differ from the run's ({len(before)} classes, "
+                f"now {len(after)}; first difference: {first[0]}, now {first[1]})"
+            )
         if checkpoint[1]["data"] != data_fingerprint:
             raise UserError(f"cannot resume {run}: the training set has changed since the run started")
         for key, value in saved.model_dump().items():
@@ -117,9 +122,9 @@ def save_checkpoint(folder: Path, tensors: Tensors, state: Mapping[str, Any], ke
             written.append(path)
             _write_tensors(path, values)
             files[group] = {"name": path.name, "sha256": checksum(path)}
-        _sync(folder)
+        _sync_folder(folder)
         replace_file(folder / f"state-{number}.json", _to_json({"files": files, "state": dict(state)}))
-        _sync(folder)
+        _sync_folder(folder)
     except OSError as error:
         for path in written:
             path.unlink(missing_ok=True)
@@ -177,18 +182,13 @@ def load_state(path: Path) -> dict[str, Any]:
     return _read(path)["state"]
 
 
-def inherit_permissions(path: Path, folder: Path | None = None) -> None:
-    """Give a file the read and write permissions of its folder: safetensors makes files private to the owner."""
-    path.chmod((folder or path.parent).stat().st_mode & 0o666)
-
-
 def random_state() -> dict[str, Any]:
     """Return the state of all random generators of this process, ready for JSON."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
-        "torch": _to_hex(torch.get_rng_state()),
-        "cuda": [_to_hex(state) for state in devices],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in devices],
         "python": random.getstate(),
         "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
     }
@@ -196,21 +196,13 @@ def random_state() -> dict[str, Any]:
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
     """Restore what `random_state` returned; states of GPUs that this machine lacks are ignored."""
-    torch.set_rng_state(_from_hex(state["torch"]))
-    for index, text in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_from_hex(text), index)
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    for index, values in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(torch.tensor(values, dtype=torch.uint8), index)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-
-
-def _to_hex(state: Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _from_hex(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
 def _to_json(content: Mapping[str, Any]) -> str:
@@ -254,14 +246,6 @@ def _write_error(folder: Path, error: OSError) -> UserError:
     return UserError(f"checkpoint {folder} cannot be written: {error.strerror or error}; {hint}")
 
 
-def _class_difference(saved: ModelConfig, now: ModelConfig) -> str:
-    pairs = [zip_longest(model.category_ids, model.class_names) for model in (saved, now)]
-    first = next(pair for pair in zip_longest(*pairs) if pair[0] != pair[1])
-    before, after = ("none" if item is None else f"{item[1]!r} with id {item[0]}" for item in first)
-    counts = f"{len(saved.class_names)} classes, now {len(now.class_names)}"
-    return f"the training set's classes differ from the run's ({counts}; first difference: {before}, now {after})"
-
-
 def _write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -274,20 +258,18 @@ def _write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
         separate[name] = value.clone() if storage in seen else value  # safetensors refuses shared memory
         seen.add(storage)
     try:
-        save_file(separate, path)
+        replace_file(path, lambda temporary: save_file(separate, temporary))
     except SafetensorError as error:  # the system's error code is only in its text
         match = re.search(r"os error (\d+)|code: (\d+)", str(error))
         code = int(match[1] or match[2]) if match else errno.EIO
         raise OSError(code, os.strerror(code) if match else str(error)) from None
-    inherit_permissions(path)
-    _sync(path)
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    if path.is_dir() and os.name == "nt":
+def _sync_folder(folder: Path) -> None:
+    """Flush the names of a folder to the disk."""
+    if os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from ..config.resolve import read_config_file
 from ..config.schema import Config
 from ..utils.errors import UserError
 from ..utils.files import replace_file
-from .checkpoint import CheckpointManager, inherit_permissions
+from .checkpoint import CheckpointManager
 
 if TYPE_CHECKING:
     from ..detector import DeformableDETR
@@ -93,11 +92,8 @@ class RunDir:
 
     def _delete_leftovers(self) -> None:
         """Delete temporary files of a killed process."""
-        for path in (*self.path.glob(".export-*"), *self.path.glob(".*.tmp")):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
     def write_config(self, config: Config) -> None:
         """Write the whole config to config.yaml."""
@@ -105,25 +101,10 @@ class RunDir:
 
     def export(self, model: DeformableDETR, card: ModelCardData | None = None) -> None:
         """Save the model so that `from_pretrained` loads it from the run folder, with a model card from `card`."""
-        from ..weights.model_card import FILE as CARD_FILE
-        from ..weights.model_card import is_user_card
-
-        temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=self.path))
         try:
-            model.save_pretrained(temporary, card)
-            if is_user_card(self.path):
-                (temporary / CARD_FILE).unlink()
-            # config.json, which marks the folder as a model, is moved last.
-            for file in sorted(temporary.iterdir(), key=lambda file: (file.name == "config.json", file.name)):
-                inherit_permissions(file, self.path)
-                os.replace(file, self.path / file.name)
-        except OSError as error:
-            raise UserError(
-                f"model in {self.path} cannot be written: {error.strerror or error}; "
-                "fix this and resume from the last checkpoint with --resume"
-            ) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(self.path, card)
+        except UserError as error:
+            raise UserError(f"{error}; fix this and resume from the last checkpoint with --resume") from None
 
 
 def run_config(out: str | os.PathLike[str]) -> Config:

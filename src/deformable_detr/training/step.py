@@ -75,25 +75,16 @@ class StepMetrics:
     values: dict[str, float]
 
 
-@dataclass(frozen=True)
-class _Losses:
-    """Losses of a step in this process, still on the device, and the ids of images with non-finite predictions."""
-
-    names: list[str]
-    values: Tensor  # (len(names),)
-    bad_images: list[int]
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """Metrics that the device may still be computing."""
+@dataclass
+class _PendingMetrics:
+    """Metrics of a step that the device may still be computing; bad_images have non-finite predictions."""
 
     step: int
     lr: float
     names: list[str]
-    values: Tensor
-    bad_images: list[int]
+    values: Tensor  # (len(names),)
     images: list[int]
+    bad_images: list[int]
 
 
 class TrainStep:
@@ -118,7 +109,7 @@ class TrainStep:
         self.optimizer = build_optimizer(model, config, self.denoising)
         self.ema = exponential_moving_average(model, config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self._pending: _Pending | None = None
+        self._pending: _PendingMetrics | None = None
         self._overflows = 0
 
     @property
@@ -145,23 +136,18 @@ class TrainStep:
             NonFiniteLoss: For this step's predictions or the previous step's loss.
         """
         set_learning_rate(self.optimizer, self.config, global_step, progress)
-        previous, losses = self.backward(micro_batches, global_step, stats)
-        values = self.context.all_reduce_mean(losses.values)
-        grad_norm = self._update(values[0])
-        self._pending = _Pending(
-            step=global_step + 1,
-            lr=self.optimizer.param_groups[0]["lr"],
-            names=[*losses.names, "grad_norm"],
-            values=torch.cat([values, grad_norm.reshape(1)]),
-            bad_images=losses.bad_images,
-            images=[target.image_id for _, targets in micro_batches for target in targets],
-        )
+        previous, pending = self.backward(micro_batches, global_step, stats)
+        losses = self.context.all_reduce_mean(pending.values)
+        grad_norm = self._update(losses[0])
+        pending.names.append("grad_norm")
+        pending.values = torch.cat([losses, grad_norm.reshape(1)])
+        self._pending = pending
         return previous
 
     def backward(
         self, micro_batches: Sequence[Batch], global_step: int = 0, stats: BatchStats | None = None
-    ) -> tuple[StepMetrics | None, _Losses]:
-        """Compute the gradients of a step; see `step`. Return the metrics of the step before and these losses."""
+    ) -> tuple[StepMetrics | None, _PendingMetrics]:
+        """Compute the gradients of a step; see `step`. Return the metrics of the step before and this step's losses."""
         single = stats is None and len(micro_batches) == 1
         stats = stats or BatchStats.combine([count_objects(micro_batches)])
         previous, names, sums, bad_images, first = None, [], [], [], stats.first_image
@@ -186,7 +172,8 @@ class TrainStep:
                 self.scaler.scale(total).backward()
             sums.append(values * bool(targets))
             first += len(targets)
-        return previous, _Losses(names, torch.stack(sums).sum(0), bad_images)
+        lr, images = self.optimizer.param_groups[0]["lr"], [target.image_id for _, ts in micro_batches for target in ts]
+        return previous, _PendingMetrics(global_step + 1, lr, names, torch.stack(sums).sum(0), images, bad_images)
 
     def _forward(
         self, batch: ImageBatch, targets: Sequence[Target], stats: BatchStats, rng: BatchConsistentRng | None
@@ -240,7 +227,7 @@ class TrainStep:
             self._raise_non_finite(pending, losses, "gradient of the loss")
         return StepMetrics(pending.step, pending.lr, values)
 
-    def _raise_non_finite(self, pending: _Pending, losses: dict[str, float], what: str) -> NoReturn:
+    def _raise_non_finite(self, pending: _PendingMetrics, losses: dict[str, float], what: str) -> NoReturn:
         """Raise in every process, all of which have the same metrics, naming the images of all."""
         gathered = self.context.all_gather_object((pending.bad_images, pending.images))
         self.context.exit_synced = True

@@ -46,16 +46,11 @@ _SAVE_SECONDS = 600.0  # of training between two checkpoints in a long epoch
 def train_model(
     data: str | os.PathLike[str], out: str | os.PathLike[str], config: Config, resume: bool = False
 ) -> dict[str, Any]:
-    """Train a detector on a dataset; the run and its best model are saved in the folder `out`.
+    """Train a detector on the dataset at `data`; the run and its best model are saved in the folder `out`.
 
-    The model gets the classes of the training set. The run ends after `train.epochs` or `train.minutes`, whichever
-    comes first; minutes count training steps, not evaluation and saving. The last model is always evaluated.
-
-    Args:
-        data: Folder of the dataset.
-        out: Folder of the run.
-        config: All settings.
-        resume: Continue from the last checkpoint in `out`; a finished run is left unchanged.
+    The model gets the classes of the training set. The run ends after `train.epochs` or `train.minutes` of training
+    steps, whichever comes first. The last model is always evaluated. With `resume`, it continues from the last
+    checkpoint; a finished run is left unchanged.
 
     Returns:
         The metrics of the last evaluation with "best_AP", "epoch", "step", "images_seen" and "seconds" of training.
