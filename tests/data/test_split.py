@@ -18,8 +18,7 @@ from deformable_detr.data.validate import repair
 from deformable_detr.evaluation.evaluator import open_eval_dataset
 from deformable_detr.utils.errors import UserError
 from tests.data.test_formats import contents, expected
-from tests.data.validate.test_outputs import state
-from tests.support.data_problems import as_training
+from tests.support.data_problems import as_training, state
 from tests.support.datasets import NAMES, OBJECTS, coco_set, picture, voc_set, voc_xml, yolo_row, yolo_set
 
 SPLIT = "_annotations.coco.json"
@@ -388,7 +387,7 @@ def test_the_folder_of_the_copy_is_left_as_it_was(tmp_path, capsys, monkeypatch)
     root = yolo_set(tmp_path / "yolo")
     (root / "data.yaml").write_text("train: images/train\nnames: [cat, dog]\n")
     inside = root / "images/train/new"
-    assert "lies in the data set" in refused(capsys, root / "data.yaml", "--out", inside)
+    assert "lies in the dataset" in refused(capsys, root / "data.yaml", "--out", inside)
     assert not inside.exists()
     few = many(tmp_path / "few", "a")
     (tmp_path / "mine").mkdir()

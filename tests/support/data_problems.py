@@ -1,13 +1,20 @@
 """What a fault in a set must lead to, in `check` and before training alike."""
 
-import pytest
+import json
 
+import pytest
+from PIL import Image
+
+from deformable_detr.cli import main
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.dataset import ensure_distinct_splits, open_dataset
-from deformable_detr.data.validate import KINDS, check_dataset, check_for_training
+from deformable_detr.data.validate import ISSUE_TYPES, check_dataset, check_for_training
 from deformable_detr.utils.errors import UserError
+from tests.support.datasets import SIZE, coco_set, picture
 
 SIZES = {"image_size": 64, "long_side": 107}
+TRAIN = "train/_annotations.coco.json"
+VAL = "valid/_annotations.coco.json"
 USUAL = {"class-rare", "image-empty"}  # of the small sets that tests make
 
 
@@ -16,7 +23,7 @@ def found(root, depth="full", **data):
 
 
 def codes(root, **data):
-    return {finding.code for finding in found(root, **data).findings} - USUAL
+    return {issue.code for issue in found(root, **data).issues} - USUAL
 
 
 def as_training(root, check="full", **data):
@@ -38,16 +45,16 @@ def assert_as_documented(root, expected, name="", **data):
     The findings are one line each, and name a file that is there or the one that is missing.
     """
     report = found(root, **data)
-    kinds = {finding.code for finding in report.findings} - USUAL
+    kinds = {issue.code for issue in report.issues} - USUAL
     assert kinds == set(expected), f"{sorted(kinds)} instead of {sorted(expected)}"
-    for finding in report.findings:
-        assert "\n" not in finding.line
-        assert len(finding.line) < 1000
-    errors = [code for code in expected if KINDS[code].severity == "error"]
+    for issue in report.issues:
+        assert "\n" not in issue.line
+        assert len(issue.line) < 1000
+    errors = [code for code in expected if ISSUE_TYPES[code].severity == "error"]
     if not errors:
         lines = as_training(root, **data)
         text = " ".join(lines)
-        assert all(code in text for code in expected if KINDS[code].severity == "warning"), text
+        assert all(code in text for code in expected if ISSUE_TYPES[code].severity == "warning"), text
         return text
     with pytest.raises(UserError) as caught:
         as_training(root, **data)
@@ -55,3 +62,54 @@ def assert_as_documented(root, expected, name="", **data):
     assert name in message, message
     assert "\n" not in message
     return message
+
+
+def call(capsys, *arguments):
+    """Exit code, standard output, standard error of the command."""
+    capsys.readouterr()
+    try:
+        main(["check", *map(str, arguments)])
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    written = capsys.readouterr()
+    return code, written.out, written.err
+
+
+def state(root):
+    """Every file's content and time."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def spoiled(root):
+    """A set with most of what can be repaired."""
+    coco_set(root)
+    path = root / TRAIN
+    content = json.loads(path.read_text())
+    images, objects = content["images"], content["annotations"]
+    for number, name in enumerate(["gone", "broken", "turned", "large", "leaked", "good"], start=11):
+        images.append({"id": number, "file_name": f"{name}.png", "width": SIZE[0], "height": SIZE[1]})
+        objects.append({"id": number, "image_id": number, "category_id": 1, "bbox": [4, 2, 16, 10]})
+        picture(root / "train" / f"{name}.png")
+    (root / "train/gone.png").unlink()
+    (root / "train/broken.png").write_bytes(b"no image")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(root / "train/turned.png", exif=exif)
+    picture(root / "train/large.png", (80, 40))
+    (root / "train/leaked.png").write_bytes((root / "valid/c.png").read_bytes())
+    base = {"image_id": 16, "category_id": 1}
+    objects += [
+        {**base, "id": 50, "bbox": [4, 2, 16, 10]},  # there twice
+        {**base, "id": 51, "bbox": [1, 1, 0, 5]},  # no width
+        {**base, "id": 52, "bbox": [50, 1, 5, 5]},  # outside
+        {**base, "id": 53, "bbox": [20, 10, 30, 30], "segmentation": [[20, 10, 30, 10, 30, 20]]},  # over the border
+        {**base, "id": 53, "bbox": [8, 8, 8, 8]},  # the id of another
+        {**base, "id": 54, "bbox": [8, 8, "x", 8]},
+        {**base, "id": 55, "category_id": 77, "bbox": [8, 8, 9, 8]},
+        {**base, "id": 56, "image_id": 77, "bbox": [8, 8, 9, 8]},
+        {**base, "id": 57, "bbox": [0, 0, 0, 0], "iscrowd": 1},
+    ]
+    content["info"] = {"year": 2024}
+    path.write_text(json.dumps(content))
+    return root

@@ -1,4 +1,4 @@
-"""Pictures of detections: readable at any size, whole or not at all on disk."""
+"""Drawn detections: readable at any image size, written atomically."""
 
 import itertools
 import re
@@ -190,7 +190,7 @@ def test_letters_without_a_font_are_never_drawn_as_empty_boxes(caplog, monkeypat
 def test_each_name_has_a_font_of_its_own(monkeypatch):
     chosen = {"猫": "Serif", "cat": "Sans"}
     files = {name: font_manager.findfont(f"DejaVu {kind}") for name, kind in chosen.items()}
-    monkeypatch.setattr(drawing, "legible", lambda name, otherwise: (name, files[name]))
+    monkeypatch.setattr(drawing, "legible", lambda name, fallback: (name, files[name]))
     fonts_used = []
     font_of = drawing._font
     monkeypatch.setattr(drawing, "_font", lambda file, size: fonts_used.append(file) or font_of(file, size))
@@ -246,7 +246,7 @@ def test_failures_are_named_and_lose_nothing(tmp_path):
     Image.fromarray(gray()).save(tmp_path / "source.png")
     from_file = detections(tmp_path / "source.png", [[10, 10, 50, 50]])
     Image.fromarray(gray(50, 50)).save(tmp_path / "source.png")
-    with pytest.raises(UserError, match="has changed since"):
+    with pytest.raises(UserError, match="has changed since the prediction"):
         from_file.save(tmp_path / "c.png")
     (tmp_path / "source.png").unlink()
     with pytest.raises(UserError, match=r"source\.png"):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..config.schema import Config, DataConfig
 from ..data.split import SPLIT_ISSUES, SplitOptions, ensure_splittable, split_dataset
-from ..data.validate import Report, check_dataset, refused
+from ..data.validate import Report, check_dataset, check_opening
 from ..data.validate.repair import CHANGES, Change, new_copy, repair
-from ..data.validate.report_page import page
+from ..data.validate.report_page import render_report
 from ..utils.errors import UserError
 from ..utils.files import prepare_files, write_json, write_text
 
@@ -64,7 +64,7 @@ def _checked(data: Path, settings: Config, without: Sequence[str] = ()) -> Repor
     model = settings.model
     found = check_dataset(data, settings.data, model.image_size, model.long_side, progress=True)
     if not found.errors:
-        refused(found, settings.data)
+        check_opening(found, settings.data)
     for line in found.lines(without=without):
         print(line)
     if not without:
@@ -76,7 +76,7 @@ def _write(found: Report, report: Path | None, json: Path | None) -> None:
     if json is not None:
         write_json(json, found.to_dict())
     if report is not None:
-        write_text(report, page(found))
+        write_text(report, render_report(found))
         print(f"pictures of the suspects: {report}")
 
 
@@ -88,7 +88,7 @@ def _copied(what: str, found: Report, copy: Path, changes: list[Change], setting
     (images, objects), (images_left, objects_left) = _records(found), _records(again)
     print(f"{copy}: a {what} copy with {images_left} of {images} images and {objects_left} of {objects} objects; "
           f"{copy / CHANGES} lists {len(changes)} changes")  # fmt: skip
-    for line in again.lines(shown=1):
+    for line in again.lines(limit=1):
         print(f"still {line}")
     print(again.summary)
     return not again.errors

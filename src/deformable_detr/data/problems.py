@@ -18,7 +18,7 @@ class Problem:
     """One record that a reader cannot use, or uses with a doubt.
 
     Attributes:
-        code: The kind, a key of `validate.issues.KINDS`.
+        code: The kind, a key of `validate.issues.ISSUE_TYPES`.
         file: The annotation, label or image file.
         record: Place in the file, such as 'annotations[3] (id 7)'; empty for the whole file.
         message: What is wrong.

@@ -18,7 +18,7 @@ from .discovery import ROBOFLOW
 from .problems import ignore_problem
 from .validate import Report, find_splits
 from .validate.annotations import ImageRecord
-from .validate.issues import Findings
+from .validate.issues import Issues
 from .validate.repair import write_annotations
 
 ROBOFLOW_COPY = re.compile(r"(.+)\.rf\.[^./\\]+\.[^./\\]+")  # augmented copies of one image: NAME.rf.HASH.jpg
@@ -55,7 +55,7 @@ class SplitOptions:
 
 def ensure_splittable(root: Path, data: DataConfig, options: SplitOptions) -> None:
     """Raise `UserError` if the dataset has no training split, or has a split that is to be created."""
-    found = Findings()
+    found = Issues()
     splits = find_splits(root, data, found)
     if data.train_split not in splits:
         raise UserError(next(issue.line for issue in found if issue.split == data.train_split))
@@ -82,7 +82,7 @@ def split_dataset(report: Report, out: Path, data: DataConfig, options: SplitOpt
         lines = (issue.line for issue in report.errors if issue.code not in SPLIT_ISSUES)
         raise UserError(next(lines, f"{report.root}: has no images; add some"))
     train = next(split for split in report.splits if split.name == data.train_split)
-    groups = _groups({image.id: image for image in train.pictures}, content["images"], options.group)
+    groups = _groups({image.id: image for image in train.image_records}, content["images"], options.group)
     classes: dict[int, set[int]] = defaultdict(set)
     for record in content["annotations"]:
         classes[record["image_id"]].add(record["category_id"])

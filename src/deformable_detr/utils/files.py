@@ -95,7 +95,7 @@ def replace_file(path: Path, content: FileContent) -> None:
 
 def write_files(folder: Path, files: Mapping[str, FileContent]) -> None:
     """Write files in a folder with `replace_file`; create the folder if needed. Raises UserError if this fails."""
-    path = folder
+    path = folder / next(iter(files), "")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

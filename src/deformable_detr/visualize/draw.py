@@ -1,8 +1,7 @@
-"""Detections drawn on their image.
+"""Draw detections on images.
 
-Line width and font size follow the image, so that a picture reads the same whatever its resolution. Labels keep inside
-the image and off each other where there is room. Classes have the colors of Okabe and Ito, which people with any
-color vision tell apart.
+Line width and font size scale with the image. Labels stay inside the image and avoid each other where possible. Class
+colors are those of Okabe and Ito, which are distinct for people with any color vision.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from .fonts import legible
 
 HALO = "#1A1A1A"
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-LEAST_SIDE = 320  # the long side of a drawn picture at least: smaller images are enlarged to have room for text
-SMALLEST_FONT = 11
-CROWDED, CROWDED_SHARE = 8, 0.4  # from so many boxes on, long names are shortened to that part of the width or less
+MIN_LONG_SIDE = 320  # pixels; smaller images are enlarged to make room for text
+MIN_FONT_SIZE = 11
+CROWDED, CROWDED_WIDTH = 8, 0.4  # from 8 boxes on, labels take at most this share of the image width
 
 Rectangle = tuple[int, int, int, int]
 
 
 class Drawable(Protocol):
-    """What `draw` needs of `structures.Detections`, whose docstring describes each field."""
+    """The fields of `structures.Detections` that `draw` uses."""
 
     @property
     def boxes(self) -> Tensor: ...
@@ -52,34 +51,33 @@ class Drawable(Protocol):
 
 
 def draw(detections: Drawable) -> Image.Image:
-    """An RGB picture of the image with its detections.
+    """Return an RGB image with the detections drawn on it.
 
-    An image whose long side is under 320 pixels is enlarged by a whole factor; one without detections stays as it is.
-    Raises UserError where the image cannot be read any more.
+    Images with a long side under 320 pixels are enlarged by an integer factor; images without detections are returned
+    unchanged. Raises UserError if the image cannot be read again or has changed.
     """
     pixels = read_image(detections.image)
     if tuple(pixels.shape[1:]) != tuple(detections.image_size):
-        raise UserError(f"{detections.path or 'the image'} has changed since its objects were detected; detect again")
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        raise UserError(f"{detections.path or 'the image'} has changed since the prediction; run it again")
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     if not len(detections.boxes):
-        return picture
-
-    factor = enlargement(picture.size)
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    return draw_on(picture, detections, factor)
+        return image
+    factor = enlargement(image.size)
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return draw_on(image, detections, factor)
 
 
 def enlargement(size: tuple[int, int]) -> int:
-    """The whole factor that brings a picture (width, height) to a long side of 320 pixels or more."""
-    return math.ceil(LEAST_SIDE / max(size))
+    """Return the integer factor that enlarges (width, height) to a long side of at least 320 pixels."""
+    return math.ceil(MIN_LONG_SIDE / max(size))
 
 
-def draw_on(picture: Image.Image, detections: Drawable, factor: int = 1) -> Image.Image:
-    """Draws on the RGB picture itself, which is `factor` times as large as what the boxes are pixels of; returns it."""
+def draw_on(image: Image.Image, detections: Drawable, factor: int = 1) -> Image.Image:
+    """Draw on an RGB image in place and return it; the boxes are multiplied by `factor`."""
     boxes = detections.boxes.numpy() * factor
-    _draw_boxes(picture, boxes, detections.labels.tolist())
-    _draw_labels(picture, boxes, detections)
-    return picture
+    _draw_boxes(image, boxes, detections.labels.tolist())
+    _draw_labels(image, boxes, detections)
+    return image
 
 
 def save(detections: Drawable, path: Path) -> Path:
@@ -105,39 +103,39 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
     return path
 
 
-def _draw_boxes(picture: Image.Image, boxes: np.ndarray, labels: list[int]) -> None:
-    """Colored lines on dark ones a little wider, which stand out from any background; the best box is drawn last."""
-    width = max(1, round(_scale(picture) / 260))
-    limit = np.array([picture.width - 1, picture.height - 1] * 2)
-    corners = boxes.round().clip(0, limit).astype(int)  # the line on the image's border shows
-    pen = ImageDraw.Draw(picture)
+def _draw_boxes(image: Image.Image, boxes: np.ndarray, labels: list[int]) -> None:
+    """Draw colored lines with dark rims, which are visible on any background; the best box is drawn last."""
+    width = max(1, round(_scale(image) / 260))
+    limit = np.array([image.width - 1, image.height - 1] * 2)
+    corners = boxes.round().clip(0, limit).astype(int)  # keeps lines at the border visible
+    pen = ImageDraw.Draw(image)
     for rim in (1, 0):
-        out = width // 2 + rim
+        offset = width // 2 + rim
         for (x1, y1, x2, y2), label in zip(corners[::-1].tolist(), labels[::-1], strict=True):
             color = HALO if rim else PALETTE[label % len(PALETTE)]
-            pen.rectangle((x1 - out, y1 - out, x2 + out, y2 + out), outline=color, width=width + 2 * rim)
+            pen.rectangle((x1 - offset, y1 - offset, x2 + offset, y2 + offset), outline=color, width=width + 2 * rim)
 
 
-def _draw_labels(picture: Image.Image, boxes: np.ndarray, detections: Drawable) -> None:
-    """A label "name 0.93" for each detection: the best is placed first and drawn last."""
-    size = _font_size(picture, len(boxes))
+def _draw_labels(image: Image.Image, boxes: np.ndarray, detections: Drawable) -> None:
+    """Draw a label "name 0.93" per detection; the best is placed first and drawn last."""
+    size = _font_size(image, len(boxes))
     padding = max(1, size // 5)
-    pen = ImageDraw.Draw(picture)
-    share = 1.0 if len(boxes) < CROWDED else max(0.15, CROWDED_SHARE * (CROWDED / len(boxes)) ** 0.3)
-    room = min(max(int(share * picture.width), 8 * size), picture.width) - 2 * padding
-    written, places = [], []
-    facts = (detections.names, detections.category_ids.tolist(), detections.scores.tolist(), boxes)
-    for name, category, score, box in zip(*facts, strict=True):
+    pen = ImageDraw.Draw(image)
+    share = 1.0 if len(boxes) < CROWDED else max(0.15, CROWDED_WIDTH * (CROWDED / len(boxes)) ** 0.3)
+    max_width = min(max(int(share * image.width), 8 * size), image.width) - 2 * padding
+    texts, places = [], []
+    columns = (detections.names, detections.category_ids.tolist(), detections.scores.tolist(), boxes)
+    for name, category, score, box in zip(*columns, strict=True):
         name, file = legible(name, f"class {category}")
         font = _font(file, size)
-        text = _fitting(name, f"{score:.2f}", room, pen, font)
+        text = _shorten(name, f"{score:.2f}", max_width, pen, font)
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font, anchor="ls")
-        # From the top of a capital with an accent to the foot of a g, further only where the letters need it.
+        # The same height for all labels, unless a letter exceeds it.
         top, bottom = math.floor(min(top, -0.92 * size)), math.ceil(max(bottom, 0.26 * size))
         extent = (math.ceil(right - left) + 2 * padding, bottom - top + 2 * (padding // 2))
-        places.append(_place(box, extent, picture.size, places))
-        written.append((text, font, padding - left, padding // 2 - top))
-    order = list(zip(places, written, detections.labels.tolist(), strict=True))
+        places.append(_place_label(box, extent, image.size, places))
+        texts.append((text, font, padding - left, padding // 2 - top))
+    order = list(zip(places, texts, detections.labels.tolist(), strict=True))
     for (x1, y1, x2, y2), (text, font, right, down), label in reversed(order):
         color = PALETTE[label % len(PALETTE)]
         pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
@@ -149,8 +147,8 @@ def _font(file: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.Ima
     return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
 
 
-def _place(box: np.ndarray, extent: tuple[int, int], size: tuple[int, int], taken: list[Rectangle]) -> Rectangle:
-    """Where a label goes: above its box, else in it, under it, near it: the first place that covers no other label."""
+def _place_label(box: np.ndarray, extent: tuple[int, int], size: tuple[int, int], taken: list[Rectangle]) -> Rectangle:
+    """Return the first place above, in, under or near the box that covers no other label, or covers the least."""
     x1, y1, x2, y2 = (int(v) for v in box.round())
     width, height = extent
     columns = (x1, x2 - width, (x1 + x2 - width) // 2, x1 - width, x2)
@@ -161,35 +159,35 @@ def _place(box: np.ndarray, extent: tuple[int, int], size: tuple[int, int], take
     others = np.array(taken).reshape(-1, 4)
     low = np.maximum(places[:, None, :2], others[:, :2])
     high = np.minimum(places[:, None, 2:], others[:, 2:])
-    covered = (high - low).clip(min=0).prod(axis=2).sum(axis=1)  # the first of the least
+    covered = (high - low).clip(min=0).prod(axis=2).sum(axis=1)
     left, top, right, bottom = places[covered.argmin()].tolist()
     return left, top, right, bottom
 
 
-def _fitting(
-    name: str, score: str, room: int, measure: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+def _shorten(
+    name: str, score: str, max_width: int, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> str:
-    """The label, its name shortened where it is wider than the image, down to the score alone."""
+    """Return the label, its name shortened to fit the width; the score alone if nothing else fits."""
     for length in range(len(name), 0, -1):
         label = f"{name[:length].rstrip()}{'…' if length < len(name) else ''} {score}"
-        if measure.textlength(label, font=font) <= room:
+        if pen.textlength(label, font=font) <= max_width:
             return label
     return score
 
 
-def _scale(picture: Image.Image) -> float:
-    """A length that says how large the picture is: the side of a square as large; of a strip, three times its width."""
-    return min(math.sqrt(picture.width * picture.height), 3 * min(picture.size))
+def _scale(image: Image.Image) -> float:
+    """Return the side of a square with the image's area; for narrow strips, at most three times their width."""
+    return min(math.sqrt(image.width * image.height), 3 * min(image.size))
 
 
-def _font_size(picture: Image.Image, count: int) -> int:
-    """In pixels; smaller where there are many labels."""
+def _font_size(image: Image.Image, count: int) -> int:
+    """Return the font size in pixels; many labels are smaller."""
     crowding = min(1.0, max(0.35, (12 / count) ** 0.35))
-    return max(SMALLEST_FONT, round(_scale(picture) / 34 * crowding))
+    return max(MIN_FONT_SIZE, round(_scale(image) / 34 * crowding))
 
 
 def _ink(color: str) -> str:
-    """Black or white, whichever reads better on the color (relative luminance as in WCAG 2)."""
+    """Return black or white, whichever has more contrast to the color (relative luminance as in WCAG 2)."""
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#FFFFFF"

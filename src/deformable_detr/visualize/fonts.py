@@ -1,4 +1,4 @@
-"""Names in any script, in a font that has their letters, and something readable where no installed font has them."""
+"""Fonts for names in any script, with a readable fallback if no installed font has the characters."""
 
 from __future__ import annotations
 
@@ -11,90 +11,86 @@ from PIL import ImageFont
 
 _log = logging.getLogger(__name__)
 
-UPRIGHT = {"regular", "book", "roman", "normal", ""}  # of a font's style
+UPRIGHT_STYLES = {"regular", "book", "roman", "normal", ""}
 
 
 @lru_cache(maxsize=4096)
-def legible(text: str, otherwise: str) -> tuple[str, str | None]:
-    """What to draw for a text, and the font file for it: DejaVu Sans where that will do; None: Pillow's own font.
+def legible(text: str, fallback: str) -> tuple[str, str | None]:
+    """Return a text that an installed font can draw, and the font file; None is Pillow's default font.
 
-    Symbols that the best font lacks, such as emoji, are left out. Where it lacks a letter, or nothing would be left,
-    the text is `otherwise`, in Latin letters, and a line is logged: empty boxes would say less.
+    Symbols that the best font lacks, such as emoji, are removed. If it lacks a letter, or nothing is left, the text is
+    `fallback`, in Latin letters, and a warning is logged.
     """
     text = " ".join(text.split())
-    wanted = {ord(letter) for letter in text if _is_drawn(letter)}
-    path, known = _best_font(frozenset(wanted | _codes("0123456789.…")))
-    missing = wanted - known
+    needed = {ord(character) for character in text if _is_visible(character)}
+    path, available = _best_font(frozenset(needed | _codes("0123456789.…")))
+    missing = needed - available
     if not missing:
         return text, path
-    kept = " ".join("".join(letter for letter in text if ord(letter) in known or letter == " ").split())
+    kept = " ".join("".join(c for c in text if ord(c) in available or c == " ").split())
     if kept and not any(unicodedata.category(chr(code))[0] in "LMN" for code in missing):
         return kept, path
     _log.warning(
-        "no installed font has the letters of “%s”: pictures say “%s”; install one that has, such as Noto Sans (CJK)",
+        "no installed font has the letters of “%s”; images show “%s”; install a font such as Noto Sans CJK",
         text,
-        otherwise,
+        fallback,
     )
-    return otherwise, _best_font(frozenset(_codes(otherwise)))[0]
+    return fallback, _best_font(frozenset(_codes(fallback)))[0]
 
 
 def _codes(text: str) -> set[int]:
-    return {ord(letter) for letter in text if not letter.isspace()}
+    return {ord(character) for character in text if not character.isspace()}
 
 
-def _is_drawn(letter: str) -> bool:
-    """False for spaces, and for the marks that only tell how their neighbors are joined."""
-    return unicodedata.category(letter) not in ("Zs", "Cf", "Cc") and not 0xFE00 <= ord(letter) <= 0xFE0F
+def _is_visible(character: str) -> bool:
+    """Return False for spaces and for marks that only join their neighbors."""
+    return unicodedata.category(character) not in ("Zs", "Cf", "Cc") and not 0xFE00 <= ord(character) <= 0xFE0F
 
 
 @lru_cache(maxsize=256)
-def _best_font(wanted: frozenset[int]) -> tuple[str | None, frozenset[int]]:
-    """The font that has the most of the characters, the first of several, and which it has."""
-    best: tuple[str | None, frozenset[int]] = (None, frozenset(range(32, 127)) & wanted)
-    most = -1
+def _best_font(needed: frozenset[int]) -> tuple[str | None, frozenset[int]]:
+    """Return the first font that has the most of the characters, and which of them it has."""
+    best: tuple[str | None, frozenset[int]] = (None, frozenset(range(32, 127)) & needed)
+    count = -1
     for path in _font_files():
-        known = _characters(path) & wanted
-        if len(known) > most and _is_usable(path):
-            best, most = (path, known), len(known)
-        if most == len(wanted):
+        available = _characters(path) & needed
+        if len(available) > count and _is_usable(path):
+            best, count = (path, available), len(available)
+        if count == len(needed):
             break
     return best
 
 
 @cache
 def _font_files() -> tuple[str, ...]:
-    """DejaVu Sans, which comes with matplotlib, then the installed fonts, sans serif before others."""
+    """Return DejaVu Sans, which matplotlib ships, then the installed fonts, sans serif first."""
     from matplotlib import font_manager
 
-    # Asked for anew in each process: matplotlib's own list does not notice a font that was installed after it was made.
+    # matplotlib's cached font list misses fonts that were installed later.
     installed = sorted(
         set(font_manager.findSystemFonts()), key=lambda path: ("sans" not in Path(path).name.lower(), path)
     )
     return (font_manager.findfont("DejaVu Sans"), *installed)
 
 
-def _rank(path: str) -> tuple[bool, str]:
-    return "sans" not in Path(path).name.lower(), path
-
-
 @cache
 def _characters(path: str) -> frozenset[int]:
-    """What an upright font of normal weight has; nothing of others."""
+    """Return the characters of an upright font of normal weight; none for other fonts."""
     from matplotlib.ft2font import FT2Font
 
     try:
         font = FT2Font(path)
-        # The font of last resort claims every character and draws a box for it.
-        if font.style_name.lower() not in UPRIGHT or font.family_name.startswith("Last Resort"):
+        # The Last Resort font draws a box for every character.
+        if font.style_name.lower() not in UPRIGHT_STYLES or font.family_name.startswith("Last Resort"):
             return frozenset()
         return frozenset(font.get_charmap())
-    except (OSError, RuntimeError):  # gone since it was listed, or no outlines in it
+    except (OSError, RuntimeError):  # deleted meanwhile, or a bitmap font
         return frozenset()
 
 
 @cache
 def _is_usable(path: str) -> bool:
-    """Whether Pillow can draw with it, which it cannot with fonts of bitmaps of one size."""
+    """Return whether Pillow can draw with the font; it cannot use bitmap fonts."""
     try:
         ImageFont.truetype(path, 12).getmask("0")
     except (OSError, RuntimeError):

@@ -302,8 +302,8 @@ def test_yolo(tmp_path, case):
 def test_a_fault_of_data_yaml_is_said_once(tmp_path):
     root = yolo_set(tmp_path)
     (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, cat]\n")
-    (finding,) = found(root).findings
-    assert "'names' lists 'cat' twice" in finding.line
+    (issue,) = found(root).issues
+    assert "'names' lists 'cat' twice" in issue.line
 
 
 def xml(text):
@@ -358,7 +358,7 @@ def test_one_split_alone(tmp_path):
     root = coco_set(tmp_path)
     for place in (root / TRAIN, root / "train", root / VAL):
         report = found(place)
-        assert [len(split.pictures) for split in report.splits] == [1 if place == root / VAL else 3]
+        assert [len(split.image_records) for split in report.splits] == [1 if place == root / VAL else 3]
         (error,) = report.errors
         assert error.code == "split-missing", "what training says too"
         with pytest.raises(UserError, match=r"(no|not the) '(train|val)' split"):
@@ -366,7 +366,7 @@ def test_one_split_alone(tmp_path):
     (root / TRAIN).rename(root / "train/all.json")
     (root / "train").rename(root / "images")
     report = found(root / "images/all.json")
-    assert [(split.name, len(split.pictures)) for split in report.splits] == [("train", 3)]
+    assert [(split.name, len(split.image_records)) for split in report.splits] == [("train", 3)]
     assert [finding.code for finding in report.errors] == ["splits-same"]
     with pytest.raises(UserError, match="would be both the training and the validation split"):
         as_training(root / "images/all.json")

@@ -5,13 +5,13 @@ import pytest
 from deformable_detr.cli import main
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data import coco
-from deformable_detr.data.validate import KINDS, check_for_training
+from deformable_detr.data.validate import ISSUE_TYPES, check_for_training
 from deformable_detr.utils.errors import UserError
 from tests.data.validate.test_annotations import COCO, VOC, YOLO
-from tests.data.validate.test_images import FILES
 from tests.data.validate.test_unusual_inputs import IMAGES, SETS
 from tests.support.data_problems import USUAL, found
 from tests.support.datasets import coco_set, voc_set, yolo_set
+from tests.support.image_files import FILES
 
 TINY = (
     "--backbone test_resnet --backbone-weights none --image-size 64 --workers 0 --epochs 1 --device cpu --batch-size 2"
@@ -48,7 +48,7 @@ def train(case, root, out, capsys, *options):
 
 def assert_trained_or_refused(case, tmp_path, capsys):
     code, err = train(case, tmp_path / "set", tmp_path / "run", capsys)
-    if any(KINDS[kind].severity == "error" for kind in CASES[case][2]):
+    if any(ISSUE_TYPES[kind].severity == "error" for kind in CASES[case][2]):
         assert code == 2
         assert err.startswith("error: ")
         assert err.count("\n") == 1
@@ -75,8 +75,8 @@ def test_there_are_as_many_cases_as_were_asked_for():
     assert len(FILES) + len(IMAGES) >= 70
     assert len(CASES) >= 250
     found_by_some = {kind for _, _, expected in CASES.values() for kind in expected}
-    elsewhere = {"leak", "image-copy", "image-missing", "set-refused"}
-    assert KINDS.keys() - found_by_some - USUAL - elsewhere == set(), "a kind that no case has"
+    elsewhere = {"leak", "image-copy", "image-missing", "dataset-rejected"}
+    assert ISSUE_TYPES.keys() - found_by_some - USUAL - elsewhere == set(), "a kind that no case has"
 
 
 def test_a_training_parses_each_annotation_file_once(tmp_path, monkeypatch):

@@ -15,9 +15,9 @@ from PIL import Image, features
 from deformable_detr.cli.check import run
 from deformable_detr.config.schema import Config
 from tests.data.validate.test_annotations import BAD, GOOD, LOST, RECORD, ROW, TRAIN, add, edited, put, row, xml
-from tests.data.validate.test_images import BROKEN, IMAGE, JPEG, PNG, chunk, encoded
 from tests.support.data_problems import assert_as_documented, codes, found
 from tests.support.datasets import coco_set, picture, voc_set, yolo_set
+from tests.support.image_files import BROKEN, IMAGE, JPEG, PNG, chunk, encoded
 
 # --- images
 
@@ -294,6 +294,6 @@ def test_names_that_are_no_text(tmp_path, capsys):
     page, facts = tmp_path / "page.html", tmp_path / "facts.json"
     assert run(root, Config(), tmp_path / "fixed", page, facts)
     assert "\\udcff" in capsys.readouterr().out
-    assert os.fsencode(json.loads(facts.read_text())["findings"][0]["file"]).endswith(b"/\xff.png")
+    assert os.fsencode(json.loads(facts.read_text())["issues"][0]["file"]).endswith(b"/\xff.png")
     names = [record["file_name"] for record in json.loads((tmp_path / "fixed" / TRAIN).read_text())["images"]]
     assert os.fsencode(sorted(names)[-1]).endswith(b"\xfe.png")

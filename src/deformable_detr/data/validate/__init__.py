@@ -1,8 +1,8 @@
-"""What is wrong with a data set, before a training finds out: every finding named by file and record.
+"""Check a dataset before training: every issue names the file and record and suggests a fix.
 
 >>> report = check_dataset("sets/cards", DataConfig(), image_size=480, long_side=800)  # doctest: +SKIP
 >>> print(*report.lines(), sep="\\n")  # doctest: +SKIP
-warning leak: train/a.jpg: (of train, images[0]) holds the same bytes as valid/b.jpg …; remove it from the training set
+warning leak: train/a.jpg: (of train, images[0]) holds the same bytes as valid/b.jpg …; remove it from …
 """
 
 from __future__ import annotations
@@ -17,82 +17,76 @@ from ...config.schema import DataConfig
 from ...structures import Category
 from ...utils.errors import UserError
 from ..formats import find_source
-from ..problems import split_command_hint
+from ..problems import Problem, split_command_hint
 from ..source import AnnotationCache, Source, distinct_val_hint, same_split
 from .annotations import Split, read_split
 from .boxes import check_boxes
 from .classes import check_classes, class_counts
-from .images import Coverage, Depth, check_pictures
-from .issues import KINDS, SEVERITIES, Findings, Issue
+from .images import Coverage, Depth, check_images
+from .issues import ISSUE_TYPES, SEVERITIES, Issue, Issues
 
-__all__ = [
-    "KINDS",
-    "Coverage",
-    "Depth",
-    "Findings",
-    "Issue",
-    "Report",
-    "Split",
-    "check_dataset",
-    "check_for_training",
-]
+__all__ = ["ISSUE_TYPES", "Issue", "Issues", "Report", "check_dataset", "check_for_training", "find_splits"]
 
-SHOWN = 5  # lines of one kind on the terminal
+LINES_PER_TYPE = 5  # on the terminal
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_dataset` found in which splits; image_size is the one that tiny objects were judged for."""
+    """The result of `check_dataset`; `image_size` decides which objects are tiny."""
 
     root: Path
     splits: tuple[Split, ...]
-    findings: Findings
+    issues: Issues
     coverage: Coverage
     image_size: int
 
     @property
     def errors(self) -> list[Issue]:
-        return self.findings.of("error")
+        return self.issues.of("error")
 
-    def lines(self, shown: int = SHOWN, without: Sequence[str] = ()) -> Iterator[str]:
-        """Errors and warnings, a line each, `shown` of a kind, and then how many more; none of the kinds `without`."""
-        for code, group in self.findings.by_code().items():
-            if (severity := KINDS[code].severity) == "note" or code in without:
+    def lines(self, limit: int = LINES_PER_TYPE, without: Sequence[str] = ()) -> Iterator[str]:
+        """Yield errors and warnings, one per line: `limit` of each type, then the number of others.
+
+        Types in `without` are left out.
+        """
+        for code, group in self.issues.by_code().items():
+            if (severity := ISSUE_TYPES[code].severity) == "note" or code in without:
                 continue
-            for finding in group[:shown]:
-                yield f"{severity} {code}: {finding.line}"
-            if len(group) > shown:
-                yield f"{severity} {code}: {len(group) - shown} more"
+            for issue in group[:limit]:
+                yield f"{severity} {code}: {issue.line}"
+            if len(group) > limit:
+                yield f"{severity} {code}: {len(group) - limit} more"
 
     @property
     def summary(self) -> str:
-        """One line: how much was looked at, and how much found."""
-        facts = [f"{split.name} {len(split.pictures)} images, {len(split.positions)} objects" for split in self.splits]
-        counts = [_count(len(self.findings.of(severity)), severity) for severity in SEVERITIES]
-        seen = self.coverage
-        whole = "" if seen.decoded == seen.images else f" ({seen.decoded} of {seen.images} images decoded)"
-        return f"{'; '.join(facts) or self.root}{whole}: {', '.join(counts)}"
+        """One line with the numbers of images, objects and issues."""
+        sizes = [f"{s.name} {len(s.image_records)} images, {len(s.positions)} objects" for s in self.splits]
+        counts = [_count(len(self.issues.of(severity)), severity) for severity in SEVERITIES]
+        decoded, images = self.coverage.decoded, self.coverage.images
+        partial = "" if decoded == images else f" ({decoded} of {images} images decoded)"
+        return f"{'; '.join(sizes) or self.root}{partial}: {', '.join(counts)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Return the whole report as a dict for JSON."""
         splits = {
             split.name: {
                 "file": str(split.file),
                 "format": split.source.format,
-                "images": len(split.pictures),
+                "images": len(split.image_records),
                 "objects": len(split.positions),
                 "classes": {split.categories[number]: count for number, count in class_counts(split).items()},
             }
             for split in self.splits
         }
+        groups = self.issues.by_code()
         return {
             "data": str(self.root),
             "image_size": self.image_size,
             "splits": splits,
-            "looked_at": vars(self.coverage),
-            "counts": {severity: len(self.findings.of(severity)) for severity in SEVERITIES},
-            "kinds": {code: len(group) for code, group in self.findings.by_code().items()},
-            "findings": [finding.to_dict() for group in self.findings.by_code().values() for finding in group],
+            "coverage": vars(self.coverage),
+            "counts": {severity: len(self.issues.of(severity)) for severity in SEVERITIES},
+            "types": {code: len(group) for code, group in groups.items()},
+            "issues": [issue.to_dict() for group in groups.values() for issue in group],
         }
 
 
@@ -105,31 +99,33 @@ def check_dataset(
     progress: bool = False,
     cache: AnnotationCache | None = None,
 ) -> Report:
-    """Looks at the training, the validation and, where there is one, the test split of the set at `root`.
+    """Check the training, validation and, if there is one, test split of a dataset.
 
-    image_size, long_side: the model's, in pixels; objects that are tiny after the resize are told.
-    depth: 'full' decodes every image; 'auto' stops where `pictures.AUTO_IMAGES` and `AUTO_SECONDS` say.
+    Args:
+        root: Folder or annotation file of the dataset.
+        data: Data settings.
+        image_size, long_side: Resize of the model in pixels, for the tiny objects.
+        depth: "full" decodes every image; "auto" decodes at most `AUTO_IMAGES` in `AUTO_SECONDS`.
+        progress: Show a progress bar if standard error is a terminal.
+        cache: Keeps the parsed annotations for other readers.
 
-    Raises `UserError` where there is no set at all; all that is wrong with one is a finding.
+    Raises:
+        UserError: There is no dataset. Everything that is wrong in a dataset becomes an issue.
     """
-    base = Path(root).expanduser()
-    found = Findings()
-    cache = cache or AnnotationCache()
-    sources = find_splits(base, data, found)
-    splits: list[Split] = []
+    base, issues, cache = Path(root).expanduser(), Issues(), cache or AnnotationCache()
+    splits: dict[str, Split] = {}
     categories: tuple[Category, ...] | None = None
-    for name, source in sources.items():
-        if (split := read_split(source, name, categories, found, cache)) is None:
+    for name, source in find_splits(base, data, issues).items():
+        if (split := read_split(source, name, categories, issues, cache)) is None:
             continue
         if name == data.train_split:
             categories = tuple(Category(number, split.categories[number]) for number in sorted(split.categories))
-        splits.append(split)
-    coverage = check_pictures(splits, depth, found, progress)
-    for split in splits:
-        check_boxes(split, image_size, long_side, found)
-    by_name = {split.name: split for split in splits}
-    check_classes(splits, by_name.get(data.train_split), by_name.get(data.val_split), found)
-    return Report(base, tuple(splits), found, coverage, image_size)
+        splits[name] = split
+    coverage = check_images(list(splits.values()), depth, issues, progress)
+    for split in splits.values():
+        check_boxes(split, image_size, long_side, issues)
+    check_classes(list(splits.values()), splits.get(data.train_split), splits.get(data.val_split), issues)
+    return Report(base, tuple(splits.values()), issues, coverage, image_size)
 
 
 def check_for_training(
@@ -139,43 +135,47 @@ def check_for_training(
     long_side: int,
     cache: AnnotationCache | None = None,
 ) -> tuple[str, ...]:
-    """The lines that a training says about its set before it begins, the warnings in brief; `data.check` says how deep.
+    """Check a dataset as deep as `data.check` says, and return the lines that training prints: one per type of warning.
 
-    What is wrong within a test split, which training does not use, is left to `check`.
+    Issues of the test split are ignored, because training does not use it.
 
-    Raises `UserError` of one line, which names the first error, where there are any.
+    Raises:
+        UserError: There are errors; the message is the first one.
     """
     if data.check == "off":
         return ()
     report = check_dataset(root, data, image_size, long_side, depth=data.check, cache=cache)
-    used = [finding for finding in report.findings if finding.split in (data.train_split, data.val_split)]
-    report = replace(report, findings=Findings(used))
+    used = [issue for issue in report.issues if issue.split in (data.train_split, data.val_split)]
+    report = replace(report, issues=Issues(used))
     if errors := report.errors:
-        first = next(iter(report.findings.by_code().values()))[0]
-        more = f" (the first of {len(errors)} errors; all: deformable-detr check {root})" if len(errors) > 1 else ""
-        raise UserError(f"{first.line}{more}")
-    lines = list(report.lines(shown=1))
-    return (*lines, f"all about the data: deformable-detr check {root}") if lines else ()
+        first = next(iter(report.issues.by_code().values()))[0]
+        more = f" (the first of {len(errors)} errors; to list all: deformable-detr check {root})"
+        raise UserError(f"{first.line}{more if len(errors) > 1 else ''}")
+    lines = list(report.lines(limit=1))
+    return (*lines, f"to list all issues: deformable-detr check {root}") if lines else ()
 
 
-def refused(report: Report, data: DataConfig) -> None:
-    """Opens the splits as training would, and adds what is refused: no error must be left for it to find."""
+def check_opening(report: Report, data: DataConfig) -> None:
+    """Open the splits as training would, and add an issue for each error that the checks missed."""
     from ..dataset import open_dataset
 
     categories: Sequence[Category] | None = None
     for split in report.splits:
         try:
-            opened = open_dataset(report.root, split.name, data, categories)
+            dataset = open_dataset(report.root, split.name, data, categories)
         except UserError as error:
-            what, _, mend = str(error).removeprefix(f"{split.file}: ").rpartition("; ")
-            report.findings.add("set-refused", split.file, "", what or mend, mend if what else "", split=split.name)
+            problem = Problem.from_error("dataset-rejected", split.file, error)
+            report.issues.add(problem.code, split.file, "", problem.message, problem.hint, split=split.name)
             continue
         if split.name == data.train_split:
-            categories = opened.categories
+            categories = dataset.categories
 
 
-def find_splits(root: Path, data: DataConfig, found: Findings) -> dict[str, Source]:
-    """The splits that there are; of a set of one file or folder, that one. What is wrong with them is a finding."""
+def find_splits(root: Path, data: DataConfig, issues: Issues) -> dict[str, Source]:
+    """Return the splits of a dataset, and add issues for those that training lacks.
+
+    Raises UserError if there is no dataset.
+    """
     if not root.exists():
         raise UserError(f"{root}: no such dataset; give its folder or its annotation file")
     sources: dict[str, Source] = {}
@@ -187,35 +187,32 @@ def find_splits(root: Path, data: DataConfig, found: Findings) -> dict[str, Sour
             failures[name] = error
     if "test" not in (data.train_split, data.val_split) and not _is_test(sources, data.train_split, root):
         sources.pop("test", None)
-    said: set[str] = set()  # what is wrong with a data.yaml is wrong for every split
+    reported: set[str] = set()  # both splits can fail for the same reason
     for name in (data.train_split, data.val_split):
-        if name in failures and str(failures[name]) not in said:
-            said.add(str(failures[name]))
-            what, _, mend = str(failures[name]).removeprefix(f"{root}: ").partition("; ")
-            if data.train_split in sources:
-                other = (
-                    "take the test split with --set data.val_split=test"
-                    if "test" in sources
-                    else split_command_hint(root)
-                )
-                mend += f"; or {other}"
-            found.add("split-missing", root, "", what, mend, split=name)
+        if name not in failures or str(failures[name]) in reported:
+            continue
+        reported.add(str(failures[name]))
+        message, _, hint = str(failures[name]).removeprefix(f"{root}: ").partition("; ")
+        if data.train_split in sources:
+            use_test = "use the test split with --set data.val_split=test"
+            hint += f"; or {use_test if 'test' in sources else split_command_hint(root)}"
+        issues.add("split-missing", root, "", message, hint, split=name)
     train, val = sources.get(data.train_split), sources.get(data.val_split)
     if train is not None and val is not None and same_split(train, val):
-        found.add("splits-same", train.file, "", "would be both the training and the validation split",
-                  distinct_val_hint(val, root), split=data.val_split)  # fmt: skip
+        message = "would be both the training and the validation split"
+        issues.add("splits-same", train.file, "", message, distinct_val_hint(val, root), split=data.val_split)
         del sources[data.val_split]
     return sources
 
 
 def _is_test(sources: dict[str, Source], train: str, root: Path) -> bool:
-    """Whether there is a test split that says so, or nothing else; files that name no split serve for any."""
+    """Return whether the test split is named so, or the only one; files without a split name match every split."""
     test, first = sources.get("test"), sources.get(train)
     if test is None or (first is not None and same_split(first, test)):
         return False
-    own = root.parent if root.is_file() else root
-    return len(sources) == 1 or test.file.parent != own or "test" in test.file.name.lower()
+    folder = root.parent if root.is_file() else root
+    return len(sources) == 1 or test.file.parent != folder or "test" in test.file.name.lower()
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

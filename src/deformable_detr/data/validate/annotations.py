@@ -14,7 +14,7 @@ from ...utils.errors import UserError
 from ..problems import Problem
 from ..records import read_records, record_name
 from ..source import AnnotationCache, Source, remap_category_ids
-from .issues import Findings
+from .issues import Issues
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Split:
         categories: Category id → name.
         folder: Folder of the images.
         positions: (N,) index of each object in the COCO dict.
-        images: (N,) index of each object's image in `pictures`.
+        images: (N,) index of each object's image in `image_records`.
         labels: (N,) category ids.
         crowds: (N,) bool.
         boxes: (N, 4) xywh in pixels.
@@ -73,7 +73,7 @@ class Split:
     content: dict[str, Any]
     categories: dict[int, str]
     folder: Path
-    pictures: list[ImageRecord]
+    image_records: list[ImageRecord]
     positions: np.ndarray
     images: np.ndarray
     labels: np.ndarray
@@ -91,21 +91,21 @@ class Split:
     def record(self, index: int) -> str:
         """Return the name of an object in messages, with its image."""
         name = record_name(self.content["annotations"], int(self.positions[index]))
-        return f"{name} of image {self.pictures[self.images[index]].name!r}"
+        return f"{name} of image {self.image_records[self.images[index]].name!r}"
 
-    def place(self, index: int) -> dict[str, Any]:
-        """Return the arguments of `Findings.add` that locate and show an object."""
+    def locate(self, index: int) -> dict[str, Any]:
+        """Return the arguments of `Issues.add` that locate and show an object."""
         return {
             "split": self.name,
             "section": "annotations",
             "position": int(self.positions[index]),
-            "image": self.pictures[self.images[index]].path,
+            "image": self.image_records[self.images[index]].path,
             "box": tuple(float(value) for value in self.boxes[index]),
         }
 
 
 def read_split(
-    source: Source, name: str, categories: Sequence[Category] | None, found: Findings, cache: AnnotationCache
+    source: Source, name: str, categories: Sequence[Category] | None, issues: Issues, cache: AnnotationCache
 ) -> Split | None:
     """Read the usable records of a split and add an issue for each problem; None if the file cannot be read.
 
@@ -113,7 +113,7 @@ def read_split(
     """
 
     def collect(problem: Problem) -> None:
-        found.add(
+        issues.add(
             problem.code, problem.file, problem.record, problem.message, problem.hint, split=name,
             section=problem.section, position=problem.position, image=problem.image, box=problem.box,
         )  # fmt: skip

@@ -1,121 +1,131 @@
-"""The boxes of a split: in pixels, with an area inside their image, there once, and large enough to be seen."""
+"""Checks of the boxes of a split: unit, area inside the image, duplicates, and size."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from ...config.image_size import resized_size
 from ..transforms import MIN_SIDE
 from .annotations import Split
-from .issues import CORNERS_PART, OVERHANG, TINY_SIDE, Findings
+from .issues import CORNERS_SHARE, OVERHANG, TINY_SIDE, Issues
 
 
-def check_boxes(split: Split, image_size: int, long_side: int, found: Findings) -> None:
-    """Adds what is wrong with the boxes of a split; sizes are those of the files where these were looked at."""
+def check_boxes(split: Split, image_size: int, long_side: int, issues: Issues) -> None:
+    """Add the issues of a split's boxes; image sizes are those of the files, if these were read."""
     kept = np.flatnonzero(~split.crowds)
     boxes = split.boxes[kept]
-    limits = sizes_of(split)[split.images[kept]]  # (N, 2) width, height; infinite where unknown
-    if split.source.format == "coco" and (kind := unit_fault(boxes, limits)):
-        _tell_unit(split, kind, int(kept[0]), found)
+    limits = image_limits(split)[split.images[kept]]
+    if split.source.format == "coco" and (unit := wrong_unit(boxes, limits)):
+        _report_unit(split, unit, int(kept[0]), issues)
         return
-    corners, inside, degenerate = clipped(boxes, limits)
-    x, y, w, h = boxes.T
-    over = np.max(np.stack([-x, -y, x + w - limits[:, 0], y + h - limits[:, 1]]), axis=0)
+
+    def report(code: str, index: Any, message: str) -> None:
+        number = int(kept[index])
+        issues.add(code, split.file, split.record(number), message, **split.locate(number))
+
+    corners, inside, degenerate = clip_boxes(boxes, limits)
+    overhang = box_overhang(boxes, limits)
     for index in np.flatnonzero(degenerate):
-        what = f"is {w[index]:g} × {h[index]:g} pixels"
-        found.add("box-degenerate", split.file, split.record(kept[index]), what, **split.place(kept[index]))
+        report("box-degenerate", index, f"is {boxes[index, 2]:g} × {boxes[index, 3]:g} pixels")
     for index in np.flatnonzero(~degenerate & ~inside):
-        what = f"lies outside its image of {_size(limits[index])} with bbox {_text(boxes[index])}"
-        found.add("box-outside", split.file, split.record(kept[index]), what, **split.place(kept[index]))
-    for index in np.flatnonzero(inside & (over > OVERHANG)):
-        what = (
-            f"reaches {over[index]:.0f} pixels over its image of {_size(limits[index])} with bbox {_text(boxes[index])}"
-        )
-        found.add("box-overhang", split.file, split.record(kept[index]), what, **split.place(kept[index]))
-    for first, index in duplicates(split, kept):
-        what = f"has the box and class of {split.record(first)}"
-        found.add("box-duplicate", split.file, split.record(index), what, **split.place(index))
-    _find_tiny(split, kept[inside], corners[inside], limits[inside], image_size, long_side, found)
+        message = f"lies outside its image of {_size_text(limits[index])} with bbox {_box_text(boxes[index])}"
+        report("box-outside", index, message)
+    for index in np.flatnonzero(inside & (overhang > OVERHANG)):
+        size = _size_text(limits[index])
+        message = f"exceeds its image of {size} by {overhang[index]:.0f} pixels with bbox {_box_text(boxes[index])}"
+        report("box-overhang", index, message)
+    for first, index in _duplicates(split, kept):
+        message = f"has the box and class of {split.record(first)}"
+        issues.add("box-duplicate", split.file, split.record(index), message, **split.locate(index))
+    _check_tiny(split, kept[inside], corners[inside], limits[inside], (image_size, long_side), issues)
 
 
-def sizes_of(split: Split) -> np.ndarray:
-    """(images, 2) width and height in pixels, infinite where unknown."""
-    sizes = [picture.best_size or (np.inf, np.inf) for picture in split.pictures]
+def image_limits(split: Split) -> np.ndarray:
+    """Return (images, 2) width and height in pixels; infinite if unknown."""
+    sizes = [record.best_size or (np.inf, np.inf) for record in split.image_records]
     return np.array(sizes, dtype=np.float64).reshape(-1, 2)[:, ::-1]
 
 
-def clipped(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """xywh boxes (N, 4) as xyxy cut to (width, height) (N, 2); which keep an area; which never had one."""
+def clip_boxes(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clip xywh boxes (N, 4) to limits (N, 2).
+
+    Returns:
+        The clipped boxes as xyxy, which of them keep an area, and which had none before.
+    """
     x, y, w, h = boxes.T
-    corners = np.stack([x, y, x + w, y + h], axis=1)
-    cut = np.clip(corners, 0, np.concatenate([limits, limits], axis=1))
-    inside = np.min(cut[:, 2:] - cut[:, :2], axis=1, initial=np.inf) >= MIN_SIDE
-    return cut, inside, np.minimum(w, h) < MIN_SIDE
+    clipped = np.clip(np.stack([x, y, x + w, y + h], axis=1), 0, np.concatenate([limits, limits], axis=1))
+    inside = np.min(clipped[:, 2:] - clipped[:, :2], axis=1, initial=np.inf) >= MIN_SIDE
+    return clipped, inside, np.minimum(w, h) < MIN_SIDE
 
 
-def unit_fault(boxes: np.ndarray, limits: np.ndarray) -> str:
-    """'normalized' where all xywh boxes are in 0..1; 'corners' where they fit as x0 y0 x1 y1 only; else ''."""
+def box_overhang(boxes: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Return (N,) pixels by which xywh boxes (N, 4) exceed their image; negative inside."""
+    return np.maximum(-boxes[:, :2], boxes[:, :2] + boxes[:, 2:] - limits).max(axis=1)
+
+
+def wrong_unit(boxes: np.ndarray, limits: np.ndarray) -> str:
+    """Return 'normalized' if all boxes are in 0..1, 'corners' if they fit only as x0, y0, x1, y1, otherwise ''."""
     if not len(boxes):
         return ""
     x, y, w, h = boxes.T
     if boxes.min() >= 0 and boxes.max() <= 1 and np.minimum(w, h).max() > 0 and limits.min() > 4:
         return "normalized"
     width, height = limits.T
-    over = (x + w > width + OVERHANG) | (y + h > height + OVERHANG)
+    too_large = (x + w > width + OVERHANG) | (y + h > height + OVERHANG)
     as_corners = (w > x) & (h > y) & (w <= width + 1) & (h <= height + 1)
-    return "corners" if as_corners.all() and over.mean() >= CORNERS_PART else ""
+    return "corners" if as_corners.all() and too_large.mean() >= CORNERS_SHARE else ""
 
 
-def duplicates(split: Split, indices: np.ndarray) -> list[tuple[int, int]]:
-    """(first, again) of objects with the image, the class and the box of an earlier one, to 0.01 pixel."""
+def _duplicates(split: Split, indices: np.ndarray) -> list[tuple[int, int]]:
+    """Return pairs of objects with the same image, class and box (to 0.01 pixel)."""
     if not len(indices):
         return []
-    boxes = np.rint(split.boxes[indices] * 100)
-    keys = np.column_stack([split.images[indices], split.labels[indices], boxes])
+    keys = np.column_stack([split.images[indices], split.labels[indices], np.rint(split.boxes[indices] * 100)])
     _, firsts, groups = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     firsts = firsts[groups.reshape(-1)]
     return [(int(indices[first]), int(indices[k])) for k, first in enumerate(firsts) if first != k]
 
 
-def _tell_unit(split: Split, kind: str, example: int, found: Findings) -> None:
-    box = _text(split.boxes[example])
-    if kind == "normalized":
-        what, mend = f"has all boxes in 0..1, such as {box}", "multiply them by the width and height of their images"
-        found.add("boxes-normalized", split.file, "", what, mend, split=split.name)
+def _report_unit(split: Split, unit: str, example: int, issues: Issues) -> None:
+    box = _box_text(split.boxes[example])
+    if unit == "normalized":
+        message, hint = f"has all boxes in 0..1, such as {box}", "multiply them by the width and height of their images"
+        issues.add("boxes-normalized", split.file, "", message, hint, split=split.name)
     else:
-        what = f"has boxes that fit their images only as x0, y0, x1, y1, such as {box}"
-        found.add("boxes-corners", split.file, "", what, "write them as x, y, width, height",
-                  **{**split.place(example), "section": "", "position": -1})  # fmt: skip
+        message = f"has boxes that fit their images only as x0, y0, x1, y1, such as {box}"
+        location = {**split.locate(example), "section": "", "position": -1}
+        issues.add("boxes-corners", split.file, "", message, **location)
 
 
-def _find_tiny(
-    split: Split, indices: np.ndarray, corners: np.ndarray, limits: np.ndarray, image_size: int, long_side: int,
-    found: Findings,
-) -> None:  # fmt: skip
-    """One finding for each image with objects that are tiny after the resize."""
+def _check_tiny(
+    split: Split, indices: np.ndarray, corners: np.ndarray, limits: np.ndarray, resize: tuple[int, int], issues: Issues
+) -> None:
+    """Add an issue per image with objects that are tiny after the resize to (image size, long side)."""
     known = np.isfinite(limits).all(axis=1)
     indices, corners = indices[known], corners[known]
     sizes, groups = np.unique(limits[known].astype(np.int64), axis=0, return_inverse=True)
-    resized = [resized_size(height, width, image_size, long_side)[::-1] for width, height in sizes.tolist()]
+    resized = [resized_size(height, width, *resize)[::-1] for width, height in sizes.tolist()]
     scales = (np.array(resized, dtype=np.float64).reshape(-1, 2) / sizes)[groups.reshape(-1)]
     sides = np.min((corners[:, 2:] - corners[:, :2]) * scales, axis=1, initial=np.inf)
     images = split.images[indices]
-    totals = np.bincount(images, minlength=len(split.pictures))
+    totals = np.bincount(images, minlength=len(split.image_records))
     tiny = np.flatnonzero(sides < TINY_SIDE)
     tiny = tiny[np.lexsort((sides[tiny], images[tiny]))]  # the smallest of each image first
     for image, first, count in zip(*np.unique(images[tiny], return_index=True, return_counts=True), strict=True):
-        smallest, picture = tiny[first], split.pictures[image]
-        what = (
-            f"({picture.name!r}) has {count} of {totals[image]} objects under {TINY_SIDE:g} pixels at image size "
-            f"{image_size}, the smallest {sides[smallest]:.1f}"
+        smallest, record = tiny[first], split.image_records[image]
+        message = (
+            f"({record.name!r}) has {count} of {totals[image]} objects under {TINY_SIDE:g} pixels at image size "
+            f"{resize[0]}, the smallest {sides[smallest]:.1f}"
         )
-        place = {**split.place(int(indices[smallest])), "section": "images", "position": picture.position}
-        found.add("tiny-objects", split.file, f"images[{picture.position}]", what, **place)
+        location = {**split.locate(int(indices[smallest])), "section": "images", "position": record.position}
+        issues.add("tiny-objects", split.file, f"images[{record.position}]", message, **location)
 
 
-def _size(limit: np.ndarray) -> str:
+def _size_text(limit: np.ndarray) -> str:
     return " × ".join(f"{side:.0f}" for side in limit)
 
 
-def _text(box: np.ndarray) -> str:
+def _box_text(box: np.ndarray) -> str:
     return "[" + ", ".join(f"{value:.6g}" for value in box) + "]"

@@ -1,4 +1,4 @@
-"""The classes over all splits: the same in each, with enough objects to learn from; and images without any object."""
+"""Checks of the classes over all splits: equal lists, enough objects, and images without objects."""
 
 from __future__ import annotations
 
@@ -6,94 +6,93 @@ from collections import Counter
 from collections.abc import Sequence
 
 from .annotations import Split
-from .boxes import clipped, sizes_of, unit_fault
-from .issues import IMBALANCE, RARE, Findings
+from .boxes import clip_boxes, image_limits, wrong_unit
+from .issues import IMBALANCE, RARE, Issues
 
 
 def class_counts(split: Split) -> dict[int, int]:
-    """Objects of each listed category, crowds not counted."""
+    """Return the number of objects per listed category, without crowds."""
     counts = Counter(split.labels[~split.crowds].tolist())
-    return {number: counts.get(number, 0) for number in split.categories}
+    return {category_id: counts.get(category_id, 0) for category_id in split.categories}
 
 
-def check_classes(splits: Sequence[Split], train: Split | None, val: Split | None, found: Findings) -> None:
-    """Adds what is wrong with the classes; train, val: the splits to train and to validate on, where they exist."""
+def check_classes(splits: Sequence[Split], train: Split | None, val: Split | None, issues: Issues) -> None:
+    """Add the issues of the classes; `train` and `val` are the training and validation split, if they exist."""
     for split in splits:
-        _find_empty(split, found)
-        if not _usable(split):
-            _tell_none(split, split is train, found)
+        _check_empty_images(split, issues)
+        if not _has_usable_objects(split):
+            _report_no_objects(split, split is train, issues)
         if train is not None and split is not train:
-            _compare_lists(train, split, found)
-    counts = {id(split): class_counts(split) for split in splits}
-    names: dict[int, tuple[str, Split]] = {}
-    for split in splits:
-        for number, name in split.categories.items():
-            names.setdefault(number, (name, split))
-    for number, (name, split) in names.items():
-        if not any(counts[id(other)].get(number) for other in splits):
-            found.add("class-unused", split.file, "", f"lists the class {name!r} (id {number}), which has no objects",
-                      split=split.name)  # fmt: skip
+            _compare_categories(train, split, issues)
+    _check_unused(splits, issues)
     if train is None:
         return
-    mine = counts[id(train)]
-    other = counts[id(val)] if val is not None else None
-    for number, name in train.categories.items():
-        here, there = mine[number], other.get(number, 0) if other is not None else None
-        if not here and there and val is not None:
-            what = f"has {there} objects of class {name!r}, of which {train.file} has none to train on"
-            found.add("class-only-in-val", val.file, "", what, split=val.name)
-        if here and there == 0:
-            what = f"has {here} objects of class {name!r}, which has none to validate on"
-            found.add("class-not-in-val", train.file, "", what, split=train.name)
-        if 0 < here < RARE:
-            what = f"has {here} object{'s' * (here > 1)} of class {name!r} to train on"
-            found.add("class-rare", train.file, "", what, split=train.name)
-    present = {number: count for number, count in mine.items() if count}
+    train_counts, val_counts = class_counts(train), class_counts(val) if val is not None else None
+    for category_id, name in train.categories.items():
+        count, val_count = train_counts[category_id], None if val_counts is None else val_counts.get(category_id, 0)
+        if not count and val_count and val is not None:
+            message = f"has {val_count} objects of class {name!r}, of which {train.file} has none"
+            issues.add("class-only-in-val", val.file, "", message, split=val.name)
+        if count and val_count == 0:
+            message = f"has {count} objects of class {name!r}, but the validation split has none"
+            issues.add("class-not-in-val", train.file, "", message, split=train.name)
+        if 0 < count < RARE:
+            message = f"has {count} training object{'s' * (count > 1)} of class {name!r}"
+            issues.add("class-rare", train.file, "", message, split=train.name)
+    present = {category_id: count for category_id, count in train_counts.items() if count}
     if present and max(present.values()) > IMBALANCE * min(present.values()):
         most, least = max(present, key=present.__getitem__), min(present, key=present.__getitem__)
-        what = (
+        message = (
             f"has {present[most]} objects of {train.categories[most]!r}, but {present[least]} of "
-            f"{train.categories[least]!r}: {present[most] / present[least]:.0f} times as many"
+            f"{train.categories[least]!r}, a ratio of {present[most] / present[least]:.0f}"
         )
-        found.add("class-imbalance", train.file, "", what, split=train.name)
+        issues.add("class-imbalance", train.file, "", message, split=train.name)
 
 
-def _usable(split: Split) -> bool:
-    """Whether an object that is no crowd has an area in its image, or would have in the unit that its box is in."""
+def _check_unused(splits: Sequence[Split], issues: Issues) -> None:
+    used = {category_id for split in splits for category_id, count in class_counts(split).items() if count}
+    for split in splits:
+        for category_id, name in split.categories.items():
+            if category_id not in used:
+                used.add(category_id)  # one issue for all splits
+                message = f"lists the class {name!r} (id {category_id}), which has no objects"
+                issues.add("class-unused", split.file, "", message, split=split.name)
+
+
+def _has_usable_objects(split: Split) -> bool:
+    """Return whether any object has an area in its image, perhaps after a conversion of its unit."""
     kept = ~split.crowds
-    boxes, limits = split.boxes[kept], sizes_of(split)[split.images[kept]]
-    return bool(clipped(boxes, limits)[1].any() or unit_fault(boxes, limits))
+    boxes, limits = split.boxes[kept], image_limits(split)[split.images[kept]]
+    return bool(clip_boxes(boxes, limits)[1].any() or wrong_unit(boxes, limits))
 
 
-def _tell_none(split: Split, to_train: bool, found: Findings) -> None:
-    if not to_train:
-        found.add("no-objects", split.file, "", "has no objects to measure with", split=split.name)
-        return
-    if not split.crowds.all():
-        what = "has no box with an area inside its image, so nothing to learn from"
-        found.add("no-training-objects", split.file, "", what, "mend the boxes", split=split.name)
-        return
-    where = " (a row an object in labels/…/NAME.txt for images/…/NAME.jpg)" * (split.source.format == "yolo")
-    found.add("no-training-objects", split.file, "", "has no objects to learn from",
-              f"label its images{where}", split=split.name)  # fmt: skip
+def _report_no_objects(split: Split, is_train: bool, issues: Issues) -> None:
+    code, message, hint = "no-training-objects", "has no objects to train on", "label its images"
+    if not is_train:
+        code, message = "no-objects", "has no objects to evaluate on"
+    elif not split.crowds.all():
+        message, hint = "has no box with an area inside its image, so nothing to train on", "correct the boxes"
+    elif split.source.format == "yolo":
+        hint += " (one row per object in labels/…/NAME.txt for images/…/NAME.jpg)"
+    issues.add(code, split.file, "", message, hint, split=split.name)
 
 
-def _find_empty(split: Split, found: Findings) -> None:
-    full = set(split.images.tolist())
-    for index, picture in enumerate(split.pictures):
-        if index not in full and not picture.broken and not picture.missing:
-            found.add("image-empty", split.file, f"images[{picture.position}]", f"({picture.name!r}) has no objects",
-                      split=split.name, section="images", position=picture.position, image=picture.path)  # fmt: skip
+def _check_empty_images(split: Split, issues: Issues) -> None:
+    with_objects = set(split.images.tolist())
+    for index, record in enumerate(split.image_records):
+        if index not in with_objects and not record.broken and not record.missing:
+            issues.add("image-empty", split.file, f"images[{record.position}]", f"({record.name!r}) has no objects",
+                       split=split.name, section="images", position=record.position, image=record.path)  # fmt: skip
 
 
-def _compare_lists(train: Split, split: Split, found: Findings) -> None:
-    """The categories of a split beside those to train on."""
+def _compare_categories(train: Split, split: Split, issues: Issues) -> None:
     counts = class_counts(split)
-    for number, name in sorted(split.categories.items()):
-        known = train.categories.get(number)
-        if known is None and counts[number]:
-            what = f"has {counts[number]} objects of class {name!r} (id {number}), which {train.file} does not list"
-            found.add("class-not-in-train", split.file, "", what, split=split.name)
-        elif known not in (None, name):
-            what = f"calls id {number} {name!r}, {train.file} {known!r}"
-            found.add("category-renamed", split.file, "", what, split=split.name)
+    for category_id, name in sorted(split.categories.items()):
+        train_name = train.categories.get(category_id)
+        if train_name is None and counts[category_id]:
+            count = counts[category_id]
+            message = f"has {count} objects of class {name!r} (id {category_id}), which {train.file} does not list"
+            issues.add("class-not-in-train", split.file, "", message, split=split.name)
+        elif train_name not in (None, name):
+            message = f"calls id {category_id} {name!r}, but {train.file} {train_name!r}"
+            issues.add("category-renamed", split.file, "", message, split=split.name)

@@ -1,4 +1,4 @@
-"""The image files of the splits: is each there, whole, of the size that its record says, and in one split only?"""
+"""Checks of the image files: present, readable, of the declared size, and in one split only."""
 
 from __future__ import annotations
 
@@ -7,183 +7,170 @@ import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from ...utils.errors import UserError
 from ...utils.images import TRANSPOSED_ORIENTATIONS, read_header, read_image
+from ..problems import Problem
 from .annotations import ImageRecord, Split
-from .issues import Findings
+from .issues import Issues
 
 Depth = Literal["auto", "full"]
-# What `auto` looks at: every header and so many whole images, spread over the set, each for so many seconds at most.
+# With depth "auto": the most images to decode, and the most seconds for the headers and for decoding.
 AUTO_IMAGES = 2000
 AUTO_SECONDS = 20.0
-DIM = 4096  # values of 12 bits, as medical and industrial cameras write them into 16
-CHUNK = 64  # images between two looks at the clock
+DIM_VALUE = 4096  # medical and industrial cameras write 12-bit values into 16 bits
+CHUNK = 64  # images between two checks of the time
 
 Task = tuple[Split, ImageRecord]
 
 
 @dataclass
 class Coverage:
-    """How many images there are, of how many the header was read, and how many were decoded as a whole."""
+    """How many images there are, how many headers were read, and how many images were decoded."""
 
     images: int = 0
     headers: int = 0
     decoded: int = 0
 
 
-def check_pictures(splits: Sequence[Split], depth: Depth, found: Findings, progress: bool = False) -> Coverage:
-    """Fills in what the files say about the pictures, and adds what is wrong with them."""
-    tasks = [(split, picture) for split in splits for picture in split.pictures if not picture.missing]
-    coverage = Coverage(images=sum(len(split.pictures) for split in splits))
+def check_images(splits: Sequence[Split], depth: Depth, issues: Issues, progress: bool = False) -> Coverage:
+    """Read the image files, complete the image records, and add the issues of the files."""
+    tasks = [(split, record) for split in splits for record in split.image_records if not record.missing]
+    coverage = Coverage(images=sum(len(split.image_records) for split in splits))
     seconds = AUTO_SECONDS if depth == "auto" else None
-    whole = tasks if depth == "full" else _spread(tasks, AUTO_IMAGES)
+    selected = tasks if depth == "full" else _spread(tasks, AUTO_IMAGES)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, on files that are reported here or that it reads all the same
-        for (split, picture), (error, _) in _each(tasks, _look, seconds, progress, "headers"):
+        warnings.simplefilter("ignore")  # Pillow warns about files that it can read, or that become issues
+        for task, error in _run(tasks, _read_header, seconds, progress, "headers"):
             coverage.headers += 1
-            if error is not None:
-                _unreadable(split, picture, error, found)
-        good = [task for task in whole if not task[1].broken]
-        for (split, picture), (error, digest) in _each(good, _decode, seconds, progress, "images"):
+            _report_unreadable(task, error, issues)
+        readable = [task for task in selected if not task[1].broken]
+        for task, error in _run(readable, _decode, seconds, progress, "images"):
             coverage.decoded += 1
-            picture.digest = digest
-            if picture.dim:
-                what = f"has 16 bits, but values up to {picture.dim} of 65535 only: it is read almost black"
-                found.add("image-dim", picture.path, "", what, split=split.name, section="images",
-                          position=picture.position, image=picture.path)  # fmt: skip
-            if error is not None:
-                _unreadable(split, picture, error, found)
-    for split, picture in tasks:
-        _compare_size(split, picture, found)
-    _find_copies(tasks, found)
+            _report_unreadable(task, error, issues)
+            if dim := task[1].dim:
+                message = f"has 16 bits, but its values are at most {dim} of 65535, so it is almost black"
+                issues.add("image-dim", task[1].path, "", message, **_locate(*task))
+    for task in tasks:
+        _check_size(*task, issues)
+    _check_copies(tasks, issues)
     for split in splits:
         if split.unlisted:
             names = ", ".join(split.unlisted[:3]) + (", …" if len(split.unlisted) > 3 else "")
-            what = f"has no record of {len(split.unlisted)} images in {split.folder}: {names}"
-            found.add("images-unlisted", split.file, "", what, split=split.name)
+            message = f"has no record of {len(split.unlisted)} images in {split.folder}: {names}"
+            issues.add("images-unlisted", split.file, "", message, split=split.name)
     return coverage
 
 
-def _each(
-    tasks: Sequence[Task],
-    work: Callable[[ImageRecord], tuple[str | None, bytes | None]],
-    seconds: float | None,
-    progress: bool,
-    unit: str,
-) -> Iterator[tuple[Task, tuple[str | None, bytes | None]]]:
-    """Each task with its result, in order, until the time is over; decoders let several threads work at once."""
+def _run(
+    tasks: Sequence[Task], work: Callable[[ImageRecord], None], seconds: float | None, progress: bool, unit: str
+) -> Iterator[tuple[Task, UserError | None]]:
+    """Yield each task with its error, in order, until the time is over; decoders release the GIL."""
     from tqdm import tqdm
+
+    def attempt(task: Task) -> UserError | None:
+        try:
+            work(task[1])
+        except UserError as error:
+            return error
+        return None
 
     end = None if seconds is None else time.monotonic() + seconds
     rest = iter(tasks)
     bar = tqdm(total=len(tasks), unit="image", desc=f"check {unit}", disable=None if progress else True, leave=False)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool, bar:
         while chunk := list(islice(rest, CHUNK)):
-            yield from zip(chunk, pool.map(work, (picture for _, picture in chunk)), strict=True)
+            yield from zip(chunk, pool.map(attempt, chunk), strict=True)
             bar.update(len(chunk))
             if end is not None and time.monotonic() > end:
                 return
 
 
-def _look(picture: ImageRecord) -> tuple[str | None, bytes | None]:
-    try:
-        picture.size, picture.orientation = read_header(picture.path)
-    except UserError as error:
-        return str(error), None
-    return None, None
+def _read_header(record: ImageRecord) -> None:
+    record.size, record.orientation = read_header(record.path)
 
 
-def _decode(picture: ImageRecord) -> tuple[str | None, bytes | None]:
-    """What is wrong with the file, or the digest of its upright RGB pixels."""
-    try:
-        pixels = read_image(picture.path)
-    except UserError as error:
-        return str(error), None
-    if int(pixels.max()) <= DIM // 256:
-        picture.dim = _dim(picture.path)
+def _decode(record: ImageRecord) -> None:
+    pixels = read_image(record.path)
+    if int(pixels.max()) <= DIM_VALUE // 256:
+        record.dim = _dim_value(record.path)
     digest = hashlib.blake2b(repr(tuple(pixels.shape)).encode(), digest_size=16)
     digest.update(pixels.numpy().data)
-    return None, digest.digest()
+    record.digest = digest.digest()
 
 
-def _dim(path: Path) -> int:
-    """The highest value of a gray picture of 16 bits that uses 12 of them or fewer; 0 for all others."""
+def _dim_value(path: Path) -> int:
+    """Return the highest value of a 16-bit gray image that uses at most 12 bits; 0 for other images."""
     with Image.open(path) as image:
         highest = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
-    return highest if 0 < highest < DIM else 0
+    return highest if 0 < highest < DIM_VALUE else 0
 
 
-def _unreadable(split: Split, picture: ImageRecord, error: str, found: Findings) -> None:
-    picture.broken = True
-    what, _, mend = error.removeprefix(f"{picture.path}: ").rpartition("; ")
-    found.add(
-        "image-unreadable", picture.path, "", what or mend, mend if what else "",
-        split=split.name, section="images", position=picture.position, image=picture.path,
-    )  # fmt: skip
+def _report_unreadable(task: Task, error: UserError | None, issues: Issues) -> None:
+    if error is not None:
+        split, record = task
+        record.broken = True
+        problem = Problem.from_error("image-unreadable", record.path, error)
+        issues.add(problem.code, record.path, "", problem.message, problem.hint, **_locate(split, record))
 
 
-def _compare_size(split: Split, picture: ImageRecord, found: Findings) -> None:
-    if picture.size is None or picture.declared is None or picture.size == picture.declared:
+def _check_size(split: Split, record: ImageRecord, issues: Issues) -> None:
+    if record.size is None or record.declared is None or record.size == record.declared:
         return
-    (height, width), (own_height, own_width) = picture.size, picture.declared
-    place = {"split": split.name, "section": "images", "position": picture.position, "image": picture.path}
-    record = f"images[{picture.position}] ({picture.name!r})"
-    if picture.orientation in TRANSPOSED_ORIENTATIONS and picture.declared == picture.size[::-1]:
-        what = f"is {own_width} × {own_height} in its record, but {width} × {height} once turned upright as EXIF says"
-        found.add("image-rotated", split.file, record, what, **place)
+    (height, width), (declared_height, declared_width) = record.size, record.declared
+    name = f"images[{record.position}] ({record.name!r})"
+    message = f"is {declared_width} × {declared_height} in its record, but {width} × {height} "
+    if record.orientation in TRANSPOSED_ORIENTATIONS and record.declared == record.size[::-1]:
+        message += "after the EXIF rotation"
+        issues.add("image-rotated", split.file, name, message, **_locate(split, record))
     else:
-        what = f"is {own_width} × {own_height} in its record, but {width} × {height} pixels in the file"
-        found.add("image-size", split.file, record, what, **place)
+        issues.add("image-size", split.file, name, f"{message}pixels in the file", **_locate(split, record))
 
 
-def _find_copies(tasks: Sequence[Task], found: Findings) -> None:
-    """Files with the same bytes, by size and then checksum; and pictures with the same pixels, where decoded."""
-    sizes: dict[int, list[Task]] = defaultdict(list)
+def _check_copies(tasks: Sequence[Task], issues: Issues) -> None:
+    """Find files with the same bytes, by size and checksum, and images with the same pixels, if decoded."""
+    by_size: dict[int, list[Task]] = defaultdict(list)
     for task in tasks:
         try:
-            sizes[os.stat(task[1].path).st_size].append(task)
+            by_size[os.stat(task[1].path).st_size].append(task)
         except OSError:
             continue  # reported as missing or unreadable
-    same: dict[tuple[str, bytes], list[Task]] = defaultdict(list)
-    for group in sizes.values():
-        if len(group) > 1:
-            for task in group:
-                if (digest := _file_digest(task[1].path)) is not None:
-                    same["bytes", digest].append(task)
+    groups: dict[tuple[str, bytes], list[Task]] = defaultdict(list)
+    for group in by_size.values():
+        for task in group if len(group) > 1 else ():
+            if (digest := _file_digest(task[1].path)) is not None:
+                groups["bytes", digest].append(task)
     for task in tasks:
         if task[1].digest is not None:
-            same["pixels", task[1].digest].append(task)
-    told: set[tuple[str, int]] = set()
-    for (kind, _), group in same.items():
-        _tell_copies(kind, group, told, found)
+            groups["pixels", task[1].digest].append(task)
+    reported: set[tuple[str, int]] = set()
+    for (content, _), group in groups.items():
+        _report_copies(content, group, reported, issues)
 
 
-def _tell_copies(kind: str, group: list[Task], told: set[tuple[str, int]], found: Findings) -> None:
-    """A finding for each picture that is also in a later split, or that is a copy of an earlier one of its own."""
-    order = list(dict.fromkeys(split.name for split, _ in group))  # training comes first
-    for place, (split, picture) in enumerate(group):
+def _report_copies(content: str, group: list[Task], reported: set[tuple[str, int]], issues: Issues) -> None:
+    """Add an issue per image that is also in a later split, or that copies an earlier image of its split."""
+    order = list(dict.fromkeys(split.name for split, _ in group))  # the training split comes first
+    for index, (split, record) in enumerate(group):
         later = [task for task in group if order.index(task[0].name) > order.index(split.name)]
-        earlier = [task for task in group[:place] if task[0] is split and task[1].path != picture.path]
-        key = (split.name, picture.position)
-        if key in told or not (later or earlier):
+        earlier = [task for task in group[:index] if task[0] is split and task[1].path != record.path]
+        if (split.name, record.position) in reported or not (later or earlier):
             continue
-        told.add(key)
+        reported.add((split.name, record.position))
         other_split, other = (later or earlier)[0]
-        what = f"holds the same {kind} as {other.path} (of {other_split.name}, images[{other.position}])"
-        found.add(
-            "leak" if later else "image-copy", picture.path, f"(of {split.name}, images[{picture.position}])", what,
-            split=split.name, section="images", position=picture.position, image=picture.path, other=other.path,
-        )  # fmt: skip
+        name = f"(of {split.name}, images[{record.position}])"
+        message = f"holds the same {content} as {other.path} (of {other_split.name}, images[{other.position}])"
+        code = "leak" if later else "image-copy"
+        issues.add(code, record.path, name, message, **_locate(split, record), other=other.path)
 
 
 def _file_digest(path: Path) -> bytes | None:
@@ -194,9 +181,11 @@ def _file_digest(path: Path) -> bytes | None:
         return None
 
 
+def _locate(split: Split, record: ImageRecord) -> dict[str, Any]:
+    return {"split": split.name, "section": "images", "position": record.position, "image": record.path}
+
+
 def _spread(tasks: Sequence[Task], count: int) -> list[Task]:
-    """At most `count` of them, evenly spread, in an order that covers the whole set early."""
-    step = max(1, -(-len(tasks) // count))
-    chosen = tasks[::step]
-    order: Iterable[Task] = (task for start in range(8) for task in chosen[start::8])
-    return list(order)
+    """Return at most `count` tasks, evenly spread, in an order that covers the whole dataset early."""
+    selected = tasks[:: max(1, -(-len(tasks) // count))]
+    return [task for start in range(8) for task in selected[start::8]]

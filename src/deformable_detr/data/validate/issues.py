@@ -1,4 +1,4 @@
-"""What a check can find: every kind with its severity, what it means and the mend; and the list of what was found."""
+"""The types of issues that a check can find, and the list of issues found."""
 
 from __future__ import annotations
 
@@ -8,209 +8,163 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..problems import Problem
+
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
-# What the rules below count with.
-TINY_SIDE = 4.0  # pixels after the resize: half a cell of the finest feature map, stride 8
-OVERHANG = 2.0  # pixels that a box may reach over its image's border, as rounding and labeling tools do
-RARE = 10  # objects that a class needs in training
-IMBALANCE = 50  # times as many objects as the rarest class has
-SHOWN = 400  # characters of what a record says
-CORNERS_PART = 0.2  # part of the boxes that must fit as corners only
+TINY_SIDE = 4.0  # pixels after the resize: half a cell of the finest feature map, which has stride 8
+OVERHANG = 2.0  # pixels that a box may exceed its image by, because tools round
+RARE = 10  # training objects that a class needs
+IMBALANCE = 50  # largest ratio of the objects of two classes
+CORNERS_SHARE = 0.2  # share of the boxes that must fit only as corners
 
 
 @dataclass(frozen=True)
-class Kind:
-    """severity: an error stops the training. meaning, mend: for people, whole sentences without the full stop."""
+class IssueType:
+    """Severity, meaning and hint of a type of issue; errors stop the training."""
 
     severity: Severity
     meaning: str
-    mend: str
+    hint: str
 
 
-KINDS: dict[str, Kind] = {
-    # --- files and splits
-    "split-missing": Kind(
-        "error", "The set has no such split", "Add it, divide the set with split, or name its files in the settings"
-    ),
-    "splits-same": Kind(
-        "error", "Training and validation are the same file", "Divide it with split, or give each its own file"
-    ),
-    "file-unreadable": Kind(
-        "error", "The annotation file is missing, no JSON, YAML or XML, or not of a known format", "Export it again"
-    ),
-    "set-refused": Kind("error", "The set cannot be opened, for the reason given", "As the line says"),
-    "label-unreadable": Kind("error", "A label file of one image is missing or cannot be read", "Export it again"),
-    "label-row": Kind("error", "A row of a label file is no object of the format", "Correct or remove the row"),
-    # --- images
-    "image-record": Kind("error", "An image's record lacks its id or file name", "Complete or remove the record"),
-    "image-id-duplicate": Kind("error", "Two images have one id; their boxes are mixed up", "Give each its own"),
-    "image-missing": Kind("error", "An image is listed but its file is missing", "Add the file or remove its record"),
-    "image-name": Kind(
-        "error",
-        "A file name has \\ for /, %20 for a space, a path of elsewhere, other capitals or accents, or no ending; "
-        "the file is there under its own",
+_ERRORS = {
+    # files and splits
+    "split-missing": ("The dataset lacks this split", "Add it, create it with split, or set its files in the config"),
+    "splits-same": ("Training and validation use the same file", "Create a validation split, or use separate files"),
+    "file-unreadable": ("The annotation file is missing, or not of a known format", "Export it again"),
+    "dataset-rejected": ("The dataset cannot be opened for the given reason", "See the message"),
+    "label-unreadable": ("The label file of an image is missing or unreadable", "Export it again"),
+    "label-row": ("A row of a label file is not a valid object", "Correct or remove the row"),
+    # images
+    "image-record": ("An image record lacks its id or file name", "Complete or remove the record"),
+    "image-id-duplicate": ("Two images share an id, so their boxes are mixed up", "Give each image its own id"),
+    "image-missing": ("The file of a listed image is missing", "Add the file or remove the record"),
+    "image-name": (
+        "A file name has \\ for /, %20 for a space, a path of another machine, other capitals or accents, or no suffix",
         "Write the name of the file",
     ),
-    "image-unreadable": Kind(
-        "error", "A file is truncated, no image, empty, or above 89 megapixels", "Replace it or remove its record"
+    "image-unreadable": (
+        "A file is truncated, empty, not an image, or exceeds 89 megapixels", "Replace it or remove its record",
     ),
-    "image-size": Kind(
-        "warning",
-        "A record's width and height are not the file's; boxes are taken in pixels of the file as it is",
-        "Correct the record; where the image was resized after labeling, scale its boxes",
+    "image-in-parts": (
+        "Two records of a split name one file, and each lacks objects of the other", "Merge the records",
     ),
-    "image-rotated": Kind(
-        "warning",
-        "A record has the size before the EXIF rotation; images are read upright, so its boxes may lie turned",
-        "Turn the boxes, or store the image upright and label it again",
+    # categories
+    "category-record": ("A category lacks its id or name, or there are no categories", "Complete the record"),
+    "category-id-duplicate": ("Two categories share an id", "Give each category its own id"),
+    "category-off-by-one": ("Categories count from 0 and objects from 1, or vice versa", "Count alike in both lists"),
+    "category-unknown": ("The category of an object is not listed", "List the category or correct the object"),
+    "class-not-in-train": ("Objects have a class that the training split lacks", "List it there or remove the objects"),
+    # objects
+    "annotation-record": (
+        "An object has no box of four finite numbers, or an iscrowd other than 0 and 1", "Correct or remove it",
     ),
-    "image-dim": Kind(
-        "warning", "A gray image of 16 bits uses 12 of them or fewer, and is read almost black",
+    "image-unknown": ("The image of an object is not listed", "Add the image or remove the object"),
+    "boxes-normalized": ("All boxes of a COCO file are in 0..1 instead of pixels", "Multiply them by the image size"),
+    "boxes-corners": ("Boxes fit their images only as x0, y0, x1, y1", "Write them as x, y, width, height"),
+    "no-training-objects": ("The training split has no usable objects", "Label its images"),
+}  # fmt: skip
+_WARNINGS = {
+    "image-size": (
+        "The size in a record differs from the file; boxes are read as pixels of the file",
+        "Correct the record, or scale the boxes if the image was resized after labeling",
+    ),
+    "image-rotated": (
+        "A record has the size before the EXIF rotation; images are read upright, so its boxes may be rotated",
+        "Rotate the boxes, or store the image upright and label it again",
+    ),
+    "image-dim": (
+        "A 16-bit gray image uses at most 12 bits and is almost black",
         "Scale its values to 0..65535, or save it with 8 bits",
     ),
-    "image-in-parts": Kind(
-        "error",
-        "Two records of a split name one file, with different objects: those of one are background in the other",
-        "Merge the records",
+    "image-twice": ("Two records of a split name one file, with the same objects", "Merge the records"),
+    "leak": (
+        "An image is in two splits (same bytes or pixels), which inflates the metrics of the later one",
+        "Remove it from the training split",
     ),
-    "image-twice": Kind("warning", "Two records of a split name one file, with the same objects", "Merge the records"),
-    "image-copy": Kind("note", "Two files of a split hold the same image", "Keep one"),
-    "leak": Kind(
-        "warning",
-        "An image is in two splits (the same bytes or the same pixels): figures on the later one are too good",
-        "Remove it from the training set",
+    "category-name-duplicate": ("Two categories share a name", "Merge or rename them"),
+    "category-renamed": ("An id has different names in two splits; ids decide", "Use one list for all splits"),
+    "category-renumbered": ("Training classes have other ids here; names decide", "Use one list for all splits"),
+    "class-only-in-val": ("A class has validation objects, but no training objects", "Add training images with it"),
+    "class-rare": (f"A class has fewer than {RARE} training objects", "Label more objects, or drop the class"),
+    "class-imbalance": (
+        f"The most frequent class has over {IMBALANCE} times the objects of the rarest", "Label more of the rare class",
     ),
-    "image-empty": Kind("note", "An image has no objects; it is used as background", "None needed where that is true"),
-    "images-unlisted": Kind("note", "Images lie in the folder that no record names", "Label them, or leave them"),
-    # --- categories
-    "category-record": Kind("error", "A category lacks its id or name, or there is none", "Complete the record"),
-    "category-id-duplicate": Kind("error", "Two categories have one id", "Give each its own id"),
-    "category-off-by-one": Kind(
-        "error", "Categories count from 0 and their objects from 1, or the other way", "Count alike in both places"
+    "annotation-id-duplicate": ("Objects share an id and are renumbered", "Number them uniquely"),
+    "box-from-mask": (
+        "Objects have a mask but no box; the extent of the mask is used", "None needed if the masks are complete",
     ),
-    "category-unknown": Kind(
-        "error", "An object's category is not among the categories", "List the category, or correct the object"
-    ),
-    "class-not-in-train": Kind(
-        "error", "Objects have a class that the training set does not list", "List it there, or remove its objects"
-    ),
-    "category-name-duplicate": Kind("warning", "Two categories have one name", "Merge them, or rename one"),
-    "category-renamed": Kind("warning", "An id has another name in another split; ids decide", "Use one list for all"),
-    "category-renumbered": Kind(
-        "warning", "The classes of the training set have other ids in another split; names decide",
-        "Use one list for all",
-    ),
-    "class-only-in-val": Kind(
-        "warning", "A class has objects to validate on, but none to train on", "Add training images with it"
-    ),
-    "class-rare": Kind("warning", f"A class has under {RARE} objects to train on", "Label more, or drop the class"),
-    "class-imbalance": Kind(
-        "warning",
-        f"The most frequent class has over {IMBALANCE} times the objects of the rarest one",
-        "Label more of the rare one",
-    ),
-    "class-not-in-val": Kind("note", "A trained class has no object to validate on: it gets no AP", "Add some"),
-    "class-unused": Kind("note", "A category has no objects in any split", "Remove it, or leave it"),
-    # --- objects
-    "annotation-record": Kind(
-        "error", "An object has no box of four finite numbers, or an iscrowd that is not 0 or 1", "Correct or remove it"
-    ),
-    "image-unknown": Kind("error", "An object's image is not among the images", "Add the image or remove the object"),
-    "boxes-normalized": Kind(
-        "error", "All boxes of a COCO file are in 0..1 instead of pixels", "Multiply them by the image's size"
-    ),
-    "boxes-corners": Kind(
-        "error", "Boxes fit their images only if read as two corners instead of corner and size", "Write x, y, w, h"
-    ),
-    "no-training-objects": Kind(
-        "error", "The training split has no usable objects at all", "Label its images"
-    ),
-    "annotation-id-duplicate": Kind("warning", "Objects have one id; they are numbered anew", "Number them"),
-    "box-from-mask": Kind(
-        "warning", "Objects have a mask but no box; the extent of the mask is taken",
-        "None needed where the masks are whole",
-    ),
-    "box-degenerate": Kind("warning", "A box has no width or height; training skips it", "Correct or remove it"),
-    "box-outside": Kind("warning", "A box lies outside its image; training skips it", "Correct or remove it"),
-    "box-overhang": Kind(
-        "warning", f"A box reaches more than {OVERHANG:g} pixels over the border; training cuts it", "Correct it"
-    ),
-    "box-duplicate": Kind("warning", "A box is there twice, class and all", "Keep one"),
-    "tiny-objects": Kind(
-        "warning",
-        f"Objects whose shorter side is under {TINY_SIDE:g} pixels after the resize, half a cell of the finest map",
+    "box-degenerate": ("A box has no width or height; training skips it", "Correct or remove it"),
+    "box-outside": ("A box lies outside its image; training skips it", "Correct or remove it"),
+    "box-overhang": (f"A box exceeds its image by over {OVERHANG:g} pixels; training clips it", "Correct it"),
+    "box-duplicate": ("A box appears twice with the same class", "Keep one"),
+    "tiny-objects": (
+        f"Objects have a side under {TINY_SIDE:g} pixels after the resize, half a cell of the finest feature map",
         "Use a larger --image-size, or cut the images into tiles",
     ),
-    "no-objects": Kind(
-        "warning", "A split that is not trained on has no usable objects at all", "Label its images"
-    ),
+    "no-objects": ("A split other than the training split has no usable objects", "Label its images"),
 }  # fmt: skip
+_NOTES = {
+    "image-copy": ("Two files of a split hold the same image", "Keep one"),
+    "image-empty": ("An image has no objects and is used as background", "None needed if this is correct"),
+    "images-unlisted": ("The folder has images without a record", "Label them, or leave them"),
+    "class-not-in-val": ("A training class has no validation objects, so it gets no AP", "Add validation images"),
+    "class-unused": ("A category has no objects in any split", "Remove it, or leave it"),
+}
+ISSUE_TYPES = {
+    code: IssueType(severity, meaning, hint)
+    for severity, types in zip(SEVERITIES, (_ERRORS, _WARNINGS, _NOTES), strict=True)
+    for code, (meaning, hint) in types.items()
+}
 
 
 @dataclass(frozen=True)
-class Issue:
-    """One thing found.
+class Issue(Problem):
+    """A problem with its split.
 
-    code: a key of `KINDS`. file, record: where. what, mend: the words of the line. split: 'train', 'val', …
-    section, position: the record in the COCO dict ('images', 'annotations', 'categories'), where it is one.
-    image: the picture that shows it; box: xywh in its pixels; other: the second picture of a pair.
+    Attributes:
+        split: Name of the split, such as 'train'.
+        other: The second image of a pair.
     """
 
-    code: str
-    file: Path
-    record: str
-    what: str
-    mend: str
     split: str = ""
-    section: str = ""
-    position: int = -1
-    image: Path | None = None
-    box: tuple[float, float, float, float] | None = None
     other: Path | None = None
 
     @property
     def severity(self) -> Severity:
-        return KINDS[self.code].severity
-
-    @property
-    def line(self) -> str:
-        """Where, what and the mend on one line."""
-        record, what = (text if len(text) <= SHOWN else f"{text[:SHOWN]}…" for text in (self.record, self.what))
-        text = f"{self.file}: {record}{' ' if record else ''}{what}; {self.mend}"
-        # A file's name may hold bytes that are no text, which a terminal refuses.
-        return " ".join(text.split()).encode(errors="backslashreplace").decode()
+        return ISSUE_TYPES[self.code].severity
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        facts: dict[str, Any] = {"severity": self.severity, "code": self.code, "split": self.split}
-        facts |= {"file": str(self.file), "record": self.record, "what": self.what, "mend": self.mend}
+        """Return the issue as a dict for JSON."""
+        values: dict[str, Any] = {"severity": self.severity, "code": self.code, "split": self.split}
+        values |= {"file": str(self.file), "record": self.record, "message": self.message, "hint": self.hint}
         if self.position >= 0:
-            facts |= {"section": self.section, "position": self.position}
-        facts |= {key: str(path) for key, path in (("image", self.image), ("other", self.other)) if path is not None}
-        return facts | ({"box": list(self.box)} if self.box is not None else {})
+            values |= {"section": self.section, "position": self.position}
+        values |= {key: str(path) for key, path in (("image", self.image), ("other", self.other)) if path is not None}
+        return values | ({"box": list(self.box)} if self.box is not None else {})
 
 
 @dataclass
-class Findings:
-    """What was found so far, in the order of finding."""
+class Issues:
+    """The issues found, in the order in which they were found."""
 
     found: list[Issue] = field(default_factory=list)
 
-    def add(self, code: str, file: Path, record: str, what: str, mend: str = "", **more: Any) -> None:
-        """A finding; without `mend`, the one of its kind."""
-        mend = mend or KINDS[code].mend[0].lower() + KINDS[code].mend[1:]
-        self.found.append(Issue(code, file, record, what, mend, **more))
+    def add(self, code: str, file: Path, record: str, message: str, hint: str = "", **details: Any) -> None:
+        """Add an issue; the default hint is that of its type. `details` are the other fields of `Issue`."""
+        hint = hint or ISSUE_TYPES[code].hint[0].lower() + ISSUE_TYPES[code].hint[1:]
+        self.found.append(Issue(code, file, record, message, hint, **details))
 
     def __iter__(self) -> Iterator[Issue]:
         return iter(self.found)
 
     def of(self, severity: Severity) -> list[Issue]:
-        return [finding for finding in self.found if finding.severity == severity]
+        """Return the issues of one severity."""
+        return [issue for issue in self.found if issue.severity == severity]
 
     def by_code(self) -> dict[str, list[Issue]]:
-        """Findings by kind, errors first, the kinds in the order of `KINDS`."""
-        counts = Counter(finding.code for finding in self.found)
-        order = sorted(counts, key=lambda code: (SEVERITIES.index(KINDS[code].severity), list(KINDS).index(code)))
-        return {code: [finding for finding in self.found if finding.code == code] for code in order}
+        """Group the issues by type, in the order of `ISSUE_TYPES`: errors first."""
+        counts = Counter(issue.code for issue in self.found)
+        return {code: [issue for issue in self.found if issue.code == code] for code in ISSUE_TYPES if counts[code]}

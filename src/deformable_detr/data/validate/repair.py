@@ -1,4 +1,4 @@
-"""A repaired copy of a data set, as COCO JSON in Roboflow's layout; the original is only read."""
+"""Write a repaired copy of a dataset as COCO JSON in Roboflow's layout; the original is only read."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from ..discovery import ROBOFLOW
 from ..records import MaskBox, is_int64, record_name
 from . import Report
 from .annotations import ImageRecord, Split
-from .boxes import clipped, sizes_of, unit_fault
+from .boxes import box_overhang, clip_boxes, image_limits, wrong_unit
 from .issues import OVERHANG
 
-# Kinds whose record is left out of the copy. Objects of an image that is left out go with it.
-LEFT_OUT = {
+# Issue types whose record is dropped. The objects of a dropped image are dropped too.
+DROPPED = {
     "image-record", "image-id-duplicate", "image-missing", "image-unreadable", "leak", "category-record",
     "category-id-duplicate", "category-unknown", "annotation-record", "image-unknown",
 }  # fmt: skip
-NOT_READ = {"label-row", "label-unreadable", "image-record", "image-missing"}  # what readers of YOLO and VOC pass over
-CHANGES = "changes.jsonl"  # not .json: a folder's only JSON file may be taken for annotations
-SAME_SHAPE = 0.02  # relative difference of the two scales up to which an image counts as resized after labeling
+SKIPPED_BY_READERS = {"label-row", "label-unreadable", "image-record", "image-missing"}  # of YOLO and VOC
+CHANGES = "changes.jsonl"  # not .json, because the only JSON file of a folder can be read as its annotations
+MAX_ASPECT_CHANGE = 0.02  # above it, an image is not a resized version of the labeled one
 
 Change = dict[str, Any]
 
 
 @contextmanager
 def new_copy(data: Path, out: Path, option: str) -> Iterator[None]:
-    """Makes the folder of the copy, and empties or removes it where what then writes it fails.
+    """Create the folder of a copy; remove what is in it if the code inside fails.
 
-    Raises `UserError` where it is in the set, holds anything, or cannot be written.
+    Raises:
+        UserError: The folder lies in the dataset, is not empty, or cannot be written.
     """
     existed = out.exists()
-    _prepare_copy(data, out, option)
+    _create_folder(data.expanduser(), out, option)
     try:
         yield
     except BaseException as error:
@@ -55,12 +56,10 @@ def new_copy(data: Path, out: Path, option: str) -> Iterator[None]:
         raise
 
 
-def _prepare_copy(data: Path, out: Path, option: str) -> None:
-    root = data.expanduser()
+def _create_folder(root: Path, out: Path, option: str) -> None:
     copy, original = Path(os.path.realpath(out)), Path(os.path.realpath(root if root.is_dir() else root.parent))
-    inside = copy == original or original in copy.parents
-    if inside:
-        raise UserError(f"{option} {out}: lies in the data set; name a folder elsewhere")
+    if copy == original or original in copy.parents:
+        raise UserError(f"{option} {out}: lies in the dataset; name a folder elsewhere")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
@@ -70,9 +69,9 @@ def _prepare_copy(data: Path, out: Path, option: str) -> None:
 
 
 def repair(report: Report, out: Path) -> list[Change]:
-    """Writes the copy into the empty folder `out`, with the list of changes, and returns these.
+    """Write the repaired copy and its changes.jsonl into the empty folder `out`, and return the changes.
 
-    Images are hard links where the file system has them, else copies.
+    Images are hard links if the file system supports them, otherwise copies.
     """
     changes: list[Change] = []
     for split in report.splits:
@@ -84,250 +83,237 @@ def repair(report: Report, out: Path) -> list[Change]:
 
 
 def write_annotations(folder: Path, content: dict[str, Any]) -> None:
-    """The COCO dict as the folder's annotation file. What is no text in a name becomes JSON's own \\udc80."""
+    """Write a COCO dict as the annotation file of a folder; undecodable bytes of file names are escaped."""
     text = json.dumps(content, ensure_ascii=False)
     (folder / ROBOFLOW).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 class _Repair:
-    """The repair of one split; `changes` gets every change."""
+    """The repair of one split; appends each change to `changes`."""
 
     def __init__(self, report: Report, split: Split, changes: list[Change]) -> None:
         self.split, self.changes = split, changes
-        self.findings = [finding for finding in report.findings if finding.split == split.name]
-        self.left_out: dict[str, set[int]] = defaultdict(set)
-        for finding in self.findings:
-            if finding.code in LEFT_OUT and finding.position >= 0:
-                if finding.position not in self.left_out[finding.section]:
-                    self.tell(finding.code, f"{finding.section}[{finding.position}]", f"left out: {finding.what}")
-                self.left_out[finding.section].add(finding.position)
-            elif finding.code in NOT_READ and finding.position < 0:
-                self.tell(finding.code, f"{finding.file} {finding.record}".strip(), f"left out: {finding.what}")
+        self.issues = [issue for issue in report.issues if issue.split == split.name]
+        self.dropped: dict[str, set[int]] = defaultdict(set)  # positions by section
+        for issue in self.issues:
+            if issue.code in DROPPED and issue.position >= 0:
+                if issue.position not in self.dropped[issue.section]:
+                    self.log(issue.code, f"{issue.section}[{issue.position}]", f"dropped: {issue.message}")
+                self.dropped[issue.section].add(issue.position)
+            elif issue.code in SKIPPED_BY_READERS and issue.position < 0:
+                self.log(issue.code, f"{issue.file} {issue.record}".strip(), f"dropped: {issue.message}")
 
-    def tell(self, code: str, record: str, change: str) -> None:
+    def log(self, code: str, record: str, change: str) -> None:
         self.changes.append({"split": self.split.name, "code": code, "record": record, "change": change})
 
     def content(self, folder: Path) -> dict[str, Any]:
-        """The COCO dict of the copy, its images put into `folder`."""
-        split = self.split
+        """Link the images into `folder` and return the COCO dict of the copy."""
         raw = self._raw()
-        mixed = self._mixed_ids()
-        kept = [p for p in split.pictures if p.position not in self.left_out["images"] and p.id not in mixed]
-        kept, merged = self._merged(kept)
-        images = []
+        ambiguous = self._ambiguous_ids()
+        records, merged = self._merge_records(
+            [r for r in self.split.image_records if r.position not in self.dropped["images"] and r.id not in ambiguous]
+        )
         names: set[str] = {ROBOFLOW}
-        for picture in kept:
-            record = dict(raw["images"][picture.position])
-            if record["file_name"] != picture.name:
-                self.tell("image-name", f"images[{picture.position}]", f"{record['file_name']!r} → {picture.name!r}")
-            record["file_name"] = _put(picture.path, folder, _own_name(picture, names))
-            if (size := picture.size) is not None and size != picture.declared:
-                if picture.declared is not None:
-                    self.tell("image-size", f"images[{picture.position}]", f"size {picture.declared} → {size}")
-                record["height"], record["width"] = size
-            images.append(record)
-        categories = [
-            record for position, record in enumerate(raw["categories"]) if position not in self.left_out["categories"]
-        ]
-        if moved := split.moved:
-            changed = ", ".join(f"{number} → {other}" for number, other in moved.items() if number != other)
-            self.tell("category-renumbered", split.file.name, f"category ids {changed}")
-            categories = [record | {"id": moved[record["id"]]} for record in categories if record["id"] in moved]
-        annotations = self._annotations(raw["annotations"], {picture.id: picture.id for picture in kept} | merged)
-        rest = {key: raw[key] for key in raw if key not in ("images", "annotations", "categories")}
-        return {**rest, "images": images, "annotations": annotations, "categories": categories}
-
-    def _merged(self, pictures: list[ImageRecord]) -> tuple[list[ImageRecord], dict[int, int]]:
-        """The pictures, each file once; and the ids of the records left out → the ids that their objects get."""
-        first: dict[str, ImageRecord] = {}
-        merged: dict[int, int] = {}
-        for picture in pictures:
-            if (other := first.setdefault(picture.name, picture)) is not picture:
-                merged[picture.id] = other.id
-                change = f"merged into images[{other.position}], which names {picture.name!r} too"
-                self.tell("image-twice", f"images[{picture.position}]", change)
-        return list(first.values()), merged
+        images = [self._image(record, raw["images"][record.position], folder, names) for record in records]
+        image_ids = {record.id: record.id for record in records} | merged
+        categories = self._categories(raw["categories"])
+        annotations = self._annotations(raw["annotations"], image_ids)
+        return raw | {"images": images, "annotations": annotations, "categories": categories}
 
     def _raw(self) -> dict[str, Any]:
-        """The records as the check has them, with their masks, which it does without."""
-        read = self.split.content
+        """Return the records that were checked, with the masks of the file."""
+        checked = self.split.content
         if self.split.source.format != "coco":
-            return read
+            return checked
         raw = json.loads(self.split.file.read_bytes())
-        pairs = zip(raw["annotations"], read["annotations"], strict=True)
-        rest = {key: read[key] for key in ("images", "categories")}
-        return raw | rest | {"annotations": [own | lean if isinstance(lean, dict) else lean for own, lean in pairs]}
+        pairs = zip(raw["annotations"], checked["annotations"], strict=True)
+        annotations = [own | parsed if isinstance(parsed, dict) else parsed for own, parsed in pairs]
+        return raw | {"images": checked["images"], "categories": checked["categories"], "annotations": annotations}
 
-    def _mixed_ids(self) -> set[int]:
-        """Ids of images whose objects cannot be told apart, because two different files have the id."""
+    def _ambiguous_ids(self) -> set[int]:
+        """Return the ids that images of different files share: nobody knows whose objects are whose."""
         records = self.split.content["images"]
-        mixed = set()
-        for finding in self.findings:
-            if finding.code == "image-id-duplicate":
-                record = records[finding.position]
+        ambiguous = set()
+        for issue in self.issues:
+            if issue.code == "image-id-duplicate":
+                record = records[issue.position]
                 first = next(r for r in records if isinstance(r, dict) and r.get("id") == record["id"])
                 if first.get("file_name") != record["file_name"]:
-                    mixed.add(record["id"])
-                    self.tell(finding.code, f"images with id {record['id']}", "left out with their objects")
-        return mixed
+                    ambiguous.add(record["id"])
+                    self.log(issue.code, f"images with id {record['id']}", "dropped with their objects")
+        return ambiguous
 
-    def _annotations(self, records: list[Any], image_ids: dict[int, int]) -> list[dict[str, Any]]:
+    def _merge_records(self, records: list[ImageRecord]) -> tuple[list[ImageRecord], dict[int, int]]:
+        """Keep one record per file; also return the ids of the others → the id of the record that replaces them."""
+        first: dict[str, ImageRecord] = {}
+        merged: dict[int, int] = {}
+        for record in records:
+            if (other := first.setdefault(record.name, record)) is not record:
+                merged[record.id] = other.id
+                change = f"merged into images[{other.position}], which also names {record.name!r}"
+                self.log("image-twice", f"images[{record.position}]", change)
+        return list(first.values()), merged
+
+    def _image(self, record: ImageRecord, raw: dict[str, Any], folder: Path, names: set[str]) -> dict[str, Any]:
+        position = f"images[{record.position}]"
+        if raw["file_name"] != record.name:
+            self.log("image-name", position, f"{raw['file_name']!r} → {record.name!r}")
+        image = raw | {"file_name": _link_image(record.path, folder, _unique_name(record, names))}
+        if record.size is not None and record.size != record.declared:
+            if record.declared is not None:
+                self.log("image-size", position, f"size {record.declared} → {record.size}")
+            image["height"], image["width"] = record.size
+        return image
+
+    def _categories(self, raw: list[Any]) -> list[dict[str, Any]]:
+        records = [record for position, record in enumerate(raw) if position not in self.dropped["categories"]]
+        if new_ids := self.split.moved:
+            changed = ", ".join(f"{old} → {new}" for old, new in new_ids.items() if old != new)
+            self.log("category-renumbered", self.split.file.name, f"category ids {changed}")
+            records = [record | {"id": new_ids[record["id"]]} for record in records if record["id"] in new_ids]
+        return records
+
+    def _annotations(self, raw: list[Any], image_ids: dict[int, int]) -> list[dict[str, Any]]:
         split = self.split
-        kept: list[int] = [  # indices of the whole records whose image stays
+        kept = [
             index
             for index, position in enumerate(split.positions.tolist())
-            if split.pictures[split.images[index]].id in image_ids and position not in self.left_out["annotations"]
-        ]
-        objects = [(int(split.positions[index]), index) for index in kept]
-        boxes, changed = self._boxes(np.array(kept, dtype=np.int64))
-        ids, seen, result = _Ids(records), set(), []
+            if split.image_records[split.images[index]].id in image_ids
+            and position not in self.dropped["annotations"]
+        ]  # fmt: skip
+        boxes, reasons = self._boxes(np.array(kept, dtype=np.int64))
         if split.shift:
-            self.tell("category-off-by-one", split.file.name, f"category_id {split.shift:+d} for all objects")
-        for (position, index), box, why in zip(objects, boxes, changed, strict=True):
-            record = {key: value for key, value in records[position].items() if key != "where"}
-            record["category_id"] = int(split.labels[index])
-            record["image_id"] = image_ids[record["image_id"]]
+            self.log("category-off-by-one", split.file.name, f"category_id {split.shift:+d} for all objects")
+        seen: set[tuple[Any, ...]] = set()
+        annotations = []
+        for index, box, reason in zip(kept, boxes, reasons, strict=True):
+            position = int(split.positions[index])
             name = record_name(split.content["annotations"], position)
+            record = {key: value for key, value in raw[position].items() if key != "where"}
+            record |= {"category_id": int(split.labels[index]), "image_id": image_ids[record["image_id"]]}
             if box is None:
-                self.tell("box-outside", name, f"left out: bbox {record['bbox']} has no area inside its image")
+                self.log("box-outside", name, f"dropped: bbox {record['bbox']} has no area inside its image")
                 continue
             key = (record["image_id"], record["category_id"], *np.rint(np.array(box) * 100).tolist())
             if key in seen and not record.get("iscrowd"):
-                self.tell("box-duplicate", name, "left out: the box and class of another")
+                self.log("box-duplicate", name, "dropped: another object has its box and class")
                 continue
             seen.add(key)
             if isinstance(record["bbox"], MaskBox):
-                self.tell("box-from-mask", name, f"bbox {record['bbox']}, the extent of its mask")
-            if why:
-                self.tell(why, name, f"bbox {record['bbox']} → {box}")
+                self.log("box-from-mask", name, f"bbox {record['bbox']}, the extent of its mask")
+            if reason:
+                self.log(reason, name, f"bbox {record['bbox']} → {box}")
                 record |= {"bbox": box, "area": box[2] * box[3]}
-                if why == "image-size" and "segmentation" in record:
-                    record["segmentation"] = self._outline(record["segmentation"], int(split.images[index]))
-            result.append(record)
-        return self._numbered(result, ids)
+                if reason == "image-size" and "segmentation" in record:
+                    image = split.image_records[split.images[index]]
+                    record["segmentation"] = _transform_polygons(record["segmentation"], image)
+            annotations.append(record)
+        self._renumber(annotations, raw)
+        return annotations
 
-    def _numbered(self, records: list[dict[str, Any]], ids: _Ids) -> list[dict[str, Any]]:
-        for record in records:
-            if (number := ids.of(record)) != record.get("id"):
-                self.tell("annotation-id-duplicate", f"annotation of image {record['image_id']}", f"id {number}")
-                record["id"] = number
-        return records
-
-    def _outline(self, polygons: Any, image: int) -> list[list[float]]:
-        """Polygons moved as the boxes of their image are; none where they are run lengths, which do not move so."""
-        picture, moved = self.split.pictures[image], []
-        for polygon in polygons if isinstance(polygons, list) else []:
-            points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
-            boxes = np.concatenate([points, np.zeros_like(points)], axis=1)
-            found = _moved(boxes, picture.declared, picture.size, picture.orientation)  # type: ignore[arg-type]
-            assert found is not None  # the boxes were moved
-            moved.append(found[:, :2].round(4).reshape(-1).tolist())
-        return moved
+    def _renumber(self, annotations: list[dict[str, Any]], raw: list[Any]) -> None:
+        """Give a new id to each object without an id of its own."""
+        next_id = 1 + max((r["id"] for r in raw if isinstance(r, dict) and is_int64(r.get("id"))), default=0)
+        used: set[int] = set()
+        for record in annotations:
+            if not is_int64(record.get("id")) or record["id"] in used:
+                self.log("annotation-id-duplicate", f"annotation of image {record['image_id']}", f"id {next_id}")
+                record["id"], next_id = next_id, next_id + 1
+            used.add(record["id"])
 
     def _boxes(self, kept: np.ndarray) -> tuple[list[list[float] | None], list[str]]:
-        """xywh of the objects in the copy, None for those without an area; and why one was changed, '' where not."""
+        """Return the repaired xywh boxes, None without an area, and the issue types that changed them, or ''."""
         split = self.split
-        boxes, crowds = split.boxes[kept].copy(), split.crowds[kept]
+        boxes, crowds, images = split.boxes[kept].copy(), split.crowds[kept], split.images[kept]
         reasons = np.full(len(kept), "", dtype=object)
-        limits = sizes_of(split)[split.images[kept]]
-        unit = unit_fault(boxes[~crowds], limits[~crowds]) if split.source.format == "coco" else ""
+        limits = image_limits(split)[images]
+        unit = wrong_unit(boxes[~crowds], limits[~crowds]) if split.source.format == "coco" else ""
         if unit == "normalized":
             boxes *= np.concatenate([limits, limits], axis=1)
             reasons[:] = "boxes-normalized"
         elif unit == "corners":
             boxes[:, 2:] -= boxes[:, :2]
             reasons[:] = "boxes-corners"
-        for index in _drawn_before(split, boxes, split.images[kept], crowds):
-            picture, mine = split.pictures[index], split.images[kept] == index
-            moved = _moved(boxes[mine], picture.declared, picture.size, picture.orientation)  # type: ignore[arg-type]
-            if moved is not None:
-                boxes[mine] = moved
-                reasons[mine] = "image-size"
-        corners, inside, _ = clipped(boxes, limits)
-        x, y, w, h = boxes.T
-        over = np.max(np.stack([-x, -y, x + w - limits[:, 0], y + h - limits[:, 1]]), axis=0, initial=0)
-        cut = inside & (over > OVERHANG)
-        boxes[cut] = np.concatenate([corners[cut, :2], corners[cut, 2:] - corners[cut, :2]], axis=1)
-        reasons[cut & (reasons == "")] = "box-overhang"
-        keep = inside | crowds
-        return [
-            box if stays else None for box, stays in zip(boxes.round(4).tolist(), keep, strict=True)
-        ], reasons.tolist()
+        for index in _labeled_at_declared_size(split, boxes, images, crowds):
+            in_image = images == index
+            if (moved := _transform(boxes[in_image], split.image_records[index])) is not None:
+                boxes[in_image] = moved
+                reasons[in_image] = "image-size"
+        corners, inside, _ = clip_boxes(boxes, limits)
+        clipped = inside & (box_overhang(boxes, limits) > OVERHANG)
+        boxes[clipped] = np.concatenate([corners[clipped, :2], corners[clipped, 2:] - corners[clipped, :2]], axis=1)
+        reasons[clipped & (reasons == "")] = "box-overhang"
+        valid = inside | crowds
+        return [b if ok else None for b, ok in zip(boxes.round(4).tolist(), valid, strict=True)], reasons.tolist()
 
 
-class _Ids:
-    """An id for each object: its own where no other had it before, else a fresh one."""
+def _labeled_at_declared_size(split: Split, boxes: np.ndarray, images: np.ndarray, crowds: np.ndarray) -> list[int]:
+    """Return the images that differ from their declared size, and whose boxes were drawn at the declared size.
 
-    def __init__(self, records: list[Any]) -> None:
-        numbers = [record["id"] for record in records if isinstance(record, dict) and is_int64(record.get("id"))]
-        self.next = max(numbers, default=0) + 1
-        self.taken: set[int] = set()
-
-    def of(self, record: dict[str, Any]) -> int:
-        number = record.get("id")
-        if not isinstance(number, int) or not is_int64(number) or number in self.taken:
-            number, self.next = self.next, self.next + 1
-        self.taken.add(number)
-        return number
-
-
-def _drawn_before(split: Split, boxes: np.ndarray, images: np.ndarray, crowds: np.ndarray) -> list[int]:
-    """Pictures that are not of their record's size, and whose xywh boxes were drawn on one that was.
-
-    Boxes that reach out of the record's size and fit the file prove that only the record is wrong; where they fit both
-    or neither, most of the others decide.
+    Boxes that exceed the declared size but fit the file show that only the record is wrong. Images whose boxes fit
+    both or neither follow the majority.
     """
     votes: dict[int, int] = {}
-    for index, picture in enumerate(split.pictures):
-        if picture.size is None or picture.declared is None or picture.declared == picture.size:
+    for index, record in enumerate(split.image_records):
+        if record.size is None or record.declared is None or record.declared == record.size:
             continue
-        far = (boxes[:, :2] + boxes[:, 2:])[(images == index) & ~crowds].max(axis=0, initial=0) - OVERHANG
-        fits = [int(far[0] <= width and far[1] <= height) for height, width in (picture.declared, picture.size)]
+        extent = (boxes[:, :2] + boxes[:, 2:])[(images == index) & ~crowds].max(axis=0, initial=0) - OVERHANG
+        fits = [int(extent[0] <= width and extent[1] <= height) for height, width in (record.declared, record.size)]
         votes[index] = fits[0] - fits[1]
-    usual = sum(votes.values())
-    return [index for index, vote in votes.items() if vote > 0 or (vote == 0 and usual >= 0)]
+    majority = sum(votes.values()) >= 0
+    return [index for index, vote in votes.items() if vote > 0 or (vote == 0 and majority)]
 
 
-def _moved(boxes: np.ndarray, before: tuple[int, int], size: tuple[int, int], orientation: int) -> np.ndarray | None:
-    """xywh boxes that were drawn on a picture of (height, width) `before` as they lie on the one of `size`.
-
-    None where the one is not the other turned as EXIF says, nor resized.
-    """
-    (height, width), (own_height, own_width) = size, before
-    if orientation in TRANSPOSED_ORIENTATIONS and before == size[::-1]:
-        return _turned(boxes, own_height, own_width, orientation)
-    across, down = width / own_width, height / own_height
-    if abs(across / down - 1) > SAME_SHAPE:
+def _transform(boxes: np.ndarray, record: ImageRecord) -> np.ndarray | None:
+    """Move xywh boxes from an image of the declared size to the file's; None if it was not rotated or resized."""
+    assert record.size is not None
+    assert record.declared is not None
+    (height, width), (declared_height, declared_width) = record.size, record.declared
+    if record.orientation in TRANSPOSED_ORIENTATIONS and record.declared == record.size[::-1]:
+        return _rotate(boxes, declared_height, declared_width, record.orientation)
+    scale_x, scale_y = width / declared_width, height / declared_height
+    if abs(scale_x / scale_y - 1) > MAX_ASPECT_CHANGE:
         return None
-    return boxes * np.array([across, down, across, down])
+    return boxes * np.array([scale_x, scale_y, scale_x, scale_y])
 
 
-def _turned(boxes: np.ndarray, height: int, width: int, orientation: int) -> np.ndarray:
-    """Boxes in a stored picture of height × width as they lie once it is turned upright (EXIF values 5 to 8)."""
+def _transform_polygons(polygons: Any, record: ImageRecord) -> list[list[float]]:
+    """Move polygons as the boxes of their image; run lengths become an empty list."""
+    moved = []
+    for polygon in polygons if isinstance(polygons, list) else []:
+        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        boxes = _transform(np.concatenate([points, np.zeros_like(points)], axis=1), record)
+        assert boxes is not None  # the boxes of this image were moved
+        moved.append(boxes[:, :2].round(4).reshape(-1).tolist())
+    return moved
+
+
+def _rotate(boxes: np.ndarray, height: int, width: int, orientation: int) -> np.ndarray:
+    """Rotate xywh boxes in a stored image of height × width to the upright image (EXIF orientation 5 to 8)."""
     x, y, w, h = boxes.T
     right, bottom = width - x - w, height - y - h
     new_x, new_y = {5: (y, x), 6: (bottom, x), 7: (bottom, right), 8: (y, right)}[orientation]
     return np.stack([new_x, new_y, h, w], axis=1)
 
 
-def _own_name(picture: ImageRecord, taken: set[str]) -> str:
-    """A file name inside the split's folder that no other picture has."""
-    path = PurePath(picture.name)
+def _unique_name(record: ImageRecord, names: set[str]) -> str:
+    """Return a file name inside the split's folder, and add it to `names`."""
+    path = PurePath(record.name)
     name = path.name if path.is_absolute() or ".." in path.parts else str(path)
     stem, suffix = os.path.splitext(name)
     number = 1
-    while name in taken:
+    while name in names:
         number += 1
         name = f"{stem}-{number}{suffix}"
-    taken.add(name)
+    names.add(name)
     return name
 
 
-def _put(source: Path, folder: Path, name: str) -> str:
-    place = folder / name
-    place.parent.mkdir(parents=True, exist_ok=True)
+def _link_image(source: Path, folder: Path, name: str) -> str:
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(os.path.realpath(source), place)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, place)
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
     return name

@@ -28,12 +28,12 @@ def render_page(
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "TITLE": html.escape(title),
-        "STYLE": "\n".join(_asset(name) for name in styles),
-        "SCRIPT": "\n".join(_asset(name) for name in scripts),
+        "STYLE": "\n".join(read_asset(name) for name in styles),
+        "SCRIPT": "\n".join(read_asset(name) for name in scripts),
         "DATA": text,
     }
     # One pass, so that inserted text cannot contain placeholders.
-    return re.sub("__(TITLE|STYLE|SCRIPT|DATA)__", lambda name: parts[name[1]], _asset(template))
+    return re.sub("__(TITLE|STYLE|SCRIPT|DATA)__", lambda name: parts[name[1]], read_asset(template))
 
 
 def jpeg_data_uri(image: Image.Image, longest_side: int, quality: int = 85) -> str:
@@ -46,5 +46,6 @@ def jpeg_data_uri(image: Image.Image, longest_side: int, quality: int = 85) -> s
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _asset(name: str) -> str:
+def read_asset(name: str) -> str:
+    """Return the text of a file in this folder."""
     return resources.files("deformable_detr.visualize.web").joinpath(name).read_text(encoding="utf-8")
