@@ -87,7 +87,7 @@ def test_the_extension_selects_the_format(run, place, arguments, file, start):
         ("model image.png --threshold 0 --out a.xyz", ["a.xyz", ".png"]),
         ("model image.png --threshold 0 --out image.png", ["--out image.png", "overwrite"]),
         ("model image.png --threshold 0 --json file/a.json", ["--json file/a.json"]),
-        ("model image.png --threshold 2", ["--threshold 2"]),
+        ("model image.png --threshold 2", ["--threshold", "Must be <= 1"]),
         ("model nothing.png --threshold 0", ["nothing.png", "no such"]),
         ("nowhere image.png", ["nowhere"]),
     ],

@@ -173,9 +173,9 @@ def test_modes_come_back_after_an_error():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"threshold": 1.5}, "threshold 1.5 is not in 0..1"),
-        ({"top_k": 0}, "top_k 0 is under 1"),
-        ({"batch_size": 0}, "batch_size 0 is under 1"),
+        ({"threshold": 1.5}, "threshold 1.5: must be from 0 to 1"),
+        ({"top_k": 0}, "top_k 0: must be 1 or more"),
+        ({"batch_size": 0}, "batch_size 0: must be 1 or more"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -193,7 +193,7 @@ def test_bad_images_and_folders_are_named(tmp_path):
     with pytest.raises(UserError, match=r"cut\.jpg"):
         predict(RedBoxFinder(), [tmp_path / "good.jpg", tmp_path / "cut.jpg"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty has no images in it"):
+    with pytest.raises(UserError, match=r"empty contains no images"):
         predict(RedBoxFinder(), tmp_path / "empty")
 
 

@@ -17,8 +17,9 @@ import pytest
 from deformable_detr.cli import main
 from deformable_detr.predict_dataset import run as runs
 from deformable_detr.predict_dataset.manifest import Plan, Settings
+from deformable_detr.predict_dataset.options import PredictDatasetOptions as Options
 from deformable_detr.predict_dataset.parquet import Counts
-from deformable_detr.predict_dataset.run import Pool, Progress, Share, predict_dataset, share
+from deformable_detr.predict_dataset.run import Progress, Share, predict_dataset, share
 from deformable_detr.predict_dataset.worker import UnitPredictor
 from deformable_detr.utils.errors import UserError
 from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures, rows
@@ -65,7 +66,8 @@ def here(monkeypatch):
 
 def predict(model, source, out, said=None, **options):
     options = {"threshold": 0.01, "top_k": 5, "batch_size": 2, "unit_size": 4, **options}
-    return predict_dataset(model, [source], out, report=(lambda line: None) if said is None else said.append, **options)
+    report = (lambda line: None) if said is None else said.append
+    return predict_dataset(model, [source], out, Options(**options), report)
 
 
 def test_stopped_and_going_on(model, tmp_path, here):
@@ -135,10 +137,10 @@ def test_on_the_command_line(model, tmp_path, here, capsys):
         ([str(model), str(tmp_path / "gone")], f"{tmp_path}/gone: no such file or folder"),
         ([str(model), str(source), "--threshold", "2"], "--threshold 2.0: must be from 0 to 1"),
         ([str(model), str(source), "--num-gpus", "1.5"], "--num-gpus 1.5: must be 0, a fraction"),
-        ([str(model), str(source), "--num-cpus", "0"], "--num-cpus 0.0: must be above 0"),
-        ([str(model), str(source), "--batch-size", "0"], "--batch-size 0: must be 1 at least"),
-        ([str(model), str(source), "--object-store-memory", "5"], "Ray needs 80 MiB at least"),
-        ([str(model), str(source), "--device", "cuda:1"], "Ray chooses which of several"),
+        ([str(model), str(source), "--num-cpus", "0"], "--num-cpus 0.0: must be greater than 0"),
+        ([str(model), str(source), "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+        ([str(model), str(source), "--object-store-memory", "5"], "Ray needs at least 80 MiB"),
+        ([str(model), str(source), "--device", "cuda:1"], "Ray assigns the GPUs"),
         ([str(model), str(source), "--concurrency", "9"], "9 workers of --num-cpus 2 and --num-gpus 0 do not fit"),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -159,17 +161,17 @@ def test_without_the_packages(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("pool", "cpus", "gpus", "wanted"),
     [
-        (Pool(), 2, 0, Share(1, 2, 0, "cpu")),
-        (Pool(), 64, 0, Share(16, 4, 0, "cpu")),
-        (Pool(), 16, 4, Share(4, 1, 1, "cuda")),
-        (Pool(num_gpus=0.5), 16, 4, Share(8, 1, 0.5, "cuda")),
-        (Pool(num_gpus=0.25, num_cpus=3), 8, 1, Share(2, 3, 0.25, "cuda")),
-        (Pool(device="cpu"), 16, 4, Share(4, 4, 0, "cpu")),
-        (Pool(num_gpus=0), 16, 4, Share(4, 4, 0, "cpu")),
-        (Pool(num_cpus=0.5), 2, 0, Share(4, 0.5, 0, "cpu")),
-        (Pool(num_cpus=0.1), 0.3, 0, Share(3, 0.1, 0, "cpu")),
-        (Pool(concurrency=2), 64, 0, Share(2, 4, 0, "cpu")),
-        (Pool(device="mps"), 8, 0, Share(2, 4, 0, "mps")),
+        (Options(), 2, 0, Share(1, 2, 0, "cpu")),
+        (Options(), 64, 0, Share(16, 4, 0, "cpu")),
+        (Options(), 16, 4, Share(4, 1, 1, "cuda")),
+        (Options(num_gpus=0.5), 16, 4, Share(8, 1, 0.5, "cuda")),
+        (Options(num_gpus=0.25, num_cpus=3), 8, 1, Share(2, 3, 0.25, "cuda")),
+        (Options(device="cpu"), 16, 4, Share(4, 4, 0, "cpu")),
+        (Options(num_gpus=0), 16, 4, Share(4, 4, 0, "cpu")),
+        (Options(num_cpus=0.5), 2, 0, Share(4, 0.5, 0, "cpu")),
+        (Options(num_cpus=0.1), 0.3, 0, Share(3, 0.1, 0, "cpu")),
+        (Options(concurrency=2), 64, 0, Share(2, 4, 0, "cpu")),
+        (Options(device="mps"), 8, 0, Share(2, 4, 0, "mps")),
     ],
 )
 def test_shares_of_a_machine(pool, cpus, gpus, wanted):
@@ -196,13 +198,13 @@ def test_exported_files_take_the_device_that_their_runtime_has(tmp_path, monkeyp
     store = Store(str(tmp_path))
     settings = {"kind": "images", "threshold": 0.5, "top_k": 9, "batch_size": 1}
     plan = make_plan(store, "m", ["/set"], iter([Piece("/set/a.png", 0, 1, 7)]), None, **settings)
-    runs._work(store, plan, {packed: b""}, [0], Pool(device=device), Progress(plan, {}, said.append))
+    runs._work(store, plan, {packed: b""}, [0], Options(device=device), Progress(plan, {}, said.append))
     assert jobs[0].device == wanted
     assert ("where the file's runtime has it" in said[0]) == (wanted == "auto")
 
 
 def test_workers_that_do_not_fit():
-    for pool in (Pool(concurrency=3, num_cpus=1), Pool(num_gpus=1), Pool(device="cuda"), Pool(num_cpus=4)):
+    for pool in (Options(concurrency=3, num_cpus=1), Options(num_gpus=1), Options(device="cuda"), Options(num_cpus=4)):
         with pytest.raises(UserError, match="do not fit this machine's 2 processors and 0 GPUs"):
             share(pool, 2, 0, own=True)
         assert share(pool, 2, 0, own=False).workers >= 1  # a cluster may grow
@@ -237,7 +239,7 @@ def ray_here():
     from ray import cloudpickle
 
     here = sys.modules[__name__]  # workers have no way to it
-    with runs._cluster(Pool(), 2**20):
+    with runs._cluster(Options(), 2**20):
         cloudpickle.register_pickle_by_value(here)
         yield
         cloudpickle.unregister_pickle_by_value(here)
@@ -252,8 +254,8 @@ def test_every_kind_of_source_on_ray(model, tmp_path, ray_here):
     }
     found = {}
     for kind, source in sources.items():
-        pool = Pool(concurrency=2, num_cpus=0.5)
-        assert predict(model, source, tmp_path / "out" / kind, batch_size=1, pool=pool) == Counts(len(FILES), len(BAD))
+        options = {"batch_size": 1, "concurrency": 2, "num_cpus": 0.5}
+        assert predict(model, source, tmp_path / "out" / kind, **options) == Counts(len(FILES), len(BAD))
         found[kind] = rows(tmp_path / "out" / kind).values()
     values = ("width", "height", "boxes", "scores", "labels", "category_ids", "names")
     for images, parquet, tar in zip(found["images"], found["parquet"], found["tar"], strict=True):

@@ -1,72 +1,94 @@
-"""What several verbs share: options by name, and how figures and complaints are printed."""
+"""Options and output that several commands share."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
-from ..utils.errors import UserError
+from ..config import presets
+from ..config.resolve import DEFAULT_PRESET
 
 Flag = Parameter(negative=())
+Model = Annotated[
+    Path,
+    Parameter(help="Run or model folder, transformers folder or hub id, official .pth, or exported .onnx, .xml, .pt2."),
+]
+PyTorchModel = Annotated[Path, Parameter(help="Run or model folder, transformers folder or hub id, or official .pth.")]
+Dataset = Annotated[Path, Parameter(help="Dataset folder: COCO JSON, YOLO (data.yaml) or Pascal VOC.")]
+Split = Annotated[str, Parameter(help="Split of the dataset.")]
 Preset = Literal["single-scale", "single-scale-dc5", "multi-scale", "refine", "two-stage", "small", "small-portable"]
-Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1, mps; auto: the fastest there is")]
+Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1 or mps; auto: cuda, else mps, else cpu.")]
 Precision = Literal["fp32", "bf16"]
-JsonFile = Annotated[Path | None, Parameter(name="--json", help="file for the results")]
+Threshold = Annotated[float, Parameter(validator=Number(gte=0, lte=1), help="Minimum score of a detection, 0 to 1.")]
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
+NonNegative = Annotated[int, Parameter(validator=Number(gte=0))]
+JsonFile = Annotated[Path | None, Parameter(name="--json", help="JSON file for the results.")]
 Overrides = Annotated[
     list[str] | None,
-    Parameter(name="--set", negative=(), help="any key of the config, such as train.lr=1e-4; may be repeated"),
+    Parameter(name="--set", negative=(), help="Any config key, such as train.lr=1e-4. May be repeated."),
 ]
-
 DataOverrides = Annotated[
     list[str] | None,
-    Parameter(name="--set", negative=(), help="a key of the data, such as data.val_images=photos; may be repeated"),
+    Parameter(name="--set", negative=(), help="A data key, such as data.val_images=photos. May be repeated."),
 ]
 
 
-def at_least_one(**values: int | Sequence[int] | None) -> None:
-    """`at_least` 1."""
-    at_least(1, **values)
+def config_options(*keys: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per config field instead of its parameter `settings`.
+
+    Name, type, help and default of an option come from the config field. The command receives the options that the
+    user set as `settings`, for example {"train.epochs": 3}.
+
+    Args:
+        *keys: Dotted config keys, such as "train.epochs".
+    """
+    defaults = presets.config(DEFAULT_PRESET)
+    names = {key.partition(".")[2]: key for key in keys}
+
+    def option(name: str, key: str) -> inspect.Parameter:
+        section = getattr(defaults, key.partition(".")[0])
+        field, default = type(section).model_fields[name], getattr(section, name)
+        shown = False if default is None else lambda _: default
+        annotation = Annotated[
+            _without_constraints(field.annotation) | None, Parameter(help=field.description, show_default=shown)
+        ]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*arguments: Any, **values: Any) -> None:
+            settings = {key: values.pop(name) for name, key in names.items() if name in values}
+            command(*arguments, settings=settings, **values)
+
+        signature = inspect.signature(command, eval_str=True)
+        parameters = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
+        options = [option(name, key) for name, key in names.items()]
+        run.__signature__ = signature.replace(parameters=parameters + options)  # pyright: ignore[reportAttributeAccessIssue]
+        return run
+
+    return decorate
 
 
-def at_least(bound: int, /, **values: int | Sequence[int] | None) -> None:
-    """`UserError` for a number under the bound, by the name of its option."""
-    for name, value in values.items():
-        numbers = () if value is None else (value,) if isinstance(value, int) else value
-        if (low := min(numbers, default=bound)) < bound:
-            raise UserError(f"--{name.replace('_', '-')} {low}: must be {bound} or more")
+def _without_constraints(annotation: Any) -> Any:
+    """Strip pydantic's constraints from a type: the config checks them, with errors that name the config key."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    plain = [get_args(member)[0] if get_origin(member) is Annotated else member for member in members]
+    return Union[tuple(plain)]  # noqa: UP007
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
+    """Print an error as one line to standard error."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 
-def summary(metrics: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_figure(metrics[name])}" for name in ("AP", "AP50") if name in metrics)
-
-
-def table(metrics: dict[str, Any], other: dict[str, Any] | None = None) -> str:
-    """The figures in two columns: the set's, then each class's AP. With another model's: A, B and B − A."""
-    rows = _rows(metrics)
-    width = max((len(name) for name, _ in rows), default=0)
-    if other is None:
-        return "\n".join(f"{name:<{width}}  {_figure(value)}" for name, value in rows)
-    beside = dict(_rows(other))
-    lines = [f"{'':<{width}}  {'A':<6} {'B':<6}  B − A"]
-    for name, value in rows:
-        second = beside.get(name)
-        difference = "" if value is None or second is None else f"  {second - value:+.3f}"
-        lines.append(f"{name:<{width}}  {_figure(value):<6} {_figure(second):<6}{difference}".rstrip())
-    return "\n".join(lines)
-
-
-def _rows(metrics: dict[str, Any]) -> list[tuple[str, float | None]]:
-    rows = [(name, value) for name, value in metrics.items() if isinstance(value, float) or value is None]
-    return rows + [(f"AP of {name}", value) for name, value in metrics.get("per_class", {}).items()]
-
-
-def _figure(value: float | None) -> str:
+def format_metric(value: float | None) -> str:
+    """Format a metric for a terminal; None: not defined."""
     return "  —" if value is None else f"{value:.3f}"

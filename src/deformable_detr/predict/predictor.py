@@ -1,4 +1,4 @@
-"""Prediction: images in any form people have them, `Detections` out."""
+"""Prediction: images from files or memory in, `Detections` out."""
 
 from __future__ import annotations
 
@@ -29,99 +29,117 @@ from ..utils.images import read_image
 def predict(
     model: nn.Module, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
 ) -> Detections | list[Detections]:
-    """The objects in one image or in several.
+    """Detect the objects in one or more images.
 
-    source: a path, a PIL image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8, both RGB, gives `Detections`; a
-        list or tuple of these, or the path of a folder (all images in it, by name), gives a list in the same order.
-    threshold: the least score, 0..1. top_k: at most so many detections an image.
-    batch_size: images that go through the model together. They share a canvas, and group normalization sees its
-        padding: scores of differently shaped images can differ by up to a tenth from those at batch_size 1.
+    Args:
+        model: A detector; it keeps its device and training mode.
+        source: A path, PIL image, RGB array (H, W, 3) uint8 or RGB tensor (3, H, W) uint8. A list or tuple of these,
+            or the path of a folder, returns a list.
+        threshold: Minimum score, 0..1.
+        top_k: Maximum number of detections per image.
+        batch_size: Images per batch. They are padded to the largest, and group normalization sees the padding: scores
+            of differently shaped images can differ by up to 0.1 from those at batch_size 1.
 
-    Images are resized as in evaluation. The model keeps its device and its training mode.
-    Raises UserError for bad settings and for images that cannot be read.
+    Returns:
+        `Detections` in pixels of the original image, or a list of them in the order of the source; those of a folder
+        are sorted by name.
+
+    Raises:
+        UserError: A setting is out of range or an image cannot be read.
     """
     many = isinstance(source, list | tuple) or _is_folder(source)
-    found = list(predict_iter(model, source if many else [source], threshold, top_k, batch_size))
-    return found if many else found[0]
+    results = list(predict_iter(model, source if many else [source], threshold, top_k, batch_size))
+    return results if many else results[0]
 
 
 def predict_iter(
     model: nn.Module, sources: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
 ) -> Iterator[Detections]:
-    """`predict` for any number of images: yields the `Detections` one after the other and keeps none.
+    """Detect the objects in any number of images in constant memory; see `predict`.
 
-    sources: the path of a folder, or any iterable, endless ones too, of what `predict` takes as one image.
+    Args:
+        sources: The path of a folder, or an iterable of single images as for `predict`, which may be endless.
 
-    Files are read and resized ahead in threads while the model works, a few at a time.
+    Yields:
+        The `Detections` of each image. Files are read ahead in threads while the model runs.
     """
-    return _good(predict_each(model, sources, threshold, top_k, batch_size))
+    return _raise_errors(predict_each(model, sources, threshold, top_k, batch_size))
 
 
-def _good(every: Generator[Detections | UserError, None, None]) -> Iterator[Detections]:
-    with closing(every):
-        for found in every:
-            if isinstance(found, UserError):
-                raise found
-            yield found
+def _raise_errors(results: Generator[Detections | UserError, None, None]) -> Iterator[Detections]:
+    with closing(results):
+        for result in results:
+            if isinstance(result, UserError):
+                raise result
+            yield result
 
 
 def predict_each(
-    model: nn.Module, sources: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
+    model: nn.Module,
+    sources: Any,
+    threshold: float = 0.5,
+    top_k: int = 100,
+    batch_size: int = 1,
+    keep_pixels: bool = False,
 ) -> Generator[Detections | UserError, None, None]:
-    """`predict_iter` that goes on after an image that cannot be read: it yields what was wrong in its place."""
+    """Like `predict_iter`, but yield the `UserError` of an image that cannot be read and continue.
+
+    Args:
+        keep_pixels: Set `Detections.image` to the decoded image (3, H, W) instead of the source, so that drawing it
+            does not decode it again.
+    """
     if not 0 <= threshold <= 1:
-        raise UserError(f"threshold {threshold} is not in 0..1")
+        raise UserError(f"threshold {threshold}: must be from 0 to 1")
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
         if value < 1:
-            raise UserError(f"{name} {value} is under 1")
+            raise UserError(f"{name} {value}: must be 1 or more")
     images = iter(folder_images(Path(sources)) if _is_folder(sources) else sources)
-    return _predictions(model, images, threshold, top_k, batch_size)
+    return _predictions(model, _read_ahead(model, images, batch_size, keep_pixels), threshold, top_k, batch_size)
 
 
-class _Read(NamedTuple):
-    """An image on its way to the model: (height, width) as read, and the resized pixels (3, H, W), or what is wrong."""
+class _InputImage(NamedTuple):
+    """An image on its way to the model."""
 
-    source: Any
-    size: tuple[int, int]
-    pixels: Tensor | UserError
+    image: Any  # for `Detections.image`
+    size: tuple[int, int]  # (height, width) as read
+    pixels: Tensor | UserError  # resized, (3, H, W) uint8
 
 
 def _predictions(
-    model: nn.Module, sources: Iterator[Any], threshold: float, top_k: int, batch_size: int
+    model: nn.Module, inputs: Generator[_InputImage, None, None], threshold: float, top_k: int, batch_size: int
 ) -> Generator[Detections | UserError, None, None]:
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     categories = model_categories(config)
-    with closing(_read_ahead(model, sources, batch_size)) as images:
-        while batch := list(islice(images, batch_size)):
-            good = [image for image in batch if isinstance(image.pixels, Tensor)]
-            selections = iter(_detect(model, good, top_k) if good else ())
-            for source, size, pixels in batch:
+    with closing(inputs):
+        while batch := list(islice(inputs, batch_size)):
+            readable = [item for item in batch if isinstance(item.pixels, Tensor)]
+            results = iter(_detect(model, readable, top_k) if readable else ())
+            for image, size, pixels in batch:
                 if isinstance(pixels, UserError):
                     yield pixels
-                    continue
-                yield to_detections(next(selections), size, threshold, categories, source)
-            del batch, good
+                else:
+                    yield to_detections(next(results), size, threshold, categories, image)
+            del batch, readable  # before the next batch is read
 
 
-def _read_ahead(model: nn.Module, sources: Iterator[Any], batch_size: int) -> Generator[_Read, None, None]:
-    """The images in order. Files are read by threads, at most `ahead` of them before they are wanted.
-
-    What is in memory already is not taken before it is wanted: it may be a camera's picture, or large.
-    """
+def _read_ahead(
+    model: nn.Module, sources: Iterator[Any], batch_size: int, keep_pixels: bool
+) -> Generator[_InputImage, None, None]:
+    """Read and resize the images in order: files in threads, a bounded number ahead; others only when requested."""
     config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     canvas = getattr(model, "canvas", None)
 
-    def read(source: Any) -> _Read:
+    def read(source: Any) -> _InputImage:
         try:
             image = read_image(source)
         except UserError as error:
-            return _Read(source, (0, 0), error)
+            return _InputImage(source, (0, 0), error)
         resized = resize(image, config.image_size, config.long_side, canvas, config.size_divisor)
-        return _Read(source, (image.shape[1], image.shape[2]), resized)
+        return _InputImage(image if keep_pixels else source, (image.shape[1], image.shape[2]), resized)
 
     threads = min(8, max(1, (os.cpu_count() or 1) // 2))
-    ahead = max(batch_size, 2 * threads)
-    pending: deque[Future[_Read]] = deque()
+    limit = max(batch_size, threads if keep_pixels else 2 * threads)
+    pending: deque[Future[_InputImage]] = deque()
     pool = ThreadPoolExecutor(threads, "read-image")
     try:
         for source in sources:
@@ -131,7 +149,7 @@ def _read_ahead(model: nn.Module, sources: Iterator[Any], batch_size: int) -> Ge
                 yield read(source)
                 continue
             pending.append(pool.submit(read, source))
-            if len(pending) > ahead:
+            if len(pending) > limit:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -139,69 +157,70 @@ def _read_ahead(model: nn.Module, sources: Iterator[Any], batch_size: int) -> Ge
         pool.shutdown(cancel_futures=True)
 
 
-def _detect(model: nn.Module, images: Sequence[_Read], top_k: int) -> list[ScoredBoxes]:
-    """The selections of one batch of images that could be read."""
+def _detect(model: nn.Module, images: Sequence[_InputImage], top_k: int) -> list[ScoredBoxes]:
+    """Run the model on a batch of readable images."""
     samples = []
-    for position, (_, size, pixels) in enumerate(images):
+    for index, (_, size, pixels) in enumerate(images):
         assert isinstance(pixels, Tensor)
-        samples.append((pixels, Target.empty(position, size)))
+        samples.append((pixels, Target.empty(index, size)))
     batch, _ = collate(samples)
     with evaluating(model):
         return postprocess(forward(model, batch), [image.size for image in images], top_k)
 
 
 def forward(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """The outputs of the model for a uint8 `ImageBatch`, on the model's device."""
+    """Normalize a uint8 `ImageBatch` on the model's device and return the model's outputs."""
     mean, std = model.pixel_mean, model.pixel_std
     batch = batch.to(mean.device, non_blocking=True).normalize(mean, std)
     return model(batch.pixels, batch.padding_mask)
 
 
 _lock = Lock()
-_evaluating: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # threads in it, modes before
+_evaluating: dict[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # threads inside, modes before
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; after the last thread that is in it every module is in the mode it was in."""
+    """Switch to evaluation mode and inference mode; restore every module's mode after the last thread has left."""
     with _lock:
-        users, modes = _evaluating.get(model) or (0, [(module, module.training) for module in model.modules()])
-        _evaluating[model] = users + 1, modes
+        threads, modes = _evaluating.get(model) or (0, [(module, module.training) for module in model.modules()])
+        _evaluating[model] = threads + 1, modes
         model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
         with _lock:
-            users, modes = _evaluating.pop(model)
-            if users > 1:
-                _evaluating[model] = users - 1, modes
+            threads, modes = _evaluating.pop(model)
+            if threads > 1:
+                _evaluating[model] = threads - 1, modes
             else:
                 for module, mode in modes:
                     module.training = mode
 
 
 def model_categories(config: ModelConfig) -> tuple[Category, ...]:
-    """The categories in label order. Without ids in the config they are the labels, without names "class 0", …"""
+    """Return the categories in label order. Default ids are the labels, default names "class 0", "class 1", …"""
     labels = range(config.num_classes)
     ids: Iterable[int] = config.category_ids or labels
     names: Iterable[str] = config.class_names or (f"class {label}" for label in labels)
     return tuple(Category(number, name) for number, name in zip(ids, names, strict=True))
 
 
-def folder_images(folder: Path, suffixes: AbstractSet[str] = IMAGE_SUFFIXES, what: str = "images") -> list[Path]:
-    """The images (or files of other suffixes) directly in a folder, by name, hidden ones left out.
+def folder_images(folder: Path, suffixes: AbstractSet[str] = IMAGE_SUFFIXES, kind: str = "images") -> list[Path]:
+    """Return the files with these suffixes directly in a folder, sorted by name, without hidden ones.
 
-    Raises UserError where there are none.
+    Raises:
+        UserError: The folder cannot be read or has no such file.
     """
     try:
         with os.scandir(folder) as entries:
-            files = (e.name for e in entries if not is_hidden(e.name) and e.is_file())
+            files = (entry.name for entry in entries if not is_hidden(entry.name) and entry.is_file())
             names = sorted(name for name in files if Path(name).suffix.lower() in suffixes)
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read: {error.strerror or error}") from None
     if not names:
-        raise UserError(f"folder {folder} has no {what} in it ({', '.join(sorted(suffixes))})")
+        raise UserError(f"folder {folder} contains no {kind} ({', '.join(sorted(suffixes))})")
     return [folder / name for name in names]
 
 

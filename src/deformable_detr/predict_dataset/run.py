@@ -19,32 +19,15 @@ from ..utils.errors import UserError
 from ..utils.files import is_exported
 from .filesystem import Store, one_line, resolve, same
 from .manifest import DONE, Plan, finished, held, make_plan
+from .options import PredictDatasetOptions
 from .parquet import Counts
-from .sources import KINDS, Columns, find_pieces
+from .sources import Columns, find_pieces
 from .worker import Job, UnitPredictor, pack_model
 
 WORKER_THREADS = 4  # of a processor, where the machine has so many and nothing else is asked for
 DEATHS = 2  # times that a unit is tried again after its worker died
 FAILURES = 10  # units that fail without one succeeding in between: what follows would fail too
 STARTS = 4  # times that a cluster of our own is started before that is given up
-OBJECT_STORE = 256  # MiB beside the model, for a cluster of our own: only unit numbers and counts go through it
-
-
-class Pool(NamedTuple):
-    """The workers: how many, and what of the machine or the cluster each gets. None: what suits it.
-
-    device: auto (cuda where GPUs are given), cpu, cuda, mps. readers: threads that decode images, of each worker.
-    address: of a Ray cluster (auto: this machine's); none: one of our own, which ends with the run.
-    object_store: MiB of shared memory for a cluster of our own.
-    """
-
-    concurrency: int | None = None
-    num_cpus: float | None = None
-    num_gpus: float | None = None
-    device: str = "auto"
-    readers: int = 2
-    address: str | None = None
-    object_store: int = OBJECT_STORE
 
 
 class Share(NamedTuple):
@@ -60,15 +43,7 @@ def predict_dataset(
     model: str | os.PathLike[str],
     sources: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
-    *,
-    threshold: float = 0.5,
-    top_k: int = 100,
-    batch_size: int = 8,
-    form: str = "auto",
-    image_column: str | None = None,
-    id_column: str | None = None,
-    unit_size: int | None = None,
-    pool: Pool | None = None,
+    options: PredictDatasetOptions | None = None,
     report: Callable[[str], None] = print,
 ) -> Counts:
     """Finds the objects in all images of the sources and writes them as Parquet files into the folder `out`.
@@ -85,8 +60,10 @@ def predict_dataset(
         UserError: For anything the caller can mend, before the first unit where possible; and at the end where units
             could not be done. Results of another run in `out` are refused.
     """
-    pool = pool or Pool()
-    _check(threshold, top_k, batch_size, form, unit_size, pool)
+    options = options or PredictDatasetOptions()
+    options.validate()
+    if options.device == "mps" and not options.address:  # Ray knows the other devices of the machine
+        pick_device(options.device)
     for package in ("ray", "pyarrow", "pandas"):
         if find_spec(package) is None:
             raise UserError(f"{package} is not installed: pip install 'deformable-detr[dataset]'")
@@ -98,10 +75,13 @@ def predict_dataset(
             raise UserError(f"--out {out}: is the source {name} itself; name a folder for the results alone")
     files, digest = pack_model(os.fspath(model))
     with held(store):
-        kind, pieces = find_pieces(names, form, Columns(image_column, id_column), skip=store.root)
+        kind, pieces = find_pieces(
+            names, options.format, Columns(options.image_column, options.id_column), skip=store.root
+        )
         plan = make_plan(
-            store, digest, names, pieces, unit_size, kind=kind, threshold=threshold, top_k=top_k,
-            batch_size=batch_size, image_column=image_column, id_column=id_column,
+            store, digest, names, pieces, options.unit_size, kind=kind, threshold=options.threshold,
+            top_k=options.top_k, batch_size=options.batch_size,
+            image_column=options.image_column, id_column=options.id_column,
         )  # fmt: skip
         done = finished(store, plan)
         missing = [unit for unit in range(plan.units) if unit not in done]
@@ -109,7 +89,7 @@ def predict_dataset(
         if missing:
             if DONE in store.names():
                 store.remove(DONE)
-            _work(store, plan, files, missing, pool, progress)
+            _work(store, plan, files, missing, options, progress)
             progress.finish()
         store.put(DONE, lambda path: path.touch())
     counts = progress.counts
@@ -118,54 +98,27 @@ def predict_dataset(
     return counts
 
 
-def _check(threshold: float, top_k: int, batch_size: int, form: str, unit_size: int | None, pool: Pool) -> None:
-    if not 0 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold}: must be from 0 to 1")
-    if form not in ("auto", *KINDS):
-        raise UserError(f"--format {form}: must be auto, {', '.join(KINDS)}")
-    counts = {
-        "top-k": top_k, "batch-size": batch_size, "unit-size": unit_size, "concurrency": pool.concurrency,
-        "readers": pool.readers,
-    }  # fmt: skip
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be 1 at least")
-    if pool.object_store < 80:
-        raise UserError(f"--object-store-memory {pool.object_store}: Ray needs 80 MiB at least")
-    if pool.num_cpus is not None and not 0 < pool.num_cpus < math.inf:
-        raise UserError(f"--num-cpus {pool.num_cpus}: must be above 0, fractions such as 0.5 too")
-    gpus = pool.num_gpus
-    if gpus is not None and not (0 <= gpus < math.inf and (gpus <= 1 or gpus == int(gpus))):
-        raise UserError(f"--num-gpus {gpus}: must be 0, a fraction such as 0.5, or a whole number")
-    if pool.device not in ("auto", "cpu", "cuda", "mps"):
-        raise UserError(f"--device {pool.device}: must be auto, cpu, cuda or mps; Ray chooses which of several")
-    if pool.device == "cuda" and gpus == 0:
-        raise UserError("--device cuda needs --num-gpus above 0")
-    if pool.device == "mps" and not pool.address:  # of the others Ray knows how many there are
-        pick_device(pool.device)
-
-
-def share(pool: Pool, cpus: float, gpus: float, own: bool) -> Share:
+def share(options: PredictDatasetOptions, cpus: float, gpus: float, own: bool) -> Share:
     """What each worker gets of so many processors and GPUs; own: a cluster of our own, which does not grow.
 
     Raises UserError where a worker would wait for ever for what is not there.
     """
-    num_gpus = pool.num_gpus
+    num_gpus = options.num_gpus
     if num_gpus is None:
-        num_gpus = 1.0 if pool.device == "cuda" or (pool.device == "auto" and gpus >= 1) else 0.0
-    num_cpus = pool.num_cpus
+        num_gpus = 1.0 if options.device == "cuda" or (options.device == "auto" and gpus >= 1) else 0.0
+    num_cpus = options.num_cpus
     if num_cpus is None:
         num_cpus = 1.0 if num_gpus else float(min(WORKER_THREADS, max(int(cpus), 1)))
     fitting = math.floor(cpus / num_cpus + 1e-9)
     if num_gpus:
         fitting = min(fitting, math.floor(gpus / num_gpus + 1e-9))
-    workers = pool.concurrency or max(fitting, 1)
+    workers = options.concurrency or max(fitting, 1)
     if own and workers > fitting:
         raise UserError(
             f"{workers} workers of --num-cpus {num_cpus:g} and --num-gpus {num_gpus:g} do not fit this machine's "
             f"{cpus:g} processors and {gpus:g} GPUs: lower one of them or --concurrency"
         )
-    device = pool.device if pool.device != "auto" else ("cuda" if num_gpus else "cpu")
+    device = options.device if options.device != "auto" else ("cuda" if num_gpus else "cpu")
     return Share(workers, num_cpus, num_gpus, device)
 
 
@@ -227,22 +180,27 @@ class Progress:
 
 
 def _work(
-    store: Store, plan: Plan, files: dict[str, bytes], missing: list[int], pool: Pool, progress: Progress
+    store: Store,
+    plan: Plan,
+    files: dict[str, bytes],
+    missing: list[int],
+    options: PredictDatasetOptions,
+    progress: Progress,
 ) -> None:
     """Has the missing units done. Raises KeyboardInterrupt when stopped; what is finished stays."""
     if progress.done:
         progress.report(f"going on: {len(progress.done)} of {plan.units} units are done")
-    with _cluster(pool, sum(map(len, files.values()))) as (ray, own):
+    with _cluster(options, sum(map(len, files.values()))) as (ray, own):
         resources = ray.cluster_resources()
-        chosen = share(pool, resources.get("CPU", 0), resources.get("GPU", 0), own)
+        chosen = share(options, resources.get("CPU", 0), resources.get("GPU", 0), own)
         workers = min(chosen.workers, len(missing))
         device, where = chosen.device, chosen.device
-        if pool.device == "auto" and device != "cpu" and any(map(is_exported, files)):
+        if options.device == "auto" and device != "cpu" and any(map(is_exported, files)):
             device, where = "auto", f"{device} where the file's runtime has it"
         progress.report(f"{plan.units} units, {workers} {'worker' if workers == 1 else 'workers'} on {where}")
         job = Job(
             store.root if store.local else store.system.unstrip_protocol(store.root), plan.run, plan.settings,
-            device, max(1, math.floor(chosen.num_cpus)), pool.readers,
+            device, max(1, math.floor(chosen.num_cpus)), options.readers,
         )  # fmt: skip
         progress.started = progress.said = time.monotonic()
         try:
@@ -287,7 +245,7 @@ def _reports(
 
 
 @contextmanager
-def _cluster(pool: Pool, model_bytes: int) -> Iterator[tuple[Any, bool]]:
+def _cluster(options: PredictDatasetOptions, model_bytes: int) -> Iterator[tuple[Any, bool]]:
     """Ray, connected, and whether the cluster is ours; left as it was found."""
     # Before the import: Ray tells its makers of its use unless told otherwise, and says much about itself.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -299,23 +257,23 @@ def _cluster(pool: Pool, model_bytes: int) -> Iterator[tuple[Any, bool]]:
     if ray.is_initialized():
         yield ray, False
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not pool.address:
-        memory = pool.object_store * 2**20 + model_bytes
-        options |= {"include_dashboard": False, "object_store_memory": memory}
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not options.address:
+        memory = options.object_store_memory * 2**20 + model_bytes
+        arguments |= {"include_dashboard": False, "object_store_memory": memory}
     for attempt in range(STARTS):
         try:
             with _silence():
-                ray.init(pool.address or "local", **options)
+                ray.init(options.address or "local", **arguments)
             break
         except Exception as error:  # no one there, another version, no room for its shared memory, …
             ray.shutdown()
             # Ray gives its own processes half a minute, which is short on a machine that is busy.
-            if pool.address or "timed out" not in str(error) or attempt == STARTS - 1:
-                where = f"--address {pool.address}: no cluster there" if pool.address else "Ray cannot start here"
+            if options.address or "timed out" not in str(error) or attempt == STARTS - 1:
+                where = f"--address {options.address}: no cluster there" if options.address else "Ray cannot start here"
                 raise UserError(f"{where} ({one_line(error)})") from None
     try:
-        yield ray, not pool.address
+        yield ray, not options.address
     finally:
         ray.shutdown()
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from deformable_detr.cli.check import run
+from deformable_detr.cli.dataset_copy import check_dataset as run
 from deformable_detr.config.schema import Config
 from tests.data.validate.test_annotations import BAD, GOOD, LOST, RECORD, ROW, TRAIN, add, edited, put, row, xml
 from tests.support.data_problems import assert_as_documented, codes, found

@@ -1,0 +1,237 @@
+"""`deformable-detr predict`: images, videos and cameras."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ..utils.errors import UserError
+from ..utils.files import prepare_files, prepare_folder, write_json
+from .options import Device, JsonFile, Model, NonNegative, Positive, Precision, Threshold, print_error
+
+if TYPE_CHECKING:
+    from ..detector import DeformableDETR
+    from ..structures import Detections
+
+Source = Path | int  # an image or video file, or the number of a camera
+
+
+def predict(
+    model: Model,
+    sources: Annotated[list[Path] | None, Parameter(negative=())] = None,
+    /,
+    *,
+    camera: NonNegative | None = None,
+    out: Path | None = None,
+    threshold: Threshold = 0.5,
+    batch_size: Positive = 4,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    json: JsonFile = None,
+) -> None:
+    """Detect objects in images, videos or a camera stream.
+
+    Args:
+        sources: Image and video files, and folders of them.
+        camera: Number of a camera, from 0. Press Ctrl-C to stop.
+        out: Folder for the images and videos with drawn boxes. Default: videos are written to the current folder as
+            NAME-detected.mp4 with NAME-detected.jsonl, which has one line per frame; images are not drawn.
+        batch_size: Video frames per batch.
+        precision: fp32, or bf16 if the processor or GPU supports it.
+    """
+    from ..detector import load_detector
+
+    if not sources and camera is None:
+        raise UserError("nothing to predict: name images, videos or folders, or a camera with --camera")
+    files = find_sources(sources or [])
+    options = PredictOptions(out, json, threshold, batch_size, camera)
+    if predict_files(load_detector(model, device, precision), files, options):
+        sys.exit(2)
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of `predict_files`.
+
+    Attributes:
+        out: Folder for the drawn images and videos. Default: videos go to the current folder.
+        json_file: JSON file for the detections of all sources.
+        threshold: Minimum score of a detection, 0 to 1.
+        batch_size: Video frames per batch.
+        camera: Number of a camera to read after the files.
+    """
+
+    out: Path | None = None
+    json_file: Path | None = None
+    threshold: float = 0.5
+    batch_size: int = 4
+    camera: int | None = None
+
+
+def find_sources(sources: Sequence[Path]) -> list[Path]:
+    """Return the given images and videos, and those directly inside the given folders, without duplicates.
+
+    Raises:
+        UserError: A source does not exist, or a folder has no images or videos.
+    """
+    from ..predict.predictor import IMAGE_SUFFIXES, folder_images
+    from ..predict.video import VIDEO_SUFFIXES
+
+    files: list[Path] = []
+    for source in sources:
+        if not os.path.exists(source):  # Path.exists raises for a name that is too long
+            raise UserError(f"{source}: no such image, video or folder")
+        is_folder = source.is_dir()
+        files += folder_images(source, IMAGE_SUFFIXES | VIDEO_SUFFIXES, "images or videos") if is_folder else [source]
+    return list(dict.fromkeys(files))
+
+
+def predict_files(
+    model: DeformableDETR,
+    files: Sequence[Path],
+    options: PredictOptions,
+    report: Callable[[str], None] = print,
+    report_error: Callable[[str], None] = print_error,
+) -> int:
+    """Detect objects in images and videos, draw them, and write the detections as JSON.
+
+    The JSON file is a list with one entry per source: `Detections.to_dict` of an image, or {"video", "frames",
+    "annotated", "lines"} of a video. A source that cannot be read is reported and skipped; of a damaged video, the
+    readable frames are kept.
+
+    Args:
+        report: Called with one line per source.
+        report_error: Called with one line per source that is skipped or incomplete.
+
+    Returns:
+        The number of sources that were skipped or are incomplete.
+
+    Raises:
+        UserError: An output cannot be written or would overwrite a source, or PyAV is missing. Raised before the
+            first source.
+    """
+    from ..predict.predictor import predict_each
+    from ..predict.video import load_av
+
+    sources: list[Source] = [*files, *([] if options.camera is None else [options.camera])]
+    images = [source for source in sources if not _is_video(source)]
+    if len(images) < len(sources):
+        load_av()
+    outputs = _output_paths(sources, None if options.out is None else prepare_folder(options.out, "--out"))
+    _reject_overwriting(files, outputs, options)
+    prepare_files({"--json": options.json_file})
+    results = predict_each(model, images, options.threshold, keep_pixels=options.out is not None)
+    records: list[dict[str, Any]] = []
+    failures = 0
+    for source in sources:
+        try:
+            if _is_video(source):
+                record, line, problem = _predict_video(model, source, outputs[source], options)
+            else:
+                record, line, problem = _predict_image(results, source, outputs.get(source))
+        except UserError as error:
+            record, line, problem = None, None, str(error)
+        if problem is not None:
+            failures += 1
+            report_error(problem)
+        if record is not None:
+            records.append(record)
+            report(f"{source}: {line}")
+    if options.json_file is not None:
+        write_json(options.json_file, records)
+    return failures
+
+
+Outcome = tuple[dict[str, Any] | None, str | None, str | None]  # JSON record, summary, problem
+
+
+def _predict_image(results: Iterator[Detections | UserError], source: Source, out: Path | None) -> Outcome:
+    """Take the next result, which belongs to `source`, and draw it on the pixels that it was computed from."""
+    detections = next(results)
+    if isinstance(detections, UserError):
+        raise detections
+    problem = None
+    if out is not None:
+        try:
+            detections.save(out)
+        except UserError as error:
+            problem = str(error)
+    return replace(detections, image=source).to_dict(), _best_detections(detections), problem
+
+
+def _predict_video(model: DeformableDETR, source: Source, out: Path, options: PredictOptions) -> Outcome:
+    from ..predict.video import predict_video
+
+    lines = out.with_suffix(".jsonl")
+    summary = predict_video(model, source, out, lines, options.threshold, options.batch_size)
+    if not summary.frames:
+        return None, None, summary.problem
+    record = {"video": str(source), "frames": summary.frames, "annotated": str(out), "lines": str(lines)}
+    problem = None if summary.problem is None else f"{summary.problem}; the frames before that are in {out}"
+    return record, f"{summary.frames} frames, {_class_counts(summary.counts)}; {out}, {lines.name}", problem
+
+
+def _is_video(source: Source) -> bool:
+    from ..predict.video import is_video
+
+    return isinstance(source, int) or is_video(source)
+
+
+def _best_detections(detections: Detections, limit: int = 5) -> str:
+    """Summarize an image, for example "3 objects: cat 0.98, cat 0.91, dog 0.55"."""
+    if not len(detections):
+        return "no objects"
+    best = zip(detections.names[:limit], detections.scores.tolist()[:limit], strict=True)
+    listed = ", ".join(f"{name} {score:.2f}" for name, score in best)
+    return f"{len(detections)} objects: {listed}{', …' if len(detections) > limit else ''}"
+
+
+def _class_counts(counts: Counter[str], limit: int = 5) -> str:
+    """Summarize a video, for example "cat 120×, dog 3×"."""
+    if not counts:
+        return "no objects"
+    listed = ", ".join(f"{name} {count}×" for name, count in counts.most_common(limit))
+    return listed + (", …" if len(counts) > limit else "")
+
+
+def _output_paths(sources: Sequence[Source], out: Path | None) -> dict[Source, Path]:
+    """Return the path of each drawn image or video; names that occur twice get a number."""
+    paths: dict[Source, Path] = {}
+    for source in sources:
+        video = _is_video(source)
+        if out is None and not video:
+            continue
+        stem = f"camera-{source}" if isinstance(source, int) else source.stem
+        stem += "-detected" if out is None else ""
+        jpeg = isinstance(source, Path) and source.suffix.lower() in {".jpg", ".jpeg"}
+        suffix = ".mp4" if video else ".jpg" if jpeg else ".png"
+        path, number = (out or Path()) / f"{stem}{suffix}", 1
+        while path in paths.values():
+            number += 1
+            path = path.with_name(f"{stem}-{number}{suffix}")
+        paths[source] = path
+    return paths
+
+
+def _reject_overwriting(files: Sequence[Path], outputs: dict[Source, Path], options: PredictOptions) -> None:
+    """Raise UserError if an output is the same file as a source."""
+    inputs: dict[tuple[int, int], Path] = {}
+    for file in files:
+        with suppress(OSError):  # reported when it is read
+            status = os.stat(file)
+            inputs[status.st_dev, status.st_ino] = file
+    lines = [path.with_suffix(".jsonl") for source, path in outputs.items() if _is_video(source)]
+    for path in (*outputs.values(), *lines, *([options.json_file] if options.json_file else [])):
+        with suppress(OSError):
+            status = os.stat(path)
+            if source := inputs.get((status.st_dev, status.st_ino)):
+                option = "--json" if path is options.json_file else "--out"
+                raise UserError(f"{option}: {path} would overwrite the source {source}; choose another path")

@@ -1,0 +1,43 @@
+"""`deformable-detr serve`."""
+
+from __future__ import annotations
+
+from .options import Device, Model
+
+
+def serve(
+    model: Model,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    device: Device = "auto",
+    max_batch_size: int = 8,
+    max_queue: int = 64,
+    timeout: float = 30.0,
+    shutdown_delay: float = 1.0,
+) -> None:
+    """Serve a model over HTTP, with a web page. Only this machine can reach it unless --host is set.
+
+    Args:
+        host: Address to listen on. Any but localhost needs a token.
+        port: Port to listen on. 0: any free port.
+        token: Required from clients as `Authorization: Bearer TOKEN`. Prefer the environment variable
+            DEFORMABLE_DETR_TOKEN, which process lists do not show.
+        max_batch_size: Maximum images per pass of the model.
+        max_queue: Maximum images accepted and not answered yet; further requests get 503.
+        timeout: Seconds from the end of a request to its response; then the request gets 504.
+        shutdown_delay: Seconds after SIGTERM during which requests are still accepted while /readyz answers 503.
+    """
+    from ..serve import check_installed
+
+    check_installed()
+    from ..serve.limits import Limits
+    from ..serve.server import ServeOptions
+    from ..serve.server import serve as run
+
+    limits = Limits(
+        images=min(Limits.images, max_queue), max_queue=max_queue, max_batch_size=max_batch_size, timeout=timeout,
+        shutdown_delay=shutdown_delay,
+    )  # fmt: skip
+    run(model, ServeOptions(host, port, token, device, limits))
