@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from deformable_detr.config.schema import DataConfig
@@ -16,30 +15,7 @@ from deformable_detr.data.formats import find_source
 from deformable_detr.data.yolo import label_folder, read_row
 from deformable_detr.structures import Category
 from deformable_detr.utils.errors import UserError
-from tests.support.datasets import OBJECTS, SIZE, coco_set, picture, voc_set, voc_xml, yolo_set
-
-
-def contents(root, split, **given):
-    """Stem → rounded (class name, xywh in pixels) of each image, as the model would see them."""
-    found = open_dataset(root, split, **given)
-    result = {}
-    for number in range(len(found)):
-        image, target = found[number]
-        height, width = image.shape[-2:]
-        cx, cy, w, h = (target.boxes * torch.tensor([width, height] * 2)).unbind(-1)
-        boxes = torch.stack([cx - w / 2, cy - h / 2, w, h], -1)
-        names = [found.categories[label].name for label in target.labels.tolist()]
-        result[found.path(number).stem] = [
-            (name, [round(v, 3) for v in box]) for name, box in zip(names, boxes.tolist(), strict=True)
-        ]
-    return result
-
-
-def expected(split):
-    names = ("cat", "dog")
-    return {
-        stem: [(names[label], list(map(float, box))) for label, box in boxes] for stem, boxes in OBJECTS[split].items()
-    }
+from tests.support.datasets import SIZE, coco_set, contents, expected, picture, voc_set, voc_xml, yolo_set
 
 
 @pytest.mark.parametrize("layout", ["{kind}/{split}", "{split}/{kind}"])

@@ -17,9 +17,19 @@ from deformable_detr.data.split import assign_splits
 from deformable_detr.data.validate import repair
 from deformable_detr.evaluation.evaluator import open_eval_dataset
 from deformable_detr.utils.errors import UserError
-from tests.data.test_formats import contents, expected
 from tests.support.data_problems import as_training, state
-from tests.support.datasets import NAMES, OBJECTS, coco_set, picture, voc_set, voc_xml, yolo_row, yolo_set
+from tests.support.datasets import (
+    NAMES,
+    OBJECTS,
+    coco_set,
+    contents,
+    expected,
+    picture,
+    voc_set,
+    voc_xml,
+    yolo_row,
+    yolo_set,
+)
 
 SPLIT = "_annotations.coco.json"
 
@@ -175,7 +185,7 @@ def test_what_is_said_of_a_set_without_validation(tmp_path, capsys):
     with pytest.raises(UserError, match=r"no 'val' split; .*; or split it with deformable-detr split .*set --out NEW"):
         as_training(tmp_path / "set")
     many(tmp_path / "set", folder="test")
-    with pytest.raises(UserError, match=r"; or take the test split with --set data\.val_split=test"):
+    with pytest.raises(UserError, match=r"; or use the test split with --set data\.val_split=test"):
         as_training(tmp_path / "set")
     split(capsys, tmp_path / "set", "--out", tmp_path / "new")
     assert parts(tmp_path / "new")["test"] == set("abcdefghij"), "a test split stays"
@@ -425,7 +435,7 @@ def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = state(root)
-    monkeypatch.setattr(repair, "_put", full)
+    monkeypatch.setattr(repair, "_link_image", full)
     assert f"--out {new}: cannot be written: No space left" in refused(capsys, root, "--out", new)
     code, _, err = call(capsys, "check", tmp_path / "divided", "--fix", new)
     assert code == 2

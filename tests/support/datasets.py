@@ -3,7 +3,10 @@
 import json
 
 import numpy as np
+import torch
 from PIL import Image
+
+from deformable_detr.data.dataset import open_dataset
 
 NAMES = ("cat", "dog")
 SIZE = (40, 20)  # width, height
@@ -85,3 +88,26 @@ def voc_xml(name, boxes, shift=0):
     )
     size = f"<size><width>{SIZE[0]}</width><height>{SIZE[1]}</height><depth>3</depth></size>"
     return f"<annotation><filename>{name}</filename>{size}{objects}</annotation>"
+
+
+def contents(root, split, **given):
+    """Stem → rounded (class name, xywh in pixels) of each image, as the model would see them."""
+    found = open_dataset(root, split, **given)
+    result = {}
+    for number in range(len(found)):
+        image, target = found[number]
+        height, width = image.shape[-2:]
+        cx, cy, w, h = (target.boxes * torch.tensor([width, height] * 2)).unbind(-1)
+        boxes = torch.stack([cx - w / 2, cy - h / 2, w, h], -1)
+        names = [found.categories[label].name for label in target.labels.tolist()]
+        result[found.path(number).stem] = [
+            (name, [round(v, 3) for v in box]) for name, box in zip(names, boxes.tolist(), strict=True)
+        ]
+    return result
+
+
+def expected(split):
+    names = ("cat", "dog")
+    return {
+        stem: [(names[label], list(map(float, box))) for label, box in boxes] for stem, boxes in OBJECTS[split].items()
+    }

@@ -7,11 +7,11 @@ from deformable_detr.config.schema import DataConfig
 from deformable_detr.data import coco
 from deformable_detr.data.validate import ISSUE_TYPES, check_for_training
 from deformable_detr.utils.errors import UserError
-from tests.data.validate.test_annotations import COCO, VOC, YOLO
-from tests.data.validate.test_unusual_inputs import IMAGES, SETS
+from tests.support.annotation_files import COCO, VOC, YOLO
 from tests.support.data_problems import USUAL, found
 from tests.support.datasets import coco_set, voc_set, yolo_set
 from tests.support.image_files import FILES
+from tests.support.unusual_inputs import IMAGES, SETS
 
 TINY = (
     "--backbone test_resnet --backbone-weights none --image-size 64 --workers 0 --epochs 1 --device cpu --batch-size 2"
