@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 
 
 class DeformableDETR(DeformableDETRNetwork):
-    """Deformable DETR (Zhu et al., 2021): the network and what a user does with it.
-
-    Args:
-        config: The architecture. `presets` has the paper's variants.
-
-    Raises:
-        UserError: The backbone or its weights are not available.
-    """
+    """Deformable DETR (Zhu et al., 2021). Build it from a `ModelConfig`; `presets` has the paper's variants."""
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> Self:
@@ -42,11 +35,7 @@ class DeformableDETR(DeformableDETRNetwork):
         return load_pretrained(source, cls, **overrides)
 
     def save_pretrained(self, folder: str | os.PathLike[str], card_data: ModelCardData | None = None) -> None:
-        """Write config.json, model.safetensors and a model card into a folder, which is created if missing.
-
-        Raises:
-            UserError: The folder cannot be written.
-        """
+        """Write config.json, model.safetensors and a model card into a folder, which is created if missing."""
         from .weights.native import save
 
         save(self, Path(folder), card_data)

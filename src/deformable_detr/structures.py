@@ -149,11 +149,7 @@ class Detections:
         ]
 
     def to_supervision(self) -> supervision.Detections:
-        """Return `supervision.Detections`: class_id is the label; data has "class_name" and "category_id".
-
-        Raises:
-            UserError: supervision is not installed.
-        """
+        """Return `supervision.Detections`: class_id is the label; data has "class_name" and "category_id"."""
         import numpy as np
 
         with warnings.catch_warnings():  # it suggests to install OpenCV, which is not needed here
@@ -167,11 +163,7 @@ class Detections:
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the detections on their image, write it in the format of the path's suffix and return the path.
-
-        Raises:
-            UserError: The image cannot be read again, or the file cannot be written.
-        """
+        """Draw the detections on their image, write it in the format of the path's suffix and return the path."""
         from .visualize.draw import save
 
         return save(self, Path(path))

@@ -27,7 +27,11 @@ def fresh(variant=presets.two_stage, **changes) -> DeformableDETR:
 
 
 def transfer(model, source, log=lambda line: None):
-    return transfer_weights(model, read_checkpoint(source), log)
+    checkpoint = read_checkpoint(source)
+    report = transfer_weights(model, checkpoint)
+    for line in report.lines(checkpoint.path):
+        log(line)
+    return report
 
 
 def test_the_same_network_and_classes_copy_everything(source):

@@ -24,7 +24,7 @@ def test_a_native_folder(native_model, native_folder):
     ("changes", "message"),
     [
         ({"version": 2}, "version 2; this release reads version 1"),
-        ({"model": None}, 'no "model" section'),
+        ({"model": None}, "config.json: model: ModelConfig: input should be"),
         ({"format": "other"}, "model_type None"),
     ],
 )
@@ -80,7 +80,7 @@ def test_hub_id(shared_repo, monkeypatch):
 def test_other_sources(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "run" / "config.yaml").touch()
     (tmp_path / "cards.onnx").write_bytes(b"\x08")
     (tmp_path / "several").mkdir()
     for name in "ab":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork, N
 from ..utils.errors import UserError
 from .key_mapping import Placements, from_reference_keys, native_placements
+
+# What the official code and transformers can do only one way.
+SUPPORTED = {"pre_norm": False, "class_aware_proposals": False, "query_init": "box", "iterative_query_pos": False}
 
 
 @dataclass(frozen=True)
@@ -51,32 +55,32 @@ class Checkpoint:
         """Refuse a config whose sizes exceed all sizes of the tensors before it allocates memory."""
         config, shape = self.config, self.config.backbone_shape
         points = max(config.decoder_points, config.encoder_points if config.encoder_layers else 0)
-        sizes = {
-            "hidden_dim": config.hidden_dim,
-            "ffn_dim": config.ffn_dim,
-            "encoder_layers": config.encoder_layers,
-            "decoder_layers": config.decoder_layers,
-            "num_classes": config.num_classes,
+        fields = ("hidden_dim", "ffn_dim", "encoder_layers", "decoder_layers", "num_classes")
+        sizes = {field: getattr(config, field) for field in fields} | {
             "num_queries": 0 if config.two_stage and config.query_init != "learned" else config.num_queries,
             "heads × levels × points": config.num_heads * config.num_feature_levels * points,
             "backbone_shape": max(shape.stem, *shape.widths, sum(shape.depths)) if shape else 0,
         }
-        largest = max(
-            [len(self.tensors), *(size for value in self.tensors.values() for size in value.shape)], default=0
-        )
+        largest = max(len(self.tensors), *(size for value in self.tensors.values() for size in value.shape))
         for name, size in sizes.items():
             if size > largest:
                 raise UserError(f"{self.path}: no tensor is as large as {name} {size} of {self.config_name}")
 
 
-def restore_own_fields(config: ModelConfig, saved: object, fields: tuple[str, ...]) -> ModelConfig:
+def check_supported(config: ModelConfig, supported: Mapping[str, object], target: str) -> None:
+    """Raise UserError, naming the fields, if a config has other values than the only ones that a format supports."""
+    values = config.model_dump(include=set(supported))
+    other = [f"{name}: {value}" for name, value in values.items() if value != supported[name]]
+    if other:
+        raise UserError(f"{target} does not support {', '.join(other)}; fine-tune as --preset two-stage")
+
+
+def restore_own_fields(config: ModelConfig, saved: Any, fields: tuple[str, ...]) -> ModelConfig:
     """Take what a foreign format cannot express from our own config that was saved with the weights.
 
     Class names and category ids are taken as well if the names still are those of `config`. A config that cannot be
     read, or does not fit, is ignored: another release wrote it, and the weights are complete without it.
     """
-    if not isinstance(saved, Mapping):
-        return config
     try:
         own = ModelConfig.from_dict(saved).without_pretrained_backbone()
         if (own.class_names or default_class_names(own.num_classes)) == config.class_names:

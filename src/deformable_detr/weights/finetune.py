@@ -21,14 +21,10 @@ from .resize import resize_state
 
 _HEAD = re.compile(r"decoder\.heads\.(classes|boxes)\.(\d+)\.(.+)")
 _CLASS_PRIOR = -math.log(99)  # the bias at which a class has probability 1% (focal loss; see model/heads.py)
+_COUNTER = "num_batches_tracked"  # of batch norms; nothing reads it
 _PLACEHOLDER_NAME = re.compile(r"n/a|label_\d+|class \d+")
 # Fields that the dataset and the run decide.
 _NOT_INHERITED = {"class_names", "category_ids", "num_classes", "backbone_weights", "gradient_checkpointing"}
-# Fields that tell the presets apart.
-_ARCHITECTURE = (
-    "two_stage", "num_feature_levels", "dilation", "refine", "class_aware_proposals", "query_init",
-    "iterative_query_pos",
-)  # fmt: skip
 
 
 @dataclass
@@ -69,10 +65,9 @@ def finetune_config(source: str | os.PathLike[str]) -> Config:
     inherited = read_checkpoint(source).config.model_dump(exclude=_NOT_INHERITED)
     model = ModelConfig.from_dict({**inherited, "backbone_weights": "none"}, f"the network of {source}")
 
-    def similarity(name: str) -> tuple[bool, int, int]:
+    def similarity(name: str) -> int:
         preset = presets.PRESETS[name]()
-        equal = {field for field in ModelConfig.model_fields if getattr(preset, field) == getattr(model, field)}
-        return "two_stage" in equal, len(equal.intersection(_ARCHITECTURE)), len(equal)
+        return sum(getattr(preset, field) == getattr(model, field) for field in ModelConfig.model_fields)
 
     return presets.config(max(presets.PRESETS, key=similarity)).replace(model=model)
 
@@ -83,21 +78,20 @@ def load_for_finetuning(
     log: Callable[[str], object] = print,
     network_class: type[N] = DeformableDETRNetwork,
 ) -> N:
-    """Build a network with `config` and initialize it with `transfer_weights`.
+    """Build a network with `config` and initialize it with `transfer_weights`, whose report is logged.
 
     Pretrained backbone weights are downloaded only if the source has another backbone.
     """
     checkpoint = read_checkpoint(source)
     same_backbone = _backbone(checkpoint.config) == _backbone(config)
     model = network_class(config.without_pretrained_backbone() if same_backbone else config)
-    transfer_weights(model, checkpoint, log)
+    for line in transfer_weights(model, checkpoint).lines(checkpoint.path):
+        log(line)
     return model
 
 
-def transfer_weights(
-    model: DeformableDETRNetwork, checkpoint: Checkpoint, log: Callable[[str], object] = print
-) -> TransferReport:
-    """Copy every tensor of a checkpoint that fits into a new model, and log the report line by line.
+def transfer_weights(model: DeformableDETRNetwork, checkpoint: Checkpoint) -> TransferReport:
+    """Copy every tensor of a checkpoint that fits into a new model.
 
     If the classes differ, class heads start at the focal prior; rows of classes with the same name are copied. Queries
     and feature levels that the checkpoint lacks keep their initial values.
@@ -113,10 +107,10 @@ def transfer_weights(
         reason = f"the source's backbone is {config.backbone}, not {target.backbone}"
         report.unused = {name: reason for name in state if name.startswith("backbone.")}
     state = {name: value for name, value in state.items() if name not in report.unused}
-    own = model.state_dict()
+    own = {name: value for name, value in model.state_dict().items() if not name.endswith(_COUNTER)}
     copied = _class_heads(state, own, config, target, report)
     for name, value in own.items():
-        if name in copied or (name not in state and name.endswith("num_batches_tracked")):
+        if name in copied:
             continue
         if name not in state:
             report.initialized[name] = "not in the source"
@@ -128,17 +122,10 @@ def transfer_weights(
                 report.partial[name] = f"new: {extensions[name]}"
             else:
                 report.loaded.append(name)
-    report.unused |= {
-        name: "not in this model" for name in state if name not in own and not name.endswith("num_batches_tracked")
-    }
+    report.unused |= {name: "not in this model" for name in state if name not in own and not name.endswith(_COUNTER)}
     if not any(own[name].ndim > 1 for name in report.loaded):  # a bias may fit by chance
-        raise UserError(
-            f"no weights of {checkpoint.path} fit this model: they have hidden_dim {config.hidden_dim} and backbone "
-            f"{config.backbone}, this model {target.hidden_dim} and {target.backbone}"
-        )
-    model.load_state_dict({**own, **{name: value.to(own[name].dtype) for name, value in copied.items()}})
-    for line in report.lines(checkpoint.path):
-        log(line)
+        raise UserError(f"no weights of {checkpoint.path} fit this model: their hidden_dim is {config.hidden_dim}")
+    model.load_state_dict(model.state_dict() | copied)
     return report
 
 
@@ -175,8 +162,13 @@ def _class_heads(
     report: TransferReport,
 ) -> dict[str, Tensor]:
     """Class heads at the prior, with the rows that can be copied; nothing for heads that mean the same in both."""
-    same_classes = _same_classes(config, target)
-    matches = [] if same_classes else _matching_classes(config, target)
+    names, target_names = ([" ".join(name.casefold().split()) for name in c.class_names] for c in (config, target))
+    same_classes = config.num_classes == target.num_classes and names == target_names
+    matches = [
+        (row, names.index(name))
+        for row, name in enumerate(target_names)
+        if name in names and not _PLACEHOLDER_NAME.fullmatch(name)
+    ]
     heads: dict[str, Tensor] = {}
     for name, value in own.items():
         match = _HEAD.match(name)
@@ -205,21 +197,3 @@ def _class_heads(
         else:
             report.partial[name] = f"{classes}; kept {len(rows)} of the same name"
     return heads
-
-
-def _same_classes(config: ModelConfig, target: ModelConfig) -> bool:
-    names, target_names = (list(map(_normalize, one.class_names)) for one in (config, target))
-    return config.num_classes == target.num_classes and names == target_names
-
-
-def _matching_classes(config: ModelConfig, target: ModelConfig) -> list[tuple[int, int]]:
-    """(row, row in the source) of each class that both have by name."""
-    rows = {_normalize(name): row for row, name in reversed(list(enumerate(config.class_names)))}
-    names = [_normalize(name) for name in target.class_names]
-    return [
-        (row, rows[name]) for row, name in enumerate(names) if name in rows and not _PLACEHOLDER_NAME.fullmatch(name)
-    ]
-
-
-def _normalize(name: str) -> str:
-    return " ".join(name.casefold().split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,6 @@ from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError, first_line
 from .convert import Format, write
 from .model_card import ModelCardData
-
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def push(
@@ -26,7 +23,6 @@ def push(
     """Upload a model and its card, and return the address.
 
     Args:
-        model: The model.
         repo_id: "owner/name"; created if missing.
         to: The format; see `convert`.
         private: Whether a new repository is private.
@@ -38,7 +34,7 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    if not _REPO_ID.fullmatch(repo_id):
+    if repo_id.count("/") != 1:
         raise UserError(f"hub repository {repo_id!r}: write owner/name")
     library = "transformers" if to == "transformers" else "deformable-detr"
     card_data = replace(card_data or ModelCardData(), repo_id=repo_id, library=library)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.
 
 
 def read_processor(folder: Path) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` that a repository's image processor states, else transformers' defaults."""
+    """Return the fields of `ModelConfig` that a repository's image processor states, else transformers' defaults.
+
+    Raises UserError if a value makes no sense.
+    """
     path = next((folder / name for name in (PREPROCESSOR, "processor_config.json") if (folder / name).is_file()), None)
     values = read_json(path) if path else {}
+    path = path or folder / PREPROCESSOR
     inner = values.get("image_processor")
-    return processor_fields(inner if isinstance(inner, dict) else values, path or folder / PREPROCESSOR)
-
-
-def processor_fields(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Translate an image processor's config. Raises UserError, naming `path`, if a value makes no sense."""
+    values = inner if isinstance(inner, dict) else values
     values = {**_IMAGENET, **{key: value for key, value in values.items() if value is not None}}
     size = values.get("size", {})
     if isinstance(size, int):
@@ -36,12 +35,10 @@ def processor_fields(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
         mean, std = ([float(x) for x in values[key]] for key in ("image_mean", "image_std"))
     except (TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{path}: size, rescale_factor, image_mean or image_std is not a number") from None
-    if len(mean) != 3 or len(std) != 3:
-        raise UserError(f"{path}: image_mean and image_std must have 3 numbers")
+    if len(mean) != 3 or len(std) != 3 or not factor > 0:
+        raise UserError(f"{path}: image_mean and image_std must have 3 numbers, and rescale_factor must be above 0")
     if any(not 1 <= side <= _MAX_SIDE for side in sides):
         raise UserError(f"{path}: size {size} must be 1 to {_MAX_SIDE} pixels")
-    if not factor > 0:
-        raise UserError(f"{path}: rescale_factor {factor} must be above 0")
     if not values.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
     # Their statistics are for pixels × rescale_factor, ours for pixels / 255.

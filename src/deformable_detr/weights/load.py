@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork, N
 from ..utils.errors import UserError, first_line
 from ..utils.files import is_exported, read_json
@@ -49,7 +48,9 @@ def load_pretrained(
     model, state = checkpoint.build(network_class)
     if overrides:
         config = checkpoint.config.replace(**overrides)
-        _refuse_untrained(source, checkpoint.config, config)
+        for field in ("num_feature_levels",) if config.two_stage else ("num_feature_levels", "num_queries"):
+            if getattr(config, field) > (trained := getattr(checkpoint.config, field)):
+                raise UserError(f"{source} has {field} {trained}; to add more, fine-tune with `train --weights`")
         model = network_class(config.without_pretrained_backbone())
         state, _ = resize_state(state, checkpoint.config, model)
     if all(value.dtype == torch.float64 for value in state.values() if value.is_floating_point()):
@@ -70,11 +71,9 @@ def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 def locate_source(source: str | os.PathLike[str]) -> Path:
     """Return the source's folder or official checkpoint; download it if the source is a hub id."""
     path = Path(source)
-    if len(os.fspath(path)) > 4096 or any(len(part) > 255 or "\0" in part for part in path.parts):
-        raise UserError(f"model {os.fspath(path)[:80]!r}… is too long or has invalid characters")
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for an invalid name
         return _locate_in_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         if is_exported(path):
             raise UserError(f"model {path} is an exported file; give the folder of the model that it was made from")
         if path.suffix in (".safetensors", ".bin", ".json") and (path.parent / "config.json").is_file():
@@ -84,9 +83,9 @@ def locate_source(source: str | os.PathLike[str]) -> Path:
         return path
     # If the parent folder exists, the source is a mistyped path, not a hub id.
     hub_id = os.fspath(source)
-    if _HUB_ID.fullmatch(hub_id) and path.suffix not in _WEIGHT_SUFFIXES and not path.parent.is_dir():
+    if _HUB_ID.fullmatch(hub_id) and path.suffix not in _WEIGHT_SUFFIXES and not os.path.isdir(path.parent):
         return _download(hub_id)
-    raise UserError(f"model {source}: no such folder or file")
+    raise UserError(f"model {hub_id[:400]}: no such folder or file")
 
 
 def _locate_in_folder(folder: Path) -> Path:
@@ -95,11 +94,10 @@ def _locate_in_folder(folder: Path) -> Path:
     checkpoints = sorted(folder.glob("*.pth"))
     if len(checkpoints) == 1:
         return checkpoints[0]
-    if checkpoints:
-        raise UserError(f"model {folder} has no config.json and several .pth files; name one of them")
-    if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
+    if (folder / "config.yaml").is_file():
         raise UserError(f"model {folder}: this run has no model yet; continue it with train --resume")
-    raise UserError(f"model {folder} has no config.json")
+    several = " and several .pth files; name one of them" if checkpoints else ""
+    raise UserError(f"model {folder} has no config.json{several}")
 
 
 def _download(hub_id: str) -> Path:
@@ -115,13 +113,3 @@ def _download(hub_id: str) -> Path:
         if any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir()):
             break
     return locate_source(folder)
-
-
-def _refuse_untrained(source: object, trained: ModelConfig, config: ModelConfig) -> None:
-    fields = ["num_feature_levels"] if config.two_stage else ["num_feature_levels", "num_queries"]
-    for field in fields:
-        if getattr(config, field) > getattr(trained, field):
-            raise UserError(
-                f"{source} has {field} {getattr(trained, field)}; more would be untrained: fine-tune with "
-                "`deformable-detr train DATA --weights SOURCE`"
-            )

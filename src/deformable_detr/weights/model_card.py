@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub import ModelCardData as CardData
 
 from ..config.schema import Config, ModelConfig
 
 FILE = "README.md"
 _MARK = "<!-- written by deformable-detr; delete this line to keep your changes -->"
 _LISTED_CLASSES = 100
+_UNKNOWN_LICENSE = """\
+Unknown: set `license` at the top of this card. The licenses of the training images and of the weights that training
+started from may apply."""
 _LOADING = {
     "deformable-detr": """\
 from deformable_detr import DeformableDETR
@@ -63,16 +68,11 @@ def is_user_card(folder: Path) -> bool:
 def model_card(config: ModelConfig, data: ModelCardData) -> str:
     """Return the card as Markdown, with the hub's metadata in YAML before it."""
     metrics = {name: value for name, value in data.metrics.items() if isinstance(value, int | float)}
-    license = (
-        "Unknown: set `license` at the top of this card. The licenses of the training images and of the weights that "
-        "training started from may apply."
-        if data.license == "unknown"
-        else f"`{_inline(data.license)}`"
-    )
+    license = f"`{_inline(data.license)}`" if data.license != "unknown" else _UNKNOWN_LICENSE
     loading = _LOADING[data.library].format(source=repr(data.repo_id or "path/to/this/folder"))
     metric_rows = [f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items()]
     sections = [
-        f"---\n{_yaml(_metadata(metrics, data))}---\n{_MARK}",
+        f"---\n{_metadata(metrics, data)}\n---\n{_MARK}",
         "# Deformable DETR",
         _summary(config),
         f"## Data\n\n{_inline(data.dataset) if data.dataset else 'Not stated.'}",
@@ -85,30 +85,24 @@ def model_card(config: ModelConfig, data: ModelCardData) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _metadata(metrics: Mapping[str, float], data: ModelCardData) -> dict[str, Any]:
-    metadata: dict[str, Any] = {
-        "license": data.license,
-        "library_name": data.library,
-        "pipeline_tag": "object-detection",
-        "tags": ["object-detection", "deformable-detr"],
-    }
+def _metadata(metrics: Mapping[str, float], data: ModelCardData) -> str:
+    task, dataset = "object-detection", data.dataset or "custom data"
+    card = CardData(license=data.license, library_name=data.library, pipeline_tag=task, tags=[task, "deformable-detr"])
     if metrics:
-        result = {
-            "task": {"type": "object-detection", "name": "Object detection"},
-            "dataset": {"type": "custom", "name": data.dataset or "custom data"},
-            "metrics": [{"type": name, "name": name, "value": round(value, 4)} for name, value in metrics.items()],
-        }
-        metadata["model-index"] = [{"name": "Deformable DETR", "results": [result]}]
-    return metadata
+        card.model_name = "Deformable DETR"
+        card.eval_results = [
+            EvalResult(task, "custom", dataset, metric_type=metric, metric_value=round(value, 4), metric_name=metric)
+            for metric, value in metrics.items()
+        ]
+    return card.to_yaml()
 
 
 def _summary(config: ModelConfig) -> str:
-    options = {"iterative box refinement": config.refine, "two-stage": config.two_stage}
-    variant = " and ".join(name for name, is_set in options.items() if is_set)
+    variant = ", two-stage" if config.two_stage else ", iterative box refinement" if config.refine else ""
     return (
         f"Detects {config.num_classes} classes of objects. Backbone {_inline(config.backbone)}, feature levels: "
-        f"{config.num_feature_levels}, queries: {config.num_queries}{f', {variant}' if variant else ''}. Images are "
-        f"resized to a short side of {config.image_size} and a long side of at most {config.long_side} pixels."
+        f"{config.num_feature_levels}, queries: {config.num_queries}{variant}. Images are resized to a short side of "
+        f"{config.image_size} and a long side of at most {config.long_side} pixels."
     )
 
 
@@ -129,11 +123,8 @@ def _config(model: ModelConfig, config: Config | None) -> str:
     sections: dict[str, Any] = {"model": model.model_dump(mode="json", exclude_defaults=True, exclude=classes)}
     if config is not None:
         sections |= {"preset": config.preset, "train": config.train.model_dump(mode="json", exclude_defaults=True)}
-    return f"Changes from the defaults:\n\n```yaml\n{_yaml(sections).replace('```', '` ` `')}```"
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).replace("```", "` ` `")
+    return f"Changes from the defaults:\n\n```yaml\n{text}```"
 
 
 def _inline(text: str) -> str:

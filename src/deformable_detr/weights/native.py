@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork
@@ -36,12 +37,9 @@ def read(folder: Path) -> Checkpoint:
     """Read the folder. Raises UserError if a file is missing, foreign or damaged."""
     path = folder / CONFIG
     values = read_json(path)
-    if values.get("format") != FORMAT:
-        raise UserError(f'{path} is not the config of a deformable-detr model: it has no "format": "{FORMAT}"')
     if values.get("version") != VERSION:
         raise UserError(f"{path} has version {values.get('version')!r}; this release reads version {VERSION}")
-    if not isinstance(values.get("model"), dict):
-        raise UserError(f'{path} has no "model" section')
-    config = ModelConfig.from_dict(values["model"], str(path)).without_pretrained_backbone()
+    saved: Any = values.get("model")
+    config = ModelConfig.from_dict(saved, f"{path}: model").without_pretrained_backbone()
     tensors, _ = read_safetensors(folder / WEIGHTS)
     return Checkpoint(config, tensors, folder / WEIGHTS, CONFIG)

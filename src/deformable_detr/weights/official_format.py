@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError
 from ..utils.files import write_files
-from .checkpoint import Checkpoint, restore_own_fields
-from .coco_names import COCO_91
+from .checkpoint import SUPPORTED, Checkpoint, check_supported, restore_own_fields
 from .files import check_tensors, find_state_dict, read_pickle, strip_prefixes
 from .key_mapping import official_placements, to_reference_keys
 
@@ -35,31 +35,23 @@ BACKBONES = (
     "resnext101_64x4d",
 )  # fmt: skip
 _BLOCKS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
+# Of each category id from 0 to 90; "N/A" where there is none.
+_COCO_NAMES = ("N/A", *FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:])
 # Our field → the name in the official settings.
 _FIELDS = {
-    "num_feature_levels": "num_feature_levels",
-    "hidden_dim": "hidden_dim",
     "num_heads": "nheads",
     "encoder_layers": "enc_layers",
     "decoder_layers": "dec_layers",
     "encoder_points": "enc_n_points",
     "decoder_points": "dec_n_points",
     "ffn_dim": "dim_feedforward",
-    "dropout": "dropout",
-    "dilation": "dilation",
     "position_encoding": "position_embedding",
-    "num_queries": "num_queries",
     "refine": "with_box_refine",
-    "two_stage": "two_stage",
-}
+} | {name: name for name in ("num_feature_levels", "hidden_dim", "dropout", "dilation", "num_queries", "two_stage")}
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises:
-        UserError: It is damaged, of another network, or holds more than tensors and settings.
-    """
+    """Read a checkpoint. Raises UserError if it is damaged, foreign, or holds more than tensors and settings."""
     values = read_pickle(path)
     if not isinstance(values, Mapping):
         raise UserError(f"{path} has no dict of tensors")
@@ -68,23 +60,19 @@ def read(path: Path) -> Checkpoint:
         raise UserError(f"{path} is not a checkpoint of Deformable DETR: it has no transformer.level_embed")
     config = read_config(tensors, values.get("args"), path)
     saved = values.get(OWN_CONFIG)
-    saved = saved.get("model") if isinstance(saved, Mapping) else None
-    return Checkpoint(
-        restore_own_fields(config, saved, _OWN_FIELDS), tensors, path, "its settings", official_placements
-    )
+    config = restore_own_fields(config, saved.get("model") if isinstance(saved, Mapping) else None, _OWN_FIELDS)
+    return Checkpoint(config, tensors, path, "its settings", official_placements)
 
 
 def save(model: DeformableDETRNetwork, folder: Path) -> None:
     """Write checkpoint.pth, which the official code's --resume reads.
 
-    Raises:
-        UserError: The model has parts that the official code lacks, or the folder cannot be written.
+    Raises UserError if the model has parts that the official code lacks, or the folder cannot be written.
     """
     config = model.config
     args = write_args(config)
-    state = {name: value.detach() for name, value in model.state_dict().items()}
-    tensors = to_reference_keys(state, official_placements(state, config), duplicates=True)
-    tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    tensors = to_reference_keys(state, official_placements(state, config), all_copies=True)
     values = {"model": tensors, "args": args, OWN_CONFIG: {"model": config.model_dump(mode="json")}}
     write_files(folder, {FILE: lambda path: torch.save(values, path)})
 
@@ -92,8 +80,7 @@ def save(model: DeformableDETRNetwork, folder: Path) -> None:
 def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelConfig:
     """Derive the config from the tensors' shapes, and from the settings what the shapes do not tell.
 
-    Raises:
-        UserError: Shapes and settings contradict each other, or the network is not supported.
+    Raises UserError if shapes and settings contradict each other, or the network is not supported.
     """
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     settings = {key: value for key, value in args.items() if isinstance(value, str | int | float)}
@@ -106,7 +93,8 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
             raise UserError(f"{path}: its settings have {key} {settings[key]!r}, its tensors {value!r}")
     learned = "backbone.1.row_embed.weight" in tensors
     values = {**settings, **measured, "position_embedding": "learned" if learned else "sine"}
-    backbone = settings.get("backbone") or _backbone(tensors)
+    depths = tuple(_count(tensors, rf"backbone\.0\.body\.layer{stage}\.(\d+)\.") for stage in range(1, 5))
+    backbone = settings.get("backbone") or _BLOCKS.get(depths)
     if backbone not in BACKBONES:
         raise UserError(f"{path}: backbone {backbone!r} is not supported; the official code has {', '.join(BACKBONES)}")
     num_classes = measured["num_classes"]
@@ -114,7 +102,7 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
         {
             # Where a setting is missing, the official default is ours: both are the paper's.
             **{field: values[key] for field, key in _FIELDS.items() if key in values},
-            "class_names": COCO_91 if num_classes == len(COCO_91) else (),
+            "class_names": _COCO_NAMES if num_classes == 91 else (),
             "category_ids": tuple(range(num_classes)),
             "num_classes": num_classes,
             "backbone": backbone,
@@ -130,27 +118,14 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
 
 def write_args(config: ModelConfig) -> argparse.Namespace:
     """Return the official code's settings for a network. Raises UserError if it cannot express the network."""
-    unsupported = {
-        "pre_norm": config.pre_norm,
-        "activation": config.activation != "relu",
-        "class_aware_proposals": config.class_aware_proposals,
-        "query_init": config.query_init != "box",
-        "iterative_query_pos": config.iterative_query_pos,
-        "backbone_shape": config.backbone_shape is not None,
-        "num_feature_levels": config.num_feature_levels == 2,
-    }
-    fields = [f"{field}: {getattr(config, field)}" for field, is_set in unsupported.items() if is_set]
-    if fields:
-        raise UserError(
-            f"the official code does not support {', '.join(fields)}; fine-tune the model as --preset two-stage or "
-            "another of the paper's (train --weights)"
-        )
+    check_supported(config, {**SUPPORTED, "activation": "relu", "backbone_shape": None}, "the official code")
+    if config.num_feature_levels == 2:
+        raise UserError("the official code does not support num_feature_levels: 2")
     backbone = config.backbone.split(".")[0]
     if backbone not in BACKBONES:
         raise UserError(f"the official code has no backbone {config.backbone!r}; it has {', '.join(BACKBONES)}")
     if config.hidden_dim % 32 or (config.two_stage and config.hidden_dim != 256):
-        need = "of 256 with two_stage" if config.two_stage else "that is a multiple of 32"
-        raise UserError(f"the official code needs a hidden_dim {need}; this model has {config.hidden_dim}")
+        raise UserError("the official code needs a hidden_dim of 256, or, without two_stage, a multiple of 32")
     settings = {key: getattr(config, field) for field, key in _FIELDS.items()}
     training = {"aux_loss": True, "masks": False, "lr_backbone": 2e-5, "dataset_file": "coco"}
     return argparse.Namespace(backbone=backbone, **settings, **training)
@@ -188,9 +163,3 @@ def _points(tensors: Mapping[str, Tensor], attention: str, groups: int) -> int:
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     return max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1) + 1
-
-
-def _backbone(tensors: Mapping[str, Tensor]) -> str | None:
-    """The ResNet with as many blocks per stage as the checkpoint."""
-    depths = tuple(_count(tensors, rf"backbone\.0\.body\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
-    return _BLOCKS.get(depths)

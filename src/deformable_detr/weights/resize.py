@@ -31,11 +31,8 @@ def resize_state(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors of a network with `config`, cut or extended to the queries and feature levels of `model`.
 
-    Extensions are the model's own initial values. Tensors that depend on neither are returned unchanged, even if they
-    do not fit the model.
-
-    Returns:
-        The tensors, and a description of the extension by tensor name.
+    Extensions are the model's own initial values; they are described by tensor name in the second dict. Tensors that
+    depend on neither are returned unchanged, even if they do not fit the model.
     """
     strides, new_strides = level_strides(config), level_strides(model.config)
     shared = [(new, strides.index(stride)) for new, stride in enumerate(new_strides) if stride in strides]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..config.schema import ModelConfig, ResNetShape
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError
 from ..utils.files import json_text, read_json, write_files
-from .checkpoint import Checkpoint, default_class_names, restore_own_fields
+from .checkpoint import SUPPORTED, Checkpoint, check_supported, default_class_names, restore_own_fields
 from .files import read_repository
 from .image_processor import PREPROCESSOR, read_processor, write_processor
 from .key_mapping import modern_transformers_keys, to_reference_keys, transformers_placements
@@ -29,72 +30,51 @@ METADATA = "deformable-detr"
 _OWN_FIELDS = ("backbone_norm", "frozen_stages", "look_forward_twice", "size_divisor")
 _MAX_CLASSES = 100_000
 # Our field → the name in transformers' config.
+_SAME_FIELDS = ("num_feature_levels", "encoder_layers", "decoder_layers", "dropout", "num_queries", "two_stage")
 _FIELDS = {
-    "num_feature_levels": "num_feature_levels",
     "hidden_dim": "d_model",
     "num_heads": "encoder_attention_heads",
-    "encoder_layers": "encoder_layers",
-    "decoder_layers": "decoder_layers",
     "encoder_points": "encoder_n_points",
     "decoder_points": "decoder_n_points",
     "ffn_dim": "encoder_ffn_dim",
-    "dropout": "dropout",
     "activation": "activation_function",
     "position_encoding": "position_embedding_type",
-    "num_queries": "num_queries",
     "refine": "with_box_refine",
-    "two_stage": "two_stage",
+} | {name: name for name in _SAME_FIELDS}
+_RESNET_FIELDS = {
+    "block": "layer_type",
+    "depths": "depths",
+    "widths": "hidden_sizes",
+    "stem": "embedding_size",
+    "activation": "hidden_act",
+    "stride_first": "downsample_in_bottleneck",
 }
-_RESNET_DEFAULTS: dict[str, Any] = {
-    "num_channels": 3, "embedding_size": 64, "hidden_sizes": [256, 512, 1024, 2048], "depths": [3, 4, 6, 3],
-    "layer_type": "bottleneck", "hidden_act": "relu", "downsample_in_first_stage": False,
-    "downsample_in_bottleneck": False,
-}  # fmt: skip
-_TIMM_RESNETS: dict[tuple[str, tuple[int, ...]], str] = {  # (block, depths) at the usual widths
-    ("basic", (2, 2, 2, 2)): "resnet18", ("basic", (3, 4, 6, 3)): "resnet34",
-    ("bottleneck", (2, 2, 2, 2)): "resnet26", ("bottleneck", (3, 4, 6, 3)): "resnet50",
-    ("bottleneck", (3, 4, 23, 3)): "resnet101", ("bottleneck", (3, 8, 36, 3)): "resnet152",
-}  # fmt: skip
-_WIDTHS = {"basic": (64, 128, 256, 512), "bottleneck": (256, 512, 1024, 2048)}
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read a repository.
-
-    Raises:
-        UserError: It is damaged, of another architecture, or has parts that this package lacks.
-    """
+    """Read a repository. Raises UserError if it is damaged, foreign, or has parts that this package lacks."""
     path = folder / CONFIG
     values = read_json(path)
     tensors, metadata, weights_path = read_repository(folder)
     config = read_config(values, read_processor(folder), path)
-    config = restore_own_fields(config, _parse_metadata(metadata), _OWN_FIELDS)
+    with suppress(ValueError, RecursionError):  # as `restore_own_fields` ignores what it cannot read
+        config = restore_own_fields(config, json.loads(metadata.get(METADATA, "null")), _OWN_FIELDS)
     tensors = _untie(modern_transformers_keys(tensors), config)
     placements = partial(transformers_placements, own_resnet=_backbone_type(values) == "resnet")
-    return Checkpoint(config, tensors, weights_path, CONFIG, placements, partial(_check_backbone, values, path))
+    return Checkpoint(config, tensors, weights_path, CONFIG, placements, partial(_check_batch_norms, values, path))
 
 
 def save(model: DeformableDETRNetwork, folder: Path) -> None:
-    """Write a repository.
-
-    Raises:
-        UserError: The model has parts that transformers lacks, or the folder cannot be written.
-    """
+    """Write a repository. Raises UserError if transformers lacks parts of the model, or writing fails."""
     from safetensors.torch import save_file
 
-    values, processor = write_config(model), write_processor(model.config)
+    values, config = write_config(model), model.config
     state = {name: value.detach() for name, value in model.state_dict().items() if "num_batches_tracked" not in name}
-    placements = transformers_placements(state, model.config, _backbone_type(values) == "resnet")
-    tensors = {key: value.contiguous() for key, value in to_reference_keys(state, placements, duplicates=False).items()}
-    metadata = {"format": "pt", METADATA: model.config.model_dump_json()}
-    write_files(
-        folder,
-        {
-            WEIGHTS: lambda path: save_file(tensors, path, metadata=metadata),
-            PREPROCESSOR: json_text(processor),
-            CONFIG: json_text(values),
-        },
-    )
+    placements = transformers_placements(state, config, _backbone_type(values) == "resnet")
+    tensors = {key: value.contiguous() for key, value in to_reference_keys(state, placements, all_copies=False).items()}
+    metadata = {"format": "pt", METADATA: config.model_dump_json()}
+    files = {PREPROCESSOR: json_text(write_processor(config)), CONFIG: json_text(values)}
+    write_files(folder, {WEIGHTS: lambda path: save_file(tensors, path, metadata=metadata), **files})
 
 
 def read_config(described: Mapping[str, Any], processor_fields: Mapping[str, Any], path: Path) -> ModelConfig:
@@ -104,17 +84,15 @@ def read_config(described: Mapping[str, Any], processor_fields: Mapping[str, Any
         raise UserError(f"{path} is of model_type {model_type!r}; Deformable DETR is {MODEL_TYPE!r}")
     values = {key: value for key, value in described.items() if value is not None}
     values.setdefault("d_model", values.get("hidden_size", 256))
-    for encoder, decoder, default in (
-        ("encoder_attention_heads", "decoder_attention_heads", 8),
-        ("encoder_ffn_dim", "decoder_ffn_dim", 1024),
-    ):
-        if values.get(encoder, default) != values.get(decoder, default):
-            raise UserError(f"{path}: {encoder} and {decoder} must be equal")
+    for name, default in (("attention_heads", 8), ("ffn_dim", 1024)):
+        if values.get(f"encoder_{name}", default) != values.get(f"decoder_{name}", default):
+            raise UserError(f"{path}: encoder_{name} and decoder_{name} must be equal")
     if values.get("num_channels", 3) != 3:
         raise UserError(f"{path}: num_channels is {values['num_channels']}; only 3 is supported")
     if values.get("two_stage"):
         values["num_queries"] = values.get("two_stage_num_proposals", 300)
-    values["activation_function"] = _activation(values.get("activation_function", "relu"))
+    if values.get("activation_function") == "swish":
+        values["activation_function"] = "silu"
     names = _class_names(described, path)
     return ModelConfig.from_dict(
         {
@@ -136,7 +114,7 @@ def read_config(described: Mapping[str, Any], processor_fields: Mapping[str, Any
 def write_config(model: DeformableDETRNetwork) -> dict[str, Any]:
     """Return the transformers config of a model. Raises UserError if transformers lacks a part of it."""
     config = model.config
-    check_parts(config)
+    check_supported(config, SUPPORTED, "transformers")
     names = config.class_names or default_class_names(config.num_classes)
     return {
         "architectures": ["DeformableDetrForObjectDetection"],
@@ -156,44 +134,18 @@ def write_config(model: DeformableDETRNetwork) -> dict[str, Any]:
     }
 
 
-def check_parts(config: ModelConfig) -> None:
-    """Raise UserError, naming the fields, if transformers cannot express the network."""
-    plain = {"pre_norm": False, "class_aware_proposals": False, "query_init": "box", "iterative_query_pos": False}
-    unsupported = [
-        f"{name}: {getattr(config, name)}" for name, value in plain.items() if getattr(config, name) != value
-    ]
-    if unsupported:
-        raise UserError(
-            f"transformers does not support {', '.join(unsupported)}: this model cannot be converted; fine-tune it as "
-            "--preset small-portable, two-stage or another of the paper's (train --weights)"
-        )
-    if config.hidden_dim % 32:
-        raise UserError(f"transformers needs a hidden_dim that is a multiple of 32; this model has {config.hidden_dim}")
-
-
 def _class_names(described: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    id2label = described.get("id2label")
-    if id2label is None:
-        count = described.get("num_labels", 2)
-        if not isinstance(count, int) or not 1 <= count <= _MAX_CLASSES:
-            raise UserError(f"{path}: num_labels {count!r:.40} must be 1 to {_MAX_CLASSES}")
-        return default_class_names(count)
-    if not isinstance(id2label, dict) or not id2label:
-        raise UserError(f"{path}: id2label must map labels to names")
-    names: dict[int, str] = {}
-    for label, name in id2label.items():
-        if not label.isdecimal() or len(label) > 9 or int(label) >= _MAX_CLASSES:
-            raise UserError(f"{path}: id2label has {label[:40]!r} as a label; labels are 0, 1, …")
-        if not isinstance(name, str | int | float | None):
-            raise UserError(f"{path}: id2label gives label {label} {str(name)[:40]} as a name")
-        if name is not None:
-            names[int(label)] = str(name)
-    count = max(int(label) for label in id2label) + 1
-    return tuple(names.get(label, default) for label, default in enumerate(default_class_names(count)))
-
-
-def _activation(name: Any) -> Any:
-    return "silu" if name == "swish" else name
+    """The names by label; missing ones get transformers' defaults."""
+    id2label, count = described.get("id2label"), described.get("num_labels", 2)
+    try:
+        names = {int(label): name for label, name in id2label.items()} if id2label is not None else {}
+        count = max(names) + 1 if id2label is not None else int(count)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{path}: id2label must map labels 0, 1, … to names, and num_labels be a number") from None
+    if not 1 <= count <= _MAX_CLASSES or min(names, default=0) < 0:
+        raise UserError(f"{path}: id2label or num_labels has labels outside of 0 to {_MAX_CLASSES - 1}")
+    defaults = default_class_names(count)
+    return tuple(str(names[i]) if names.get(i) is not None else default for i, default in enumerate(defaults))
 
 
 def _backbone_type(described: Mapping[str, Any]) -> str:
@@ -222,30 +174,20 @@ def _read_backbone(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _read_resnet(backbone: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Translate the config of transformers' own ResNet: a timm model if there is the same one."""
-    values = {**_RESNET_DEFAULTS, **{key: value for key, value in backbone.items() if value is not None}}
-    if values["num_channels"] != 3 or values["downsample_in_first_stage"]:
-        raise UserError(f"{path}: a ResNet needs num_channels 3 and downsample_in_first_stage false")
-    shape = ResNetShape.from_dict(
-        {
-            "block": values["layer_type"],
-            "depths": values["depths"],
-            "widths": values["hidden_sizes"],
-            "stem": values["embedding_size"],
-            "activation": _activation(values["hidden_act"]),
-            "stride_first": values["downsample_in_bottleneck"] and values["layer_type"] == "bottleneck",
-        },
-        f"{path}: backbone_config",
-    )
-    name = _TIMM_RESNETS.get((shape.block, shape.depths))
-    if name and shape == ResNetShape(block=shape.block, depths=shape.depths, widths=_WIDTHS[shape.block]):
-        return {"backbone": name}
-    return {"backbone": "resnet", "backbone_shape": shape.model_dump()}
+    """Translate the config of transformers' own ResNet. Its defaults are those of `ResNetShape`."""
+    values = {key: value for key, value in backbone.items() if value is not None}
+    if values.get("downsample_in_first_stage"):
+        raise UserError(f"{path}: a ResNet needs downsample_in_first_stage false")
+    if values.get("hidden_act") == "swish":
+        values["hidden_act"] = "silu"
+    fields = {field: values[key] for field, key in _RESNET_FIELDS.items() if key in values}
+    return {"backbone": "resnet", "backbone_shape": ResNetShape.from_dict(fields, f"{path}: backbone_config")}
 
 
 def _write_backbone(model: DeformableDETRNetwork) -> dict[str, Any]:
     config, shape = model.config, model.config.backbone_shape
-    indices = list(_feature_info(model).out_indices)
+    features: Any = model.backbone.body.feature_info
+    indices = list(features.out_indices)
     if shape is None:
         return {
             "model_type": "timm_backbone",
@@ -262,56 +204,22 @@ def _write_backbone(model: DeformableDETRNetwork) -> dict[str, Any]:
     return {
         "model_type": "resnet",
         "num_channels": 3,
-        "embedding_size": shape.stem,
-        "hidden_sizes": list(shape.widths),
-        "depths": list(shape.depths),
-        "layer_type": shape.block,
-        "hidden_act": shape.activation,
-        "downsample_in_bottleneck": shape.stride_first,
+        **{key: getattr(shape, field) for field, key in _RESNET_FIELDS.items()},
         "stage_names": stages,
         "out_indices": indices,
         "out_features": [stages[index] for index in indices],
     }
 
 
-def _feature_info(model: DeformableDETRNetwork) -> Any:
-    """timm's description of the backbone's feature maps."""
-    return model.backbone.body.feature_info
-
-
-def _check_backbone(described: Mapping[str, Any], path: Path, model: DeformableDETRNetwork) -> None:
-    """Refuse a config with which transformers takes other feature maps, or computes them otherwise."""
-    backbone_type, backbone = _backbone_type(described), described.get("backbone_config")
-    backbone = backbone if isinstance(backbone, dict) else {}
-    supported, count = list(_feature_info(model).out_indices), len(_feature_info(model).info)
-    indices, features, stages = (backbone.get(key) for key in ("out_indices", "out_features", "stage_names"))
-    if indices is None and isinstance(features, list) and isinstance(stages, list):
-        indices = [stages.index(name) if name in stages else name for name in features]
-    if indices is None and (backbone or backbone_type == "resnet"):
-        indices = [-1]  # transformers' default with a backbone_config
-    if indices is not None and (
-        not isinstance(indices, list | tuple)
-        or [index % count if isinstance(index, int) else index for index in indices] != supported
-    ):
-        raise UserError(f"{path}: feature maps {indices} of the backbone; only {supported} is supported at this depth")
-    if backbone_type != "timm_backbone" or backbone.get("freeze_batch_norm_2d"):
+def _check_batch_norms(described: Mapping[str, Any], path: Path, model: DeformableDETRNetwork) -> None:
+    """Refuse a config with which transformers replaces the batch norms by its own: eps 1e-5 and no activation."""
+    backbone = described.get("backbone_config") or {}
+    if _backbone_type(described) != "timm_backbone" or backbone.get("freeze_batch_norm_2d"):
         return
     for module in model.backbone.body.modules():
-        activation = getattr(module, "act", None)
-        if type(module).__name__.startswith("FrozenBatchNorm") and (
-            module.eps != 1e-5 or not isinstance(activation, torch.nn.Identity | None)
-        ):
-            raise UserError(
-                f"{path}: freeze_batch_norm_2d must be true for backbone '{model.config.backbone}': otherwise "
-                "transformers replaces its batch norms by others that compute something else"
-            )
-
-
-def _parse_metadata(metadata: Mapping[str, str]) -> Any:
-    try:
-        return json.loads(metadata.get(METADATA, "null"))
-    except (ValueError, RecursionError):
-        return None
+        plain = isinstance(getattr(module, "act", None), torch.nn.Identity | None)
+        if type(module).__name__.startswith("FrozenBatchNorm") and not (plain and module.eps == 1e-5):
+            raise UserError(f"{path}: backbone '{model.config.backbone}' needs freeze_batch_norm_2d: true")
 
 
 def _untie(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
