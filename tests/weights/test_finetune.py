@@ -159,7 +159,7 @@ def test_frozen_and_trained_norms_share_their_statistics(source):
 
 def test_nothing_fits(source):
     _, folder = source
-    with pytest.raises(UserError, match=r"no weights of .* fit this model: they have hidden_dim 64"):
+    with pytest.raises(UserError, match=r"no weights of .* fit this model: their hidden_dim is 64"):
         transfer(fresh(hidden_dim=32, ffn_dim=32, backbone="resnet10t"), folder)
     with pytest.raises(UserError, match="no such folder"):
         transfer(fresh(), folder / "gone")
