@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deformable_detr.explanation import trace
-from deformable_detr.explanation.html import save_page
+from deformable_detr.explanation.html import page
 from tests.support.browser import clipped
 from tests.support.explanations import HEADS, LEVELS, POINTS, picture, random_model
 
@@ -14,6 +14,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def traced():
     return trace(random_model(two_stage=True, refine=True), picture(130, 200), threshold=0.0, top_k=6)
+
+
+def saved(text, folder):
+    path = folder / "page.html"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def points(driver):
@@ -38,7 +44,7 @@ def same(drawn, look):
 def test_hover_click_slider_and_toggles(browse, traced, tmp_path):
     from selenium.webdriver import ActionChains, Keys
 
-    driver = browse(save_page(traced, traced.detection(0), tmp_path / "page.html"))
+    driver = browse(saved(page(traced, traced.detection(0)), tmp_path))
     looks = [traced.detection(number).layers for number in range(6)]
     assert same(points(driver)[0], looks[0][-1])
 
@@ -95,7 +101,7 @@ def test_hover_click_slider_and_toggles(browse, traced, tmp_path):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
 def test_layout(browse, traced, tmp_path, width, dark):
-    driver = browse(save_page(traced, traced.point(100, 60), tmp_path / "page.html"), width, dark)
+    driver = browse(saved(page(traced, traced.point(100, 60)), tmp_path), width, dark)
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert clipped(driver) == []
     ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from deformable_detr import Detections, UserError, explain
-from deformable_detr.explanation import DecoderLayerSampling, DetectionExplanation
+from deformable_detr.explanation.explanation import DecoderLayerSampling, DetectionExplanation
 from tests.support.explanations import picture, random_model
 
 
@@ -162,3 +162,10 @@ def test_errors(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         found.save(tmp_path / "file" / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_attention_inside_box():
+    image, spots = np.zeros((150, 200, 3), dtype=np.uint8), [(1.0, 1.0), (5.0, 5.0), (10.0, 0.0), (11.0, 2.0)]
+    found = by_hand(image, [spots], weights=[0.1, 0.4, 0.2, 0.3])
+    for box, share in [((0, 0, 10, 4), 0.3), ((0, 0, 99, 99), 1.0), ((2, 2, 4, 4), 0.0)]:
+        assert found.attention_inside_box(torch.tensor(box)).tolist() == pytest.approx([share])

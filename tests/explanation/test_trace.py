@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from deformable_detr import UserError, explain
-from deformable_detr.explanation import DetectionExplanation, attention_inside_box, trace
+from deformable_detr.explanation import DetectionExplanation, trace
 from deformable_detr.ops.reference import sample_and_sum
 from tests.support.explanations import (
     HEADS,
@@ -175,16 +175,6 @@ def test_the_model_keeps_its_mode():
 
 
 def test_attention_inside_box():
-    locations = torch.tensor([[1.0, 1.0], [5.0, 5.0], [10.0, 0.0], [11.0, 2.0]])
-    weights = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    assert attention_inside_box(locations, weights, torch.tensor([0.0, 0.0, 10.0, 4.0])).item() == pytest.approx(0.3)
-    assert attention_inside_box(locations, weights * 7, torch.tensor([0.0, 0.0, 99.0, 99.0])).item() == pytest.approx(
-        1.0
-    )
-    assert attention_inside_box(locations, weights, torch.tensor([2.0, 2.0, 4.0, 4.0])).item() == 0.0
-
-
-def test_attention_inside_box_per_layer():
     model, _ = with_known_points()
     found = explain(model, picture(67, 101), threshold=0.0)
     box = torch.tensor([0.0, 0.0, 33.0, 67.0])
@@ -215,7 +205,7 @@ def test_to_dict():
     [
         ({"detection": 99, "threshold": 0.0}, ["no detection 100", "18"]),
         ({"detection": -1, "threshold": 0.0}, ["no detection 0"]),
-        ({"threshold": 0.9}, ["0.9", "the best score is 0.0"]),
+        ({"threshold": 0.9}, ["0 have a score of 0.9", "the best score is 0.0"]),
         ({"threshold": 1.5}, ["threshold 1.5"]),
         ({"top_k": 0}, ["top_k 0"]),
         ({"point": (102, 5)}, ["102,5", "101 × 67"]),

@@ -300,7 +300,8 @@ def test_timeout():
 def test_timeout_includes_parsing_and_serialization(monkeypatch, slow):
     from deformable_detr.serve import app
 
-    inner, reached, gate = getattr(app, slow), threading.Event(), threading.Event()
+    module = schemas if slow == "detected_image" else app
+    inner, reached, gate = getattr(module, slow), threading.Event(), threading.Event()
 
     def blocked(*arguments):
         reached.set()
@@ -308,7 +309,7 @@ def test_timeout_includes_parsing_and_serialization(monkeypatch, slow):
         return inner(*arguments)
 
     with running(small_model(), timeout=0.5) as client:
-        monkeypatch.setattr(app, slow, blocked)
+        monkeypatch.setattr(module, slow, blocked)
         # A busy machine may miss the deadline before it comes to the answer: asked until it does.
         wait_until(lambda: raw(client, picture()).status_code == 504 and reached.is_set())
         monkeypatch.undo()
@@ -355,7 +356,7 @@ def test_a_model_error_is_logged_and_the_server_continues(caplog):
 def test_health_and_readiness(client):
     assert client.get("/healthz").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
-    client.server.status.draining = True
+    client.engine.draining = True
     try:
         response = client.get("/readyz")
         assert response.status_code == 503
@@ -363,7 +364,7 @@ def test_health_and_readiness(client):
         assert client.get("/healthz").status_code == 200
         assert raw(client, picture()).status_code == 200
     finally:
-        client.server.status.draining = False
+        client.engine.draining = False
     assert client.get("/readyz").status_code == 200
 
 

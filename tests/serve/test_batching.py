@@ -24,9 +24,14 @@ class Work:
         return [payload * 2 for payload in payloads]
 
 
+class Awaitable(Batcher):
+    def submit(self, payload, key):
+        return asyncio.wrap_future(super().submit(payload, key))
+
+
 def run(scenario, most=4, wait=0.02):
     work = Work()
-    batcher = Batcher(work, most, wait)
+    batcher = Awaitable(work, most, wait)
     batcher.start()
     try:
         asyncio.run(asyncio.wait_for(scenario(batcher, work), 20))

@@ -13,8 +13,6 @@ from PIL import Image
 from deformable_detr.serve.app import create_app
 from deformable_detr.serve.engine import Engine
 from deformable_detr.serve.limits import Limits
-from deformable_detr.serve.metrics import Metrics
-from deformable_detr.serve.middleware import Status
 from deformable_detr.serve.server import Server, listen
 from tests.support.models import tiny
 
@@ -33,9 +31,8 @@ def small_model(**changes):
 def running(model=None, token=None, **limits):
     """Yield an httpx client of a running server, with attributes `server`, `engine` and `port`."""
     limits = Limits(**{"shutdown_delay": 0.0, **limits})
-    status, metrics = Status(), Metrics()
-    engine = Engine(small_model() if model is None else model, limits, metrics)
-    server = Server(create_app(engine, status, token, "tiny"), limits, status)
+    engine = Engine(small_model() if model is None else model, limits)
+    server = Server(create_app(engine, token, "tiny"), engine, "serving")
     listener = listen("127.0.0.1", 0, token)
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],))

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from .options import Device, Model
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from ..utils.packages import need
+from .options import Device, Model, Positive
+
+Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
+Seconds = Annotated[float, Parameter(validator=Number(gte=0, lte=86400))]
 
 
 def serve(
     model: Model,
     *,
     host: str = "127.0.0.1",
-    port: int = 8000,
+    port: Port = 8000,
     token: str | None = None,
     device: Device = "auto",
-    max_batch_size: int = 8,
-    max_queue: int = 64,
-    timeout: float = 30.0,
-    shutdown_delay: float = 1.0,
+    max_batch_size: Positive = 8,
+    max_queue: Positive = 64,
+    timeout: Seconds = 30.0,
+    shutdown_delay: Seconds = 1.0,
 ) -> None:
     """Serve a model over HTTP, with a web page. Only this machine can reach it unless --host is set.
 
@@ -29,15 +38,13 @@ def serve(
         timeout: Seconds from the end of a request to its response; then the request gets 504.
         shutdown_delay: Seconds after SIGTERM during which requests are still accepted while /readyz answers 503.
     """
-    from ..serve import check_installed
-
-    check_installed()
+    for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
+        need(package, "serve")
     from ..serve.limits import Limits
-    from ..serve.server import ServeOptions
     from ..serve.server import serve as run
 
     limits = Limits(
         images=min(Limits.images, max_queue), max_queue=max_queue, max_batch_size=max_batch_size, timeout=timeout,
         shutdown_delay=shutdown_delay,
     )  # fmt: skip
-    run(model, ServeOptions(host, port, token, device, limits))
+    run(model, host, port, token, device, limits)

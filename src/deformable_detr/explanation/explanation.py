@@ -1,4 +1,8 @@
-"""Explanations of a detection and of a point, with methods to draw, save and export them."""
+"""Explanations of a detection and of a point, with methods to draw, save and export them.
+
+M heads, L levels, P points, K classes, T tokens. Positions are (x, y) in pixels of the upright original image, from
+(0, 0) in its upper left corner to (width, height). Points outside the image read zeros.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +23,39 @@ from ..utils.images import read_image
 from ..visualize.draw import image_format, save_image
 from ..visualize.fonts import legible
 from . import plot
-from .results import DecoderLayerSampling, EncoderLayerSampling, attention_inside_box
 from .viewport import Viewport, close_up
+
+
+class DecoderLayerSampling(NamedTuple):
+    """One decoder layer and one query.
+
+    Attributes:
+        reference_point: (2,), the point that the layer samples around: the center of its reference box, if it has one.
+        reference_box: (4,) x1, y1, x2, y2, the box that the layer starts from. None if it starts from a point.
+        box: (4,) x1, y1, x2, y2, the box that the layer predicts. It may extend beyond the image.
+        scores: (K,) in 0..1, the class scores after the layer.
+        locations: (M, L, P, 2), the sampling points.
+        weights: (M, L, P), their attention weights, which sum to 1 over L × P (equation 3).
+    """
+
+    reference_point: Tensor
+    reference_box: Tensor | None
+    box: Tensor
+    scores: Tensor
+    locations: Tensor
+    weights: Tensor
+
+
+class EncoderLayerSampling(NamedTuple):
+    """One encoder layer and the tokens at a point: one per level, the finest level first (T = L).
+
+    Attributes:
+        locations: (T, M, L, P, 2), the sampling points.
+        weights: (T, M, L, P), their attention weights, which sum to 1 over L × P.
+    """
+
+    locations: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +135,14 @@ class Explanation:
         if tuple(pixels.shape[1:]) != tuple(self.image_size):
             raise UserError("the image has changed since it was explained; explain it again")
         panels = [panel for layer in layers for panel in self._panels(layer, split)]
-        title, font = self._heading()
         max_weight = max(float(layer.weights.max()) for layer in self.layers)
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        return plot.draw(plot.Plot(image, title, font, self.spatial_shapes, self.viewport(), max_weight, panels))
+        shapes = self.spatial_shapes
+        return plot.draw(plot.Plot(image, *self._heading(), shapes, self.viewport(), max_weight, panels))
 
-    def _heading(self) -> tuple[tuple[str, str], str | None]:
-        """The title in two parts, of which the first may be shortened, and a font file for it."""
-        return ("", self.title), None
+    def _heading(self) -> tuple[str, str | None]:
+        """The title of the figure and a font file for it."""
+        return self.title, None
 
     def _subject(self) -> np.ndarray:
         """Points (K, 2) that a close-up must contain."""
@@ -161,8 +196,12 @@ class DetectionExplanation(Explanation):
         Args:
             box: (4,) x1, y1, x2, y2 in pixels. Default: the detected box.
         """
-        box = self.box if box is None else box
-        return torch.stack([attention_inside_box(layer.locations, layer.weights, box) for layer in self.layers])
+        box = self.box if box is None else box.to(self.box)
+        shares = []
+        for layer in self.layers:
+            inside = ((layer.locations >= box[:2]) & (layer.locations <= box[2:])).all(-1)
+            shares.append((layer.weights * inside).sum() / layer.weights.sum())
+        return torch.stack(shares)
 
     def layer_summaries(self) -> list[dict[str, Any]]:
         """Return each layer's references, box, score and attention inside the detected box, rounded for web pages."""
@@ -184,16 +223,17 @@ class DetectionExplanation(Explanation):
         detection = self.detections.to_dict()["detections"][self.index]
         return {**result, "detection": {"number": self.index + 1, "query": self.query, **detection}}
 
-    def _heading(self) -> tuple[tuple[str, str], str | None]:
+    def _heading(self) -> tuple[str, str | None]:
         name, font = legible(self.name, f"class {self.detections.category_ids[self.index]}")
-        return (name, self.title.removeprefix(self.name)), font
+        name = name if len(name) <= 30 else f"{name[:29]}…"
+        return name + self.title.removeprefix(self.name), font
 
     def _subject(self) -> np.ndarray:
         return self.box.view(2, 2).numpy()
 
     def _panels(self, layer: int, split: bool) -> list[plot.Panel]:
         reference_point, reference_box, box, scores, locations, weights = self.layers[layer]
-        share = attention_inside_box(locations, weights, self.box)
+        share = self.attention_inside_box()[layer]
         caption = f"layer {layer + 1}: score {scores[self.label]:.2f}, {share:.0%} inside the box"
         reference = None if reference_box is None else reference_box.numpy()
         return [

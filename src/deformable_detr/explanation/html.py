@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..utils.files import write_text
 from ..visualize.web.html import jpeg_data_uri, render_page
 from .explanation import DetectionExplanation, Explanation, PointExplanation
 from .trace import Trace
@@ -26,8 +25,7 @@ def page(traced: Trace, selected: Explanation, layer: int | None = None) -> str:
         selected: The detection to show first, with up to 50 others to choose from, or a point, shown alone.
         layer: The layer to show first, counted from 0. Default: the last.
 
-    Raises:
-        UserError: There is no such layer.
+    Raises UserError if there is no such layer.
     """
     if layer is not None:
         selected.check_layer(layer)
@@ -50,12 +48,6 @@ def page(traced: Trace, selected: Explanation, layer: int | None = None) -> str:
     }
     assets = ["viewer.css", "explain/page.css"], ["elements.js", "viewer.js", "explain/page.js"]
     return render_page("explain/page.html", title, content, *assets)
-
-
-def save_page(traced: Trace, selected: Explanation, path: Path, layer: int | None = None) -> Path:
-    """Write `page` to a file. Raises UserError if it cannot be written."""
-    write_text(path, page(traced, selected, layer))
-    return path
 
 
 def _item(explanation: Explanation) -> dict[str, Any]:

@@ -44,10 +44,10 @@ class Panel(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """The content of a figure. The title is a name, which is shortened to fit, and the rest; font is a font file."""
+    """The content of a figure. font: file of the title's font."""
 
     image: Image.Image
-    title: tuple[str, str]
+    title: str
     font: str | None
     spatial_shapes: tuple[tuple[int, int], ...]
     view: Viewport
@@ -60,6 +60,7 @@ def draw(plot: Plot) -> Image.Image:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
 
     count = 1 + len(plot.panels)
     aspect = panel_aspect(*plot.image.size)
@@ -77,7 +78,8 @@ def draw(plot: Plot) -> Image.Image:
     for unused in axes[count:]:
         unused.set_axis_off()
     _add_legend(figure, plot, norm, axes.tolist())
-    _add_title(figure, *plot.title, plot.font)
+    properties = FontProperties(fname=plot.font, size=FONT_SIZE + 4)
+    figure.suptitle(plot.title, x=0.01, ha="left", color=INK, fontproperties=properties, parse_math=False)
     _align_to_pixels(figure, axes[:count].tolist())
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -196,17 +198,6 @@ def _add_legend(figure: Figure, plot: Plot, norm: Any, axes: list[Axes]) -> None
     bar.set_label("attention weight", fontsize=FONT_SIZE, color=INK)
     ticks = [plot.max_weight * part for part in (0, 1 / 16, 1 / 4, 1)]
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks], fontsize=FONT_SIZE, color=INK)
-
-
-def _add_title(figure: Figure, name: str, rest: str, font: str | None) -> None:
-    """Write the heading; a long name is shortened to the width of the figure."""
-    from matplotlib.font_manager import FontProperties
-
-    properties = FontProperties(fname=font, size=FONT_SIZE + 4)
-    heading = figure.suptitle(name + rest, x=0.01, ha="left", color=INK, fontproperties=properties, parse_math=False)
-    while name and heading.get_window_extent().width > 0.98 * figure.get_figwidth() * DPI:
-        name = name[: int(len(name) * 0.9)]
-        heading.set_text(f"{name}…{rest}")
 
 
 def _column_count(count: int, aspect: float) -> int:

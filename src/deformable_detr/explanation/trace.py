@@ -21,8 +21,7 @@ from ..predict.predictor import evaluating, model_categories
 from ..structures import Detections, Target
 from ..utils.errors import UserError
 from ..utils.images import read_image
-from .explanation import DetectionExplanation, PointExplanation
-from .results import DecoderLayerSampling, EncoderLayerSampling
+from .explanation import DecoderLayerSampling, DetectionExplanation, EncoderLayerSampling, PointExplanation
 
 
 @overload
@@ -101,21 +100,15 @@ class Trace:
 
     def detection(self, index: int) -> DetectionExplanation:
         """Explain the detection with this index, counted from 0. Raises UserError if there is none."""
-        count = len(self.detections)
-        if not count:
+        if not 0 <= index < len(self.detections):
             raise UserError(
-                f"{self._image_name}: no detection has a score of {self.threshold:g} or more (the best score is "
-                f"{self.best_score:.2g}); lower the threshold or choose a point"
-            )
-        if not 0 <= index < count:
-            raise UserError(
-                f"{self._image_name}: no detection {index + 1}: {count} with a score of {self.threshold:g} or more; "
-                "lower the threshold to get more"
+                f"{self._image_name}: no detection {index + 1}: {len(self.detections)} have a score of "
+                f"{self.threshold:g} or more (the best score is {self.best_score:.2g}); lower the threshold"
             )
         query = int(self.queries[index])
         layers = tuple(self._decoder_layer(layer, query) for layer in range(len(self.outputs["decoder_attention"])))
-        context = self.image, self.image_size, self.spatial_shapes
-        return DetectionExplanation(*context, layers, self.detections, index, query)
+        shapes = self.spatial_shapes
+        return DetectionExplanation(self.image, self.image_size, shapes, layers, self.detections, index, query)
 
     def point(self, x: float, y: float) -> PointExplanation:
         """Explain the encoder's tokens at (x, y) in pixels of the original image, its edges included.
@@ -147,24 +140,19 @@ class Trace:
         return self.detections.path or "the image"
 
     def _decoder_layer(self, layer: int, query: int) -> DecoderLayerSampling:
-        reference = self.outputs["decoder_reference_points"][layer][0, query]
+        height, width = self.image_size
+        scale = torch.tensor([width, height, width, height])
+        reference = self.outputs["decoder_reference_points"][layer][0, query].float()
+        box = self.outputs["layer_boxes"][layer, 0, query].float()
         details = self.outputs["decoder_attention"][layer]
         return DecoderLayerSampling(
-            reference_point=self._to_pixels(reference[:2]),
-            reference_box=self._box_to_pixels(reference) if len(reference) == 4 else None,
-            box=self._box_to_pixels(self.outputs["layer_boxes"][layer, 0, query]),
+            reference_point=reference[:2] * scale[:2],
+            reference_box=box_convert(reference, "cxcywh", "xyxy") * scale if len(reference) == 4 else None,
+            box=box_convert(box, "cxcywh", "xyxy") * scale,
             scores=self.outputs["layer_logits"][layer, 0, query].float().sigmoid(),
             locations=canvas_to_pixels(details.locations[0, query], self.valid_ratios, self.image_size),
             weights=details.weights[0, query].to(torch.float32, copy=True),
         )
-
-    def _to_pixels(self, points: Tensor) -> Tensor:
-        height, width = self.image_size
-        return points.float() * torch.tensor([width, height])
-
-    def _box_to_pixels(self, box: Tensor) -> Tensor:
-        """(cx, cy, w, h) in 0..1 of the unpadded image → (4,) x1, y1, x2, y2."""
-        return self._to_pixels(box_convert(box.float(), "cxcywh", "xyxy").view(2, 2)).flatten()
 
 
 def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_k: int = 100) -> Trace:
@@ -212,17 +200,10 @@ def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_
 
 
 def canvas_to_pixels(locations: Tensor, valid_ratios: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Convert sampling locations to pixels of the original image.
+    """Convert sampling locations in 0..1 of the padded map of each level to pixels of the original image.
 
-    The model places a point p of the image at p · valid_ratio on the map of a level; this is the inverse.
-
-    Args:
-        locations: (…, L, P, 2), (x, y) in 0..1 of the padded map of each level.
-        valid_ratios: (L, 2), unpadded fraction (width, height) of each map.
-        image_size: (height, width) in pixels.
-
-    Returns:
-        (…, L, P, 2), (x, y) in pixels.
+    The model places a point p of the image at p · valid_ratio on the map of a level; this is the inverse. Shapes:
+    locations (…, L, P, 2), valid_ratios (L, 2), result (…, L, P, 2).
     """
     height, width = image_size
     return locations.float() / valid_ratios[:, None] * torch.tensor([width, height])

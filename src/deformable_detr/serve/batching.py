@@ -1,18 +1,15 @@
-"""Dynamic batching: collect requests of an event loop into batches for one worker thread."""
+"""Dynamic batching: collect payloads into batches for one worker thread."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -20,7 +17,7 @@ class _Job:
     payload: Any
     key: Hashable
     submitted: float
-    future: asyncio.Future[Any]
+    future: Future[Any]
 
 
 class Batcher:
@@ -47,16 +44,13 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopping = False
-        self._started = threading.Event()
+        self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
-        self._error: BaseException | None = None
 
     def start(self) -> None:
         """Start the thread and wait for `begin`; raise its error."""
         self._thread.start()
-        self._started.wait()
-        if self._error is not None:
-            raise self._error
+        self._started.result()
 
     def stop(self) -> None:
         """Finish the submitted payloads and end the thread."""
@@ -73,16 +67,16 @@ class Batcher:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    def submit(self, payload: Any, key: Hashable) -> asyncio.Future[Any]:
-        """Return a future of the running event loop for the result. Raises RuntimeError after `stop`."""
-        future = asyncio.get_running_loop().create_future()
+    def submit(self, payload: Any, key: Hashable) -> Future[Any]:
+        """Return a future for the result. Raises RuntimeError after `stop`."""
+        job = _Job(payload, key, time.monotonic(), Future())
         with self._changed:
             if self._stopping:
                 raise RuntimeError("the batcher was stopped")
-            self._jobs.append(job := _Job(payload, key, time.monotonic(), future))
+            self._jobs.append(job)
             self._changed.notify()
-        future.add_done_callback(lambda done: self._discard(job) if done.cancelled() else None)
-        return future
+        job.future.add_done_callback(lambda future: self._discard(job) if future.cancelled() else None)
+        return job.future
 
     def _discard(self, job: _Job) -> None:
         """Release the memory of a canceled job, unless the thread has taken it."""
@@ -91,52 +85,39 @@ class Batcher:
 
     def _work(self) -> None:
         try:
-            self._begin()
+            self._started.set_result(self._begin())
         except BaseException as error:
-            self._error = error
+            self._started.set_exception(error)
             return
-        finally:
-            self._started.set()
-        while batch := self._next_batch():
-            try:
-                results = self._run([job.payload for job in batch])
-                outcomes: list[tuple[Any, BaseException | None]] = [(result, None) for result in results]
-            except Exception as error:
-                outcomes = [(None, error)] * len(batch)
-            try:
-                batch[0].future.get_loop().call_soon_threadsafe(_resolve, batch, outcomes)
-            except RuntimeError:
-                _log.debug("the event loop is closed; its results are dropped")
-            del batch
+        while self._run_next_batch():
+            pass
+
+    def _run_next_batch(self) -> bool:
+        batch = self._next_batch()
+        try:
+            results = self._run([job.payload for job in batch]) if batch else []
+        except Exception as error:
+            for job in batch:
+                job.future.set_exception(error)
+        else:
+            for job, result in zip(batch, results, strict=True):
+                job.future.set_result(result)
+        return bool(batch)
 
     def _next_batch(self) -> list[_Job]:
         """Wait for the next batch; return none after `stop` when no jobs are left."""
         with self._changed:
             while True:
-                while self._jobs and self._jobs[0].future.cancelled():
-                    self._jobs.popleft()
+                self._changed.wait_for(lambda: self._jobs or self._stopping)
                 if not self._jobs:
-                    if self._stopping:
-                        return []
-                    self._changed.wait()
-                    continue
+                    return []
                 oldest = self._jobs[0]
-                batch = [job for job in self._jobs if job.key == oldest.key and not job.future.cancelled()]
+                batch = [job for job in self._jobs if job.key == oldest.key][: self._max_batch_size]
                 remaining = oldest.submitted + self._wait - time.monotonic()
-                if batch and (len(batch) >= self._max_batch_size or remaining <= 0 or self._stopping):
-                    del batch[self._max_batch_size :]
-                    for job in batch:
-                        self._jobs.remove(job)
-                    return batch
-                if batch:
+                if len(batch) < self._max_batch_size and remaining > 0 and not self._stopping:
                     self._changed.wait(remaining)
-
-
-def _resolve(batch: Sequence[_Job], outcomes: Sequence[tuple[Any, BaseException | None]]) -> None:
-    for job, (result, error) in zip(batch, outcomes, strict=True):
-        if job.future.done():
-            continue
-        if error is None:
-            job.future.set_result(result)
-        else:
-            job.future.set_exception(error)
+                    continue
+                for job in batch:
+                    self._jobs.remove(job)
+                if running := [job for job in batch if job.future.set_running_or_notify_cancel()]:
+                    return running

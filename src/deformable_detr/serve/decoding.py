@@ -14,27 +14,20 @@ from .limits import HttpError
 
 # Formats that browsers show. TIFF is a container of many decoders, and browsers cannot show it.
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "GIF": "image/gif"}
+_SIGNATURES = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"(?s)RIFF.{4}WEBP",
+    "BMP": rb"BM",
+    "GIF": rb"GIF8[79]a",
+}
 LARGE_IMAGE = 12_000_000  # pixels; larger images are decoded one at a time
 # Every scan of a progressive JPEG passes over all pixels. Encoders write about ten; a decompression bomb has thousands.
 MAX_SCANS, MAX_SEGMENTS = 100, 10_000
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # without restart markers and stuffed bytes
 
 
-def sniff_format(data: bytes | bytearray | memoryview) -> str | None:
-    """Return Pillow's name of the format by the first bytes, or None if it is not one of `FORMATS`."""
-    head = bytes(data[:16])
-    if head.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        return "WEBP"
-    if head.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    return "BMP" if head.startswith(b"BM") else None
-
-
-def open_image(data: bytes | bytearray | memoryview, name: str, max_pixels: int) -> Image.Image:
+def open_image(data: bytes | bytearray, name: str, max_pixels: int) -> Image.Image:
     """Return the image with its header read and nothing decoded.
 
     Args:
@@ -45,12 +38,12 @@ def open_image(data: bytes | bytearray | memoryview, name: str, max_pixels: int)
     Raises:
         HttpError: 415 for a format that is not in `FORMATS`, 413 for too many pixels, 422 for a broken header.
     """
-    if not len(data):
+    content = bytes(data)
+    if not content:
         raise HttpError(422, f"{name}: is empty")
-    kind = sniff_format(data)
+    kind = next((kind for kind, signature in _SIGNATURES.items() if re.match(signature, content)), None)
     if kind is None:
         raise HttpError(415, f"{name}: unsupported format; send {', '.join(FORMATS)}")
-    content = bytes(data)
     if kind == "WEBP":  # Pillow allocates all pixels before it reports the size
         _check_size(name, *_webp_size(content, name), max_pixels)
     if kind == "BMP" and len(content) > 34 and content[14] >= 40 and content[30] in (1, 2):  # a slow decoder in Python
@@ -59,12 +52,10 @@ def open_image(data: bytes | bytearray | memoryview, name: str, max_pixels: int)
         raise HttpError(422, f"{name}: JPEG with over {MAX_SCANS} scans; save it again")
     try:
         image = Image.open(io.BytesIO(content), formats=[kind])
-    except Image.DecompressionBombError:
-        raise HttpError(413, _too_large(name, max_pixels)) from None
-    except Exception as error:  # decoders raise many types of errors for broken files
-        broken = isinstance(error, Image.UnidentifiedImageError)  # its message is the address of an object
-        reason = "broken header" if broken else " ".join(str(error).split())[:200]
-        raise HttpError(422, f"{name}: cannot be read as {kind} ({reason})") from None
+    except Image.DecompressionBombError as error:
+        raise HttpError(413, f"{name}: {error}") from None
+    except Exception:  # decoders raise many types of errors for broken files
+        raise HttpError(422, f"{name}: cannot be read as {kind} (broken header)") from None
     _check_size(name, *image.size, max_pixels)
     return image
 
@@ -92,13 +83,10 @@ def _count_scans(data: bytes) -> int:
 
 def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise HttpError(413, f"{_too_large(name, max_pixels)}; this one has {width} × {height} pixels")
+        limit = f"images may have up to {max_pixels / 1e6:g} megapixels"
+        raise HttpError(413, f"{name}: {limit}; this one has {width} × {height} pixels")
     if width < 1 or height < 1:
         raise HttpError(422, f"{name}: has no pixels ({width} × {height})")
-
-
-def _too_large(name: str, max_pixels: int) -> str:
-    return f"{name}: images may have up to {max_pixels / 1e6:g} megapixels"
 
 
 def _webp_size(data: bytes, name: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -60,25 +60,33 @@ class Engine:
     Args:
         model: A detector from `load_detector`. The engine sets it to evaluation mode.
         limits: The limits of the server.
-        metrics: Where images and batches are counted.
         fast: A detector with the same outputs, such as `model.optimize()`, used for detection. Default: the model.
+
+    Attributes:
+        readers, writer: Threads that parse requests and decode images, and a thread that builds responses.
+        draining: Whether the server is about to shut down: then /readyz answers 503 and responses close their
+            connection.
     """
 
-    def __init__(self, model: nn.Module, limits: Limits, metrics: Metrics, fast: nn.Module | None = None) -> None:
-        self.model, self.limits, self.metrics = model.eval(), limits, metrics
-        self.config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
+    def __init__(self, model: nn.Module, limits: Limits, fast: nn.Module | None = None) -> None:
+        self.model: Any = model.eval()
+        self.limits, self.metrics = limits, Metrics()
+        self.draining = False
+        self.config: ModelConfig = self.model.config
         self.explains = isinstance(model, DeformableDETR)
         self.fast = model if fast is None else fast
         self.categories = model_categories(self.config)
         self._canvas: tuple[int, int] | None = getattr(model, "canvas", None)
         self._batcher = Batcher(self._run, limits.max_batch_size, limits.batch_wait, self._warm_up)
-        self._accepted = self._explaining = 0
+        self._accepted, self._explaining = 0, asyncio.Semaphore(limits.max_explanations)
         self._seconds_per_image = 0.1  # moving average
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._readers = ThreadPoolExecutor(min(8, max(2, processors)), "read", _use_one_thread)
+        self.readers = ThreadPoolExecutor(min(8, max(2, processors)), "read", _use_one_thread)
         self._large_reader = ThreadPoolExecutor(1, "read-large", _use_one_thread)
-        self._writer = ThreadPoolExecutor(1, "write", _use_one_thread)
-        metrics.watch(lambda: len(self._batcher), lambda: self._accepted)
+        self.writer = ThreadPoolExecutor(1, "write", _use_one_thread)
+        self.metrics.queued.set_function(lambda: len(self._batcher))
+        self.metrics.accepted.set_function(lambda: self._accepted)
+        self.metrics.ready.set_function(lambda: self.alive and not self.draining)
 
     def start(self) -> None:
         """Start the threads and run the model once, so that the first request is not slow."""
@@ -87,7 +95,7 @@ class Engine:
     def stop(self) -> None:
         """Finish the current work and end the threads."""
         self._batcher.stop()
-        for pool in (self._readers, self._large_reader, self._writer):
+        for pool in (self.readers, self._large_reader, self.writer):
             pool.shutdown(cancel_futures=True)
 
     @property
@@ -100,33 +108,30 @@ class Engine:
         if self._accepted + images > self.limits.max_queue:
             raise self._overloaded("the queue is full")
 
-    async def read(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function that parses a request, in the threads that decode images."""
-        return await _run_in(self._readers, function, *arguments)
-
-    async def write(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function that builds a response, in a thread that requests cannot keep busy."""
-        return await _run_in(self._writer, function, *arguments)
-
     async def detect(self, uploads: Sequence[Upload], threshold: float, top_k: int) -> list[Detections]:
         """Return the detections of each image. Raises HttpError for the first image that cannot be read."""
+        config = self.config
+
+        def resized(pixels: Tensor) -> _DetectJob:
+            small = resize(pixels, config.image_size, config.long_side, self._canvas, config.size_divisor)
+            return _DetectJob(small, (pixels.shape[1], pixels.shape[2]), top_k)
+
         with self._reserve(len(uploads)):
-            jobs = await _gather([self._read_job(upload, top_k) for upload in uploads])
-            futures = [self._batcher.submit(job, self._canvas or job.pixels.shape) for job in jobs]
-            results = zip(await _gather(futures), jobs, strict=True)
-        return [to_detections(boxes, job.image_size, threshold, self.categories) for boxes, job in results]
+            jobs = await _gather([self._decode(upload, resized) for upload in uploads])
+            results = await _gather([self._submit(job, self._canvas or job.pixels.shape) for job in jobs])
+        return [
+            to_detections(boxes, job.image_size, threshold, self.categories)
+            for boxes, job in zip(results, jobs, strict=True)
+        ]
 
     async def explain(self, upload: Upload, threshold: float, top_k: int) -> Trace:
         """Return the trace of an image. Raises HttpError if it cannot be read."""
-        if self._explaining >= self.limits.max_explanations:
+        if self._explaining.locked():
             raise self._overloaded("too many explanations in progress")
-        self._explaining += 1
-        try:
+        async with self._explaining:
             with self._reserve(1):
-                job = _ExplainJob(await self._read_pixels(upload), threshold, top_k)
-                return await self._batcher.submit(job, id(job))
-        finally:
-            self._explaining -= 1
+                job = await self._decode(upload, lambda pixels: _ExplainJob(pixels, threshold, top_k))
+                return await self._submit(job, id(job))
 
     @contextmanager
     def _reserve(self, images: int) -> Iterator[None]:
@@ -141,21 +146,16 @@ class Engine:
         seconds = math.ceil(min(max(self._accepted * self._seconds_per_image, 1), 30))
         return HttpError(503, f"{reason}; try again in {seconds} s", retry_after=seconds)
 
-    async def _read_job(self, upload: Upload, top_k: int) -> _DetectJob:
-        def resized(pixels: Tensor) -> _DetectJob:
-            config = self.config
-            small = resize(pixels, config.image_size, config.long_side, self._canvas, config.size_divisor)
-            return _DetectJob(small, (pixels.shape[1], pixels.shape[2]), top_k)
+    def _submit(self, job: Any, key: Hashable) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(self._batcher.submit(job, key))
 
-        return await self._read_pixels(upload, resized)
-
-    async def _read_pixels(self, upload: Upload, convert: Callable[[Tensor], Any] = lambda pixels: pixels) -> Any:
+    async def _decode(self, upload: Upload, convert: Callable[[Tensor], T]) -> T:
         """Decode an image and return convert(pixels). Large images are decoded one at a time."""
         start = time.perf_counter()
-        image = await _run_in(self._readers, open_image, upload.data, upload.label, self.limits.pixels)
+        image = await run_in(self.readers, open_image, upload.data, upload.label, self.limits.pixels)
         is_large = image.width * image.height > LARGE_IMAGE
 
-        def work() -> Any:
+        def work() -> T:
             try:
                 return convert(decode(image, upload.label))
             finally:
@@ -163,7 +163,7 @@ class Engine:
                 if is_large:  # its buffers have hundreds of MiB, which the allocator would keep
                     malloc_trim()
 
-        result = await _run_in(self._large_reader if is_large else self._readers, work)
+        result = await run_in(self._large_reader if is_large else self.readers, work)
         self.metrics.read_seconds.observe(time.perf_counter() - start)
         return result
 
@@ -177,7 +177,7 @@ class Engine:
         """Process a batch in the thread of the model."""
         start = time.perf_counter()
         try:
-            results = self._explain(jobs[0]) if isinstance(jobs[0], _ExplainJob) else self._detect(jobs)
+            results = [trace(self.model, *jobs[0])] if isinstance(jobs[0], _ExplainJob) else self._detect(jobs)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             _log.exception("out of device memory for a batch of %d", len(jobs))
@@ -199,11 +199,9 @@ class Engine:
         # Results are sorted by score, so the first ones are those of a smaller top_k.
         return [ScoredBoxes(*(part[: job.top_k] for part in boxes)) for job, boxes in zip(jobs, results, strict=True)]
 
-    def _explain(self, job: _ExplainJob) -> list[Trace]:
-        return [trace(self.model, job.pixels, job.threshold, job.top_k)]  # pyright: ignore[reportArgumentType]
 
-
-async def _run_in(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
+async def run_in(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:
+    """Run a function in a thread of the pool."""
     return await asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
 
 

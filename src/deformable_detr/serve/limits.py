@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-
-from ..utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,6 @@ class Limits:
     body_timeout: float = 60.0
     connections: int = 1000
     shutdown_delay: float = 1.0
-
-    def __post_init__(self) -> None:
-        minimums = {"max_batch_size": 1, "images": 1, "max_queue": self.images, "max_explanations": 1}
-        for name, minimum in minimums.items():
-            if getattr(self, name) < minimum:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least {minimum}")
-        for name in ("timeout", "head_timeout", "stall_timeout", "body_timeout", "batch_wait", "shutdown_delay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name} {value}: must be a number of seconds, 0 or more")
 
 
 class HttpError(Exception):

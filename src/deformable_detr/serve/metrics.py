@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Metrics:
     """The metrics of one server, in a registry of their own."""
-
-    media_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -26,15 +21,6 @@ class Metrics:
         self.read_seconds = Histogram("read_seconds", "Time to decode and resize an image.", **timing)
         self.model_seconds = Histogram("model_seconds", "Time of the model per batch.", **timing)
         self.batch_images = Histogram("batch_images", "Images per batch.", buckets=(1, 2, 4, 8, 16, 32, 64), **common)
-        self._queued = Gauge("queued_images", "Images that wait for the model.", **common)
-        self._accepted = Gauge("accepted_images", "Images accepted and not answered yet.", **common)
+        self.queued = Gauge("queued_images", "Images that wait for the model.", **common)
+        self.accepted = Gauge("accepted_images", "Images accepted and not answered yet.", **common)
         self.ready = Gauge("ready", "1 while /readyz answers 200.", **common)
-
-    def watch(self, queued: Callable[[], int], accepted: Callable[[], int]) -> None:
-        """Set where the gauges are read from."""
-        self._queued.set_function(queued)
-        self._accepted.set_function(accepted)
-
-    def text(self) -> bytes:
-        """Return the metrics in Prometheus' text format."""
-        return generate_latest(self.registry)

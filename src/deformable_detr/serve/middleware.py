@@ -6,15 +6,14 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
-import json
 import logging
+import re
 import time
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from .limits import Limits
-from .metrics import Metrics
+from starlette.responses import JSONResponse
+
+from .engine import Engine
 
 _log = logging.getLogger(__name__)
 
@@ -33,27 +32,18 @@ _HEADERS = (
 _DRAIN_SECONDS = 3.0
 
 
-@dataclass
-class Status:
-    """Whether the server is about to shut down: then /readyz answers 503 and responses close their connection."""
-
-    draining: bool = False
-
-
 class AccessMiddleware:
     """Check token, host and origin, add security headers, count requests, and let clients read early responses.
 
     Args:
         app: The ASGI application.
-        limits: The limits of the server.
-        status: The status of the server.
-        metrics: Where requests are counted.
+        engine: Has the limits, the metrics and whether the server is about to shut down.
         token: Required for /v1 and /metrics as `Authorization: Bearer TOKEN`. If None, only requests to localhost are
             served, so that no web page can reach the server through a host name of its own (DNS rebinding).
     """
 
-    def __init__(self, app: Any, limits: Limits, status: Status, metrics: Metrics, token: str | None) -> None:
-        self.app, self.limits, self.status, self.metrics = app, limits, status, metrics
+    def __init__(self, app: Any, engine: Engine, token: str | None) -> None:
+        self.app, self.engine = app, engine
         self._token_digest = None if token is None else _digest(token.encode())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -72,11 +62,10 @@ class AccessMiddleware:
             # Digests have one length, so the comparison takes the same time for any token.
             valid = hmac.compare_digest(_digest(token.strip()), self._token_digest)
             return None if valid and scheme.lower() == b"bearer" else (401, "send Authorization: Bearer TOKEN")
-        host = headers.get(b"host", b"").decode("latin-1")
-        if not is_loopback(_host_name(host)):
+        host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
+        if not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
             return 421, "this server answers only to localhost; start it with a token to use other host names"
-        origin = headers.get(b"origin")
-        cross_site = origin is not None and _netloc(origin) != host.lower()
+        cross_site = bool(origin) and origin.partition("://")[2] != host
         if cross_site and scope["method"] not in ("GET", "HEAD"):
             return 403, "pages of other sites may not use this server"
         return None
@@ -105,7 +94,7 @@ class _RequestHandler:
                 raise
             await self._refuse(500, "internal error; see the server's log")
         finally:
-            metrics = self.middleware.metrics
+            metrics = self.middleware.engine.metrics
             metrics.requests.labels(self._path, str(self.status or 499)).inc()
             metrics.request_seconds.labels(self._path).observe(time.perf_counter() - start)
 
@@ -125,7 +114,7 @@ class _RequestHandler:
             self.status = message["status"]
             present = {name for name, _ in message["headers"]}
             extra = [header for header in _HEADERS if header[0] not in present]
-            if self.unread or self.middleware.status.draining:
+            if self.unread or self.middleware.engine.draining:
                 extra.append((b"connection", b"close"))
             message = {**message, "headers": [*message["headers"], *extra]}
         elif self.unread and not message.get("more_body", False):
@@ -139,7 +128,7 @@ class _RequestHandler:
         """Read and drop what the client still sends, within limits."""
         if b"expect" in self.headers:  # the client waits for "100 Continue" before it sends
             return
-        remaining = 4 * self.middleware.limits.body_bytes
+        remaining = 4 * self.middleware.engine.limits.body_bytes
         try:
             async with asyncio.timeout(_DRAIN_SECONDS):
                 while self.unread and remaining > 0:
@@ -148,12 +137,8 @@ class _RequestHandler:
             pass
 
     async def _refuse(self, status: int, detail: str) -> None:
-        body = json.dumps({"detail": detail}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        if status == 401:
-            headers.append((b"www-authenticate", b"Bearer"))
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body})
+        headers = {"www-authenticate": "Bearer"} if status == 401 else None
+        await JSONResponse({"detail": detail}, status, headers)(self.scope, self.receive, self.send)
 
 
 def is_loopback(host: str) -> bool:
@@ -165,20 +150,6 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return False
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-
-
-def _host_name(header: str) -> str:
-    """The Host header without the port."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.rpartition(":")[0] if header.count(":") == 1 else header
-
-
-def _netloc(origin: bytes) -> str | None:
-    try:
-        return urlsplit(origin.decode("latin-1")).netloc.lower()
-    except ValueError:
-        return None
 
 
 def _digest(secret: bytes) -> bytes:

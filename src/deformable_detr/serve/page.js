@@ -5,7 +5,7 @@ const COLORS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00"
 
 const state = {
   model: null, file: null, name: "", result: null, explanations: null, hidden: new Set(), active: -1, pinned: -1, layer: -1,
-  request: null, camera: null, imageUrl: "", scale: [1, 1], // pixels of the chosen image per pixel of the sent one
+  request: null, camera: null, imageUrl: "", scale: [1, 1], // pixels of the chosen image per pixel of the sent one, which all positions refer to
 };
 const selection = {
   preview: (index) => select(index ?? state.pinned),
@@ -84,21 +84,6 @@ function toJpeg(source, width, height) {
   return new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
 }
 
-/** A response of the server in pixels of the chosen image. */
-function rescale(response) {
-  const [scaleX, scaleY] = state.scale;
-  if (scaleX === 1 && scaleY === 1) return response;
-  const convert = (values) => values && values.map((value, i) => Number((value * (i % 2 ? scaleY : scaleX)).toFixed(2)));
-  const layer = (one) => ({
-    ...one, reference_point: convert(one.reference_point), reference_box: convert(one.reference_box), box: convert(one.box),
-    points: one.points.map(([x, y, ...rest]) => [...convert([x, y]), ...rest]),
-  });
-  return {
-    ...response, width: Math.round(response.width * scaleX), height: Math.round(response.height * scaleY),
-    detections: response.detections.map((one) => ({ ...one, box: convert(one.box), ...(one.layers && { layers: one.layers.map(layer) }) })),
-  };
-}
-
 const send = (path, signal) =>
   request(path, { method: "POST", body: state.file, headers: { "Content-Type": state.file.type }, signal });
 
@@ -121,8 +106,8 @@ async function detect(file, name) {
     Object.assign(state, prepared);
     showImage(state.file);
     const response = await send(`v1/detect?threshold=${MIN_SCORE}&top_k=${MAX_DETECTIONS}`, controller.signal);
-    state.result = rescale(response.images[0]);
-    byId("image").alt = `${state.name}, ${state.result.width} × ${state.result.height} pixels`;
+    state.result = response.images[0];
+    byId("image").alt = state.name;
     byId("side").hidden = false;
     byId("download").disabled = false;
     draw();
@@ -151,7 +136,7 @@ async function explain() {
   try {
     const response = await send(`v1/explain?threshold=${MIN_SCORE}&top_k=${MAX_EXPLAINED}`, state.request.signal);
     if (state.result !== result) return;
-    state.explanations = rescale(response);
+    state.explanations = response;
     update();
   } catch (error) {
     if (state.result === result && error.name !== "AbortError") {
@@ -282,10 +267,16 @@ function drawClasses() {
   }
 }
 
+/** The visible detections in pixels of the chosen image. */
+function results() {
+  const convert = (values) => values.map((value, i) => Number((value * state.scale[i % 2]).toFixed(2)));
+  const [width, height] = convert([state.result.width, state.result.height]).map(Math.round);
+  const shown = visible().map(([, detection]) => ({ ...detection, box: convert(detection.box) }));
+  return { image: state.name, model: state.model.name, threshold: threshold(), height, width, detections: shown };
+}
+
 function download() {
-  const { height, width } = state.result, shown = visible().map(([, detection]) => detection);
-  const content = { image: state.name, model: state.model.name, threshold: threshold(), height, width, detections: shown };
-  const href = URL.createObjectURL(new Blob([JSON.stringify(content, null, 2) + "\n"], { type: "application/json" }));
+  const href = URL.createObjectURL(new Blob([JSON.stringify(results(), null, 2) + "\n"], { type: "application/json" }));
   el("a", { href, download: `${state.name.replace(/\.[^.]*$/, "")}.json` }).click();
   setTimeout(() => URL.revokeObjectURL(href), 1000);
 }

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MAX_DETECTIONS, MAX_EXPLAINED = 1000, 50
+from ..explanation import Trace
+from ..explanation.explanation import DecoderLayerSampling
+from ..structures import Detections
 
 _BOX = "x1, y1, x2, y2 in pixels of the upright image"
 Point = Annotated[list[float], Field(min_length=2, max_length=2, description="x, y in pixels of the upright image")]
 Box = Annotated[list[float], Field(min_length=4, max_length=4, description=_BOX)]
 Score = Annotated[float, Field(ge=0, le=1)]
-Threshold = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="minimum score of a detection")]
-ImageName = Annotated[str | None, Field(description="file name sent by the client, or null")]
 Side = Annotated[int, Field(ge=1)]
 
 
-class _Parameters(BaseModel):
+class DetectParameters(BaseModel):
     """Unknown parameters, such as a `url`, are refused instead of ignored."""
 
     model_config = ConfigDict(extra="forbid")
+    threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="minimum score")] = 0.5
+    top_k: Annotated[int, Field(ge=1, le=1000, description="maximum detections per image")] = 100
 
 
-class DetectParameters(_Parameters):
-    threshold: Threshold = 0.5
-    top_k: Annotated[int, Field(ge=1, le=MAX_DETECTIONS, description="maximum detections per image")] = 100
-
-
-class ExplainParameters(_Parameters):
-    threshold: Threshold = 0.5
-    top_k: Annotated[int, Field(ge=1, le=MAX_EXPLAINED, description="maximum detections to explain")] = 10
+class ExplainParameters(DetectParameters):
+    top_k: Annotated[int, Field(ge=1, le=50, description="maximum detections to explain")] = 10
 
 
 class Detection(BaseModel):
@@ -41,10 +37,13 @@ class Detection(BaseModel):
     name: str
 
 
-class DetectedImage(BaseModel):
-    name: ImageName
+class _Image(BaseModel):
+    name: Annotated[str | None, Field(description="file name sent by the client, or null")]
     height: Side
     width: Side
+
+
+class DetectedImage(_Image):
     detections: Annotated[list[Detection], Field(description="best first")]
 
 
@@ -68,10 +67,7 @@ class ExplainedDetection(Detection):
     layers: Annotated[list[Layer], Field(description="decoder layers, first to last")]
 
 
-class Explained(BaseModel):
-    name: ImageName
-    height: Side
-    width: Side
+class Explained(_Image):
     levels: Annotated[list[list[int]], Field(description="height and width of the feature map of each level")]
     heads: int
     detections: list[ExplainedDetection]
@@ -107,3 +103,40 @@ class State(BaseModel):
 
 class Problem(BaseModel):
     detail: Annotated[str, Field(description="what is wrong, in one line")]
+
+
+def detected_image(detections: Detections, name: str | None) -> dict[str, Any]:
+    """Return the `DetectedImage` of an image."""
+    result = detections.to_dict()
+    del result["image"]
+    return {"name": name, **result}
+
+
+def explained_image(traced: Trace, name: str | None) -> dict[str, Any]:
+    """Return the `Explained` of an image."""
+    detections = []
+    for index, record in enumerate(traced.detections.to_dict()["detections"]):
+        explanation = traced.detection(index)
+        layers = zip(explanation.layer_summaries(), explanation.layers, strict=True)
+        detections.append({**record, "layers": [{**summary, "points": _points(layer)} for summary, layer in layers]})
+    height, width = traced.image_size
+    return {
+        "name": name,
+        "height": height,
+        "width": width,
+        "levels": [list(shape) for shape in traced.spatial_shapes],
+        "heads": traced.outputs["decoder_attention"][0].weights.shape[2],
+        "detections": detections,
+    }
+
+
+def _points(layer: DecoderLayerSampling) -> list[list[float]]:
+    """[x, y, weight, level, head] of each sampling point, in the order M, L, P."""
+    locations = layer.locations.clamp(-1e6, 1e6).tolist()
+    weights = layer.weights.tolist()
+    return [
+        [round(x, 1), round(y, 1), round(weight, 5), level, head]
+        for head, levels in enumerate(locations)
+        for level, points in enumerate(levels)
+        for (x, y), weight in zip(points, weights[head][level], strict=True)
+    ]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from ..detector import DeformableDETR, load_detector
@@ -23,12 +23,10 @@ from ..utils.errors import UserError, first_line
 from .app import create_app
 from .engine import Engine
 from .limits import Limits
-from .metrics import Metrics
-from .middleware import Status, is_loopback
+from .middleware import is_loopback
 from .protocol import protocol_class
 
 TOKEN_VARIABLE = "DEFORMABLE_DETR_TOKEN"
-_MIN_TOKEN_LENGTH = 16
 _MAX_HEAD_BYTES = 32_768
 
 
@@ -39,7 +37,8 @@ class Server(uvicorn.Server):
     answered, then the process ends with exit code 0. Ctrl-C skips the first step, a second signal the second one too.
     """
 
-    def __init__(self, app: Any, limits: Limits, status: Status, on_start: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: FastAPI, engine: Engine, message: str) -> None:
+        limits = engine.limits
         config = uvicorn.Config(
             app,
             http=protocol_class(limits),
@@ -55,23 +54,21 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(limits.timeout),
         )
         super().__init__(config)
-        self.limits, self.status, self.on_start = limits, status, on_start
-        self.interrupted = False
-        self._exit_time = math.inf
+        self.engine, self.message, self.interrupted, self._exit_time = engine, message, False, math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.on_start()
+        print(self.message)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.should_exit:
             self.force_exit = True
-        elif sig == signal.SIGTERM and not self.status.draining:
-            self._exit_time = time.monotonic() + self.limits.shutdown_delay
+        elif sig == signal.SIGTERM and not self.engine.draining:
+            self._exit_time = time.monotonic() + self.engine.limits.shutdown_delay
         else:
             self.should_exit = True
         self.interrupted |= sig == signal.SIGINT
-        self.status.draining = True
+        self.engine.draining = True
 
     async def on_tick(self, counter: int) -> bool:
         if time.monotonic() >= self._exit_time:
@@ -79,21 +76,15 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def check_token(token: str | None, host: str) -> str | None:
+def check_token(token: str | None) -> str | None:
     """Return the token, or the one of the environment variable, or None if neither is set.
 
     Raises:
-        UserError: The token is weak or has characters that cannot be sent, or it is missing for a public host.
+        UserError: The token is weak or has characters that cannot be sent.
     """
     token = os.environ.get(TOKEN_VARIABLE) if token is None else token
-    if token is None:
-        if not is_loopback(host):
-            raise _token_required(host)
-        return None
-    if len(token) < _MIN_TOKEN_LENGTH or not all("!" <= character <= "~" for character in token):
-        raise UserError(
-            f"--token or {TOKEN_VARIABLE}: the token must have at least {_MIN_TOKEN_LENGTH} ASCII characters, no spaces"
-        )
+    if token is not None and not re.fullmatch(r"[!-~]{16,}", token):
+        raise UserError(f"--token or {TOKEN_VARIABLE}: the token must have at least 16 ASCII characters, no spaces")
     return token
 
 
@@ -103,87 +94,57 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
     Raises:
         UserError: The address cannot be used, or it is public and there is no token.
     """
-    if not 0 <= port <= 65535:
-        raise UserError(f"--port {port}: must be from 0 to 65535")
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = addresses[0]
+        # A name may resolve to any address, so the address decides.
+        if token is None and not is_loopback(str(address[0])):
+            raise UserError(
+                f"--host {host}: others can reach this address, so a token is needed: set {TOKEN_VARIABLE} "
+                '(create one: python -c "import secrets; print(secrets.token_urlsafe())")'
+            )
         listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--host {host}: unknown address ({getattr(error, 'strerror', None) or error})") from None
-    try:
         if os.name == "posix":
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        listener.close()
-        reason = error.strerror or error
-        raise UserError(f"--host {host} --port {port}: cannot listen there: {reason}; choose another port") from None
-    # A name may resolve to any address, so the address decides.
-    if token is None and not is_loopback(str(listener.getsockname()[0])):
-        listener.close()
-        raise _token_required(host)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {reason}; choose another") from None
     return listener
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """How to serve a model.
+def serve(source: Path, host: str, port: int, token: str | None, device: str, limits: Limits) -> None:
+    """Serve a model until a signal arrives and print one line when it accepts requests.
 
-    Attributes:
+    Args:
+        source: A model folder or an exported file.
         host: Address to listen on. Any but localhost needs a token.
         port: Port to listen on. 0: any free port.
         token: Required from clients. Default: the environment variable DEFORMABLE_DETR_TOKEN, if it is set.
         device: Device of the model, see `load_detector`.
         limits: Limits of requests.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    token: str | None = None
-    device: str = "auto"
-    limits: Limits = Limits()  # noqa: RUF009, it is frozen
-
-
-def serve(source: Path, options: ServeOptions, report: Callable[[str], None] = print) -> None:
-    """Serve a model until a signal arrives.
-
-    Args:
-        source: A model folder or an exported file.
-        options: Address, token, device and limits.
-        report: Called with one line when the server accepts requests.
 
     Raises:
-        UserError: The options are wrong, or the model cannot be loaded or run.
+        UserError: An argument is wrong, or the model cannot be loaded or run.
         KeyboardInterrupt: After Ctrl-C.
     """
-    token = check_token(options.token, options.host)
-    name, limits, status = source.resolve().name, options.limits, Status()
-    with listen(options.host, options.port, token) as listener:
+    token, name = check_token(token), source.resolve().name
+    with listen(host, port, token) as listener:
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-        model = load_detector(source, options.device)
-        optimized = model.optimize() if isinstance(model, DeformableDETR) else None
+        model = load_detector(source, device)
         _configure_process(limits)
-        engine = Engine(model, limits, Metrics(), optimized)
+        engine = Engine(model, limits, model.optimize() if isinstance(model, DeformableDETR) else None)
         try:
             engine.start()
         except UserError:
             raise
         except Exception as error:  # runtimes and devices raise many types of errors
             raise UserError(f"{source} fails on its first image, so it is not served: {first_line(error)}") from None
-        app = create_app(engine, status, token, name)
-        server = Server(app, limits, status, lambda: report(f"serving {name} at {url} - press Ctrl-C to stop"))
+        server = Server(create_app(engine, token, name), engine, f"serving {name} at {url} - press Ctrl-C to stop")
         server.run([listener])
     if server.interrupted:
         raise KeyboardInterrupt
-
-
-def _token_required(host: str) -> UserError:
-    return UserError(
-        f"--host {host}: others can reach this address, so a token is needed: set {TOKEN_VARIABLE} "
-        '(create one: python -c "import secrets; print(secrets.token_urlsafe())")'
-    )
 
 
 def _configure_process(limits: Limits) -> None:

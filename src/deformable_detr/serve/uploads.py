@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import FormParser, parse_options_header
 
 from .limits import ClientDisconnected, HttpError, Limits
 
@@ -21,7 +21,7 @@ _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u20
 class Upload(NamedTuple):
     """An uploaded image. label: what errors call it. filename: as the client sent it, never used as a path."""
 
-    data: bytes | memoryview
+    data: bytes | bytearray
     label: str
     filename: str | None
 
@@ -86,67 +86,44 @@ def parse_uploads(content_type: str, body: bytearray, max_images: int) -> list[U
     if media_type == "multipart/form-data":
         return _parse_form(content_type, body, max_images)
     if media_type.startswith("image/") or media_type == "application/octet-stream":
-        return [Upload(memoryview(body), "the image", None)]
+        return [Upload(body, "the image", None)]
     raise HttpError(415, f"unsupported Content-Type {media_type[:60] or '(none)'!r}; {HOW}")
 
 
 def _parse_form(content_type: str, body: bytearray, max_images: int) -> list[Upload]:
-    _, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if not boundary:
-        raise HttpError(400, "the form's Content-Type has no boundary")
-    form = _FormHandler(max_images)
+    uploads: list[Upload] = []
+    ends: list[bool] = []
+
+    def add(name: bytes | None, data: bytes | None, filename: str = "") -> None:
+        if clean_text(name) != FIELD:
+            raise HttpError(422, f"unexpected form part {clean_text(name)!r}; send images in parts named '{FIELD}'")
+        if len(uploads) == max_images:
+            raise HttpError(422, f"a request may have up to {max_images} images")
+        label = f"image {len(uploads) + 1}" + (f" ({filename})" if filename else "")
+        uploads.append(Upload(data or b"", label, filename or None))
+
+    def add_file(file: Any) -> None:
+        add(file.field_name, file.file_object.getvalue(), clean_text(file.file_name))
+
     try:
-        MultipartParser(boundary, form.callbacks()).write(bytes(body))  # pyright: ignore[reportArgumentType]
+        _, options = parse_options_header(content_type)
+        FormParser(
+            "multipart/form-data",
+            on_field=lambda field: add(field.field_name, field.value),
+            on_file=add_file,
+            on_end=lambda: ends.append(True),
+            boundary=options.get(b"boundary"),
+            config={"MAX_MEMORY_FILE_SIZE": len(body)},  # never written to disk
+        ).write(bytes(body))
     except (FormParserError, UnicodeDecodeError) as error:
         raise HttpError(400, f"malformed form ({' '.join(str(error).split())[:120]})") from None
-    if not form.complete:
+    if not ends:
         raise HttpError(400, "the form ends before its last boundary")
-    if not form.uploads:
+    if not uploads:
         raise HttpError(422, f"the form has no image; {HOW}")
-    return form.uploads
+    return uploads
 
 
-class _FormHandler:
-    """Collects uploads from the callbacks of python-multipart's parser."""
-
-    def __init__(self, max_images: int) -> None:
-        self.max_images, self.uploads, self.complete = max_images, [], False
-        self.field, self.value, self.headers, self.content = b"", b"", {}, bytearray()
-
-    def callbacks(self) -> dict[str, Any]:
-        return {
-            "on_part_begin": self._begin_part,
-            "on_header_field": lambda data, start, end: setattr(self, "field", self.field + data[start:end]),
-            "on_header_value": lambda data, start, end: setattr(self, "value", self.value + data[start:end]),
-            "on_header_end": self._add_header,
-            "on_headers_finished": self._check_name,
-            "on_part_data": lambda data, start, end: self.content.extend(memoryview(data)[start:end]),
-            "on_part_end": self._end_part,
-            "on_end": lambda: setattr(self, "complete", True),
-        }
-
-    def _begin_part(self) -> None:
-        if len(self.uploads) == self.max_images:
-            raise HttpError(422, f"a request may have up to {self.max_images} images")
-        self.headers, self.content = {}, bytearray()
-
-    def _add_header(self) -> None:
-        self.headers[self.field.lower()] = self.value
-        self.field = self.value = b""
-
-    def _check_name(self) -> None:
-        _, self.options = parse_options_header(self.headers.get(b"content-disposition", b""))
-        name = clean_text(self.options.get(b"name", b""))
-        if name != FIELD:
-            raise HttpError(422, f"unexpected form part {name!r}; send images in parts named '{FIELD}'")
-
-    def _end_part(self) -> None:
-        filename = clean_text(self.options.get(b"filename", b"")) or None
-        label = f"image {len(self.uploads) + 1}" + (f" ({filename})" if filename else "")
-        self.uploads.append(Upload(memoryview(self.content), label, filename))
-
-
-def clean_text(text: bytes) -> str:
+def clean_text(text: bytes | None) -> str:
     """Return at most 100 characters of a client's text, without control characters."""
-    return _CONTROLS.sub("", text.decode("utf-8", "replace"))[:100]
+    return _CONTROLS.sub("", (text or b"").decode("utf-8", "replace"))[:100]
