@@ -27,32 +27,23 @@ class OperatingPoint(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """The matches of N detections and M objects at IoU 0.5; rows as in `CocoEvaluation`.
+    """The matches of N detections and M objects at IoU 0.5; rows as in `CocoEvaluation`."""
 
-    Attributes:
-        counted: (N,) bool; False for detections on a crowd or beyond the best 100 of an image and class.
-        hits: (N,) bool; whether the detection matches an object of its class.
-        objects: (M,) bool; False for crowds.
-        partners: (N,) int64; the row of the matched object, or -1.
-    """
-
-    counted: np.ndarray
-    hits: np.ndarray
-    objects: np.ndarray
-    partners: np.ndarray
+    counted: np.ndarray  # (N,) bool; False on a crowd or beyond the best 100 of an image and class
+    hits: np.ndarray  # (N,) bool; whether the detection matches an object of its class
+    objects: np.ndarray  # (M,) bool; False for crowds
+    partners: np.ndarray  # (N,) int64; the row of the matched object, or -1
 
 
 def analyze(evaluation: CocoEvaluation) -> dict[str, Any]:
     """Return everything that the report shows of one model, as plain numbers.
 
-    Returns:
-        - "metrics": as `coco_metrics`, without "per_class".
-        - "objects", "detections": their counts.
-        - "classes": per class "name", "objects", AP in total, per IoU and per size, and "best", an `OperatingPoint`.
-        - "best": the `OperatingPoint` of one threshold for all classes, or None.
-        - "curves": precision in thousandths (or None) at recalls 0, 0.01, …, 1, for IoU "50", "75" and the "mean"; the
-          first entry is over all classes, the others per class.
-        - "errors", "calibration", "confusion": see `tide`, `calibration` and `confusion`, at the best threshold.
+    - "metrics": as `coco_metrics`, without "per_class". "objects", "detections": their counts.
+    - "classes": per class "name", "objects", AP in total, per IoU and per size, and "best", an `OperatingPoint`.
+    - "best": the `OperatingPoint` of one threshold for all classes, or None.
+    - "curves": precision in thousandths (or None) at recalls 0, 0.01, …, 1, for IoU "50", "75" and the "mean"; the
+      first entry is over all classes, the others per class.
+    - "errors", "calibration", "confusion": see `tide`, `calibration` and `confusion`, at the best threshold.
     """
     matches = match(evaluation)
     best = _best_threshold(evaluation, matches, None)
@@ -87,13 +78,7 @@ def match(evaluation: CocoEvaluation) -> Matches:
 
 
 def best_f1(scores: np.ndarray, hits: np.ndarray, num_objects: int) -> OperatingPoint | None:
-    """Return the threshold with the best F1; the highest of equals. None without objects or hits.
-
-    Args:
-        scores: (N,) scores of the detections.
-        hits: (N,) bool; whether each detection is correct.
-        num_objects: How many objects there are to find.
-    """
+    """Return the threshold with the best F1 of detections (N,), the highest of equals; None without objects or hits."""
     if not num_objects or not hits.any():
         return None
     order = np.argsort(-scores, kind="stable")
@@ -109,9 +94,7 @@ def best_f1(scores: np.ndarray, hits: np.ndarray, num_objects: int) -> Operating
 def tide(evaluation: CocoEvaluation) -> dict[str, Any]:
     """Return TIDE's error types (Bolya et al., 2020): how much AP50 would gain without the errors of one type.
 
-    Returns:
-        {"AP50", "types": [{"type", "gain", "count"}], "false_positives", "false_negatives"}. AP50 and gains are in
-        0..1; gains are None without objects.
+    {"AP50", "types": [{"type", "gain", "count"}], "false_positives", "false_negatives"}; no objects: None
     """
     result = evaluation.evaluator.tide_errors(IOU_THRESHOLD, BACKGROUND_IOU)
     gains, counts = result["delta_ap"], result["counts"]
@@ -124,11 +107,9 @@ def tide(evaluation: CocoEvaluation) -> dict[str, Any]:
 
 
 def calibration(evaluation: CocoEvaluation) -> dict[str, Any]:
-    """Return how often detections of a score are correct at IoU 0.5, in ten bins of score.
+    """Return the expected calibration error and, in ten bins of score, the share of correct detections at IoU 0.5.
 
-    Returns:
-        {"ece": expected calibration error or None, "bins": [{"low", "high", "score", "accuracy", "count"}]}, with the
-        mean score and the share of correct detections per bin.
+    {"ece": 0..1 or None, "bins": [{"low", "high", "score": mean, "accuracy", "count"}]}
     """
     result = evaluation.evaluator.calibration(CALIBRATION_BINS, IOU_THRESHOLD)
     keys = {"low": "bin_lower", "high": "bin_upper", "score": "avg_confidence", "accuracy": "avg_accuracy",
@@ -140,9 +121,8 @@ def calibration(evaluation: CocoEvaluation) -> dict[str, Any]:
 def confusion(evaluation: CocoEvaluation, threshold: float) -> dict[str, Any]:
     """Return the confusion matrix at IoU 0.5 of detections with scores of at least `threshold`.
 
-    Returns:
-        {"threshold", "matrix"}: K + 1 rows of the objects' classes, K + 1 columns of the detections' classes. The last
-        row is detections on background, the last column missed objects.
+    {"threshold", "matrix"}: K + 1 rows of the objects' classes, K + 1 columns of the detections' classes. The last row
+    is detections on background, the last column missed objects.
     """
     result = evaluation.evaluator.confusion_matrix(IOU_THRESHOLD, MAX_DETECTIONS[-1], threshold)
     return {"threshold": threshold, "matrix": result["matrix"].astype(int).tolist()}

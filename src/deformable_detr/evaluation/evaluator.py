@@ -92,12 +92,9 @@ def evaluate_models(
     precision: str | None = None,
     **options: Unpack[EvalOptions],
 ) -> list[EvaluationResult]:
-    """Evaluate models one after the other; arguments as in `evaluate`.
+    """Evaluate models one after the other; arguments as in `evaluate` and, for `precision`, `load_detector`.
 
     All models and datasets are opened first, so that an error shows before the first evaluation.
-
-    Args:
-        precision: See `load_detector`.
     """
     detectors = [model if isinstance(model, nn.Module) else load_detector(model, device, precision) for model in models]
     datasets = [open_eval_dataset(detector, data, split, data_config) for detector in detectors]
@@ -124,11 +121,9 @@ def evaluate_dataset(
     progress: bool = True,
     on_results: OnResults | None = None,
 ) -> Metrics:
-    """Return the metrics of `evaluate` for a dataset that is open, with the evaluation transform.
+    """Return the metrics of `evaluate` for an open dataset with the evaluation transform.
 
-    Args:
-        batch_size, workers, limit, progress: See `EvalOptions`.
-        on_results: Called with the dataset and all detections as COCO results.
+    `on_results` is called with the dataset and all detections as COCO results. For other options see `EvalOptions`.
     """
     result = _evaluate_dataset(model, dataset, "model", batch_size, workers, limit, progress)
     if on_results is not None:
@@ -175,11 +170,8 @@ def detect_images(
 ) -> tuple[list[dict[str, Any]], set[Any], float]:
     """Detect objects in the first `count` images; the model's modules keep their train or eval mode.
 
-    Args:
-        shard: (k, n) selects every n-th batch, starting with batch k.
-
-    Returns:
-        COCO results, the image ids, and the seconds that the model and its postprocessing took.
+    `shard` (k, n) selects every n-th batch, starting with batch k. Returns COCO results, the image ids, and the seconds
+    that the model and its postprocessing took.
     """
     from torch.utils.data import Subset
     from tqdm import tqdm

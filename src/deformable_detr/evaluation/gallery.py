@@ -50,7 +50,7 @@ class Gallery:
         indices = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
         image_ids = [int(dataset.image_ids[index]) for index in indices]
         index_file = self.folder / "images.json"
-        if _read_ids(index_file) != image_ids:
+        if _read_index(index_file).get("ids") != image_ids:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(index_file, json.dumps(_describe_images(dataset, indices, image_ids), ensure_ascii=False))
         labels = {category.id: label for label, category in enumerate(dataset.categories)}
@@ -71,11 +71,10 @@ def read_gallery(run_dir: Path, steps: Sequence[int]) -> dict[str, Any] | None:
     If a step was evaluated twice, as after a crash, the last record counts.
     """
     folder = run_dir / FOLDER
-    try:
-        content = json.loads((folder / "images.json").read_text(encoding="utf-8"))
-        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, ValueError):
+    content, predictions = _read_index(folder / "images.json"), folder / "predictions.jsonl"
+    if not content or not predictions.is_file():
         return None
+    lines = predictions.read_text(encoding="utf-8", errors="replace").splitlines()
     records = {}
     for line in lines:
         try:
@@ -87,11 +86,12 @@ def read_gallery(run_dir: Path, steps: Sequence[int]) -> dict[str, Any] | None:
     return {**content, "evaluations": [records[step] for step in sorted(records)]}
 
 
-def _read_ids(index_file: Path) -> list[int] | None:
+def _read_index(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(index_file.read_text(encoding="utf-8"))["ids"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _describe_images(dataset: CocoDataset, indices: Sequence[int], image_ids: Sequence[int]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """COCO metrics, equal to pycocotools' and many times faster.
 
-hotcoco matches and counts. This module prepares real annotation files for it: it renumbers records (pycocotools reads
-annotation id 0 as "not matched" and loses objects with duplicate ids), fills in missing areas and crowd flags, and
-returns None instead of -1 for metrics without ground truth.
+hotcoco matches and counts. This module renumbers records for it (pycocotools reads annotation id 0 as "not matched" and
+loses objects with duplicate ids) and fills in missing areas and crowd flags.
 """
 
 from __future__ import annotations
@@ -49,22 +48,14 @@ def coco_metrics(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str,
 
 @dataclass(frozen=True, eq=False)
 class CocoEvaluation:
-    """Detections matched to the ground truth. Images, classes and records are numbered from 1.
+    """Detections matched to the ground truth. Images, classes and records are numbered from 1."""
 
-    Attributes:
-        evaluator: hotcoco's evaluator after `accumulate`.
-        images, categories: id → number.
-        names: Class names in the order of their numbers.
-        objects: The ground truth as columns: image_ids, category_ids, boxes (xywh), area, iscrowd.
-        detections: (N, 7) float64: image, x, y, width, height, score, class.
-    """
-
-    evaluator: hotcoco.COCOeval
-    images: dict[Any, int]
+    evaluator: hotcoco.COCOeval  # after `accumulate`
+    images: dict[Any, int]  # id → number
     categories: dict[Any, int]
-    names: list[str]
-    objects: dict[str, np.ndarray]
-    detections: np.ndarray
+    names: list[str]  # of the classes, in the order of their numbers
+    objects: dict[str, np.ndarray]  # columns image_ids, category_ids, boxes (xywh), area, iscrowd
+    detections: np.ndarray  # (N, 7) float64: image, x, y, width, height, score, class
 
 
 def run_coco_eval(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> CocoEvaluation:

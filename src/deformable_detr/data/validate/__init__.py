@@ -45,10 +45,7 @@ class Report:
         return self.issues.of("error")
 
     def lines(self, limit: int = LINES_PER_TYPE, without: Sequence[str] = ()) -> Iterator[str]:
-        """Yield errors and warnings, one per line: `limit` of each type, then the number of others.
-
-        Types in `without` are left out.
-        """
+        """Yield errors and warnings, `limit` lines per type and the number of others, but no types in `without`."""
         for code, group in self.issues.by_code().items():
             if (severity := ISSUE_TYPES[code].severity) == "note" or code in without:
                 continue
@@ -137,10 +134,7 @@ def check_for_training(
 ) -> tuple[str, ...]:
     """Check a dataset as deep as `data.check` says, and return the lines that training prints: one per type of warning.
 
-    Issues of the test split are ignored, because training does not use it.
-
-    Raises:
-        UserError: There are errors; the message is the first one.
+    Training does not use the test split, so its issues are ignored. Raises UserError with the first error, if any.
     """
     if data.check == "off":
         return ()
@@ -172,10 +166,7 @@ def check_opening(report: Report, data: DataConfig) -> None:
 
 
 def find_splits(root: Path, data: DataConfig, issues: Issues) -> dict[str, Source]:
-    """Return the splits of a dataset, and add issues for those that training lacks.
-
-    Raises UserError if there is no dataset.
-    """
+    """Return the splits of a dataset, and add issues for missing ones. Raises UserError if there is no dataset."""
     if not root.exists():
         raise UserError(f"{root}: no such dataset; give its folder or its annotation file")
     sources: dict[str, Source] = {}

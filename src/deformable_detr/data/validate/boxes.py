@@ -49,11 +49,7 @@ def image_limits(split: Split) -> np.ndarray:
 
 
 def clip_boxes(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clip xywh boxes (N, 4) to limits (N, 2).
-
-    Returns:
-        The clipped boxes as xyxy, which of them keep an area, and which had none before.
-    """
+    """Clip xywh boxes (N, 4) to limits (N, 2); return them as xyxy, which keep an area, and which had none before."""
     x, y, w, h = boxes.T
     clipped = np.clip(np.stack([x, y, x + w, y + h], axis=1), 0, np.concatenate([limits, limits], axis=1))
     inside = np.min(clipped[:, 2:] - clipped[:, :2], axis=1, initial=np.inf) >= MIN_SIDE

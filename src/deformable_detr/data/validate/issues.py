@@ -122,15 +122,10 @@ ISSUE_TYPES = {
 
 @dataclass(frozen=True)
 class Issue(Problem):
-    """A problem with its split.
-
-    Attributes:
-        split: Name of the split, such as 'train'.
-        other: The second image of a pair.
-    """
+    """A problem with its split."""
 
     split: str = ""
-    other: Path | None = None
+    other: Path | None = None  # the second image of a pair
 
     @property
     def severity(self) -> Severity:

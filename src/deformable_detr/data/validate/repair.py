@@ -37,10 +37,9 @@ Change = dict[str, Any]
 
 @contextmanager
 def new_copy(data: Path, out: Path, option: str) -> Iterator[None]:
-    """Create the folder of a copy; remove what is in it if the code inside fails.
+    """Create the folder of a copy; remove its content if the code inside fails.
 
-    Raises:
-        UserError: The folder lies in the dataset, is not empty, or cannot be written.
+    Raises UserError if the folder lies in the dataset, is not empty, or cannot be written.
     """
     existed = out.exists()
     _create_folder(data.expanduser(), out, option)
