@@ -274,7 +274,7 @@ def test_images_without_objects(tmp_path):
 
 def test_no_objects_at_all_are_refused(tmp_path):
     data = write_dataset(tmp_path / "set", train=4, empty=4)
-    with pytest.raises(UserError, match="has no objects to learn from"):
+    with pytest.raises(UserError, match="has no objects to train on"):
         train_model(data, tmp_path / "run", tiny_config(epochs=1, batch_size=2))
 
 
