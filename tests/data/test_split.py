@@ -195,7 +195,7 @@ def test_what_is_said_of_a_set_without_validation(tmp_path, capsys):
 def test_shares_classes_and_seeds(tmp_path, capsys):
     many(tmp_path / "set", "abcdefghijklmnopqrst", none1=[], none2=[], none3=[], none4=[], none5=[])
     out = split(capsys, tmp_path / "set", "--out", tmp_path / "new", "--test", "0.2")
-    assert "next: deformable-detr train" in out
+    assert "Next: deformable-detr train" in out
     assert "stay together" not in out
     found = parts(tmp_path / "new")
     assert {name: len(stems) for name, stems in found.items()} == {"train": 15, "val": 5, "test": 5}
@@ -247,7 +247,7 @@ def test_images_that_belong_together_stay_together(tmp_path, capsys):
     names = [f"{video}_{frame}" for video in ("north", "south", "east", "west", "up") for frame in range(4)]
     root = many(tmp_path / "set", names)
     out = split(capsys, root, "--out", tmp_path / "new", "--group-by", "^[a-z]+")
-    assert "20 images in 5 groups that stay together" in out
+    assert "20 images in 5 groups; no group is split" in out
     videos = [{stem.split("_")[0] for stem in stems} for stems in parts(tmp_path / "new").values()]
     assert not set.intersection(*videos)
     assert sorted(map(len, videos)) == [1, 4]
@@ -286,7 +286,7 @@ def test_what_is_wrong_is_repaired_on_the_way(tmp_path, capsys):
     content["annotations"][0]["bbox"] = [30, 10, 20, 5]
     (root / "train" / SPLIT).write_text(json.dumps(content))
     out = split(capsys, root, "--out", tmp_path / "new", "--seed", 2)
-    assert "a divided copy with 9 of 10 images and 9 of 10 objects" in out
+    assert ": split copy with 9 of 10 images and 9 of 10 objects" in out
     found = parts(tmp_path / "new")
     assert found["train"] | found["val"] == set("abdefghij")
     as_training(tmp_path / "new")
@@ -390,7 +390,7 @@ def test_splits_of_other_names(tmp_path, capsys):
     assert set(parts(tmp_path / "new")) == {"all", "dev"}
     assert "--out runs/NAME --set data.train_split=all --set data.val_split=dev" in out
     said = refused(capsys, root, "--out", tmp_path / "x", "--set", "data.val_split=test", "--test", "0.1")
-    assert "both would be 'test'" in said
+    assert "both name the split 'test'" in said
 
 
 def test_the_folder_of_the_copy_is_left_as_it_was(tmp_path, capsys, monkeypatch):

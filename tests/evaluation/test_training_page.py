@@ -101,5 +101,5 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     (run / "training.html").mkdir(parents=True)
     (run / "gallery").write_text("not a folder")
     assert "AP" in train_model(data, run, tiny_config(epochs=1))
-    assert "page of curves was not written" in caplog.text
+    assert "training.html was not written" in caplog.text
     assert "gallery cannot be written" in caplog.text

@@ -19,7 +19,7 @@ def test_the_repaired_copy(tmp_path, capsys):
     code, printed, _ = call(capsys, root, "--fix", out, "--set", "model.image_size=64")
     assert state(root) == before, "the original is only read"
     assert code == 0, printed
-    assert "still error" not in printed
+    assert "remaining: error" not in printed
 
     content = json.loads((out / TRAIN).read_text())
     assert content["info"] == {"year": 2024}
@@ -173,7 +173,7 @@ def test_file_names_of_other_systems_come_back(tmp_path, capsys):
         open_dataset(root)
     code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
-    assert "still error" not in printed
+    assert "remaining: error" not in printed
     for split, images in OBJECTS.items():
         copied = open_dataset(tmp_path / "copy", split)
         names = [copied.path(index).name for index in range(len(copied))]
@@ -198,7 +198,7 @@ def test_records_of_one_file_become_one(tmp_path, capsys):
     copy = json.loads((out / TRAIN).read_text())
     assert [record["file_name"] for record in copy["images"]] == ["a.png", "b.png", "empty.png"]
     assert [record["image_id"] for record in copy["annotations"]] == [1, 1, 2]
-    assert "a repaired copy with 4 of 5 images and 5 of 6 objects; " in printed
+    assert ": repaired copy with 4 of 5 images and 5 of 6 objects; " in printed
     changes = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]
     assert [(change["code"], change["record"]) for change in changes] == [
         ("image-twice", "images[3]"), ("box-duplicate", "annotations[3] (id 60)"),
@@ -220,7 +220,7 @@ def test_the_copy_has_one_list_of_classes(tmp_path, capsys):
     assert codes(root) == {"category-renumbered"}
     code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
-    assert "still warning category-renumbered" not in printed
+    assert "remaining: warning category-renumbered" not in printed
     fixed = json.loads((tmp_path / "copy/val/_annotations.coco.json").read_text())
     assert {record["id"]: record["name"] for record in fixed["categories"]} == {1: "cat", 2: "dog"}
     assert [record["category_id"] for record in fixed["annotations"]] == [1, 2]

@@ -37,8 +37,8 @@ function table(host, heads, rows) {
   const speeds = models.map((model) => model.speed);
   const model = speeds.map((speed) => (speed.model_milliseconds === null ? "—" : `${speed.model_milliseconds.toFixed(1)} ms`));
   table(byId("speed-table"), ["", ...(second ? ["A", "B"] : [""])], [
-    ["Images per second, including loading", ...speeds.map((speed) => figure(speed.images_per_second, 1))],
-    ["Model and postprocessing, per image", ...model], ["Device", ...speeds.map((speed) => speed.device)]]);
+    ["Images per second", ...speeds.map((speed) => figure(speed.images_per_second, 1))],
+    ["Model, per image", ...model], ["Device", ...speeds.map((speed) => speed.device)]]);
 }
 
 // --- classes ---
