@@ -40,6 +40,19 @@ def test_frozen_stages_get_no_gradient_and_the_rest_does(name):
     assert all(p.grad is not None for p in body.parameters() if p.requires_grad)
 
 
+def test_one_small_image_trains_without_batch_statistics():
+    body = backbone().train()
+    assert body(torch.randn(1, 3, 32, 20))[-1].shape[2:] == (1, 1)
+    assert all(module.training for module in body.modules())
+
+
+def test_a_shape_without_enough_stages_is_named():
+    shape = {"depths": (1, 1), "widths": (8, 8), "stem": 8}
+    assert backbone(backbone_shape=shape, num_feature_levels=1).channels == (8,)
+    with pytest.raises(UserError, match="backbone_shape has 2 stages; num_feature_levels > 1 needs 4"):
+        backbone(backbone_shape=shape)
+
+
 def test_norms_are_frozen_with_weights_and_trained_without():
     trained = [m for m in backbone().modules() if isinstance(m, nn.BatchNorm2d)]
     assert trained
@@ -59,9 +72,9 @@ def test_weights_from_a_file(tmp_path):
     save_file(source.state_dict(), tmp_path / "resnet10t.safetensors")
     body = backbone(backbone_weights=str(tmp_path / "resnet10t.safetensors"))
     assert torch.equal(body.body.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
-    with pytest.raises(UserError, match=r"resnet10t\.safetensors do not fit timm's 'resnet18'"):
+    with pytest.raises(UserError, match=r"resnet10t\.safetensors for timm's 'resnet18'"):
         backbone(backbone="resnet18", backbone_weights=str(tmp_path / "resnet10t.safetensors"))
-    with pytest.raises(UserError, match=r"resnet10t\.safetensors do not fit"):
+    with pytest.raises(UserError, match=r"resnet10t\.safetensors (do not fit|for)"):
         backbone(backbone="tf_efficientnet_lite0", backbone_weights=str(tmp_path / "resnet10t.safetensors"))
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"broken\.safetensors"):

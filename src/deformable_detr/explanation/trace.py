@@ -14,7 +14,8 @@ from torchvision.ops import box_convert
 from ..config.schema import ModelConfig
 from ..data.dataloader import collate
 from ..data.transforms import resize
-from ..model.geometry import get_valid_ratios, level_masks
+from ..model.geometry import get_valid_ratios
+from ..model.layers import resize_mask
 from ..model.network import DeformableDETRNetwork
 from ..model.postprocess import postprocess, to_detections
 from ..predict.predictor import evaluating, model_categories
@@ -187,6 +188,7 @@ def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_
         pairs = outputs["pred_logits"].float().sigmoid().flatten(1).topk(len(selection.scores), dim=1).indices[0]
         queries = (pairs // config.num_classes).cpu()
     detections = to_detections(selection, image_size, threshold, model_categories(config), image)
+    masks = [resize_mask(batch.padding_mask, shape) for shape in outputs["spatial_shapes"]]
     return Trace(
         image=image,
         pixels=pixels,
@@ -195,7 +197,7 @@ def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_
         queries=queries[selection.scores >= threshold],
         best_score=selection.scores[0].item() if len(selection.scores) else math.nan,
         outputs=tree_map_only(Tensor, lambda tensor: tensor.cpu(), outputs),
-        valid_ratios=get_valid_ratios(level_masks(batch.padding_mask, outputs["spatial_shapes"]), torch.float32)[0],
+        valid_ratios=get_valid_ratios(masks, torch.float32)[0],
     )
 
 

@@ -1,7 +1,5 @@
 """Multi-scale deformable attention as a module (section 4.1, equation 3)."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

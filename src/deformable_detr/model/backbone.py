@@ -1,9 +1,6 @@
 """The backbone, any timm model, and the input projections to all feature levels (appendix A.2)."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +39,13 @@ class Backbone(nn.Module):
     def forward(self, pixels: Tensor) -> list[Tensor]:
         if not torch.compiler.is_exporting():  # the runtime of an exported graph chooses its own layout
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return self.body(pixels)
+        if not self.body.training or len(pixels) > 1 or max(pixels.shape[2:]) > STRIDES[-1]:
+            return self.body(pixels)
+        self.body.eval()  # the last map has one value per channel, for which batch norms have no statistics
+        try:
+            return self.body(pixels)
+        finally:
+            self.body.train()
 
 
 class InputProjection(nn.Module):
@@ -93,11 +96,12 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
     import timm
 
     if config.backbone_shape is not None:
-        try:
-            body = ResNet(config.backbone_shape, strides if len(strides) > 1 else None)
-        except ValueError as error:
-            levels = config.num_feature_levels
-            raise UserError(f"backbone_shape has {error}, which num_feature_levels {levels} needs") from None
+        depth = len(config.backbone_shape.depths)
+        if len(strides) > 1 and depth < 4:
+            raise UserError(
+                f"backbone_shape has {depth} stages; num_feature_levels {config.num_feature_levels} needs 4"
+            )
+        body = ResNet(config.backbone_shape, (depth,) if len(strides) == 1 else tuple(range(5 - len(strides), 5)))
         return body, body.feature_info.info
     name, source = config.backbone, config.backbone_weights
     if not timm.is_model(name):
@@ -118,34 +122,23 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
     options |= {"features_only": True, "out_indices": tuple(by_stride[stride] for stride in strides)}
     if source == "none":
         return timm.create_model(name, **options), stages
+    # timm ignores missing keys of feature extractors: look for tensors of a file that keep their random values.
+    fresh = {} if source == "hub" else timm.create_model(name, **options).state_dict()
     if source != "hub":
-        return _load_weights(name, Path(source), options), stages
+        options["pretrained_cfg_overlay"] = {"file": source}
     try:
         with quiet_loggers("timm", "huggingface_hub"):
-            return timm.create_model(name, pretrained=True, **options), stages
+            body = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub client, the network and the file raise many types
         raise UserError(
-            f"cannot download weights of backbone '{name}' ({first_line(error).split('. ')[0]}); "
+            f"cannot load backbone weights {source} for timm's '{name}' ({first_line(error).split('. ')[0]}); "
             "set --backbone-weights to a safetensors file with timm's names, or to none"
         ) from None
-
-
-def _load_weights(name: str, path: Path, options: dict[str, Any]) -> Any:
-    import timm
-
-    if not path.is_file():
-        raise UserError(f"backbone weights {path}: no such file")
-    fresh = timm.create_model(name, **options).state_dict()
-    try:
-        with quiet_loggers("timm", "huggingface_hub"):
-            body = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **options)
-    except Exception as error:  # readers of malformed files raise many types
-        raise UserError(f"backbone weights {path} do not fit timm's '{name}': {first_line(error)}") from None
-    # timm ignores missing keys of feature extractors, so look for tensors that kept their random values.
-    missing = [key for key, value in body.state_dict().items() if value.ndim > 1 and torch.equal(value, fresh[key])]
-    if missing:
-        raise UserError(f"backbone weights {path} do not fit timm's '{name}': no values for {missing[0]}")
-    return body
+    loaded = body.state_dict()
+    for key, value in fresh.items():
+        if value.ndim > 1 and torch.equal(value, loaded[key]):
+            raise UserError(f"backbone weights {source} do not fit timm's '{name}': no values for {key}")
+    return body, stages
 
 
 def _freeze_stages(body: nn.Module, stages: list[dict], count: int, name: str) -> None:

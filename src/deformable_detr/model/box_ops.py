@@ -1,7 +1,5 @@
 """Box overlaps that are finite, in value and gradient, for every pair of boxes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

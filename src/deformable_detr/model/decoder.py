@@ -1,7 +1,5 @@
 """The decoder: queries attend to each other and to the memory, and refine their boxes (section 4.1, appendix A.4)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -29,14 +27,6 @@ class Queries(NamedTuple):
     content: Tensor
     position: Tensor | None
     reference_points: Tensor
-
-    def prepend(self, content: Tensor, position: Tensor | None, boxes: Tensor) -> Queries:
-        """Put more queries with reference boxes before these."""
-        if self.position is not None and position is not None:
-            position = torch.cat((position, self.position), dim=1)
-        content = torch.cat((content.to(self.content.dtype), self.content), dim=1)
-        boxes = torch.cat((boxes.to(self.reference_points.dtype), self.reference_points), dim=1)
-        return Queries(content, position, boxes)
 
 
 class DenoisingQueries(NamedTuple):

@@ -1,7 +1,5 @@
 """The encoder: every pixel of every level attends to a few points around it (section 4.1, "Deformable encoder")."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,7 +1,5 @@
 """Batch normalization with fixed statistics and affine parameters, for pretrained backbones."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,14 +1,12 @@
 """Positions and sizes on feature maps, shared by the network and its fused form."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .layers import inverse_sigmoid, resize_mask
+from .layers import inverse_sigmoid
 
 ANCHOR_SIZE = 0.05  # side of a proposal's anchor at the finest level, relative to the image; doubles per level
 
@@ -28,11 +26,6 @@ class FlattenedFeatures(NamedTuple):
     padding_mask: Tensor
     spatial_shapes: tuple[tuple[int, int], ...]
     valid_ratios: Tensor
-
-
-def level_masks(padding_mask: Tensor, spatial_shapes: ops.Shapes) -> list[Tensor]:
-    """Resize the mask (B, H, W) to each level."""
-    return [resize_mask(padding_mask, (h, w)) for h, w in spatial_shapes]
 
 
 def get_valid_ratios(masks: list[Tensor], dtype: torch.dtype) -> Tensor:

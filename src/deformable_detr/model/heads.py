@@ -1,7 +1,5 @@
 """The prediction heads: class logits and box deltas of decoder queries and encoder proposals."""
 
-from __future__ import annotations
-
 import copy
 import math
 

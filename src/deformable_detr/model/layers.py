@@ -1,7 +1,5 @@
 """Small modules that encoder, decoder and heads share."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

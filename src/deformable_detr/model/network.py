@@ -8,8 +8,6 @@ per head, C = M·D, L levels, P points per head and level, N decoder layers, K c
 Boxes are (cx, cy, w, h) in 0..1 of the unpadded image; `padding_mask` is True at padding.
 """
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +19,9 @@ from .backbone import Backbone, InputProjection, pixel_statistics
 from .box_ops import upcast
 from .decoder import Decoder, DenoisingQueries, Queries
 from .encoder import Encoder
-from .geometry import FlattenedFeatures, get_valid_ratios, level_masks
+from .geometry import FlattenedFeatures, get_valid_ratios
 from .heads import DetectionHeads
+from .layers import resize_mask
 from .position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from .two_stage import TwoStageProposals
 
@@ -97,19 +96,29 @@ class DeformableDETRNetwork(nn.Module):
             encoder_logits (B, S, K) and encoder_boxes (B, S, 4), two-stage only: the proposals. Column 0 of the logits
             means "object"; with class_aware_proposals, each column is its class;
             denoising_logits and denoising_boxes, with denoising_queries: like layer_logits and layer_boxes;
-            encoder_attention and decoder_attention, with return_attention: lists of `SamplingDetails` per layer;
-            decoder_reference_points and spatial_shapes, with return_attention: each decoder layer's input, and (height,
-            width) per level.
+            encoder_attention, decoder_attention (`SamplingDetails` per layer), decoder_reference_points (per layer) and
+            spatial_shapes ((height, width) per level), with return_attention.
 
         Raises:
             ValueError: denoising_queries for a one-stage model.
         """
         features = self._flatten(pixels, padding_mask)
         memory, encoder_attention = self.encoder(features, return_attention)
-        queries, outputs = self._initial_queries(memory, features, denoising_queries)
-        outputs |= self._decode(queries, memory, features, denoising_queries, return_attention)
+        queries, outputs = self._initial_queries(memory, features)
+        attn_mask, extra = None, 0
+        if denoising_queries is not None:
+            queries, attn_mask = self._prepend(denoising_queries, queries, memory)
+            extra = denoising_queries.queries.shape[1]
+        logits, boxes, reference_points, decoder_attention = self.decoder(
+            queries, memory, features, attn_mask, return_attention
+        )
+        if denoising_queries is not None:
+            outputs |= {"denoising_logits": logits[:, :, :extra], "denoising_boxes": boxes[:, :, :extra]}
+            logits, boxes = logits[:, :, extra:], boxes[:, :, extra:]
+        outputs |= {"pred_logits": logits[-1], "pred_boxes": boxes[-1], "layer_logits": logits, "layer_boxes": boxes}
         if return_attention:
-            outputs |= {"encoder_attention": encoder_attention, "spatial_shapes": features.spatial_shapes}
+            outputs |= {"encoder_attention": encoder_attention, "decoder_attention": decoder_attention}
+            outputs |= {"decoder_reference_points": reference_points, "spatial_shapes": features.spatial_shapes}
         return outputs
 
     def _flatten(self, pixels: Tensor, padding_mask: Tensor | None) -> FlattenedFeatures:
@@ -118,7 +127,7 @@ class DeformableDETRNetwork(nn.Module):
             padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
         maps = self.projections(self.backbone(pixels.masked_fill(padding_mask[:, None], 0.0)))
         spatial_shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
-        masks = level_masks(padding_mask, spatial_shapes)
+        masks = [resize_mask(padding_mask, shape) for shape in spatial_shapes]
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
         positions = [
             self.position(mask, tokens.dtype).flatten(2).transpose(1, 2) + level
@@ -132,41 +141,22 @@ class DeformableDETRNetwork(nn.Module):
             valid_ratios=get_valid_ratios(masks, torch.promote_types(pixels.dtype, torch.float32)),
         )
 
-    def _initial_queries(
-        self, memory: Tensor, features: FlattenedFeatures, denoising: DenoisingQueries | None
-    ) -> tuple[Queries, dict[str, Any]]:
-        """The decoder's input, denoising queries first, and the outputs of the proposal stage."""
+    def _initial_queries(self, memory: Tensor, features: FlattenedFeatures) -> tuple[Queries, dict[str, Any]]:
+        """The decoder's input, and the outputs of the proposal stage."""
         if self.config.two_stage:
             queries, logits, boxes = self.proposals(memory, features, self.decoder.heads)
-            if denoising is not None:
-                position, _ = self.proposals.embed_boxes(denoising.boxes, memory)
-                queries = queries.prepend(denoising.queries, position, denoising.boxes)
             return queries, {"encoder_logits": logits, "encoder_boxes": boxes}
-        if denoising is not None:
-            raise ValueError("denoising_queries need a two-stage model, whose queries start from boxes")
         position, content = self.query_embedding.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
         return Queries(content, position, upcast(self.reference_points(position)).sigmoid()), {}
 
-    def _decode(
-        self,
-        queries: Queries,
-        memory: Tensor,
-        features: FlattenedFeatures,
-        denoising: DenoisingQueries | None,
-        return_attention: bool,
-    ) -> dict[str, Any]:
-        """Run the decoder and separate its predictions from those of the denoising queries."""
-        outputs: dict[str, Any] = {}
-        attn_mask = None
-        if denoising is not None:
-            Q = queries.content.shape[1]  # less than the mask's size if there are fewer tokens than queries
-            attn_mask = denoising.attn_mask[:Q, :Q]
-        logits, boxes, reference_points, details = self.decoder(queries, memory, features, attn_mask, return_attention)
-        if denoising is not None:
-            count = denoising.queries.shape[1]
-            outputs |= {"denoising_logits": logits[:, :, :count], "denoising_boxes": boxes[:, :, :count]}
-            logits, boxes = logits[:, :, count:], boxes[:, :, count:]
-        outputs |= {"pred_logits": logits[-1], "pred_boxes": boxes[-1], "layer_logits": logits, "layer_boxes": boxes}
-        if return_attention:
-            outputs |= {"decoder_attention": details, "decoder_reference_points": reference_points}
-        return outputs
+    def _prepend(self, denoising: DenoisingQueries, queries: Queries, memory: Tensor) -> tuple[Queries, Tensor]:
+        """Put denoising queries before the model's own; also return the attention mask of all."""
+        if not self.config.two_stage:
+            raise ValueError("denoising_queries need a two-stage model, whose queries start from boxes")
+        content = torch.cat((denoising.queries.to(queries.content.dtype), queries.content), dim=1)
+        position, _ = self.proposals.embed_boxes(denoising.boxes, memory)
+        if position is not None and queries.position is not None:
+            position = torch.cat((position, queries.position), dim=1)
+        boxes = torch.cat((denoising.boxes.to(queries.reference_points.dtype), queries.reference_points), dim=1)
+        count = content.shape[1]  # less than the mask's size if there are fewer tokens than queries
+        return Queries(content, position, boxes), denoising.attn_mask[:count, :count]

@@ -1,7 +1,5 @@
 """Position encodings of feature maps and of boxes."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """From the network's outputs to boxes in pixels, as the paper evaluates: the best of all query and class pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

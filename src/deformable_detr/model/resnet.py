@@ -1,7 +1,5 @@
 """ResNets of any depth and width (He et al. 2015), for weights of shapes that timm has no name for."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ..config.schema import ResNetShape
@@ -9,17 +7,9 @@ from .layers import ACTIVATIONS
 
 
 class ResNet(nn.Module):
-    """Feature maps (B, C_l, H_l, W_l) at chosen strides. Modules have torchvision's names.
+    """The feature maps at chosen indices, index i with stride 2 << i: (B, C_i, H_i, W_i). Names are torchvision's."""
 
-    Args:
-        shape: Blocks, depths and widths.
-        strides: Of the maps to return. None: the last map only.
-
-    Raises:
-        ValueError: The network has no map at one of the strides.
-    """
-
-    def __init__(self, shape: ResNetShape, strides: tuple[int, ...] | None) -> None:
+    def __init__(self, shape: ResNetShape, out_indices: tuple[int, ...]) -> None:
         super().__init__()
         from timm.models import FeatureInfo
 
@@ -34,12 +24,8 @@ class ResNet(nn.Module):
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
             stages.append({"num_chs": out, "reduction": 4 << index, "module": f"layer{index + 1}"})
             width = out
-        by_stride = {stage["reduction"]: index for index, stage in enumerate(stages)}
-        missing = [stride for stride in strides or () if stride not in by_stride]
-        if missing:
-            raise ValueError(f"maps at strides {sorted(by_stride)}, but not at {missing[0]}")
-        self.out_indices = tuple(by_stride[stride] for stride in strides) if strides else (len(stages) - 1,)
-        self.feature_info = FeatureInfo(stages, self.out_indices)
+        self.out_indices = out_indices
+        self.feature_info = FeatureInfo(stages, out_indices)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,7 +1,5 @@
 """Two-stage: the encoder's best proposals become the decoder's queries (section 4.2, appendix A.4)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

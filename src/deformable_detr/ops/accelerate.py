@@ -7,8 +7,6 @@
 Only the sampling core changes, and only in the given model: weights, inputs and outputs stay.
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The public functions, and the choice of the backend that runs them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 A query's weighted corner pixels are one bag of rows of `value`, which `F.embedding_bag` sums without storing samples.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

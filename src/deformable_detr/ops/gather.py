@@ -1,7 +1,5 @@
 """Bilinear sampling by `index_select`, for exported graphs whose runtime has no exact `grid_sample`."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ A graph that contains it runs wherever this package is installed: the kernel pic
 `dispatch` decides whether a call becomes this op.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Multi-scale deformable attention in plain PyTorch: the definition that every faster backend must equal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

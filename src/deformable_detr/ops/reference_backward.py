@@ -3,8 +3,6 @@
 Nothing is saved by the forward pass; samples are computed again, level by level.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Launch the GPU kernels. Triton is not imported before the first call on a GPU."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 from typing import Any

@@ -6,8 +6,6 @@ Needs a C and a C++ compiler with GNU vectors (GCC 12 or Clang 16, or newer), bu
 compiled in but not linked: the library shares the copy, and thus the thread pool, that torch has loaded.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shlex

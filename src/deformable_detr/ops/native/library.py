@@ -1,7 +1,5 @@
 """The compiled CPU library through ctypes: no Python extension, so one wheel fits every Python and torch version."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...model.geometry import get_valid_ratios, level_masks, pixel_centers, proposal_anchors
+from ...model.geometry import get_valid_ratios, pixel_centers, proposal_anchors
+from ...model.layers import resize_mask
 
 if TYPE_CHECKING:
     from ...model.network import DeformableDETRNetwork
@@ -86,7 +87,7 @@ class PositionalInputCache(nn.Module):
         return inputs
 
     def _compute(self, padding_mask: Tensor, shapes: tuple[tuple[int, int], ...], padded: bool) -> PositionalInputs:
-        masks = level_masks(padding_mask, shapes)
+        masks = [resize_mask(padding_mask, shape) for shape in shapes]
         ratios = get_valid_ratios(masks, torch.float32)
         encode = self._encode_padded if padded else self._encode_unpadded
         position = torch.cat(list(map(encode, masks, self.level_embedding)), dim=1)
