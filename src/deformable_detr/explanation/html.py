@@ -23,9 +23,7 @@ def page(traced: Trace, selected: Explanation, layer: int | None = None) -> str:
     Args:
         traced: The trace of the image.
         selected: The detection to show first, with up to 50 others to choose from, or a point, shown alone.
-        layer: The layer to show first, counted from 0. Default: the last.
-
-    Raises UserError if there is no such layer.
+        layer: The layer to show first, counted from 0; it must exist. Default: the last.
     """
     if layer is not None:
         selected.check_layer(layer)

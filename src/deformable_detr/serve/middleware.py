@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import re
 import time
+from contextlib import suppress
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -129,12 +130,10 @@ class _RequestHandler:
         if b"expect" in self.headers:  # the client waits for "100 Continue" before it sends
             return
         remaining = 4 * self.middleware.engine.limits.body_bytes
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
                 while self.unread and remaining > 0:
                     remaining -= len((await self.receive()).get("body", b""))
-        except TimeoutError:
-            pass
 
     async def _refuse(self, status: int, detail: str) -> None:
         headers = {"www-authenticate": "Bearer"} if status == 401 else None

@@ -19,7 +19,6 @@ const color = (label) => COLORS[label % COLORS.length];
 const threshold = () => Number(byId("score").value);
 const detections = () => state.result?.detections ?? [];
 const visible = () => [...detections().entries()].filter(([, { score, label }]) => score >= threshold() && !state.hidden.has(label));
-const button = (attributes, ...content) => el("button", { type: "button", ...attributes }, ...content);
 
 function swatch(label) {
   const icon = el("i");

@@ -137,8 +137,6 @@ def serve(source: Path, host: str, port: int, token: str | None, device: str, li
         engine = Engine(model, limits, model.optimize() if isinstance(model, DeformableDETR) else None)
         try:
             engine.start()
-        except UserError:
-            raise
         except Exception as error:  # runtimes and devices raise many types of errors
             raise UserError(f"{source} fails on its first image, so it is not served: {first_line(error)}") from None
         server = Server(create_app(engine, token, name), engine, f"serving {name} at {url} - press Ctrl-C to stop")

@@ -11,4 +11,5 @@ function fillElement(element, attributes, children) {
 }
 const el = (tag, attributes = {}, ...children) => fillElement(document.createElement(tag), attributes, children);
 const svg = (tag, attributes = {}, ...children) => fillElement(document.createElementNS(SVG, tag), attributes, children);
+const button = (attributes, ...content) => el("button", { type: "button", ...attributes }, ...content);
 const byId = (id) => document.getElementById(id);

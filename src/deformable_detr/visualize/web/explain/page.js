@@ -69,8 +69,6 @@ function play(on) {
   byId("play").textContent = on ? "Stop" : "Play";
 }
 
-const button = (attributes, ...content) => el("button", { type: "button", ...attributes }, ...content);
-
 // Chips that show or hide the members of state[id], and two for all and none of them.
 function addToggles(id, labels, icon = () => null) {
   const members = state[id], change = (action) => () => { action(); draw(); };
