@@ -18,9 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["tests/ops/test_backends.py", "tests/ops/test_operators.py"]
 LEFT_OUT = "opcheck or compiles or exports or embedding_bag or refused"  # torch's machinery, not the library
-PLUGIN = (
-    "from deformable_detr.ops.native import library\nlibrary._ScratchPool.KEEP = 0  # fresh scratch for every call\n"
-)
+PLUGIN = "from deformable_detr.ops.native import library\nlibrary.KEEP = 0  # fresh scratch for every call\n"
 CONTROL = """
 import torch
 from deformable_detr.ops.native import library

@@ -103,15 +103,15 @@ def test_a_missing_backend_is_an_error_only_where_it_was_asked_for(monkeypatch):
 
 def test_one_log_line_says_what_runs(monkeypatch, caplog):
     for status, level, words in (
-        ((object(), "avx9"), logging.INFO, "runs on cpu (compiled library, avx9"),
+        ((object(), "compiled library, avx9"), logging.INFO, "runs on cpu (compiled library, avx9"),
         ((None, "not built"), logging.WARNING, "runs on embedding_bag (plain PyTorch, slower"),
     ):
-        monkeypatch.setattr(operators, "_logged", set())
+        operators._log_once.cache_clear()
         monkeypatch.setattr(library, "status", lambda status=status: status)
         caplog.clear()
         with caplog.at_level(logging.INFO, "deformable_detr.ops"):
-            operators._use_library()
-            operators._use_library()
+            operators._fast_backend("cpu")
+            operators._fast_backend("cpu")
         assert [(r.levelno, words in r.getMessage()) for r in caplog.records] == [(level, True)]
 
 
@@ -165,7 +165,7 @@ def test_callers_in_several_threads_do_not_disturb_each_other():
         worker.join()
     assert len(found) == 20
     assert all(torch.equal(a, b) for result in found for a, b in zip(result, expected, strict=True))
-    assert len(library._pool._free) <= library._ScratchPool.KEEP
+    assert len(library._kept) <= library.KEEP
 
 
 def _in_child(shapes, tensors, queue) -> None:

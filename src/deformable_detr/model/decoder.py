@@ -149,8 +149,9 @@ class Decoder(nn.Module):
             if self.position_head is not None:
                 encoding = box_encoding(reference_points, content.shape[-1] // 2)
                 position = self.position_head(encoding.to(content.dtype))
+            scale = features.valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)[:, None]
             inputs = (
-                content, position, self._on_padded_maps(reference_points, features.valid_ratios), memory,
+                content, position, reference_points[:, :, None] * scale, memory,
                 features.spatial_shapes, features.padding_mask, attn_mask, return_details,
             )  # fmt: skip
             if self.gradient_checkpointing and self.training:
@@ -168,10 +169,3 @@ class Decoder(nn.Module):
                 start = refine_boxes(deltas, reference_points) if twice else boxes.detach()
                 reference_points = boxes.detach()
         return torch.stack(all_logits), torch.stack(all_boxes), all_references, all_details if return_details else []
-
-    @staticmethod
-    def _on_padded_maps(reference_points: Tensor, valid_ratios: Tensor) -> Tensor:
-        """Scale (B, Q, 2 or 4) from the unpadded image to the padded map of each level: (B, Q, L, 2 or 4)."""
-        if reference_points.shape[-1] == 4:
-            valid_ratios = valid_ratios.repeat(1, 1, 2)
-        return reference_points[:, :, None] * valid_ratios[:, None]

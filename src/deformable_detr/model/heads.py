@@ -28,13 +28,12 @@ class DetectionHeads(nn.Module):
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        boxes = [copy.deepcopy(box_head) for _ in range(pairs)]
         self.classes = nn.ModuleList(copy.deepcopy(class_head) for _ in range(pairs))
-        self.boxes = nn.ModuleList(boxes)
+        self.boxes = nn.ModuleList(copy.deepcopy(box_head) for _ in range(pairs))
         if not config.two_stage:
             # Reference points have no size: boxes start at sigmoid(−2) ≈ 12% of the image.
             with torch.no_grad():
-                boxes[0].layers[-1].bias[2:] = -2.0  # type: ignore[index]
+                self.boxes[0].layers[-1].bias[2:] = -2.0  # type: ignore[index]
 
     def forward(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Predict logits (…, K) and box deltas (…, 4) in logit space from (…, C), in at least fp32.

@@ -98,9 +98,6 @@ class DeformableDETRNetwork(nn.Module):
             denoising_logits and denoising_boxes, with denoising_queries: like layer_logits and layer_boxes;
             encoder_attention, decoder_attention (`SamplingDetails` per layer), decoder_reference_points (per layer) and
             spatial_shapes ((height, width) per level), with return_attention.
-
-        Raises:
-            ValueError: denoising_queries for a one-stage model.
         """
         features = self._flatten(pixels, padding_mask)
         memory, encoder_attention = self.encoder(features, return_attention)
@@ -151,8 +148,6 @@ class DeformableDETRNetwork(nn.Module):
 
     def _prepend(self, denoising: DenoisingQueries, queries: Queries, memory: Tensor) -> tuple[Queries, Tensor]:
         """Put denoising queries before the model's own; also return the attention mask of all."""
-        if not self.config.two_stage:
-            raise ValueError("denoising_queries need a two-stage model, whose queries start from boxes")
         content = torch.cat((denoising.queries.to(queries.content.dtype), queries.content), dim=1)
         position, _ = self.proposals.embed_boxes(denoising.boxes, memory)
         if position is not None and queries.position is not None:

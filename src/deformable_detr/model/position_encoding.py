@@ -6,13 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TEMPERATURE = 10000
-
 
 def sine_encoding(values: Tensor, channels: int) -> Tensor:
     """Encode positions in 0..1 as interleaved sines and cosines of `channels` / 2 wavelengths: (…, channels)."""
     index = torch.arange(channels, dtype=values.dtype, device=values.device)
-    wavelengths = TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / channels)
+    wavelengths = 10000 ** (2 * torch.div(index, 2, rounding_mode="floor") / channels)
     phases = values[..., None] * (2 * math.pi) / wavelengths
     return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
 

@@ -13,23 +13,15 @@ from .native import library
 from .reference import Shapes
 
 NAMES = ("cpu", "triton", "embedding_bag", "reference", "gather")
-VARIABLE = "DEFORMABLE_DETR_BACKEND"
 _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute the op.
-
-    Attributes:
-        name: For `use_backend`.
-        devices: "cpu", "cuda" or "any".
-        available: Whether it runs on this machine.
-        detail: What it is, or why it is not available.
-    """
+    """A way to compute the op; `detail` says what it is, or why it is not available on this machine."""
 
     name: str
-    devices: str
+    devices: str  # "cpu", "cuda" or "any"
     available: bool
     detail: str
 
@@ -38,7 +30,7 @@ def backends() -> list[Backend]:
     """List all backends, fastest first."""
     compiled, detail = library.status()
     return [
-        Backend("cpu", "cpu", compiled is not None, f"compiled library, {detail}" if compiled else detail),
+        Backend("cpu", "cpu", compiled is not None, detail),
         Backend("triton", "cuda", *triton_backend.status()),
         Backend("embedding_bag", "cpu", True, "plain PyTorch in chunks; gradients by grid_sample"),
         Backend("reference", "any", True, "plain PyTorch by grid_sample; float64 and higher derivatives"),
@@ -174,4 +166,4 @@ def _checked_name(name: str | None) -> str | None:
     return name
 
 
-operators.forced = _checked_name(os.environ.get(VARIABLE) or None)
+operators.forced = _checked_name(os.environ.get("DEFORMABLE_DETR_BACKEND") or None)

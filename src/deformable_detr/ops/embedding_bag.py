@@ -29,7 +29,7 @@ def forward(
             chunk = slice(q, q + CHUNK)
             points = None if reference_points is None else reference_points[b, chunk].float()
             chunk_logits = logits[b, chunk].float().flatten(-2)
-            pixels, weights = _pixels_and_weights(points, offsets[b, chunk].float(), chunk_logits, size, P)
+            pixels, weights = _samples(points, offsets[b, chunk].float(), chunk_logits, size, P)
             rows, factors = _corners(pixels, weights, size, start, width)
             count = rows.shape[0]
             rows.mul_(M).add_(heads)
@@ -40,9 +40,7 @@ def forward(
     return output
 
 
-def _pixels_and_weights(
-    points: Tensor | None, offsets: Tensor, logits: Tensor, size: Tensor, P: int
-) -> tuple[Tensor, Tensor]:
+def _samples(points: Tensor | None, offsets: Tensor, logits: Tensor, size: Tensor, P: int) -> tuple[Tensor, Tensor]:
     """Sampling locations (q, M, n, 2) in pixels of their level and attention weights (q, M, n) of one chunk."""
     offsets = offsets.flatten(2, 3)  # (q, M, n, 2)
     if points is None:

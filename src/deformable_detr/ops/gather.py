@@ -6,17 +6,15 @@ from torch import Tensor
 from .reference import Shapes, map_sizes
 
 
-def sample_and_sum(
-    value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
+def sample_and_sum(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Equal `reference.sample_and_sum`, slower in PyTorch."""
     dtype = value.dtype
-    value = value.to(sampling_locations.dtype)
+    value = value.to(locations.dtype)
     B, S, M, D = value.shape
-    Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
+    Q, P = locations.shape[1], locations.shape[4]
     rows = value.transpose(1, 2).reshape(B * M * S, D)
-    locations = sampling_locations.permute(0, 2, 1, 3, 4, 5).reshape(B * M, Q, len(spatial_shapes), P, 2)
-    weights = attention_weights.to(value.dtype).permute(0, 2, 1, 3, 4).reshape(B * M, Q, len(spatial_shapes), P)
+    locations = locations.permute(0, 2, 1, 3, 4, 5).reshape(B * M, Q, len(spatial_shapes), P, 2)
+    weights = weights.to(value.dtype).permute(0, 2, 1, 3, 4).reshape(B * M, Q, len(spatial_shapes), P)
     sizes = map_sizes(spatial_shapes, value)  # (L, 2)
     first = torch.arange(B * M, device=value.device)[:, None, None] * S  # row of each map's first pixel
     total = value.new_zeros(B * M, Q, D)

@@ -4,6 +4,7 @@ A graph that contains it runs wherever this package is installed: the kernel pic
 `dispatch` decides whether a call becomes this op.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 from types import ModuleType
@@ -15,7 +16,6 @@ from . import embedding_bag, reference, reference_backward, triton_backend
 from .native import library
 
 logger = logging.getLogger("deformable_detr.ops")
-_logged: set[str] = set()
 forced: str | None = None  # set by dispatch.use_backend
 
 
@@ -115,38 +115,20 @@ def _fast_backend(device: str) -> ModuleType | None:
     """The backend that beats plain PyTorch on a device, if there is one."""
     if forced in ("cpu", "embedding_bag", "triton") and device != ("cuda" if forced == "triton" else "cpu"):
         raise RuntimeError(f"backend {forced!r} does not run on {device}; choose another with ops.use_backend")
-    if device == "cpu" and _use_library():
-        return library
-    if device == "cuda" and _use_triton():
-        return triton_backend
+    if forced == "embedding_bag" or device not in ("cpu", "cuda"):
+        return None
+    fast, plain = ("cpu", "embedding_bag") if device == "cpu" else ("triton", "reference")
+    backend = library if device == "cpu" else triton_backend
+    available, detail = backend.status()
+    if not available and forced == fast:
+        raise RuntimeError(f"backend {forced!r} is not available: {detail}")
+    if available:
+        _log_once(logging.INFO, fast, detail)
+        return backend
+    _log_once(logging.WARNING, plain, f"plain PyTorch, slower than backend {fast!r}: {detail}")
     return None
 
 
-def _use_library() -> bool:
-    if forced == "embedding_bag":
-        return False
-    compiled, detail = library.status()
-    if compiled is not None:
-        _log_once("cpu", f"compiled library, {detail}")
-    elif forced == "cpu":
-        raise RuntimeError(f"backend 'cpu' is not available: {detail}")
-    else:
-        _log_once("embedding_bag", f"plain PyTorch, slower than the compiled library: {detail}", slow=True)
-    return compiled is not None
-
-
-def _use_triton() -> bool:
-    available, detail = triton_backend.status()
-    if available:
-        _log_once("triton", detail)
-    elif forced == "triton":
-        raise RuntimeError(f"backend 'triton' is not available: {detail}")
-    else:
-        _log_once("reference", f"plain PyTorch, slower than the GPU kernels: {detail}", slow=True)
-    return available
-
-
-def _log_once(backend: str, detail: str, slow: bool = False) -> None:
-    if backend not in _logged:
-        _logged.add(backend)
-        logger.log(logging.WARNING if slow else logging.INFO, "deformable attention runs on %s (%s)", backend, detail)
+@functools.cache
+def _log_once(level: int, backend: str, detail: str) -> None:
+    logger.log(level, "deformable attention runs on %s (%s)", backend, detail)

@@ -42,17 +42,15 @@ def sampling_locations(spatial_shapes: Shapes, reference_points: Tensor, samplin
     return reference[..., :2] + sampling_offsets / P * reference[..., 2:] * 0.5
 
 
-def sample_and_sum(
-    value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
+def sample_and_sum(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Sum bilinear samples by the weights; arguments as for `dispatch.sample_and_sum`."""
     dtype = value.dtype
     # In the locations' precision: half precision would move a location by up to half a pixel.
-    value = value.to(sampling_locations.dtype)
+    value = value.to(locations.dtype)
     B, _, M, D = value.shape
-    Q, P = sampling_locations.shape[1], sampling_locations.shape[4]
-    grids = sampling_grid(sampling_locations).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B·M, Q, P, 2)
-    weights = attention_weights.permute(3, 0, 2, 1, 4).reshape(len(spatial_shapes), B * M, 1, Q, P)
+    Q, P = locations.shape[1], locations.shape[4]
+    grids = sampling_grid(locations).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B·M, Q, P, 2)
+    weights = weights.permute(3, 0, 2, 1, 4).reshape(len(spatial_shapes), B * M, 1, Q, P)
     maps = value.split([h * w for h, w in spatial_shapes], dim=1)
     total = value.new_zeros(B * M, D, Q)
     for (h, w), pixels, grid, weight in zip(spatial_shapes, maps, grids, weights, strict=True):

@@ -38,7 +38,6 @@ __attribute__((constructor)) static void choose(void) {
 
 API int msda_abi(void) { return MSDA_ABI; }
 API int msda_call_size(void) { return (int)sizeof(msda_call); }
-API int msda_max_samples(void) { return MSDA_MAX_SAMPLES; }
 API const char* msda_instruction_set(void) { return set_; }
 
 static int64_t channels(const msda_call* c) { return (c->D + lanes_() - 1) / lanes_() * lanes_(); }
@@ -48,7 +47,7 @@ static int64_t bordered_tokens(const msda_call* c) {
   return n;
 }
 
-// 0 for a valid call, else an error code; library.py has the messages.
+// 0 for a valid call, else an error code: 1 dimensions, 2 samples, 3 more than 32 bits, 4 reference, 5 shapes, 6 scratch.
 static int error_code(const msda_call* c) {
   if (c->B < 0 || c->Q < 0 || c->S < 1 || c->M < 1 || c->D < 1 || c->D > MSDA_MAX_CHANNELS) return 1;
   if (c->L < 1 || c->P < 1 || c->L > MSDA_MAX_SAMPLES || c->P > MSDA_MAX_SAMPLES) return 2;

@@ -16,14 +16,6 @@ ABI = 4
 MAX_SAMPLES = 64  # L · P
 MAX_CHANNELS = 256  # D
 DTYPES = (torch.float32, torch.bfloat16)
-_ERRORS = {  # dispatch.c's codes
-    1: "a dimension is empty or negative, or there are too many channels",
-    2: "there are more levels × points than the library supports",
-    3: "sizes exceed 32 bits",
-    4: "reference points need 2 or 4 coordinates",
-    5: "spatial shapes do not add up to the tokens of value",
-    6: "the call needs scratch memory",
-}
 
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
@@ -67,68 +59,52 @@ def status() -> tuple[ctypes.CDLL | None, str]:
         library = _open()
     except OSError as error:
         return None, str(error)
-    return library, library.msda_instruction_set().decode()
+    return library, f"compiled library, {library.msda_instruction_set().decode()}"
 
 
-class _ScratchPool:
-    """Scratch memory kept between calls: faulting in fresh huge pages takes longer than the work done in them."""
-
-    KEEP = 2  # blocks
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[tuple[int, int]] = []  # (bytes, address)
-
-    @contextmanager
-    def borrow(self, library: ctypes.CDLL, size: int) -> Iterator[int | None]:
-        """Yield the address of at least `size` bytes, or None for 0 bytes."""
-        if not size:
-            yield None
-            return
-        with self._lock:
-            self._free.sort()
-            large_enough = next((block for block in self._free if block[0] >= size), None)
-            block = large_enough or (self._free[0] if self._free else (0, 0))
-            if block[1]:
-                self._free.remove(block)
-        if block[0] < size:
-            if block[1]:
-                library.msda_release(block[1])
-            block = (size, library.msda_scratch(size))
-            if not block[1]:
-                raise MemoryError(f"deformable attention: cannot allocate {size} bytes of scratch memory")
-        try:
-            yield block[1]
-        finally:
-            with self._lock:
-                keep = len(self._free) < self.KEEP
-                if keep:
-                    self._free.append(block)
-            if not keep:
-                library.msda_release(block[1])
-
-
-_pool = _ScratchPool()
+KEEP = 2  # blocks of scratch memory kept between calls: faulting in huge pages takes longer than the work in them
+_kept: list[tuple[int, int]] = []  # (bytes, address)
+_lock = threading.Lock()
 _forked = False
+
+
+@contextmanager
+def _borrow_scratch(library: ctypes.CDLL, size: int) -> Iterator[int | None]:
+    """Yield the address of at least `size` bytes, or None for 0 bytes."""
+    if not size:
+        yield None
+        return
+    with _lock:
+        _kept.sort()
+        available, address = _kept.pop() if _kept else (0, None)
+    if available < size:
+        library.msda_release(address)
+        available, address = size, library.msda_scratch(size)
+    if not address:
+        raise MemoryError(f"deformable attention: cannot allocate {size} bytes of scratch memory")
+    try:
+        yield address
+    finally:
+        with _lock:
+            keep = len(_kept) < KEEP
+            if keep:
+                _kept.append((available, address))
+        if not keep:
+            library.msda_release(address)
 
 
 def release_scratch() -> None:
     """Return the memory that is kept between calls to the system."""
     library, _ = status()
-    if library is not None:
-        blocks, _pool._free = _pool._free, []
-        for _, address in blocks:
-            library.msda_release(address)
+    while library is not None and _kept:
+        library.msda_release(_kept.pop()[1])
 
 
 def _after_fork() -> None:
     # OpenMP's threads do not survive a fork, and waiting for them would hang; the lock may have been held.
-    global _forked
-    _forked = True
-    _pool.reset()
+    global _forked, _lock
+    _forked, _lock = True, threading.Lock()
+    _kept.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -137,7 +113,7 @@ if hasattr(os, "register_at_fork"):
 
 def _raise_if_error(code: int) -> None:
     if code:
-        raise ValueError(f"deformable attention: {_ERRORS.get(code, code)}")
+        raise ValueError(f"deformable attention: the CPU library does not support these sizes (error {code})")
 
 
 def _describe(
@@ -192,7 +168,7 @@ def forward(
     library, call, alive = _describe(value, shapes, reference_points, offsets, logits)
     output = value.new_empty((call.B, call.Q, call.M * call.D))
     call.output = output.data_ptr()
-    with _pool.borrow(library, _scratch_bytes(library, call, backward=False)) as call.scratch:
+    with _borrow_scratch(library, _scratch_bytes(library, call, backward=False)) as call.scratch:
         _raise_if_error(library.msda_forward(call))
     del alive
     return output
@@ -221,8 +197,8 @@ def backward(
         call.grad_reference = per_head.data_ptr()
     split = call.threads > call.M  # more threads than heads: split each head's work by level
     with (
-        _pool.borrow(library, _scratch_bytes(library, call, backward=True)) as call.scratch,
-        _pool.borrow(library, call.Q * call.M * call.L * call.P * 4 if split else 0) as call.weight_scratch,
+        _borrow_scratch(library, _scratch_bytes(library, call, backward=True)) as call.scratch,
+        _borrow_scratch(library, call.Q * call.M * call.L * call.P * 4 if split else 0) as call.weight_scratch,
     ):
         _raise_if_error(library.msda_backward(call))
     del alive

@@ -119,13 +119,9 @@ INLINE floats smaller(floats a, floats b) { return a < b ? a : b; }
 INLINE float largest(floats f) {
 #if MSDA_LANES == 16
   f = larger(f, SHUFFLE(f, f, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-#endif
-#if MSDA_LANES >= 8
-#if MSDA_LANES == 16
   f = larger(f, SHUFFLE(f, f, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
-#else
+#elif MSDA_LANES == 8
   f = larger(f, SHUFFLE(f, f, 4, 5, 6, 7, 0, 1, 2, 3));
-#endif
 #endif
   const float a = f[0] > f[1] ? f[0] : f[1], b = f[2] > f[3] ? f[2] : f[3];
   return a > b ? a : b;
