@@ -98,9 +98,7 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
     if config.backbone_shape is not None:
         depth = len(config.backbone_shape.depths)
         if len(strides) > 1 and depth < 4:
-            raise UserError(
-                f"backbone_shape has {depth} stages; num_feature_levels {config.num_feature_levels} needs 4"
-            )
+            raise UserError(f"backbone_shape has {depth} stages; num_feature_levels > 1 needs 4")
         body = ResNet(config.backbone_shape, (depth,) if len(strides) == 1 else tuple(range(5 - len(strides), 5)))
         return body, body.feature_info.info
     name, source = config.backbone, config.backbone_weights
