@@ -24,7 +24,7 @@ def plain_losses(outputs, targets, num_boxes):
     parts = {}
     for suffix, logits, boxes, wanted in layers:
         predictions = Predictions(logits[None], boxes[None])
-        found = HungarianMatcher(CONFIG)([predictions], PackedTargets.pack(wanted)).matches[0]
+        found = HungarianMatcher(CONFIG)([predictions], PackedTargets.pack(wanted))[0][0]
         parts |= {f"loss_{kind}{suffix}": torch.zeros(()) for kind in ("class", "boxes", "giou")}
         first = 0
         for image, target in enumerate(wanted):
@@ -103,7 +103,7 @@ def test_boxes_without_area_give_finite_gradients():
     result = SetCriterion(CONFIG)(outputs, PackedTargets.pack([target]))
     result.total.backward()
     assert result.total.isfinite()
-    assert result.finite == (True,)
+    assert result.finite == [True]
     assert all(value.grad.isfinite().all() for value in outputs.values())
 
 
@@ -156,7 +156,7 @@ def test_nan_predictions_give_a_nan_loss_and_say_so():
     with torch.no_grad():
         outputs["layer_logits"][0, 1, 0, 0] = float("nan")
     result = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets))
-    assert result.finite == (True, False)
+    assert result.finite == [True, False]
     assert result.total.isnan()
 
 

@@ -20,7 +20,7 @@ def test_each_near_query_belongs_to_its_object():
     torch.manual_seed(0)
     denoising = Denoising(TrainConfig(num_denoising=30, box_noise=0.0, label_noise=0.0), num_classes=3, dim=8)
     targets = [target(2, 1), target(0, 2), target(5, 3)]
-    extra, matches, groups = denoising(PackedTargets.pack(targets), num_queries=4)
+    extra, (matches, groups) = denoising(PackedTargets.pack(targets), num_queries=4, max_objects=5)
     assert groups == 3
     assert extra.queries.shape == (3, 3 * 2 * 5, 8)
     assert matches.image.shape == (1, 7 * 3)
@@ -33,13 +33,13 @@ def test_each_near_query_belongs_to_its_object():
 
 
 def test_no_objects_no_queries():
-    assert Denoising(TrainConfig(), num_classes=3, dim=8)(PackedTargets.pack([target(0)]), num_queries=4) is None
+    denoising = Denoising(TrainConfig(), num_classes=3, dim=8)
+    assert denoising(PackedTargets.pack([target(0)]), num_queries=4, max_objects=0) == (None, None)
 
 
 def test_more_objects_than_the_budget_still_make_one_group():
-    _, _, groups = Denoising(TrainConfig(num_denoising=10), num_classes=3, dim=8)(
-        PackedTargets.pack([target(50)]), num_queries=4
-    )
+    denoising = Denoising(TrainConfig(num_denoising=10), num_classes=3, dim=8)
+    _, (_, groups) = denoising(PackedTargets.pack([target(50)]), num_queries=4, max_objects=50)
     assert groups == 1
 
 

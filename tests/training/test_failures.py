@@ -14,9 +14,9 @@ from deformable_detr.detector import DeformableDETR
 from deformable_detr.evaluation import evaluator
 from deformable_detr.training import checkpoint
 from deformable_detr.training.checkpoint import load_checkpoint
-from deformable_detr.training.logger import MetricsFile
+from deformable_detr.training.logger import TrainingLogger
 from deformable_detr.training.run_dir import RunDir, run_config
-from deformable_detr.training.setup import machine_errors_as_user_errors
+from deformable_detr.training.setup import explain_errors
 from deformable_detr.training.step import TrainStep
 from deformable_detr.training.trainer import train_model
 from deformable_detr.utils.errors import UserError
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 def said(error, tmp_path, workers=2):
     """What the user reads instead of this error."""
     config = tiny_config(batch_size=4).updated({"data": {"workers": workers}})
-    with pytest.raises(UserError) as caught, machine_errors_as_user_errors(RunDir(tmp_path), config):
+    with pytest.raises(UserError) as caught, explain_errors(RunDir(tmp_path), config):
         raise error
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
@@ -104,7 +104,7 @@ def test_the_line_says_where_a_checkpoint_is(tmp_path):
     "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x"), OSError()]
 )
 def test_faults_of_the_program_pass_as_they_are(tmp_path, error):
-    with pytest.raises(type(error)) as caught, machine_errors_as_user_errors(RunDir(tmp_path), tiny_config()):
+    with pytest.raises(type(error)) as caught, explain_errors(RunDir(tmp_path), tiny_config()):
         raise error
     assert caught.value is error
 
@@ -175,7 +175,7 @@ def test_a_full_disk(data, tmp_path, monkeypatch, capsys, what):
     def fill():
         owner, name, error = {
             "checkpoint": (checkpoint, "_sync_folder", full),
-            "metrics": (MetricsFile, "write", full),
+            "metrics": (TrainingLogger, "write", full),
             "model": (native, "write_files", UserError("model.safetensors cannot be written: No space left on device")),
         }[what]
         monkeypatch.setattr(owner, name, raiser(error))

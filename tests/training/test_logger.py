@@ -5,48 +5,57 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deformable_detr.config.schema import TrainConfig
-from deformable_detr.training.logger import MetricsFile, TrainingLogger, TrainState, format_duration
+from deformable_detr.training.logger import TrainingLogger, TrainState
 from deformable_detr.utils.errors import UserError
 
 
+def write(folder, *records, state=None, **options):
+    logger = TrainingLogger(TrainConfig(**options), folder)
+    with logger.open(state or TrainState()):
+        for kind, record in records:
+            logger.write(kind, record)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_records_are_lines_and_curves(tmp_path):
-    with MetricsFile(tmp_path, tensorboard=True) as log:
-        log.write("train", {"step": 2, "loss": 1.5})
-        # Others may read it while it is open.
-        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"kind": "train", "step": 2, "loss": 1.5}
-        log.write("evaluation", {"step": 2, "AP": None, "AP50": 0.5, "per_class": {"a": 0.5}})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[1] == {"kind": "evaluation", "step": 2, "AP": None, "AP50": 0.5, "per_class": {"a": 0.5}}
+    logger = TrainingLogger(TrainConfig(tensorboard=True), tmp_path)
+    with logger.open(TrainState()):
+        logger.write("train", {"step": 2, "loss": 1.5})
+        assert lines(tmp_path) == [{"kind": "train", "step": 2, "loss": 1.5}], "others may read it during the run"
+        logger.write("evaluation", {"step": 2, "AP": None, "AP50": 0.5, "per_class": {"a": 0.5}})
+    assert lines(tmp_path)[1] == {"kind": "evaluation", "step": 2, "AP": None, "AP50": 0.5, "per_class": {"a": 0.5}}
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["train/loss", "evaluation/AP50"]
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 1.5)]
 
 
-def test_going_on_removes_what_came_after_the_checkpoint(tmp_path):
-    with MetricsFile(tmp_path) as log:
-        for step in range(1, 5):
-            log.write("train", {"step": step})
+def test_resuming_removes_what_came_after_the_checkpoint(tmp_path):
+    write(tmp_path, *(("train", {"step": step}) for step in range(1, 5)))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')  # the process was killed here
-    with MetricsFile(tmp_path, step=2) as log:
-        log.write("train", {"step": 3})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    write(tmp_path, ("train", {"step": 3}), state=TrainState(step=2))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
 def test_an_evaluation_that_was_not_saved_is_removed(tmp_path):
-    with MetricsFile(tmp_path) as log:
-        for step in (1, 2):
-            log.write("train", {"step": step})
-            log.write("evaluation", {"step": step})
-    with MetricsFile(tmp_path, step=2, evaluated_step=1):
-        pass
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("evaluation", 1), ("train", 2)]
+    write(tmp_path, *((kind, {"step": step}) for step in (1, 2) for kind in ("train", "evaluation")))
+    write(tmp_path, state=TrainState(step=2, evaluated_step=1))
+    kept = [(line["kind"], line["step"]) for line in lines(tmp_path)]
+    assert kept == [("train", 1), ("evaluation", 1), ("train", 2)]
+
+
+def test_a_failed_write_names_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        TrainingLogger(TrainConfig(), tmp_path).write("train", {"step": 1})
 
 
 def test_without_a_terminal_only_the_lines_are_shown(tmp_path, capsys):
-    with TrainingLogger(TrainConfig(), tmp_path) as logger:
+    logger = TrainingLogger(TrainConfig(), tmp_path)
+    with logger.open(TrainState()):
         logger.show_progress(TrainState(), 0.5)
         logger.print("epoch 1")
     captured = capsys.readouterr()
@@ -54,14 +63,8 @@ def test_without_a_terminal_only_the_lines_are_shown(tmp_path, capsys):
     assert captured.out == ""
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(4, "0:04"), (65.4, "1:05"), (7420, "2:03:40")])
-def test_format_duration(seconds, text):
-    assert format_duration(seconds) == text
-
-
 def test_tensorboard_is_written_only_on_request(tmp_path, monkeypatch):
-    with MetricsFile(tmp_path) as log:
-        log.write("train", {"step": 1, "loss": 1.5})
+    write(tmp_path, ("train", {"step": 1, "loss": 1.5}))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # not installed
     TrainingLogger(TrainConfig(), tmp_path)

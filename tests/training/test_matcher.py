@@ -37,10 +37,10 @@ def test_matches_are_the_official_ones(sizes):
     packed = PackedTargets.pack(targets)
     decoder = Predictions(outputs["layer_logits"], outputs["layer_boxes"])
     encoder = Predictions(outputs["encoder_logits"][None], outputs["encoder_boxes"][None], class_agnostic=True)
-    matching = HungarianMatcher(CONFIG)([decoder, encoder], packed)
-    assert matching.finite == (True,) * len(sizes)
+    matches_of_each, finite = HungarianMatcher(CONFIG)([decoder, encoder], packed)
+    assert finite == [True] * len(sizes)
 
-    for item, matches in zip((decoder, encoder), matching.matches, strict=True):
+    for item, matches in zip((decoder, encoder), matches_of_each, strict=True):
         for layer, (image, target) in itertools.product(range(len(item.logits)), enumerate(targets)):
             labels = torch.zeros_like(target.labels) if item.class_agnostic else target.labels
             cost = official_cost(item.logits[layer, image], item.boxes[layer, image], labels, target.boxes)
@@ -54,7 +54,7 @@ def test_match_is_the_cheapest_of_all():
     generator = torch.Generator().manual_seed(3)
     outputs, targets = random_outputs(1, 1, 5, 2, generator), random_targets([3], 2, generator)
     logits, boxes = outputs["layer_logits"], outputs["layer_boxes"]
-    found = HungarianMatcher(CONFIG)([Predictions(logits, boxes)], PackedTargets.pack(targets)).matches[0]
+    found = HungarianMatcher(CONFIG)([Predictions(logits, boxes)], PackedTargets.pack(targets))[0][0]
     cost = official_cost(logits[0, 0], boxes[0, 0], targets[0].labels, targets[0].boxes)
     every = {
         order: sum(cost[q, n].item() for n, q in enumerate(order)) for order in itertools.permutations(range(5), 3)
@@ -87,7 +87,7 @@ def test_more_objects_than_queries():
     generator = torch.Generator().manual_seed(1)
     outputs = random_outputs(2, 2, 4, 3, generator)
     packed = PackedTargets.pack(random_targets([9, 2], 3, generator))
-    found = HungarianMatcher(CONFIG)([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed).matches[0]
+    found = HungarianMatcher(CONFIG)([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed)[0][0]
     assert found.query.shape == (2, 4 + 2)
     for layer in range(2):
         assert len({query for query, _ in pairs_of(found, layer, 0)}) == 4
@@ -97,9 +97,9 @@ def test_more_objects_than_queries():
 def test_no_objects():
     outputs = random_outputs(2, 3, 4, 3, torch.Generator().manual_seed(1))
     packed = PackedTargets.pack(random_targets([0, 0, 0], 3, torch.Generator()))
-    matching = HungarianMatcher(CONFIG)([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed)
-    assert matching.matches[0].query.shape == (2, 0)
-    assert matching.finite == (True, True, True)
+    matches, finite = HungarianMatcher(CONFIG)([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed)
+    assert matches[0].query.shape == (2, 0)
+    assert finite == [True, True, True]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -120,9 +120,9 @@ def test_what_is_not_finite_marks_its_image_and_scipy_is_spared(value, where, si
         Predictions(outputs["layer_logits"], outputs["layer_boxes"]),
         Predictions(outputs["encoder_logits"][None], outputs["encoder_boxes"][None], True),
     ]
-    matching = HungarianMatcher(CONFIG)(sets, PackedTargets.pack(targets))
-    assert matching.finite == (True, False, True)
-    assert matching.matches[0].query.shape == (2, sum(min(size, 4) for size in sizes))
+    matches, finite = HungarianMatcher(CONFIG)(sets, PackedTargets.pack(targets))
+    assert finite == [True, False, True]
+    assert matches[0].query.shape == (2, sum(min(size, 4) for size in sizes))
 
 
 def test_scipy_alone_would_raise():

@@ -39,13 +39,13 @@ def test_a_folder_with_other_things_is_used(tmp_path):
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match=f"{out} cannot be written"):
+        with pytest.raises(UserError, match=f"output folder {out}: cannot write there"):
             RunDir(out).claim(resume=False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no folders from anybody, root included")
 def test_an_unwritable_folder_is_named():
-    with pytest.raises(UserError, match="/proc/run cannot be written"):
+    with pytest.raises(UserError, match="/proc/run: cannot write there"):
         RunDir("/proc/run").claim(resume=False)
 
 
@@ -81,7 +81,7 @@ def test_restore(tmp_path):
 @pytest.mark.parametrize(
     ("change", "data", "message"),
     [
-        ({"class_names": ("a", "b", "c")}, "same", "classes differ from the run"),
+        ({"class_names": ("a", "b", "c")}, "same", "model.class_names is"),
         ({}, "other", "training set has changed"),
         ({"hidden_dim": 64}, "same", "model.hidden_dim is 32 in the run, not 64"),
     ],

@@ -280,7 +280,7 @@ def test_no_objects_at_all_are_refused(tmp_path):
 
 def test_an_unwritable_folder_comes_before_anything_else(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write there"):
         train_model(tmp_path / "no such data", tmp_path / "file" / "run", tiny_config())
 
 

@@ -150,7 +150,7 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order = torch.arange(self.length)
         if self.options.shuffle:
-            generator = torch.Generator().manual_seed(_mix_seeds(self.options.seed, self.epoch))
+            generator = torch.Generator().manual_seed(mix_seeds(self.options.seed, self.epoch))
             order = torch.randperm(self.length, generator=generator)
         keys = [SampleKey(self.epoch, index, self.mosaic) for index in order.tolist()]
         return self._batches(keys, self.start_step, self.step_stride)
@@ -227,7 +227,7 @@ def _seeded(seed: int, key: SampleKey) -> Iterator[None]:
     """Seed PyTorch's CPU generator for one sample and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
-        torch.default_generator.manual_seed(_mix_seeds(seed, key.epoch, key.index))
+        torch.default_generator.manual_seed(mix_seeds(seed, key.epoch, key.index))
         yield
 
 
@@ -242,7 +242,7 @@ def _final_size(dataset: Any, seed: int) -> Callable[[SampleKey], tuple[int, int
     return sample_size
 
 
-def _mix_seeds(*numbers: int) -> int:
+def mix_seeds(*numbers: int) -> int:
     """Combine numbers to one seed; (0, 1) and (1, 0) give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 

@@ -104,26 +104,17 @@ class DistributedContext:
         """Tell the other processes that this one fails, or exit silently because another one failed first."""
         code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
         own = {"rank": self.rank, "code": code}
-        lost_peer = _is_lost_peer(error)
-        if lost_peer and (failure := self._read_failure()) is not None:
-            raise SystemExit(failure["code"]) from None
-        try:
+        try:  # `compare_set` returns the value that an earlier process set
             first = json.loads(self._store.compare_set(_FAILURE_KEY, "", json.dumps(own)))
         except RuntimeError:  # the store ended with the process that held it
             first = own
-        if lost_peer:
+        if _is_lost_peer(error):
             if first != own:
                 raise SystemExit(first["code"]) from None
             raise UserError(
                 "a process of the run ended unexpectedly: see its error above, or the system killed it; "
                 "resume from the last checkpoint with --resume"
             ) from None
-
-    def _read_failure(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._store.get(_FAILURE_KEY)) if self._store.check([_FAILURE_KEY]) else None
-        except RuntimeError:
-            return None
 
     # --- values -------------------------------------------------------------------------------------------------
 
@@ -142,14 +133,6 @@ class DistributedContext:
             return [item]
         items: list[Any] = [None] * self.world_size
         dist.all_gather_object(items, item)
-        return items
-
-    def gather_object(self, item: T) -> list[T] | None:
-        """Return the items of every process, by rank, to rank 0 and None to the others."""
-        if self.world_size == 1:
-            return [item]
-        items: list[Any] | None = [None] * self.world_size if self.is_rank_zero else None
-        dist.gather_object(item, items)
         return items
 
     def broadcast_object(self, item: T) -> T:

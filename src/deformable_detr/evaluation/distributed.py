@@ -33,12 +33,12 @@ def evaluate_distributed(
     with context.sync_errors():
         shard = (context.rank, context.world_size)
         part = detect_images(model, dataset, len(dataset), batch_size, workers, progress=False, shard=shard)[0]
-    parts = context.gather_object(part)
+    parts = context.all_gather_object(part)
     seconds = time.perf_counter() - start
 
     def metrics_of_all_parts() -> Metrics:
         order = {int(image_id): index for index, image_id in enumerate(dataset.image_ids)}
-        results = sorted((row for rows in parts or () for row in rows), key=lambda row: order[row["image_id"]])
+        results = sorted((row for rows in parts for row in rows), key=lambda row: order[row["image_id"]])
         if on_results is not None:
             on_results(dataset, results)
         metrics = coco_metrics(dataset.ground_truth, results)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any
 
 from ..config.resolve import resolve_config
 from ..config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from ..utils.errors import UserError
 from ..weights.finetune import finetune_config
-from .options import TrainOptions
 from .run_dir import run_config
 from .trainer import train_model
 
@@ -23,7 +22,7 @@ def train(
     out: str | os.PathLike[str],
     preset: str | None = None,
     resume: bool = False,
-    **options: Unpack[TrainOptions],
+    **options: Any,
 ) -> dict[str, Any]:
     """Train a detector on a dataset; the run and its best model are saved in the folder `out`.
 
@@ -32,7 +31,8 @@ def train(
         out: Folder of the run.
         preset: Preset to start from. Default: the config of the model that `weights` names, else "small".
         resume: Continue the run in `out` with its own config and these options; `preset` is ignored.
-        options: Any settings of the config. Setting only one of `epochs` and `minutes` clears the other.
+        options: Any settings of `ModelConfig`, `DataConfig` and `TrainConfig` by their own names. Setting only one of
+            `epochs` and `minutes` clears the other.
 
     Returns:
         The metrics of the last evaluation; see `train_model`, also for the errors.
@@ -52,9 +52,8 @@ def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, optio
     if resume:
         base = run_config(out)
     else:
-        base = resolve_config(
-            preset, options={"train.weights": options.get("weights")}, config_of_weights=finetune_config
-        )
+        weights = {"train.weights": options.get("weights")}
+        base = resolve_config(preset, options=weights, config_of_weights=finetune_config)
     return base.updated(sections, "train()")
 
 

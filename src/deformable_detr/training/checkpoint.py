@@ -11,20 +11,16 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
-from collections.abc import Mapping
-from contextlib import suppress
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..config.schema import Config, ModelConfig
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.files import checksum, replace_file, verify_checksum
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by group and name
@@ -53,20 +49,13 @@ class CheckpointManager:
         A warning names a damaged checkpoint and the older one that is used instead.
 
         Raises:
-            UserError: All checkpoints are damaged, or the data, the classes or the network differ from the run's.
+            UserError: All checkpoints are damaged, or the data or the network differ from the run's.
         """
         checkpoint = self._latest_intact()
         if checkpoint is None:
             return None
         run = self.folder.parent
         saved, now = ModelConfig.from_dict(checkpoint[1]["model"], str(self.last)), config.model
-        before, after = (list(zip_longest(model.category_ids, model.class_names)) for model in (saved, now))
-        if before != after:
-            first = next(pair for pair in zip_longest(before, after) if pair[0] != pair[1])
-            raise UserError(
-                f"cannot resume {run}: the training set's classes differ from the run's ({len(before)} classes, "
-                f"now {len(after)}; first difference: {first[0]}, now {first[1]})"
-            )
         if checkpoint[1]["data"] != data_fingerprint:
             raise UserError(f"cannot resume {run}: the training set has changed since the run started")
         for key, value in saved.model_dump().items():
@@ -75,35 +64,29 @@ class CheckpointManager:
         return checkpoint
 
     def _latest_intact(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Return the intact checkpoint with the most steps, and set damaged later ones of `last` aside."""
-        errors: list[UserError] = []
+        """Return the intact checkpoint with the most steps, and delete the state files of damaged later ones."""
+        errors: dict[Path, UserError] = {}
         candidates: list[tuple[int, Path]] = []
         for path in (*generations(self.last), *generations(self.best)):
             try:
-                candidates.append((load_state(path)["train_state"]["step"], path))
+                candidates.append((_read(path)["state"]["train_state"]["step"], path))
             except UserError as error:
-                errors.append(error)
+                errors[path] = error
         for step, path in sorted(candidates, key=lambda item: -item[0]):  # `last` first among equal steps
             try:
                 checkpoint = load_checkpoint(path)
             except UserError as error:
-                errors.append(error)
+                errors[path] = error
                 continue
             if errors:
-                log.warning("%s; resuming from %s, step %d", errors[0], path, step)
-                self._set_aside_newer(path)
+                log.warning("%s; resuming from %s, step %d", next(iter(errors.values())), path, step)
+            for damaged in errors:  # otherwise `save` would keep it instead of an intact one
+                damaged.unlink(missing_ok=True)
             return checkpoint
         if errors:
-            raise UserError(f"{errors[0]}, and no other checkpoint in {self.folder} is intact: start a new run")
+            error = next(iter(errors.values()))
+            raise UserError(f"{error}, and no other checkpoint in {self.folder} is intact: start a new run")
         return None
-
-    def _set_aside_newer(self, intact: Path) -> None:
-        """Rename damaged generations, so that they do not count as kept; the next save deletes them."""
-        for path in generations(self.last):
-            if path == intact:
-                break
-            with suppress(OSError):
-                path.rename(path.with_name(path.name.replace("state-", "damaged-")))
 
 
 def save_checkpoint(folder: Path, tensors: Tensors, state: Mapping[str, Any], keep: int = 2) -> None:
@@ -112,32 +95,34 @@ def save_checkpoint(folder: Path, tensors: Tensors, state: Mapping[str, Any], ke
     Raises:
         UserError: The folder cannot be written (disk full, no permission). The older generations are then unchanged.
     """
-    written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((_number(path) for path in folder.iterdir()), default=0)
         files = {}
         for group, values in tensors.items():
             path = folder / f"{group}-{number}.safetensors"
-            written.append(path)
             _write_tensors(path, values)
             files[group] = {"name": path.name, "sha256": checksum(path)}
         _sync_folder(folder)
         replace_file(folder / f"state-{number}.json", _to_json({"files": files, "state": dict(state)}))
         _sync_folder(folder)
     except OSError as error:
-        for path in written:
-            path.unlink(missing_ok=True)
+        _delete_all_but(folder, generations(folder))
         raise _write_error(folder, error) from None
-    kept = {_number(path) for path in generations(folder)[:keep]}
-    for path in (*folder.glob("*-*.safetensors"), *folder.glob("*-*.json"), *folder.glob(".*.tmp")):
-        if path.name.startswith(".") or _number(path) not in kept:
+    _delete_all_but(folder, generations(folder)[:keep])
+
+
+def _delete_all_but(folder: Path, states: Sequence[Path]) -> None:
+    """Delete the files of all generations but these, and temporary files of killed processes."""
+    kept = {0, *map(_number, states)}
+    for path in folder.glob("*"):
+        if path.suffix == ".tmp" or _number(path) not in kept:
             path.unlink(missing_ok=True)
 
 
 def update_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Replace the JSON state of the latest generation in `folder`; its tensors stay."""
-    path = _latest(folder)
+    path = generations(folder)[0]
     content = {**_read(path), "state": dict(state)}
     try:
         replace_file(path, _to_json(content))
@@ -159,39 +144,24 @@ def load_checkpoint(source: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     Raises:
         UserError: A file is missing or damaged; the message names it.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = source if source.suffix == ".json" else _latest(source)
+    path = source if source.suffix == ".json" else next(iter(generations(source)), None)
+    if path is None:
+        raise UserError(f"there is no checkpoint in {source}")
     content = _read(path)
     tensors = {}
     for group, file in content["files"].items():
         path = path.with_name(file["name"])
         verify_checksum(path, file["sha256"])
-        try:
-            tensors[group] = load_file(path)
-        except OSError as error:
-            raise UserError(f"checkpoint file {path} cannot be read: {error.strerror or error}") from None
-        except SafetensorError as error:
-            raise UserError(f"checkpoint file {path} is damaged: {error}") from None
+        tensors[group] = load_file(path)
     return tensors, content["state"]
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Return only the state of one of `generations`; a `UserError` names a damaged file."""
-    return _read(path)["state"]
-
-
 def random_state() -> dict[str, Any]:
-    """Return the state of all random generators of this process, ready for JSON."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    """Return the state of PyTorch's random generators, ready for JSON; training draws from no others."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [state.tolist() for state in devices],
-        "python": random.getstate(),
-        "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
-    }
+    return {"torch": torch.get_rng_state().tolist(), "cuda": [state.tolist() for state in devices]}
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
@@ -199,10 +169,6 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     for index, values in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(torch.tensor(values, dtype=torch.uint8), index)
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
 def _to_json(content: Mapping[str, Any]) -> str:
@@ -229,12 +195,6 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _latest(folder: Path) -> Path:
-    if not (paths := generations(folder)):
-        raise UserError(f"there is no checkpoint in {folder}")
-    return paths[0]
-
-
 def _number(path: Path) -> int:
     """Return the number of the generation that a file belongs to; 0 for other files."""
     match = _GENERATION.search(path.name)
@@ -259,18 +219,13 @@ def _write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
         seen.add(storage)
     try:
         replace_file(path, lambda temporary: save_file(separate, temporary))
-    except SafetensorError as error:  # the system's error code is only in its text
-        match = re.search(r"os error (\d+)|code: (\d+)", str(error))
-        code = int(match[1] or match[2]) if match else errno.EIO
-        raise OSError(code, os.strerror(code) if match else str(error)) from None
+    except SafetensorError as error:  # the disk is full
+        raise OSError(errno.EIO, first_line(error)) from None
 
 
 def _sync_folder(folder: Path) -> None:
     """Flush the names of a folder to the disk."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
-    finally:
         os.close(descriptor)

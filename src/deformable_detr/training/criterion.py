@@ -32,7 +32,7 @@ class LossOutput:
 
     total: Tensor
     parts: dict[str, Tensor]
-    finite: tuple[bool, ...]
+    finite: list[bool]
 
 
 class SetCriterion:
@@ -68,10 +68,10 @@ class SetCriterion:
             predictions.append(Predictions(logits, boxes, class_agnostic=not self.class_aware_proposals))
         if num_boxes is None:
             num_boxes = float(max(sum(targets.sizes), 1))
-        matching = self.matcher(predictions, targets)
+        matches_of_each, finite = self.matcher(predictions, targets)
 
         with torch.autocast(decoder.logits.device.type, enabled=False):
-            pairs = zip(predictions, matching.matches, strict=True)
+            pairs = zip(predictions, matches_of_each, strict=True)
             losses = [layer_losses(item, targets, matches, config) / num_boxes for item, matches in pairs]
             table = torch.cat(losses, dim=1)  # (3, decoder layers + encoder)
             sums = table.sum(dim=1)
@@ -84,7 +84,7 @@ class SetCriterion:
             class_loss, l1_loss, giou_loss = sums.unbind()
             total = config.class_weight * class_loss + config.l1_weight * l1_loss + config.giou_weight * giou_loss
             parts["cardinality_error"] = cardinality_error(outputs["layer_logits"][-1].detach(), targets.counts)
-        return LossOutput(total, parts, matching.finite)
+        return LossOutput(total, parts, finite)
 
     def _denoising_losses(
         self, outputs: Mapping[str, Tensor], targets: PackedTargets, matches: Matches, groups: int

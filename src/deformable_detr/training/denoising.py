@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -28,26 +31,23 @@ class Denoising(nn.Module):
         self,
         targets: PackedTargets,
         num_queries: int,
-        max_objects: int | None = None,
+        max_objects: int,
         rng: BatchConsistentRng | None = None,
-    ) -> tuple[DenoisingQueries, Matches, int] | None:
-        """Return the queries, the (1, P) matches of the positive ones and the number of groups.
+    ) -> tuple[DenoisingQueries | None, tuple[Matches, int] | None]:
+        """Return the queries, and the (1, P) matches of the positive ones with the number of groups.
 
         Args:
             targets: The objects of these images.
             num_queries: Number of the model's own queries.
-            max_objects: Most objects of an image in the whole step, which decides the number of groups. Default: of
-                these images.
+            max_objects: Most objects of an image in the whole step, which decides the number of groups.
             rng: Random numbers of these images. Default: PyTorch's global generator.
 
         Returns:
-            None if `max_objects` is 0.
+            (None, None) if `max_objects` is 0.
         """
         device = self.classes.weight.device
-        if max_objects is None:
-            max_objects = max(targets.sizes, default=0)
         if not max_objects:
-            return None
+            return None, None
         groups = max(1, self.num_denoising // (2 * max_objects))
         # On the host: its generator is the one that a resumed run restores.
         targets, rng = targets.to("cpu"), rng or BatchConsistentRng()
@@ -70,7 +70,7 @@ class Denoising(nn.Module):
 
         content = self.classes(labels.to(device)) * filled.repeat(1, copies).to(device)[..., None]
         attn_mask = group_attn_mask(groups, 2 * max_objects, num_queries)
-        return DenoisingQueries(content, boxes.to(device), attn_mask.to(device)), matches, groups
+        return DenoisingQueries(content, boxes.to(device), attn_mask.to(device)), (matches, groups)
 
 
 class BatchConsistentRng:
@@ -86,19 +86,17 @@ class BatchConsistentRng:
 
     def uniform(self, shape: torch.Size) -> Tensor:
         """Return numbers in 0..1; the first dimension of `shape` is the images."""
-        if self.generator is None:
-            return torch.rand(shape)
-        return self._select(torch.rand((self.images, *shape[1:]), generator=self.generator), shape)
+        return self._draw(torch.rand, shape)
 
     def integers(self, high: int, shape: torch.Size) -> Tensor:
         """Return integers in 0..high − 1; the first dimension of `shape` is the images."""
-        if self.generator is None:
-            return torch.randint(high, shape)
-        return self._select(torch.randint(high, (self.images, *shape[1:]), generator=self.generator), shape)
+        return self._draw(partial(torch.randint, high), shape)
 
-    def _select(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+    def _draw(self, sample: Callable[..., Tensor], shape: torch.Size) -> Tensor:
+        if self.generator is None:
+            return sample(shape)
         first = min(self.first, self.images - shape[0])  # a process without images computes a placeholder
-        return numbers[first : first + shape[0]]
+        return sample((self.images, *shape[1:]), generator=self.generator)[first : first + shape[0]]
 
 
 def noisy_labels(labels: Tensor, num_classes: int, noise: float, rng: BatchConsistentRng) -> Tensor:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
-import os
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from tqdm import tqdm
 
 from ..config.schema import TrainConfig
 from ..utils.errors import UserError
@@ -61,39 +60,36 @@ class TrainState:
 
 
 class TrainingLogger:
-    """Log steps and evaluations. Disabled (on all ranks but 0) it only keeps the state of the next line.
-
-    Enter it to show the progress bar; call `open` before the first step.
-    """
+    """Log steps and evaluations inside `open`. Disabled (on ranks over 0), it only keeps the state of the next line."""
 
     def __init__(self, config: TrainConfig, folder: Path, enabled: bool = True) -> None:
         self.config, self.folder, self.enabled = config, folder, enabled
-        self._stack = ExitStack()
-        self._bar: Any = None
-        self._file: MetricsFile | None = None
+        self.path = folder / "metrics.jsonl"
+        self._bar: tqdm | None = None
+        self._board: Any = None
         self._history: defaultdict[str, list[float]] = defaultdict(list)  # step metrics since the last line
         self._logged = (0, 0.0)  # images and seconds at that line
         self._smoothed_loss = math.nan
         if config.tensorboard and enabled:
             need("tensorboard", "tensorboard")
 
-    def __enter__(self) -> Self:
-        from tqdm import tqdm
+    @contextmanager
+    def open(self, state: TrainState) -> Iterator[None]:
+        """Show the progress bar; first remove the lines of metrics.jsonl from after the checkpoint of a resumed run."""
+        with ExitStack() as stack:
+            if self.enabled:
+                if self.path.exists():
+                    replace_file(self.path, "".join(_lines_until(self.path, state)))
+                if self.config.tensorboard:
+                    from torch.utils.tensorboard import SummaryWriter
 
-        if self.enabled:
-            layout = "{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
-            bar = tqdm(total=1.0, bar_format=layout, disable=None, dynamic_ncols=True, file=sys.stderr)
-            self._bar = self._stack.enter_context(bar)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        return self._stack.__exit__(kind, error, trace)
-
-    def open(self, state: TrainState) -> None:
-        """Open metrics.jsonl, without the lines of a resumed run that came after its checkpoint."""
-        if self.enabled:
-            file = MetricsFile(self.folder, state.step, state.evaluated_step, self.config.tensorboard)
-            self._file = self._stack.enter_context(file)
+                    first_step = state.step + 1 if state.step else None
+                    writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
+                    self._board = stack.enter_context(writer)
+                layout = "{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
+                bar = tqdm(total=1.0, bar_format=layout, disable=None, dynamic_ncols=True, file=sys.stderr)
+                self._bar = stack.enter_context(bar)
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next line of metrics.jsonl depends on."""
@@ -115,7 +111,7 @@ class TrainingLogger:
                 self._history[name].append(value)
         if metrics.step % self.config.log_every:
             return
-        self._write("train", {
+        self.write("train", {
             "step": metrics.step, "epoch": state.epoch, "progress": round(progress, 6),
             "images_seen": state.images_seen, "seconds": round(state.seconds, 3),
             "images_per_second": round(self._images_per_second(state), 3), "lr": metrics.lr,
@@ -126,22 +122,39 @@ class TrainingLogger:
 
     def log_evaluation(self, state: TrainState) -> None:
         """Write the line of an evaluation."""
-        self._write("evaluation", {
+        self.write("evaluation", {
             "step": state.step, "epoch": state.epoch, "images_seen": state.images_seen,
             "seconds": round(state.seconds, 3), **(state.metrics or {}), "best_AP": state.best_ap,
         })  # fmt: skip
 
-    def _write(self, kind: str, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(kind, record)
+    def write(self, kind: str, record: Mapping[str, Any]) -> None:
+        """Write a record of kind "train" or "evaluation"; after an evaluation, rewrite training.html."""
+        if not self.enabled:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, **record}) + "\n")
+        except OSError as error:  # a failed write does not name the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+        if kind == "evaluation":
+            from ..evaluation.training_page import write_training_page
+
+            try:
+                write_training_page(self.folder)
+            except (UserError, OSError) as error:
+                _log.warning("training.html was not written: %s", error)
 
     def _images_per_second(self, state: TrainState) -> float:
         return (state.images_seen - self._logged[0]) / max(state.seconds - self._logged[1], 1e-9)
 
     def print(self, line: str) -> None:
         """Print a line above the progress bar."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
+        if self.enabled:
+            tqdm.write(line, file=sys.stderr)
 
     def show_progress(self, state: TrainState, progress: float) -> None:
         """Update the progress bar, which is shown only on a terminal."""
@@ -161,97 +174,28 @@ class TrainingLogger:
             ap, ap50 = _figure(state.metrics["AP"]), _figure(state.metrics["AP50"])
             line += f", AP {ap}, AP50 {ap50}, best AP {_figure(state.best_ap)}"
         speed = state.images_seen / max(state.seconds, 1e-9)
-        trained, left = format_duration(state.seconds), _remaining(state, progress)
+        trained, left = tqdm.format_interval(state.seconds), _remaining(state, progress)
         self.print(f"{line}, {speed:.1f} images/s, {trained} trained, {left} left")
 
     def _epoch(self, epoch: int) -> str:
         return f"{epoch}/{self.config.epochs}" if self.config.epochs else str(epoch)
 
 
-class MetricsFile:
-    """metrics.jsonl with one record per line, and with `tensorboard` its numbers as event files.
-
-    Opening it removes the lines after `step` (evaluations: after `evaluated_step`), the lost work of a resumed run.
-    A failed write raises OSError with the name of metrics.jsonl.
-    """
-
-    def __init__(
-        self, folder: Path, step: int = 0, evaluated_step: int | None = None, tensorboard: bool = False
-    ) -> None:
-        self._folder, self._path, self._board = folder, folder / "metrics.jsonl", None
-        try:
-            if self._path.exists():
-                evaluated_step = step if evaluated_step is None else evaluated_step
-                replace_file(self._path, "".join(_lines_until(self._path, step, evaluated_step)))
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-        except OSError as error:
-            raise self._named(error) from None
-
-    def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Write a record of kind "train" or "evaluation"; after an evaluation, rewrite training.html."""
-        try:
-            line = (json.dumps({"kind": kind, **record}) + "\n").encode()
-            if self._file.write(line) != len(line):  # the disk is almost full
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if self._board is not None:
-                for name, value in record.items():
-                    if isinstance(value, float):
-                        self._board.add_scalar(f"{kind}/{name}", value, record["step"])
-        except OSError as error:
-            raise self._named(error) from None
-        if kind == "evaluation":
-            self._write_page()
-
-    def _write_page(self) -> None:
-        from ..evaluation.training_page import write_training_page
-
-        try:
-            write_training_page(self._folder)
-        except (UserError, OSError) as error:
-            _log.warning("training.html was not written: %s", error)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        try:
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
-        except OSError as failure:
-            if error is None:
-                raise self._named(failure) from None
-
-    def _named(self, error: OSError) -> OSError:
-        return OSError(error.errno or errno.EIO, error.strerror or str(error), str(self._path))
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as 1:05 or 2:03:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _remaining(state: TrainState, progress: float) -> str:
-    return format_duration(state.seconds * (1 - progress) / progress) if progress else "?"
+    return tqdm.format_interval(state.seconds * (1 - progress) / progress) if progress else "?"
 
 
 def _figure(value: float | None) -> str:
     return "—" if value is None else f"{value:.3f}"
 
 
-def _lines_until(path: Path, step: int, evaluated_step: int) -> list[str]:
-    """Return the complete lines up to `step`, evaluations up to `evaluated_step`; a kill may have cut the last."""
+def _lines_until(path: Path, state: TrainState) -> list[str]:
+    """Return the complete lines up to the checkpoint of this state; a kill may have cut the last line."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-            if record["step"] <= (evaluated_step if record.get("kind") == "evaluation" else step):
+            if record["step"] <= (state.evaluated_step if record["kind"] == "evaluation" else state.step):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -78,14 +78,6 @@ class Matches:
     target: Tensor
 
 
-@dataclass(frozen=True)
-class Matching:
-    """The matches of each set of predictions, and for each image whether its predictions and costs are all finite."""
-
-    matches: tuple[Matches, ...]
-    finite: tuple[bool, ...]
-
-
 class HungarianMatcher:
     """Match every object to one query of its image at the lowest total cost.
 
@@ -96,14 +88,14 @@ class HungarianMatcher:
         self.config = config
 
     @torch.no_grad()
-    def __call__(self, predictions: Sequence[Predictions], targets: PackedTargets) -> Matching:
+    def __call__(self, predictions: Sequence[Predictions], targets: PackedTargets) -> tuple[list[Matches], list[bool]]:
         """Match every layer of every image.
 
         The costs of all layers reach the host in one copy, which is the only wait for the device in a training step.
 
         Returns:
-            An image with more objects than queries leaves objects unmatched. An image with a cost or prediction that
-            is not finite is marked in `Matching.finite`: check it before using the loss.
+            The matches of each item of `predictions`, and for each image whether its predictions and costs are finite:
+            check it before using the loss. An image with more objects than queries leaves objects unmatched.
         """
         with torch.autocast(targets.boxes.device.type, enabled=False):
             costs = torch.cat([self.costs(item, targets).flatten(1) for item in predictions], dim=1)  # (N, layers·Q)
@@ -125,7 +117,7 @@ class HungarianMatcher:
                 pairs.append(_assign(table[:, column : column + queries], targets.sizes))
                 column += queries
             matches.append(Matches(*torch.from_numpy(np.stack(pairs, axis=1)).to(costs.device, non_blocking=True)))
-        return Matching(tuple(matches), tuple(finite.tolist()))
+        return matches, finite.tolist()
 
     def costs(self, predictions: Predictions, targets: PackedTargets) -> Tensor:
         """Return the (N, layers, Q) cost of matching each object to each query of its own image."""

@@ -32,17 +32,13 @@ def parameter_groups(model: nn.Module, config: TrainConfig, denoising: nn.Module
         members["base"] += denoising.named_parameters(prefix="denoising")
     if not any(members.values()):
         raise UserError("the model has no trainable parameter: lower model.frozen_stages")
-    return [
-        {
-            "name": group,
-            "params": [parameter for _, parameter in members[group]],
-            "names": [name for name, _ in members[group]],
-            "factor": factor,
-            "lr": config.lr * factor,
-        }
-        for group, factor in factors.items()
-        if members[group]
-    ]
+    groups = []
+    for group, factor in factors.items():
+        if members[group]:
+            names, parameters = map(list, zip(*members[group], strict=True))
+            lr = config.lr * factor
+            groups.append({"name": group, "params": parameters, "names": names, "factor": factor, "lr": lr})
+    return groups
 
 
 def group_of(name: str) -> str:

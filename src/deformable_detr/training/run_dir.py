@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..config.resolve import read_config_file
 from ..config.schema import Config
 from ..utils.errors import UserError
-from ..utils.files import replace_file
+from ..utils.files import prepare_folder, replace_file
 from .checkpoint import CheckpointManager
 
 if TYPE_CHECKING:
@@ -54,12 +53,7 @@ class RunDir:
                 f"output folder {self.path} already holds a run or a model ({taken[0]}): "
                 "resume it with --resume, or choose another folder"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            raise UserError(f"output folder {self.path} cannot be written: {error.strerror or error}") from None
+        prepare_folder(self.path, "output folder")
 
     @contextmanager
     def lock(self, resume: bool) -> Iterator[None]:
@@ -82,18 +76,14 @@ class RunDir:
             log.warning("%s cannot be locked (%s): make sure that no other process writes to it", self.path, error)
         try:
             self.claim(resume)  # another process may have claimed it before the lock
-            self._delete_leftovers()
+            for leftover in self.path.glob(".*.tmp"):  # of a killed process
+                leftover.unlink(missing_ok=True)
             yield
         finally:
             if lock.is_locked:
                 with suppress(OSError):  # Windows cannot delete an open file
                     path.unlink()
                 lock.release()
-
-    def _delete_leftovers(self) -> None:
-        """Delete temporary files of a killed process."""
-        for path in self.path.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
 
     def write_config(self, config: Config) -> None:
         """Write the whole config to config.yaml."""

@@ -1,16 +1,12 @@
-"""Preparation of a run: folder lock, classes, automatic settings, model, random seeds, error messages."""
+"""Preparation of a run: folder lock, classes, automatic settings, model, error messages."""
 
 from __future__ import annotations
 
 import logging
 import math
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from ..config.schema import Config
 from ..distributed.context import DistributedContext
@@ -77,13 +73,6 @@ def fix_batch_size(config: Config, total: int) -> Config:
     return config.updated({"train": {"total_batch_size": total, "base_batch_size": base}})
 
 
-def keep_batch_size(config: Config, state: Mapping[str, Any], context: DistributedContext) -> Config:
-    """Keep the batch size of a run of one process that several processes resume, unless the config sets one."""
-    if context.world_size == 1 or config.train.total_batch_size is not None:
-        return config
-    return fix_batch_size(config, state["total_batch_size"])
-
-
 def build_model(config: Config, resumed: bool, verbose: bool = True) -> DeformableDETR:
     """Build the model: with the weights of `train.weights` or of the backbone, or, if resumed, without any."""
     from ..detector import DeformableDETR
@@ -95,25 +84,12 @@ def build_model(config: Config, resumed: bool, verbose: bool = True) -> Deformab
     if verbose and (note := portability_note(config.model)):
         log.warning(note)
     if config.train.weights:
-        return load_for_finetuning(
-            config.model, config.train.weights, print if verbose else lambda line: None, DeformableDETR
-        )
+        report = print if verbose else lambda line: None
+        return load_for_finetuning(config.model, config.train.weights, report, DeformableDETR)
     return DeformableDETR(config.model)
 
 
-def mixed_seed(*numbers: int) -> int:
-    """Return one 64-bit seed from several numbers; (0, 1) and (1, 0) give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def seed_all(seed: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def machine_errors_as_user_errors(run_dir: RunDir, config: Config) -> AbstractContextManager[None]:
+def explain_errors(run_dir: RunDir, config: Config) -> AbstractContextManager[None]:
     """Turn full memory, killed loader workers and failed file access into a `UserError` with cause and fix.
 
     Other errors pass unchanged.
@@ -123,10 +99,10 @@ def machine_errors_as_user_errors(run_dir: RunDir, config: Config) -> AbstractCo
         f"use a smaller --batch-size (now {train.batch_size}; --total-batch-size keeps the optimizer's batch) or "
         f"--image-size (now {model.image_size}), or --set model.gradient_checkpointing=true"
     )
-    return explain_machine_errors(train.batch_size, config.data.workers, hint, lambda: f"; {_resume_hint(run_dir)}")
 
+    def resume_hint() -> str:
+        if generations(run_dir.checkpoints.last):
+            return "; resume from the last checkpoint with --resume"
+        return f"; no checkpoint was saved: start again{' with --resume' if run_dir.started else ''}"
 
-def _resume_hint(run_dir: RunDir) -> str:
-    if generations(run_dir.checkpoints.last):
-        return "resume from the last checkpoint with --resume"
-    return f"no checkpoint was saved: start again{' with --resume' if run_dir.started else ''}"
+    return explain_machine_errors(train.batch_size, config.data.workers, hint, resume_hint)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
+from ..data.dataloader import Batch, mix_seeds
 from ..distributed.context import DistributedContext
 from ..distributed.parallel import accumulate_gradients, parallelize, zero_with_gradient
 from ..structures import ImageBatch, Target
@@ -21,14 +21,12 @@ from .denoising import BatchConsistentRng, Denoising
 from .ema import exponential_moving_average
 from .matcher import Matches, PackedTargets
 from .optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from .setup import mixed_seed
 from .signals import NonFiniteLoss
 
 if TYPE_CHECKING:
     from ..detector import DeformableDETR
 
-Batch = tuple[ImageBatch, list[Target]]
-
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_OVERFLOWS = 50  # consecutive steps that fp16 may skip while its loss scale settles
 
 
@@ -157,7 +155,7 @@ class TrainStep:
                 # A single micro-batch draws from the global generator; several draw parts of the same numbers.
                 rng = None
                 if not single:
-                    rng = BatchConsistentRng(stats.images, first, mixed_seed(self.config.seed, global_step))
+                    rng = BatchConsistentRng(stats.images, first, mix_seeds(self.config.seed, global_step))
                 losses, total = self._forward(batch, targets, stats, rng)
                 if index == 0:
                     previous = self.flush_pending_metrics()
@@ -181,8 +179,8 @@ class TrainStep:
         """Return the losses of a micro-batch and the scalar to differentiate."""
         images, shown = (batch, targets) if targets else _placeholder_batch()
         images = images.to(self.device, non_blocking=True).normalize(self.mean, self.std)
-        packed = PackedTargets.pack(shown)
-        with _autocast(self.device, self.config.precision):
+        packed, precision = PackedTargets.pack(shown), self.config.precision
+        with torch.autocast(self.device.type, _DTYPES.get(precision), enabled=precision != "fp32"):
             outputs, denoising_matches = self.network(images, packed, stats.max_objects, rng)
         losses = self.criterion(outputs, packed.to(self.device), stats.num_boxes, denoising_matches)
         if stats.world_size == 1:
@@ -236,23 +234,21 @@ class TrainStep:
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return all tensors that an exact resume needs, by group."""
-        groups = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
-        groups |= {name: module.state_dict() for name, module, _ in self._extra_state()}
-        return groups
+        groups = {name: module.state_dict() for name, module in self._modules_to_save().items()}
+        return {**groups, "optimizer": optimizer_tensors(self.optimizer)}
 
     def load_state_tensors(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
         """Restore what `state_tensors` returned; a group that the config no longer needs is ignored."""
-        self.model.load_state_dict(tensors["model"])
-        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
-        for name, module, option in self._extra_state():
+        for name, module in self._modules_to_save().items():
             if name not in tensors:
+                option = {"denoising": "num_denoising", "ema": "ema_decay"}[name]
                 raise UserError(f"cannot resume: the run had train.{option}=0; set it to 0, or start a new run")
             module.load_state_dict(tensors[name])
+        load_optimizer_tensors(self.optimizer, tensors["optimizer"])
 
-    def _extra_state(self) -> list[tuple[str, nn.Module, str]]:
-        """Return (group, module, option that enables it) of what is trained beside the model."""
-        entries = [("denoising", self.denoising, "num_denoising"), ("ema", self.ema, "ema_decay")]
-        return [(name, module, option) for name, module, option in entries if module is not None]
+    def _modules_to_save(self) -> dict[str, nn.Module]:
+        modules = {"model": self.model, "denoising": self.denoising, "ema": self.ema}
+        return {name: module for name, module in modules.items() if module is not None}
 
 
 class _DenoisingNetwork(nn.Module):
@@ -267,11 +263,9 @@ class _DenoisingNetwork(nn.Module):
     ) -> tuple[dict[str, Tensor], tuple[Matches, int] | None]:
         queries, matches = None, None
         if self.denoising is not None:
-            made = self.denoising(targets, self.model.config.num_queries, max_objects, rng)
-            if made is not None:
-                queries, *matches = made
+            queries, matches = self.denoising(targets, self.model.config.num_queries, max_objects, rng)
         outputs = self.model(images.pixels, images.padding_mask, denoising_queries=queries)
-        return outputs, None if matches is None else (matches[0], matches[1])
+        return outputs, matches
 
 
 def _placeholder_batch() -> Batch:
@@ -279,9 +273,3 @@ def _placeholder_batch() -> Batch:
     side = 128  # pixels; two or more cells at every stride, which trainable norms need
     pixels, mask = torch.zeros(1, 3, side, side, dtype=torch.uint8), torch.zeros(1, side, side, dtype=torch.bool)
     return ImageBatch(pixels, mask), [Target.empty(-1, (side, side))]
-
-
-def _autocast(device: torch.device, precision: str) -> Any:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)

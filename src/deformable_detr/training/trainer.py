@@ -10,29 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from ..config.schema import Config
+from ..data.dataloader import Batch, LoaderOptions, build_dataloader, mix_seeds
 from ..distributed.context import DistributedContext
 from ..distributed.launch import restarted
 from ..utils.errors import UserError
+from . import setup
 from .checkpoint import random_state, restore_random_state, update_state
 from .logger import TrainingLogger, TrainState
 from .optimizer import scaled_lr, total_batch_size
 from .run_dir import RunDir
-from .setup import (
-    build_model,
-    fix_batch_size,
-    keep_batch_size,
-    lock_run_dir,
-    machine_errors_as_user_errors,
-    mixed_seed,
-    resolve_auto,
-    seed_all,
-    with_classes,
-)
 from .signals import GracefulShutdown, TrainingInterrupted
-from .step import Batch, BatchStats, TrainStep, count_objects
+from .step import BatchStats, TrainStep, count_objects
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
@@ -63,7 +55,7 @@ def train_model(
     run_dir = RunDir(out)
     with DistributedContext(config.train.device) as context:
         resume = context.on_rank_zero(lambda: resume or (restarted() and run_dir.started))
-        with lock_run_dir(run_dir, resume, context), machine_errors_as_user_errors(run_dir, config):
+        with setup.lock_run_dir(run_dir, resume, context), setup.explain_errors(run_dir, config):
             trainer, note = _prepare(data, run_dir, config, resume, context)
             return trainer.run(note)
 
@@ -74,23 +66,23 @@ def _prepare(
     """Return the trainer of a new or resumed run and a line to print first."""
     train_set, val_set = _open_datasets(data, config, resume, context)
     with context.sync_errors():
-        config, note = resolve_auto(with_classes(config, train_set), len(train_set))
-    checkpoint = context.on_rank_zero(
-        lambda: run_dir.checkpoints.restore(config, train_set.fingerprint) if resume else None
-    )
-    if checkpoint is not None:
-        config = keep_batch_size(config, checkpoint[1], context)
-    elif resume:
+        config, note = setup.resolve_auto(setup.with_classes(config, train_set), len(train_set))
+    restore = run_dir.checkpoints.restore
+    checkpoint = context.on_rank_zero(lambda: restore(config, train_set.fingerprint) if resume else None)
+    resumed = checkpoint is not None
+    if resume and not resumed:
         note = "no checkpoint in this run yet: it starts from the beginning"
+    if resumed and context.world_size > 1 and config.train.total_batch_size is None:
+        config = setup.fix_batch_size(config, checkpoint[1]["total_batch_size"])  # also after a run of one process
 
-    seed_all(config.train.seed)
-    model = context.local_rank_zero_first(lambda: build_model(config, checkpoint is not None, context.is_rank_zero))
+    torch.manual_seed(config.train.seed)
+    model = context.local_rank_zero_first(lambda: setup.build_model(config, resumed, context.is_rank_zero))
     datasets, data_name = (train_set, val_set), Path(data).resolve().name
     trainer = Trainer(config, model.to(context.device), datasets, run_dir, data_name, context)
     if checkpoint is not None:
         trainer.load_checkpoint(*checkpoint)
     elif not context.is_rank_zero:
-        seed_all(mixed_seed(config.train.seed, context.rank))  # for dropout
+        torch.manual_seed(mix_seeds(config.train.seed, context.rank))  # for dropout
     context.on_rank_zero(lambda: run_dir.write_config(trainer.config))
     return trainer, note
 
@@ -129,20 +121,18 @@ class Trainer:
         model: DeformableDETR,
         datasets: tuple[CocoDataset, CocoDataset],
         run_dir: RunDir,
-        data_name: str | None = None,
-        context: DistributedContext | None = None,
+        data_name: str,
+        context: DistributedContext,
     ) -> None:
-        from ..data.dataloader import LoaderOptions, build_dataloader
         from ..data.mosaic import MosaicDataset
 
-        self.context = context or DistributedContext(str(model.pixel_mean.device), world_size=1)
-        self.model, self.run_dir, self.data_name = model, run_dir, data_name
+        self.model, self.run_dir, self.data_name, self.context = model, run_dir, data_name, context
         train_set, self.val_set = datasets
         self.data_fingerprint = train_set.fingerprint
         self.total_batch_size = total_batch_size(config.train, self.context.world_size)
         self.lr, self._lr_note = scaled_lr(config.train, self.total_batch_size)
         if self.context.world_size > 1 and config.train.total_batch_size is None:
-            config = fix_batch_size(config, self.total_batch_size)
+            config = setup.fix_batch_size(config, self.total_batch_size)
         self.config, train = config, config.train
         options = LoaderOptions(
             train.batch_size, config.data.workers, shuffle=True, seed=train.seed,
@@ -158,30 +148,26 @@ class Trainer:
         self.state = TrainState()
         self.shutdown = GracefulShutdown()
 
-    # --- the loop -----------------------------------------------------------------------------------------------
-
     def run(self, note: str | None = None) -> dict[str, Any]:
         """Train to the end and return the summary of the run; print `note` first."""
-        state = self.state
-        with self.logger as logger:
-            if note:
-                logger.print(note)
-            if self.finished and state.evaluated_step == state.step:
-                logger.print(f"the run in {self.run_dir.path} is finished: {state.epoch} epochs, {state.step} steps")
-                return self.summary()
-            self._print_batch_size()
-            with self.shutdown:
-                logger.open(state)
-                while True:
-                    if self.evaluation_due:
-                        self.evaluate()
-                    if self.finished:
-                        break
-                    self.train_epoch()
-                    if not self.evaluation_due:
-                        logger.print_epoch(state, self.progress)
-                if self.progress < 1:
-                    logger.print(f"no better AP in {state.stale_evaluations} evaluations: the run ends")
+        state, logger = self.state, self.logger
+        if note:
+            logger.print(note)
+        if self.finished and state.evaluated_step == state.step:
+            logger.print(f"the run in {self.run_dir.path} is finished: {state.epoch} epochs, {state.step} steps")
+            return self.summary()
+        self._print_batch_size()
+        with self.shutdown, logger.open(state):
+            while True:
+                if self.evaluation_due:
+                    self.evaluate()
+                if self.finished:
+                    break
+                self.train_epoch()
+                if not self.evaluation_due:
+                    logger.print_epoch(state, self.progress)
+            if self.progress < 1:
+                logger.print(f"no better AP in {state.stale_evaluations} evaluations: the run ends")
         return self.summary()
 
     def train_epoch(self) -> None:
@@ -202,7 +188,6 @@ class Trainer:
             state.step += 1
             state.images_seen += stats.images if stats else len(micro_batches[0][1])
             state.seconds += time.perf_counter() - start
-            self._sync_processes()
             self.logger.show_progress(state, self.progress)
             self._stop_if_signaled()
             if self.progress >= 1:
@@ -213,7 +198,6 @@ class Trainer:
             start = time.perf_counter()
         self._finish_epoch()
         self.save()
-        self._sync_processes()
         self._stop_if_signaled()
 
     def evaluate(self) -> None:
@@ -227,10 +211,7 @@ class Trainer:
         state_dict = self.state_dict()
         self.context.on_rank_zero(lambda: update_state(self.run_dir.checkpoints.last, state_dict))
         self.logger.print_epoch(state, self.progress)
-        self._sync_processes()
         self._stop_if_signaled()
-
-    # --- progress -----------------------------------------------------------------------------------------------
 
     @property
     def progress(self) -> float:
@@ -263,8 +244,6 @@ class Trainer:
     def _finish_epoch(self) -> None:
         if self.state.epoch_step == self.steps_per_epoch:
             self.state.epoch, self.state.epoch_step = self.state.epoch + 1, 0
-
-    # --- checkpoints --------------------------------------------------------------------------------------------
 
     def save(self, best: bool = False) -> None:
         """Save the last (or the best) checkpoint, once the last step is known to be finite."""
@@ -301,7 +280,7 @@ class Trainer:
         if rank == 0 or len(states) == self.context.world_size:
             restore_random_state(states[rank])
         else:
-            seed_all(mixed_seed(self.config.train.seed, rank, state.step))
+            torch.manual_seed(mix_seeds(self.config.train.seed, rank, state.step))
 
     def _export(self, model: DeformableDETR) -> None:
         from ..weights.model_card import ModelCardData
@@ -309,8 +288,6 @@ class Trainer:
         metrics = {name: value for name, value in (self.state.metrics or {}).items() if name.startswith(("AP", "AR"))}
         card = ModelCardData(self.data_name, metrics, self.config)
         self.context.on_rank_zero(lambda: self.run_dir.export(model, card))
-
-    # --- batches, processes and signals -------------------------------------------------------------------------
 
     def _next_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], BatchStats | None]:
         """Return this process's micro-batches of the next step; and their stats, if there are several in all."""
@@ -334,17 +311,12 @@ class Trainer:
             self.context.raise_first(error)
         return micro_batches, BatchStats.combine(counts, self.context.rank)
 
-    def _sync_processes(self) -> None:
-        """Use the clock of rank 0 in every process, and share a received signal."""
-        if self.context.world_size == 1:
-            return
-        gathered = self.context.all_gather([self.state.seconds, self.shutdown.received or 0])
-        self.state.seconds = gathered[0][0]
-        signals = [int(number) for _, number in gathered if number]
-        if signals:
-            self.shutdown.received = max(signals)
-
     def _stop_if_signaled(self) -> None:
+        """Save and stop if any process received a signal. All processes then have the clock of rank 0."""
+        if self.context.world_size > 1:
+            gathered = self.context.all_gather([self.state.seconds, self.shutdown.received or 0])
+            self.state.seconds = gathered[0][0]
+            self.shutdown.received = max(int(number) for _, number in gathered) or None
         if self.shutdown.received is None:
             return
         self.save()
