@@ -3,16 +3,16 @@
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 
 from deformable_detr import ops
-from deformable_detr.export.graph import InferenceGraph, parse_size, trace
-from deformable_detr.export.padding import DynamicSameConv2d
+from deformable_detr.export.graph import EXAMPLE, DynamicSameConv2d, parse_size
 from deformable_detr.export.verify import max_differences
 from deformable_detr.model.layers import resize_mask
 from deformable_detr.model.position_encoding import _resize_table
 from deformable_detr.runtimes.fused.folding import fold_batch_norms
 from deformable_detr.utils.errors import UserError
-from tests.support.models import lively, tiny
+from tests.support.models import lively
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0"])
@@ -64,8 +64,11 @@ def test_same_padding(kernel, stride, dilation):
 
 def test_open_sizes_stay_short():
     """Nested halvings must simplify: at 500 characters a size, tracing took twice as long, loading a .pt2 minutes."""
-    model = tiny(backbone="tf_efficientnet_lite0", backbone_shape=None, num_feature_levels=4)
-    graph = trace(InferenceGraph(model, False), None, "grid_sample").graph
+    from timm.layers import Conv2dSame
+
+    halvings = nn.Sequential(*(DynamicSameConv2d(Conv2dSame(3, 3, kernel, stride=2)) for kernel in (3, 3, 5, 3, 5, 3)))
+    shapes = ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    graph = torch.export.export(halvings, (torch.zeros(1, 3, *EXAMPLE[1:]),), dynamic_shapes=shapes).graph
     values = (node.meta.get("val") for node in graph.nodes)
     sizes = {str(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape}
     assert any("//8" in size for size in sizes)  # the finest level's height

@@ -11,26 +11,15 @@ import pytest
 import torch
 
 from deformable_detr.cli import main
-from deformable_detr.export import ExportOptions, export, export_model, load_exported
+from deformable_detr.export import ExportOptions, export, export_model, load_exported, quantization
 from deformable_detr.export.graph import INPUTS
 from deformable_detr.export.quantization import INT8_MODULES, CalibrationImages, quantize
 from deformable_detr.runtimes.metadata import ExportMetadata
 from deformable_detr.utils.errors import UserError
 from deformable_detr.utils.files import EXPORT_SUFFIXES
-from tests.support.models import found_set, tiny
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny()
-
-
-@pytest.fixture(scope="module")
-def data(model, tmp_path_factory):
-    return found_set(tmp_path_factory.mktemp("int8") / "set", model, images=6)
 
 
 def metadata(model, image_size=None, post_processing=False):
@@ -57,7 +46,7 @@ def test_parts_in_fp32(module):
     assert not any(parts.match(f"model.{module}") for parts in INT8_MODULES.values())
 
 
-def test_calibration_images(model, data):
+def test_calibration_images(model, data, monkeypatch):
     """Those of the training split, all over it, as the model is given them, as often as they are asked for."""
     images = CalibrationImages(metadata(model), data)
     assert len(images) == len(list(images)) == len(list(images)) == 6
@@ -65,12 +54,13 @@ def test_calibration_images(model, data):
     with model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone())):
         model.predict(data / "train" / "1.png")
     torch.testing.assert_close(next(iter(images))[0], seen[0])
-    few = list(CalibrationImages(metadata(model), data, max_images=2))
-    assert [pixels.shape for pixels, _ in few] == [list(images)[at][0].shape for at in (0, 3)]
     pixels, mask = next(iter(CalibrationImages(metadata(model, (128, 160)), data)))
     assert pixels.shape == (1, 3, 128, 160)
     assert mask.any()
     assert (pixels.permute(0, 2, 3, 1)[mask] == 0).all()
+    monkeypatch.setattr(quantization, "MAX_IMAGES", 2)
+    few = list(CalibrationImages(metadata(model), data))
+    assert [pixels.shape for pixels, _ in few] == [list(images)[at][0].shape for at in (0, 3)]
 
 
 def test_mistakes_are_named(model, data, tmp_path, monkeypatch):
@@ -84,16 +74,14 @@ def test_mistakes_are_named(model, data, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_ap_of_fp32_is_measured_where_there_is_data(model, data, tmp_path):
-    lines = []
-    _, _, before, after = export_model(model, tmp_path / "a.onnx", "onnx", ExportOptions(data=data), lines.append)
+def test_ap_of_fp32_is_measured_where_there_is_data(exported):
+    before, after = exported.result.ap_before, exported.result.ap_after
     assert after == pytest.approx(before, abs=1e-6)
-    assert f"AP {before:.4f} before, {after:.4f} after" in lines
-    assert export_model(model, tmp_path / "b.onnx", "onnx").ap_before is None
+    assert f"AP {before:.4f} before, {after:.4f} after" in exported.lines
 
 
 @pytest.mark.parametrize(("bound", "refused"), [(0.005, True), (1.0, False)])
-def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, refused):
+def test_what_costs_ap_is_refused(model, data, converted, tmp_path, monkeypatch, bound, refused):
     """A quantizer that spoils the class heads: only the bound on AP keeps its file from being written."""
 
     def spoiling(proto, images, modules, per_channel):
@@ -108,7 +96,7 @@ def test_what_costs_ap_is_refused(model, data, tmp_path, monkeypatch, bound, ref
     monkeypatch.setattr(export, "quantize", spoiling)
     monkeypatch.setattr(export, "MAX_AP_LOSS", bound)
     path, lines = tmp_path / "model.onnx", []
-    options = ExportOptions("int8", data=data)
+    options = ExportOptions("int8", post_processing=True, data=data)
     if refused:
         with pytest.raises(UserError, match=r"refused: int8 lowers AP from 0\.\d+ to 0\.\d+, .* nothing was written"):
             export_model(model, path, "onnx", options, lines.append)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim, ExportedProgram
@@ -17,7 +18,6 @@ from ..ops import use_backend
 from ..runtimes.fused.folding import inference_copy
 from ..utils.errors import UserError, first_line
 from ..utils.packages import quiet_exporter
-from .padding import use_dynamic_same_padding
 
 Sampling = Literal["grid_sample", "gather"]
 INPUTS = ("pixels", "padding_mask", "original_sizes")
@@ -43,7 +43,9 @@ class InferenceGraph(nn.Module):
         super().__init__()
         model = inference_copy(model, "cpu")
         model.to(memory_format=torch.contiguous_format)
-        use_dynamic_same_padding(model.backbone.body)
+        for name, module in list(model.backbone.body.named_modules()):
+            if type(module).__name__ == "Conv2dSame":  # timm's code computes with the input size
+                model.backbone.body.set_submodule(name, DynamicSameConv2d(cast(nn.Conv2d, module)))
         self.model = model.to(dtype)
         self.post_processing, self.dtype = post_processing, dtype
 
@@ -66,6 +68,28 @@ class InferenceGraph(nn.Module):
             return logits, boxes
         corners, scores, labels = topk_boxes(logits, boxes, original_sizes.float(), TOP_K)
         return logits, boxes, clip_boxes_to_image(corners, original_sizes), scores, labels
+
+
+class DynamicSameConv2d(nn.Module):
+    """A convolution with TensorFlow's "same" padding, ceil(size / stride) output pixels, for dynamic sizes."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+        self.stride, self.dilation, self.groups = convolution.stride, convolution.dilation, convolution.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: list[Any] = []  # numbers, symbolic while tracing
+        for dim in (3, 2):  # F.pad starts with the last dimension
+            size, stride = x.shape[dim], self.stride[dim - 2]
+            extent = self.dilation[dim - 2] * (self.weight.shape[dim] - 1) + 1
+            # This form nests to (size - 1) // 4 + 1 and so on. With (size + 1) // 2 the expressions of the exporter
+            # grow to half a page per tensor, and a .pt2 file takes minutes to load.
+            total = (size - 1) // stride * stride + extent - size
+            if extent < stride:
+                total = torch.sym_max(total, 0)
+            padding += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, padding), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 def trace(graph: InferenceGraph, image_size: tuple[int, int] | None, sampling: Sampling) -> ExportedProgram:

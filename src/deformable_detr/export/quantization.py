@@ -40,7 +40,7 @@ class CalibrationImages:
         UserError: The dataset has no train split, or other classes than the model.
     """
 
-    def __init__(self, metadata: ExportMetadata, data: str | os.PathLike[str], max_images: int = MAX_IMAGES) -> None:
+    def __init__(self, metadata: ExportMetadata, data: str | os.PathLike[str]) -> None:
         from ..data.dataset import open_dataset
         from ..data.transforms import EvalTransform
 
@@ -50,7 +50,7 @@ class CalibrationImages:
         categories = model_categories(config) if config.category_ids else None
         self.dataset = open_dataset(data, DataConfig().train_split, categories=categories, transform=transform)
         self.mean, self.std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)
-        self.count = min(max_images, len(self.dataset))
+        self.count = min(MAX_IMAGES, len(self.dataset))
 
     def __len__(self) -> int:
         return self.count

@@ -15,6 +15,7 @@ from .run_dir import run_config
 from .trainer import train_model
 
 _SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+_SECTION_OF = {name: section for section, config in _SECTIONS.items() for name in config.model_fields}
 
 
 def train(
@@ -46,7 +47,10 @@ def train(
 def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, options: Mapping[str, Any]) -> Config:
     sections: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
-        sections.setdefault(_section_of(name), {})[name] = value
+        if name not in _SECTION_OF:
+            close = difflib.get_close_matches(name, _SECTION_OF, n=1)
+            raise UserError(f"train(): unknown option '{name}'" + (f"; did you mean '{close[0]}'?" if close else ""))
+        sections.setdefault(_SECTION_OF[name], {})[name] = value
     if options.keys() & {"epochs", "minutes"}:
         sections["train"] = {"epochs": None, "minutes": None, **sections["train"]}
     if resume:
@@ -55,12 +59,3 @@ def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, optio
         weights = {"train.weights": options.get("weights")}
         base = resolve_config(preset, options=weights, config_of_weights=finetune_config)
     return base.updated(sections, "train()")
-
-
-def _section_of(name: str) -> str:
-    """Return the config section of an option; every name is in one section only."""
-    for section, config in _SECTIONS.items():
-        if name in config.model_fields:
-            return section
-    close = difflib.get_close_matches(name, [key for config in _SECTIONS.values() for key in config.model_fields], n=1)
-    raise UserError(f"train(): unknown option '{name}'" + (f"; did you mean '{close[0]}'?" if close else ""))

@@ -1,15 +1,13 @@
-"""Preparation of a run: folder lock, classes, automatic settings, model, error messages."""
+"""Preparation of a run: classes, automatic settings, model, error messages."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from ..config.schema import Config
-from ..distributed.context import DistributedContext
 from ..utils.failures import explain_machine_errors
 from .checkpoint import generations
 from .run_dir import RunDir
@@ -25,16 +23,6 @@ _EPOCHS, _EPOCHS_IMAGES = 30, 300
 _MIN_EPOCHS, _MAX_EPOCHS = 12, 150
 # eval_every=auto: about 50 evaluations per run at most, and at least 100 training images between two.
 _MAX_EVALUATIONS, _IMAGES_PER_EVALUATION = 50, 100
-
-
-@contextmanager
-def lock_run_dir(run_dir: RunDir, resume: bool, context: DistributedContext) -> Iterator[None]:
-    """Claim and lock the run folder on rank 0; its `UserError` is raised in every process."""
-    with ExitStack() as stack:
-        with context.sync_errors():
-            if context.is_rank_zero:
-                stack.enter_context(run_dir.lock(resume))
-        yield
 
 
 def with_classes(config: Config, dataset: CocoDataset) -> Config:

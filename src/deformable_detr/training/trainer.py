@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,11 @@ from torch import Tensor
 
 from ..config.schema import Config
 from ..data.dataloader import Batch, LoaderOptions, build_dataloader, mix_seeds
+from ..data.dataset import CocoDataset, ensure_distinct_splits, open_dataset
+from ..data.mosaic import MosaicDataset
+from ..data.source import AnnotationCache
+from ..data.transforms import EvalTransform, TrainTransform
+from ..data.validate import check_for_training
 from ..distributed.context import DistributedContext
 from ..distributed.launch import restarted
 from ..utils.errors import UserError
@@ -27,7 +33,6 @@ from .signals import GracefulShutdown, TrainingInterrupted
 from .step import BatchStats, TrainStep, count_objects
 
 if TYPE_CHECKING:
-    from ..data.dataset import CocoDataset
     from ..detector import DeformableDETR
 
 log = logging.getLogger(__name__)
@@ -53,11 +58,17 @@ def train_model(
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     run_dir = RunDir(out)
-    with DistributedContext(config.train.device) as context:
+    with (
+        DistributedContext(config.train.device) as context,
+        setup.explain_errors(run_dir, config),
+        ExitStack() as stack,
+    ):
         resume = context.on_rank_zero(lambda: resume or (restarted() and run_dir.started))
-        with setup.lock_run_dir(run_dir, resume, context), setup.explain_errors(run_dir, config):
-            trainer, note = _prepare(data, run_dir, config, resume, context)
-            return trainer.run(note)
+        with context.sync_errors():
+            if context.is_rank_zero:
+                stack.enter_context(run_dir.lock(resume))
+        trainer, note = _prepare(data, run_dir, config, resume, context)
+        return trainer.run(note)
 
 
 def _prepare(
@@ -91,11 +102,6 @@ def _open_datasets(
     data: str | os.PathLike[str], config: Config, resume: bool, context: DistributedContext
 ) -> tuple[CocoDataset, CocoDataset]:
     """Open and validate the training and the validation split. A resumed run was validated when it started."""
-    from ..data.dataset import ensure_distinct_splits, open_dataset
-    from ..data.source import AnnotationCache
-    from ..data.transforms import EvalTransform, TrainTransform
-    from ..data.validate import check_for_training
-
     size, divisor = (config.model.image_size, config.model.long_side), config.model.size_divisor
     cache = AnnotationCache()  # each annotation file is parsed once
     if not resume:
@@ -124,8 +130,6 @@ class Trainer:
         data_name: str,
         context: DistributedContext,
     ) -> None:
-        from ..data.mosaic import MosaicDataset
-
         self.model, self.run_dir, self.data_name, self.context = model, run_dir, data_name, context
         train_set, self.val_set = datasets
         self.data_fingerprint = train_set.fingerprint
