@@ -8,7 +8,6 @@ from deformable_detr.config.schema import TrainConfig
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.training.optimizer import (
     build_optimizer,
-    group_of,
     load_optimizer_tensors,
     lr_factor,
     optimizer_tensors,
@@ -45,7 +44,7 @@ def test_the_paper_s_parameters_are_in_the_slow_groups(model):
     assert any(name.startswith("reference_points") for name in names["sampling"])
     assert all(name.startswith("backbone.") for name in names["backbone"])
     assert not any("sampling_offsets" in name or "backbone" in name for name in names["base"])
-    assert group_of("decoder.layers.0.linear.weight") == "base"
+    assert any(name.startswith("decoder.") for name in names["base"])
 
 
 def test_all_decay_alike(model):

@@ -26,6 +26,4 @@ def exponential_moving_average(model: nn.Module, decay: float) -> AveragedModel:
             else:
                 average.copy_(value)
 
-    averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    averaged.requires_grad_(False)
-    return averaged
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True).requires_grad_(False)

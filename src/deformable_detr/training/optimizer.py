@@ -27,7 +27,9 @@ def parameter_groups(model: nn.Module, config: TrainConfig, denoising: nn.Module
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[group_of(name)].append((name, parameter))
+            is_sampling = "sampling_offsets" in name or "reference_points" in name
+            group = "backbone" if name.startswith("backbone.") else "sampling" if is_sampling else "base"
+            members[group].append((name, parameter))
     if denoising is not None:
         members["base"] += denoising.named_parameters(prefix="denoising")
     if not any(members.values()):
@@ -39,13 +41,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig, denoising: nn.Module
             lr = config.lr * factor
             groups.append({"name": group, "params": parameters, "names": names, "factor": factor, "lr": lr})
     return groups
-
-
-def group_of(name: str) -> str:
-    """Return the group of a parameter by its name in the model."""
-    if name.startswith("backbone."):
-        return "backbone"
-    return "sampling" if "sampling_offsets" in name or "reference_points" in name else "base"
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, denoising: nn.Module | None = None) -> torch.optim.AdamW:

@@ -58,15 +58,11 @@ def train_model(
         TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
     """
     run_dir = RunDir(out)
-    with (
-        DistributedContext(config.train.device) as context,
-        setup.explain_errors(run_dir, config),
-        ExitStack() as stack,
-    ):
+    with DistributedContext(config.train.device) as context, setup.explain_errors(run_dir, config), ExitStack() as lock:
         resume = context.on_rank_zero(lambda: resume or (restarted() and run_dir.started))
         with context.sync_errors():
             if context.is_rank_zero:
-                stack.enter_context(run_dir.lock(resume))
+                lock.enter_context(run_dir.lock(resume))
         trainer, note = _prepare(data, run_dir, config, resume, context)
         return trainer.run(note)
 
