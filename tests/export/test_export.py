@@ -248,7 +248,7 @@ def test_a_graph_never_lies_beside_the_weights_of_another_export(fails, tmp_path
 
 
 def test_sizes_that_no_memory_holds_are_named(model, tmp_path):
-    with pytest.raises(UserError, match="out of memory: choose a smaller --image-size$"):
+    with pytest.raises(UserError, match=r"out of memory: choose a smaller --image-size$"):
         export_model(model, tmp_path / "a.pt2", "torch", ExportOptions(image_size=(2**24, 2**24)))
     assert not list(tmp_path.iterdir())
 
