@@ -52,7 +52,7 @@ def test_endings_of_images(tmp_path, suffix):
 
 def test_the_endings_of_images_are_documented():
     page = (Path(__file__).parents[2] / "docs/check.md").read_text()
-    listed = page.partition("these endings count: ")[2].partition("\n\n")[0]
+    listed = page.partition("finds these suffixes: ")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\.\w+)`", listed)) == IMAGE_SUFFIXES
 
 

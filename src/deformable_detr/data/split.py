@@ -55,10 +55,10 @@ class SplitOptions:
 
 def ensure_splittable(root: Path, data: DataConfig, options: SplitOptions) -> None:
     """Raise `UserError` if the dataset has no training split, or has a split that is to be created."""
-    found = Issues()
-    splits = find_splits(root, data, found)
+    issues = Issues()
+    splits = find_splits(root, data, issues)
     if data.train_split not in splits:
-        raise UserError(next(issue.line for issue in found if issue.split == data.train_split))
+        raise UserError(next(issue.line for issue in issues if issue.split == data.train_split))
     for name, share in ((data.val_split, options.val), ("test", options.test)):
         if share and name in splits and splits[name].read(on_problem=ignore_problem)["images"]:
             hint = "train on it as it is" if name == data.val_split else "leave out --test"
