@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch.export import ExportedProgram
 
 from ..detector import DeformableDETR
 from ..runtimes.detector import ExportedDetector, load_exported
 from ..runtimes.metadata import ExportMetadata
 from ..utils.errors import UserError
+from ..utils.failures import explain_machine_errors
 from ..utils.files import EXPORT_SUFFIXES, prepare_files
 from ..utils.packages import need
-from .formats import write_file
+from .formats import convert_to_onnx, write_file
 from .graph import InferenceGraph, Sampling, trace
 from .quantization import INT8_MODULES, CalibrationImages, import_nncf, quantize
 from .verify import BOX_TOLERANCE, LOGIT_TOLERANCE, VerifiedCase, verify
@@ -94,91 +91,75 @@ def export_model(
         need(package)
     if options.precision == "int8":
         import_nncf()
-    return _Exporter(model, path, to, options, report).run()
+    exporter = _Exporter(model, path.name, to, options, report)
+    with (
+        explain_machine_errors(1, 0, "choose a smaller --image-size"),
+        tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder,
+    ):
+        cases, ap_before, ap_after = exporter.run(Path(folder))
+        move_into_place(Path(folder), path)
+    return ExportResult(path, cases, ap_before, ap_after)
 
 
 class _Exporter:
     def __init__(
-        self, model: DeformableDETR, path: Path, to: Format, options: ExportOptions, report: Callable[[str], None]
+        self, model: DeformableDETR, name: str, to: Format, options: ExportOptions, report: Callable[[str], None]
     ) -> None:
         self.model = copy.deepcopy(model).cpu().float().eval()
-        self.path, self.to, self.options, self.report = path, to, options, report
-        config = self_contained_config(self.model)
+        self.name, self.to, self.options, self.report = name, to, options, report
         self.metadata = ExportMetadata(
-            config, options.image_size, options.precision, options.sampling, options.post_processing
+            self_contained_config(self.model), options.image_size, options.precision, options.sampling,
+            options.post_processing,
+        )  # fmt: skip
+
+    def run(self, folder: Path) -> tuple[list[VerifiedCase], float | None, float | None]:
+        """Write a verified file in `folder`. Return the verified cases and the AP of the model and of the file."""
+        options = self.options
+        # OpenVINO stores fp16 weights, but the device decides on the precision of computations.
+        half = options.precision == "fp16" and self.to != "openvino"
+        graph = InferenceGraph(self.model, options.post_processing, torch.half if half else torch.float32)
+        program = trace(graph, options.image_size, options.sampling)
+        self.report("traced")
+        converted = program if self.to == "torch" else convert_to_onnx(program, self.metadata)
+        ap_before = None if options.data is None else self._evaluate(self.model)
+        aps: list[float] = []
+        for name, variant in self._variants(converted):
+            exported, cases = self._write_and_verify(variant, folder / self.name, name)
+            if ap_before is None:
+                return cases, None, None
+            aps.append(self._evaluate(exported))
+            self.report(f"AP {ap_before:.4f} before, {aps[-1]:.4f} after")
+            if aps[-1] >= ap_before - MAX_AP_LOSS:
+                return cases, ap_before, aps[-1]
+        raise UserError(
+            f"refused: {options.precision} lowers AP from {ap_before:.4f} to {max(aps):.4f}, by more than "
+            f"{MAX_AP_LOSS}; nothing was written, use fp32"
         )
 
-    def run(self) -> ExportResult:
-        precision = self.options.precision
-        program = self._trace()
-        variants = self._variants()
-        with write_errors(self.path):
-            folder = Path(tempfile.mkdtemp(prefix=f".{self.path.stem}-", dir=self.path.parent))
-        try:
-            ap_before = None if self.options.data is None else self._evaluate(self.model)
-            aps: list[float] = []
-            for name, transform in variants.items():  # the first one whose AP is high enough
-                cases, ap = self._write_and_verify(program, folder, name, transform)
-                if ap_before is None or ap is None:
-                    break
-                aps.append(ap)
-                self.report(f"AP {ap_before:.4f} before, {ap:.4f} after")
-                if ap >= ap_before - MAX_AP_LOSS:
-                    break
-            else:
-                raise UserError(
-                    f"refused: {precision} lowers AP from {ap_before:.4f} to {max(aps):.4f}, by more than "
-                    f"{MAX_AP_LOSS}; nothing was written, use fp32"
-                )
-            with write_errors(self.path):
-                move_into_place(folder, self.path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return ExportResult(self.path, cases, ap_before, aps[-1] if aps else None)
-
-    def _trace(self) -> ExportedProgram:
-        # OpenVINO stores fp16 weights, but the device decides on the precision of computations.
-        half = self.options.precision == "fp16" and self.to != "openvino"
-        graph = InferenceGraph(self.model, self.options.post_processing, torch.half if half else torch.float32)
-        with memory_errors(self.options.image_size):
-            program = trace(graph, self.options.image_size, self.options.sampling)
-        self.report("traced")
-        return program
-
-    def _variants(self) -> dict[str, Callable[[Any], Any]]:
-        """Changes of the ONNX model to try, by name, the fastest result first."""
+    def _variants(self, converted: Any) -> Iterator[tuple[str, Any]]:
+        """Name and graph of each form to try, the fastest first."""
         if self.options.precision != "int8":
-            return {self.options.precision: lambda proto: proto}
-        assert self.options.data is not None  # `_check_options`
-        images = CalibrationImages(self.metadata, self.options.data)
+            yield "", converted
+            return
+        images = CalibrationImages(self.metadata, cast(Path, self.options.data))
         self.report(f"calibrating on {len(images)} training images")
-        per_channel = self.to == "openvino"
-        return {
-            f"int8 in {name}": partial(quantize, images=images, modules=modules, per_channel=per_channel)
-            for name, modules in INT8_MODULES.items()
-        }
+        for name, modules in INT8_MODULES.items():
+            yield f", int8 in {name}", quantize(converted, images, modules, per_channel=self.to == "openvino")
 
-    def _write_and_verify(
-        self, program: ExportedProgram, folder: Path, name: str, transform: Callable[[Any], Any]
-    ) -> tuple[list[VerifiedCase], float | None]:
-        """The verified cases of one variant, and its AP if there is a dataset."""
-        path = folder / self.path.name
-        with write_errors(self.path):
-            write_file(self.to, program, path, self.metadata, transform)
-        size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-        self.report(f"written, {size:.1f} MiB" + (f", {name}" if self.options.precision == "int8" else ""))
+    def _write_and_verify(self, graph: Any, path: Path, name: str) -> tuple[ExportedDetector, list[VerifiedCase]]:
+        write_file(self.to, graph, path, self.metadata)
+        size = sum(file.stat().st_size for file in path.parent.iterdir()) / 2**20
+        self.report(f"written, {size:.1f} MiB{name}")
         exported = load_exported(path, "cpu")
-        with memory_errors(self.options.image_size):
-            cases = verify(self.model, exported, TOLERANCES[self.options.precision])
+        cases = verify(self.model, exported, TOLERANCES[self.options.precision])
         for case in cases:
             self.report(f"verified {case}")
-        return cases, None if self.options.data is None else self._evaluate(exported)
+        return exported, cases
 
     def _evaluate(self, detector: DeformableDETR | ExportedDetector) -> float:
         from ..evaluation import evaluate
 
-        data = self.options.data
-        assert data is not None
+        data = cast(Path, self.options.data)
         ap = evaluate(detector, data, split=self.options.split, batch_size=1, limit=self.options.limit)["AP"]
         if ap is None:
             raise UserError(f"--data {data}: its {self.options.split} split has no objects, so AP cannot be measured")
@@ -205,28 +186,6 @@ def self_contained_config(model: DeformableDETR):
     """Return the model's config with its normalization and without downloads."""
     mean, std = (model.get_buffer(name).tolist() for name in ("pixel_mean", "pixel_std"))
     return model.config.without_pretrained_backbone().replace(pixel_mean=tuple(mean), pixel_std=tuple(std))
-
-
-@contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Raise UserError for an OSError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
-
-
-@contextmanager
-def memory_errors(image_size: tuple[int, int] | None) -> Iterator[None]:
-    """Raise UserError if images of a fixed size need more memory than the machine has."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if image_size is None or not (isinstance(error, MemoryError) or "allocate memory" in str(error)):
-            raise
-        height, width = image_size
-        message = f"--image-size {height},{width}: not enough memory for images of this size; choose a smaller one"
-        raise UserError(message) from None
 
 
 def move_into_place(folder: Path, path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -101,29 +99,20 @@ def trace(graph: InferenceGraph, image_size: tuple[int, int] | None, sampling: S
     batch, (height, width) = EXAMPLE[0], image_size or EXAMPLE[1:]
     pixels, mask = torch.zeros(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)
     mask[1, height // 2 :] = True
-    sides = [Dim.DYNAMIC if image_size is None else Dim.STATIC] * 2
-    inputs = (pixels, mask)
-    shapes = ({0: Dim.DYNAMIC, 2: sides[0], 3: sides[1]}, {0: Dim.DYNAMIC, 1: sides[0], 2: sides[1]})
-    if graph.post_processing:
-        inputs += (torch.tensor([[height, width]] * batch),)
-        shapes += ({0: Dim.DYNAMIC},)
+    side = Dim.DYNAMIC if image_size is None else Dim.STATIC
+    inputs = (pixels, mask, torch.tensor([[height, width]] * batch))
+    shapes = ({0: Dim.DYNAMIC, 2: side, 3: side}, {0: Dim.DYNAMIC, 1: side, 2: side}, {0: Dim.DYNAMIC})
+    count = 3 if graph.post_processing else 2
     backend = "gather" if sampling == "gather" else "reference"
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # trace self-attention as plain operators
     try:
-        with use_backend(backend), quiet_exporter(), _plain_attention(), torch.no_grad():
-            return torch.export.export(graph, inputs, dynamic_shapes=shapes, strict=False)
+        with use_backend(backend), quiet_exporter(), torch.no_grad():
+            return torch.export.export(graph, inputs[:count], dynamic_shapes=shapes[:count], strict=False)
     except (RuntimeError, ValueError, TypeError, TorchDynamoException) as error:
         hint = " with dynamic sizes; try --image-size H,W" if image_size is None else ""
         raise UserError(
             f"a model with backbone '{graph.model.config.backbone}' cannot be exported{hint}: {first_line(error, 300)}"
         ) from error
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Trace self-attention as plain operators instead of PyTorch's fused inference path."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        torch.backends.mha.set_fastpath_enabled(fast_attention)

@@ -50,7 +50,7 @@ def _explain(error: Exception, memory_fix: str, batch_size: int, workers: int) -
         size = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
         return f"the device is out of memory{f' (tried to allocate {size[1]})' if size else ''}: {memory_fix}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return f"this machine is out of memory: {memory_fix}, or use fewer --workers"
+        return f"this machine is out of memory: {memory_fix}{', or use fewer --workers' if workers else ''}"
     if killed := re.search(r"DataLoader worker \(pid.*?\) (?:is|was) killed by signal: ([\w ]+)", text):
         return _explain_killed_worker(killed[1].strip(), batch_size, workers)
     if re.search(r"DataLoader worker \(pid.*?exited unexpectedly", text):
