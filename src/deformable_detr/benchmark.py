@@ -101,7 +101,8 @@ def benchmark(
         calls = {form: partial(detector, pixels, mask) for form, detector in forms.items()}
         with torch.inference_mode():
             timings = time_interleaved(calls, repeats)
-            peaks = {form: _peak_mib(form[0], call, device.type) for form, call in calls.items()}
+            measurable = {form: call for form, call in calls.items() if form[0] in ("eager", "optimized")}
+            peaks = {form: peak_memory_mib(call, device.type) for form, call in measurable.items()}
         report("timed")
         aps = {form: None if data is None else _ap(detector, data, split, limit) for form, detector in forms.items()}
         calls.clear()  # with `forms`, closes the files, which Windows cannot delete while they are open
@@ -110,7 +111,7 @@ def benchmark(
     return [
         BenchmarkRow(
             *form, timing.median_ms, timing.p95_ms, batch_size / timing.median_ms * 1e3, eager_ms / timing.median_ms,
-            peaks[form], aps[form],
+            peaks.get(form), aps[form],
         )
         for form, timing in timings.items()
     ]  # fmt: skip
@@ -144,10 +145,6 @@ def _exported_forms(
             forms[to, precision] = load_exported(path, "cpu", threads=torch.get_num_threads())
             report(f"exported to {to}, {precision}")
     return forms
-
-
-def _peak_mib(runtime: str, call: Callable[[], object], device: str) -> float | None:
-    return peak_memory_mib(call, device) if runtime in ("eager", "optimized") else None
 
 
 def _ap(detector: Any, data: str | os.PathLike[str], split: str, limit: int | None) -> float | None:

@@ -39,7 +39,7 @@ class InferenceGraph(nn.Module):
 
     def __init__(self, model: DeformableDETR, post_processing: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        model = inference_copy(model, "cpu")
+        model = inference_copy(model)
         model.to(memory_format=torch.contiguous_format)
         for name, module in list(model.backbone.body.named_modules()):
             if type(module).__name__ == "Conv2dSame":  # timm's code computes with the input size

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..utils.errors import UserError
-from .files import Runtime, open_runtime
+from .files import RUNTIMES, Runtime
 from .metadata import ExportMetadata
 
 
@@ -26,14 +26,10 @@ class ExportedDetector(nn.Module):
         self.runtime = runtime
         self.metadata = ExportMetadata.from_strings(runtime.strings, path)
         self.config = self.metadata.config
+        self.canvas = self.metadata.image_size  # (height, width) to which all batches are padded. None: any size
         device = runtime.device
         self.register_buffer("pixel_mean", torch.tensor(self.config.pixel_mean, device=device), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(self.config.pixel_std, device=device), persistent=False)
-
-    @property
-    def canvas(self) -> tuple[int, int] | None:
-        """(height, width) to which all batches are padded. None: any size."""
-        return self.metadata.image_size
 
     def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Return `pred_logits` and `pred_boxes` as `DeformableDETRNetwork.forward` does.
@@ -68,5 +64,19 @@ def pad_to_canvas(pixels: Tensor, padding_mask: Tensor, canvas: tuple[int, int] 
 
 
 def load_exported(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> ExportedDetector:
-    """Load a file that `export` wrote. See `files.open_runtime` for the arguments and errors."""
-    return ExportedDetector(open_runtime(Path(path), device, threads), os.fspath(path))
+    """Load a file that `export` wrote, in the runtime that its suffix names.
+
+    Args:
+        path: A .onnx, .xml (OpenVINO) or .pt2 file.
+        device: "auto", "cpu", "cuda", or a device of OpenVINO.
+        threads: CPU threads. Default: the runtime's own choice.
+
+    Raises:
+        UserError: The file is missing, damaged or of another kind, or the runtime does not have the device.
+    """
+    path = Path(path)
+    if path.suffix not in RUNTIMES:
+        raise UserError(f"{path} is not an exported model: its name must end in {', '.join(RUNTIMES)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return ExportedDetector(RUNTIMES[path.suffix](path, device, threads), str(path))

@@ -1,10 +1,13 @@
-"""Runtimes of exported files: ONNX Runtime, OpenVINO and PyTorch."""
+"""Runtimes of exported files: ONNX Runtime, OpenVINO and PyTorch.
+
+Each has the file's metadata in `strings`, and the `device` of its outputs. Inputs may be on any device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,34 +15,6 @@ from torch import Tensor
 from ..utils.errors import UserError, first_line
 from ..utils.packages import need, quiet_exporter
 from .metadata import NAMESPACE, REQUIRED_KEYS
-
-
-class Runtime(Protocol):
-    """An opened file: its metadata and the device of its outputs. Inputs may be on any device."""
-
-    strings: dict[str, str]
-    device: torch.device
-
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]: ...
-
-
-def open_runtime(path: Path, device: str = "auto", threads: int | None = None) -> Runtime:
-    """Open an exported file in the runtime that its suffix names.
-
-    Args:
-        path: A .onnx, .xml (OpenVINO) or .pt2 file.
-        device: "auto", "cpu", "cuda", or a device of OpenVINO.
-        threads: CPU threads. Default: the runtime's own choice.
-
-    Raises:
-        UserError: The file is missing, damaged or of another kind, or the runtime does not have the device.
-    """
-    runtimes: dict[str, type] = {".onnx": OnnxRuntime, ".xml": OpenVinoRuntime, ".pt2": TorchRuntime}
-    if path.suffix not in runtimes:
-        raise UserError(f"{path} is not an exported model: its name must end in {', '.join(runtimes)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    return runtimes[path.suffix](path, device, threads)
 
 
 class OnnxRuntime:
@@ -126,10 +101,10 @@ class TorchRuntime:
 def _torch_device(name: str, has_cuda: bool, runtime: str, path: Path) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if has_cuda else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device; choose auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not has_cuda):
+    if name != "cpu" and not (has_cuda and name.split(":")[0] == "cuda"):
         raise UserError(f"{path}: {runtime} has no device '{name}' on this machine; use cpu")
-    return device
+    return torch.device(name)
+
+
+Runtime = OnnxRuntime | OpenVinoRuntime | TorchRuntime
+RUNTIMES = {".onnx": OnnxRuntime, ".xml": OpenVinoRuntime, ".pt2": TorchRuntime}

@@ -32,19 +32,13 @@ class ExportMetadata:
             "format": FORMAT,
             "version": VERSION,
             "model": config.model_dump(mode="json"),
-            "class_names": config.class_names,
-            "category_ids": config.category_ids,
-            "pixel_mean": config.pixel_mean,
-            "pixel_std": config.pixel_std,
-            "image_size": self.image_size,
             "short_side": config.image_size,
-            "long_side": config.long_side,
-            "size_divisor": config.size_divisor,
-            "precision": self.precision,
-            "sampling": self.sampling,
-            "post_processing": self.post_processing,
         }
-        return {key: json.dumps(value, ensure_ascii=True) for key, value in values.items()}
+        for key in ("class_names", "category_ids", "pixel_mean", "pixel_std", "long_side", "size_divisor"):
+            values[key] = getattr(config, key)
+        for key in ("image_size", "precision", "sampling", "post_processing"):
+            values[key] = getattr(self, key)
+        return {key: json.dumps(value) for key, value in values.items()}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], path: str) -> ExportMetadata:

@@ -33,29 +33,22 @@ class OptimizedDetector(nn.Module):
         model: Not changed.
         precision: "fp32" or "bf16".
         compile: Compile backbone and transformer with `torch.compile` at the first call, for any size.
-        packed: Use oneDNN's weight layout. Default: if available, and not with `compile`.
 
     Raises:
         UserError: The precision is unknown, or the processor lacks it.
-
-    Attributes:
-        config, pixel_mean, pixel_std: The model's.
     """
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(
-        self, model: DeformableDETRNetwork, precision: str = "fp32", compile: bool = False, packed: bool | None = None
-    ) -> None:
+    def __init__(self, model: DeformableDETRNetwork, precision: str = "fp32", compile: bool = False) -> None:
         super().__init__()
         device = model.get_buffer("pixel_mean").device
         dtype = _checked_dtype(precision, device)
-        if packed is None:
-            packed = not compile and device.type == "cpu" and is_available(dtype) and is_available(torch.float32)
+        packed = not compile and device.type == "cpu" and is_available(dtype) and is_available(torch.float32)
         source = inference_copy(model)
         self.config: ModelConfig = model.config
-        self.precision, self.dtype, self.packed = precision, dtype, packed
+        self.dtype = dtype
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, source.get_buffer(name).clone(), persistent=False)
         pixels = example_pixels(source.backbone.body, self.config, self.pixel_mean, (96, 128))

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ...config.image_size import typical_input_size
+from ...config.schema import ModelConfig
+from ...model.network import N
+from .onednn import is_convolution
 
-if TYPE_CHECKING:
-    from ...config.schema import ModelConfig
-    from ...model.network import N
 
-
-def inference_copy(model: N, device: torch.device | str | None = None) -> N:
+def inference_copy(model: N) -> N:
     """Copy a model for inference: evaluation mode, fp32, no gradients, batch norms and intermediate class heads."""
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
-    if device is not None:
-        model = model.to(device)
     body = model.backbone.body
     with torch.no_grad():
         fold_batch_norms(body, example_pixels(body, model.config, model.get_buffer("pixel_mean"), (64, 64)))
@@ -41,11 +38,10 @@ def example_pixels(body: nn.Module, config: ModelConfig, like: Tensor, size: tup
         try:
             with torch.no_grad():
                 body(pixels)
+            break
         except (RuntimeError, AssertionError):
             if (height, width) == usual:
                 raise
-        else:
-            break
     return pixels
 
 
@@ -93,7 +89,7 @@ def _convolutions_before_norms(
 
     hooks = []
     for module in body.modules():
-        if _is_plain_convolution(module):
+        if is_convolution(module):
             hooks.append(module.register_forward_hook(after_convolution))
         elif _is_batch_norm(module):
             hooks.append(module.register_forward_pre_hook(before_norm))
@@ -104,12 +100,6 @@ def _convolutions_before_norms(
     # xception41p returns the map between a convolution and its norm, which must not change.
     tapped = {producer[id(x)] for x in features if id(x) in producer}
     return convolution_of, run_counts, tapped
-
-
-def _is_plain_convolution(module: nn.Module) -> bool:
-    from timm.layers.conv2d_same import Conv2dSame
-
-    return type(module) in (nn.Conv2d, Conv2dSame)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

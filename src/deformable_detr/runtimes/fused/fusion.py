@@ -114,23 +114,14 @@ class _GraphFuser:
     def _activation_after(self, node: fx.Node) -> tuple[fx.Node | None, Activation | None]:
         """The only user of a node, if it is an activation that can be fused."""
         user = _only_user(node)
-        if user is None:
-            return None, None
-        module = self._called(user)
-        is_relu = (user.op == "call_function" and user.target in _RELUS) or (
-            user.op == "call_method" and user.target == "relu"
-        )
-        if module is None and is_relu:
-            module = nn.ReLU()
-        activation = None if module is None else fusable_activation(module)
+        is_relu = user is not None and (user.target in _RELUS or (user.op, user.target) == ("call_method", "relu"))
+        activation = fusable_activation(nn.ReLU() if is_relu else self._called(user))
         return (user, activation) if activation else (None, None)
 
     def _addition_after(self, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         """The only user of a node, if it adds another map of the same size, and that map."""
         user = _only_user(node)
-        if user is None or user.op != "call_function" or user.target not in _ADDITIONS:
-            return None, None
-        if user.kwargs or len(user.args) != 2:
+        if user is None or user.target not in _ADDITIONS or user.kwargs or len(user.args) != 2:
             return None, None
         other = user.args[1] if user.args[0] is node else user.args[0]
         if not isinstance(other, fx.Node) or other is node or _shape(other) is None or _shape(other) != _shape(node):

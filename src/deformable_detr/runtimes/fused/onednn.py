@@ -34,28 +34,20 @@ _NO_ACTIVATION = ("none", [], "")
 
 def fusable_activation(module: nn.Module) -> Activation | None:
     """Return an activation in oneDNN's terms, or None if oneDNN does not have it."""
-    kind = type(module)
-    if kind is nn.ReLU:
-        return Activation(("relu", [], ""), nn.ReLU())
-    if kind in (nn.ReLU6, nn.Hardtanh):
-        low, high = float(module.min_val), float(module.max_val)  # pyright: ignore[reportArgumentType]
+    if isinstance(module, nn.Hardtanh):  # ReLU6 too
+        low, high = module.min_val, module.max_val
         return Activation(("hardtanh", [low, high], ""), nn.Hardtanh(low, high))
-    if kind is nn.SiLU:
-        return Activation(("swish", [], ""), nn.SiLU())
-    if kind is nn.Hardswish:
-        return Activation(("hardswish", [], ""), nn.Hardswish())
-    if kind is nn.GELU:
-        approximate = str(module.approximate)
-        return Activation(("gelu", [], approximate), nn.GELU(approximate))
-    return None
+    if isinstance(module, nn.GELU):
+        return Activation(("gelu", [], module.approximate), nn.GELU(module.approximate))
+    kind = type(module)
+    names: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
+    return Activation((names[kind], [], ""), kind()) if kind in names else None
 
 
 @functools.cache
 def is_available(dtype: torch.dtype) -> bool:
     """Whether PyTorch and the processor have oneDNN's fused operators in `dtype`, and they return correct values."""
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16 and not has_bf16():
+    if not torch.backends.mkldnn.is_available() or (dtype == torch.bfloat16 and not has_bf16()):
         return False
     try:
         pairs = _fused_and_public_results(dtype)
@@ -87,6 +79,11 @@ def _fused_and_public_results(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]
 def has_bf16() -> bool:
     """Whether the processor has bf16 instructions (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def is_convolution(module: object) -> bool:
+    """Whether a module is PyTorch's convolution, or timm's with "same" padding, and no subclass with other weights."""
+    return type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
 
 
 class PackedLinear(nn.Module):
@@ -141,7 +138,7 @@ class PackedConv2d(nn.Module):
         self.same_padding = type(convolution).__name__ == "Conv2dSame"  # TensorFlow's, depends on the input size
         self.shifted_kernel = packed and self.same_padding and _allows_shifted_kernel(convolution)
         padding: Any = [0, 0] if self.same_padding else list(convolution.padding)  # integers: see `supports`
-        self.geometry = (padding, self.stride, self.dilation, convolution.groups)
+        self.geometry: tuple[Any, ...] = (padding, self.stride, self.dilation, convolution.groups)
         bias = convolution.bias
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
         weight = convolution.weight.detach().to(dtype)
@@ -157,21 +154,21 @@ class PackedConv2d(nn.Module):
     @staticmethod
     def supports(module: Any) -> bool:
         """Whether a module is a convolution that can be packed."""
-        is_convolution = type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
-        return is_convolution and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return is_convolution(module) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """x: (B, in, H, W). other: (B, out, h, w), added before the activation."""
-        geometry = self.geometry
-        if self.shifted_kernel:
-            geometry = (self._shifted_padding(x), *geometry[1:])
-        elif self.same_padding:
-            from timm.layers.padding import pad_same
+        padding, stride, dilation, groups = self.geometry
+        if self.same_padding:
+            from timm.layers import padding as same
 
-            x = pad_same(x, list(self.kernel), self.stride, self.dilation)
+            if self.shifted_kernel:  # one more pixel, for the kernel's row and column of zeros
+                sizes = zip(x.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+                padding = [int(same.get_same_padding(*size)) // 2 + 1 for size in sizes]
+            else:
+                x = same.pad_same(x, list(self.kernel), self.stride, self.dilation)
         if self.packed:
-            return self._forward_packed(x, other, geometry)
-        padding, stride, dilation, groups = geometry
+            return self._forward_packed(x, other, (padding, stride, dilation, groups))
         y = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         if other is not None:
             y = y + other
@@ -209,13 +206,6 @@ class PackedConv2d(nn.Module):
         self.packed_weights = {**dict(list(others.items())[1 - MAX_WEIGHT_LAYOUTS :]), layout: weight}
         self.layouts = {**dict(list(self.layouts.items())[1 - MAX_INPUT_SIZES :]), size: layout}
         return weight
-
-    def _shifted_padding(self, x: Tensor) -> list[int]:
-        """Padding per side for a kernel with a row and a column of zeros in front."""
-        from timm.layers.padding import get_same_padding
-
-        sizes = zip(x.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
-        return [get_same_padding(*size) // 2 + 1 for size in sizes]  # pyright: ignore[reportReturnType]
 
 
 def _allows_shifted_kernel(convolution: nn.Conv2d) -> bool:

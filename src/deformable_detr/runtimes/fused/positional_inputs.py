@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +12,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...model.geometry import get_valid_ratios, pixel_centers, proposal_anchors
 from ...model.layers import resize_mask
-
-if TYPE_CHECKING:
-    from ...model.network import DeformableDETRNetwork
+from ...model.network import DeformableDETRNetwork
 
 
 @dataclass(frozen=True)
@@ -63,20 +59,15 @@ class PositionalInputCache(nn.Module):
     def forward(self, canvas: tuple[int, int], shapes: ops.Shapes, padding_mask: Tensor | None) -> PositionalInputs:
         """Return the inputs of a batch with maps of `shapes` on a `canvas` (height, width). No mask: no padding."""
         shapes = tuple((int(h), int(w)) for h, w in shapes)
-        if padding_mask is None:
-            empty_mask = self.level_embedding.new_zeros(1, *canvas, dtype=torch.bool)
-            return self._cached((canvas, shapes), lambda: self._compute(empty_mask, shapes, padded=False))
-        sizes = image_sizes_of(padding_mask)
-        if sizes is None:
-            return self._compute(padding_mask, shapes, padded=True)
-        return self._cached((canvas, shapes, sizes), lambda: self._compute(padding_mask, shapes, padded=True))
-
-    def _cached(self, key: object, compute: Callable[[], PositionalInputs]) -> PositionalInputs:
+        sizes = None if padding_mask is None else image_sizes_of(padding_mask)
+        if padding_mask is not None and sizes is None:
+            return self._compute(canvas, shapes, padding_mask)
+        key = canvas, shapes, sizes
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        inputs = compute()
+        inputs = self._compute(canvas, shapes, padding_mask)
         with self._lock:
             self._cache[key] = inputs
             while len(self._cache) > 1 and (
@@ -86,7 +77,12 @@ class PositionalInputCache(nn.Module):
                 self._cache.popitem(last=False)
         return inputs
 
-    def _compute(self, padding_mask: Tensor, shapes: tuple[tuple[int, int], ...], padded: bool) -> PositionalInputs:
+    def _compute(
+        self, canvas: tuple[int, int], shapes: tuple[tuple[int, int], ...], padding_mask: Tensor | None
+    ) -> PositionalInputs:
+        padded = padding_mask is not None
+        if padding_mask is None:
+            padding_mask = self.level_embedding.new_zeros(1, *canvas, dtype=torch.bool)
         masks = [resize_mask(padding_mask, shape) for shape in shapes]
         ratios = get_valid_ratios(masks, torch.float32)
         encode = self._encode_padded if padded else self._encode_unpadded
@@ -107,9 +103,6 @@ class PositionalInputCache(nn.Module):
         halves = self.position.halves(*mask.shape[1:])
         parts = [(half.to(level) + part).to(self.dtype) for half, part in zip(halves, level.chunk(2), strict=True)]
         return torch.cat(torch.broadcast_tensors(*parts), dim=-1).flatten(0, 1)[None]
-
-    def __deepcopy__(self, memo: object) -> PositionalInputCache:
-        raise TypeError("an optimized model cannot be copied; call optimize() on the original model again")
 
 
 def image_sizes_of(padding_mask: Tensor) -> tuple[tuple[int, int], ...] | None:

@@ -47,10 +47,6 @@ class WeightPacking:
         fused = None if activation is None else fusable_activation(activation)
         return PackedLinear(weight, bias, fused, self.dtype, self.packed)
 
-    def fp32(self) -> WeightPacking:
-        """Return the same packing in fp32, for boxes and classes."""
-        return replace(self, dtype=torch.float32)
-
 
 def run_in_chunks(
     function: Callable[..., Sequence[Tensor]],
@@ -179,26 +175,20 @@ class FusedEncoder(nn.Module):
             samples = ops.deformable_attention(
                 sampling_inputs[0], positional.spatial_shapes, reference_points, *sampling_inputs[1:]
             )
-            if next_layer is None:
-                break
 
-            def between_samplings(
+            def after_sampling(
                 x: Tensor, y: Tensor, position: Tensor, mask: Tensor | None, a: Any = layer, b: Any = next_layer
             ) -> Sequence[Tensor]:
                 x = a.after_sampling(x, y)
-                return x, *b.before_sampling(x, position, mask)
+                return self._finish(x, mask) if b is None else (x, *b.before_sampling(x, position, mask))
 
             # Rows are read before they are written, so the tensors of the previous layer can be reused.
+            reused = [] if next_layer is None else [tokens, *sampling_inputs]
+            sampling_inputs.clear()
             tokens, *sampling_inputs = run_in_chunks(
-                between_samplings, self.chunk_rows, (tokens, samples, *per_token), [tokens, *sampling_inputs]
+                after_sampling, self.chunk_rows, (tokens, samples, *per_token), reused
             )
-        sampling_inputs.clear()
-
-        def after_last_sampling(x: Tensor, y: Tensor, mask: Tensor | None) -> Sequence[Tensor]:
-            return self._finish(layers[-1].after_sampling(x, y), mask)
-
-        memory, *values = run_in_chunks(after_last_sampling, self.chunk_rows, (tokens, samples, padding_mask), [])
-        return memory, values
+        return tokens, sampling_inputs  # of the last layer: the memory and its values
 
     def _finish(self, tokens: Tensor, padding_mask: Tensor | None) -> Sequence[Tensor]:
         memory = self.norm(tokens)
@@ -257,7 +247,7 @@ class FusedDecoderLayer(nn.Module):
         self.pre_norm, self.heads = layer.pre_norm, layer.self_attn.num_heads
         C = layer.self_attn.embed_dim
         weight, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
-        packing = packing.fp32()
+        packing = replace(packing, dtype=torch.float32)
         self.query_key = packing.linear_from(weight[: 2 * C], bias[: 2 * C])
         self.value = packing.linear_from(weight[2 * C :], bias[2 * C :])
         self.self_attn_output = packing.linear(layer.self_attn.out_proj)
