@@ -167,7 +167,7 @@ def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
         options.data,
         "train",
         config.data,
-        transform=TrainTransform.from_config(config.data, *sizes, config.model.size_divisor),
+        transform=TrainTransform(*sizes, config.model.size_divisor, config.data),
     )
     val_set = open_dataset(
         options.data,

@@ -385,8 +385,7 @@ def test_each_fault_is_one_line_that_names_it(tmp_path, fault):
         ('{"images": [', "not valid JSON"),
         ("<html>", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[]", "list instead of an object"),
-        ("3", "int instead of an object"),
+        ("[]", "not COCO JSON: it has no list 'images'"),
     ],
 )
 def test_files_that_are_no_coco_json(tmp_path, text, message):

@@ -166,15 +166,16 @@ def test_training_boxes_follow_the_pixels():
 def test_training_without_chance_is_a_resize():
     data = DataConfig(train_scales=(1.0, 1.0), hflip_prob=0.0, crop_prob=0.0)
     image, target = scene(100, 160)
-    trained, same = transforms.TrainTransform.from_config(data, 80, 200)(image, target)
+    trained, same = transforms.TrainTransform(80, 200, data=data)(image, target)
     assert torch.equal(trained, transforms.resize(image, 80, 200))
     assert torch.equal(same.boxes, target.boxes)
-    certain = transforms.TrainTransform.from_config(data.replace(hflip_prob=1.0), 80, 200)(image, target)
+    certain = transforms.TrainTransform(80, 200, data=data.replace(hflip_prob=1.0))(image, target)
     assert torch.equal(certain[0], transforms.resize(image.flip(2), 80, 200))
 
 
 def test_crop_sizes_are_the_papers():
-    transform = transforms.TrainTransform(800, 10_000, (1.0, 1.0), hflip_prob=0.0, crop_prob=1.0)
+    data = DataConfig(train_scales=(1.0, 1.0), hflip_prob=0.0, crop_prob=1.0)
+    transform = transforms.TrainTransform(800, 10_000, data=data)
     torch.manual_seed(1)
     ratios = []
     for _ in range(40):
@@ -203,7 +204,7 @@ def test_same_seed_same_sample_and_nothing_changed_in_place():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
 def test_images_of_one_pixel(size):
-    transform = transforms.TrainTransform(64, 100, crop_prob=1.0)
+    transform = transforms.TrainTransform(64, 100, data=DataConfig(crop_prob=1.0))
     for seed in range(10):
         torch.manual_seed(seed)
         image, target = transform(
@@ -224,7 +225,8 @@ def test_a_crop_that_spares_objects():
     areas = {}
     for min_visibility in (0.0, 0.7):
         torch.manual_seed(0)
-        crops = transforms.TrainTransform(100, 200, crop_prob=1.0, hflip_prob=0.0, min_visibility=min_visibility)
+        data = DataConfig(crop_prob=1.0, hflip_prob=0.0, min_visibility=min_visibility)
+        crops = transforms.TrainTransform(100, 200, data=data)
         cut = []
         for _ in range(60):
             sampled = crops.sample(100, 100)

@@ -32,8 +32,25 @@ class CocoSource(Source):
     format: ClassVar[str] = "coco"
 
     def parse(self) -> ParsedAnnotations:
-        """Read the file; see `read_json`."""
-        return read_json(self.file)
+        """Read a COCO JSON file. Masks are dropped while parsing, because they would fill the memory.
+
+        An object with a mask but no box gets a `MaskBox`.
+
+        Raises:
+            UserError: The file cannot be read, is not JSON, or lacks one of the three lists.
+        """
+        try:
+            data = self.file.read_bytes()
+            content = json.loads(data, object_hook=_clean)
+        except OSError as error:
+            raise UserError(f"{self.file}: {error.strerror or error}; give a COCO JSON file that can be read") from None
+        except (ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.file}: not valid JSON ({reason}); export the annotations again") from None
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(content, dict) or not isinstance(content.get(key), list):
+                raise UserError(f"{self.file}: not COCO JSON: it has no list '{key}'; export it as COCO detection")
+        return ParsedAnnotations(content, digest=hashlib.sha256(data).hexdigest())
 
     def to_coco(
         self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
@@ -44,45 +61,6 @@ class CocoSource(Source):
     def find_images(self, names: Sequence[str]) -> ImageFolder:
         """Find the folder of the images; see `find_image_folder`."""
         return find_image_folder(self.file, self.root, self.split, self.data, names)
-
-
-def read_json(path: Path) -> ParsedAnnotations:
-    """Read a COCO JSON file. Masks are dropped while parsing, because they would fill the memory.
-
-    An object with a mask but no box gets a `MaskBox`.
-
-    Raises:
-        UserError: The file cannot be read, is not JSON, or lacks one of the three lists.
-    """
-    if path.is_fifo():  # reading would block
-        raise UserError(f"{path}: is a pipe; give a COCO JSON file that can be read")
-    try:
-        data = path.read_bytes()
-        content = json.loads(data, object_hook=_clean)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give a COCO JSON file that can be read") from None
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not valid JSON ({reason}); export the annotations again") from None
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise UserError(f"{path}: not COCO JSON: {kind} instead of an object with 'images'; export it again")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            raise UserError(f"{path}: not COCO JSON: it has no list '{key}'; export the annotations as COCO detection")
-    return ParsedAnnotations(content, digest=hashlib.sha256(data).hexdigest())
-
-
-def is_other_json(path: Path) -> bool:
-    """Whether a file is a JSON object without images and annotations, such as the notes that some tools export."""
-    try:
-        text = path.read_bytes() if path.is_file() else b""
-        if b'"images"' in text or b'"annotations"' in text:  # a large file need not be parsed
-            return False
-        content = json.loads(text)
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and not content.keys() & {"images", "annotations"}
 
 
 def _clean(record: dict[str, Any]) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
         names = split_aliases(split)
         raise UserError(
             f"{root}: no '{split}' split; searched {'|'.join(names)}/{ROBOFLOW}, "
-            f"annotations/instances_{names[0]}*.json and {ROBOFLOW}; rename your files{hint}"
+            f"annotations/instances_{names[0]}*.json, {ROBOFLOW}, data.yaml, classes.txt and Annotations; "
+            f"rename your files{hint}"
         )
     return path
 
@@ -155,14 +156,15 @@ def find_image_folder(annotations: Path, root: Path, split: str, data: DataConfi
             raise UserError(f"data.{option}: {folders[0]} is not a folder; give the folder of the images")
 
     listing = cache(_listing)
-    names_by_folder: dict[str, list[str]] = {}
-    for name in names:
-        head, tail = os.path.split(name)
-        names_by_folder.setdefault(head, []).append(tail)
-    counts = {folder: _count_present(names_by_folder, folder, listing) for folder in folders}
+    unique = set(names)
+    heads = {os.path.dirname(name) for name in names}
+    counts = {
+        folder: len(unique.intersection(os.path.join(head, file) for head in heads for file in listing(folder / head)))
+        for folder in folders
+    }
     best = max(folders, key=counts.__getitem__)
     missing: dict[str, str] = {}
-    if counts[best] < len(names):
+    if counts[best] < len(unique):
         if not counts[best]:
             best = max(folders, key=lambda folder: len(_likely_files(names, names, folder, listing)))
         missing = _missing_files(names, best, listing)
@@ -174,7 +176,7 @@ def find_image_folder(annotations: Path, root: Path, split: str, data: DataConfi
 def _missing_files(names: Sequence[str], folder: Path, listing: Listing) -> dict[str, str]:
     missing = [name for name in names if os.path.basename(name) not in listing(folder / os.path.dirname(name))]
     # A file system that ignores case or normalizes accents opens files that its listing does not show.
-    missing = [name for name in missing if not _is_file(folder / name)]
+    missing = [name for name in missing if not os.path.isfile(folder / name)]
     return dict.fromkeys(missing, "") | _likely_files(missing, names, folder, listing)
 
 
@@ -210,13 +212,6 @@ def _likely_files(missing: Sequence[str], names: Sequence[str], folder: Path, li
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return os.path.isfile(path)
-    except ValueError:  # a null byte in the name
-        return False
 
 
 def configured_annotations(split: str, data: DataConfig) -> str | None:
@@ -310,11 +305,3 @@ def _listing(folder: Path) -> frozenset[str]:
         raise unreadable_folder(folder, error.strerror) from None
     except (OSError, ValueError):  # no such folder
         return frozenset()
-
-
-def _count_present(names_by_folder: dict[str, list[str]], folder: Path, listing: Listing) -> int:
-    count = 0
-    for head, tails in names_by_folder.items():
-        files = listing(folder / head)
-        count += sum(tail in files for tail in tails)
-    return count

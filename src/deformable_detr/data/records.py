@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from reprlib import repr as brief
@@ -66,24 +66,12 @@ class Records:
 
 def is_finite(value: Any) -> bool:
     """Whether it is a finite number; booleans are not."""
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer too large for a float
-        return False
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # math.isfinite raises for 10**400
 
 
 def is_int64(value: Any) -> bool:
     """Whether it is an integer of 64 bits; booleans are not."""
     return type(value) is int and -(2**63) <= value < 2**63
-
-
-def _is_text(value: Any) -> bool:
-    """Whether it is a string that can be written to a file, without unpaired surrogates."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _is_box(box: Any) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(map(is_finite, box))
 
 
 def record_name(records: Sequence[Any], position: int) -> str:
@@ -143,7 +131,8 @@ class _RecordReader:
     def _categories(self) -> dict[int, str]:
         positions: dict[int, int] = {}
         for position, record in enumerate(self.content["categories"]):
-            if not isinstance(record, dict) or not is_int64(record.get("id")) or not _is_text(record.get("name")):
+            fields = record if isinstance(record, dict) else {}
+            if not is_int64(fields.get("id")) or not isinstance(fields.get("name"), str):
                 self._report("category-record", "categories", position, "needs an integer 'id' and a text 'name'",
                              "complete or remove it")  # fmt: skip
             elif record["id"] in positions:
@@ -294,7 +283,7 @@ def _object_fault(
     """Return code, message and hint of an object that cannot be used."""
     if crowd not in (None, 0, 1):
         return "annotation-record", f"has iscrowd {brief(crowd)}", "write 0 or 1"
-    if not _is_box(box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
         hint = "write four finite numbers, [x, y, width, height] in pixels"
         return "annotation-record", f"has bbox {brief(box)}", hint
     if not is_int64(category) or category + shift not in categories:

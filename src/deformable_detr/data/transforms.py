@@ -6,7 +6,7 @@ Random choices come from PyTorch's global CPU generator.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,26 +67,8 @@ class TrainTransform:
 
     image_size: int
     long_side: int
-    train_scales: tuple[float, float] = (0.6, 1.0)
-    hflip_prob: float = 0.5
-    crop_prob: float = 0.5
-    min_visibility: float = 0.0
-    color_jitter_prob: float = 0.0
     size_divisor: int = 1
-
-    @classmethod
-    def from_config(cls, data: DataConfig, image_size: int, long_side: int, size_divisor: int = 1) -> TrainTransform:
-        """Build the transform that `data` describes for images of `image_size` and `long_side` pixels."""
-        return cls(
-            image_size,
-            long_side,
-            train_scales=data.train_scales,
-            hflip_prob=data.hflip_prob,
-            crop_prob=data.crop_prob,
-            min_visibility=data.min_visibility,
-            color_jitter_prob=data.color_jitter_prob,
-            size_divisor=size_divisor,
-        )
+    data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         sampled = self.sample(*image.shape[-2:])
@@ -97,12 +79,12 @@ class TrainTransform:
             window = self._visible_window(sampled.crop_window, target, *image.shape[-2:])
             image, target = crop(image, target, *window)
         image = resize(image, sampled.short_side, self.long_side, size_divisor=self.size_divisor)
-        return color_jitter(image) if _random_bool(self.color_jitter_prob) else image, target
+        return color_jitter(image) if _random_bool(self.data.color_jitter_prob) else image, target
 
     def sample(self, height: int, width: int) -> SampledAugmentation:
         """Draw the random choices for an image of this size."""
-        flipped, window, crop_short_side = _random_bool(self.hflip_prob), None, 0
-        if _random_bool(self.crop_prob):
+        flipped, window, crop_short_side = _random_bool(self.data.hflip_prob), None, 0
+        if _random_bool(self.data.crop_prob):
             scale = CROP_SHORT_SIDES[_random_int(0, len(CROP_SHORT_SIDES) - 1)]
             crop_short_side = max(1, round(scale * self.image_size))
             # The paper sets no limit on the long side; this one bounds the memory of a very long image.
@@ -112,7 +94,7 @@ class TrainTransform:
             crop_width = _random_int(min(low, width), min(high, width))
             top, left = _random_int(0, height - crop_height), _random_int(0, width - crop_width)
             window = (top, left, crop_height, crop_width)
-        smallest, largest = self.train_scales
+        smallest, largest = self.data.train_scales
         scale = smallest + (largest - smallest) * _random_int(0, NUM_SCALES - 1) / (NUM_SCALES - 1)
         return SampledAugmentation(flipped, crop_short_side, window, max(1, round(scale * self.image_size)))
 
@@ -127,10 +109,10 @@ class TrainTransform:
         """Move the window until it keeps `min_visibility` of each object; otherwise return the best one tried."""
         best, best_visibility = window, 0.0
         for attempt in range(1, MAX_CROP_TRIES + 1):
-            if not self.min_visibility:
+            if not self.data.min_visibility:
                 return window
             visibility = lowest_visibility(target, window, height, width)
-            if visibility >= self.min_visibility:
+            if visibility >= self.data.min_visibility:
                 return window
             if visibility > best_visibility:
                 best, best_visibility = window, visibility

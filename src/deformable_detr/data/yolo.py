@@ -310,15 +310,9 @@ def _has_names(file: Path) -> bool:
 def _class_names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
     hint = "list the classes, for example names: [cat, dog] or {0: cat, 1: dog}"
     if isinstance(names, dict):
-        if names.keys() != {str(number) for number in range(len(names))}:
-            raise UserError(f"{file}: the keys of 'names' are not 0 to {len(names) - 1}; {hint}")
-        names = [names[str(number)] for number in range(len(names))]
-    if isinstance(names, str) and names:
-        raise UserError(f"{file}: 'names' is {names[:80]!r}, which is not a list; {hint}")
-    if not isinstance(names, list) or not names:
-        raise UserError(f"{file}: 'names' is missing or empty; {hint}")
-    if not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{file}: 'names' has an entry that is not text; {hint}")
+        names = [names.get(str(number)) for number in range(len(names))]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{file}: 'names' is not a list of names; {hint}")
     name, uses = Counter(names).most_common(1)[0]
     if uses > 1:
         raise UserError(f"{file}: 'names' lists {name[:200]!r} twice; give each class its own name")
@@ -357,14 +351,9 @@ def _resolve(file: Path, base: Any, value: str, key: str) -> Path:
 
 
 def _read_lines(path: Path, problems: list[Problem]) -> list[str]:
-    if path.is_fifo():
-        problems.append(Problem("label-unreadable", path, "", "is a pipe", "replace it with a file"))
-        return []
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        message, hint = f"cannot be read ({error.strerror or error})", "make it readable"
-    except UnicodeDecodeError:
-        message, hint = "is not UTF-8 text", "export the labels again"
-    problems.append(Problem("label-unreadable", path, "", message, hint))
-    return []
+    except (OSError, UnicodeDecodeError) as error:
+        message = f"cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})"
+        problems.append(Problem("label-unreadable", path, "", message, "make it readable or export it again"))
+        return []

@@ -104,7 +104,7 @@ def _open_datasets(
         for line in context.on_rank_zero(lambda: list(check_for_training(data, config.data, *size, cache))):
             log.warning(line)
     with context.sync_errors():
-        transform = TrainTransform.from_config(config.data, *size, divisor)
+        transform = TrainTransform(*size, divisor, config.data)
         train_set = open_dataset(data, config.data.train_split, config.data, transform=transform, cache=cache)
         transform = EvalTransform(*size, size_divisor=divisor)
         val_set = open_dataset(data, config.data.val_split, config.data, train_set.categories, transform, cache)

@@ -82,8 +82,8 @@ def test_there_are_as_many_cases_as_were_asked_for():
 def test_a_training_parses_each_annotation_file_once(tmp_path, monkeypatch):
     root = coco_set(tmp_path / "set")
     parsed = []
-    original = coco.read_json
-    monkeypatch.setattr(coco, "read_json", lambda path: parsed.append(path) or original(path))
+    original = coco.CocoSource.parse
+    monkeypatch.setattr(coco.CocoSource, "parse", lambda self: parsed.append(self.file) or original(self))
     main(["train", str(root), "--out", str(tmp_path / "run"), *OPTIONS])
     assert sorted(parsed) == [root / "train/_annotations.coco.json", root / "valid/_annotations.coco.json"]
 

@@ -1,4 +1,4 @@
-"""Unusual datasets: encodings, types, links, pipes, spellings of paths, rare image formats."""
+"""Unusual datasets: encodings, types, links, spellings of paths, rare image formats."""
 
 import json
 import os
