@@ -36,7 +36,7 @@ def test_it_is_a_data_set_that_our_reader_takes(data):
         assert [category.name for category in dataset.categories] == list("0123456789")
         for image, target in (dataset[i] for i in range(count)):
             assert {image.shape[1], image.shape[2]} <= set(demo.SIDES)
-            assert 1 <= len(target.labels) <= demo.MOST_DIGITS
+            assert 1 <= len(target.labels) <= demo.MAX_DIGITS
 
 
 def test_boxes_are_inside_and_apart_and_of_the_stated_size(data):
@@ -87,10 +87,10 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
 
 def test_an_earlier_demo_is_replaced(tmp_path):
     out = tmp_path / "demo"
-    demo._claim(out)
+    demo._claim_folder(out)
     (out / "run").mkdir()
     (out / "run" / "config.yaml").touch()
-    demo._claim(out)
+    demo._claim_folder(out)
     assert not (out / "run").exists()
 
 
@@ -123,6 +123,6 @@ def test_learning_too_little_is_a_failure(monkeypatch, tmp_path, capsys, ap50, c
     written = capsys.readouterr()
     assert f"AP50 {ap50:.3f}" in written.out
     assert "train DATA --out" in written.out
-    assert ("it did not learn" in written.err) == (code == 1)
+    assert ("training did not converge" in written.err) == (code == 1)
     assert len(list((tmp_path / "demo" / "pictures").glob("*.png"))) == 3
     assert Image.open(tmp_path / "demo" / "pictures.png").width > 320

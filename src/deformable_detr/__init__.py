@@ -1,6 +1,6 @@
-"""Deformable DETR: train, evaluate and predict with multi-scale deformable attention. The public names, nothing else.
+"""Deformable DETR: object detection with multi-scale deformable attention.
 
-Each is imported at first use, so that the command line can answer `--help` at once.
+Public names are imported on first use, so that `import deformable_detr` and `--help` do not import torch.
 """
 
 from importlib import import_module
@@ -34,7 +34,7 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
+_MODULES = {
     "Config": ".config.schema",
     "DataConfig": ".config.schema",
     "DeformableDETR": ".detector",
@@ -53,10 +53,10 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "presets":
         return import_module(".config.presets", __name__)
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    value = getattr(import_module(_HOMES[name], __name__), name)
-    globals()[name] = value  # asked for once
+    value = getattr(import_module(_MODULES[name], __name__), name)
+    globals()[name] = value  # later lookups skip this function
     return value
 
 

@@ -1,7 +1,7 @@
-"""The demo: handwritten digits on photographs, made here, learnt from nothing, measured on what was held out.
+"""The demo: generate images of handwritten digits on photographs, train from random weights, evaluate on held-out data.
 
-Both come with packages (scikit-learn's digits, photographs of scikit-learn and scikit-image), so nothing is downloaded.
-Held out are the digits of the last fifth of the set, which other people wrote, and three whole photographs.
+The digits and photographs are part of scikit-learn and scikit-image, so nothing is downloaded. The validation images
+use the last fifth of the digits, written by other people, and three photographs that are not in the training images.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .config import presets
 from .config.schema import Config
 from .utils.errors import UserError
 
-LEAST_AP50 = 0.70
-MARKER = "demo.json"  # says that a folder is a demo's, which may be made anew
+MIN_AP50 = 0.70
+MARKER = "demo.json"  # identifies a folder that the demo may overwrite
 
 TRAIN_PHOTOS = (
     "brick", "camera", "china", "coffee", "coins", "flower", "grass", "gravel", "hubble_deep_field", "retina", "rocket",
@@ -31,77 +32,58 @@ TRAIN_PHOTOS = (
 VAL_PHOTOS = ("astronaut", "chelsea", "moon")
 SIDES = (128, 144, 160)  # pixels
 DIGIT_HEIGHTS = (28, 64)  # pixels
-MOST_DIGITS = 4
+MAX_DIGITS = 4
 
 
 def demo_config() -> Config:
-    """The small preset made smaller still, for images of 144 pixels, a backbone from random weights and six minutes."""
-    from .config import presets
-
-    return presets.config("small").updated(
-        {
-            "model": {
-                "backbone": "test_resnet",  # timm's smallest ResNet: 0.4 million parameters
-                "backbone_weights": "none",
-                "num_feature_levels": 3,
-                "image_size": 128,
-                "max_size": 160,
-                "num_queries": 20,
-                "encoder_layers": 1,
-                "decoder_layers": 2,
-                "ffn_dim": 256,
-            },
-            "data": {
-                "train_scales": [0.9, 1.0],
-                "hflip_prob": 0.0,
-                "crop_prob": 0.0,
-                "workers": 1,
-            },  # a flipped digit is none
-            "train": {
-                "epochs": None,
-                "minutes": 6,
-                "batch_size": 8,
-                "lr": 8e-4,
-                "backbone_lr_mult": 1.0,
-                "num_denoising": 40,
-                "eval_every": 4,
-            },
-        }
-    )
+    """Return the preset `small` reduced further: 128-pixel images, a backbone with random weights, six minutes."""
+    model = {"backbone": "test_resnet", "backbone_weights": "none"}  # timm's smallest ResNet: 0.4 million parameters
+    model |= {"image_size": 128, "max_size": 160, "num_feature_levels": 3, "num_queries": 20}
+    model |= {"encoder_layers": 1, "decoder_layers": 2, "ffn_dim": 256}
+    data = {"train_scales": [0.9, 1.0], "crop_prob": 0.0, "workers": 1}
+    data["hflip_prob"] = 0.0  # a mirrored digit is not a digit
+    train = {"epochs": None, "minutes": 6, "batch_size": 8, "eval_every": 4}
+    train |= {"lr": 8e-4, "backbone_lr_mult": 1.0, "num_denoising": 40}
+    return presets.config("small").updated({"model": model, "data": data, "train": train})
 
 
 def run(out: Path) -> dict[str, Any]:
-    """Makes the data, trains, evaluates and draws, all inside the folder `out`; tells on standard output.
+    """Generate the data, train, evaluate and draw, all inside the folder `out`, and print the results.
 
-    Returns the evaluation's figures. Raises SystemExit with code 1 where AP50 is under 0.70, and UserError for a folder
-    that cannot be used.
+    Returns:
+        The metrics of the evaluation.
+
+    Raises:
+        UserError: The folder cannot be used or a package is missing.
+        SystemExit: AP50 is below 0.70 (exit code 1).
     """
     from .detector import DeformableDETR
     from .evaluation import evaluate
     from .training.trainer import train_model
 
-    _claim(out)
-    data, folder = out / "data", out / "run"
-    print(f"Making handwritten digits on photographs in {data}")
+    _claim_folder(out)
+    data, run_dir = out / "data", out / "run"
+    print(f"Generating images of handwritten digits in {data}")
     make_data(data)
-    print(f"Training from random weights in {folder}")
-    train_model(data, folder, demo_config())
-    model = DeformableDETR.from_pretrained(folder)
+    print(f"Training from random weights in {run_dir}")
+    train_model(data, run_dir, demo_config())
+    model = DeformableDETR.from_pretrained(run_dir)
     metrics = evaluate(model, data)
     pictures = draw_examples(model, sorted((data / "valid").glob("*.jpg"))[:24], out)
     ap50 = metrics["AP50"]
-    print(f"\nHeld-out images: AP50 {ap50:.3f}, AP {metrics['AP']:.3f}")
-    print(f"Look at what it finds: {pictures}\n\n{_next_steps()}")
-    if not ap50 >= LEAST_AP50:
-        print(f"error: AP50 {ap50:.3f} is under {LEAST_AP50}: it did not learn as it should", file=sys.stderr)
+    print(f"\nValidation images: AP50 {ap50:.3f}, AP {metrics['AP']:.3f}")
+    print(f"Detections: {pictures}\n\n{_next_steps()}")
+    if not ap50 >= MIN_AP50:
+        print(f"error: AP50 {ap50:.3f} is below {MIN_AP50}: training did not converge", file=sys.stderr)
         raise SystemExit(1)
     return metrics
 
 
 def make_data(folder: Path, train_images: int = 1500, val_images: int = 200, seed: int = 0) -> None:
-    """Writes `train` and `valid` folders of JPEGs, each with its `_annotations.coco.json`. The same for the same seed.
+    """Write the folders `train` and `valid` with JPEGs and `_annotations.coco.json`, reproducible by the seed.
 
-    Raises UserError where scikit-learn or scikit-image is missing or the folder cannot be written.
+    Raises:
+        UserError: scikit-learn or scikit-image is not installed, or the folder cannot be written.
     """
     try:
         from sklearn.datasets import load_digits
@@ -110,22 +92,22 @@ def make_data(folder: Path, train_images: int = 1500, val_images: int = 200, see
     except ImportError as error:
         raise UserError(f"the demo needs {error.name}: pip install 'deformable-detr[demo]'") from None
     digits: Any = load_digits()
-    glyphs, values = digits.images / 16.0, digits.target  # (1797, 8, 8), 0 paper to 1 ink; (1797,)
+    glyphs, values = digits.images / 16.0, digits.target  # (1797, 8, 8), 0 = paper, 1 = ink; (1797,)
     held_out = len(glyphs) * 4 // 5
-    specimens = {
+    splits = {
         "train": (glyphs[:held_out], values[:held_out], TRAIN_PHOTOS, train_images),
         "valid": (glyphs[held_out:], values[held_out:], VAL_PHOTOS, val_images),
     }
-    for number, (split, (ink, meant, names, count)) in enumerate(specimens.items()):
+    for number, (split, (images, labels, names, count)) in enumerate(splits.items()):
         try:
             (folder / split).mkdir(parents=True, exist_ok=True)
-            _write_split(folder / split, ink, meant, [photos[name] for name in names], count, (seed, number))
+            _write_split(folder / split, images, labels, [photos[name] for name in names], count, (seed, number))
         except OSError as error:
             raise UserError(f"{folder / split}: cannot be written: {error.strerror or error}") from None
 
 
 def draw_examples(model: Any, images: Sequence[Path], out: Path, columns: int = 6) -> Path:
-    """Writes each image with its detections to `out`/pictures, and all of them in a grid, whose path it returns."""
+    """Draw the detections of each image into `out`/pictures, and all in one grid, whose path is returned."""
     from .utils.files import replace_file
     from .visualize.draw import draw
 
@@ -146,7 +128,7 @@ def draw_examples(model: Any, images: Sequence[Path], out: Path, columns: int = 
 
 @dataclass(frozen=True)
 class _Glyph:
-    """A digit ready to be placed: ink and halo are opacities 0..1 of one shape; box is that of the ink in it."""
+    """A digit to be placed. `ink` and `halo` are opacities 0..1 of one shape; `box` encloses the ink."""
 
     ink: np.ndarray
     halo: np.ndarray
@@ -192,7 +174,7 @@ def _photo(name: str) -> Image.Image:
 
 
 def _background(photo: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """A random part of the photograph, (H, W, 3) float32 in 0..255 with sides out of SIDES."""
+    """Return a random crop of the photograph, (H, W, 3) float32 in 0..255, with sides from SIDES."""
     width, height = (int(side) for side in rng.choice(SIDES, 2))
     zoom = rng.uniform(1.0, min(photo.width / width, photo.height / height, 3.5))
     left = rng.uniform(0, photo.width - zoom * width)
@@ -207,10 +189,10 @@ def _background(photo: Image.Image, rng: np.random.Generator) -> np.ndarray:
 def _place_digits(
     picture: np.ndarray, glyphs: np.ndarray, rng: np.random.Generator
 ) -> list[tuple[int, tuple[int, int, int, int]]]:
-    """Draws 1 to 4 digits into the picture, none on another; their indices and boxes x, y, w, h in pixels."""
+    """Draw 1 to 4 digits without overlap; return their indices and boxes (x, y, w, h) in pixels."""
     height, width = picture.shape[:2]
     placed: list[tuple[int, tuple[int, int, int, int]]] = []
-    for _ in range(rng.integers(1, MOST_DIGITS + 1)):
+    for _ in range(rng.integers(1, MAX_DIGITS + 1)):
         index = int(rng.integers(len(glyphs)))
         glyph = _glyph(glyphs[index], rng)
         rows, columns = glyph.ink.shape
@@ -218,7 +200,7 @@ def _place_digits(
         for _attempt in range(20):
             left, top = int(rng.integers(width - columns + 1)), int(rng.integers(height - rows + 1))
             box = (left + x1, top + y1, x2 - x1, y2 - y1)
-            if not any(_touch(box, other, gap=4) for _, other in placed):
+            if not any(_overlap(box, other, gap=4) for _, other in placed):
                 _paint(picture[top : top + rows, left : left + columns], glyph, rng)
                 placed.append((index, box))
                 break
@@ -226,9 +208,9 @@ def _place_digits(
 
 
 def _glyph(pixels: np.ndarray, rng: np.random.Generator) -> _Glyph:
-    """The digit (8, 8) enlarged smoothly, a little turned, with sharp edges and a halo around it."""
+    """Enlarge a digit (8, 8), rotate it slightly, sharpen its edges and add a halo."""
     size = float(rng.uniform(*DIGIT_HEIGHTS))
-    margin = 3  # of the 8 × 8 grid's cells: room to turn, and for the halo
+    margin = 3  # cells of the 8 × 8 grid, for the rotation and the halo
     cells = 8 + 2 * margin
     side = round(size * cells / 8)
     image = Image.fromarray(np.pad(pixels * 255, margin).astype(np.uint8))
@@ -243,45 +225,45 @@ def _glyph(pixels: np.ndarray, rng: np.random.Generator) -> _Glyph:
     return _Glyph(ink[part], halo[part], (x1 - left, y1 - top, x2 - left, y2 - top))
 
 
-def _paint(place: np.ndarray, glyph: _Glyph, rng: np.random.Generator) -> None:
-    """Dark ink with a light halo or the other way round, in random colors, into a part of the picture."""
+def _paint(region: np.ndarray, glyph: _Glyph, rng: np.random.Generator) -> None:
+    """Paint dark ink with a light halo, or the reverse, in random colors, into a region of the image."""
     dark, light = rng.uniform(0, 80, 3), rng.uniform(185, 255, 3)
     ink, halo = (dark, light) if rng.random() < 0.5 else (light, dark)
     for opacity, color in ((glyph.halo * rng.uniform(0.5, 0.95), halo), (glyph.ink, ink)):
-        place += opacity[..., None] * (color.astype(np.float32) - place)
+        region += opacity[..., None] * (color.astype(np.float32) - region)
 
 
 def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """First row, first column, and the row and column after the last, of what is True."""
+    """Return the first row and column with True values, and the row and column after the last."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
-def _touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int], gap: int) -> bool:
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int], gap: int) -> bool:
     return (
         a[0] < b[0] + b[2] + gap and b[0] < a[0] + a[2] + gap and a[1] < b[1] + b[3] + gap and b[1] < a[1] + a[3] + gap
     )
 
 
-def _claim(out: Path) -> None:
-    """Empties what an earlier demo left. Raises UserError for a folder with anything else in it."""
+def _claim_folder(out: Path) -> None:
+    """Create the folder, or clear that of an earlier demo. Raises UserError if it holds other files."""
     marker = out / MARKER
     try:
         if out.exists() and any(out.iterdir()) and not marker.exists():
-            raise UserError(f"--out {out}: holds something that is no earlier demo; name another folder")
+            raise UserError(f"--out {out}: contains other files; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps({"made by": "deformable-detr demo"}) + "\n", encoding="utf-8")
         for name in ("data", "run", "pictures"):
             if (out / name).exists():
                 shutil.rmtree(out / name)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot write there: {error.strerror or error}") from None
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
 
 def _next_steps() -> str:
     command = "deformable-detr" if shutil.which("deformable-detr") else sys.argv[0]
     return (
-        "Now your own images. Put them into DATA/train and DATA/valid, each with its boxes in _annotations.coco.json:\n"
+        "Use your own images: put them into DATA/train and DATA/valid, each with boxes in _annotations.coco.json:\n"
         f"  {command} train DATA --out runs/mine\n"
         f"  {command} evaluate runs/mine DATA\n"
         f"  {command} predict runs/mine IMAGE --out pictures"

@@ -196,7 +196,7 @@ def test_shares_classes_and_seeds(tmp_path, capsys):
     many(tmp_path / "set", "abcdefghijklmnopqrst", none1=[], none2=[], none3=[], none4=[], none5=[])
     out = split(capsys, tmp_path / "set", "--out", tmp_path / "new", "--test", "0.2")
     assert "Next: deformable-detr train" in out
-    assert "stay together" not in out
+    assert "no group is split" not in out
     found = parts(tmp_path / "new")
     assert {name: len(stems) for name, stems in found.items()} == {"train": 15, "val": 5, "test": 5}
     assert sum(map(len, found.values())) == len(set.union(*found.values())) == 25

@@ -15,11 +15,13 @@ from types import SimpleNamespace
 import pytest
 
 from deformable_detr.cli import main
+from deformable_detr.predict_dataset import progress as progress_module
 from deformable_detr.predict_dataset import run as runs
-from deformable_detr.predict_dataset.manifest import Plan, Settings
+from deformable_detr.predict_dataset.manifest import Manifest, RunSettings
 from deformable_detr.predict_dataset.options import PredictDatasetOptions as Options
-from deformable_detr.predict_dataset.parquet import Counts
-from deformable_detr.predict_dataset.run import Progress, Share, predict_dataset, share
+from deformable_detr.predict_dataset.parquet import ImageCounts
+from deformable_detr.predict_dataset.progress import MAX_WORKER_DEATHS, Progress
+from deformable_detr.predict_dataset.run import WorkerResources, predict_dataset, worker_resources
 from deformable_detr.predict_dataset.worker import UnitPredictor
 from deformable_detr.utils.errors import UserError
 from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures, rows
@@ -55,12 +57,12 @@ def here(monkeypatch):
         predictor = UnitPredictor(job, files)
         for unit in units:
             stand_in.before(unit)
-            images, bad, failure = predictor.run(unit)
+            images, bad, failure = predictor.predict_unit(unit)
             stand_in.done.append(unit)
-            yield unit, Counts(images, bad), failure
+            yield unit, ImageCounts(images, bad), failure
 
-    monkeypatch.setattr(runs, "_cluster", cluster)
-    monkeypatch.setattr(runs, "_reports", reports)
+    monkeypatch.setattr(runs, "_ray_cluster", cluster)
+    monkeypatch.setattr(runs, "_unit_results", reports)
     return stand_in
 
 
@@ -72,7 +74,7 @@ def predict(model, source, out, said=None, **options):
 
 def test_stopped_and_going_on(model, tmp_path, here):
     source = as_folder(tmp_path / "images", FILES)
-    assert predict(model, source, tmp_path / "whole") == Counts(14, 3)
+    assert predict(model, source, tmp_path / "whole") == ImageCounts(14, 3)
     assert here.done == [0, 1, 2, 3]
     assert (tmp_path / "whole" / "_SUCCESS").exists()
 
@@ -84,19 +86,19 @@ def test_stopped_and_going_on(model, tmp_path, here):
     out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
         predict(model, source, out, said)
-    assert said[-1] == "stopped: 2 of 4 units are done; the same command goes on"
+    assert said[-1] == "interrupted: 2 of 4 units are finished; run the same command to resume"
     assert not (out / "_SUCCESS").exists()
     here.done, here.before, said = [], lambda unit: None, []
-    assert predict(model, source, out, said) == Counts(14, 3)
+    assert predict(model, source, out, said) == ImageCounts(14, 3)
     assert here.done == [2, 3]
-    assert said[0] == "going on: 2 of 4 units are done"
+    assert said[0] == "resuming: 2 of 4 units are finished"
     assert rows(out) == rows(tmp_path / "whole")
     here.done, said = [], []
-    assert predict(model, source, out, said, unit_size=None) == Counts(14, 3)
+    assert predict(model, source, out, said, unit_size=None) == ImageCounts(14, 3)
     assert here.done == []
-    assert said == [f"{out}: 14 images, 3 of them unreadable, in 4 files; all was done before"]
+    assert said == [f"{out}: 14 images, 3 unreadable, 4 files; nothing was left to do"]
     (out / "part-000003.parquet").unlink()
-    assert predict(model, source, out) == Counts(14, 3)
+    assert predict(model, source, out) == ImageCounts(14, 3)
     assert rows(out) == rows(tmp_path / "whole")
 
 
@@ -107,31 +109,31 @@ def test_another_run_in_the_same_folder_is_refused(model, tmp_path, here):
     with pytest.raises(UserError, match=r"another run \(--threshold 0.01, now 0.3\)"):
         predict(model, source, tmp_path / "out", threshold=0.3)
     (source / "new.png").write_bytes(FILES[0][1])
-    with pytest.raises(UserError, match=r"other or changed source files \(14 files, now 15\)"):
+    with pytest.raises(UserError, match=r"different source files \(14 files, now 15\)"):
         predict(model, source, tmp_path / "out")
     assert rows(tmp_path / "out") == before
 
 
 def test_failed_units_are_named_and_tried_again(model, tmp_path, here, monkeypatch):
     source = as_folder(tmp_path / "images", FILES)
-    honest = UnitPredictor.run
+    honest = UnitPredictor.predict_unit
     monkeypatch.setattr(
-        UnitPredictor, "run", lambda self, unit: (0, 0, "OSError: gone") if unit == 1 else honest(self, unit)
+        UnitPredictor, "predict_unit", lambda self, unit: (0, 0, "OSError: gone") if unit == 1 else honest(self, unit)
     )
-    with pytest.raises(UserError, match="1 of 4 units failed, first unit 1: OSError: gone; the same command"):
+    with pytest.raises(UserError, match="1 of 4 units failed, first unit 1: OSError: gone; run the same command"):
         predict(model, source, tmp_path / "out")
     assert len(rows(tmp_path / "out")) == 10
-    monkeypatch.setattr(UnitPredictor, "run", lambda self, unit: (0, 0, "OSError: gone"))
-    with pytest.raises(UserError, match="stopped, since 10 units failed one after the other: OSError: gone"):
+    monkeypatch.setattr(UnitPredictor, "predict_unit", lambda self, unit: (0, 0, "OSError: gone"))
+    with pytest.raises(UserError, match="stopped after 10 consecutive failed units: OSError: gone"):
         predict(model, source, tmp_path / "other", unit_size=1)
-    monkeypatch.setattr(UnitPredictor, "run", honest)
-    assert predict(model, source, tmp_path / "out") == Counts(14, 3)
+    monkeypatch.setattr(UnitPredictor, "predict_unit", honest)
+    assert predict(model, source, tmp_path / "out") == ImageCounts(14, 3)
 
 
 def test_on_the_command_line(model, tmp_path, here, capsys):
     source = as_folder(tmp_path / "images", FILES)
     main(["predict-dataset", str(model), str(source), "--out", str(tmp_path / "out"), "--num-cpus", "0.5"])
-    assert "14 images, 3 of them unreadable" in capsys.readouterr().out
+    assert "14 images, 3 unreadable" in capsys.readouterr().out
     for wrong, message in (
         ([str(tmp_path / "gone"), str(source)], f"{tmp_path}/gone"),
         ([str(model), str(tmp_path / "gone")], f"{tmp_path}/gone: no such file or folder"),
@@ -141,7 +143,7 @@ def test_on_the_command_line(model, tmp_path, here, capsys):
         ([str(model), str(source), "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
         ([str(model), str(source), "--object-store-memory", "5"], "Ray needs at least 80 MiB"),
         ([str(model), str(source), "--device", "cuda:1"], "Ray assigns the GPUs"),
-        ([str(model), str(source), "--concurrency", "9"], "9 workers of --num-cpus 2 and --num-gpus 0 do not fit"),
+        ([str(model), str(source), "--concurrency", "9"], "9 workers with --num-cpus 2 and --num-gpus 0 do not fit"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["predict-dataset", *wrong, "--out", str(tmp_path / "new")])
@@ -161,21 +163,21 @@ def test_without_the_packages(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("pool", "cpus", "gpus", "wanted"),
     [
-        (Options(), 2, 0, Share(1, 2, 0, "cpu")),
-        (Options(), 64, 0, Share(16, 4, 0, "cpu")),
-        (Options(), 16, 4, Share(4, 1, 1, "cuda")),
-        (Options(num_gpus=0.5), 16, 4, Share(8, 1, 0.5, "cuda")),
-        (Options(num_gpus=0.25, num_cpus=3), 8, 1, Share(2, 3, 0.25, "cuda")),
-        (Options(device="cpu"), 16, 4, Share(4, 4, 0, "cpu")),
-        (Options(num_gpus=0), 16, 4, Share(4, 4, 0, "cpu")),
-        (Options(num_cpus=0.5), 2, 0, Share(4, 0.5, 0, "cpu")),
-        (Options(num_cpus=0.1), 0.3, 0, Share(3, 0.1, 0, "cpu")),
-        (Options(concurrency=2), 64, 0, Share(2, 4, 0, "cpu")),
-        (Options(device="mps"), 8, 0, Share(2, 4, 0, "mps")),
+        (Options(), 2, 0, WorkerResources(1, 2, 0, "cpu")),
+        (Options(), 64, 0, WorkerResources(16, 4, 0, "cpu")),
+        (Options(), 16, 4, WorkerResources(4, 1, 1, "cuda")),
+        (Options(num_gpus=0.5), 16, 4, WorkerResources(8, 1, 0.5, "cuda")),
+        (Options(num_gpus=0.25, num_cpus=3), 8, 1, WorkerResources(2, 3, 0.25, "cuda")),
+        (Options(device="cpu"), 16, 4, WorkerResources(4, 4, 0, "cpu")),
+        (Options(num_gpus=0), 16, 4, WorkerResources(4, 4, 0, "cpu")),
+        (Options(num_cpus=0.5), 2, 0, WorkerResources(4, 0.5, 0, "cpu")),
+        (Options(num_cpus=0.1), 0.3, 0, WorkerResources(3, 0.1, 0, "cpu")),
+        (Options(concurrency=2), 64, 0, WorkerResources(2, 4, 0, "cpu")),
+        (Options(device="mps"), 8, 0, WorkerResources(2, 4, 0, "mps")),
     ],
 )
 def test_shares_of_a_machine(pool, cpus, gpus, wanted):
-    assert share(pool, cpus, gpus, own=True) == wanted
+    assert worker_resources(pool, cpus, gpus, fixed_size=True) == wanted
 
 
 @pytest.mark.parametrize(("device", "packed", "wanted"), [
@@ -183,9 +185,9 @@ def test_shares_of_a_machine(pool, cpus, gpus, wanted):
 ])  # fmt: skip
 def test_exported_files_take_the_device_that_their_runtime_has(tmp_path, monkeypatch, device, packed, wanted):
     """A GPU of the machine is none of a runtime that was built without."""
-    from deformable_detr.predict_dataset.filesystem import Store
-    from deformable_detr.predict_dataset.manifest import make_plan
-    from deformable_detr.predict_dataset.sources import Piece
+    from deformable_detr.predict_dataset.filesystem import OutputFolder
+    from deformable_detr.predict_dataset.manifest import create_manifest
+    from deformable_detr.predict_dataset.sources import SourceRange
 
     @contextlib.contextmanager
     def cluster(pool, model_bytes):
@@ -193,40 +195,40 @@ def test_exported_files_take_the_device_that_their_runtime_has(tmp_path, monkeyp
         yield SimpleNamespace(cluster_resources=lambda: resources, exceptions=SimpleNamespace(RayError=RayError)), True
 
     jobs, said = [], []
-    monkeypatch.setattr(runs, "_cluster", cluster)
-    monkeypatch.setattr(runs, "_reports", lambda ray, job, *_: jobs.append(job) or iter(()))
-    store = Store(str(tmp_path))
-    settings = {"kind": "images", "threshold": 0.5, "top_k": 9, "batch_size": 1}
-    plan = make_plan(store, "m", ["/set"], iter([Piece("/set/a.png", 0, 1, 7)]), None, **settings)
-    runs._work(store, plan, {packed: b""}, [0], Options(device=device), Progress(plan, {}, said.append))
+    monkeypatch.setattr(runs, "_ray_cluster", cluster)
+    monkeypatch.setattr(runs, "_unit_results", lambda ray, job, *_: jobs.append(job) or iter(()))
+    store = OutputFolder(str(tmp_path))
+    settings = RunSettings("images", 0.5, 9, 1)
+    plan = create_manifest(store, "m", ["/set"], iter([SourceRange("/set/a.png", 0, 1, 7)]), settings)
+    runs._run_units(store, {packed: b""}, [0], Options(device=device), Progress(plan, {}, said.append))
     assert jobs[0].device == wanted
-    assert ("where the file's runtime has it" in said[0]) == (wanted == "auto")
+    assert ("if the file's runtime supports it" in said[0]) == (wanted == "auto")
 
 
 def test_workers_that_do_not_fit():
     for pool in (Options(concurrency=3, num_cpus=1), Options(num_gpus=1), Options(device="cuda"), Options(num_cpus=4)):
         with pytest.raises(UserError, match="do not fit this machine's 2 processors and 0 GPUs"):
-            share(pool, 2, 0, own=True)
-        assert share(pool, 2, 0, own=False).workers >= 1  # a cluster may grow
+            worker_resources(pool, 2, 0, fixed_size=True)
+        assert worker_resources(pool, 2, 0, fixed_size=False).workers >= 1  # a cluster may grow
 
 
 def test_progress(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     said = []
-    plan = Plan("run", 10, 1000, Settings("images", 0.5, 1, 1, 100))
-    progress = Progress(plan, {0: Counts(100, 1)}, said.append)
+    plan = Manifest("run", 10, 1000, RunSettings("images", 0.5, 1, 1, 100))
+    progress = Progress(plan, {0: ImageCounts(100, 1)}, said.append)
     for unit in range(1, 5):
         now[0] += 5
-        progress.add(unit, Counts(100, 2), "")
+        progress.add(unit, ImageCounts(100, 2), "")
     assert said == [
-        "300 of 1000 images, 5 unreadable, 20.0 a second, about 0:00:35 left",
-        "500 of 1000 images, 9 unreadable, 20.0 a second, about 0:00:25 left",
+        "300 of 1000 images, 5 unreadable, 20.0 images/s, about 0:00:35 left",
+        "500 of 1000 images, 9 unreadable, 20.0 images/s, about 0:00:25 left",
     ]
     unknown = Progress(plan.__class__("run", 10, None, plan.settings), {}, said.append)
     now[0] += 10
-    unknown.add(0, Counts(50, 0), "")
-    assert said[-1] == "50 images, 0 unreadable, 5.0 a second, about 0:01:30 left"
+    unknown.add(0, ImageCounts(50, 0), "")
+    assert said[-1] == "50 images, 0 unreadable, 5.0 images/s, about 0:01:30 left"
 
 
 # On Ray
@@ -239,7 +241,7 @@ def ray_here():
     from ray import cloudpickle
 
     here = sys.modules[__name__]  # workers have no way to it
-    with runs._cluster(Options(), 2**20):
+    with runs._ray_cluster(Options(), 2**20):
         cloudpickle.register_pickle_by_value(here)
         yield
         cloudpickle.unregister_pickle_by_value(here)
@@ -255,7 +257,7 @@ def test_every_kind_of_source_on_ray(model, tmp_path, ray_here):
     found = {}
     for kind, source in sources.items():
         options = {"batch_size": 1, "concurrency": 2, "num_cpus": 0.5}
-        assert predict(model, source, tmp_path / "out" / kind, **options) == Counts(len(FILES), len(BAD))
+        assert predict(model, source, tmp_path / "out" / kind, **options) == ImageCounts(len(FILES), len(BAD))
         found[kind] = rows(tmp_path / "out" / kind).values()
     values = ("width", "height", "boxes", "scores", "labels", "category_ids", "names")
     for images, parquet, tar in zip(found["images"], found["parquet"], found["tar"], strict=True):
@@ -265,13 +267,13 @@ def test_every_kind_of_source_on_ray(model, tmp_path, ray_here):
 class Deadly(UnitPredictor):
     """Dies at unit 1 as often as the file says."""
 
-    def run(self, unit):
-        deaths = Path(self.store.root) / "deaths"
+    def predict_unit(self, unit):
+        deaths = Path(self.out.root) / "deaths"
         left = int(deaths.read_text())
         if unit == 1 and left:
             deaths.write_text(str(left - 1))
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().run(unit)
+        return super().predict_unit(unit)
 
 
 @pytest.mark.slow
@@ -279,16 +281,16 @@ def test_dying_workers(model, tmp_path, ray_here, monkeypatch):
     """Once: the unit comes again. As often as it is tried: the others are done, and the unit is named."""
     source = as_folder(tmp_path / "images", FILES)
     monkeypatch.setattr(runs, "UnitPredictor", Deadly)
-    for deaths, out in ((1, tmp_path / "once"), (runs.DEATHS + 1, tmp_path / "always")):
+    for deaths, out in ((1, tmp_path / "once"), (MAX_WORKER_DEATHS + 1, tmp_path / "always")):
         out.mkdir()
         (out / "deaths").write_text(str(deaths))
         if deaths == 1:
-            assert predict(model, source, out) == Counts(14, 3)
+            assert predict(model, source, out) == ImageCounts(14, 3)
         else:
             with pytest.raises(UserError, match="1 of 4 units failed, first unit 1: its worker died 3 times"):
                 predict(model, source, out)
             assert len(rows(out)) == 10
-            assert predict(model, source, out) == Counts(14, 3)  # the fourth time it lives
+            assert predict(model, source, out) == ImageCounts(14, 3)  # the fourth time it lives
     assert rows(tmp_path / "once") == rows(tmp_path / "always")
 
 
@@ -343,7 +345,7 @@ def test_killed_and_stopped_on_real_sets(model, tmp_path, shared, name):
     assert 2 <= len(killed) < units
     code, said = stopped(model, source, out, signal.SIGINT, 1)
     assert code == 130
-    assert re.search(rf"stopped: \d+ of {units} units are done; the same command goes on", said)
+    assert re.search(rf"interrupted: \d+ of {units} units are finished; run the same command to resume", said)
     process = start(model, source, out)
     said, complaints = process.communicate(timeout=1800)
     assert process.returncode == 0, complaints

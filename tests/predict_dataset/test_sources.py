@@ -9,16 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from deformable_detr.predict_dataset import sources
-from deformable_detr.predict_dataset.sources import Columns, find_pieces, read_piece
+from deformable_detr.predict_dataset.sources import ParquetColumns, find_ranges, read_range
 from deformable_detr.utils.errors import UserError
 from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures
 
 FILES = list(pictures())
 
 
-def records(source, form="auto", columns=None, skip=None):
-    kind, pieces = find_pieces([str(source)], form, columns, skip)
-    return [record for piece in pieces for record in read_piece(piece, kind, columns or Columns())]
+def records(source, format="auto", columns=None, skip=None):
+    kind, pieces = find_ranges([str(source)], format, columns, skip)
+    return [record for piece in pieces for record in read_range(piece, kind, columns or ParquetColumns())]
 
 
 def outcome(record):
@@ -65,14 +65,14 @@ def test_odd_entries_of_a_folder(tmp_path):
 
 @pytest.mark.parametrize("struct", [False, True])
 def test_parquet(tmp_path, struct, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 2)
+    monkeypatch.setattr(sources, "MIN_RANGE", 2)
     path = as_parquet(tmp_path / "set.parquet", FILES, struct=struct)
-    kind, pieces = find_pieces([str(tmp_path)])
+    kind, pieces = find_ranges([str(tmp_path)])
     assert kind == "parquet"
     assert [(piece.start, piece.count) for piece in pieces] == [
         (0, 2), (2, 2), (4, 1), (5, 2), (7, 2), (9, 1), (10, 2), (12, 2),
     ]  # fmt: skip
-    found = records(tmp_path, columns=Columns(id="name"))
+    found = records(tmp_path, columns=ParquetColumns(id="name"))
     check(found, [f"{path}#{row}" for row in range(len(FILES))])
     assert [record.key for record in found] == [name for name, _ in FILES]
 
@@ -81,14 +81,14 @@ def test_parquet_rows_without_bytes(tmp_path):
     table = pa.table({"image": pa.array([FILES[0][1], None], pa.binary())})
     pq.write_table(table, tmp_path / "set.parquet")
     assert [outcome(record) for record in records(tmp_path)] == [
-        (3, 40, 90), f"{tmp_path}/set.parquet#1: no bytes in column image",
+        (3, 40, 90), f"{tmp_path}/set.parquet#1: no image bytes in this row",
     ]  # fmt: skip
 
 
 def test_tar(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 4)
+    monkeypatch.setattr(sources, "MIN_RANGE", 4)
     path = as_tar(tmp_path / "0.tar", FILES)
-    kind, pieces = find_pieces([str(tmp_path)])
+    kind, pieces = find_ranges([str(tmp_path)])
     assert kind == "webdataset"
     assert [(piece.start, piece.count) for piece in pieces] == [(0, 4), (4, 4), (8, 4), (12, 2)]
     found = records(tmp_path)
@@ -104,7 +104,7 @@ def test_hidden_members_of_a_tar_are_left_out(tmp_path):
 
 def test_compressed_tar_is_one_piece(tmp_path):
     path = as_tar(tmp_path / "0.tar.gz", FILES, "w:gz")
-    assert [(piece.start, piece.count) for piece in find_pieces([str(path)])[1]] == [(0, -1)]
+    assert [(piece.start, piece.count) for piece in find_ranges([str(path)])[1]] == [(0, -1)]
     check(records(path), [f"{path}#{name}" for name, _ in FILES])
     path.rename(tmp_path / "0.tar")  # in a plain one's name
     check(records(tmp_path), [f"{tmp_path}/0.tar#{name}" for name, _ in FILES])
@@ -118,7 +118,7 @@ def test_tar_cut_anywhere(tmp_path, at):
     data = path.read_bytes()
     for end in (header, header + 100):
         path.write_bytes(data[:end])
-        assert "cannot be read to its end" in records(path)[-1].error
+        assert "damaged, cannot be read to its end" in records(path)[-1].error
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
@@ -136,7 +136,7 @@ def test_damaged_shard_gives_what_is_whole_and_says_so(tmp_path, kind):
     path.write_bytes(data)
     found = records(path)
     (damage,) = [record for record in found if record.error]
-    assert re.match(rf"{re.escape(str(path))}(#5-9)?: cannot be read to its end \(", damage.error)
+    assert re.match(rf"{re.escape(str(path))}(#5-9)?: damaged, cannot be read to its end \(", damage.error)
     assert all(isinstance(outcome(record), tuple) for record in found if record != damage)
     assert 1 < len(found) < len(good)
     assert len({record.image for record in found}) == len(found)
@@ -166,7 +166,7 @@ def test_stores(monkeypatch):
         monkeypatch.setattr(type(memory), "cat_file", lambda self, path, **_: unreachable(path))
         with pytest.raises(ConnectionError):
             found[1].load()
-        assert next(tries) == sources.READ_TRIES
+        assert next(tries) == sources.READ_ATTEMPTS
     finally:
         memory.rm("/sources", recursive=True)
 
@@ -176,40 +176,40 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     cases = [
         ([tmp_path / "gone"], {}, f"{tmp_path}/gone: no such file or folder"),
-        ([tmp_path / "empty"], {}, "nothing to predict on"),
-        ([folder], {"form": "parquet"}, "nothing to predict on (.parquet, .pq)"),
-        ([tmp_path, folder], {}, f"{folder} is in {tmp_path}, so its images would come twice"),
-        ([folder, folder], {}, "would come twice"),
+        ([tmp_path / "empty"], {}, "found no images, Parquet files or .tar shards"),
+        ([folder], {"format": "parquet"}, "found no .parquet, .pq"),
+        ([tmp_path, folder], {}, f"source {folder} is contained in {tmp_path}; name it once"),
+        ([folder, folder], {}, "; name it once"),
         (["nonsense://bucket"], {}, "nonsense://bucket: Protocol not known"),
     ]
     for wrong, options, message in cases:
         with pytest.raises(UserError, match=re.escape(message)):
-            list(find_pieces([str(source) for source in wrong], **options)[1])
+            list(find_ranges([str(source) for source in wrong], **options)[1])
     as_tar(folder / "z.tar", FILES[:1])
-    with pytest.raises(UserError, match=r"holds images and webdataset \(.*z\.tar\): choose one by --format"):
-        list(find_pieces([str(folder)])[1])
-    assert [piece.file for piece in find_pieces([str(folder)], "webdataset")[1]] == [f"{folder}/z.tar"]
+    with pytest.raises(UserError, match=r"holds images and webdataset \(.*z\.tar\); choose with --format"):
+        list(find_ranges([str(folder)])[1])
+    assert [piece.file for piece in find_ranges([str(folder)], "webdataset")[1]] == [f"{folder}/z.tar"]
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (Columns(image="picture"), "has no column picture; of use are: one, two"),
-        (Columns(image="name"), "has no bytes in column name; of use are: one, two"),
-        (Columns(image="one", id="key"), "has no column key, only name, one, two; give another --id-column"),
-        (Columns(), "has several columns with bytes (one, two): name the one with images by --image-column"),
+        (ParquetColumns(image="picture"), "has no column picture; columns with bytes: one, two"),
+        (ParquetColumns(image="name"), "has no bytes in column name; columns with bytes: one, two"),
+        (ParquetColumns(image="one", id="key"), "has no column key, only name, one, two; choose another --id-column"),
+        (ParquetColumns(), "has several columns with bytes (one, two); name the one with images with --image-column"),
     ],
 )
 def test_columns_are_named(tmp_path, columns, message):
     pq.write_table(pa.table({"name": ["a"], "one": [b"1"], "two": [b"2"]}), tmp_path / "set.parquet")
     with pytest.raises(UserError, match=re.escape(message)):
-        list(find_pieces([str(tmp_path)], columns=columns)[1])
-    assert len(records(tmp_path, columns=Columns("two"))) == 1
+        list(find_ranges([str(tmp_path)], columns=columns)[1])
+    assert len(records(tmp_path, columns=ParquetColumns("two"))) == 1
 
 
 def test_overlapping_patterns_give_each_image_once(tmp_path):
     folder = as_folder(tmp_path / "images", FILES)
-    _, pieces = find_pieces([f"{folder}/a0*.*", f"{folder}/*.png", f"{folder}/a00.png"])
+    _, pieces = find_ranges([f"{folder}/a0*.*", f"{folder}/*.png", f"{folder}/a00.png"])
     names = [piece.file.rsplit("/", 1)[1] for piece in pieces]
     assert len(names) == len(set(names)) == 10, "and no hidden one"
 
@@ -228,7 +228,11 @@ def test_ids_that_are_no_text(tmp_path):
             ids = pa.Array.from_buffers(kind, len(ids), ids.buffers())
         table = pa.table({"name": ids, "image": pa.array([{"bytes": data}] * 3)})
         pq.write_table(table, tmp_path / "set.parquet")
-        assert [record.key for record in records(tmp_path, columns=Columns(id="name"))] == ["caf\\xe9", "plain", None]
+        assert [record.key for record in records(tmp_path, columns=ParquetColumns(id="name"))] == [
+            "caf\\xe9",
+            "plain",
+            None,
+        ]
 
 
 def test_links_in_a_tar_are_told(tmp_path):
@@ -241,7 +245,7 @@ def test_links_in_a_tar_are_told(tmp_path):
             tar.addfile(info)
     found = records(path)
     assert [record.image for record in found] == [f"{path}#{name}" for name in ("a00.png", "hard.png", "soft.png")]
-    assert all("is a link" in outcome(record) or "a link, which" in outcome(record) for record in found[1:])
+    assert all("links in shards are not followed" in outcome(record) for record in found[1:])
 
 
 def test_patterns_leave_hidden_folders_out_and_never_mean_results(tmp_path):
@@ -249,7 +253,7 @@ def test_patterns_leave_hidden_folders_out_and_never_mean_results(tmp_path):
     (folder / ".trash").mkdir()
     (folder / ".trash/a.png").write_bytes(FILES[0][1])
     assert len(records(f"{folder}/*/*.png")) == 4
-    with pytest.raises(UserError, match=re.escape(f"--out {folder} holds {folder}/a00.png, which ")):
+    with pytest.raises(UserError, match=re.escape(f"--out {folder} contains {folder}/a00.png, which ")):
         records(f"{folder}/*.png", skip=str(folder))
 
 
@@ -258,9 +262,9 @@ def test_many_sources_are_looked_at_once(tmp_path, monkeypatch):
     folder = as_folder(tmp_path / "images", [(f"{number}.png", FILES[0][1]) for number in range(300)])
     names = [str(folder / f"{number}.png") for number in range(300)]
     asked = []
-    monkeypatch.setattr(sources, "url_of", lambda system, path: asked.append(path) or path)
-    sources._refuse_overlap(names)
+    monkeypatch.setattr(sources, "to_url", lambda system, path: asked.append(path) or path)
+    sources._reject_overlap(names)
     assert len(asked) == 300
     for wrong in ([*names, names[7]], [*names, str(folder)]):
-        with pytest.raises(UserError, match="would come twice"):
-            sources._refuse_overlap(wrong)
+        with pytest.raises(UserError, match=r"is contained in .*; name it once"):
+            sources._reject_overlap(wrong)

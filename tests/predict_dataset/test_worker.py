@@ -10,11 +10,11 @@ import torch
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.export.verify import max_differences
 from deformable_detr.predict_dataset import worker
-from deformable_detr.predict_dataset.filesystem import Store
-from deformable_detr.predict_dataset.manifest import make_plan
+from deformable_detr.predict_dataset.filesystem import OutputFolder
+from deformable_detr.predict_dataset.manifest import RunSettings, create_manifest
 from deformable_detr.predict_dataset.parquet import read_part
-from deformable_detr.predict_dataset.sources import find_pieces
-from deformable_detr.predict_dataset.worker import Job, UnitPredictor, pack_model, unpack_model
+from deformable_detr.predict_dataset.sources import find_ranges
+from deformable_detr.predict_dataset.worker import UnitPredictor, WorkerJob, pack_model, unpack_model
 from deformable_detr.utils.images import decode_image
 from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures, rows
 from tests.support.models import tiny
@@ -33,15 +33,14 @@ def model(tmp_path_factory):
 def units(model, source, out, batch_size=1, unit_size=5):
     """All units of a source, done by one worker in this process; what it reported."""
     files, digest = pack_model(str(model))
-    store = Store(str(out))
+    store = OutputFolder(str(out))
     store.system.makedirs(store.root, exist_ok=True)
-    kind, pieces = find_pieces([str(source)])
-    plan = make_plan(
-        store, digest, [str(source)], pieces, unit_size, kind=kind, threshold=THRESHOLD, top_k=7,
-        batch_size=batch_size, image_column=None, id_column="name" if kind == "parquet" else None,
-    )  # fmt: skip
-    predictor = UnitPredictor(Job(str(out), plan.run, plan.settings, "cpu", 1, 2), files)
-    return predictor, predictor({"unit": range(plan.units)})
+    kind, pieces = find_ranges([str(source)])
+    id_column = "name" if kind == "parquet" else None
+    settings = RunSettings(kind, THRESHOLD, 7, batch_size, unit_size, id_column=id_column)
+    plan = create_manifest(store, digest, [str(source)], pieces, settings)
+    predictor = UnitPredictor(WorkerJob(str(out), plan.run_id, plan.settings, "cpu", 1, 2), files)
+    return predictor, predictor({"unit": range(plan.num_units)})
 
 
 def expected(model, batch_size=1):
@@ -84,7 +83,7 @@ def test_every_kind_of_source(model, tmp_path):
         source, form = make()
         _, reports = units(model, source, tmp_path / "out" / kind)
         assert sum(reports["images"]) == len(FILES)
-        assert sum(reports["bad"]) == len(BAD)
+        assert sum(reports["unreadable"]) == len(BAD)
         assert set(reports["failure"]) == {""}
         found = rows(tmp_path / "out" / kind)
         names = {form.format(source=source, name=name, row=row): name for row, (name, _) in enumerate(FILES)}
@@ -171,10 +170,10 @@ def test_what_goes_wrong_is_told_and_leaves_no_file(model, tmp_path, monkeypatch
         monkeypatch.setattr(worker, "predict_iter", _raise(error))
         (failure,) = predictor({"unit": [0]})["failure"]
         assert failure.startswith(message)
-        assert sorted(path.name[:5] for path in (tmp_path / "out").iterdir()) == ["_mani", "_plan", "part-", "part-"]
+        assert sorted(path.name[:5] for path in (tmp_path / "out").iterdir()) == ["_mani", "_unit", "part-", "part-"]
     monkeypatch.undo()
     assert predictor({"unit": [0]})["failure"] == [""]
-    assert read_part(predictor.store, 0) is not None
+    assert read_part(predictor.out, 0) is not None
 
 
 def _raise(error):

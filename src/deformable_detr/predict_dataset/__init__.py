@@ -1,6 +1,5 @@
-"""Prediction over data sets of any size, on one machine or a Ray cluster: Parquet files out, resumable.
+"""Prediction over datasets of any size, on one machine or a Ray cluster, with resumable Parquet output.
 
-The way the work goes: `sources` lists what there is to read as pieces; `plan` groups the pieces into numbered units and
-writes them down with all that decides the results; a `worker` predicts one unit and writes one Parquet file, whole or
-not at all; `run` hands the units that have no file yet to a pool of workers by Ray Data.
+`sources` lists the images as ranges, `manifest` groups ranges into numbered units, a `worker` predicts one unit and
+writes one Parquet file, and `run` distributes the units without a file to a pool of workers with Ray Data.
 """

@@ -1,4 +1,4 @@
-"""Folders and files on disk and in object stores, by paths and URLs that fsspec knows."""
+"""Folders and files on disk and in object stores, by the paths and URLs that fsspec accepts."""
 
 from __future__ import annotations
 
@@ -9,62 +9,62 @@ from pathlib import Path
 from typing import Any
 
 from ..data.discovery import is_hidden
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.files import replace_file
 
 
-def resolve(url: str) -> tuple[Any, str]:
-    """The file system of a path or URL (s3://, gs://, memory://, file://, …) and the path in it; local ones absolute.
+def resolve_url(url: str) -> tuple[Any, str]:
+    """Return the fsspec file system of a path or URL (s3://, gs://, file://, …) and the path in it.
 
-    Raises UserError for an unknown protocol and for one whose package is not installed.
+    Raises:
+        UserError: The protocol is unknown or its package is not installed.
     """
     from fsspec.core import url_to_fs
     from fsspec.implementations.local import LocalFileSystem
 
-    if "::" in url and os.path.exists(url):  # what fsspec would take for a chain of protocols
+    if "::" in url and os.path.exists(url):  # not a chain of protocols
         return LocalFileSystem(), os.path.abspath(url)
     try:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: {one_line(error)}") from None
+        raise UserError(f"{url}: {first_line(error)}") from None
 
 
 def is_local(system: Any) -> bool:
-    """Whether a file system is this machine's."""
+    """Return whether a file system is this machine's."""
     from fsspec.implementations.local import LocalFileSystem
 
     return isinstance(system, LocalFileSystem)
 
 
-def url_of(system: Any, path: str) -> str:
-    """What `resolve` takes: a plain path where it is local."""
+def to_url(system: Any, path: str) -> str:
+    """Return what `resolve_url` accepts: a plain path if it is local."""
     return path if is_local(system) else system.unstrip_protocol(path)
 
 
-def walk(system: Any, folder: str, skip: str | None = None) -> Iterator[tuple[str, int]]:
-    """Paths and sizes in bytes of all files in a folder and below, by name, a folder's files before its folders.
+def walk_files(system: Any, folder: str, skip: str | None = None) -> Iterator[tuple[str, int]]:
+    """Yield path and size in bytes of all files below a folder, sorted, a folder's files before its subfolders.
 
-    Hidden files and folders (names with a dot in front) are left out, and the folder `skip`. Links to files are
-    followed, links to folders are not: they may lead round in circles. Keeps one folder's names in memory.
+    Hidden files and folders, symbolic links to folders (which may be cyclic) and the folder `skip` are left out.
     """
     folders = []
     for name, path, size in sorted(_scan_local(folder) if is_local(system) else _scan(system, folder)):
-        if is_hidden(name) or (size is None and skip is not None and same(system, path, skip)):
+        if is_hidden(name) or (size is None and skip is not None and is_same_path(system, path, skip)):
             continue
         if size is None:
             folders.append(path)
         else:
             yield path, size
     for path in folders:
-        yield from walk(system, path, skip)
+        yield from walk_files(system, path, skip)
 
 
-def same(system: Any, one: str, other: str) -> bool:
-    """Whether two paths are one folder, however they are spelled."""
-    return os.path.realpath(one) == os.path.realpath(other) if is_local(system) else one == other
+def is_same_path(system: Any, path: str, other: str) -> bool:
+    """Return whether two paths name the same folder."""
+    return os.path.realpath(path) == os.path.realpath(other) if is_local(system) else path == other
 
 
-Entry = tuple[str, str, int | None]  # name, path, size; folders have none
+Entry = tuple[str, str, int | None]  # name, path, size; None: a folder
 
 
 def _scan_local(folder: str) -> Iterator[Entry]:
@@ -75,7 +75,7 @@ def _scan_local(folder: str) -> Iterator[Entry]:
             elif not entry.is_dir():
                 try:
                     size = entry.stat().st_size
-                except OSError:  # a link to nowhere: whoever reads it says so
+                except OSError:  # a broken link, reported when it is read
                     size = 0
                 yield entry.name, entry.path, size
 
@@ -83,37 +83,43 @@ def _scan_local(folder: str) -> Iterator[Entry]:
 def _scan(system: Any, folder: str) -> Iterator[Entry]:
     for entry in system.ls(folder, detail=True):
         path = entry["name"].rstrip("/")
-        if path != folder.rstrip("/"):  # stores may list the folder's own marker
+        if path != folder.rstrip("/"):  # some stores list a marker object for the folder itself
             size = None if entry["type"] == "directory" else entry.get("size") or 0
             yield path.rsplit("/", 1)[-1], path, size
 
 
-class Store:
-    """The folder that results go to. Files get their names whole or not at all."""
+class OutputFolder:
+    """The folder of the results, local or in an object store. Files appear complete or not at all.
+
+    Attributes:
+        system: fsspec file system.
+        root: Path in it.
+        local: Whether it is on this machine.
+    """
 
     def __init__(self, url: str) -> None:
-        self.system, self.root = resolve(url)
+        self.system, self.root = resolve_url(url)
         self.root = self.root.rstrip("/") or "/"
         self.local = is_local(self.system)
 
     def path(self, name: str) -> str:
-        """Of a file in the folder, for the file system."""
+        """Return the path of a file in the file system."""
         return f"{self.root}/{name}"
 
     def open(self, name: str) -> Any:
-        """The file, to be read."""
+        """Open a file for reading."""
         return self.system.open(self.path(name), "rb")
 
-    def names(self) -> list[str]:
-        """Of the files in it, sorted, hidden ones too; none where there is no such folder."""
+    def list_files(self) -> list[str]:
+        """Return the sorted names of the files, including hidden ones; empty if the folder does not exist."""
         if not self.system.exists(self.root):
             return []
         self.system.invalidate_cache(self.root)
         entries = _scan_local(self.root) if self.local else _scan(self.system, self.root)
         return sorted(name for name, _, size in entries if size is not None)
 
-    def put(self, name: str, write: Callable[[Path], object]) -> None:
-        """Lets `write` fill a temporary file, then puts it in place; stores show an upload when it is complete."""
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let `write` fill a temporary file, then rename or upload it."""
         if self.local:
             replace_file(Path(self.path(name)), write)
             return
@@ -122,11 +128,6 @@ class Store:
             write(path)
             self.system.put_file(str(path), self.path(name))
 
-    def remove(self, name: str) -> None:
-        """The file is gone afterwards."""
+    def delete(self, name: str) -> None:
+        """Delete a file."""
         self.system.rm_file(self.path(name))
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, in a line of moderate length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The numbered units of a run, and all that decides its results, written down before the first of them."""
+"""The manifest of a run: its numbered units and everything that determines its results."""
 
 from __future__ import annotations
 
@@ -6,240 +6,242 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.files import prepare_folder
-from .filesystem import Store, one_line
-from .parquet import Counts, part_name, part_unit, read_part
-from .sources import Columns, Piece
+from .filesystem import OutputFolder
+from .parquet import ImageCounts, part_name, read_part, unit_of_part
+from .sources import ParquetColumns, SourceRange
 
 FORMAT, VERSION = "deformable-detr predict-dataset", 1
-MANIFEST, PLAN, DONE, LOCK = "_manifest.json", "_plan.parquet", "_SUCCESS", ".lock"
-_LEFTOVER = re.compile(r"\.(part-\d{6,}\.parquet|_manifest\.json|_plan\.parquet|_SUCCESS)\.\d+\.tmp")
-LARGE = 256  # images of a unit; sets of under 32 times as many get smaller units, so that they spread over workers
-SMALL, SPREAD = 8, 32
-_GROUP = 16384  # rows of a row group: what a worker reads to find its unit
-_NAME = ("utf-8", "surrogateescape")  # file names need not be text; Parquet's strings do
+MANIFEST, UNITS, SUCCESS, LOCK = "_manifest.json", "_units.parquet", "_SUCCESS", ".lock"
+_TEMPORARY = re.compile(r"\.(part-\d{6,}\.parquet|_manifest\.json|_units\.parquet|_SUCCESS)\.\d+\.tmp")
+MIN_UNIT_SIZE, MAX_UNIT_SIZE = 8, 256  # images
+MIN_UNITS = 32  # small datasets get smaller units, to occupy several workers
+_ROW_GROUP_SIZE = 16384  # what a worker reads to find its unit
+_ENCODING = ("utf-8", "surrogateescape")  # file names need not be text, but Parquet strings do
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What, beside the model and the sources, decides the results: another value is another run."""
+class RunSettings:
+    """The settings that determine the results, besides the model and the sources; see `PredictDatasetOptions`.
 
-    kind: str
+    `unit_size` 0 is replaced by that of the earlier run in the folder, else by one that suits the dataset.
+    """
+
+    format: str
     threshold: float
     top_k: int
     batch_size: int
-    unit_size: int
+    unit_size: int = 0
     image_column: str | None = None
     id_column: str | None = None
 
     @property
-    def columns(self) -> Columns:
-        return Columns(self.image_column, self.id_column)
+    def columns(self) -> ParquetColumns:
+        return ParquetColumns(self.image_column, self.id_column)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """run: the hash of all that decides the results. images: none where shards have to be read to know."""
+class Manifest:
+    """A planned run.
 
-    run: str
-    units: int
-    images: int | None
-    settings: Settings
-
-
-def make_plan(
-    store: Store, model: str, sources: Iterable[str], pieces: Iterator[Piece], unit_size: int | None, **settings: Any
-) -> Plan:
-    """Groups the pieces into units and writes plan and manifest; where there are some, they must be the same.
-
-    model: hash of the model. unit_size: images of a unit; none: that of the run before, or what suits the set.
-    settings: the other fields of `Settings`.
-    Raises UserError, naming what differs, where the folder has results of another run.
+    Attributes:
+        run_id: Hash of everything that determines the results.
+        num_units: Number of units, and of output files.
+        num_images: None if some shards must be read to count them.
     """
-    before = _read_manifest(store)
-    if before is None and any(part_unit(name) is not None for name in store.names()):
-        raise UserError(f"--out {store.root} holds results without {MANIFEST}: choose another folder")
-    if unit_size is None and before is not None:
-        unit_size = int(before["settings"]["unit_size"])
-    if unit_size is None:
-        unit_size, pieces = _suitable(pieces)
-    chosen = Settings(unit_size=unit_size, **settings)
+
+    run_id: str
+    num_units: int
+    num_images: int | None
+    settings: RunSettings
+
+
+def create_manifest(
+    out: OutputFolder, model_hash: str, sources: Sequence[str], ranges: Iterator[SourceRange], settings: RunSettings
+) -> Manifest:
+    """Group the ranges into units and write them with the manifest, or verify those of an earlier run.
+
+    Raises:
+        UserError: The folder holds results of a different run; the message names the differences.
+    """
+    previous = _read_manifest(out)
+    if previous is None and any(unit_of_part(name) is not None for name in out.list_files()):
+        raise UserError(f"--out {out.root} holds results without {MANIFEST}; choose another folder")
+    if not settings.unit_size and previous is not None:
+        settings = replace(settings, unit_size=int(previous["settings"]["unit_size"]))
+    if not settings.unit_size:
+        unit_size, ranges = _default_unit_size(ranges)
+        settings = replace(settings, unit_size=unit_size)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / PLAN
-        units, images, files, listing = _write_plan(path, pieces, chosen.unit_size)
+        path = Path(folder) / UNITS
+        num_units, num_images, num_files, listing_hash = _write_units(path, ranges, settings.unit_size)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "model": model,
-            "settings": asdict(chosen),
-            "source": {"files": files, "images": images, "listing": listing},
-            "units": units,
+            "model": model_hash,
+            "settings": asdict(settings),
+            "source": {"files": num_files, "images": num_images, "listing": listing_hash},
+            "units": num_units,
         }
-        if before is not None:
-            _refuse_other(store, before, manifest)
-        if before is None or PLAN not in store.names():
-            store.put(PLAN, lambda target: target.write_bytes(path.read_bytes()))
-        if before is None:
-            manifest["sources"] = list(sources)  # for whoever reads it: the listing decides
+        if previous is not None:
+            _reject_different_run(out, previous, manifest)
+        if previous is None or UNITS not in out.list_files():
+            out.write(UNITS, lambda target: target.write_bytes(path.read_bytes()))
+        if previous is None:
+            manifest["sources"] = list(sources)  # for readers; the listing decides
             text = json.dumps(manifest, indent=2) + "\n"
-            store.put(MANIFEST, lambda target: target.write_text(text, encoding="utf-8"))
-    return Plan(_hash(manifest), units, images, chosen)
+            out.write(MANIFEST, lambda target: target.write_text(text, encoding="utf-8"))
+    return Manifest(_hash(manifest), num_units, num_images, settings)
 
 
-def read_unit(store: Store, unit: int) -> list[Piece]:
-    """The pieces of a unit."""
+def read_unit(out: OutputFolder, unit: int) -> list[SourceRange]:
+    """Return the ranges of a unit."""
     import pyarrow.parquet as pq
 
-    with store.open(PLAN) as file:
-        table = pq.read_table(file, filters=[("unit", "==", unit)], columns=list(Piece._fields), use_threads=False)
+    with out.open(UNITS) as file:
+        columns = list(SourceRange._fields)
+        table = pq.read_table(file, filters=[("unit", "==", unit)], columns=columns, use_threads=False)
     rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
-    return [Piece(file if isinstance(file, str) else file.decode(*_NAME), *rest) for file, *rest in rows]
+    return [SourceRange(file if isinstance(file, str) else file.decode(*_ENCODING), *rest) for file, *rest in rows]
 
 
-def finished(store: Store, plan: Plan) -> dict[int, Counts]:
-    """The units that are done. Damaged files are removed, so that their units come again.
+def finished_units(out: OutputFolder, manifest: Manifest) -> dict[int, ImageCounts]:
+    """Return the counts of the finished units; delete damaged files.
 
-    Raises UserError for a file of another run, and where the storage fails.
+    Raises:
+        UserError: A file belongs to a different run, or the storage fails.
     """
-    units = [unit for name in store.names() if (unit := part_unit(name)) is not None]
-    found: dict[int, Counts] = {}
+    units = [unit for name in out.list_files() if (unit := unit_of_part(name)) is not None]
+    finished: dict[int, ImageCounts] = {}
 
-    def read(unit: int) -> tuple[str, Counts] | None:
+    def read(unit: int) -> tuple[str, ImageCounts] | None:
         try:
-            return read_part(store, unit)
+            return read_part(out, unit)
         except OSError as error:
-            what = f"{part_name(unit)} cannot be read: {error.strerror or error}"
-            raise UserError(f"--out {store.root}: {what}; start again when the storage works") from None
+            problem = f"{part_name(unit)} cannot be read: {error.strerror or error}"
+            raise UserError(f"--out {out.root}: {problem}; run again when the storage works") from None
 
     with ThreadPoolExecutor(16) as pool:
         for unit, part in zip(units, pool.map(read, units), strict=True):
             if part is None:
-                store.remove(part_name(unit))
-            elif part[0] != plan.run or unit >= plan.units:
-                raise UserError(f"--out {store.root} holds {part_name(unit)} of another run: choose another folder")
+                out.delete(part_name(unit))
+            elif part[0] != manifest.run_id or unit >= manifest.num_units:
+                raise UserError(f"--out {out.root} holds {part_name(unit)} of another run; choose another folder")
             else:
-                found[unit] = part[1]
-    return found
+                finished[unit] = part[1]
+    return finished
 
 
 @contextmanager
-def held(store: Store) -> Iterator[None]:
-    """The folder, made where missing, and to this process alone where it is local.
+def lock_output(out: OutputFolder) -> Iterator[None]:
+    """Create the folder and, if it is local, lock it against other processes.
 
-    Raises UserError where it cannot be written, and where another process holds it.
+    Raises:
+        UserError: The folder cannot be written or another process has locked it.
     """
     from filelock import FileLock, Timeout
 
-    if not store.local:
+    if not out.local:
         yield
         return
-    root = prepare_folder(Path(store.root), "--out")
+    root = prepare_folder(Path(out.root), "--out")
     lock = FileLock(root / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"--out {root} is being written by another process: wait for it, or choose another") from None
-    except (OSError, NotImplementedError):  # network file systems without locks: two runs would write the same
+        raise UserError(f"--out {root} is in use by another process; wait for it or choose another folder") from None
+    except (OSError, NotImplementedError):  # network file systems without locks
         yield
         return
     try:
-        for leftover in root.glob(".*.tmp"):  # of a run that was killed
-            if _LEFTOVER.fullmatch(leftover.name):
-                leftover.unlink(missing_ok=True)
+        for file in root.glob(".*.tmp"):  # of a run that was killed
+            if _TEMPORARY.fullmatch(file.name):
+                file.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
 
 
-def _suitable(pieces: Iterator[Piece]) -> tuple[int, Iterator[Piece]]:
-    """The size of a unit, which follows from the set alone, and the pieces again."""
-    first = list(islice(pieces, LARGE * SPREAD))
-    count = sum(max(piece.count, 1) for piece in first)
-    return min(LARGE, max(SMALL, -(-count // SPREAD))), chain(first, pieces)
+def _default_unit_size(ranges: Iterator[SourceRange]) -> tuple[int, Iterator[SourceRange]]:
+    """Return a unit size that depends only on the dataset, and the ranges again."""
+    first = list(islice(ranges, MAX_UNIT_SIZE * MIN_UNITS))
+    count = sum(max(source_range.count, 1) for source_range in first)
+    return min(MAX_UNIT_SIZE, max(MIN_UNIT_SIZE, -(-count // MIN_UNITS))), chain(first, ranges)
 
 
-def _write_plan(path: Path, pieces: Iterator[Piece], unit_size: int) -> tuple[int, int | None, int, str]:
-    """Units, images (none: unknown), files and the hash of the listing."""
+def _write_units(path: Path, ranges: Iterator[SourceRange], unit_size: int) -> tuple[int, int | None, int, str]:
+    """Write the ranges with their units; return the numbers of units, images and files, and the listing's hash."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kinds = [pa.int64(), pa.binary(), pa.int64(), pa.int64(), pa.int64()]
-    schema = pa.schema(list(zip(["unit", *Piece._fields], kinds, strict=True)))
+    types = [pa.int64(), pa.binary(), pa.int64(), pa.int64(), pa.int64()]
+    schema = pa.schema(list(zip(["unit", *SourceRange._fields], types, strict=True)))
     listing = hashlib.sha256()
-    units, images, known, files, last = 0, 0, True, 0, None
+    units, images, countable, files, last_file = 0, 0, True, 0, None
+    numbered = _number_units(ranges, unit_size)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        waiting: list[tuple[Any, ...]] = []
-        for unit, piece in _numbered(pieces, unit_size):
-            listing.update(f"{piece.file}\0{piece.start}\0{piece.count}\0{piece.size}\n".encode(*_NAME))
-            waiting.append((unit, piece.file.encode(*_NAME), *piece[1:]))
-            units, images, known = unit + 1, images + max(piece.count, 0), known and piece.count >= 0
-            files, last = files + (piece.file != last), piece.file
-            if len(waiting) == _GROUP:
-                writer.write_table(_table(waiting, schema))
-                waiting = []
-        if waiting:
-            writer.write_table(_table(waiting, schema))
-    return units, images if known else None, files, listing.hexdigest()
+        while group := list(islice(numbered, _ROW_GROUP_SIZE)):
+            for unit, (file, start, count, size) in group:
+                listing.update(f"{file}\0{start}\0{count}\0{size}\n".encode(*_ENCODING))
+                units, images, countable = unit + 1, images + max(count, 0), countable and count >= 0
+                files, last_file = files + (file != last_file), file
+            rows = [(unit, item.file.encode(*_ENCODING), *item[1:]) for unit, item in group]
+            columns = dict(zip(schema.names, zip(*rows, strict=True), strict=True))
+            writer.write_table(pa.table(columns, schema=schema))
+    return units, images if countable else None, files, listing.hexdigest()
 
 
-def _table(rows: list[tuple[Any, ...]], schema: Any) -> Any:
-    import pyarrow as pa
-
-    return pa.table(dict(zip(schema.names, zip(*rows, strict=True), strict=True)), schema=schema)
-
-
-def _numbered(pieces: Iterable[Piece], unit_size: int) -> Iterator[tuple[int, Piece]]:
-    """Each piece with its unit: pieces are added to one until it has its size; one of unknown size is a unit alone."""
+def _number_units(ranges: Iterable[SourceRange], unit_size: int) -> Iterator[tuple[int, SourceRange]]:
+    """Yield each range with its unit. A unit is filled up to its size; a range of unknown size is a unit alone."""
     unit, size = 0, 0
-    for piece in pieces:
-        if size and (size >= unit_size or piece.count < 0):
+    for source_range in ranges:
+        if size and (size >= unit_size or source_range.count < 0):
             unit, size = unit + 1, 0
-        yield unit, piece
-        size += unit_size if piece.count < 0 else piece.count
+        yield unit, source_range
+        size += unit_size if source_range.count < 0 else source_range.count
 
 
-def _read_manifest(store: Store) -> dict[str, Any] | None:
-    if MANIFEST not in store.names():
+def _read_manifest(out: OutputFolder) -> dict[str, Any] | None:
+    if MANIFEST not in out.list_files():
         return None
     try:
-        with store.open(MANIFEST) as file:
+        with out.open(MANIFEST) as file:
             manifest = json.loads(file.read())
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise ValueError(f"version {manifest['version']}")
-        Settings(**manifest["settings"])
+        RunSettings(**manifest["settings"])
         _ = manifest["model"], manifest["units"], manifest["source"]["files"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        where = store.path(MANIFEST)
-        raise UserError(f"{where} cannot be used ({one_line(error)}): choose another --out") from None
+        raise UserError(f"{out.path(MANIFEST)} is not valid ({first_line(error)}); choose another --out") from None
     return manifest
 
 
-def _refuse_other(store: Store, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError, naming the difference, unless both are the same run."""
-    then, these = before["settings"], now["settings"]
-    changed = [f"--{key.replace('_', '-')} {then[key]}, now {these[key]}" for key in these if then[key] != these[key]]
-    if before["model"] != now["model"]:
-        changed.insert(0, "another model")
-    if before["source"] != now["source"] or before["units"] != now["units"]:
-        old, new = before["source"]["files"], now["source"]["files"]
-        if then["kind"] == these["kind"] and then["unit_size"] == these["unit_size"]:
-            changed.append(f"other or changed source files ({old} files, now {new})")
-    if _hash(before) != _hash(now):
-        raise UserError(
-            f"--out {store.root} holds results of another run ({'; '.join(changed)}): "
-            "go on with what that run had, or choose another folder"
-        )
+def _reject_different_run(out: OutputFolder, previous: dict[str, Any], current: dict[str, Any]) -> None:
+    if _hash(previous) == _hash(current):
+        return
+    old, new = previous["settings"], current["settings"]
+    changes = [f"--{key.replace('_', '-')} {old[key]}, now {new[key]}" for key in new if old[key] != new[key]]
+    if previous["model"] != current["model"]:
+        changes.insert(0, "another model")
+    same_units = old["format"] == new["format"] and old["unit_size"] == new["unit_size"]
+    if same_units and (previous["source"], previous["units"]) != (current["source"], current["units"]):
+        files, files_now = previous["source"]["files"], current["source"]["files"]
+        changes.append(f"different source files ({files} files, now {files_now})")
+    raise UserError(
+        f"--out {out.root} holds results of another run ({'; '.join(changes)}): "
+        "use that run's settings or choose another folder"
+    )
 
 
 def _hash(manifest: dict[str, Any]) -> str:
-    decisive = {key: value for key, value in manifest.items() if key != "sources"}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    relevant = {key: value for key, value in manifest.items() if key != "sources"}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()

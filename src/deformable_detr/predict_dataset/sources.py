@@ -1,4 +1,4 @@
-"""What there is to read: folders of images, Parquet files with image bytes, WebDataset shards."""
+"""The sources: folders of images, Parquet files with image bytes, WebDataset shards."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..data.discovery import IMAGE_SUFFIXES, is_hidden, is_image
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.images import decode_image, read_image
-from .filesystem import is_local, one_line, resolve, same, url_of, walk
+from .filesystem import is_local, is_same_path, resolve_url, to_url, walk_files
 
-KINDS: dict[str, tuple[str, ...]] = {
+FORMATS: dict[str, tuple[str, ...]] = {
     "images": tuple(sorted(IMAGE_SUFFIXES)),
     "parquet": (".parquet", ".pq"),
     "webdataset": (".tar", ".tar.gz", ".tgz"),
 }
-PIECE = 256  # records of a shard that are read as one piece, at least
-PARTS = 8  # pieces of a Parquet row group, at most: the rows before a piece are read again to get to it
-LARGEST = 512 * 2**20  # bytes of one image in a shard
-READ_TRIES = 3
+MIN_RANGE = 256  # images of a shard that are read as one range
+MAX_RANGES = 8  # per Parquet row group, whose earlier rows are read again for each range
+MAX_IMAGE_BYTES = 512 * 2**20  # of one image in a shard
+READ_ATTEMPTS = 3
 
 
-class Columns(NamedTuple):
-    """Of Parquet: where the image bytes are, where a name for the row; none: found by type, row numbers only."""
+class ParquetColumns(NamedTuple):
+    """Parquet columns with image bytes (default: found by type) and with a name for the row (default: none)."""
 
     image: str | None = None
     id: str | None = None
 
 
-class Piece(NamedTuple):
-    """A part of a file: an image file as a whole, or `count` records of a shard from `start` on (−1: to the end)."""
+class SourceRange(NamedTuple):
+    """An image file, or `count` images of a shard beginning at `start`; count −1: to its end."""
 
     file: str
     start: int
@@ -46,10 +46,14 @@ class Piece(NamedTuple):
     size: int  # bytes of the file
 
 
-class Record(NamedTuple):
-    """One image to be: where it is, its name in its shard, and how to read it (raises UserError) or what is wrong.
+class SourceImage(NamedTuple):
+    """An image that has not been read yet.
 
-    image: a path or URL; in a shard followed by "#" and the member's name or the row's number, counted from 0.
+    Attributes:
+        image: Path or URL; in a shard followed by "#" and the member's name, or the row counted from 0.
+        key: Its name in the shard.
+        load: Reads it; raises UserError. None: see `error`.
+        error: Why it cannot be read.
     """
 
     image: str
@@ -58,258 +62,262 @@ class Record(NamedTuple):
     error: str | None = None
 
 
-def find_pieces(
-    sources: Sequence[str], form: str = "auto", columns: Columns | None = None, skip: str | None = None
-) -> tuple[str, Iterator[Piece]]:
-    """The kind of the sources and their pieces, always in the same order.
+def find_ranges(
+    sources: Sequence[str], format: str = "auto", columns: ParquetColumns | None = None, skip: str | None = None
+) -> tuple[str, Iterator[SourceRange]]:
+    """Return the format of the sources and their ranges, always in the same order.
 
-    sources: folders (searched to the bottom), files and patterns with *, paths or URLs. form: a key of `KINDS`, or
-    auto: the one kind that is there. skip: a folder not to look into.
-    Raises UserError, at once or on the way, for a source that is missing, unreadable or holds nothing to read.
+    Args:
+        sources: Folders (searched recursively), files and patterns with *, as paths or URLs.
+        format: A key of `FORMATS`, or auto: the only format that is found.
+        skip: Folder to leave out.
+
+    Raises:
+        UserError: A source is missing, unreadable, or has no images. May be raised during the iteration.
     """
-    _refuse_overlap(sources)
-    files = _once(_files(sources, form, skip)) if len(sources) > 1 else _files(sources, form, skip)
+    _reject_overlap(sources)
+    files = _list_files(sources, format, skip)
+    if len(sources) > 1:
+        files = _unique(files)
     try:
         first = next(files)
     except StopIteration:
-        wanted = ", ".join(KINDS[form]) if form in KINDS else "images, Parquet files or .tar shards"
-        raise UserError(f"{', '.join(sources)}: nothing to predict on ({wanted})") from None
-    kind = first[0]
-    return kind, _pieces(itertools.chain([first], files), columns or Columns())
+        expected = ", ".join(FORMATS[format]) if format in FORMATS else "images, Parquet files or .tar shards"
+        raise UserError(f"{', '.join(sources)}: found no {expected}") from None
+    return first[0], _split_files(itertools.chain([first], files), columns or ParquetColumns())
 
 
-def read_piece(piece: Piece, kind: str, columns: Columns) -> Iterator[Record]:
-    """The records of a piece, one after the other. A damaged shard gives what is whole, then a record of the damage."""
-    system, path = resolve(piece.file)
-    if kind == "images":
-        load = partial(read_image, path) if is_local(system) else partial(_read_remote, piece.file)
-        yield Record(piece.file, None, load)
+def read_range(source_range: SourceRange, format: str, columns: ParquetColumns) -> Iterator[SourceImage]:
+    """Yield the images of a range. A damaged shard yields its readable images, then one with the error."""
+    system, path = resolve_url(source_range.file)
+    if format == "images":
+        load = partial(read_image, path) if is_local(system) else partial(_read_remote, source_range.file)
+        yield SourceImage(source_range.file, None, load)
         return
-    records = _tar_records if kind == "webdataset" else _parquet_records
+    images = _tar_images if format == "webdataset" else _parquet_images
     try:
-        yield from records(piece, system, path, columns)
-    except Exception as error:  # decompressors, pyarrow and tarfile have no common base
+        yield from images(source_range, system, path, columns)
+    except Exception as error:  # decompressors, pyarrow and tarfile have no common base class
         if not _is_damage(error, is_local(system)):
             raise
-        name = piece.file if piece.count < 0 else f"{piece.file}#{piece.start}-{piece.start + piece.count - 1}"
-        yield Record(name, None, None, f"{name}: cannot be read to its end ({one_line(error)})")
+        file, start, count, _ = source_range
+        name = file if count < 0 else f"{file}#{start}-{start + count - 1}"
+        yield SourceImage(name, None, None, f"{name}: damaged, cannot be read to its end ({first_line(error)})")
 
 
-def _refuse_overlap(sources: Sequence[str]) -> None:
-    """Each image is to come once."""
+def _reject_overlap(sources: Sequence[str]) -> None:
+    """Raise UserError if a source contains another, whose images would then be predicted twice."""
     named: dict[str, str] = {}
     for source in sources:
-        path = url_of(*resolve(source)).rstrip("/")
+        path = to_url(*resolve_url(source)).rstrip("/")
         if path in named:
-            raise UserError(f"{source} is in {named[path]}, so its images would come twice; name it once")
+            raise UserError(f"source {source} is contained in {named[path]}; name it once")
         named[path] = source
     for path, source in named.items():
-        place = path
-        while "/" in place:
-            place = place.rpartition("/")[0]
-            if place in named:
-                raise UserError(f"{source} is in {named[place]}, so its images would come twice; name it once")
+        parent = path
+        while "/" in parent:
+            parent = parent.rpartition("/")[0]
+            if parent in named:
+                raise UserError(f"source {source} is contained in {named[parent]}; name it once")
 
 
-def _once(files: Iterator[tuple[str, str, int]]) -> Iterator[tuple[str, str, int]]:
-    """Without those that came before: patterns may meet in files."""
+SourceFile = tuple[str, str, int]  # format, path or URL, size
+
+
+def _unique(files: Iterator[SourceFile]) -> Iterator[SourceFile]:
+    """Leave out files that several patterns match."""
     seen: set[str] = set()
-    for entry in files:
-        if entry[1] not in seen:
-            seen.add(entry[1])
-            yield entry
+    for file in files:
+        if file[1] not in seen:
+            seen.add(file[1])
+            yield file
 
 
-def _files(sources: Sequence[str], form: str, skip: str | None) -> Iterator[tuple[str, str, int]]:
-    """Kind, path or URL, and size of each file."""
-    found = None if form == "auto" else form
+def _list_files(sources: Sequence[str], format: str, skip: str | None) -> Iterator[SourceFile]:
+    common_format = None if format == "auto" else format
     for source in sources:
-        system, root = resolve(source)
+        system, root = resolve_url(source)
         try:
-            named = False
-            if system.isdir(root):
-                files = walk(system, root, skip)
-            elif system.exists(root):
-                files, named = iter([(root, system.size(root) or 0)]), True
-            elif set(root) & set("*?["):
-                files = _matching(system, root, source, skip)
-            else:
-                raise UserError(f"{source}: no such file or folder")
-            for path, size in files:
-                kind = next((kind for kind, ends in KINDS.items() if path.lower().endswith(ends)), None)
-                if named and kind != form and form != "auto":
-                    kind = form  # whoever names one file and its kind knows best
-                elif kind is None or (form != "auto" and kind != form):
+            for path, size, is_single in _matching_files(system, root, source, skip):
+                file_format = next((name for name, ends in FORMATS.items() if path.lower().endswith(ends)), None)
+                if is_single and format != "auto":
+                    file_format = format  # the user named this file and its format
+                elif file_format is None or (format != "auto" and file_format != format):
                     continue
-                if found is not None and kind != found:
-                    raise UserError(f"{source} holds {found} and {kind} ({path}): choose one by --format")
-                found = kind
-                yield kind, url_of(system, path), size
+                if common_format is not None and file_format != common_format:
+                    raise UserError(f"{source} holds {common_format} and {file_format} ({path}); choose with --format")
+                common_format = file_format
+                yield file_format, to_url(system, path), size
         except UserError:
             raise
-        except Exception as error:  # each store has its own: no access, no such bucket, no network
-            raise UserError(f"{source}: cannot be listed: {one_line(error)}") from None
+        except Exception as error:  # each store has its own exceptions
+            raise UserError(f"{source}: cannot be listed: {first_line(error)}") from None
 
 
-def _matching(system: Any, pattern: str, source: str, skip: str | None) -> Iterator[tuple[str, int]]:
-    """Paths and sizes of the files of a pattern, by name, without hidden ones and those in hidden folders."""
-    fixed = pattern[: min(pattern.index(sign) for sign in "*?[" if sign in pattern)].rpartition("/")[0]
+def _matching_files(system: Any, root: str, source: str, skip: str | None) -> Iterator[tuple[str, int, bool]]:
+    """Yield path and size of the files of a source, and whether the source is one file."""
+    if system.isdir(root):
+        yield from ((path, size, False) for path, size in walk_files(system, root, skip))
+    elif system.exists(root):
+        yield root, system.size(root) or 0, True
+    elif set(root) & set("*?["):
+        yield from ((path, size, False) for path, size in _glob(system, root, source, skip))
+    else:
+        raise UserError(f"{source}: no such file or folder")
+
+
+def _glob(system: Any, pattern: str, source: str, skip: str | None) -> Iterator[tuple[str, int]]:
+    """Yield path and size of the files that match a pattern, sorted, without hidden files and folders."""
+    prefix = pattern[: min(pattern.index(wildcard) for wildcard in "*?[" if wildcard in pattern)].rpartition("/")[0]
     for path in sorted(system.glob(pattern)):
-        if is_hidden(path[len(fixed) :].lstrip("/")) or not system.isfile(path):
+        if is_hidden(path[len(prefix) :].lstrip("/")) or not system.isfile(path):
             continue
-        if skip is not None and same(system, path.rpartition("/")[0], skip):
-            raise UserError(f"--out {skip} holds {path}, which {source} means; name a folder for the results alone")
+        if skip is not None and is_same_path(system, path.rpartition("/")[0], skip):
+            raise UserError(f"--out {skip} contains {path}, which matches {source}; choose a folder for the results")
         yield path, system.size(path) or 0
 
 
-def _pieces(files: Iterator[tuple[str, str, int]], columns: Columns) -> Iterator[Piece]:
-    for kind, file, size in files:
-        if kind == "images":
-            yield Piece(file, 0, 1, size)
+def _split_files(files: Iterator[SourceFile], columns: ParquetColumns) -> Iterator[SourceRange]:
+    for format, file, size in files:
+        if format == "images":
+            yield SourceRange(file, 0, 1, size)
             continue
         try:
-            ranges = list((_tar_ranges if kind == "webdataset" else _parquet_ranges)(file, columns))
+            ranges = list((_tar_ranges if format == "webdataset" else _parquet_ranges)(file, columns))
         except UserError:
             raise
-        except Exception as error:  # as in `read_piece`: its reader will say what is wrong
-            if not _is_damage(error, is_local(resolve(file)[0])):
-                raise UserError(f"{file}: cannot be read: {one_line(error)}") from None
+        except Exception as error:  # see `read_range`, which reports damage
+            if not _is_damage(error, is_local(resolve_url(file)[0])):
+                raise UserError(f"{file}: cannot be read: {first_line(error)}") from None
             ranges = [(0, -1)]
         for start, count in ranges:
-            yield Piece(file, start, count, size)
+            yield SourceRange(file, start, count, size)
 
 
 def _is_damage(error: Exception, local: bool) -> bool:
-    """Whether a file is what is wrong, rather than the way to it, on which another try may succeed."""
+    """Return whether the file is at fault, rather than the storage, where a retry may succeed."""
     import pyarrow
 
     if isinstance(error, (tarfile.TarError, zlib.error, EOFError, pyarrow.ArrowInvalid, FileNotFoundError)):
         return True
-    # Of local files the system's own errors have a number; readers that find damage raise OSError without one.
+    # Of a local file, an OSError of the system has an errno; readers that find damage raise it without one.
     return isinstance(error, PermissionError) or (local and isinstance(error, OSError) and error.errno is None)
 
 
 def _read_remote(url: str) -> Tensor:
-    """The image at a URL. What the store says of itself, not of the image, is raised as it is after some tries."""
-    system, path = resolve(url)
-    for attempt in range(READ_TRIES):
+    """Read the image at a URL; retry if the store fails, and raise its exception after the last attempt."""
+    system, path = resolve_url(url)
+    for attempt in range(READ_ATTEMPTS):
         try:
             return decode_image(system.cat_file(path), url)
         except (UserError, NotImplementedError):
             raise
         except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{url}: cannot be read ({one_line(error)})") from None
-        except Exception:  # each store has its own
-            if attempt == READ_TRIES - 1:
+            raise UserError(f"{url}: cannot be read ({first_line(error)})") from None
+        except Exception:  # each store has its own exceptions
+            if attempt == READ_ATTEMPTS - 1:
                 raise
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
 
 
-# WebDataset
-
-
-def _tar_ranges(file: str, _: Columns) -> Iterator[tuple[int, int]]:
-    """Ranges of members of a plain local tar, in which skipping is free; any other is read in one go."""
-    system, path = resolve(file)
+def _tar_ranges(file: str, _: ParquetColumns) -> Iterator[tuple[int, int]]:
+    """Yield ranges of members of an uncompressed local tar, where skipping is cheap; another is one range."""
+    system, path = resolve_url(file)
     if not is_local(system) or not path.lower().endswith(".tar"):
         yield 0, -1
         return
-    with tarfile.open(path, "r:", tarinfo=_Header) as tar:
-        count = sum(1 for _ in _members(tar))
-    for start in range(0, count, PIECE):
-        yield start, min(PIECE, count - start)
+    with tarfile.open(path, "r:", tarinfo=_StrictHeader) as tar:
+        count = sum(1 for _ in _image_members(tar))
+    for start in range(0, count, MIN_RANGE):
+        yield start, min(MIN_RANGE, count - start)
 
 
-def _tar_records(piece: Piece, system: Any, file: str, _: Columns) -> Iterator[Record]:
-    stop = None if piece.count < 0 else piece.start + piece.count
-    with (
-        system.open(file, "rb") as opened,
-        tarfile.open(fileobj=opened, mode="r:*" if is_local(system) else "r|*", tarinfo=_Header) as tar,
-    ):
-        for member in itertools.islice(_members(tar), piece.start, stop):
-            name = f"{piece.file}#{member.name}"
+def _tar_images(source_range: SourceRange, system: Any, file: str, _: ParquetColumns) -> Iterator[SourceImage]:
+    stop = None if source_range.count < 0 else source_range.start + source_range.count
+    mode = "r:*" if is_local(system) else "r|*"
+    with system.open(file, "rb") as opened, tarfile.open(fileobj=opened, mode=mode, tarinfo=_StrictHeader) as tar:
+        for member in itertools.islice(_image_members(tar), source_range.start, stop):
+            name = f"{source_range.file}#{member.name}"
             path = PurePosixPath(member.name)
             if not member.isreg():
-                yield Record(
-                    name, None, None, f"{name}: is a link, which is not followed in a shard; pack the image itself"
-                )
+                yield SourceImage(name, None, None, f"{name}: links in shards are not followed; pack the image itself")
                 continue
-            key = str(path.with_name(path.name.split(".")[0]))  # WebDataset's: up to the first dot of the name
-            if member.size > LARGEST:
-                yield Record(name, key, None, f"{name}: {member.size} bytes are too many for an image")
+            key = str(path.with_name(path.name.split(".")[0]))  # WebDataset: up to the first dot of the name
+            if member.size > MAX_IMAGE_BYTES:
+                yield SourceImage(name, key, None, f"{name}: {member.size} bytes are too large for an image")
                 continue
             content = tar.extractfile(member)
             assert content is not None  # it is a regular file
-            yield Record(name, key, partial(decode_image, content.read(), name))
+            yield SourceImage(name, key, partial(decode_image, content.read(), name))
 
 
-class _Header(tarfile.TarInfo):
-    """A member's header. `tarfile` takes a damaged or missing one for the archive's end: here it is damage."""
+class _StrictHeader(tarfile.TarInfo):
+    """A member's header. `tarfile` takes a damaged or missing one for the end of the archive; here it is an error."""
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> Any:
         try:
             return super().fromtarfile(tarfile)
-        except EOFHeaderError:  # the end as it should be
+        except EOFHeaderError:  # the regular end
             raise
         except HeaderError as error:
             raise ReadError(f"damaged after {tarfile.offset} bytes: {error}") from None
 
 
-def _members(tar: Any) -> Iterator[tarfile.TarInfo]:
-    """The images in an archive."""
+def _image_members(tar: Any) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
-        tar.members.clear()  # it would remember them all
+        tar.members.clear()  # else it keeps them all in memory
         if (member.isreg() or member.islnk() or member.issym()) and is_image(PurePosixPath(member.name)):
             yield member
 
 
-# Parquet
-
-
-def _parquet_ranges(file: str, columns: Columns) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, none across row groups."""
-    with _parquet(file) as parquet:
+def _parquet_ranges(file: str, columns: ParquetColumns) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows, none across row groups."""
+    with _open_parquet(file) as parquet:
         _image_column(parquet.schema_arrow, columns, file)
         start = 0
         for index in range(parquet.metadata.num_row_groups):
             rows = parquet.metadata.row_group(index).num_rows
-            step = max(PIECE, -(-rows // PARTS))
+            step = max(MIN_RANGE, -(-rows // MAX_RANGES))
             yield from ((start + offset, min(step, rows - offset)) for offset in range(0, rows, step))
             start += rows
 
 
-def _parquet_records(piece: Piece, system: Any, path: str, columns: Columns) -> Iterator[Record]:
-    with _parquet(piece.file) as parquet:
-        column = _image_column(parquet.schema_arrow, columns, piece.file)
-        wanted = [column] if columns.id in (None, column) else [column, columns.id]
-        stop = parquet.metadata.num_rows if piece.count < 0 else piece.start + piece.count
+def _parquet_images(
+    source_range: SourceRange, system: Any, path: str, columns: ParquetColumns
+) -> Iterator[SourceImage]:
+    file, start, count, _ = source_range
+    with _open_parquet(file) as parquet:
+        image_column = _image_column(parquet.schema_arrow, columns, file)
+        names = [image_column] if columns.id in (None, image_column) else [image_column, columns.id]
+        stop = parquet.metadata.num_rows if count < 0 else start + count
         row = 0
         for index in range(parquet.metadata.num_row_groups):
             end = row + parquet.metadata.row_group(index).num_rows
-            if end <= piece.start:
+            if end <= start:
                 row = end
                 continue
-            for batch in parquet.iter_batches(16, row_groups=[index], columns=wanted, use_threads=False):
-                for offset in range(max(piece.start - row, 0), min(len(batch), stop - row)):
-                    name = f"{piece.file}#{row + offset}"
-                    value = batch.column(column)[offset].as_py()
-                    data = value.get("bytes") if isinstance(value, dict) else value
-                    key = None if columns.id is None else _key(batch.column(columns.id)[offset])
-                    if data is None:
-                        yield Record(name, key, None, f"{name}: no bytes in column {column}")
-                    else:
-                        yield Record(name, key, partial(decode_image, data, name))
+            for batch in parquet.iter_batches(16, row_groups=[index], columns=names, use_threads=False):
+                for offset in range(max(start - row, 0), min(len(batch), stop - row)):
+                    key = None if columns.id is None else _to_key(batch.column(columns.id)[offset])
+                    yield _parquet_image(f"{file}#{row + offset}", key, batch.column(image_column)[offset].as_py())
                 row += len(batch)
                 if row >= stop:
                     return
-            if row < end:  # pages that say they are empty are not refused by the reader
-                raise ReadError(f"row {row} and what follows is missing")
+            if row < end:  # the reader accepts pages that claim to be empty
+                raise ReadError(f"the rows from {row} on are missing")
 
 
-def _key(scalar: Any) -> str | None:
-    """The text of an id; what claims to be text and is not is shown byte by byte."""
+def _parquet_image(name: str, key: str | None, value: Any) -> SourceImage:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None:
+        return SourceImage(name, key, None, f"{name}: no image bytes in this row")
+    return SourceImage(name, key, partial(decode_image, data, name))
+
+
+def _to_key(scalar: Any) -> str | None:
+    """Return the text of an id; bytes that are not UTF-8 become escapes."""
     try:
         value = scalar.as_py()
     except UnicodeDecodeError:
@@ -319,37 +327,36 @@ def _key(scalar: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _parquet(file: str) -> Any:
-    """The file, read piece by piece."""
+def _open_parquet(file: str) -> Any:
     import pyarrow.parquet
 
-    system, path = resolve(file)
+    system, path = resolve_url(file)
     opened = path if is_local(system) else system.open(path, "rb")
     return pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=2**20)
 
 
-def _image_column(schema: Any, columns: Columns, file: str) -> str:
-    """The name of the column with image bytes: bytes themselves, or structs with "bytes" in them (Hugging Face's)."""
+def _image_column(schema: Any, columns: ParquetColumns, file: str) -> str:
+    """Return the column with image bytes: binary, or structs with a binary field "bytes" (Hugging Face)."""
     names = [field.name for field in schema]
     if columns.id is not None and columns.id not in names:
-        raise UserError(f"{file} has no column {columns.id}, only {', '.join(names)}; give another --id-column")
-    fitting = [field.name for field in schema if _holds_bytes(field.type)]
+        raise UserError(f"{file} has no column {columns.id}, only {', '.join(names)}; choose another --id-column")
+    binary = [field.name for field in schema if _holds_bytes(field.type)]
     if columns.image is not None:
-        if columns.image in fitting:
+        if columns.image in binary:
             return columns.image
-        why = "has no bytes in column" if columns.image in names else "has no column"
-        raise UserError(f"{file} {why} {columns.image}; of use are: {', '.join(fitting) or 'none'}")
-    if "image" in fitting:
+        problem = "has no bytes in column" if columns.image in names else "has no column"
+        raise UserError(f"{file} {problem} {columns.image}; columns with bytes: {', '.join(binary) or 'none'}")
+    if "image" in binary:
         return "image"
-    if len(fitting) != 1:
-        found = f"several columns with bytes ({', '.join(fitting)})" if fitting else "no column with bytes"
-        raise UserError(f"{file} has {found}: name the one with images by --image-column")
-    return fitting[0]
+    if len(binary) != 1:
+        count = f"several columns with bytes ({', '.join(binary)})" if binary else "no column with bytes"
+        raise UserError(f"{file} has {count}; name the one with images with --image-column")
+    return binary[0]
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _holds_bytes(data_type: Any) -> bool:
     from pyarrow import types
 
-    if types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
-    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+    if types.is_struct(data_type):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in data_type)
+    return types.is_binary(data_type) or types.is_large_binary(data_type) or types.is_binary_view(data_type)

@@ -1,4 +1,4 @@
-"""One worker: a model in memory that predicts units, one after the other."""
+"""A worker: a model in memory that predicts one unit after another."""
 
 from __future__ import annotations
 
@@ -16,33 +16,43 @@ from torch import Tensor
 
 from ..predict.predictor import predict_iter
 from ..structures import Detections
-from ..utils.errors import UserError
-from .filesystem import Store, one_line
-from .manifest import Settings, read_unit
-from .parquet import read_part, row, write_part
-from .sources import Record, read_piece
+from ..utils.errors import UserError, first_line
+from .filesystem import OutputFolder
+from .manifest import RunSettings, read_unit
+from .parquet import read_part, result_row, write_part
+from .sources import SourceImage, read_range
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every worker of a run needs to know.
+class WorkerJob:
+    """What every worker of a run needs.
 
-    out: the results' folder. run: see `Plan`. threads: of the processor, for the model. readers: threads that decode.
+    Attributes:
+        out: Output folder, path or URL.
+        run_id: See `Manifest`.
+        threads: CPU threads of the model.
+        readers: Threads that decode images.
     """
 
     out: str
-    run: str
-    settings: Settings
+    run_id: str
+    settings: RunSettings
     device: str
     threads: int
     readers: int
 
 
 def pack_model(source: str) -> tuple[dict[str, bytes], str]:
-    """A detector's files by name, as workers get them, and their hash.
+    """Read a detector into memory, so that all workers use the same weights and need no access to its files.
 
-    source: what `load_detector` takes. The workers of a run need no way to it, and they all have the same weights even
-    if a training run writes better ones there meanwhile. Raises UserError.
+    Args:
+        source: As for `load_detector`.
+
+    Returns:
+        The content of its files by name, and their hash.
+
+    Raises:
+        UserError: The detector cannot be loaded.
     """
     from ..detector import load_detector
     from ..utils.files import is_exported, read_json
@@ -51,31 +61,31 @@ def pack_model(source: str) -> tuple[dict[str, bytes], str]:
     detector = load_detector(source, "cpu")
     path = Path(source)
     if is_exported(source):
-        files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-        packed = {f"model{file.suffix}": file.read_bytes() for file in files}
+        paths = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+        files = {f"model{path.suffix}": path.read_bytes() for path in paths}
     elif (path / CONFIG).is_file() and read_json(path / CONFIG).get("format") == FORMAT:
-        # As they are: written anew they would be another model as soon as a release has another setting.
-        packed = {name: (path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+        # Saving it again would change the hash in a later version with new config fields.
+        files = {name: (path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     else:
         with tempfile.TemporaryDirectory() as folder:
             detector.save_pretrained(folder)
-            packed = {name: (Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-    whole = hashlib.sha256()
-    for name, data in sorted(packed.items()):
-        whole.update(f"{name}\0{len(data)}\0".encode())
-        whole.update(data)
-    return packed, whole.hexdigest()
+            files = {name: (Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return files, digest.hexdigest()
 
 
 def unpack_model(files: Mapping[str, bytes], device: str, threads: int) -> Any:
-    """The detector of `pack_model`, on `device`."""
+    """Load the detector of `pack_model` on a device."""
     from ..detector import load_detector
     from ..runtimes.detector import load_exported
     from ..utils.files import is_exported
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
         for name in files:
             if is_exported(name):
                 return load_exported(Path(folder) / name, device, threads)
@@ -83,89 +93,94 @@ def unpack_model(files: Mapping[str, bytes], device: str, threads: int) -> Any:
 
 
 class UnitPredictor:
-    """Predicts units for Ray Data: called with {"unit": numbers}, it writes their files and says what became of them.
+    """Predict units for Ray Data: called with {"unit": numbers}, write their files and report the results.
 
-    model: what `pack_model` gives, or Ray's reference to it.
+    Args:
+        job: The run.
+        model: The files of `pack_model`, or Ray's reference to them.
     """
 
-    def __init__(self, job: Job, model: Any) -> None:
+    def __init__(self, job: WorkerJob, model: Any) -> None:
         if not isinstance(model, Mapping):
             import ray
 
             model = ray.get(model)
         torch.set_num_threads(job.threads)
-        self.job, self.store = job, Store(job.out)
+        self.job, self.out = job, OutputFolder(job.out)
         self.model = unpack_model(model, job.device, job.threads)
         self.readers = ThreadPoolExecutor(job.readers, "reader")
 
     def __call__(self, batch: Mapping[str, Iterable[int]]) -> dict[str, list[Any]]:
-        reports = [(int(unit), *self.run(int(unit))) for unit in batch["unit"]]
-        return dict(zip(("unit", "images", "bad", "failure"), map(list, zip(*reports, strict=True)), strict=True))
-
-    def run(self, unit: int) -> tuple[int, int, str]:
-        """Images, bad ones, and why the unit could not be done, or nothing."""
-        try:
-            part = read_part(self.store, unit)  # done by a worker that died before it could say so
-            if part is not None and part[0] == self.job.run:
-                return part[1].images, part[1].bad, ""
-            done = write_part(self.store, unit, self.job.run, self.rows(unit))
-            return done.images, done.bad, ""
-        except torch.OutOfMemoryError:
-            return 0, 0, "out of GPU memory: lower --batch-size, which makes it another run"
-        except Exception as error:  # whatever it is, the other units go on, and the run names it at its end
-            return 0, 0, f"{type(error).__name__}: {one_line(error)}"
-
-    def rows(self, unit: int) -> Iterator[dict[str, Any]]:
-        """A row of each image, in the source's order. Batches never cross units: its rows are always the same."""
-        settings = self.job.settings
-        records = (
-            record
-            for piece in read_unit(self.store, unit)
-            for record in read_piece(piece, settings.kind, settings.columns)
+        reports = [(int(unit), *self.predict_unit(int(unit))) for unit in batch["unit"]]
+        return dict(
+            zip(("unit", "images", "unreadable", "failure"), map(list, zip(*reports, strict=True)), strict=True)
         )
-        waiting: list[tuple[Record, Tensor | str]] = []
-        good = 0
-        for record, image in self.decoded(records):
-            waiting.append((record, image))
-            good += isinstance(image, Tensor)
-            if good == settings.batch_size or len(waiting) >= 64 * settings.batch_size:
-                yield from self.predicted(waiting)
-                waiting, good = [], 0
-        yield from self.predicted(waiting)
 
-    def decoded(self, records: Iterable[Record]) -> Iterator[tuple[Record, Tensor | str]]:
-        """Each record's image, (3, H, W) uint8, or what is wrong with it. Some are read ahead, a batch at most."""
-        ahead = self.job.readers + self.job.settings.batch_size
-        queue: deque[tuple[Record, Future[Tensor | str]]] = deque()
-        for record in records:
-            queue.append((record, self.readers.submit(_image, record)))
-            if len(queue) >= ahead:
-                first, image = queue.popleft()
-                yield first, image.result()
-        while queue:
-            first, image = queue.popleft()
-            yield first, image.result()
+    def predict_unit(self, unit: int) -> tuple[int, int, str]:
+        """Return the numbers of images and of unreadable ones, and why the unit failed, or ""."""
+        try:
+            part = read_part(self.out, unit)  # written by a worker that died before it could report
+            if part is not None and part[0] == self.job.run_id:
+                counts = part[1]
+            else:
+                counts = write_part(self.out, unit, self.job.run_id, self._rows(unit))
+            return counts.images, counts.unreadable, ""
+        except torch.OutOfMemoryError:
+            return 0, 0, "out of GPU memory: lower --batch-size, which starts a new run"
+        except Exception as error:  # reported at the end of the run; other units continue
+            return 0, 0, f"{type(error).__name__}: {first_line(error)}"
 
-    def predicted(self, images: list[tuple[Record, Tensor | str]]) -> Iterator[dict[str, Any]]:
-        """The rows of one batch. Images of one size go through the model together: padding would move their scores."""
+    def _rows(self, unit: int) -> Iterator[dict[str, Any]]:
+        """Yield a row per image in the order of the source. Batches never span units, so that rows are reproducible."""
         settings = self.job.settings
-        alike: dict[torch.Size, list[int]] = {}
-        for index, (_, image) in enumerate(images):
-            if isinstance(image, Tensor):
-                alike.setdefault(image.shape, []).append(index)
+        images = (
+            image
+            for source_range in read_unit(self.out, unit)
+            for image in read_range(source_range, settings.format, settings.columns)
+        )
+        batch: list[tuple[SourceImage, Tensor | str]] = []
+        readable = 0
+        for image, pixels in self._decoded(images):
+            batch.append((image, pixels))
+            readable += isinstance(pixels, Tensor)
+            if readable == settings.batch_size or len(batch) >= 64 * settings.batch_size:
+                yield from self._predicted(batch)
+                batch, readable = [], 0
+        yield from self._predicted(batch)
+
+    def _decoded(self, images: Iterable[SourceImage]) -> Iterator[tuple[SourceImage, Tensor | str]]:
+        """Yield each image with its pixels (3, H, W) uint8, or an error; decode at most one batch ahead."""
+        limit = self.job.readers + self.job.settings.batch_size
+        pending: deque[tuple[SourceImage, Future[Tensor | str]]] = deque()
+        for image in images:
+            pending.append((image, self.readers.submit(_decode, image)))
+            if len(pending) >= limit:
+                first, pixels = pending.popleft()
+                yield first, pixels.result()
+        while pending:
+            first, pixels = pending.popleft()
+            yield first, pixels.result()
+
+    def _predicted(self, batch: list[tuple[SourceImage, Tensor | str]]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a batch. Only images of one size share a forward pass: padding would change scores."""
+        settings = self.job.settings
+        indices_by_size: dict[torch.Size, list[int]] = {}
+        for index, (_, pixels) in enumerate(batch):
+            if isinstance(pixels, Tensor):
+                indices_by_size.setdefault(pixels.shape, []).append(index)
         results: dict[int, Detections] = {}
-        for indices in alike.values():
-            some = [images[index][1] for index in indices]
-            found = predict_iter(self.model, some, settings.threshold, settings.top_k, settings.batch_size)
-            results.update(zip(indices, found, strict=True))
-        for index, (record, image) in enumerate(images):
-            yield row(record.image, record.key, image if isinstance(image, str) else results[index])
+        for indices in indices_by_size.values():
+            pixels = [batch[index][1] for index in indices]
+            detections = predict_iter(self.model, pixels, settings.threshold, settings.top_k, settings.batch_size)
+            results.update(zip(indices, detections, strict=True))
+        for index, (image, pixels) in enumerate(batch):
+            yield result_row(image.image, image.key, pixels if isinstance(pixels, str) else results[index])
 
 
-def _image(record: Record) -> Tensor | str:
-    if record.load is None:
-        return record.error or "cannot be read"
+def _decode(image: SourceImage) -> Tensor | str:
+    if image.load is None:
+        return image.error or "cannot be read"
     try:
-        return record.load()
+        return image.load()
     except UserError as error:
         return str(error)
