@@ -186,11 +186,12 @@ def test_pytorch_caches_fewer_primitives(capacity):
 EARLY = """
 import os, sys
 from deformable_detr import cli
-original = cli.shorten_omp_spin
+module = sys.modules["deformable_detr.cli.app"]
+original = module.shorten_omp_spin
 def spy():
     original()
     print("torch" in sys.modules, os.environ.get("GOMP_SPINCOUNT"))
-cli.shorten_omp_spin = spy
+module.shorten_omp_spin = spy
 cli.main(["predict", "nothing", "no.jpg"])
 """
 
