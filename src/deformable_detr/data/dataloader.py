@@ -72,11 +72,12 @@ def build_dataloader(dataset: Dataset[Sample], options: LoaderOptions) -> Detect
     raised as it is, also from a worker.
     """
     assert isinstance(dataset, Sized)
-    sample_size = _final_size(dataset, options.seed) if options.aspect_ratio_grouping else None
+    seeded = _SeededDataset(dataset, options.seed)
+    sample_size = seeded.final_size if options.aspect_ratio_grouping else None
     sampler = DistributedBatchSampler(len(dataset), options, sample_size)
     workers = options.num_workers
     return DetectionLoader(
-        _SeededDataset(dataset, options.seed),
+        seeded,
         batch_size=None,  # the sampler makes the batches
         sampler=sampler,
         num_workers=workers,
@@ -101,8 +102,8 @@ class DetectionLoader(DataLoader):
         if self.num_workers and self._iterator is None:
             malloc_trim()  # forked workers would keep a copy of every freed page that this process writes again
         for batch in super().__iter__():
-            if isinstance(batch, _WorkerError):
-                raise UserError(batch.message)
+            if isinstance(batch, UserError):
+                raise batch
             yield _unpack(batch)
 
 
@@ -128,10 +129,7 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
     """
 
     def __init__(
-        self,
-        length: int,
-        options: LoaderOptions,
-        sample_size: Callable[[SampleKey], tuple[int, int]] | None = None,
+        self, length: int, options: LoaderOptions, sample_size: Callable[[SampleKey], tuple[int, int]] | None = None
     ) -> None:
         self.length, self.options, self.sample_size = length, options, sample_size
         self.total_batch_size = options.total_batch_size or options.batch_size * options.world_size
@@ -198,18 +196,17 @@ def _order_by_size(log_sizes: np.ndarray, indices: np.ndarray, group_sizes: tupl
     return np.concatenate([_order_by_size(log_sizes, part, group_sizes) for part in (indices[:half], indices[half:])])
 
 
-@dataclass(frozen=True)
-class _WorkerError:
-    """The message of a `UserError` in a worker; PyTorch would wrap the exception itself in a long traceback."""
-
-    message: str
-
-
 class _SeededDataset(Dataset):
     """Packed batches by their keys, each sample made with a random state of its own."""
 
-    def __init__(self, dataset: Dataset[Sample], seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
+
+    def final_size(self, key: SampleKey) -> tuple[int, int]:
+        """Return the (height, width) of a sample after the training transform."""
+        height, width = self.dataset.sizes[key.index]
+        with _seeded(self.seed, key):
+            return self.dataset.transform.final_size(int(height), int(width))
 
     def __getitem__(self, keys: list[SampleKey]) -> Any:
         samples = []
@@ -218,7 +215,7 @@ class _SeededDataset(Dataset):
                 try:
                     samples.append(self.dataset[(key.index, True) if key.mosaic else key.index])
                 except UserError as error:
-                    return _WorkerError(str(error))
+                    return error  # PyTorch would wrap a raised exception in a long traceback
         return _pack(samples)
 
 
@@ -229,17 +226,6 @@ def _seeded(seed: int, key: SampleKey) -> Iterator[None]:
         # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
         torch.default_generator.manual_seed(mix_seeds(seed, key.epoch, key.index))
         yield
-
-
-def _final_size(dataset: Any, seed: int) -> Callable[[SampleKey], tuple[int, int]]:
-    """Return a function that gives the (height, width) of a sample after the training transform."""
-
-    def sample_size(key: SampleKey) -> tuple[int, int]:
-        height, width = dataset.sizes[key.index]
-        with _seeded(seed, key):
-            return dataset.transform.final_size(int(height), int(width))
-
-    return sample_size
 
 
 def mix_seeds(*numbers: int) -> int:

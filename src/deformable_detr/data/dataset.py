@@ -234,18 +234,15 @@ def _clip(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def _warn_of_other_names(
     file_categories: Sequence[Category], categories: Sequence[Category], id_map: dict[int, int], path: Path
 ) -> None:
-    first = next(
-        (category for category in file_categories if id_map.get(category.id, category.id) != category.id), None
-    )
-    if first is not None:
-        log.warning(
-            "%s: classes have other ids than in the model, such as %r %d instead of %d; names decide",
-            path, first.name, first.id, id_map[first.id],
-        )  # fmt: skip
-        return
     names = {category.id: category.name for category in categories}
     for category in file_categories:
-        if names.get(category.id, category.name) != category.name:
+        if id_map.get(category.id, category.id) != category.id:
+            log.warning(
+                "%s: classes have other ids than in the model, such as %r %d instead of %d; names decide",
+                path, category.name, category.id, id_map[category.id],
+            )  # fmt: skip
+            return
+        if not id_map and names.get(category.id, category.name) != category.name:
             no_common_name = {other.name for other in file_categories}.isdisjoint(names.values())
             log.warning(
                 "%s: %scategory %d is %r in the file and %r in the model; ids decide, so they count as the same class",

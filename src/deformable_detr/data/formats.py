@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..config.schema import DataConfig
@@ -44,8 +45,8 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
         return voc
     if (yolo := find_yolo_without_yaml(root, split)) is not None:
         return yolo
-    if error is None and b'"images"' in file.read_bytes():
+    readable = file.is_file() and os.access(file, os.R_OK)
+    if error is None and (not readable or b'"images"' in file.read_bytes()):
         return CocoSource(file, root, split, data)
-    raise error or UserError(
-        f"{root}: no '{split}' split; {file.name} has no list 'images'; give COCO JSON, or YOLO's data.yaml"
-    )
+    reason = f"{file.name} has no list 'images', and there is no data.yaml; add one of them"
+    raise error or UserError(f"{root}: no '{split}' split; {reason}")

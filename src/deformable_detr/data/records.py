@@ -90,14 +90,14 @@ def area_of(annotation: dict[str, Any]) -> float:
 
 
 def read_records(content: dict[str, Any], source: Source, on_problem: OnProblem) -> Records:
-    """Check every record of a COCO dict and turn the usable ones into arrays.
-
-    Args:
-        content: The dict from `source.read`.
-        source: Where it was read from.
-        on_problem: Called for every record that is left out, and with `fatal=False` for doubtful ones.
-    """
-    return _RecordReader(content, source, on_problem).read()
+    """Check every record of a COCO dict and turn the usable ones into arrays; doubtful ones have `fatal=False`."""
+    reader = _RecordReader(content, source, on_problem)
+    categories = reader.categories()
+    images = reader.images()
+    folder = reader.folder(images)
+    shift = reader.category_shift(categories)
+    arrays = reader.objects(images, folder, categories, shift)
+    return Records(content, categories, images, folder, *arrays, category_shift=shift)
 
 
 OBJECT_KEYS = ("id", "image_id", "category_id", "iscrowd", "bbox")
@@ -108,14 +108,6 @@ class _RecordReader:
 
     def __init__(self, content: dict[str, Any], source: Source, on_problem: OnProblem) -> None:
         self.content, self.source, self.on_problem = content, source, on_problem
-
-    def read(self) -> Records:
-        categories = self._categories()
-        images = self._images()
-        folder = self._folder(images)
-        shift = self._category_shift(categories)
-        arrays = self._objects(images, folder, categories, shift)
-        return Records(self.content, categories, images, folder, *arrays, category_shift=shift)
 
     def _report(
         self, code: str, section: str, position: int, message: str, hint: str = "", fatal: bool = True, **more: Any
@@ -128,7 +120,7 @@ class _RecordReader:
             record = f"{section}[{position}]"
         self.on_problem(Problem(code, self.source.file, record, message, hint, section, position, fatal=fatal, **more))
 
-    def _categories(self) -> dict[int, str]:
+    def categories(self) -> dict[int, str]:
         positions: dict[int, int] = {}
         for position, record in enumerate(self.content["categories"]):
             fields = record if isinstance(record, dict) else {}
@@ -141,9 +133,8 @@ class _RecordReader:
             else:
                 positions[record["id"]] = position
         if not self.content["categories"]:
-            self._report(
-                "category-record", "", -1, "'categories' is empty", "list the classes with their ids and names"
-            )
+            hint = "list the classes with their ids and names"
+            self._report("category-record", "", -1, "'categories' is empty", hint)
         records = {key: self.content["categories"][position] for key, position in positions.items()}
         if _is_group(records, self.content["annotations"]):
             del records[0]
@@ -155,7 +146,7 @@ class _RecordReader:
             names.add(record["name"])
         return {key: record["name"] for key, record in records.items()}
 
-    def _images(self) -> list[ImageEntry]:
+    def images(self) -> list[ImageEntry]:
         images: list[ImageEntry] = []
         positions: dict[int, int] = {}
         same_file = _repeated_files(self.content)
@@ -176,7 +167,14 @@ class _RecordReader:
                 self._report("image-id-duplicate", "images", position, message, "give each image its own id")
                 continue
             if position in same_file:
-                self._report_repeated_file(position, image_id, name, *same_file[position])
+                first, objects_differ = same_file[position]
+                message = f"(id {image_id}) names the file {name!r} of images[{first}]"
+                if objects_differ:  # each record would teach that the other's objects are background
+                    message += ", and their objects differ"
+                    merge = "merge the records, for example with deformable-detr check --fix"
+                    self._report("image-in-parts", "images", position, message, merge)
+                else:
+                    self._report("image-twice", "images", position, message, fatal=False)
             positions[image_id] = position
             sides: tuple[Any, Any] = record.get("height"), record.get("width")
             known = all(is_int64(side) and side > 0 for side in sides)
@@ -185,17 +183,7 @@ class _RecordReader:
             self._report("image-record", "", -1, "has no images", "add at least one image")
         return images
 
-    def _report_repeated_file(self, position: int, image_id: int, name: str, first: int, objects_differ: bool) -> None:
-        """Two records with different objects are an error: each would teach that the other's objects are background."""
-        message = f"(id {image_id}) names the file {name!r} of images[{first}]"
-        if objects_differ:
-            message += ", and their objects differ"
-            hint = "merge the records, for example with deformable-detr check --fix"
-            self._report("image-in-parts", "images", position, message, hint)
-        else:
-            self._report("image-twice", "images", position, message, fatal=False)
-
-    def _folder(self, images: list[ImageEntry]) -> ImageFolder:
+    def folder(self, images: list[ImageEntry]) -> ImageFolder:
         try:
             folder = self.source.find_images([image.name for image in images])
         except UserError as error:
@@ -218,7 +206,7 @@ class _RecordReader:
                 hint = "add the file or remove its record"
         return folder
 
-    def _category_shift(self, categories: dict[int, str]) -> int:
+    def category_shift(self, categories: dict[int, str]) -> int:
         """Return what to add to the objects' category ids to make all of them known, if that explains unknown ids."""
         ids: list[Any] = [r.get("category_id") for r in self.content["annotations"] if isinstance(r, dict)]
         if not ids or not categories or not all(map(is_int64, ids)) or (used := set(ids)) <= categories.keys():
@@ -234,7 +222,7 @@ class _RecordReader:
             self._report("category-off-by-one", "", -1, message, hint)
         return shift
 
-    def _objects(
+    def objects(
         self, images: list[ImageEntry], folder: ImageFolder, categories: dict[int, str], shift: int
     ) -> tuple[np.ndarray, ...]:
         index_of: dict[Any, int] = {image.id: index for index, image in enumerate(images)}

@@ -40,18 +40,11 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class SampledAugmentation:
-    """The random choices for one image.
-
-    Attributes:
-        hflip: Whether the image is flipped.
-        crop_short_side: Short side in pixels to resize to before the crop.
-        crop_window: The part of the resized image to keep; None for no crop.
-        short_side: Short side in pixels of the final resize.
-    """
+    """The random choices for one image; sides are in pixels."""
 
     hflip: bool
-    crop_short_side: int
-    crop_window: CropWindow | None
+    crop_short_side: int  # before the crop
+    crop_window: CropWindow | None  # in the image of that size
     short_side: int
 
 
@@ -125,11 +118,7 @@ class TrainTransform:
 def lowest_visibility(target: Target, window: CropWindow, height: int, width: int) -> float:
     """Return the smallest visible share of an area among the objects that a crop shows; 1 if it shows none.
 
-    Args:
-        target: Objects of the whole image.
-        window: The crop in pixels.
-        height: Height of the whole image in pixels.
-        width: Width of the whole image in pixels.
+    `height` and `width` are those of the whole image in pixels.
     """
     from torchvision.ops import box_convert
 

@@ -115,20 +115,18 @@ class YoloSource(Source):
                 texts = dict.fromkeys((text, text.replace("\\", "/")))
                 candidates = [base / path for path in texts for base in (place.parent, self.root)]
                 image = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
-                if image is None:
-                    problems.append(
-                        Problem("image-missing", place, f"line {number}", f"names the image {text!r}, which is missing",
-                                "add the file or remove the line")
-                    )  # fmt: skip
-                else:
+                if image is not None:
                     images.append(image)
+                    continue
+                message, hint = f"names the image {text!r}, which is missing", "add the file or remove the line"
+                problems.append(Problem("image-missing", place, f"line {number}", message, hint))
         return images
 
     def _rows(self, path: Path, problems: list[Problem]) -> Iterator[tuple[int, int, Box]]:
         """Yield (line number, class, xyxy box in 0..1) of the valid rows of a label file."""
         try:
-            os.lstat(path)  # a broken link is reported, not skipped
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            os.lstat(path)  # a broken link or an unreadable folder is reported, not skipped
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError:
             pass  # reported when it is read
@@ -223,7 +221,8 @@ def find_yaml(root: Path) -> Path | None:
     if named or not root.is_dir():
         return named[0] if named else None
     others = [path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml") and not is_hidden(path.name)]
-    return others[0] if len(others) == 1 and _has_names(others[0]) else None
+    readable = len(others) == 1 and others[0].is_file() and os.access(others[0], os.R_OK)
+    return others[0] if readable and b"names" in others[0].read_bytes() else None
 
 
 def find_yolo(file: Path, split: str) -> YoloSource:
@@ -232,7 +231,7 @@ def find_yolo(file: Path, split: str) -> YoloSource:
     Raises:
         UserError: The file is invalid or lacks the split.
     """
-    content = read_yaml(file)
+    content = _read_yaml(file)
     names = _class_names(content.get("names"), content.get("nc"), file)
     aliases = split_aliases(split)
     key = next((name for name in aliases if content.get(name)), None)
@@ -283,28 +282,15 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a data.yaml, with all scalars as text.
-
-    Raises:
-        UserError: It cannot be read or is not a YAML mapping.
-    """
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """Read a data.yaml, with all scalars as text."""
     try:
         content = yaml.load(file.read_text(encoding="utf-8-sig"), _TextLoader)
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror or error}; give a data.yaml that can be read") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]}); correct it") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: lacks the keys 'names', 'train' and 'val' of a YOLO dataset; add them")
     return content
-
-
-def _has_names(file: Path) -> bool:
-    try:
-        return "names" in read_yaml(file)
-    except UserError:
-        return False
 
 
 def _class_names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
