@@ -1,3 +1,5 @@
+from typing import get_type_hints
+
 import pytest
 
 from deformable_detr.config.schema import DataConfig, ModelConfig, TrainConfig
@@ -13,6 +15,12 @@ def test_every_option_is_in_one_section_and_none_is_an_argument():
     names = [name for kind in (ModelConfig, DataConfig, TrainConfig) for name in kind.model_fields]
     assert len(set(names)) == len(names)
     assert not {"data", "out", "preset", "resume"} & set(names)
+
+
+def test_common_options_have_the_types_of_their_fields():
+    hints, fields = get_type_hints(train), get_type_hints(TrainConfig)
+    assert (hints["minutes"], hints["weights"]) == (fields["minutes"], fields["weights"])
+    assert (hints["epochs"], hints["image_size"]) == (int | None, int | None)
 
 
 def test_options_of_every_section(tmp_path):

@@ -21,7 +21,12 @@ _SECTION_OF = {name: section for section, config in _SECTIONS.items() for name i
 def train(
     data: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    *,
     preset: str | None = None,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    image_size: int | None = None,
+    weights: str | None = None,
     resume: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -31,9 +36,12 @@ def train(
         data: Folder of the dataset: COCO JSON, YOLO or Pascal VOC.
         out: Folder of the run.
         preset: Preset to start from. Default: the config of the model that `weights` names, else "small".
+        epochs: Maximum number of epochs. Setting only one of `epochs` and `minutes` clears the other.
+        minutes: Maximum minutes of training steps.
+        image_size: Short side of the input in pixels.
+        weights: Model to fine-tune: a run or model folder, a transformers folder or hub id, or an official `.pth`.
         resume: Continue the run in `out` with its own config and these options; `preset` is ignored.
-        options: Any settings of `ModelConfig`, `DataConfig` and `TrainConfig` by their own names. Setting only one of
-            `epochs` and `minutes` clears the other.
+        options: Any other field of `ModelConfig`, `DataConfig` and `TrainConfig` by its own name.
 
     Returns:
         The metrics of the last evaluation; see `train_model`, also for the errors.
@@ -41,6 +49,8 @@ def train(
     >>> train("datasets/cards", "runs/cards", epochs=30, image_size=480)  # doctest: +SKIP
     {'AP': 0.71, 'AP50': 0.93, …}
     """
+    common = {"epochs": epochs, "minutes": minutes, "image_size": image_size, "weights": weights}
+    options |= {name: value for name, value in common.items() if value is not None}
     return train_model(data, out, _config(out, preset, resume, options), resume=resume)
 
 
