@@ -356,7 +356,7 @@ def test_coco_json_comes_first(tmp_path):
     assert find_source(tmp_path, "train", DataConfig()).format == "yolo", "not a folder's only JSON file"
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(
-        UserError, match=r"no 'train' split; classes\.json has no list 'images', and there is no data\.yaml"
+        UserError, match=r"no 'train' split; classes\.json has no list 'images'; add COCO JSON, a data\.yaml, or"
     ):
         find_source(tmp_path, "train", DataConfig())
 

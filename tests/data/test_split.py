@@ -157,7 +157,7 @@ def test_classes_txt_with_a_folder_for_each_split(tmp_path):
     for layout in ("{kind}/{split}", "{split}/{kind}"):
         root = yolo_set(tmp_path / layout[1:5], layout)
         (root / "data.yaml").unlink()
-        with pytest.raises(UserError, match=r"data\.yaml is missing.*or list the classes in classes\.txt"):
+        with pytest.raises(UserError, match=r"no 'val' split; searched .*, data\.yaml, classes\.txt and Annotations"):
             contents(root, "val")
         (root / "classes.txt").write_text("cat\ndog\n")
         assert contents(root, "train") == expected("train")
@@ -332,7 +332,7 @@ def test_a_list_of_classes_without_images_of_the_split(tmp_path):
     yolo("images/train", "labels/train")(tmp_path)
     assert contents(tmp_path, "train") == expected("train")
     with pytest.raises(
-        UserError, match=r"no 'val' split; classes\.txt exists, but there are no images in .*images/val or "
+        UserError, match=r"no 'val' split; notes\.json has no list 'images'; add .* classes\.txt and images/val"
     ):
         contents(tmp_path, "val")
 

@@ -48,5 +48,5 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
     readable = file.is_file() and os.access(file, os.R_OK)
     if error is None and (not readable or b'"images"' in file.read_bytes()):
         return CocoSource(file, root, split, data)
-    reason = f"{file.name} has no list 'images', and there is no data.yaml; add one of them"
+    reason = f"{file.name} has no list 'images'; add COCO JSON, a data.yaml, or classes.txt and images/{split}"
     raise error or UserError(f"{root}: no '{split}' split; {reason}")
