@@ -260,7 +260,7 @@ YOLO = {
     ),
     "names gone": (
         lambda root: (root / "data.yaml").write_text("train: images/train\nval: images/val\n"), {"split-missing"},
-        "'names' is missing",
+        "'names' is not a list",
     ),
     "no such folder": (
         lambda root: (root / "data.yaml").write_text("train: images/train\nval: images/v\nnames: [cat, dog]\n"),
