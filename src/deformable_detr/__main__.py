@@ -1,7 +1,5 @@
 """Entry point of `deformable-detr` and `python -m deformable_detr`."""
 
-from __future__ import annotations
-
 from .cli import main as run
 
 __all__ = ["run"]

@@ -1,7 +1,5 @@
 """Measure one model in every form that runs on this machine: latency, throughput, peak memory and AP."""
 
-from __future__ import annotations
-
 import gc
 import importlib.metadata
 import os

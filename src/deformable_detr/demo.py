@@ -4,8 +4,6 @@ The digits and photographs are part of scikit-learn and scikit-image, so nothing
 use the last fifth of the digits, written by other people, and three photographs that are not in the training images.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """The command-line app: commands, exit codes, signals and broken pipes."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

@@ -1,7 +1,5 @@
 """`deformable-detr benchmark`: speed, memory and AP of a model on this machine."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

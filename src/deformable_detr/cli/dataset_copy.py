@@ -1,7 +1,5 @@
 """The work of `check` and `split`: print issues, write reports and repaired copies."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

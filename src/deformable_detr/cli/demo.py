@@ -1,7 +1,5 @@
 """`deformable-detr demo`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

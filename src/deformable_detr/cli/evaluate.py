@@ -1,7 +1,5 @@
 """`deformable-detr evaluate`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Options and output that several commands share."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import sys

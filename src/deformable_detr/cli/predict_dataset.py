@@ -1,7 +1,5 @@
 """`deformable-detr predict-dataset`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from cyclopts import Parameter

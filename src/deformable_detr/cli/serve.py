@@ -1,7 +1,5 @@
 """`deformable-detr serve`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from cyclopts import Parameter

@@ -1,7 +1,5 @@
 """`deformable-detr split`."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`deformable-detr train`."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated, Any

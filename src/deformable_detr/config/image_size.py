@@ -1,7 +1,5 @@
 """Image size after the resize."""
 
-from __future__ import annotations
-
 from .schema import ModelConfig
 
 

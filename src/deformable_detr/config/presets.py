@@ -1,7 +1,5 @@
 """The presets: each is a small function that states how it differs from its base."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From a preset, a file, `--set` and options to one validated config; later sources override earlier ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The base class of the config's sections: immutable, validated, with one-line errors."""
 
-from __future__ import annotations
-
 import difflib
 import types
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """COCO JSON files: parse them without their masks."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

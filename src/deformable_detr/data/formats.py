@@ -1,7 +1,5 @@
 """Detect the format of a dataset: COCO JSON, YOLO or Pascal VOC."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Mosaic augmentation: four images in one, which shows a small dataset at more scales (YOLOv4, section 3.3)."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The records of a COCO dict as arrays; every record that cannot be used is reported. For all formats."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Create validation and test splits from a dataset that has only a training split."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -4,8 +4,6 @@ Images are uint8 (3, H, W). Boxes are (cx, cy, w, h) in 0..1 of the image, so a 
 Random choices come from PyTorch's global CPU generator.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 import torch

@@ -1,7 +1,5 @@
 """YOLO datasets: class names in `data.yaml` or `classes.txt`, and a text file of normalized boxes per image."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

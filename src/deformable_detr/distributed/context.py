@@ -1,7 +1,5 @@
 """The processes of a run: start-up, agreement on errors and values, and a common end."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

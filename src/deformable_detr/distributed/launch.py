@@ -1,7 +1,5 @@
 """What torchrun says about this process, read from the environment without importing torch."""
 
-from __future__ import annotations
-
 import os
 
 

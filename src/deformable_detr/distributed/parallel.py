@@ -1,7 +1,5 @@
 """DistributedDataParallel with gradient accumulation and uneven batches."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager

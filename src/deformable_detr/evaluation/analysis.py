@@ -3,8 +3,6 @@
 hotcoco matches and counts; this module converts its results to plain numbers for JSON.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

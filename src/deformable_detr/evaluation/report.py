@@ -1,7 +1,5 @@
 """The evaluation report: one self-contained web page of one model, or of two models side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The page of a training run: its curves and gallery so far, in one self-contained file."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -4,8 +4,6 @@ M heads, L levels, P points, K classes, T tokens. Positions are (x, y) in pixels
 (0, 0) in its upper left corner to (width, height). Points outside the image read zeros.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

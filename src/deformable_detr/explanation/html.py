@@ -1,7 +1,5 @@
 """A self-contained web page of an explanation: hover or choose a detection to see its sampling points."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

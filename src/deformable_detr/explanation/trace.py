@@ -1,7 +1,5 @@
 """Run a model once on an image and look up what its layers sampled for any detection or point."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, overload

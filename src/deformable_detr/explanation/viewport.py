@@ -1,7 +1,5 @@
 """The part of an image that shows a set of sampling points."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Export a model: trace, write to a temporary folder, verify, then move the file into place."""
 
-from __future__ import annotations
-
 import copy
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Write a traced graph as a file: ONNX, OpenVINO or torch.export."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

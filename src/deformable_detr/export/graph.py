@@ -1,7 +1,5 @@
 """Trace a model with `torch.export`, with dynamic batch, height and width."""
 
-from __future__ import annotations
-
 from typing import Any, Literal, cast
 
 import torch

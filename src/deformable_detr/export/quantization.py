@@ -1,7 +1,5 @@
 """Static int8 quantization with NNCF, calibrated on images of the train split."""
 
-from __future__ import annotations
-
 import ast
 import logging
 import os

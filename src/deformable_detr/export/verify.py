@@ -1,7 +1,5 @@
 """Compare the outputs of an exported file with the model's."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Prediction: images from files or memory in, `Detections` out."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Videos and cameras: frames in, an annotated video and one JSON line per frame out, in constant memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Folders and files on disk and in object stores, by the paths and URLs that fsspec accepts."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Iterator

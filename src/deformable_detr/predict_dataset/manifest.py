@@ -1,7 +1,5 @@
 """The manifest of a run: its numbered units and everything that determines its results."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

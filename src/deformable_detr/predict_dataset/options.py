@@ -1,7 +1,5 @@
 """Options of `predict_dataset`; nothing here imports torch or Ray."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """The output: Parquet files with one row per image."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path

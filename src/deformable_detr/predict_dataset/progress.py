@@ -1,7 +1,5 @@
 """Progress of a run: finished and failed units, speed and remaining time."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

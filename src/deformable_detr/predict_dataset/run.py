@@ -1,7 +1,5 @@
 """A run: a pool of workers, kept busy by Ray Data, predicts the units that have no file yet."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """The sources: folders of images, Parquet files with image bytes, WebDataset shards."""
 
-from __future__ import annotations
-
 import itertools
 import tarfile
 import time

@@ -1,7 +1,5 @@
 """A worker: a model in memory that predicts one unit after another."""
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections import deque

@@ -1,7 +1,5 @@
 """An exported file as a detector, with the config and the calls of `DeformableDETR`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

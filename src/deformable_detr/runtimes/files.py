@@ -3,8 +3,6 @@
 Each has the file's metadata in `strings`, and the `device` of its outputs. Inputs may be on any device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

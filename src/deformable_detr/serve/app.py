@@ -1,7 +1,5 @@
 """The web application: routes, error responses and the web page."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager

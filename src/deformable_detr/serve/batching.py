@@ -1,7 +1,5 @@
 """Dynamic batching: collect payloads into batches for one worker thread."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

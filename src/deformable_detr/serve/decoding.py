@@ -1,7 +1,5 @@
 """Decode the images of clients: only known formats, with the size checked before pixels are decoded."""
 
-from __future__ import annotations
-
 import io
 import re
 

@@ -1,7 +1,5 @@
 """The detector behind the server: threads decode images, one thread runs the model on batches."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

@@ -1,7 +1,5 @@
 """ASGI middleware for access control, response headers and metrics."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac

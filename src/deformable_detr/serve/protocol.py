@@ -1,7 +1,5 @@
 """uvicorn's HTTP/1.1 connection with timeouts: clients that do not send or do not read are dropped."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 

@@ -1,7 +1,5 @@
 """Request parameters and response bodies, as validated and as described by OpenAPI."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field

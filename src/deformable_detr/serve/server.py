@@ -1,7 +1,5 @@
 """The server process: its address, its token and its shutdown."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """Request bodies: read within limits and parsed into images."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import AsyncIterator

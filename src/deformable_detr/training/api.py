@@ -1,7 +1,5 @@
 """Training from Python: a preset and the options that differ from it, in one call."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Mapping

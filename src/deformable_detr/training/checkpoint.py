@@ -4,8 +4,6 @@ Tensors go to files with new names. The state file, which names them with their 
 then the oldest generation is deleted. A crash at any time leaves a complete generation, and any changed bit is noticed.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Dimensions: B images, Q queries, K classes, N objects of the whole batch, P matched pairs per layer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Exponential moving average of the weights, which a run evaluates and saves."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Training output: metrics.jsonl, TensorBoard (optional), the progress bar and lines on standard error."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

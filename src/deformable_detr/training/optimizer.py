@@ -1,7 +1,5 @@
 """AdamW with the paper's parameter groups, and the learning-rate schedule (section 5)."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

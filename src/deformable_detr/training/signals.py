@@ -1,7 +1,5 @@
 """How a training ends early: signals and losses that are not finite."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

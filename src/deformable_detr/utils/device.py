@@ -1,7 +1,5 @@
 """Selection of the device to compute on."""
 
-from __future__ import annotations
-
 import torch
 
 from .errors import UserError, first_line

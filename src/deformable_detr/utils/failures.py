@@ -1,7 +1,5 @@
 """Failures of the machine (memory or disk full, killed processes) as one-line errors."""
 
-from __future__ import annotations
-
 import errno
 import re
 from collections.abc import Callable, Iterator

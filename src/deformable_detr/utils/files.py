@@ -1,7 +1,5 @@
 """Read and write files: atomic replacement, early checks of output paths, checksums."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

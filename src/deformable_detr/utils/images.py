@@ -1,7 +1,5 @@
 """Read images of any format into upright uint8 RGB tensors."""
 
-from __future__ import annotations
-
 import io
 import os
 import stat

@@ -1,7 +1,5 @@
 """Optional packages: how to ask for one, and how to keep it quiet."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

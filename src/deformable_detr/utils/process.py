@@ -3,8 +3,6 @@
 A program that uses the library makes these choices itself.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

@@ -4,8 +4,6 @@ Line width and font size scale with the image. Labels stay inside the image and 
 colors are those of Okabe and Ito, which are distinct for people with any color vision.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Fonts for names in any script, with a readable fallback if no installed font has the characters."""
 
-from __future__ import annotations
-
 import logging
 import unicodedata
 from functools import cache, lru_cache

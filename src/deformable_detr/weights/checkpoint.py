@@ -1,7 +1,5 @@
 """Weights as read from a file in any format, and the network that they fit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Convert a model to another format: the command `convert`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """Read files of tensors without running any code in them."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

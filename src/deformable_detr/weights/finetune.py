@@ -1,7 +1,5 @@
 """Fine-tuning: start a new model from the weights of another, as far as they fit."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

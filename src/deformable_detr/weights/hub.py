@@ -1,7 +1,5 @@
 """Upload a model to the Hugging Face hub."""
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Image size and pixel statistics in the config of transformers' image processor."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Transformers keys are those that its `save_pretrained` writes. The keys of its m
 releases are read as well.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path

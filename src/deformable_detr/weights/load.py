@@ -1,7 +1,5 @@
 """Load a model from a folder, a transformers repository, the hub or an official checkpoint."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

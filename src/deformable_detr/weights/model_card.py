@@ -1,7 +1,5 @@
 """The model card: README.md beside the weights, with the metadata that the hub reads."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The package's own model folder: config.json, model.safetensors and a README.md that describes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

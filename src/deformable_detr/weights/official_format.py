@@ -3,8 +3,6 @@
 Such a file is a dict: the tensors are under "model", the command line's settings, an argparse.Namespace, under "args".
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Mapping

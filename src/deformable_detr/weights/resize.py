@@ -1,7 +1,5 @@
 """Adapt weights to another number of queries or feature levels."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -3,8 +3,6 @@
 A repository holds config.json, model.safetensors (or shards, or pytorch_model.bin) and preprocessor_config.json.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Compare a converted model with the one that it was made from."""
 
-from __future__ import annotations
-
 import copy
 import io
 from contextlib import redirect_stderr

@@ -5,8 +5,6 @@
 warning leak: train/a.jpg: (of train, images[0]) holds the same bytes as valid/b.jpg …; remove it from …
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

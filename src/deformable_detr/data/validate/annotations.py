@@ -1,7 +1,5 @@
 """The records of a split for the checks: unusable records become issues, the others arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

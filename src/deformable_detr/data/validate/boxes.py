@@ -1,7 +1,5 @@
 """Checks of the boxes of a split: unit, area inside the image, duplicates, and size."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Checks of the classes over all splits: equal lists, enough objects, and images without objects."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

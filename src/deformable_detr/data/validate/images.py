@@ -1,7 +1,5 @@
 """Checks of the image files: present, readable, of the declared size, and in one split only."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

@@ -1,7 +1,5 @@
 """The types of issues that a check can find, and the list of issues found."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field

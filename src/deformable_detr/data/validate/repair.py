@@ -1,7 +1,5 @@
 """Write a repaired copy of a dataset as COCO JSON in Roboflow's layout; the original is only read."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The report of a check as one self-contained HTML page with images of the suspicious boxes."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from html import escape

@@ -1,7 +1,5 @@
 """The detector for inference: the model's outputs, faster and in less memory."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

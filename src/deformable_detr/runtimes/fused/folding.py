@@ -1,7 +1,5 @@
 """A copy of the network without its training-only parts: batch norms folded, unused class heads removed."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from typing import Any

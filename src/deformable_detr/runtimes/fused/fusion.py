@@ -1,7 +1,5 @@
 """Fuse a backbone's convolutions with the addition and the activation that follow them."""
 
-from __future__ import annotations
-
 import logging
 import operator
 from typing import Any

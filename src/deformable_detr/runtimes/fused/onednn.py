@@ -4,8 +4,6 @@ On CPUs they call oneDNN through operators that PyTorch's compiler uses, with we
 are not public, so `is_available` compares their results with the public ones before they are used.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from typing import Any, NamedTuple

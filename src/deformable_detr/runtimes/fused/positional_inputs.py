@@ -1,7 +1,5 @@
 """Inputs that depend only on the sizes of a batch, cached for the latest sizes."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock

@@ -3,8 +3,6 @@
 B images, S tokens, Q queries, C channels, M heads, D channels per head, L levels, P points, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

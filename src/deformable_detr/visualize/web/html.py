@@ -1,7 +1,5 @@
 """Self-contained web pages: a template with its styles, scripts and data embedded; they load no other files."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io
