@@ -101,7 +101,7 @@ def test_nothing_that_is_to_be_read_is_written_over(tmp_path):
 def test_file_names_that_are_no_text(tmp_path):
     name = os.fsdecode(b"b\xe9.png")
     Image.new("RGB", (64, 48)).save(tmp_path / name)
-    assert predict_files(Finder(), find_sources([tmp_path]), PredictOptions(json_file=tmp_path / "all.json")) == 0
+    assert predict_files(Finder(), find_sources([tmp_path]), PredictOptions(json=tmp_path / "all.json")) == 0
     assert json.loads((tmp_path / "all.json").read_text())[0]["image"].endswith(name)
 
 

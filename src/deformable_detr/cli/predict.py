@@ -24,56 +24,48 @@ if TYPE_CHECKING:
 Source = Path | int  # an image or video file, or the number of a camera
 
 
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of `predict`.
+
+    Attributes:
+        out: Folder for the images and videos with drawn boxes. Default: videos are written to the current folder as
+            NAME-detected.mp4 with NAME-detected.jsonl, which has one line per frame; images are not drawn.
+        json: JSON file for the detections of all sources.
+        batch_size: Video frames per batch.
+        camera: Number of a camera, from 0. Press Ctrl-C to stop.
+    """
+
+    out: Path | None = None
+    json: JsonFile = None
+    threshold: Threshold = 0.5
+    batch_size: Positive = 4
+    camera: NonNegative | None = None
+
+
 def predict(
     model: Model,
     sources: Annotated[list[Path] | None, Parameter(negative=())] = None,
     /,
     *,
-    camera: NonNegative | None = None,
-    out: Path | None = None,
-    threshold: Threshold = 0.5,
-    batch_size: Positive = 4,
+    options: Annotated[PredictOptions | None, Parameter(name="*")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
-    json: JsonFile = None,
 ) -> None:
     """Detect objects in images, videos or a camera stream.
 
     Args:
         sources: Image and video files, and folders of them.
-        camera: Number of a camera, from 0. Press Ctrl-C to stop.
-        out: Folder for the images and videos with drawn boxes. Default: videos are written to the current folder as
-            NAME-detected.mp4 with NAME-detected.jsonl, which has one line per frame; images are not drawn.
-        batch_size: Video frames per batch.
         precision: fp32, or bf16 if the processor or GPU supports it.
     """
     from ..detector import load_detector
 
-    if not sources and camera is None:
+    options = options or PredictOptions()
+    if not sources and options.camera is None:
         raise UserError("nothing to predict: name images, videos or folders, or a camera with --camera")
     files = find_sources(sources or [])
-    options = PredictOptions(out, json, threshold, batch_size, camera)
     if predict_files(load_detector(model, device, precision), files, options):
         sys.exit(2)
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """Options of `predict_files`.
-
-    Attributes:
-        out: Folder for the drawn images and videos. Default: videos go to the current folder.
-        json_file: JSON file for the detections of all sources.
-        threshold: Minimum score of a detection, 0 to 1.
-        batch_size: Video frames per batch.
-        camera: Number of a camera to read after the files.
-    """
-
-    out: Path | None = None
-    json_file: Path | None = None
-    threshold: float = 0.5
-    batch_size: int = 4
-    camera: int | None = None
 
 
 def find_sources(sources: Sequence[Path]) -> list[Path]:
@@ -127,7 +119,7 @@ def predict_files(
         load_av()
     outputs = _output_paths(sources, None if options.out is None else prepare_folder(options.out, "--out"))
     _reject_overwriting(files, outputs, options)
-    prepare_files({"--json": options.json_file})
+    prepare_files({"--json": options.json})
     results = predict_each(model, images, options.threshold, keep_pixels=options.out is not None)
     records: list[dict[str, Any]] = []
     failures = 0
@@ -145,8 +137,8 @@ def predict_files(
         if record is not None:
             records.append(record)
             report(f"{source}: {line}")
-    if options.json_file is not None:
-        write_json(options.json_file, records)
+    if options.json is not None:
+        write_json(options.json, records)
     return failures
 
 
@@ -229,9 +221,9 @@ def _reject_overwriting(files: Sequence[Path], outputs: dict[Source, Path], opti
             status = os.stat(file)
             inputs[status.st_dev, status.st_ino] = file
     lines = [path.with_suffix(".jsonl") for source, path in outputs.items() if _is_video(source)]
-    for path in (*outputs.values(), *lines, *([options.json_file] if options.json_file else [])):
+    for path in (*outputs.values(), *lines, *([options.json] if options.json else [])):
         with suppress(OSError):
             status = os.stat(path)
             if source := inputs.get((status.st_dev, status.st_ino)):
-                option = "--json" if path is options.json_file else "--out"
+                option = "--json" if path is options.json else "--out"
                 raise UserError(f"{option}: {path} would overwrite the source {source}; choose another path")

@@ -7,7 +7,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torchvision.ops import box_convert
 
 from ..config.schema import ModelConfig
 from ..data.dataloader import collate
@@ -139,6 +138,8 @@ class Trace:
         return self.detections.path or "the image"
 
     def _decoder_layer(self, layer: int, query: int) -> DecoderLayerSampling:
+        from torchvision.ops import box_convert
+
         height, width = self.image_size
         scale = torch.tensor([width, height, width, height])
         reference = self.outputs["decoder_reference_points"][layer][0, query].float()
