@@ -429,6 +429,7 @@ def test_workers_get_arrays_and_no_ground_truth(tmp_path):
     assert not lists
 
 
+@pytest.mark.alone
 def test_cost_grows_with_the_number_of_records(tmp_path):
     def seconds(images):
         content = {

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.server import picture, raw, running, wait_until
 
+pytestmark = pytest.mark.alone
+
 HEAD = b"POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
 LIMITS = {"head_timeout": 0.5, "stall_timeout": 0.5, "body_timeout": 1.5}
 

@@ -156,6 +156,7 @@ def test_a_model_that_fails_on_its_first_image(tmp_path, monkeypatch):
         server.serve(tmp_path, "127.0.0.1", 0, None, "cpu", Limits())
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_sigterm_under_load_loses_no_request(program):
     """Clients send on until /readyz says no, as a balancer makes them: a connection that comes in the instant in which
