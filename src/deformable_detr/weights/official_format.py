@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork
@@ -33,8 +32,6 @@ BACKBONES = (
     "resnext101_64x4d",
 )  # fmt: skip
 _BLOCKS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
-# Of each category id from 0 to 90; "N/A" where there is none.
-_COCO_NAMES = ("N/A", *FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:])
 # Our field → the name in the official settings.
 _FIELDS = {
     "num_heads": "nheads",
@@ -100,7 +97,7 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
         {
             # Where a setting is missing, the official default is ours: both are the paper's.
             **{field: values[key] for field, key in _FIELDS.items() if key in values},
-            "class_names": _COCO_NAMES if num_classes == 91 else (),
+            "class_names": _coco_names() if num_classes == 91 else (),
             "category_ids": tuple(range(num_classes)),
             "num_classes": num_classes,
             "backbone": backbone,
@@ -112,6 +109,13 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
         },
         str(path),
     )
+
+
+def _coco_names() -> tuple[str, ...]:
+    """Return the names of the category ids 0 to 90; "N/A" if there is none."""
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    return ("N/A", *FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:])
 
 
 def write_args(config: ModelConfig) -> argparse.Namespace:
