@@ -10,12 +10,12 @@ import pytest
 from deformable_detr.predict_dataset import manifest as plans
 from deformable_detr.predict_dataset.filesystem import OutputFolder
 from deformable_detr.predict_dataset.manifest import (
-    RunSettings,
     create_manifest,
     finished_units,
     lock_output,
     read_unit,
 )
+from deformable_detr.predict_dataset.options import PredictDatasetOptions as Options
 from deformable_detr.predict_dataset.parquet import ImageCounts, part_name, read_part, result_row, write_part
 from deformable_detr.predict_dataset.sources import SourceRange
 from deformable_detr.utils.errors import UserError
@@ -36,7 +36,7 @@ def images(count, size=7):
 
 
 def planned(store, pieces, unit_size=None, model="m", **changes):
-    settings = RunSettings(**{**SETTINGS, "unit_size": unit_size or 0, **changes})
+    settings = Options(**{**SETTINGS, "unit_size": unit_size, **changes})
     return create_manifest(store, model, ["/set"], pieces, settings)
 
 
@@ -86,7 +86,7 @@ def test_pieces_of_shards(tmp_path):
 @pytest.mark.parametrize(("count", "size"), [(1, 8), (300, 10), (8192, 256), (20_000, 256)])
 def test_size_of_units_follows_from_the_set(tmp_path, count, size):
     plan = planned(OutputFolder(str(tmp_path)), images(count))
-    assert plan.settings.unit_size == size
+    assert plan.options.unit_size == size
     assert plan.num_units == -(-count // size)
     assert len(read_unit(OutputFolder(str(tmp_path)), plan.num_units - 1)) == count - (plan.num_units - 1) * size
 

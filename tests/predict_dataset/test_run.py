@@ -17,7 +17,7 @@ import pytest
 from deformable_detr.cli import main
 from deformable_detr.predict_dataset import progress as progress_module
 from deformable_detr.predict_dataset import run as runs
-from deformable_detr.predict_dataset.manifest import Manifest, RunSettings
+from deformable_detr.predict_dataset.manifest import Manifest
 from deformable_detr.predict_dataset.options import PredictDatasetOptions as Options
 from deformable_detr.predict_dataset.parquet import ImageCounts
 from deformable_detr.predict_dataset.progress import MAX_WORKER_DEATHS, Progress
@@ -198,7 +198,7 @@ def test_exported_files_take_the_device_that_their_runtime_has(tmp_path, monkeyp
     monkeypatch.setattr(runs, "_ray_cluster", cluster)
     monkeypatch.setattr(runs, "_unit_results", lambda ray, job, *_: jobs.append(job) or iter(()))
     store = OutputFolder(str(tmp_path))
-    settings = RunSettings("images", 0.5, 9, 1)
+    settings = Options(format="images", top_k=9, batch_size=1)
     plan = create_manifest(store, "m", ["/set"], iter([SourceRange("/set/a.png", 0, 1, 7)]), settings)
     runs._run_units(store, {packed: b""}, [0], Options(device=device), Progress(plan, {}, said.append))
     assert jobs[0].device == wanted
@@ -216,7 +216,7 @@ def test_progress(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     said = []
-    plan = Manifest("run", 10, 1000, RunSettings("images", 0.5, 1, 1, 100))
+    plan = Manifest("run", 10, 1000, Options(format="images", top_k=1, batch_size=1, unit_size=100))
     progress = Progress(plan, {0: ImageCounts(100, 1)}, said.append)
     for unit in range(1, 5):
         now[0] += 5
@@ -225,7 +225,7 @@ def test_progress(monkeypatch):
         "300 of 1000 images, 5 unreadable, 20.0 images/s, about 0:00:35 left",
         "500 of 1000 images, 9 unreadable, 20.0 images/s, about 0:00:25 left",
     ]
-    unknown = Progress(plan.__class__("run", 10, None, plan.settings), {}, said.append)
+    unknown = Progress(plan.__class__("run", 10, None, plan.options), {}, said.append)
     now[0] += 10
     unknown.add(0, ImageCounts(50, 0), "")
     assert said[-1] == "50 images, 0 unreadable, 5.0 images/s, about 0:01:30 left"

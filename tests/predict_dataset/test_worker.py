@@ -11,7 +11,8 @@ from deformable_detr.detector import DeformableDETR
 from deformable_detr.export.verify import max_differences
 from deformable_detr.predict_dataset import worker
 from deformable_detr.predict_dataset.filesystem import OutputFolder
-from deformable_detr.predict_dataset.manifest import RunSettings, create_manifest
+from deformable_detr.predict_dataset.manifest import create_manifest
+from deformable_detr.predict_dataset.options import PredictDatasetOptions as Options
 from deformable_detr.predict_dataset.parquet import read_part
 from deformable_detr.predict_dataset.sources import find_ranges
 from deformable_detr.predict_dataset.worker import UnitPredictor, WorkerJob, pack_model, unpack_model
@@ -37,9 +38,9 @@ def units(model, source, out, batch_size=1, unit_size=5):
     store.system.makedirs(store.root, exist_ok=True)
     kind, pieces = find_ranges([str(source)])
     id_column = "name" if kind == "parquet" else None
-    settings = RunSettings(kind, THRESHOLD, 7, batch_size, unit_size, id_column=id_column)
-    plan = create_manifest(store, digest, [str(source)], pieces, settings)
-    predictor = UnitPredictor(WorkerJob(str(out), plan.run_id, plan.settings, "cpu", 1, 2), files)
+    options = Options(THRESHOLD, 7, batch_size, kind, None, id_column, unit_size)
+    plan = create_manifest(store, digest, [str(source)], pieces, options)
+    predictor = UnitPredictor(WorkerJob(str(out), plan.run_id, plan.options, "cpu", 1), files)
     return predictor, predictor({"unit": range(plan.num_units)})
 
 

@@ -6,10 +6,9 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from PIL import Image
@@ -40,19 +39,12 @@ def load_av() -> Any:
     return need("av", "video")
 
 
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """A frame of a video.
+class Frame(NamedTuple):
+    """A frame of a video."""
 
-    Attributes:
-        number: Counted from 0.
-        seconds: Time since the first frame.
-        pixels: (H, W, 3) uint8 RGB, upright.
-    """
-
-    number: int
-    seconds: float
-    pixels: np.ndarray
+    number: int  # from 0
+    seconds: float  # since the first frame
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB, upright
 
 
 class Video:
@@ -204,19 +196,12 @@ class VideoWriter:
         self._stream.codec_context.time_base = Fraction(1, TICKS_PER_SECOND)
 
 
-@dataclass(frozen=True)
-class VideoSummary:
-    """The result of a video.
-
-    Attributes:
-        frames: Number of frames.
-        counts: Number of drawn objects of each class.
-        problem: One line about damage to the source, or None.
-    """
+class VideoSummary(NamedTuple):
+    """The result of a video."""
 
     frames: int
-    counts: Counter[str]
-    problem: str | None
+    counts: Counter[str]  # drawn objects per class, over all frames
+    problem: str | None  # one line about damage to the source
 
 
 def predict_video(

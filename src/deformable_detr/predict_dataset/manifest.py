@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 from ..utils.errors import UserError, first_line
 from ..utils.files import prepare_folder
 from .filesystem import OutputFolder
+from .options import RESULT_OPTIONS, PredictDatasetOptions
 from .parquet import ImageCounts, part_name, read_part, unit_of_part
-from .sources import ParquetColumns, SourceRange
+from .sources import SourceRange
 
 FORMAT, VERSION = "deformable-detr predict-dataset", 1
 MANIFEST, UNITS, SUCCESS, LOCK = "_manifest.json", "_units.parquet", "_SUCCESS", ".lock"
@@ -28,26 +29,6 @@ _ENCODING = ("utf-8", "surrogateescape")  # file names need not be text, but Par
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """The settings that determine the results, besides the model and the sources; see `PredictDatasetOptions`.
-
-    `unit_size` 0 is replaced by that of the earlier run in the folder, else by one that suits the dataset.
-    """
-
-    format: str
-    threshold: float
-    top_k: int
-    batch_size: int
-    unit_size: int = 0
-    image_column: str | None = None
-    id_column: str | None = None
-
-    @property
-    def columns(self) -> ParquetColumns:
-        return ParquetColumns(self.image_column, self.id_column)
-
-
-@dataclass(frozen=True)
 class Manifest:
     """A planned run.
 
@@ -55,18 +36,25 @@ class Manifest:
         run_id: Hash of everything that determines the results.
         num_units: Number of units, and of output files.
         num_images: None if some shards must be read to count them.
+        options: With the format and unit size that were chosen.
     """
 
     run_id: str
     num_units: int
     num_images: int | None
-    settings: RunSettings
+    options: PredictDatasetOptions
 
 
 def create_manifest(
-    out: OutputFolder, model_hash: str, sources: Sequence[str], ranges: Iterator[SourceRange], settings: RunSettings
+    out: OutputFolder,
+    model_hash: str,
+    sources: Sequence[str],
+    ranges: Iterator[SourceRange],
+    options: PredictDatasetOptions,
 ) -> Manifest:
     """Group the ranges into units and write them with the manifest, or verify those of an earlier run.
+
+    Without `options.unit_size`, the units have the size of the earlier run, else one that suits the dataset.
 
     Raises:
         UserError: The folder holds results of a different run; the message names the differences.
@@ -74,19 +62,20 @@ def create_manifest(
     previous = _read_manifest(out)
     if previous is None and any(unit_of_part(name) is not None for name in out.list_files()):
         raise UserError(f"--out {out.root} holds results without {MANIFEST}; choose another folder")
-    if not settings.unit_size and previous is not None:
-        settings = replace(settings, unit_size=int(previous["settings"]["unit_size"]))
-    if not settings.unit_size:
+    unit_size = options.unit_size
+    if unit_size is None and previous is not None:
+        unit_size = int(previous["settings"]["unit_size"])
+    if unit_size is None:
         unit_size, ranges = _default_unit_size(ranges)
-        settings = replace(settings, unit_size=unit_size)
+    options = replace(options, unit_size=unit_size)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / UNITS
-        num_units, num_images, num_files, listing_hash = _write_units(path, ranges, settings.unit_size)
+        num_units, num_images, num_files, listing_hash = _write_units(path, ranges, unit_size)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "model": model_hash,
-            "settings": asdict(settings),
+            "settings": {name: getattr(options, name) for name in RESULT_OPTIONS},
             "source": {"files": num_files, "images": num_images, "listing": listing_hash},
             "units": num_units,
         }
@@ -98,7 +87,7 @@ def create_manifest(
             manifest["sources"] = list(sources)  # for readers; the listing decides
             text = json.dumps(manifest, indent=2) + "\n"
             out.write(MANIFEST, lambda target: target.write_text(text, encoding="utf-8"))
-    return Manifest(_hash(manifest), num_units, num_images, settings)
+    return Manifest(_hash(manifest), num_units, num_images, options)
 
 
 def read_unit(out: OutputFolder, unit: int) -> list[SourceRange]:
@@ -216,7 +205,7 @@ def _read_manifest(out: OutputFolder) -> dict[str, Any] | None:
             manifest = json.loads(file.read())
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise ValueError(f"version {manifest['version']}")
-        RunSettings(**manifest["settings"])
+        _ = [manifest["settings"][name] for name in RESULT_OPTIONS]
         _ = manifest["model"], manifest["units"], manifest["source"]["files"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{out.path(MANIFEST)} is not valid ({first_line(error)}); choose another --out") from None

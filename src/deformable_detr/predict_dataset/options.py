@@ -6,10 +6,12 @@ from typing import Literal
 
 from ..utils.errors import UserError
 
+RESULT_OPTIONS = ("format", "threshold", "top_k", "batch_size", "unit_size", "image_column", "id_column")
+
 
 @dataclass(frozen=True)
 class PredictDatasetOptions:
-    """Options of `predict_dataset`. The fields up to `unit_size` affect the results; the others may change on resume.
+    """Options of `predict_dataset`. Those of `RESULT_OPTIONS` affect the results; the others may change on resume.
 
     Attributes:
         threshold: Minimum score of a detection, 0 to 1.

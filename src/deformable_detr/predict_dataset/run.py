@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from ..utils.device import pick_device
 from ..utils.errors import UserError, first_line
 from ..utils.files import is_exported
 from .filesystem import OutputFolder, is_same_path, resolve_url
-from .manifest import SUCCESS, RunSettings, create_manifest, finished_units, lock_output
+from .manifest import SUCCESS, create_manifest, finished_units, lock_output
 from .options import PredictDatasetOptions
 from .parquet import ImageCounts
 from .progress import MAX_WORKER_DEATHS, Progress
@@ -73,10 +74,7 @@ def predict_dataset(
     with lock_output(folder):
         columns = ParquetColumns(options.image_column, options.id_column)
         format, ranges = find_ranges(names, options.format, columns, skip=folder.root)
-        settings = RunSettings(
-            format, options.threshold, options.top_k, options.batch_size, options.unit_size or 0, *columns
-        )
-        manifest = create_manifest(folder, model_hash, names, ranges, settings)
+        manifest = create_manifest(folder, model_hash, names, ranges, replace(options, format=format))
         progress = Progress(manifest, finished_units(folder, manifest), report)
         missing = progress.missing
         if missing:
@@ -139,7 +137,7 @@ def _run_units(
         report(f"{manifest.num_units} units, {workers} on {shown_device}")
         url = out.root if out.local else out.system.unstrip_protocol(out.root)
         threads = max(1, math.floor(resources.num_cpus))
-        job = WorkerJob(url, manifest.run_id, manifest.settings, device, threads, options.readers)
+        job = WorkerJob(url, manifest.run_id, manifest.options, device, threads)
         progress.start()
         try:
             for unit, counts, failure in _unit_results(ray, job, files, missing, resources):

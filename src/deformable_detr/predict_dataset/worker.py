@@ -16,9 +16,10 @@ from ..predict.predictor import predict_iter
 from ..structures import Detections
 from ..utils.errors import UserError, first_line
 from .filesystem import OutputFolder
-from .manifest import RunSettings, read_unit
+from .manifest import read_unit
+from .options import PredictDatasetOptions
 from .parquet import read_part, result_row, write_part
-from .sources import SourceImage, read_range
+from .sources import ParquetColumns, SourceImage, read_range
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,13 @@ class WorkerJob:
         out: Output folder, path or URL.
         run_id: See `Manifest`.
         threads: CPU threads of the model.
-        readers: Threads that decode images.
     """
 
     out: str
     run_id: str
-    settings: RunSettings
+    options: PredictDatasetOptions
     device: str
     threads: int
-    readers: int
 
 
 def pack_model(source: str) -> tuple[dict[str, bytes], str]:
@@ -106,7 +105,7 @@ class UnitPredictor:
         torch.set_num_threads(job.threads)
         self.job, self.out = job, OutputFolder(job.out)
         self.model = unpack_model(model, job.device, job.threads)
-        self.readers = ThreadPoolExecutor(job.readers, "reader")
+        self.readers = ThreadPoolExecutor(job.options.readers, "reader")
 
     def __call__(self, batch: Mapping[str, Iterable[int]]) -> dict[str, list[Any]]:
         reports = [(int(unit), *self.predict_unit(int(unit))) for unit in batch["unit"]]
@@ -130,25 +129,26 @@ class UnitPredictor:
 
     def _rows(self, unit: int) -> Iterator[dict[str, Any]]:
         """Yield a row per image in the order of the source. Batches never span units, so that rows are reproducible."""
-        settings = self.job.settings
+        options = self.job.options
+        columns = ParquetColumns(options.image_column, options.id_column)
         images = (
             image
             for source_range in read_unit(self.out, unit)
-            for image in read_range(source_range, settings.format, settings.columns)
+            for image in read_range(source_range, options.format, columns)
         )
         batch: list[tuple[SourceImage, Tensor | str]] = []
         readable = 0
         for image, pixels in self._decoded(images):
             batch.append((image, pixels))
             readable += isinstance(pixels, Tensor)
-            if readable == settings.batch_size or len(batch) >= 64 * settings.batch_size:
+            if readable == options.batch_size or len(batch) >= 64 * options.batch_size:
                 yield from self._predicted(batch)
                 batch, readable = [], 0
         yield from self._predicted(batch)
 
     def _decoded(self, images: Iterable[SourceImage]) -> Iterator[tuple[SourceImage, Tensor | str]]:
         """Yield each image with its pixels (3, H, W) uint8, or an error; decode at most one batch ahead."""
-        limit = self.job.readers + self.job.settings.batch_size
+        limit = self.job.options.readers + self.job.options.batch_size
         pending: deque[tuple[SourceImage, Future[Tensor | str]]] = deque()
         for image in images:
             pending.append((image, self.readers.submit(_decode, image)))
@@ -161,7 +161,7 @@ class UnitPredictor:
 
     def _predicted(self, batch: list[tuple[SourceImage, Tensor | str]]) -> Iterator[dict[str, Any]]:
         """Yield the rows of a batch. Only images of one size share a forward pass: padding would change scores."""
-        settings = self.job.settings
+        options = self.job.options
         indices_by_size: dict[torch.Size, list[int]] = {}
         for index, (_, pixels) in enumerate(batch):
             if isinstance(pixels, Tensor):
@@ -169,7 +169,7 @@ class UnitPredictor:
         results: dict[int, Detections] = {}
         for indices in indices_by_size.values():
             pixels = [batch[index][1] for index in indices]
-            detections = predict_iter(self.model, pixels, settings.threshold, settings.top_k, settings.batch_size)
+            detections = predict_iter(self.model, pixels, options.threshold, options.top_k, options.batch_size)
             results.update(zip(indices, detections, strict=True))
         for index, (image, pixels) in enumerate(batch):
             yield result_row(image.image, image.key, pixels if isinstance(pixels, str) else results[index])
