@@ -1,4 +1,4 @@
-"""Initialization and reads of the deformable attention module."""
+"""Initialization and sampling of the deformable attention module."""
 
 import math
 
@@ -10,19 +10,19 @@ from deformable_detr.model.attention import DeformableAttention
 
 
 @pytest.mark.parametrize("heads", [1, 3, 6, 8])
-def test_directions_are_spread_evenly_for_any_number_of_heads(heads):
+def test_initial_directions_are_evenly_spaced_for_any_number_of_heads(heads):
     attention = DeformableAttention(dim=heads * 8, heads=heads, levels=2, points=3)
     attention.reset_parameters()
-    rings = attention.sampling_offsets.bias.detach().view(heads, 2, 3, 2)
+    offsets = attention.sampling_offsets.bias.detach().view(heads, 2, 3, 2)
     for m in range(heads):
-        angle = math.atan2(rings[m, 0, 0, 1], rings[m, 0, 0, 0]) % (2 * math.pi)
+        angle = math.atan2(offsets[m, 0, 0, 1], offsets[m, 0, 0, 0]) % (2 * math.pi)
         assert angle == pytest.approx(2 * math.pi * m / heads, abs=1e-5)
-        assert rings[m, 1, :, :].abs().amax(-1).tolist() == pytest.approx([1, 2, 3])
+        assert offsets[m, 1, :, :].abs().amax(-1).tolist() == pytest.approx([1, 2, 3])
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
-def test_attention_reads_the_pixel_under_the_reference(coordinates):
-    """With zero offsets every head reads the value at the reference: a map of x positions gives the reference's x."""
+def test_attention_samples_at_the_reference_point(coordinates):
+    """With zero offsets, a value map of x coordinates returns the x of the reference point."""
     attention = DeformableAttention(dim=8, heads=2, levels=1, points=4)
     attention.reset_parameters()
     for projection in (attention.value_proj, attention.output_proj):
@@ -37,12 +37,12 @@ def test_attention_reads_the_pixel_under_the_reference(coordinates):
     assert torch.allclose(out[0, :, 0], torch.tensor([0.25, 0.7]), atol=1e-6)
 
 
-def test_attention_reads_zero_where_there_is_padding():
+def test_padding_contributes_zero():
     attention = DeformableAttention(dim=8, heads=2, levels=1, points=1)
     attention.reset_parameters()
     memory, reference = torch.randn(1, 9, 8), torch.full((1, 5, 1, 2), 0.5)
     query = torch.randn(1, 5, 8)
     masked, _ = attention(query, reference, memory, ((3, 3),), torch.ones(1, 9, dtype=torch.bool))
-    seen, _ = attention(query, reference, memory, ((3, 3),), torch.zeros(1, 9, dtype=torch.bool))
+    unmasked, _ = attention(query, reference, memory, ((3, 3),), torch.zeros(1, 9, dtype=torch.bool))
     assert torch.equal(masked, torch.zeros_like(masked))
-    assert seen.abs().sum() > 0
+    assert unmasked.abs().sum() > 0

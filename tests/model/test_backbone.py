@@ -1,4 +1,4 @@
-"""Feature levels, freezing, weights and errors of the backbone."""
+"""Feature levels, freezing, weight loading and errors of the backbone."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def backbone(**changes) -> Backbone:
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 6])
-def test_levels_halve_from_stride_8_on(levels):
+def test_feature_levels_start_at_stride_8_and_halve(levels):
     body = backbone(num_feature_levels=levels)
     project = InputProjection(presets.multi_scale(hidden_dim=64, num_heads=4, num_feature_levels=levels), body.channels)
     sizes = [x.shape[-1] for x in project(body(torch.randn(1, 3, 256, 256)))]
@@ -28,15 +28,15 @@ def test_dc5_keeps_stride_16():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "mobilenetv4_conv_small_050", "convnext_atto"])
-def test_frozen_stages_get_no_gradient_and_the_rest_does(name):
+def test_only_unfrozen_stages_get_gradients(name):
     body = backbone(backbone=name, frozen_stages=2)
     sum(x.sum() for x in body(torch.randn(1, 3, 64, 64))).backward()
     frozen = [n for n, p in body.named_parameters() if not p.requires_grad]
-    free = [n for n, p in body.named_parameters() if p.requires_grad]
+    trainable = [n for n, p in body.named_parameters() if p.requires_grad]
     assert frozen
-    assert free
-    every = [n for n, _ in body.named_parameters()]
-    assert every[: len(frozen)] == frozen  # the first ones, without a hole
+    assert trainable
+    names = [n for n, _ in body.named_parameters()]
+    assert names[: len(frozen)] == frozen  # a contiguous prefix
     assert all(p.grad is not None for p in body.parameters() if p.requires_grad)
 
 
@@ -46,14 +46,14 @@ def test_one_small_image_trains_without_batch_statistics():
     assert all(module.training for module in body.modules())
 
 
-def test_a_shape_without_enough_stages_is_named():
+def test_shape_with_too_few_stages_is_reported():
     shape = {"depths": (1, 1), "widths": (8, 8), "stem": 8}
     assert backbone(backbone_shape=shape, num_feature_levels=1).channels == (8,)
     with pytest.raises(UserError, match="backbone_shape has 2 stages; num_feature_levels > 1 needs 4"):
         backbone(backbone_shape=shape)
 
 
-def test_norms_are_frozen_with_weights_and_trained_without():
+def test_frozen_norm_keeps_its_statistics_in_training():
     trained = [m for m in backbone().modules() if isinstance(m, nn.BatchNorm2d)]
     assert trained
     frozen = backbone(backbone_norm="frozen").train()
@@ -63,7 +63,7 @@ def test_norms_are_frozen_with_weights_and_trained_without():
     assert all(torch.equal(v, before[k]) for k, v in frozen.state_dict().items())
 
 
-def test_weights_from_a_file(tmp_path):
+def test_backbone_weights_from_a_file(tmp_path):
     import timm
     from safetensors.torch import save_file
 
@@ -83,7 +83,7 @@ def test_weights_from_a_file(tmp_path):
         backbone(backbone_weights=str(tmp_path / "missing.safetensors"))
 
 
-def test_the_shared_efficientnet_loads(shared):
+def test_shared_efficientnet_weights_load(shared):
     path = shared / "weights" / "tf_efficientnet_lite0.timm.fp32.safetensors"
     body = backbone(backbone="tf_efficientnet_lite0", backbone_weights=str(path))
     assert body.channels == (40, 112, 320)
@@ -98,6 +98,6 @@ def test_the_shared_efficientnet_loads(shared):
         ({"frozen_stages": 9}, "frozen_stages 9"),
     ],
 )
-def test_a_wrong_backbone_is_named(changes, message):
+def test_invalid_backbone_is_reported(changes, message):
     with pytest.raises(UserError, match=message):
         backbone(**changes)

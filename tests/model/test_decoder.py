@@ -1,4 +1,4 @@
-"""The decoder's self-attention against PyTorch's."""
+"""Self-attention of the decoder compared with PyTorch's."""
 
 import pytest
 import torch
@@ -6,34 +6,34 @@ from torch import nn
 from torch.nn import functional as F
 
 from deformable_detr.model.decoder import SelfAttention
-from tests.support.autograd import gradients, near
+from tests.support.autograd import all_close, gradients
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("dropout", [0.0, 1e-12])  # the latter takes the way of dropout, and nothing goes
-def test_self_attention_is_pytorchs(masked, dropout):
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])  # 1e-12 takes the dropout path but drops nothing
+def test_self_attention_matches_pytorch(masked, dropout):
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(12, 3, dropout=0.0, batch_first=True).double()
     nn.init.normal_(theirs.in_proj_bias)
     ours = SelfAttention(12, 3, dropout).double()
     ours.load_state_dict(theirs.state_dict())
     x, position = (torch.randn(2, 5, 12, dtype=torch.double, requires_grad=True) for _ in range(2))
-    unseen = torch.rand(5, 5) < 0.4 if masked else None
-    if unseen is not None:
-        unseen.fill_diagonal_(False)
-    out = ours(x, position, unseen)
-    together = x + position
-    wanted, _ = theirs(together, together, x, attn_mask=unseen, need_weights=False)
+    attn_mask = torch.rand(5, 5) < 0.4 if masked else None
+    if attn_mask is not None:
+        attn_mask.fill_diagonal_(False)
+    out = ours(x, position, attn_mask)
+    with_position = x + position
+    expected, _ = theirs(with_position, with_position, x, attn_mask=attn_mask, need_weights=False)
     leaves = list(theirs.parameters())
-    assert near(
+    assert all_close(
         [out, *gradients(out, x, position, *ours.parameters())],
-        [wanted, *gradients(wanted, x, position, *leaves)],
+        [expected, *gradients(expected, x, position, *leaves)],
     )
     if masked:
-        assert not near([ours(x, position)], [wanted])
+        assert not all_close([ours(x, position)], [expected])
 
 
-def test_self_attention_drops_what_is_heard():
+def test_dropout_applies_to_attention_probabilities():
     torch.manual_seed(0)
     attention = SelfAttention(12, 3, 0.5)
     x, position = torch.randn(1, 9, 12), torch.randn(1, 9, 12)

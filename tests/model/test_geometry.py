@@ -1,4 +1,4 @@
-"""Pixel centers, anchors and box refinement."""
+"""Pixel centers, proposal anchors and box refinement."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ def test_pixel_centers_are_relative_to_the_unpadded_image():
     assert centers[0, ::4, 1].tolist() == [0.25, 0.75]
 
 
-def test_refinement_starts_from_points_and_boxes():
+def test_refine_boxes_accepts_points_and_boxes():
     start = torch.tensor([[0.3, 0.6, 0.2, 0.1]])
     assert torch.allclose(refine_boxes(torch.zeros(1, 4), start), start, atol=1e-6)
     assert refine_boxes(torch.zeros(1, 4), start[:, :2])[0].tolist() == pytest.approx([0.3, 0.6, 0.5, 0.5])
 
 
-def test_proposals_double_in_size_and_avoid_border_and_padding():
+def test_proposal_anchors_double_per_level_and_skip_border_and_padding():
     mask = torch.zeros(1, 16 + 4, dtype=torch.bool)
     mask[0, 3] = True
     anchors, usable = proposal_anchors(((4, 4), (2, 2)), torch.ones(1, 2, 2), mask)

@@ -1,4 +1,4 @@
-"""The detector as a whole: shapes, gradients, padding, variants."""
+"""The complete detector: shapes, gradients, padding and variants."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def tiny(variant=presets.two_stage, **changes) -> DeformableDETR:
     return DeformableDETR(variant(**{**TINY, **changes}))
 
 
-def shaken(model: DeformableDETR) -> DeformableDETR:
-    """The model with its zero-initialized parts moved, so that nothing is equal only because it is still zero."""
+def perturbed(model: DeformableDETR) -> DeformableDETR:
+    """Add noise to all parameters, so that zero-initialized outputs cannot compare equal by accident."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,8 +41,8 @@ VARIANTS = list(presets.PRESETS.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=presets.PRESETS)
-def test_shapes_and_a_finite_gradient_for_every_parameter(variant):
-    model = shaken(tiny(variant)).train()
+def test_output_shapes_and_finite_gradients_for_every_parameter(variant):
+    model = perturbed(tiny(variant)).train()
     pixels, mask = batch()
     out = model(pixels, mask)
     assert out["pred_logits"].shape == (2, 12, 5)
@@ -50,10 +50,10 @@ def test_shapes_and_a_finite_gradient_for_every_parameter(variant):
     assert out["layer_logits"].shape == (2, 2, 12, 5)
     assert torch.equal(out["layer_boxes"][-1], out["pred_boxes"])
     assert ((out["pred_boxes"] >= 0) & (out["pred_boxes"] <= 1)).all()
-    wanted = [out["layer_logits"], out["layer_boxes"]]
+    differentiable = [out["layer_logits"], out["layer_boxes"]]
     if model.config.two_stage:
-        wanted += [out["encoder_logits"], out["encoder_boxes"]]
-    sum((x * torch.randn_like(x)).sum() for x in wanted).backward()
+        differentiable += [out["encoder_logits"], out["encoder_boxes"]]
+    sum((x * torch.randn_like(x)).sum() for x in differentiable).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -63,7 +63,7 @@ def test_shapes_and_a_finite_gradient_for_every_parameter(variant):
 @pytest.mark.parametrize("norm", [False, True], ids=["post-norm", "pre-norm"])
 @pytest.mark.parametrize("position", ["sine", "learned"])
 @pytest.mark.parametrize("levels", [1, 2, 3, 5])
-def test_options_run_and_learn(norm, position, levels):
+def test_network_options_produce_gradients(norm, position, levels):
     model = tiny(presets.refine, pre_norm=norm, position_encoding=position, num_feature_levels=levels).train()
     out = model(*batch())
     (out["layer_logits"].square().mean() + out["layer_boxes"].mean()).backward()
@@ -71,8 +71,8 @@ def test_options_run_and_learn(norm, position, levels):
 
 
 @pytest.mark.parametrize("variant", [presets.single_scale, presets.two_stage], ids=["one-stage", "two-stage"])
-def test_an_image_gives_the_same_alone_as_in_a_batch_of_the_same_canvas(variant):
-    model = shaken(tiny(variant)).eval()
+def test_batching_does_not_change_outputs(variant):
+    model = perturbed(tiny(variant)).eval()
     pixels, mask = batch(((96, 128), (64, 80), (96, 100), (50, 128)))
     with torch.no_grad():
         together = model(pixels, mask)
@@ -82,8 +82,8 @@ def test_an_image_gives_the_same_alone_as_in_a_batch_of_the_same_canvas(variant)
                 assert torch.allclose(alone[name][0], together[name][i], atol=1e-5, rtol=0), name
 
 
-def test_garbage_in_the_padding_changes_nothing():
-    model = shaken(tiny()).eval()
+def test_padding_content_does_not_change_outputs():
+    model = perturbed(tiny()).eval()
     pixels, mask = batch()
     dirty = torch.where(mask[:, None], torch.full_like(pixels, 1e4), pixels)
     dirty[1, 0, -1, -1] = torch.nan
@@ -91,11 +91,11 @@ def test_garbage_in_the_padding_changes_nothing():
         clean, other, unmasked = model(pixels, mask), model(dirty, mask), model(dirty.nan_to_num(), None)
     assert torch.equal(clean["pred_logits"], other["pred_logits"])
     assert torch.equal(clean["pred_boxes"], other["pred_boxes"])
-    assert not torch.allclose(clean["pred_logits"], unmasked["pred_logits"], atol=1e-3)  # the mask it is that helps
+    assert not torch.allclose(clean["pred_logits"], unmasked["pred_logits"], atol=1e-3)  # without the mask it does
 
 
-def test_no_mask_means_no_padding():
-    model = shaken(tiny()).eval()
+def test_omitted_mask_means_no_padding():
+    model = perturbed(tiny()).eval()
     pixels, _ = batch(((96, 128), (96, 128)))
     with torch.no_grad():
         assert torch.equal(
@@ -103,7 +103,7 @@ def test_no_mask_means_no_padding():
         )
 
 
-def test_inputs_are_left_as_they_were():
+def test_inputs_are_not_modified():
     model = tiny().train()
     pixels, mask = batch()
     dirty = pixels + mask[:, None]
@@ -113,8 +113,8 @@ def test_inputs_are_left_as_they_were():
     assert torch.equal(mask, mask_before)
 
 
-def test_attention_on_request_only():
-    model = shaken(tiny()).eval()
+def test_attention_is_returned_only_on_request():
+    model = perturbed(tiny()).eval()
     pixels, mask = batch()
     with torch.no_grad():
         plain, seen = model(pixels, mask), model(pixels, mask, return_attention=True)
@@ -125,15 +125,15 @@ def test_attention_on_request_only():
     assert seen["encoder_attention"][0].locations.shape == (2, S, 4, 4, 4, 2)
     assert seen["decoder_attention"][0].weights.shape == (2, 12, 4, 4, 4)
     assert torch.allclose(seen["decoder_attention"][1].weights.sum((-1, -2)), torch.ones(2, 12, 4))
-    # Refinement: a layer starts from the boxes of the one before.
+    # Refinement: each layer starts from the boxes of the previous one.
     assert torch.equal(seen["decoder_reference_points"][1], seen["layer_boxes"][0])
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+def test_gradient_checkpointing_keeps_gradients():
     pixels, mask = batch()
     grads = []
     for flag in (False, True):
-        model = shaken(tiny(gradient_checkpointing=flag)).train()
+        model = perturbed(tiny(gradient_checkpointing=flag)).train()
         out = model(pixels, mask)
         (out["layer_logits"].square().sum() + out["layer_boxes"].square().sum()).backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -154,45 +154,45 @@ def test_odd_and_tiny_images(size):
 
 
 def test_bf16_autocast_keeps_boxes_in_fp32():
-    model = shaken(tiny()).eval()
+    model = perturbed(tiny()).eval()
     pixels, mask = batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         out = model(pixels, mask)
     assert out["pred_boxes"].dtype == out["pred_logits"].dtype == torch.float32
 
 
-def test_starts_with_the_focal_prior_and_small_boxes():
+def test_initial_outputs_have_the_focal_prior_and_small_boxes():
     out = tiny(presets.multi_scale).eval()(*batch())
     assert out["pred_logits"].sigmoid().mean().item() == pytest.approx(0.01, rel=0.5)
     assert torch.allclose(out["pred_boxes"][..., 2:], torch.full((2, 12, 2), 0.1192), atol=1e-3)
 
 
-def test_heads_are_shared_without_refinement_and_one_a_layer_with_it():
+def test_heads_are_shared_without_refinement_and_per_layer_with_it():
     assert len(tiny(presets.multi_scale).decoder.heads.classes) == 1
     assert len(tiny(presets.refine).decoder.heads.classes) == 2
     assert len(tiny(presets.two_stage).decoder.heads.classes) == 3
 
 
-def test_own_folder_round_trip(tmp_path):
-    model = shaken(tiny(class_names=("a", "b", "ç", "d", "e"), category_ids=(1, 3, 5, 90, 0))).eval()
+def test_native_folder_round_trip(tmp_path):
+    model = perturbed(tiny(class_names=("a", "b", "ç", "d", "e"), category_ids=(1, 3, 5, 90, 0))).eval()
     model.save_pretrained(tmp_path / "model")
-    again = DeformableDETR.from_pretrained(tmp_path / "model")
-    assert again.config.class_names == model.config.class_names
-    assert again.config.category_ids == (1, 3, 5, 90, 0)
+    reloaded = DeformableDETR.from_pretrained(tmp_path / "model")
+    assert reloaded.config.class_names == model.config.class_names
+    assert reloaded.config.category_ids == (1, 3, 5, 90, 0)
     with torch.no_grad():
-        assert torch.equal(model(*batch())["pred_boxes"], again(*batch())["pred_boxes"])
+        assert torch.equal(model(*batch())["pred_boxes"], reloaded(*batch())["pred_boxes"])
 
 
 def test_model_folder_errors(tmp_path):
-    with pytest.raises(UserError, match="nothing-here"):
-        DeformableDETR.from_pretrained(tmp_path / "nothing-here")
+    with pytest.raises(UserError, match="missing"):
+        DeformableDETR.from_pretrained(tmp_path / "missing")
     tiny().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
+    content_bytes = weights.read_bytes()
+    weights.write_bytes(content_bytes[: len(content_bytes) // 2])
     with pytest.raises(UserError, match=r"model\.safetensors"):
         DeformableDETR.from_pretrained(tmp_path)
-    weights.write_bytes(whole)
+    weights.write_bytes(content_bytes)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"config\.json"):
         DeformableDETR.from_pretrained(tmp_path)
@@ -207,20 +207,20 @@ def test_query_options_train_every_parameter(content, positions):
         "class_aware_proposals": True,
         "look_forward_twice": True,
     }
-    model = shaken(tiny(**options)).train()
+    model = perturbed(tiny(**options)).train()
     out = model(*batch())
-    wanted = (out["layer_logits"], out["layer_boxes"], out["encoder_logits"], out["encoder_boxes"])
-    sum((x * torch.randn_like(x)).sum() for x in wanted).backward()
+    differentiable = (out["layer_logits"], out["layer_boxes"], out["encoder_logits"], out["encoder_boxes"])
+    sum((x * torch.randn_like(x)).sum() for x in differentiable).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
 
 
 def test_look_forward_twice_changes_gradients_only():
-    """The second layer's boxes train the first layer's box head, and nothing else is different."""
+    """The second layer's boxes train the first layer's box head; outputs stay equal."""
     outs, grads = [], []
     for flag in (False, True):
-        model = shaken(tiny(look_forward_twice=flag)).train()
+        model = perturbed(tiny(look_forward_twice=flag)).train()
         out = model(*batch())
         out["layer_boxes"][1].sum().backward()
         outs.append(out["pred_boxes"].detach())
@@ -230,18 +230,20 @@ def test_look_forward_twice_changes_gradients_only():
     assert grads[1].any()
 
 
-def test_extra_queries_unseen_by_the_models_own_change_nothing():
-    model = shaken(tiny(iterative_query_pos=True)).eval()
+def test_masked_denoising_queries_do_not_change_outputs():
+    model = perturbed(tiny(iterative_query_pos=True)).eval()
     pixels, mask = batch()
     extra, Q = 3, 12
-    unseen = torch.zeros(extra + Q, extra + Q, dtype=torch.bool)
-    unseen[extra:, :extra] = True
+    attn_mask = torch.zeros(extra + Q, extra + Q, dtype=torch.bool)
+    attn_mask[extra:, :extra] = True
     boxes = torch.rand(2, extra, 4)
     with torch.no_grad():
         plain = model(pixels, mask)
-        hidden = model(pixels, mask, denoising_queries=DenoisingQueries(torch.randn(2, extra, 64), boxes, unseen))
+        hidden = model(pixels, mask, denoising_queries=DenoisingQueries(torch.randn(2, extra, 64), boxes, attn_mask))
         seen = model(
-            pixels, mask, denoising_queries=DenoisingQueries(torch.randn(2, extra, 64), boxes, torch.zeros_like(unseen))
+            pixels,
+            mask,
+            denoising_queries=DenoisingQueries(torch.randn(2, extra, 64), boxes, torch.zeros_like(attn_mask)),
         )
     assert hidden["denoising_boxes"].shape == (2, 2, extra, 4)
     assert torch.allclose(plain["pred_logits"], hidden["pred_logits"], atol=1e-5)

@@ -1,4 +1,4 @@
-"""The detector against transformers' implementation: the same weights give the same logits and boxes."""
+"""Numerical parity with transformers' implementation, in both directions."""
 
 import itertools
 
@@ -22,16 +22,18 @@ CASES = [
 
 
 @pytest.mark.parametrize(("variant", "levels", "backbone"), CASES, ids=lambda value: str(value))
-def test_weights_of_transformers_give_the_same_here(variant, levels, backbone, tmp_path):
+def test_transformers_weights_give_equal_outputs(variant, levels, backbone, tmp_path):
     theirs = randomized(transformers.DeformableDetrForObjectDetection(transformers_config(variant, levels, backbone)))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = DeformableDETR.from_pretrained(tmp_path / "theirs")
     transformers_format.save(ours, tmp_path / "back")
-    back, report = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "back", output_loading_info=True)
+    exported, report = transformers.AutoModelForObjectDetection.from_pretrained(
+        tmp_path / "back", output_loading_info=True
+    )
     assert not any(report.values()), report
     for dtype in (torch.float32, torch.float64):
         compare(theirs, ours, dtype)
-        compare(back.eval(), ours, dtype)
+        compare(exported.eval(), ours, dtype)
 
 
 SHAPES = {
@@ -43,7 +45,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize(("shape", "levels"), [*((shape, 4) for shape in SHAPES), ("basic", 1)])
-def test_own_resnet_of_any_size_there_and_back(shape, levels, tmp_path):
+def test_custom_resnet_round_trip(shape, levels, tmp_path):
     stages = ["stage2", "stage3", "stage4"] if levels > 1 else ["stage4"]
     backbone = transformers.ResNetConfig(**SHAPES[shape], out_features=stages)
     theirs = transformers_config("refine", levels, "own ResNet", backbone_config=backbone)
@@ -51,12 +53,12 @@ def test_own_resnet_of_any_size_there_and_back(shape, levels, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = DeformableDETR.from_pretrained(tmp_path / "theirs")
     transformers_format.save(ours, tmp_path / "back")
-    back = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "back")
+    exported = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "back")
     state = theirs.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in back.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in exported.state_dict().items())
     for dtype in (torch.float32, torch.float64):
         compare(theirs, ours, dtype)
-        compare(back.eval(), ours, dtype)
+        compare(exported.eval(), ours, dtype)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -70,7 +72,7 @@ def test_dilated_backbone(variant, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "activations in the norms"])
-def test_weights_from_here_give_the_same_in_transformers(name, tmp_path):
+def test_exported_weights_give_equal_outputs_in_transformers(name, tmp_path):
     torch.manual_seed(0)
     changes = {**TINY_FIELDS, "backbone": "tf_efficientnet_lite0"} if name not in PRESETS else TINY_FIELDS
     ours = randomized(DeformableDETR(presets.PRESETS.get(name, presets.two_stage)(**changes)))

@@ -12,10 +12,10 @@ def test_sine_positions_do_not_depend_on_padding():
     padded[:, :6, :8] = False
     small, large = position(mask, torch.float32), position(padded, torch.float32)
     assert torch.allclose(small, large[:, :, :6, :8], atol=1e-6)
-    assert small.flatten(2).unique(dim=2).shape[2] == 48  # every pixel has its own
+    assert small.flatten(2).unique(dim=2).shape[2] == 48  # unique per pixel
 
 
-def test_learned_positions_grow_beyond_their_table():
+def test_learned_positions_grow_beyond_table_size():
     position = PositionEmbeddingLearned(8, size=5)
     small = position(torch.zeros(1, 5, 5, dtype=torch.bool), torch.float32)
     large = position(torch.zeros(1, 7, 9, dtype=torch.bool), torch.float32)

@@ -1,4 +1,4 @@
-"""Selection of the best pairs against the plain definition, and its borders."""
+"""Top-k selection compared with a plain implementation and with transformers."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ def outputs(B=2, Q=7, K=3, seed=0):
     return {"pred_logits": logits, "pred_boxes": torch.cat([centers, sizes], dim=-1)}
 
 
-def by_definition(out, image, size, top_k):
-    """All pairs of one image sorted by score, boxes by hand in float64."""
+def reference_detections(out, image, size, top_k):
+    """Sort all (query, class) pairs of one image by score, with boxes in float64."""
     height, width = size
     pairs = []
     for query, (logits, box) in enumerate(
@@ -29,53 +29,55 @@ def by_definition(out, image, size, top_k):
 
 
 @pytest.mark.parametrize("top_k", [1, 10, 21])
-def test_equals_the_definition(top_k):
+def test_postprocess_matches_reference(top_k):
     out, sizes = outputs(), [(480, 640), (1000, 33)]
     for image, (boxes, scores, labels) in enumerate(postprocess(out, sizes, top_k)):
-        expected = by_definition(out, image, sizes[image], top_k)
+        expected = reference_detections(out, image, sizes[image], top_k)
         assert labels.tolist() == [label for _, _, label, _ in expected]
         assert scores.tolist() == pytest.approx([score for score, *_ in expected], abs=1e-6)
         np.testing.assert_allclose(boxes.numpy(), [corners for *_, corners in expected], atol=1e-3)
 
 
-def test_fewer_pairs_than_asked_for():
+def test_top_k_is_clamped_to_the_number_of_pairs():
     out = outputs(Q=2, K=1)
-    assert [len(found.scores) for found in postprocess(out, [(10, 10), (10, 10)], top_k=100)] == [2, 2]
+    assert [len(detections.scores) for detections in postprocess(out, [(10, 10), (10, 10)], top_k=100)] == [2, 2]
 
 
-def test_boxes_may_cross_the_border_and_are_cut_there_for_people():
+def test_boxes_are_clipped_by_clip_boxes_to_image_only():
     box = torch.tensor([[[0.0, 0.5, 1.0, 3.0]]])
-    (found,) = postprocess({"pred_logits": torch.zeros(1, 1, 1), "pred_boxes": box}, [(30, 40)])
-    assert found.boxes.tolist() == [[-20.0, -30.0, 20.0, 60.0]]
-    assert clip_boxes_to_image(found.boxes[None], torch.tensor([[30, 40]])).tolist() == [[[0.0, 0.0, 20.0, 30.0]]]
+    (detections,) = postprocess({"pred_logits": torch.zeros(1, 1, 1), "pred_boxes": box}, [(30, 40)])
+    assert detections.boxes.tolist() == [[-20.0, -30.0, 20.0, 60.0]]
+    assert clip_boxes_to_image(detections.boxes[None], torch.tensor([[30, 40]])).tolist() == [[[0.0, 0.0, 20.0, 30.0]]]
 
 
-def test_equals_what_transformers_makes_of_the_same_outputs():
-    """To the bit: scores, labels, boxes and their order, for every number of them, also of those outside the image."""
+def test_postprocess_matches_transformers():
+    """Bit for bit: scores, labels, boxes and order, for any top_k, boxes outside the image included."""
     transformers = pytest.importorskip("transformers")
     processor = transformers.DeformableDetrImageProcessor()
     for dtype in (torch.float32, torch.float64):
         out = {key: value.to(dtype) for key, value in outputs(B=3, Q=50, K=6).items()}
-        there = type("Outputs", (), {"logits": out["pred_logits"], "pred_boxes": out["pred_boxes"]})
+        transformers_outputs = type("Outputs", (), {"logits": out["pred_logits"], "pred_boxes": out["pred_boxes"]})
         sizes = [(480, 640), (1000, 33), (1, 1)]
         for top_k in (1, 100, 1000):
-            expected = processor.post_process_object_detection(there, 0.0, torch.tensor(sizes), top_k=top_k)
-            for one, (boxes, scores, labels) in zip(expected, postprocess(out, sizes, top_k), strict=True):
-                assert torch.equal(one["boxes"], boxes)
-                assert torch.equal(one["scores"], scores)
-                assert torch.equal(one["labels"], labels)
-            assert min(found["boxes"].min() for found in expected) < 0 or top_k == 1
+            expected = processor.post_process_object_detection(
+                transformers_outputs, 0.0, torch.tensor(sizes), top_k=top_k
+            )
+            for item, (boxes, scores, labels) in zip(expected, postprocess(out, sizes, top_k), strict=True):
+                assert torch.equal(item["boxes"], boxes)
+                assert torch.equal(item["scores"], scores)
+                assert torch.equal(item["labels"], labels)
+            assert min(detections["boxes"].min() for detections in expected) < 0 or top_k == 1
 
 
-def test_one_query_may_give_several_classes():
+def test_one_query_can_yield_several_classes():
     box = torch.tensor([[[0.5, 0.5, 0.2, 0.2]]])
-    (found,) = postprocess({"pred_logits": torch.tensor([[[1.0, 3.0]]]), "pred_boxes": box}, [(10, 10)])
-    assert found.labels.tolist() == [1, 0]
-    assert torch.equal(found.boxes[0], found.boxes[1])
+    (detections,) = postprocess({"pred_logits": torch.tensor([[[1.0, 3.0]]]), "pred_boxes": box}, [(10, 10)])
+    assert detections.labels.tolist() == [1, 0]
+    assert torch.equal(detections.boxes[0], detections.boxes[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_works_in_float32_whatever_the_model_gave(dtype):
+def test_half_precision_outputs_are_processed_in_float32(dtype):
     out = {key: value.to(dtype) for key, value in outputs().items()}
     full = {key: value.float() for key, value in out.items()}
     sizes = [(3000, 4000), (480, 640)]
@@ -85,9 +87,9 @@ def test_works_in_float32_whatever_the_model_gave(dtype):
         assert torch.equal(half.scores, exact.scores)
 
 
-def test_labels_survive_many_classes():
+def test_labels_are_exact_with_20000_classes():
     logits = torch.full((1, 2, 20000), -5.0)
     logits[0, 1, 19999] = 2.0
-    (found,) = postprocess({"pred_logits": logits, "pred_boxes": torch.rand(1, 2, 4)}, [(10, 10)], top_k=1)
-    assert found.labels.tolist() == [19999]
-    assert found.labels.dtype == torch.int64
+    (detections,) = postprocess({"pred_logits": logits, "pred_boxes": torch.rand(1, 2, 4)}, [(10, 10)], top_k=1)
+    assert detections.labels.tolist() == [19999]
+    assert detections.labels.dtype == torch.int64

@@ -1,4 +1,4 @@
-"""Our op inside transformers' models: same outputs, same gradients, and undone without a trace."""
+"""`accelerate` on transformers models: same outputs and gradients, fully restored by `restore`."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]]
 
 
 def _scatter_offsets(model: nn.Module) -> None:
-    """Fresh layers look at the same places from everywhere, and fresh heads say the same of everything; not these."""
+    """Randomize offsets and zero-initialized parameters, so that outputs depend on every parameter."""
     for name, parameter in model.named_parameters():
         if "sampling_offsets.weight" in name or "attention_weights.weight" in name or not parameter.any():
             nn.init.normal_(parameter, std=0.2)
@@ -134,19 +134,17 @@ def test_outputs_and_gradients_stay_within_1e_5(name, monkeypatch):
     expected_gradients = _gradients(model, expected)
     calls = []
     original = ops.accelerate.__globals__["sample_and_sum"]
-    monkeypatch.setitem(
-        ops.accelerate.__globals__, "sample_and_sum", lambda *given: calls.append(1) or original(*given)
-    )
+    monkeypatch.setitem(ops.accelerate.__globals__, "sample_and_sum", lambda *args: calls.append(1) or original(*args))
 
     changed = ops.accelerate(model)
     assert changed
     assert ops.accelerate(model) == ()
     assert list(model.state_dict()) == keys
-    found = call(model)
-    assert len(calls) == len(changed)  # every layer that changed was used
-    assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
-    assert torch.equal(call(copy.deepcopy(model)), found)
-    gradients = _gradients(model, found)
+    accelerated = call(model)
+    assert len(calls) == len(changed)  # every replaced layer was called
+    assert (accelerated - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+    assert torch.equal(call(copy.deepcopy(model)), accelerated)
+    gradients = _gradients(model, accelerated)
     assert gradients.keys() == expected_gradients.keys()
     assert any(gradient.any() for gradient in gradients.values())
     for key, gradient in gradients.items():
@@ -159,12 +157,12 @@ def test_outputs_and_gradients_stay_within_1e_5(name, monkeypatch):
     assert ops.restore(model) == ()
 
 
-def test_nearest_neighbor_sampling_is_left_alone():
+def test_nearest_neighbor_sampling_is_not_accelerated():
     model, _ = _rt_detr("RTDetrV2", decoder_method="discrete")
     with pytest.raises(UserError, match="bilinear"):
         ops.accelerate(model)
 
 
-def test_other_models_get_the_list_of_known_ones():
+def test_unsupported_model_error_lists_supported_models():
     with pytest.raises(UserError, match=r"Linear has no .* Deformable DETR, RT-DETR, .*Mask2Former"):
         ops.accelerate(nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""Every backend against float64, at random shapes and at the edges."""
+"""Every backend compared with float64, at random shapes and edge cases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEVELS = st.lists(st.tuples(st.integers(1, 14), st.integers(1, 14)), min_size=1,
     shapes=LEVELS, B=st.integers(0, 3), Q=st.integers(0, 20), M=st.integers(1, 4), D=st.integers(1, 70),
     P=st.integers(1, 8), coordinates=st.sampled_from([2, 4]), dense=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_random_shapes_agree_with_float64(backend, shapes, B, Q, M, D, P, coordinates, dense, seed):
+def test_random_shapes_match_float64(backend, shapes, B, Q, M, D, P, coordinates, dense, seed):
     require(backend)
     Q = sum(h * w for h, w in shapes) if dense else Q
     inputs = case(shapes, B=B, Q=Q, M=M, D=D, P=P, coordinates=coordinates, seed=seed)
@@ -33,11 +33,11 @@ def test_random_shapes_agree_with_float64(backend, shapes, B, Q, M, D, P, coordi
     exact = results(fused(shapes), inputs, cotangent)
     value, reference, offsets, logits = inputs
     weights = logits.flatten(-2).softmax(-1).view_as(logits)
-    given = [value, ops.sampling_locations(shapes, reference, offsets), weights]
-    exact_sampled = results(sampled(shapes), given, cotangent)
+    sampled_inputs = [value, ops.sampling_locations(shapes, reference, offsets), weights]
+    exact_sampled = results(sampled(shapes), sampled_inputs, cotangent)
     with ops.use_backend(backend):
         assert_near(results(fused(shapes), [t.float() for t in inputs], cotangent), exact, 1e-5)
-        assert_near(results(sampled(shapes), [t.float() for t in given], cotangent), exact_sampled, 1e-5)
+        assert_near(results(sampled(shapes), [t.float() for t in sampled_inputs], cotangent), exact_sampled, 1e-5)
 
 
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])
@@ -50,21 +50,21 @@ def test_half_precision_values(backend, dtype, queries):
     inputs = [value.to(dtype), reference.float(), offsets.float(), logits.to(dtype)]
     exact = results(fused(shapes), [t.double() for t in inputs])
     with ops.use_backend(backend):
-        found = results(fused(shapes), inputs)
-    assert [t.dtype for t in found] == [dtype, *(t.dtype for t in inputs)]
-    assert_near(found, exact, 2e-2)
-    assert_near(found[2:4], exact[2:4], 1e-4)  # reference points and offsets: fp32 arithmetic throughout
+        actual = results(fused(shapes), inputs)
+    assert [t.dtype for t in actual] == [dtype, *(t.dtype for t in inputs)]
+    assert_near(actual, exact, 2e-2)
+    assert_near(actual[2:4], exact[2:4], 1e-4)  # reference points and offsets: fp32 arithmetic throughout
 
 
-def test_bf16_offsets_count_in_fp32():
-    """Only the offsets are rounded, never the location: bf16 has no more than 8 bits for a place on the map."""
+def test_bf16_offsets_are_added_in_fp32():
+    """Only the offsets are rounded; bf16 has too few bits for a location."""
     require("cpu")
     shapes = ((20, 100),)
     value, reference, offsets, logits = case(shapes, Q=40, D=16)
     offsets = offsets.bfloat16()
     exact = fused(shapes)(value, reference.float().double(), offsets.double(), logits.float().double())
-    found = fused(shapes)(value.float(), reference.float(), offsets, logits.float())
-    assert_near([found], [exact], 1e-5)
+    actual = fused(shapes)(value.float(), reference.float(), offsets, logits.float())
+    assert_near([actual], [exact], 1e-5)
 
 
 def test_reference_passes_gradcheck():
@@ -76,7 +76,7 @@ def test_reference_passes_gradcheck():
 
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference"])
 @pytest.mark.parametrize("queries", [5, 60])
-def test_far_and_broken_locations_count_nothing(backend, queries):
+def test_far_and_non_finite_locations_contribute_zero(backend, queries):
     require(backend)
     shapes = ((6, 7), (1, 1))
     value, reference, offsets, logits = (t.float() for t in case(shapes, B=1, Q=queries, M=2, D=16, P=4))
@@ -85,15 +85,15 @@ def test_far_and_broken_locations_count_nothing(backend, queries):
     with ops.use_backend(backend):
         output, by_value, *_, by_logits = results(fused(shapes), [value, reference, offsets, logits])
         locations = torch.full_like(offsets, math.nan)
-        nothing = results(sampled(shapes), [value, locations, logits])
-    for tensor in (output, by_value, by_logits, nothing[0], nothing[1], nothing[3]):
+        sampled_at_nan = results(sampled(shapes), [value, locations, logits])
+    for tensor in (output, by_value, by_logits, sampled_at_nan[0], sampled_at_nan[1], sampled_at_nan[3]):
         assert torch.equal(tensor, torch.zeros_like(tensor))
-    # The check can fail: the same call at places inside the map is not zero.
+    # Control: locations inside the map do not give zeros.
     assert results(fused(shapes), [value, reference, torch.zeros_like(offsets), logits])[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_border_pixels_weigh_as_in_float64(backend):
+def test_border_weights_match_float64(backend):
     require(backend)
     shapes = ((4, 6),)
     x, y = torch.meshgrid(torch.linspace(-1.2, 6.2, 38), torch.linspace(-1.2, 4.2, 28), indexing="xy")
@@ -106,7 +106,7 @@ def test_border_pixels_weigh_as_in_float64(backend):
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_views_and_broadcasts_are_read_right(backend):
+def test_non_contiguous_inputs(backend):
     require(backend)
     shapes = ((5, 6), (3, 3))
     value, reference, offsets, logits = (t.float() for t in case(shapes, B=2, Q=9, M=2, D=16))
@@ -125,7 +125,7 @@ def test_views_and_broadcasts_are_read_right(backend):
         assert_near(results(fused(shapes), leaves), exact, 1e-5)
 
 
-def test_infinite_values_reach_only_who_samples_them():
+def test_infinite_values_affect_only_queries_that_sample_them():
     require("cpu")
     shapes = ((4, 4),)
     value = torch.ones(1, 16, 1, 16)
@@ -136,7 +136,7 @@ def test_infinite_values_reach_only_who_samples_them():
     assert not output[1].isfinite().any()
 
 
-def test_wrong_shapes_are_refused():
+def test_mismatched_shapes_are_rejected():
     shapes = ((4, 5), (2, 2))
     value, reference, offsets, logits = (t.float() for t in case(shapes))
     call = ops.deformable_attention
@@ -152,7 +152,7 @@ def test_wrong_shapes_are_refused():
         call(value, shapes, reference[..., :1], offsets, logits)
 
 
-def test_more_samples_or_channels_than_the_library_takes():
+def test_fallback_beyond_the_limits_of_the_compiled_library():
     shapes = ((4, 5),) * 5
     many = case(shapes, Q=3, P=13, D=4)
     wide = case(shapes[:1], Q=3, D=300)

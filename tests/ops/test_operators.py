@@ -1,4 +1,4 @@
-"""The ops in torch's own machinery: opcheck, compile, export, the choice of backends; threads and forks."""
+"""The ops under opcheck, compile and export; backend selection; threads and forks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def test_opcheck(backend, dtype):
     with ops.use_backend(backend):
         torch.library.opcheck(operators.attention, (value, FLAT, reference, offsets, logits))
         torch.library.opcheck(operators.attention, (value, FLAT, None, offsets, logits))
-        for wanted in (True, False):
-            arguments = (grad, plain[0], FLAT, *plain[1:], wanted)
+        for needs_reference_grad in (True, False):
+            arguments = (grad, plain[0], FLAT, *plain[1:], needs_reference_grad)
             torch.library.opcheck(operators.attention_backward, arguments)
         torch.library.opcheck(operators.attention_backward, (grad, plain[0], FLAT, None, *plain[2:], False))
 
 
-def test_compiles_in_one_graph_with_gradients():
+def test_compile_full_graph_with_gradients():
     compiled = torch.compile(fused(SHAPES), fullgraph=True, backend="aot_eager")
     assert_near(results(compiled, inputs()), results(fused(SHAPES), [t.double() for t in inputs()]), 1e-5)
 
@@ -51,7 +51,7 @@ class Attention(torch.nn.Module):
         return ops.deformable_attention(value, SHAPES, reference, offsets, logits)
 
 
-def test_exports_with_dynamic_batch_and_queries():
+def test_export_with_dynamic_batch_and_queries():
     tensors = inputs(gradient=False)
     batch, queries = torch.export.Dim("batch", max=64), torch.export.Dim("queries", max=900)
     dynamic = ({0: batch}, *({0: batch, 1: queries} for _ in range(3)))
@@ -64,7 +64,7 @@ def test_exports_with_dynamic_batch_and_queries():
     assert "deformable_detr" not in program.graph_module.code
 
 
-def test_exports_maps_of_any_size():
+def test_export_with_dynamic_spatial_shapes():
     class Pixels(torch.nn.Module):
         def forward(self, pixels, reference, offsets, logits):
             height, width = pixels.shape[-2:]
@@ -78,13 +78,13 @@ def test_exports_maps_of_any_size():
     assert torch.equal(program.module()(other, *rest), Pixels()(other, *rest))
 
 
-def test_float64_can_be_differentiated_twice():
+def test_float64_double_backward():
     tensors = [t.requires_grad_() for t in case(((3, 4),), B=1, Q=2, M=1, D=2, P=2)]
     gradient = torch.autograd.grad(fused(((3, 4),))(*tensors).square().sum(), tensors[0], create_graph=True)[0]
     assert torch.autograd.grad(gradient.sum(), tensors[3])[0].abs().max() > 0
 
 
-def test_backends_are_listed_with_a_reason():
+def test_backends_list_has_a_detail_each():
     listed = {backend.name: backend for backend in ops.backends()}
     assert set(listed) >= {"cpu", "triton", "embedding_bag", "reference"}
     assert all(backend.detail for backend in listed.values())
@@ -92,16 +92,16 @@ def test_backends_are_listed_with_a_reason():
     assert listed["reference"].available
 
 
-def test_a_missing_backend_is_an_error_only_where_it_was_asked_for(monkeypatch):
+def test_missing_backend_fails_only_on_explicit_request(monkeypatch):
     monkeypatch.setattr(library, "status", lambda: (None, "not built"))
     with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="not built"):
         fused(SHAPES)(*inputs(gradient=False))
-    found = results(fused(SHAPES), inputs())
-    assert_near(found, results(fused(SHAPES), [t.double() for t in inputs()]), 1e-5)
+    actual = results(fused(SHAPES), inputs())
+    assert_near(actual, results(fused(SHAPES), [t.double() for t in inputs()]), 1e-5)
     assert not next(b for b in ops.backends() if b.name == "cpu").available
 
 
-def test_one_log_line_says_what_runs(monkeypatch, caplog):
+def test_backend_is_logged_once(monkeypatch, caplog):
     for status, level, words in (
         ((object(), "compiled library, avx9"), logging.INFO, "runs on cpu (compiled library, avx9"),
         ((None, "not built"), logging.WARNING, "runs on embedding_bag (plain PyTorch, slower"),
@@ -115,7 +115,7 @@ def test_one_log_line_says_what_runs(monkeypatch, caplog):
         assert [(r.levelno, words in r.getMessage()) for r in caplog.records] == [(level, True)]
 
 
-def test_unknown_backends_are_refused():
+def test_unknown_backend_is_rejected():
     with pytest.raises(ValueError, match="embedding_bag"), ops.use_backend("cuda"):
         pass
     code = "import deformable_detr.ops as o; o.deformable_attention"
@@ -131,40 +131,40 @@ def dense_inputs(levels=2):
     return shapes, [t.float() for t in case(shapes, B=2, Q=138, M=2, D=32)]
 
 
-@pytest.mark.parametrize("threads", [2, 5])  # 5: more than heads, so that levels are work of their own
+@pytest.mark.parametrize("threads", [2, 5])  # 5 exceeds the heads, so that levels are split too
 @pytest.mark.parametrize("levels", [1, 2])
-def test_threads_change_nothing(threads, levels):
+def test_thread_count_does_not_change_results(threads, levels):
     require("cpu")
     shapes, tensors = dense_inputs(levels)
     tensors[3] = tensors[3].bfloat16()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = results(fused(shapes), tensors)
+        single_threaded = results(fused(shapes), tensors)
         torch.set_num_threads(threads)
-        together = results(fused(shapes), tensors)
+        multi_threaded = results(fused(shapes), tensors)
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(single_threaded, multi_threaded, strict=True))
 
 
-def test_callers_in_several_threads_do_not_disturb_each_other():
+def test_concurrent_callers_get_correct_results():
     require("cpu")
     shapes, tensors = dense_inputs()
     expected = results(fused(shapes), tensors)
-    found: list[list[torch.Tensor]] = []
+    actual: list[list[torch.Tensor]] = []
 
     def work() -> None:
         for _ in range(5):
-            found.append(results(fused(shapes), tensors))
+            actual.append(results(fused(shapes), tensors))
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(found) == 20
-    assert all(torch.equal(a, b) for result in found for a, b in zip(result, expected, strict=True))
+    assert len(actual) == 20
+    assert all(torch.equal(a, b) for result in actual for a, b in zip(result, expected, strict=True))
     assert len(library._kept) <= library.KEEP
 
 
@@ -173,13 +173,13 @@ def _in_child(shapes, tensors, queue) -> None:
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this platform")
-def test_a_forked_child_computes_on_one_thread():
+def test_forked_child_runs_on_one_thread():
     require("cpu")
     shapes, tensors = dense_inputs()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        expected = fused(shapes)(*tensors).sum().item()  # OpenMP's threads now exist in this process
+        expected = fused(shapes)(*tensors).sum().item()  # starts OpenMP's threads in this process
         context = multiprocessing.get_context("fork")
         queue = context.SimpleQueue()
         child = context.Process(target=_in_child, args=(shapes, tensors, queue))

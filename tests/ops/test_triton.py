@@ -1,4 +1,4 @@
-"""The GPU kernels without a GPU: results in the interpreter, register usage by ahead-of-time compilation."""
+"""GPU kernels without a GPU: interpreted results and register use after ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.op_cases import assert_near, case, fused, results, sampled
 SCRIPT = Path(__file__).parents[1] / "support" / "triton_interpreted.py"
 
 
-def test_interpreted_kernels_agree_with_float64():
+def test_interpreted_kernels_match_float64():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True)
@@ -25,12 +25,12 @@ def test_interpreted_kernels_agree_with_float64():
     assert done.stdout.strip() == "passed"
 
 
-# Registers per thread, with a margin over those of Triton 3.9.
+# Limits in registers per thread, with a margin over Triton 3.9.
 @pytest.mark.parametrize("capability", [75, 80, 90])
 @pytest.mark.parametrize(
     ("kernel", "dtype", "registers"), [("forward", "bf16", 128), ("forward", "fp32", 160), ("backward", "bf16", 208)]
 )
-def test_kernels_compile_ahead_without_spills(kernel, dtype, registers, capability):
+def test_ahead_of_time_kernels_do_not_spill_registers(kernel, dtype, registers, capability):
     pytest.importorskip("triton")
     from tests.support.triton_aot import compile_for
 
@@ -43,7 +43,7 @@ def test_kernels_compile_ahead_without_spills(kernel, dtype, registers, capabili
 @pytest.mark.parametrize("reference", [0, 4])
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize(("channels", "levels", "points"), [(32, 4, 4), (64, 5, 8), (24, 3, 4), (256, 1, 1)])
-def test_other_shapes_compile_ahead_too(reference, fixed, channels, levels, points):
+def test_ahead_of_time_kernels_of_other_shapes(reference, fixed, channels, levels, points):
     pytest.importorskip("triton")
     from tests.support.triton_aot import compile_for
 
@@ -51,17 +51,17 @@ def test_other_shapes_compile_ahead_too(reference, fixed, channels, levels, poin
         usage = compile_for(
             kernel, 90, "bf16", reference=reference, channels=channels, levels=levels, points=points, fixed=fixed
         )
-        assert usage.spilled <= (64 if fixed else 0)  # 64-bit sums: a few registers too many, rarely used
+        assert usage.spilled <= (64 if fixed else 0)  # 64-bit sums need a few more registers and are rarely used
 
 
-def test_blocks_depend_on_nothing_but_the_heads_shape():
+def test_launch_configuration_depends_only_on_the_head_shape():
     assert triton_backend.configuration(32, 4, 4) == ({"N": 16, "DP": 32, "BQ": 2}, 1)
     assert triton_backend.configuration(5, 3, 1) == ({"N": 4, "DP": 8, "BQ": 32}, 1)
     blocks, warps = triton_backend.configuration(256, 8, 8)
     assert (blocks["BQ"], warps) == (1, 8)
 
 
-def test_squares_of_queries_are_a_permutation():
+def test_query_tile_order_is_a_permutation():
     order = triton_backend._order((20, 17, 3, 5), torch.device("cpu"))
     assert order.dtype == torch.int32
     assert torch.equal(order.sort().values, torch.arange(355, dtype=torch.int32))
@@ -69,7 +69,7 @@ def test_squares_of_queries_are_a_permutation():
     assert set((first // 17).tolist()) == set((first % 17).tolist()) == set(range(8))
 
 
-def test_a_backend_of_another_device_is_refused():
+def test_backend_for_another_device_is_rejected():
     with ops.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' does not run on cpu"):
         fused(((3, 4),))(*(t.float() for t in case(((3, 4),))))
 
@@ -79,24 +79,26 @@ def test_a_backend_of_another_device_is_refused():
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_on_the_gpu(coordinates, dtype, tolerance, deterministic):
+def test_gpu_results_match_float64(coordinates, dtype, tolerance, deterministic):
     shapes = ((20, 33), (10, 17), (5, 9))
     value, reference, offsets, logits = (t.cuda() for t in case(shapes, Q=875, M=8, D=32, coordinates=coordinates))
     inputs = [value.to(dtype), reference.float(), offsets.to(dtype), logits.to(dtype)]
     exact = results(fused(shapes), [t.double() for t in inputs])
     torch.use_deterministic_algorithms(deterministic)
     try:
-        found = results(fused(shapes), inputs)
-        again = results(fused(shapes), inputs)
+        actual = results(fused(shapes), inputs)
+        repeated = results(fused(shapes), inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     if dtype == torch.float32:
-        assert_near(found, exact, tolerance)
-    else:  # rounded offsets may fall on whole pixels, where their gradients jump
-        assert_near([*found[:2], found[4]], [*exact[:2], exact[4]], tolerance)
+        assert_near(actual, exact, tolerance)
+    else:  # rounded offsets may hit whole pixels, where gradients jump
+        assert_near([*actual[:2], actual[4]], [*exact[:2], exact[4]], tolerance)
     if deterministic:
-        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    given = [inputs[0], ops.sampling_locations(shapes, inputs[1], inputs[2].float()), inputs[3].float()]
+        assert all(torch.equal(a, b) for a, b in zip(actual, repeated, strict=True))
+    sampled_inputs = [inputs[0], ops.sampling_locations(shapes, inputs[1], inputs[2].float()), inputs[3].float()]
     assert_near(
-        results(sampled(shapes), given)[:2], results(sampled(shapes), [t.double() for t in given])[:2], tolerance
+        results(sampled(shapes), sampled_inputs)[:2],
+        results(sampled(shapes), [t.double() for t in sampled_inputs])[:2],
+        tolerance,
     )

@@ -1,4 +1,4 @@
-"""Gradients, comparison at float64 precision, and the bytes that autograd saves."""
+"""Gradient helpers: comparison at float64 precision and the bytes that autograd saves."""
 
 import torch
 
@@ -6,19 +6,19 @@ EXACT = 1e-10
 
 
 def gradients(out, *leaves):
-    """Of a sum with weights that differ."""
+    """Return the gradients of a weighted sum of `out`; distinct weights expose permuted elements."""
     return torch.autograd.grad((out * torch.linspace(0.5, 2, out.numel(), dtype=out.dtype).view_as(out)).sum(), leaves)
 
 
-def near(first, second):
+def all_close(first, second):
     return all(a.shape == b.shape and bool((a - b).abs().max() <= EXACT) for a, b in zip(first, second, strict=True))
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that a forward pass keeps for the backward pass beside what the caller already has."""
+    """Count the bytes that a forward pass saves for backward, except the given tensors."""
 
-    def __init__(self, *own):
-        self.places, self.bytes = {tensor.untyped_storage().data_ptr() for tensor in own}, 0
+    def __init__(self, *excluded):
+        self.storages, self.bytes = {tensor.untyped_storage().data_ptr() for tensor in excluded}, 0
         super().__init__(self.pack, lambda tensor: tensor)
 
     def __enter__(self):
@@ -26,8 +26,8 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def pack(self, tensor):
-        place = tensor.untyped_storage().data_ptr()
-        if place not in self.places:
-            self.places.add(place)
+        storage = tensor.untyped_storage().data_ptr()
+        if storage not in self.storages:
+            self.storages.add(storage)
             self.bytes += tensor.untyped_storage().nbytes()
         return tensor

@@ -1,4 +1,4 @@
-"""Inputs of the attention op, its results with gradients, and their comparison."""
+"""Inputs for the attention op, its results with gradients, and their comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def require(backend: str) -> None:
 
 
 def case(shapes, *, B=2, Q=11, M=3, D=8, P=4, coordinates=2, seed=0, spread=2.0) -> list[Tensor]:
-    """Make float64 inputs; no sample is within 0.01 of a whole pixel, where the location gradients jump."""
+    """Make float64 inputs with no sample within 0.01 of a whole pixel, where location gradients jump."""
     random = torch.Generator().manual_seed(seed)
     S, L = sum(h * w for h, w in shapes), len(shapes)
 
@@ -41,8 +41,8 @@ def results(call, inputs: list[Tensor], cotangent: Tensor | None = None) -> list
     return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
 
 
-def assert_near(found: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
-    for index, (a, b) in enumerate(zip(found, exact, strict=True)):
+def assert_near(actual: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
+    for index, (a, b) in enumerate(zip(actual, exact, strict=True)):
         assert a.shape == b.shape
         assert a.isfinite().all()
         if b.numel():
