@@ -12,7 +12,7 @@ from deformable_detr import benchmark as module
 from deformable_detr.benchmark import benchmark, describe_machine, peak_memory_mib, table, time_interleaved
 from deformable_detr.cli import main
 from deformable_detr.runtimes.fused.onednn import has_bf16
-from tests.support.models import found_set, tiny
+from tests.support.models import tiny, write_pseudo_labeled_dataset
 
 IN_PROCESS = [("eager", "fp32"), ("optimized", "fp32"), *([("optimized", "bf16")] if has_bf16() else [])]
 
@@ -40,7 +40,7 @@ def test_rows_and_speedups(model, without_exports):
 
 def test_command_line(model, without_exports, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
-    data = found_set(tmp_path / "set", model)
+    data = write_pseudo_labeled_dataset(tmp_path / "set", model)
     main(["benchmark", str(tmp_path / "model"), str(data), "--image-size", "64,96", "--repeats", "1",
           "--device", "cpu", "--json", str(tmp_path / "figures.json")])  # fmt: skip
     assert "| eager | fp32 |" in capsys.readouterr().out
@@ -70,7 +70,7 @@ def test_all_forms_with_ap(model, tmp_path, monkeypatch):
     from deformable_detr.export import export
 
     monkeypatch.setattr(export, "MAX_AP_LOSS", 1.0)  # random weights do not survive int8
-    data = found_set(tmp_path / "set", model, images=6)
+    data = write_pseudo_labeled_dataset(tmp_path / "set", model, images=6)
     rows = benchmark(model, data, image_size=(64, 96), repeats=1)
     forms = [("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"), ("openvino", "int8")]
     assert [(row.runtime, row.precision) for row in rows] == [*IN_PROCESS, *forms]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.models import found_set, tiny
+from tests.support.models import tiny, write_pseudo_labeled_dataset
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 CONFIG = json.dumps({
@@ -91,5 +91,5 @@ def test_predict_and_precision(run, tmp_path):
     assert row["images"] == 20
     assert row["ratio"] == pytest.approx(row["predict_per_second"] / row["model_per_second"])
     assert len(row["resident_mib"]) in (0, 10)
-    rows = run("precision.py", tmp_path / "model", found_set(tmp_path / "set", model))["rows"]
+    rows = run("precision.py", tmp_path / "model", write_pseudo_labeled_dataset(tmp_path / "set", model))["rows"]
     assert rows[1]["AP"] == pytest.approx(rows[0]["AP"], abs=0.01)

@@ -8,14 +8,14 @@ from PIL import Image
 
 from deformable_detr.cli import main
 from deformable_detr.explanation import trace
-from tests.support.explanations import picture, random_model
+from tests.support.explanations import random_image, random_model
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("explain")
     random_model(two_stage=True, refine=True).save_pretrained(folder / "model")
-    Image.fromarray(picture(67, 101).permute(1, 2, 0).numpy()).save(folder / "image.png")
+    Image.fromarray(random_image(67, 101).permute(1, 2, 0).numpy()).save(folder / "image.png")
     (folder / "file").touch()
     return folder
 

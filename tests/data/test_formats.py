@@ -15,15 +15,24 @@ from deformable_detr.data.formats import find_source
 from deformable_detr.data.yolo import label_folder, read_row
 from deformable_detr.structures import Category
 from deformable_detr.utils.errors import UserError
-from tests.support.datasets import SIZE, coco_set, contents, expected, picture, voc_set, voc_xml, yolo_set
+from tests.support.datasets import (
+    SIZE,
+    expected_objects,
+    read_objects,
+    voc_xml,
+    write_coco_dataset,
+    write_image,
+    write_voc_dataset,
+    write_yolo_dataset,
+)
 
 
 @pytest.mark.parametrize("layout", ["{kind}/{split}", "{split}/{kind}"])
 def test_yolo(tmp_path, layout):
-    yolo_set(tmp_path, layout)
+    write_yolo_dataset(tmp_path, layout)
     for split in ("train", "val"):
-        assert contents(tmp_path, split) == expected(split)
-        assert contents(tmp_path / "data.yaml", split) == expected(split)
+        assert read_objects(tmp_path, split) == expected_objects(split)
+        assert read_objects(tmp_path / "data.yaml", split) == expected_objects(split)
     train, val = (open_dataset(tmp_path, split) for split in ("train", "val"))
     assert train.categories == val.categories == (Category(0, "cat"), Category(1, "dog"))
     ensure_distinct_splits(train, val, tmp_path)
@@ -32,7 +41,7 @@ def test_yolo(tmp_path, layout):
 
 
 def test_ground_truth_of_yolo_is_plain_coco(tmp_path):
-    truth = open_dataset(yolo_set(tmp_path), "train").ground_truth
+    truth = open_dataset(write_yolo_dataset(tmp_path), "train").ground_truth
     assert [record["id"] for record in truth["images"]] == [1, 2, 3]
     assert {tuple(record) for record in truth["annotations"]} == {
         ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
@@ -52,13 +61,13 @@ def test_ground_truth_of_yolo_is_plain_coco(tmp_path):
     ],
 )
 def test_ways_to_write_data_yaml(tmp_path, head):
-    yolo_set(tmp_path, head=head.format(root=tmp_path))
+    write_yolo_dataset(tmp_path, head=head.format(root=tmp_path))
     (tmp_path / "lists").mkdir()
     lines = ["./../images/train/a.png", "images/train/b.png", "", f"{tmp_path}/images/train/empty.png", ""]
     (tmp_path / "lists/train.txt").write_text("\n".join(lines))
     (tmp_path / "lists/val.txt").write_text("..\\images\\val\\c.png\r\n")
     for split in ("train", "val"):
-        assert contents(tmp_path, split) == expected(split)
+        assert read_objects(tmp_path, split) == expected_objects(split)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +88,7 @@ def test_ways_to_write_data_yaml(tmp_path, head):
     ],
 )
 def test_faults_of_data_yaml(tmp_path, head, message):
-    yolo_set(tmp_path, head=head)
+    write_yolo_dataset(tmp_path, head=head)
     with pytest.raises(UserError, match=message) as caught:
         open_dataset(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}/data.yaml: ")
@@ -90,10 +99,12 @@ def test_class_names_are_what_stands_there(tmp_path):
     names = ["yes", "no", "on", "off", "y", "null", "~", "007", "1e3", "1.0", "2020-01-01", "0x1f", "1_000", "="]
     head = "train: images/train\nval: images/val\nnc: 14\n"
     for text in (f"names: [{', '.join(names)}]\n", "names:\n" + "".join(f"  {n}: {t}\n" for n, t in enumerate(names))):
-        yolo_set(tmp_path, head=head + text)
+        write_yolo_dataset(tmp_path, head=head + text)
         assert [category.name for category in open_dataset(tmp_path).categories] == names
-    yolo_set(tmp_path, head="a: &a {nc: 2, names: [cat, dog], test: }\n<<: *a\ntrain: images/train\nval: images/val\n")
-    assert contents(tmp_path, "train") == expected("train")
+    write_yolo_dataset(
+        tmp_path, head="a: &a {nc: 2, names: [cat, dog], test: }\n<<: *a\ntrain: images/train\nval: images/val\n"
+    )
+    assert read_objects(tmp_path, "train") == expected_objects("train")
     with pytest.raises(UserError, match="no 'test' split"):
         open_dataset(tmp_path, "test")
 
@@ -120,13 +131,13 @@ def test_yolo_rows_with_keypoints(tmp_path):
     for row, keypoints in {"1 0.5 0.5 0.5 0.25": 4, "1 0.5 0.5 0.5 0.25 0.1 0.2 0.3 0.4": 6}.items():
         with pytest.raises(ValueError, match=f"instead of class cx cy w h and {keypoints} keypoint values"):
             read_row(row, 2, keypoints)
-    yolo_set(tmp_path)
+    write_yolo_dataset(tmp_path)
     head = (tmp_path / "data.yaml").read_text()
     (tmp_path / "data.yaml").write_text(head + "kpt_shape: [2, 3]\n")
     for labels in (tmp_path / "labels").rglob("*.txt"):
         rows = labels.read_text().splitlines()
         labels.write_text("".join(f"{row} 0.1 0.9 2 0.9 0.1 1\n" for row in rows))
-    assert contents(tmp_path, "train") == expected("train")
+    assert read_objects(tmp_path, "train") == expected_objects("train")
     for shape in ("17", "[17]", "[17, x]", "[0, 2]"):
         (tmp_path / "data.yaml").write_text(head + f"kpt_shape: {shape}\n")
         with pytest.raises(UserError, match=r"data\.yaml: 'kpt_shape' must be two integers"):
@@ -134,7 +145,7 @@ def test_yolo_rows_with_keypoints(tmp_path):
 
 
 def test_a_bad_row_is_named(tmp_path):
-    yolo_set(tmp_path)
+    write_yolo_dataset(tmp_path)
     labels = tmp_path / "labels/train/a.txt"
     labels.write_text(labels.read_text() + "\n0 0.5 0.5\n")
     with pytest.raises(UserError, match=r"labels/train/a\.txt: line 4 has 3 values .*; correct or remove the row"):
@@ -164,64 +175,65 @@ def test_labels_lie_beside_or_in_labels(tmp_path):
     ],
 )
 def test_a_yolo_set_may_lie_below_images(tmp_path, root, layout):
-    yolo_set(tmp_path / root, layout)
+    write_yolo_dataset(tmp_path / root, layout)
     for split in ("train", "val"):
-        assert contents(tmp_path / root, split) == expected(split)
+        assert read_objects(tmp_path / root, split) == expected_objects(split)
 
 
 def test_dots_in_names_of_yolo_images(tmp_path):
-    yolo_set(tmp_path)
+    write_yolo_dataset(tmp_path)
     for path in (tmp_path / "images/train/a.png", tmp_path / "labels/train/a.txt"):
         path.rename(path.with_stem("a.b"))
-    assert contents(tmp_path, "train")["a.b"] == expected("train")["a"]
+    assert read_objects(tmp_path, "train")["a.b"] == expected_objects("train")["a"]
 
 
 def test_folders_of_yolo_in_capitals(tmp_path):
-    yolo_set(tmp_path, head="train: Images/train\nval: Images/val\nnames: [cat, dog]\n")
+    write_yolo_dataset(tmp_path, head="train: Images/train\nval: Images/val\nnames: [cat, dog]\n")
     for name in ("images", "labels"):
         (tmp_path / name).rename(tmp_path / name.title())
     for split in ("train", "val"):
-        assert contents(tmp_path, split) == expected(split)
+        assert read_objects(tmp_path, split) == expected_objects(split)
 
 
 @pytest.mark.parametrize(
-    ("make", "ending"), [(yolo_set, ".txt"), (partial(voc_set, flat=True), ".xml"), (voc_set, ".xml")]
+    ("make", "ending"),
+    [(write_yolo_dataset, ".txt"), (partial(write_voc_dataset, flat=True), ".xml"), (write_voc_dataset, ".xml")],
 )
 def test_labels_with_endings_in_capitals(tmp_path, make, ending):
     make(tmp_path)
-    before = contents(tmp_path, "train")
+    before = read_objects(tmp_path, "train")
     assert any(before.values())
     for path in [path for path in tmp_path.rglob(f"*{ending}") if path.parent.name != "Main"]:
         path.rename(path.with_suffix(ending.upper()))
-    assert contents(tmp_path, "train") == before
+    assert read_objects(tmp_path, "train") == before
 
 
 def test_yolo_boxes_are_those_of_the_upright_picture(tmp_path):
-    yolo_set(tmp_path)
+    write_yolo_dataset(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(tmp_path / "images/train/b.png", SIZE[::-1], exif=exif)
-    assert contents(tmp_path, "train") == expected("train")
+    write_image(tmp_path / "images/train/b.png", SIZE[::-1], exif=exif)
+    assert read_objects(tmp_path, "train") == expected_objects("train")
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_voc(tmp_path, flat):
-    voc_set(tmp_path, flat)
+    write_voc_dataset(tmp_path, flat)
     for split in ("train", "val"):
-        assert contents(tmp_path, split) == expected(split)
-    assert contents(tmp_path, "validation") == expected("val")
+        assert read_objects(tmp_path, split) == expected_objects(split)
+    assert read_objects(tmp_path, "validation") == expected_objects("val")
     train = open_dataset(tmp_path, "train")
     assert train.categories == (Category(1, "cat"), Category(2, "dog"))
     with pytest.raises(UserError, match="no 'test' split"):
         open_dataset(tmp_path, "test")
     if flat:
-        assert contents(tmp_path / "train", "train") == expected("train")
+        assert read_objects(tmp_path / "train", "train") == expected_objects("train")
 
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("names", [("train", "val"), ("train2", "holdout")])
 def test_classes_of_voc_are_those_of_all_splits(tmp_path, flat, names):
-    voc_set(tmp_path, flat)
+    write_voc_dataset(tmp_path, flat)
     data = DataConfig(train_split=names[0], val_split=names[1])
     for old, new in zip(("train", "valid" if flat else "val"), names, strict=True):
         place = tmp_path if flat else tmp_path / "ImageSets/Main"
@@ -241,7 +253,7 @@ def test_classes_of_voc_are_those_of_all_splits(tmp_path, flat, names):
 
 def test_classes_go_by_name_where_a_format_has_no_ids(tmp_path):
     model = (Category(5, "dog"), Category(9, "cat"), Category(11, "bird"))
-    for make in (voc_set, yolo_set):
+    for make in (write_voc_dataset, write_yolo_dataset):
         root = make(tmp_path / make.__name__)
         found = open_dataset(root, "val", categories=model)
         assert found.categories == model
@@ -266,7 +278,7 @@ def test_classes_go_by_name_where_a_format_has_no_ids(tmp_path):
     ],
 )
 def test_faults_of_voc_files(tmp_path, text, message):
-    voc_set(tmp_path)
+    write_voc_dataset(tmp_path)
     (tmp_path / "Annotations/a.xml").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         open_dataset(tmp_path)
@@ -274,7 +286,7 @@ def test_faults_of_voc_files(tmp_path, text, message):
 
 
 def test_voc_without_any_object(tmp_path):
-    voc_set(tmp_path)
+    write_voc_dataset(tmp_path)
     for path in (tmp_path / "Annotations").glob("*.xml"):
         path.write_text("<annotation/>")
     with pytest.raises(UserError, match="none of its XML files has an object, so there is no class"):
@@ -282,17 +294,17 @@ def test_voc_without_any_object(tmp_path):
 
 
 def test_missing_files_of_voc(tmp_path):
-    voc_set(tmp_path)
+    write_voc_dataset(tmp_path)
     (tmp_path / "Annotations/b.xml").unlink()
     with pytest.raises(UserError, match=r"Annotations/b\.xml: is missing; add it or remove b from train\.txt"):
         open_dataset(tmp_path)
-    voc_set(tmp_path)
+    write_voc_dataset(tmp_path)
     (tmp_path / "JPEGImages/a.jpg").unlink()
     with pytest.raises(UserError, match=r"train\.txt: line 1 names 'a', but .*JPEGImages has no such image"):
         open_dataset(tmp_path)
-    flat = voc_set(tmp_path / "flat", flat=True)
+    flat = write_voc_dataset(tmp_path / "flat", flat=True)
     (flat / "train/b.xml").unlink()
-    assert contents(flat, "train")["b"] == [], "an image without objects"
+    assert read_objects(flat, "train")["b"] == [], "an image without objects"
 
 
 @pytest.mark.parametrize(
@@ -306,13 +318,13 @@ def test_missing_files_of_voc(tmp_path):
 )
 def test_lines_of_a_voc_list(tmp_path, lines, stems):
     for stem in ("card", "card 1", "card (1) train"):
-        picture(tmp_path / f"JPEGImages/{stem}.jpg")
+        write_image(tmp_path / f"JPEGImages/{stem}.jpg")
         notes = tmp_path / f"Annotations/{stem}.xml"
         notes.parent.mkdir(exist_ok=True)
         notes.write_text(voc_xml(f"{stem}.jpg", [(0, (len(stem), 2, 16, 10))], 1))
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
     (tmp_path / "ImageSets/Main/train.txt").write_text(lines)
-    found = contents(tmp_path, "train")
+    found = read_objects(tmp_path, "train")
     assert list(found) == stems
     assert all(boxes == [("cat", [len(stem), 2, 16, 10])] for stem, boxes in found.items())
     (tmp_path / "ImageSets/Main/train.txt").write_text(lines + "card (2) 1\n")
@@ -321,15 +333,17 @@ def test_lines_of_a_voc_list(tmp_path, lines, stems):
 
 
 def test_voc_images_that_differ_only_in_their_suffixes_are_refused(tmp_path):
-    picture(voc_set(tmp_path) / "JPEGImages/a.png")
+    write_image(write_voc_dataset(tmp_path) / "JPEGImages/a.png")
     with pytest.raises(UserError, match=r"a\.png: has the name of a\.jpg but another suffix.*; rename or remove it"):
         open_dataset(tmp_path)
 
 
-@pytest.mark.parametrize("make", [yolo_set, coco_set, voc_set, partial(voc_set, flat=True)])
+@pytest.mark.parametrize(
+    "make", [write_yolo_dataset, write_coco_dataset, write_voc_dataset, partial(write_voc_dataset, flat=True)]
+)
 def test_hidden_files_are_no_part_of_a_set(tmp_path, make):
     root = make(tmp_path / ".cache" / "set")  # the set's own place may be hidden
-    if make is coco_set:
+    if make is write_coco_dataset:
         for split in ("train", "valid"):
             (root / split / "_annotations.coco.json").rename(root / split / "notes.json")
     files = [path for path in root.rglob("*") if path.is_file()]
@@ -338,17 +352,17 @@ def test_hidden_files_are_no_part_of_a_set(tmp_path, make):
         for hidden in (path.with_name(f"._{path.name}"), path.parent / ".ipynb_checkpoints" / path.name):
             hidden.write_bytes(b"\0\5\x16\7")
     for split in ("train", "val"):
-        assert contents(root, split) == expected(split)
+        assert read_objects(root, split) == expected_objects(split)
 
 
 def test_a_hidden_yaml_is_no_second_one(tmp_path):
-    (yolo_set(tmp_path) / "data.yaml").rename(tmp_path / "cards.yaml")
+    (write_yolo_dataset(tmp_path) / "data.yaml").rename(tmp_path / "cards.yaml")
     (tmp_path / "._cards.yaml").write_bytes(b"\0")
-    assert contents(tmp_path, "train") == expected("train")
+    assert read_objects(tmp_path, "train") == expected_objects("train")
 
 
 def test_coco_json_comes_first(tmp_path):
-    yolo_set(coco_set(tmp_path))
+    write_yolo_dataset(write_coco_dataset(tmp_path))
     assert find_source(tmp_path, "train", DataConfig()).format == "coco"
     for json_file in tmp_path.rglob("*.coco.json"):
         json_file.unlink()
@@ -363,7 +377,7 @@ def test_coco_json_comes_first(tmp_path):
 
 @pytest.mark.parametrize("reached", ["list", "path"])
 def test_a_yolo_set_reached_through_a_link(tmp_path, reached):
-    root = yolo_set(tmp_path / "deep" / "down" / "set")
+    root = write_yolo_dataset(tmp_path / "deep" / "down" / "set")
     text = (root / "data.yaml").read_text()
     if reached == "list":
         files = sorted((root / "images" / "train").iterdir())
@@ -380,7 +394,7 @@ def test_a_yolo_set_reached_through_a_link(tmp_path, reached):
 
 
 def test_yolo_folders_that_may_not_be_read_are_not_empty_ones(tmp_path, monkeypatch):
-    root = yolo_set(tmp_path)
+    root = write_yolo_dataset(tmp_path)
     access, lstat, scandir, read_text = os.access, os.lstat, os.scandir, Path.read_text
 
     def forbid(folder):
@@ -409,7 +423,7 @@ def test_yolo_folders_that_may_not_be_read_are_not_empty_ones(tmp_path, monkeypa
 
 @pytest.mark.parametrize("folder", ["", "JPEGImages", "Annotations"])
 def test_voc_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch, folder):
-    root = voc_set(tmp_path / "set")
+    root = write_voc_dataset(tmp_path / "set")
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root / folder and access(path, mode))
     with pytest.raises(UserError, match=r"Permission denied; make the folder readable"):

@@ -11,7 +11,7 @@ from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.source import AnnotationCache, remap_category_ids
 from deformable_detr.data.validate import check_for_training
 from deformable_detr.structures import Category
-from tests.support.datasets import coco_set, voc_set, yolo_set
+from tests.support.datasets import write_coco_dataset, write_voc_dataset, write_yolo_dataset
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def reads(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize(("make", "files"), [(coco_set, 2), (yolo_set, 3), (voc_set, 4)])
+@pytest.mark.parametrize(("make", "files"), [(write_coco_dataset, 2), (write_yolo_dataset, 3), (write_voc_dataset, 4)])
 def test_training_reads_each_annotation_file_once(tmp_path, reads, make, files):
     root = make(tmp_path)
     cache, data = AnnotationCache(), DataConfig(check="full")

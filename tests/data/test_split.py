@@ -17,18 +17,18 @@ from deformable_detr.data.split import assign_splits
 from deformable_detr.data.validate import repair
 from deformable_detr.evaluation.evaluator import open_eval_dataset
 from deformable_detr.utils.errors import UserError
-from tests.support.data_problems import as_training, state
+from tests.support.data_problems import load_for_training, snapshot
 from tests.support.datasets import (
     NAMES,
     OBJECTS,
-    coco_set,
-    contents,
-    expected,
-    picture,
-    voc_set,
+    expected_objects,
+    read_objects,
     voc_xml,
+    write_coco_dataset,
+    write_image,
+    write_voc_dataset,
+    write_yolo_dataset,
     yolo_row,
-    yolo_set,
 )
 
 SPLIT = "_annotations.coco.json"
@@ -38,7 +38,7 @@ def coco(images, annotations):
     """COCO JSON in a folder of its own, as labeling tools export it."""
 
     def make(root):
-        coco_set(root)
+        write_coco_dataset(root)
         (root / annotations).parent.mkdir(exist_ok=True)
         (root / "train" / SPLIT).rename(root / annotations)
         (root / images).parent.mkdir(exist_ok=True)
@@ -53,7 +53,7 @@ def yolo(images, labels, classes="classes.txt"):
 
     def make(root):
         for stem, boxes in OBJECTS["train"].items():
-            picture(root / images / f"{stem}.png")
+            write_image(root / images / f"{stem}.png")
             (root / labels).mkdir(parents=True, exist_ok=True)
             (root / labels / f"{stem}.txt").write_text("".join(yolo_row(*box) for box in boxes))
         (root / classes).write_text("\n".join(NAMES) + "\n\n")
@@ -67,7 +67,7 @@ def voc(images, annotations):
 
     def make(root):
         for stem, boxes in OBJECTS["train"].items():
-            picture(root / images / f"{stem}.jpg")
+            write_image(root / images / f"{stem}.jpg")
             (root / annotations).mkdir(parents=True, exist_ok=True)
             (root / annotations / f"{stem}.xml").write_text(voc_xml(f"{stem}.jpg", boxes))
 
@@ -117,9 +117,9 @@ def refused(capsys, *arguments):
 def many(root, names="abcdefghij", folder="train", **more):
     """An undivided set with one object in each image, of both classes in turn."""
     objects = {name: [(number % 2, (4, 2, 16, 10))] for number, name in enumerate(names)} | more
-    coco_set(root, {"train": objects}, folders=(folder,))
+    write_coco_dataset(root, {"train": objects}, folders=(folder,))
     for seed, name in enumerate(objects, start=1000 * len(folder)):
-        picture(root / folder / f"{name}.png", seed=seed)
+        write_image(root / folder / f"{name}.png", seed=seed)
     return root
 
 
@@ -139,54 +139,54 @@ def test_a_set_that_is_not_divided_is_read_whole_and_divided(tmp_path, capsys, m
     root = tmp_path / "my set"
     root.mkdir()
     make(root)
-    assert contents(root, "train") == expected("train")
+    assert read_objects(root, "train") == expected_objects("train")
     with pytest.raises(UserError, match="split it with deformable-detr split") as said:
-        as_training(root)
+        load_for_training(root)
     if "no 'val' split" not in str(said.value):  # obj_train_data says what it is
-        assert contents(root, "val") == expected("train")
-    before = state(root)
+        assert read_objects(root, "val") == expected_objects("train")
+    before = snapshot(root)
     command = re.search(r"split it with deformable-detr (split .*) --out NEW", str(said.value))[1]
     split(capsys, *shlex.split(command)[1:], "--out", tmp_path / "new", "--val", "0.4")
-    as_training(tmp_path / "new")
-    both = contents(tmp_path / "new", "train") | contents(tmp_path / "new", "val")
-    assert both == expected("train")
-    assert state(root) == before
+    load_for_training(tmp_path / "new")
+    both = read_objects(tmp_path / "new", "train") | read_objects(tmp_path / "new", "val")
+    assert both == expected_objects("train")
+    assert snapshot(root) == before
 
 
 def test_classes_txt_with_a_folder_for_each_split(tmp_path):
     for layout in ("{kind}/{split}", "{split}/{kind}"):
-        root = yolo_set(tmp_path / layout[1:5], layout)
+        root = write_yolo_dataset(tmp_path / layout[1:5], layout)
         (root / "data.yaml").unlink()
         with pytest.raises(UserError, match=r"no 'val' split; searched .*, data\.yaml, classes\.txt and Annotations"):
-            contents(root, "val")
+            read_objects(root, "val")
         (root / "classes.txt").write_text("cat\ndog\n")
-        assert contents(root, "train") == expected("train")
-        assert contents(root, "val") == expected("val")
+        assert read_objects(root, "train") == expected_objects("train")
+        assert read_objects(root, "val") == expected_objects("val")
         with pytest.raises(UserError, match="no 'test' split"):
-            contents(root, "test")
+            read_objects(root, "test")
     (root / "classes.txt").write_text("cat\ncat\n")
     with pytest.raises(UserError, match=r"classes\.txt.*lists 'cat' twice"):
-        contents(root, "train")
+        read_objects(root, "train")
 
 
 def test_lists_of_a_voc_set_say_what_is_in_a_split_whatever_its_folders_are_called(tmp_path):
-    root = voc_set(tmp_path / "voc")
+    root = write_voc_dataset(tmp_path / "voc")
     (root / "JPEGImages").rename(root / "images")
     (root / "Annotations").rename(root / "annotations")
-    assert contents(root, "train") == expected("train")
-    assert contents(root, "val") == expected("val")
+    assert read_objects(root, "train") == expected_objects("train")
+    assert read_objects(root, "val") == expected_objects("val")
     (root / "ImageSets/Main/val.txt").unlink()
     with pytest.raises(UserError, match=r"no 'val' split; write .*val\.txt"):
-        contents(root, "val")
+        read_objects(root, "val")
 
 
 def test_what_is_said_of_a_set_without_validation(tmp_path, capsys):
     many(tmp_path / "set")
     with pytest.raises(UserError, match=r"no 'val' split; .*; or split it with deformable-detr split .*set --out NEW"):
-        as_training(tmp_path / "set")
+        load_for_training(tmp_path / "set")
     many(tmp_path / "set", folder="test")
     with pytest.raises(UserError, match=r"; or use the test split with --set data\.val_split=test"):
-        as_training(tmp_path / "set")
+        load_for_training(tmp_path / "set")
     split(capsys, tmp_path / "set", "--out", tmp_path / "new")
     assert parts(tmp_path / "new")["test"] == set("abcdefghij"), "a test split stays"
     assert "leave out --test" in refused(capsys, tmp_path / "set", "--out", tmp_path / "x", "--test", "0.1")
@@ -289,7 +289,7 @@ def test_what_is_wrong_is_repaired_on_the_way(tmp_path, capsys):
     assert ": split copy with 9 of 10 images and 9 of 10 objects" in out
     found = parts(tmp_path / "new")
     assert found["train"] | found["val"] == set("abdefghij")
-    as_training(tmp_path / "new")
+    load_for_training(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
@@ -301,23 +301,23 @@ def test_what_is_wrong_is_repaired_on_the_way(tmp_path, capsys):
 )  # fmt: skip
 def test_splits_of_any_spelling_stay_apart(tmp_path, capsys, places):
     for place, stem in zip(places, ("a", "c", "e"), strict=True):
-        picture(tmp_path / place / f"{stem}.png")
+        write_image(tmp_path / place / f"{stem}.png")
         label = tmp_path / place.replace("images", "labels") / f"{stem}.txt"
         label.parent.mkdir(parents=True, exist_ok=True)
         label.write_text(yolo_row(0, (4, 2, 16, 10)))
     (tmp_path / "obj.names").write_text("cat\ndog\n")
-    assert [list(contents(tmp_path, name)) for name in ("train", "val", "test")] == [["a"], ["c"], ["e"]]
+    assert [list(read_objects(tmp_path, name)) for name in ("train", "val", "test")] == [["a"], ["c"], ["e"]]
     assert "already has a 'val' split" in refused(capsys, tmp_path, "--out", tmp_path.with_name("new"))
 
 
 @pytest.mark.parametrize("name", ["default", "trainval"])
 def test_the_one_list_of_a_voc_set_that_is_not_divided(tmp_path, name):
-    root = voc_set(tmp_path)
+    root = write_voc_dataset(tmp_path)
     lists = root / "ImageSets/Main"
     (lists / "val.txt").unlink()
-    assert contents(root, "train") == expected("train")
+    assert read_objects(root, "train") == expected_objects("train")
     (lists / "train.txt").rename(lists / f"{name}.txt")
-    assert contents(root, "train") == contents(root, "val") == expected("train")
+    assert read_objects(root, "train") == read_objects(root, "val") == expected_objects("train")
 
 
 def test_links_to_folders_of_images(tmp_path):
@@ -325,16 +325,16 @@ def test_links_to_folders_of_images(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/cam").symlink_to(tmp_path / "photos/cam")
     (tmp_path / "images/cam/back").symlink_to(tmp_path / "images")
-    assert contents(tmp_path, "train") == expected("train")
+    assert read_objects(tmp_path, "train") == expected_objects("train")
 
 
 def test_a_list_of_classes_without_images_of_the_split(tmp_path):
     yolo("images/train", "labels/train")(tmp_path)
-    assert contents(tmp_path, "train") == expected("train")
+    assert read_objects(tmp_path, "train") == expected_objects("train")
     with pytest.raises(
         UserError, match=r"no 'val' split; notes\.json has no list 'images'; add .* classes\.txt and images/val"
     ):
-        contents(tmp_path, "val")
+        read_objects(tmp_path, "val")
 
 
 def test_an_empty_validation_split_is_made_anew(tmp_path, capsys):
@@ -352,7 +352,7 @@ def test_what_cannot_be_read_is_told_and_listed(tmp_path, capsys):
     (root / "annotations/a.xml").write_text("<annotation>")
     (root / "images/b.jpg").unlink()
     for number in range(3):
-        picture(root / f"images/more{number}.jpg", seed=number)
+        write_image(root / f"images/more{number}.jpg", seed=number)
     (root / "annotations/more0.xml").write_text(voc_xml("more0.jpg", OBJECTS["train"]["a"]))
     out = split(capsys, root, "--out", tmp_path / "new")
     assert "error label-unreadable: " in out
@@ -378,7 +378,7 @@ def test_measuring_on_training_images_is_told(tmp_path, caplog):
     open_eval_dataset(model, tmp_path / "whole")
     assert [said in record.getMessage() for record in caplog.records] == [True]
     caplog.clear()
-    coco_set(tmp_path / "divided")
+    write_coco_dataset(tmp_path / "divided")
     for root, name in [("whole", "train"), ("divided", "val"), ("divided", "train"), ("divided/valid", "val")]:
         open_eval_dataset(model, tmp_path / root, name)
     assert said not in caplog.text
@@ -394,7 +394,7 @@ def test_splits_of_other_names(tmp_path, capsys):
 
 
 def test_the_folder_of_the_copy_is_left_as_it_was(tmp_path, capsys, monkeypatch):
-    root = yolo_set(tmp_path / "yolo")
+    root = write_yolo_dataset(tmp_path / "yolo")
     (root / "data.yaml").write_text("train: images/train\nnames: [cat, dog]\n")
     inside = root / "images/train/new"
     assert "lies in the dataset" in refused(capsys, root / "data.yaml", "--out", inside)
@@ -413,7 +413,7 @@ def test_the_folder_of_the_copy_is_left_as_it_was(tmp_path, capsys, monkeypatch)
 def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch):
     root = many(tmp_path / "set")
     new = tmp_path / "new"
-    coco_set(tmp_path / "divided")
+    write_coco_dataset(tmp_path / "divided")
     few = many(tmp_path / "few", "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
@@ -434,11 +434,11 @@ def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    before = state(root)
+    before = snapshot(root)
     monkeypatch.setattr(repair, "_link_image", full)
     assert f"--out {new}: cannot be written: No space left" in refused(capsys, root, "--out", new)
     code, _, err = call(capsys, "check", tmp_path / "divided", "--fix", new)
     assert code == 2
     assert f"--fix {new}: cannot be written: No space left" in err
     assert not new.exists()
-    assert state(root) == before
+    assert snapshot(root) == before

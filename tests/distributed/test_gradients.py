@@ -11,7 +11,7 @@ EXACT = 1e-10
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     ended = launch("gradients", tmp_path_factory.mktemp("job"))
-    assert [process.code for process in ended] == [0, 0], ended[0].said[-2000:] + ended[1].said[-2000:]
+    assert [process.code for process in ended] == [0, 0], ended[0].output[-2000:] + ended[1].output[-2000:]
     return [process.results for process in ended]
 
 

@@ -19,7 +19,7 @@ from deformable_detr.cli import app
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.training.checkpoint import load_checkpoint
 from tests.support.distributed_jobs import run_config
-from tests.support.processes import _free_ports
+from tests.support.processes import free_ports
 from tests.support.training import write_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ class Torchrun:
         config = folder / "run.yaml"
         config.write_text(run_config(epochs=EPOCHS, eval_every=EPOCHS).to_yaml())
         self.said = folder / "run.txt"
-        port = ["--master-port", str(_free_ports(1)[0])] if "--rdzv-backend" not in options else []
+        port = ["--master-port", str(free_ports(1)[0])] if "--rdzv-backend" not in options else []
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port, *options]
         command += ["-m", "deformable_detr", "train", str(folder / "data"), "--out", str(self.out)]
         command += ["--resume"] if resume else ["--config", str(config)]
@@ -122,7 +122,7 @@ def same(out, wanted):
 @pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_run_goes_on(whole, tmp_path):
     write_dataset(tmp_path / "data", train=8, val=2)
-    options = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{_free_ports(1)[0]}", "--max-restarts", "1")
+    options = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_ports(1)[0]}", "--max-restarts", "1")
     with Torchrun(tmp_path, *options) as run:
         run.wait(until=lambda: run.saved() >= 4)
         os.kill(run.workers()[1], signal.SIGKILL)

@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
     train_model(data, folder / "alone", run_config())
     train_model(data, folder / "one", run_config(epochs=1))
     ended = launch("runs", folder)
-    assert [process.code for process in ended] == [0, 0], ended[0].said[-3000:] + ended[1].said[-3000:]
+    assert [process.code for process in ended] == [0, 0], ended[0].output[-3000:] + ended[1].output[-3000:]
     return folder, ended
 
 
@@ -49,8 +49,8 @@ def test_two_processes_train_as_one(runs):
 
 def test_only_the_first_process_speaks_and_writes(runs):
     folder, ended = runs
-    assert "total batch size 4 (2 processes × 1 × 2 at most)" in ended[0].said
-    assert "total batch size" not in ended[1].said
+    assert "total batch size 4 (2 processes × 1 × 2 at most)" in ended[0].output
+    assert "total batch size" not in ended[1].output
     assert [record["step"] for record in lines(folder / "ddp", "train")] == [1, 2, 3, 4]
     assert len(lines(folder / "ddp", "evaluation")) == 2
 
@@ -70,7 +70,7 @@ def evaluations(tmp_path_factory):
     write_dataset(folder / "five", val=5)
     write_dataset(folder / "one", val=1)
     ended = launch("evaluations", folder)
-    assert [process.code for process in ended] == [0, 0], ended[0].said[-3000:] + ended[1].said[-3000:]
+    assert [process.code for process in ended] == [0, 0], ended[0].output[-3000:] + ended[1].output[-3000:]
     return [process.results for process in ended]
 
 
@@ -91,7 +91,7 @@ def accidents(tmp_path_factory):
     broken = write_dataset(folder / "broken", train=8, val=2)
     (broken / "train" / "3.png").unlink()
     ended = launch("accidents", folder)
-    assert [process.code for process in ended] == [0, 0], ended[0].said[-3000:] + ended[1].said[-3000:]
+    assert [process.code for process in ended] == [0, 0], ended[0].output[-3000:] + ended[1].output[-3000:]
     return folder, [process.results for process in ended]
 
 
@@ -124,7 +124,7 @@ def test_a_process_that_dies_ends_the_run_and_torchrun_goes_on(tmp_path):
     first, second = launch("crash", tmp_path)
     assert second.code == -9
     assert "ended unexpectedly" in first.results["run"]["error"]
-    assert "Traceback" not in first.said
+    assert "Traceback" not in first.output
     again = launch("crash", tmp_path, TORCHELASTIC_RESTART_COUNT="1")
     assert [process.results["run"]["result"]["step"] for process in again] == [4, 4]
 

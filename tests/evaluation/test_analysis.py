@@ -9,7 +9,7 @@ import pytest
 from deformable_detr.evaluation import coco_metrics
 from deformable_detr.evaluation.analysis import analyze, best_f1, match
 from deformable_detr.evaluation.metrics import run_coco_eval
-from tests.support.detections import synthetic
+from tests.support.detections import synthetic_detections
 
 # tidecv 1.0.1 on `synthetic(seed=1)`, percent: its figures where the package is not installed.
 TIDE_AP50 = 48.601852072199954
@@ -21,7 +21,7 @@ TIDE_GAINS = {
 
 @pytest.fixture(scope="module")
 def case():
-    return synthetic(seed=1)
+    return synthetic_detections(seed=1)
 
 
 def overlap(a, b):
@@ -61,7 +61,7 @@ def test_matches_are_those_of_the_definition(case):
 
 
 def test_detections_on_crowds_do_not_count():
-    truth, results = synthetic(seed=2, crowds=0.3)
+    truth, results = synthetic_detections(seed=2, crowds=0.3)
     matches = match(run_coco_eval(truth, results))
     crowd = np.array([annotation["iscrowd"] for annotation in truth["annotations"]], dtype=bool)
     assert (matches.objects == ~crowd).all()
@@ -174,7 +174,7 @@ def reference(truth, results, monkeypatch):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_tide_agrees_with_its_authors(seed, monkeypatch):
-    truth, results = synthetic(seed=seed)
+    truth, results = synthetic_detections(seed=seed)
     ap, gains, special = reference(truth, results, monkeypatch)
     errors = analyze(run_coco_eval(truth, results))["errors"]
     assert 100 * errors["AP50"] == pytest.approx(ap, abs=0.01)
@@ -192,7 +192,7 @@ def test_tide_is_as_recorded(case):
 
 @pytest.mark.parametrize("what", ["no detections", "no objects", "nothing", "one class"])
 def test_little_to_count(what):
-    truth, results = synthetic(images=3, classes=1)
+    truth, results = synthetic_detections(images=3, classes=1)
     if what in ("no objects", "nothing"):
         truth = {**truth, "annotations": []}
     if what in ("no detections", "nothing"):

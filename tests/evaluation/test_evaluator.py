@@ -81,7 +81,7 @@ def test_batches_and_workers_change_nothing(tmp_path, batch_size, workers):
     once = evaluate(model, root, batch_size=2, workers=0, progress=False)
     assert 0.3 < metrics["AP"] < 1
     assert {**metrics, "images_per_second": 0} == {**once, "images_per_second": 0}
-    assert sum(shape[0] for shape in model.seen) == 10
+    assert sum(shape[0] for shape in model.input_shapes) == 10
 
 
 def test_wrong_class_is_wrong(tmp_path):
@@ -95,7 +95,7 @@ def test_limit_counts_only_the_images_it_sees(tmp_path):
     metrics = evaluate(model, write_set(tmp_path), limit=2, batch_size=2, workers=0, progress=False)
     assert metrics["images"] == 2
     assert metrics["AR100"] == pytest.approx(1.0)
-    assert sum(shape[0] for shape in model.seen) == 2
+    assert sum(shape[0] for shape in model.input_shapes) == 2
     more = evaluate(model, tmp_path, limit=99, workers=0, progress=False)
     assert more["images"] == 5
 

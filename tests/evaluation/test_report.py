@@ -13,7 +13,7 @@ from deformable_detr.evaluation.evaluator import compare_metrics, evaluate_model
 from deformable_detr.evaluation.report import MAX_IMAGES, render_report, write_report
 from deformable_detr.runtimes.fused import OptimizedDetector
 from deformable_detr.utils.errors import UserError
-from tests.support.detections import evaluation_result, page_data, synthetic
+from tests.support.detections import evaluation_result, page_data, synthetic_detections
 from tests.support.training import tiny_config, write_dataset
 
 
@@ -74,7 +74,7 @@ def test_the_same_model_has_no_differences(models):
 @pytest.mark.parametrize("classes", [1, 80])
 @pytest.mark.parametrize("what", ["all", "no detections", "no objects"])
 def test_always_a_page(tmp_path, classes, what):
-    truth, results = synthetic(images=4, classes=classes)
+    truth, results = synthetic_detections(images=4, classes=classes)
     truth = {**truth, "annotations": []} if what == "no objects" else truth
     result = evaluation_result(truth, [] if what == "no detections" else results)
     shown = page_data(render_report([result], "set", "val"))
@@ -85,7 +85,7 @@ def test_always_a_page(tmp_path, classes, what):
 
 
 def test_names_of_classes_cannot_leave_the_data(tmp_path):
-    truth, results = synthetic(images=2, classes=2)
+    truth, results = synthetic_detections(images=2, classes=2)
     truth["categories"][0]["name"] = "</script><script>alert(1)</script>__STYLE__"
     page = render_report([evaluation_result(truth, results, name="<b>model</b>")], "a & b", "val")
     assert page_data(page)["names"][0] == truth["categories"][0]["name"]
@@ -94,7 +94,7 @@ def test_names_of_classes_cannot_leave_the_data(tmp_path):
 
 
 def test_images_with_the_most_errors_are_shown(tmp_path):
-    truth, results = synthetic(images=25, seed=4)
+    truth, results = synthetic_detections(images=25, seed=4)
     paths = {}
     for image in truth["images"]:
         paths[image["id"]] = tmp_path / image["file_name"].replace("jpg", "png")
@@ -122,7 +122,7 @@ def test_images_with_the_most_errors_are_shown(tmp_path):
 
 
 def test_models_of_other_sets_are_refused():
-    results = [evaluation_result(*synthetic(classes=classes), name=f"m{classes}") for classes in (2, 3)]
+    results = [evaluation_result(*synthetic_detections(classes=classes), name=f"m{classes}") for classes in (2, 3)]
     with pytest.raises(UserError, match="m3: its classes or images differ from those of m2"):
         render_report(results, "set", "val")
 
@@ -134,14 +134,14 @@ def test_places_that_cannot_be_written(models, tmp_path):
             main(["evaluate", str(one), str(data), "--report", str(wrong)])
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
-        write_report(tmp_path / "folder.html", [evaluation_result(*synthetic(images=1))], "set", "val")
+        write_report(tmp_path / "folder.html", [evaluation_result(*synthetic_detections(images=1))], "set", "val")
 
 
 @pytest.mark.slow
 def test_five_thousand_images_are_quick_and_small(tmp_path):
     import time
 
-    truth, results = synthetic(images=5000, classes=80, objects=7, detections=100, crowds=0.02)
+    truth, results = synthetic_detections(images=5000, classes=80, objects=7, detections=100, crowds=0.02)
     result = evaluation_result(truth, results)
     start = time.process_time()
     path = write_report(tmp_path / "large.html", [result, result], "set", "val")

@@ -10,8 +10,8 @@ from deformable_detr.evaluation.gallery import FOLDER
 from deformable_detr.evaluation.report import write_report
 from deformable_detr.evaluation.training_page import write_training_page
 from deformable_detr.visualize.web.html import jpeg_data_uri
-from tests.support.browser import clipped
-from tests.support.detections import evaluation_result, page_data, synthetic
+from tests.support.browser import overflowing_texts
+from tests.support.detections import evaluation_result, page_data, synthetic_detections
 
 pytestmark = pytest.mark.slow
 LONG = "a class with a name so long that it fits nowhere, Straßenverkehrsschild"
@@ -20,7 +20,7 @@ LONG = "a class with a name so long that it fits nowhere, Straßenverkehrsschild
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    truth, results = synthetic(images=20, classes=14, seed=3)
+    truth, results = synthetic_detections(images=20, classes=14, seed=3)
     truth["categories"][3]["name"], truth["categories"][4]["name"] = LONG, "カード"
     paths = {}
     for image in truth["images"]:
@@ -65,7 +65,7 @@ def run(folder):
 def test_nothing_sticks_out(browse, pages, name, width, dark):
     driver = browse(pages[name], width, dark)
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-    assert clipped(driver) == []
+    assert overflowing_texts(driver) == []
     ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (not dark)
     outside = """return [...document.querySelectorAll('.chart svg text')].filter(text => {

@@ -9,13 +9,13 @@ import torch
 from deformable_detr import UserError
 from deformable_detr.explanation import trace
 from deformable_detr.explanation.html import page
-from tests.support.explanations import HEADS, LEVELS, POINTS, picture, random_model
+from tests.support.explanations import HEADS, LEVELS, POINTS, random_image, random_model
 
 
 @pytest.fixture(scope="module")
 def traced():
     model = random_model(two_stage=True, refine=True, class_names=("red", "</script><b>green", "蓝 & <!--"))
-    return trace(model, picture(67, 101), threshold=0.0, top_k=18)
+    return trace(model, random_image(67, 101), threshold=0.0, top_k=18)
 
 
 def content(text):

@@ -5,15 +5,15 @@ import torch
 
 from deformable_detr.explanation import trace
 from deformable_detr.explanation.html import page
-from tests.support.browser import clipped
-from tests.support.explanations import HEADS, LEVELS, POINTS, picture, random_model
+from tests.support.browser import overflowing_texts
+from tests.support.explanations import HEADS, LEVELS, POINTS, random_image, random_model
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def traced():
-    return trace(random_model(two_stage=True, refine=True), picture(130, 200), threshold=0.0, top_k=6)
+    return trace(random_model(two_stage=True, refine=True), random_image(130, 200), threshold=0.0, top_k=6)
 
 
 def saved(text, folder):
@@ -103,7 +103,7 @@ def test_hover_click_slider_and_toggles(browse, traced, tmp_path):
 def test_layout(browse, traced, tmp_path, width, dark):
     driver = browse(saved(page(traced, traced.point(100, 60)), tmp_path), width, dark)
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-    assert clipped(driver) == []
+    assert overflowing_texts(driver) == []
     ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (not dark)
     assert len(points(driver)[0]) == LEVELS * HEADS * LEVELS * POINTS

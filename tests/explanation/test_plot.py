@@ -9,7 +9,7 @@ from PIL import Image
 
 from deformable_detr import Detections, UserError, explain
 from deformable_detr.explanation.explanation import DecoderLayerSampling, DetectionExplanation
-from tests.support.explanations import picture, random_model
+from tests.support.explanations import random_image, random_model
 
 
 def by_hand(image, spots, box=(20.0, 15.0, 180.0, 135.0), name="thing", weights=None):
@@ -115,7 +115,7 @@ def test_the_viewport_contains_the_box_and_most_attention():
 @pytest.mark.parametrize("size", [(13, 20), (64, 64), (40, 900), (900, 40), (2000, 3000)])
 def test_figure_size(size):
     model = random_model(two_stage=True, refine=True)
-    found = explain(model, picture(*size), threshold=0.0)
+    found = explain(model, random_image(*size), threshold=0.0)
     drawn = found.draw()
     assert drawn.mode == "RGB"
     assert 600 <= max(drawn.size) <= 3000
@@ -123,7 +123,7 @@ def test_figure_size(size):
 
 
 def test_one_encoder_layer_has_a_panel_per_token():
-    found = explain(random_model(encoder_layers=1), picture(67, 101), point=(30, 30))
+    found = explain(random_model(encoder_layers=1), random_image(67, 101), point=(30, 30))
     every, one = found.draw(), found.draw(layer=0)
     assert one.height > 1.3 * every.height
 

@@ -13,10 +13,10 @@ from tests.support.explanations import (
     HEADS,
     LEVELS,
     POINTS,
-    hand_set,
-    picture,
+    random_image,
     random_model,
-    some_offsets,
+    random_sampling,
+    set_sampling,
     trace_on_canvas,
 )
 
@@ -27,12 +27,12 @@ CANVAS = (200, 208)
 def with_known_points(**changes):
     """A model with references at (0.3, 0.6), and the offsets and logits set in its two decoder layers."""
     model = random_model(**changes)
-    known = [some_offsets(1), some_offsets(2)]
+    known = [random_sampling(1), random_sampling(2)]
     with torch.no_grad():
         model.reference_points.weight.zero_()
         model.reference_points.bias.copy_(torch.logit(torch.tensor([0.3, 0.6])))
     for layer, (offsets, logits) in zip(model.decoder.layers, known, strict=True):
-        hand_set(layer.cross_attn, offsets, logits)
+        set_sampling(layer.cross_attn, offsets, logits)
     return model, known
 
 
@@ -40,7 +40,7 @@ def with_known_points(**changes):
 def test_known_offsets_follow_equation_3(size):
     model, known = with_known_points()
     height, width = size
-    found = explain(model, picture(*size), threshold=0.0)
+    found = explain(model, random_image(*size), threshold=0.0)
     for layer, (offsets, logits) in zip(found.layers, known, strict=True):
         assert layer.locations.shape == (HEADS, LEVELS, POINTS, 2)
         assert layer.reference_box is None
@@ -56,7 +56,7 @@ def test_known_offsets_follow_equation_3(size):
 
 def test_offsets_scale_with_the_reference_box():
     model, known = with_known_points(refine=True)
-    found = explain(model, picture(67, 101), threshold=0.0)
+    found = explain(model, random_image(67, 101), threshold=0.0)
     first, second = found.layers
     assert first.reference_box is None
     torch.testing.assert_close(second.reference_box, first.box)  # each layer starts from the box of the one before
@@ -73,7 +73,7 @@ def test_sampling_a_map_of_coordinates_gives_the_locations(size, canvas):
     """Independent of `canvas_to_pixels`: the op reads pixel coordinates at its own locations."""
     model = random_model(two_stage=True, refine=True)
     height, width = size
-    traced = trace_on_canvas(model, picture(*size), canvas, threshold=0.0)
+    traced = trace_on_canvas(model, random_image(*size), canvas, threshold=0.0)
     shapes = traced.detection(0).spatial_shapes
     if canvas:
         assert traced.valid_ratios.min() < 0.7
@@ -121,9 +121,9 @@ def test_shifted_locations_are_detected(monkeypatch, shift):
 def test_without_offsets_the_encoder_samples_the_token_of_the_point(canvas):
     model = random_model()
     for layer in model.encoder.layers:
-        hand_set(layer.self_attn, torch.zeros(HEADS, LEVELS, POINTS, 2), torch.zeros(HEADS, LEVELS, POINTS))
+        set_sampling(layer.self_attn, torch.zeros(HEADS, LEVELS, POINTS, 2), torch.zeros(HEADS, LEVELS, POINTS))
     height, width = 67, 101
-    traced = trace_on_canvas(model, picture(height, width), canvas)
+    traced = trace_on_canvas(model, random_image(height, width), canvas)
     for x, y in [(0, 0), (50.2, 31.9), (100.9, 66.9), (width, height)]:
         found = traced.point(x, y)
         for token, (across, down), (h, w) in zip(
@@ -139,7 +139,7 @@ def test_without_offsets_the_encoder_samples_the_token_of_the_point(canvas):
 
 def test_exif_orientation(tmp_path):
     model = random_model(two_stage=True, refine=True)
-    upright = picture(67, 101).permute(1, 2, 0).numpy()
+    upright = random_image(67, 101).permute(1, 2, 0).numpy()
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     Image.fromarray(upright).rotate(90, expand=True).save(tmp_path / "side.png", exif=exif)
@@ -153,7 +153,7 @@ def test_exif_orientation(tmp_path):
 
 def test_detections_equal_predict_and_the_last_layer():
     model = random_model(two_stage=True, refine=True)
-    image = picture(67, 101)
+    image = random_image(67, 101)
     predicted = model.predict(image, threshold=0.008, top_k=8)
     traced = trace(model, image, threshold=0.008, top_k=8)
     assert len(predicted) > 3
@@ -170,13 +170,13 @@ def test_detections_equal_predict_and_the_last_layer():
 
 def test_the_model_keeps_its_mode():
     model = random_model().train()
-    explain(model, picture(64, 64), threshold=0.0)
+    explain(model, random_image(64, 64), threshold=0.0)
     assert model.training
 
 
 def test_attention_inside_box():
     model, _ = with_known_points()
-    found = explain(model, picture(67, 101), threshold=0.0)
+    found = explain(model, random_image(67, 101), threshold=0.0)
     box = torch.tensor([0.0, 0.0, 33.0, 67.0])
     for share, layer in zip(found.attention_inside_box(box).tolist(), found.layers, strict=True):
         x, y = layer.locations.unbind(-1)
@@ -187,7 +187,7 @@ def test_attention_inside_box():
 
 def test_to_dict():
     model = random_model(refine=True)
-    found = explain(model, picture(67, 101), 1, threshold=0.0)
+    found = explain(model, random_image(67, 101), 1, threshold=0.0)
     assert isinstance(found, DetectionExplanation)
     whole = found.to_dict()
     assert whole["detection"]["number"] == 2
@@ -195,7 +195,7 @@ def test_to_dict():
     assert whole["layers"][0]["reference_box"] is None
     assert torch.equal(torch.tensor(whole["layers"][1]["locations"]), found.layers[1].locations)
     assert whole["layers"][1]["share_inside_box"] == found.attention_inside_box()[1].item()
-    point = explain(model, picture(67, 101), point=(10, 20)).to_dict()
+    point = explain(model, random_image(67, 101), point=(10, 20)).to_dict()
     assert point["point"] == [10, 20]
     assert torch.tensor(point["layers"][1]["weights"]).shape == (LEVELS, HEADS, LEVELS, POINTS)
 
@@ -216,7 +216,7 @@ def test_to_dict():
 )
 def test_errors(options, words):
     with pytest.raises(UserError) as error:
-        explain(random_model(), picture(67, 101), **options)
+        explain(random_model(), random_image(67, 101), **options)
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -225,5 +225,5 @@ def test_errors(options, words):
 def test_a_model_without_encoder_layers():
     model = random_model(encoder_layers=0)
     with pytest.raises(UserError, match="no encoder layers"):
-        explain(model, picture(67, 101), point=(5, 5))
-    assert len(explain(model, picture(67, 101), threshold=0.0).layers) == 2
+        explain(model, random_image(67, 101), point=(5, 5))
+    assert len(explain(model, random_image(67, 101), threshold=0.0).layers) == 2

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from deformable_detr.export import ExportOptions, export, export_model
-from tests.support.models import found_set, tiny
+from tests.support.models import tiny, write_pseudo_labeled_dataset
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def data(model, tmp_path_factory):
-    return found_set(tmp_path_factory.mktemp("int8") / "set", model, images=6)
+    return write_pseudo_labeled_dataset(tmp_path_factory.mktemp("int8") / "set", model, images=6)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from deformable_detr.export.verify import example_inputs, max_differences
 from deformable_detr.runtimes.metadata import ExportMetadata
 from deformable_detr.utils.errors import UserError
 from deformable_detr.utils.files import EXPORT_SUFFIXES
-from tests.support.models import IDS, NAMES, found_set, tiny
+from tests.support.models import IDS, NAMES, tiny, write_pseudo_labeled_dataset
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -163,7 +163,7 @@ def test_is_evaluated_as_the_folder_is(model, file, tmp_path):
     from deformable_detr.cli import main
 
     model.save_pretrained(tmp_path / "model")
-    root = found_set(tmp_path / "set", model)
+    root = write_pseudo_labeled_dataset(tmp_path / "set", model)
     figures = []
     for source in (tmp_path / "model", file):
         main(["evaluate", str(source), str(root), "--device", "cpu", "--workers", "0", "--batch-size", "2",
@@ -299,13 +299,13 @@ def test_full_size(kind, sampling, preset, tmp_path):
     """Batches 1, 2, 5 and 8 at three sizes."""
     from deformable_detr.config import presets
     from deformable_detr.detector import DeformableDETR
-    from tests.support.models import lively
+    from tests.support.models import randomized
 
     pytest.importorskip(kind if kind == "openvino" else "onnx")
     torch.manual_seed(0)
     # With a spread of 0.15 a full-size model is so unsteady that its own fp32 is 4e-4 off its fp64.
     model = DeformableDETR(presets.PRESETS[preset](backbone_weights="none", num_classes=4, image_size=320))
-    model = lively(model, spread=0.05)
+    model = randomized(model, spread=0.05)
     path = tmp_path / f"model{EXPORT_SUFFIXES[kind]}"
     export_model(model, path, kind, ExportOptions(sampling=sampling))
     exported = load_exported(path, "cpu")

@@ -12,7 +12,7 @@ from deformable_detr.model.layers import resize_mask
 from deformable_detr.model.position_encoding import _resize_table
 from deformable_detr.runtimes.fused.folding import fold_batch_norms
 from deformable_detr.utils.errors import UserError
-from tests.support.models import lively
+from tests.support.models import randomized
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0"])
@@ -22,7 +22,7 @@ def test_batch_norms_are_merged(name, frozen):
     from timm.layers.norm_act import freeze_batch_norm_2d
 
     torch.manual_seed(0)
-    body = lively(timm.create_model(name, features_only=True, out_indices=(2, 3)))
+    body = randomized(timm.create_model(name, features_only=True, out_indices=(2, 3)))
     norms = sum("Batch" in type(module).__name__ for module in body.modules())
     if frozen:
         body = freeze_batch_norm_2d(body)
@@ -45,7 +45,7 @@ def test_a_norm_that_runs_twice_stays():
         def forward(self, x):
             return self.norm(self.b(self.norm(self.a(x))))
 
-    body = lively(Twice())
+    body = randomized(Twice())
     assert fold_batch_norms(body, torch.zeros(1, 3, 8, 8)) == 0
     assert isinstance(body.norm, nn.BatchNorm2d)
 

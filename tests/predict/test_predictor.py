@@ -48,7 +48,7 @@ def test_forms_of_one_image(tmp_path):
         found = predict(model, source)
         check(found)
         assert found.image_size == (120, 160)
-    assert set(model.seen) == {(1, 3, 64, 85)}  # the evaluation's resize
+    assert set(model.input_shapes) == {(1, 3, 64, 85)}  # the evaluation's resize
 
 
 def test_boxes_are_those_of_the_upright_image(tmp_path):
@@ -71,7 +71,9 @@ def test_lists_keep_their_order_in_any_batch(batch_size):
     for detections, box, size in zip(found, boxes, sizes, strict=True):
         check(detections, box, pixels=4)
         assert detections.image_size == size
-    assert [shape[0] for shape in model.seen] == [len(images[i : i + batch_size]) for i in range(0, 5, batch_size)]
+    assert [shape[0] for shape in model.input_shapes] == [
+        len(images[i : i + batch_size]) for i in range(0, 5, batch_size)
+    ]
 
 
 def test_folders(tmp_path):

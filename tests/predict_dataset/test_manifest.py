@@ -19,7 +19,7 @@ from deformable_detr.predict_dataset.options import PredictDatasetOptions as Opt
 from deformable_detr.predict_dataset.parquet import ImageCounts, part_name, read_part, result_row, write_part
 from deformable_detr.predict_dataset.sources import SourceRange
 from deformable_detr.utils.errors import UserError
-from tests.support.image_sources import rows, twice
+from tests.support.image_sources import duplicates, read_rows
 
 SETTINGS = {
     "format": "images",
@@ -131,7 +131,7 @@ def test_without_the_checks_images_come_twice(tmp_path, monkeypatch):
     found = [piece.file for piece in read_unit(store, 1)]  # four of the first plan
     numbered = [[piece.file for piece in list(images(10))[unit * 3 : unit * 3 + 3]] for unit in range(after.num_units)]
     found += [file for unit, files in enumerate(numbered) if unit not in done for file in files]
-    assert twice([{"image": file} for file in found])
+    assert duplicates([{"image": file} for file in found])
 
 
 def test_damaged_results_come_again(tmp_path):
@@ -139,14 +139,14 @@ def test_damaged_results_come_again(tmp_path):
     plan = planned(store, images(10), 4)
     for unit in range(3):
         write(store, plan, unit)
-    whole = rows(tmp_path)
+    whole = read_rows(tmp_path)
     (tmp_path / part_name(0)).write_bytes(b"")
     (tmp_path / part_name(2)).write_bytes((tmp_path / part_name(1)).read_bytes()[:-9])
     assert finished_units(store, plan) == {1: ImageCounts(4, 4)}
     assert not (tmp_path / part_name(0)).exists()
     for unit in (0, 2):
         write(store, plan, unit)
-    assert rows(tmp_path) == whole
+    assert read_rows(tmp_path) == whole
 
 
 def test_results_that_cannot_be_read_just_now_stay(tmp_path, monkeypatch):

@@ -24,10 +24,10 @@ from deformable_detr.predict_dataset.progress import MAX_WORKER_DEATHS, Progress
 from deformable_detr.predict_dataset.run import WorkerResources, predict_dataset, worker_resources
 from deformable_detr.predict_dataset.worker import UnitPredictor
 from deformable_detr.utils.errors import UserError
-from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures, rows
+from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, encoded_images, read_rows
 from tests.support.models import tiny
 
-FILES = list(pictures())
+FILES = list(encoded_images())
 
 
 @pytest.fixture(scope="module")
@@ -92,26 +92,26 @@ def test_stopped_and_going_on(model, tmp_path, here):
     assert predict(model, source, out, said) == ImageCounts(14, 3)
     assert here.done == [2, 3]
     assert said[0] == "resuming: 2 of 4 units are finished"
-    assert rows(out) == rows(tmp_path / "whole")
+    assert read_rows(out) == read_rows(tmp_path / "whole")
     here.done, said = [], []
     assert predict(model, source, out, said, unit_size=None) == ImageCounts(14, 3)
     assert here.done == []
     assert said == [f"{out}: 14 images, 3 unreadable, 4 files; nothing was left to do"]
     (out / "part-000003.parquet").unlink()
     assert predict(model, source, out) == ImageCounts(14, 3)
-    assert rows(out) == rows(tmp_path / "whole")
+    assert read_rows(out) == read_rows(tmp_path / "whole")
 
 
 def test_another_run_in_the_same_folder_is_refused(model, tmp_path, here):
     source = as_folder(tmp_path / "images", FILES)
     predict(model, source, tmp_path / "out")
-    before = rows(tmp_path / "out")
+    before = read_rows(tmp_path / "out")
     with pytest.raises(UserError, match=r"another run \(--threshold 0.01, now 0.3\)"):
         predict(model, source, tmp_path / "out", threshold=0.3)
     (source / "new.png").write_bytes(FILES[0][1])
     with pytest.raises(UserError, match=r"different source files \(14 files, now 15\)"):
         predict(model, source, tmp_path / "out")
-    assert rows(tmp_path / "out") == before
+    assert read_rows(tmp_path / "out") == before
 
 
 def test_failed_units_are_named_and_tried_again(model, tmp_path, here, monkeypatch):
@@ -122,7 +122,7 @@ def test_failed_units_are_named_and_tried_again(model, tmp_path, here, monkeypat
     )
     with pytest.raises(UserError, match="1 of 4 units failed, first unit 1: OSError: gone; run the same command"):
         predict(model, source, tmp_path / "out")
-    assert len(rows(tmp_path / "out")) == 10
+    assert len(read_rows(tmp_path / "out")) == 10
     monkeypatch.setattr(UnitPredictor, "predict_unit", lambda self, unit: (0, 0, "OSError: gone"))
     with pytest.raises(UserError, match="stopped after 10 consecutive failed units: OSError: gone"):
         predict(model, source, tmp_path / "other", unit_size=1)
@@ -258,7 +258,7 @@ def test_every_kind_of_source_on_ray(model, tmp_path, ray_here):
     for kind, source in sources.items():
         options = {"batch_size": 1, "concurrency": 2, "num_cpus": 0.5}
         assert predict(model, source, tmp_path / "out" / kind, **options) == ImageCounts(len(FILES), len(BAD))
-        found[kind] = rows(tmp_path / "out" / kind).values()
+        found[kind] = read_rows(tmp_path / "out" / kind).values()
     values = ("width", "height", "boxes", "scores", "labels", "category_ids", "names")
     for images, parquet, tar in zip(found["images"], found["parquet"], found["tar"], strict=True):
         assert [images[key] for key in values] == [parquet[key] for key in values] == [tar[key] for key in values]
@@ -289,9 +289,9 @@ def test_dying_workers(model, tmp_path, ray_here, monkeypatch):
         else:
             with pytest.raises(UserError, match="1 of 4 units failed, first unit 1: its worker died 3 times"):
                 predict(model, source, out)
-            assert len(rows(out)) == 10
+            assert len(read_rows(out)) == 10
             assert predict(model, source, out) == ImageCounts(14, 3)  # the fourth time it lives
-    assert rows(tmp_path / "once") == rows(tmp_path / "always")
+    assert read_rows(tmp_path / "once") == read_rows(tmp_path / "always")
 
 
 def start(model, source, out):
@@ -354,7 +354,7 @@ def test_killed_and_stopped_on_real_sets(model, tmp_path, shared, name):
 
     process = start(model, source, tmp_path / "whole")
     assert process.wait(timeout=1800) == 0
-    found = rows(out)
-    assert found == rows(tmp_path / "whole")
+    found = read_rows(out)
+    assert found == read_rows(tmp_path / "whole")
     assert len(found) == len(files) + len(bad) + 1
     assert sum(row["error"] is not None for row in found.values()) == len(bad) + 1

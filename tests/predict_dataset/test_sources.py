@@ -11,9 +11,9 @@ import pytest
 from deformable_detr.predict_dataset import sources
 from deformable_detr.predict_dataset.sources import ParquetColumns, find_ranges, read_range
 from deformable_detr.utils.errors import UserError
-from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures
+from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, encoded_images
 
-FILES = list(pictures())
+FILES = list(encoded_images())
 
 
 def records(source, format="auto", columns=None, skip=None):

@@ -17,10 +17,10 @@ from deformable_detr.predict_dataset.parquet import read_part
 from deformable_detr.predict_dataset.sources import find_ranges
 from deformable_detr.predict_dataset.worker import UnitPredictor, WorkerJob, pack_model, unpack_model
 from deformable_detr.utils.images import decode_image
-from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, pictures, rows
+from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, encoded_images, read_rows
 from tests.support.models import tiny
 
-FILES = list(pictures())
+FILES = list(encoded_images())
 THRESHOLD = 0.01
 
 
@@ -86,11 +86,11 @@ def test_every_kind_of_source(model, tmp_path):
         assert sum(reports["images"]) == len(FILES)
         assert sum(reports["unreadable"]) == len(BAD)
         assert set(reports["failure"]) == {""}
-        found = rows(tmp_path / "out" / kind)
+        found = read_rows(tmp_path / "out" / kind)
         names = {form.format(source=source, name=name, row=row): name for row, (name, _) in enumerate(FILES)}
         check(found, names, wanted)
         assert [path.name for path in sorted((tmp_path / "out" / kind).iterdir()) if path.name.startswith(".")] == []
-    keys = {row["key"] for row in rows(tmp_path / "out" / "parquet").values()}
+    keys = {row["key"] for row in read_rows(tmp_path / "out" / "parquet").values()}
     assert keys == {name for name, _ in FILES}
 
 
@@ -98,7 +98,7 @@ def test_the_results_are_those_of_each_image_alone(model, tmp_path):
     """One unit, batches of three: images of other sizes, whose padding would move scores, are not among them."""
     folder = as_folder(tmp_path / "images", FILES)
     units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
-    check(rows(tmp_path / "out"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
+    check(read_rows(tmp_path / "out"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
 
 
 def test_batches_are_of_good_images_of_one_size(model, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_batches_are_of_good_images_of_one_size(model, tmp_path, monkeypatch):
     folder = as_folder(tmp_path / "images", same)
     units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
     assert batches == [2, 1, 1]
-    found = rows(tmp_path / "out")
+    found = read_rows(tmp_path / "out")
     alone = expected(model)
     for file, name in (("0.png", "a00.png"), ("2.png", "a00.png"), ("3.png", "a02.png")):
         assert found[f"{folder}/{file}"]["scores"] == pytest.approx(alone[name].scores.tolist(), abs=1e-5)
@@ -135,7 +135,7 @@ def test_exported_model(model, tmp_path):
     units(path, folder, tmp_path / "out")
 
     exported = load_exported(path, "cpu")
-    found = rows(tmp_path / "out")
+    found = read_rows(tmp_path / "out")
     for name in ("a00.png", "b/c03.png"):
         detections = exported.predict(folder / name, THRESHOLD, 7)
         assert found[f"{folder}/{name}"]["scores"] == detections.scores.tolist()
@@ -150,7 +150,7 @@ def test_store_that_is_not_local(model, tmp_path):
         _, reports = units(model, folder, "memory://results/run")
         assert set(reports["failure"]) == {""}
         memory.get("/results/run", str(tmp_path / "got"), recursive=True)
-        check(rows(tmp_path / "got"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
+        check(read_rows(tmp_path / "got"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
     finally:
         memory.rm("/results", recursive=True)
 
@@ -216,6 +216,6 @@ def test_names_that_are_no_text(model, tmp_path):
     ):
         _, reports = units(model, source, tmp_path / "out" / source.name)
         assert set(reports["failure"]) == {""}
-        found = rows(tmp_path / "out" / source.name)
+        found = read_rows(tmp_path / "out" / source.name)
         assert found[image]["scores"] == wanted.scores.tolist()
-    assert "cannot be read as an image" in rows(tmp_path / "out/images")[f"{folder}/bcaf\\udce9.png"]["error"]
+    assert "cannot be read as an image" in read_rows(tmp_path / "out/images")[f"{folder}/bcaf\\udce9.png"]["error"]

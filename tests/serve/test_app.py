@@ -15,7 +15,7 @@ from PIL import Image
 from deformable_detr.explanation import trace
 from deformable_detr.serve import schemas
 from tests.support.models import NAMES
-from tests.support.server import form, picture, raw, running, slow, small_model, wait_until
+from tests.support.server import delayed, encode_image, multipart, post_image, running_server, small_model, wait_until
 
 TOKEN = "a-token-of-enough-letters"
 
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def client(model):
-    with running(model) as client:
+    with running_server(model) as client:
         yield client
 
 
@@ -47,8 +47,8 @@ def predicted(model, data, **options):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
 def test_one_image_as_the_body(client, model, kind):
-    data = picture(kind, 50, 71)
-    response = raw(client, data, kind=f"image/{kind.lower()}")
+    data = encode_image(kind, 50, 71)
+    response = post_image(client, data, kind=f"image/{kind.lower()}")
     assert response.status_code == 200, response.text
     (answer,) = schemas.Detected.model_validate(response.json()).model_dump()["images"]
     assert answer["detections"]
@@ -61,30 +61,32 @@ def test_boxes_are_clipped_to_the_image():
     with torch.no_grad():
         for head in wide.decoder.heads.boxes:
             head.layers[-1].bias[2:] += 3.0
-    data = picture("PNG", 48, 64)
-    with running(wide) as client:
-        (answer,) = raw(client, data).json()["images"]
+    data = encode_image("PNG", 48, 64)
+    with running_server(wide) as client:
+        (answer,) = post_image(client, data).json()["images"]
     assert any(box["box"][0] == 0 and box["box"][3] == 48 for box in answer["detections"])
     same(answer, predicted(wide, data))
 
 
 def test_several_images_in_a_form(client, model):
     sizes = [(48, 64), (64, 48), (48, 64), (100, 30), (48, 64)]
-    pictures = [picture("PNG", *size, seed=number) for number, size in enumerate(sizes)]
-    answers = client.post("/v1/detect", files=form(*pictures), params={"threshold": 0.3, "top_k": 7}).json()["images"]
+    pictures = [encode_image("PNG", *size, seed=number) for number, size in enumerate(sizes)]
+    answers = client.post("/v1/detect", files=multipart(*pictures), params={"threshold": 0.3, "top_k": 7}).json()[
+        "images"
+    ]
     assert [answer["name"] for answer in answers] == [f"{number}.png" for number in range(5)]
     for answer, data in zip(answers, pictures, strict=True):
         same(answer, predicted(model, data, threshold=0.3, top_k=7))
 
 
 def test_concurrent_requests_equal_serial_prediction(client, model):
-    pictures = [picture("PNG", *size, seed=seed) for seed in range(6) for size in ((48, 64), (64, 64))]
+    pictures = [encode_image("PNG", *size, seed=seed) for seed in range(6) for size in ((48, 64), (64, 64))]
     wanted = [predicted(model, data, threshold=0.2, top_k=5 + number) for number, data in enumerate(pictures)]
     before = client.engine.metrics.batch_images._sum.get()
 
     def send(number):
         index = number % len(pictures)
-        response = raw(client, pictures[index], params={"threshold": 0.2, "top_k": 5 + index})
+        response = post_image(client, pictures[index], params={"threshold": 0.2, "top_k": 5 + index})
         assert response.status_code == 200, response.text
         same(response.json()["images"][0], wanted[index])
 
@@ -96,15 +98,15 @@ def test_concurrent_requests_equal_serial_prediction(client, model):
 def test_exif_orientation(client, model):
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = picture("JPEG", 40, 80, exif=exif)
-    (answer,) = raw(client, data).json()["images"]
+    data = encode_image("JPEG", 40, 80, exif=exif)
+    (answer,) = post_image(client, data).json()["images"]
     assert (answer["height"], answer["width"]) == (80, 40)
     same(answer, predicted(model, data))
 
 
 def test_explain_equals_the_trace(client, model):
-    data = picture(seed=3)
-    response = client.post("/v1/explain", files=form(data), params={"threshold": 0.2, "top_k": 4})
+    data = encode_image(seed=3)
+    response = client.post("/v1/explain", files=multipart(data), params={"threshold": 0.2, "top_k": 4})
     answer = schemas.Explained.model_validate(response.json()).model_dump()
     traced = trace(model, Image.open(io.BytesIO(data)), threshold=0.2, top_k=4)
     assert len(answer["detections"]) == len(traced.detections) == 4
@@ -117,7 +119,7 @@ def test_explain_equals_the_trace(client, model):
             torch.testing.assert_close(points[:, :2], look.locations.view(-1, 2), atol=0.06, rtol=0)
             torch.testing.assert_close(points[:, 2], look.weights.view(-1), atol=1e-4, rtol=0)
             assert points[:, 4].tolist() == [head for head in range(2) for _ in range(len(points) // 2)]
-    assert client.post("/v1/explain", files=form(data, data)).status_code == 422
+    assert client.post("/v1/explain", files=multipart(data, data)).status_code == 422
 
 
 def test_model_description(client):
@@ -134,12 +136,12 @@ def test_an_exported_model_does_not_explain(tmp_path):
     pytest.importorskip("onnxruntime")
     export_model(small_model(), tmp_path / "tiny.onnx", "onnx", ExportOptions(image_size=(64, 64)))
     exported = load_exported(tmp_path / "tiny.onnx", "cpu")
-    with running(exported) as client:
+    with running_server(exported) as client:
         assert not client.get("/v1/model").json()["explains"]
         assert "/v1/explain" not in client.get("/openapi.json").json()["paths"]
-        assert raw(client, picture(), "/v1/explain").status_code == 404
-        pictures = [picture("PNG", *size) for size in ((48, 64), (64, 48), (30, 90))]
-        answers = client.post("/v1/detect", files=form(*pictures)).json()["images"]
+        assert post_image(client, encode_image(), "/v1/explain").status_code == 404
+        pictures = [encode_image("PNG", *size) for size in ((48, 64), (64, 48), (30, 90))]
+        answers = client.post("/v1/detect", files=multipart(*pictures)).json()["images"]
         for answer, data in zip(answers, pictures, strict=True):
             same(answer, predicted(exported, data))
 
@@ -153,18 +155,18 @@ def test_an_exported_model_does_not_explain(tmp_path):
     ],
 )  # fmt: skip
 def test_parameters(client, query, status):
-    response = raw(client, picture(), params=query)
+    response = post_image(client, encode_image(), params=query)
     assert response.status_code == status
     if status != 200:
         assert next(iter(query)) in response.json()["detail"]
 
 
 def test_a_damaged_image_fails_only_its_request(client):
-    data = picture("JPEG", 100, 100)
-    response = client.post("/v1/detect", files=form(picture(), data[: len(data) // 2], b"nothing"))
+    data = encode_image("JPEG", 100, 100)
+    response = client.post("/v1/detect", files=multipart(encode_image(), data[: len(data) // 2], b"nothing"))
     assert response.status_code == 422
     assert response.json()["detail"].startswith("image 2 (1.png): cannot be read as an image (image file is truncated")
-    assert client.post("/v1/detect", files=form(picture(), data)).status_code == 200
+    assert client.post("/v1/detect", files=multipart(encode_image(), data)).status_code == 200
 
 
 ATTACKS = [
@@ -183,10 +185,10 @@ ATTACKS = [
         ("application/xml", b"<!DOCTYPE a [<!ENTITY b SYSTEM 'file:///etc/passwd'>]><a>&b;</a>"),
         ("application/octet-stream", b"PK\x03\x04" + bytes(100)), ("image/x-icon", b"\0\0\1\0" + bytes(100)),
     )),
-    ("POST", "/v1/detect?url=http://127.0.0.1/", "image/png", picture(), 422),
-    ("POST", "/v1/detect?file=/etc/passwd", "image/png", picture(), 422),
-    ("POST", "/v1/explain?image=file:///etc/passwd", "image/png", picture(), 422),
-    ("PUT", "/v1/detect", "image/png", picture(), 405),
+    ("POST", "/v1/detect?url=http://127.0.0.1/", "image/png", encode_image(), 422),
+    ("POST", "/v1/detect?file=/etc/passwd", "image/png", encode_image(), 422),
+    ("POST", "/v1/explain?image=file:///etc/passwd", "image/png", encode_image(), 422),
+    ("PUT", "/v1/detect", "image/png", encode_image(), 405),
     ("DELETE", "/v1/model", None, None, 405),
     ("POST", "/metrics", "text/plain", b"x", 405),
 ]  # fmt: skip
@@ -212,20 +214,20 @@ def test_at_least_thirty_attacks():
 
 
 def test_compressed_bodies_are_refused(client):
-    assert raw(client, picture(), headers={"Content-Encoding": "gzip"}).status_code == 415
-    assert raw(client, picture(), headers={"Content-Encoding": "identity"}).status_code == 200
+    assert post_image(client, encode_image(), headers={"Content-Encoding": "gzip"}).status_code == 415
+    assert post_image(client, encode_image(), headers={"Content-Encoding": "identity"}).status_code == 200
 
 
 def test_pixel_limit():
-    with running(pixels=48 * 64) as client:
-        assert raw(client, picture(height=48, width=64)).status_code == 200
-        response = raw(client, picture(height=48, width=65))
+    with running_server(pixels=48 * 64) as client:
+        assert post_image(client, encode_image(height=48, width=64)).status_code == 200
+        response = post_image(client, encode_image(height=48, width=65))
         assert response.status_code == 413
         assert "megapixels" in response.json()["detail"]
 
 
 def test_body_limit_while_streaming():
-    data = picture("BMP", 64, 64)
+    data = encode_image("BMP", 64, 64)
     sent = []
 
     def endless():
@@ -233,38 +235,41 @@ def test_body_limit_while_streaming():
             sent.append(1)
             yield bytes(10_000)
 
-    with running(body_bytes=len(data)) as client:
-        assert raw(client, data).status_code == 200
-        declared = raw(client, data + b"x")
+    with running_server(body_bytes=len(data)) as client:
+        assert post_image(client, data).status_code == 200
+        declared = post_image(client, data + b"x")
         assert declared.status_code == 413
         assert declared.headers["connection"] == "close"
         streamed = client.post("/v1/detect", content=endless(), headers={"Content-Type": "image/bmp"})
         assert streamed.status_code == 413
-        assert raw(client, data).status_code == 200
+        assert post_image(client, data).status_code == 200
         pieces = (data[start : start + 1000] for start in range(0, len(data), 1000))
         assert client.post("/v1/detect", content=pieces, headers={"Content-Type": "image/bmp"}).status_code == 200
 
 
 def test_total_body_limit():
-    data = picture("BMP", 64, 64)
-    with running(total_body_bytes=len(data)) as client:
-        assert raw(client, data).status_code == 200
-        assert raw(client, data + b"x").status_code == 503
-        assert raw(client, data).status_code == 200
+    data = encode_image("BMP", 64, 64)
+    with running_server(total_body_bytes=len(data)) as client:
+        assert post_image(client, data).status_code == 200
+        assert post_image(client, data + b"x").status_code == 503
+        assert post_image(client, data).status_code == 200
 
 
 def test_images_per_request_limit():
-    with running(images=2, max_queue=2) as client:
-        assert client.post("/v1/detect", files=form(picture(), picture())).status_code == 200
-        assert client.post("/v1/detect", files=form(picture(), picture(), picture())).status_code == 422
+    with running_server(images=2, max_queue=2) as client:
+        assert client.post("/v1/detect", files=multipart(encode_image(), encode_image())).status_code == 200
+        assert (
+            client.post("/v1/detect", files=multipart(encode_image(), encode_image(), encode_image())).status_code
+            == 422
+        )
 
 
 def test_overload_answers_200_or_503():
-    data = picture()
-    with running(slow(small_model(), 0.05), max_queue=4, images=4, max_batch_size=2) as client:
+    data = encode_image()
+    with running_server(delayed(small_model(), 0.05), max_queue=4, images=4, max_batch_size=2) as client:
 
         def send(_):
-            response = raw(client, data)
+            response = post_image(client, data)
             if response.status_code == 503:
                 assert 1 <= int(response.headers["retry-after"]) <= 30
             return response.status_code
@@ -277,79 +282,81 @@ def test_overload_answers_200_or_503():
 
 
 def test_explanation_limit():
-    with running(slow(small_model(), 0.2), max_explanations=1) as client, ThreadPoolExecutor(4) as pool:
-        statuses = list(pool.map(lambda _: raw(client, picture(), "/v1/explain").status_code, range(4)))
+    with running_server(delayed(small_model(), 0.2), max_explanations=1) as client, ThreadPoolExecutor(4) as pool:
+        statuses = list(pool.map(lambda _: post_image(client, encode_image(), "/v1/explain").status_code, range(4)))
         assert sorted(set(statuses)) == [200, 503]
-        assert raw(client, picture(), "/v1/explain").status_code == 200
+        assert post_image(client, encode_image(), "/v1/explain").status_code == 200
 
 
 def test_timeout():
     model, gate = small_model(), threading.Event()
-    with running(model, timeout=0.5) as client:
+    with running_server(model, timeout=0.5) as client:
         hook = model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
-        response = raw(client, picture())
+        response = post_image(client, encode_image())
         assert response.status_code == 504
         assert response.json()["detail"] == "no response within 0.5 s"
         hook.remove()
         gate.set()
         wait_until(lambda: client.engine._accepted == 0)
-        wait_until(lambda: raw(client, picture()).status_code == 200)  # a busy machine may miss the deadline too
+        wait_until(
+            lambda: post_image(client, encode_image()).status_code == 200
+        )  # a busy machine may miss the deadline too
 
 
-@pytest.mark.parametrize("slow", ["parse_uploads", "detected_image"])
-def test_timeout_includes_parsing_and_serialization(monkeypatch, slow):
+@pytest.mark.parametrize("function", ["parse_uploads", "detected_image"])
+def test_timeout_includes_parsing_and_serialization(monkeypatch, function):
     from deformable_detr.serve import app
 
-    module = schemas if slow == "detected_image" else app
-    inner, reached, gate = getattr(module, slow), threading.Event(), threading.Event()
+    module = schemas if function == "detected_image" else app
+    inner, reached, gate = getattr(module, function), threading.Event(), threading.Event()
 
     def blocked(*arguments):
         reached.set()
         gate.wait(60)
         return inner(*arguments)
 
-    with running(small_model(), timeout=0.5) as client:
-        monkeypatch.setattr(module, slow, blocked)
+    with running_server(small_model(), timeout=0.5) as client:
+        monkeypatch.setattr(module, function, blocked)
         # A busy machine may miss the deadline before it comes to the answer: asked until it does.
-        wait_until(lambda: raw(client, picture()).status_code == 504 and reached.is_set())
+        wait_until(lambda: post_image(client, encode_image()).status_code == 504 and reached.is_set())
         monkeypatch.undo()
         gate.set()
-        wait_until(lambda: raw(client, picture()).status_code == 200)
+        wait_until(lambda: post_image(client, encode_image()).status_code == 200)
 
 
 def test_work_of_disconnected_clients_is_canceled():
     model, gate, seen = small_model(), threading.Event(), []
-    with running(model, max_batch_size=1) as client:
+    with running_server(model, max_batch_size=1) as client:
         model.register_forward_pre_hook(lambda *_: gate.wait(30) and None)
         model.register_forward_hook(lambda *_: seen.append(1))
-        first = threading.Thread(target=raw, args=(client, picture()))
+        first = threading.Thread(target=post_image, args=(client, encode_image()))
         first.start()
         wait_until(lambda: client.engine._accepted == 1)
         head = "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: "
         with socket.create_connection(("127.0.0.1", client.port)) as leaving:
-            leaving.sendall(f"{head}{len(picture())}\r\n\r\n".encode() + picture())
+            leaving.sendall(f"{head}{len(encode_image())}\r\n\r\n".encode() + encode_image())
             wait_until(lambda: client.engine._accepted == 2 and len(client.engine._batcher) == 1)
         wait_until(lambda: client.engine._accepted == 1)
         gate.set()
         first.join()
-        assert raw(client, picture()).status_code == 200
+        assert post_image(client, encode_image()).status_code == 200
         assert len(seen) == 2  # the first and the last
 
 
 def test_a_model_error_is_logged_and_the_server_continues(caplog):
     model = small_model()
-    with running(model) as client:
+    with running_server(model) as client:
 
         def fail(*_):
             raise RuntimeError("secret")
 
         hook = model.register_forward_pre_hook(fail)
-        response = raw(client, picture())
+        response = post_image(client, encode_image())
         hook.remove()
         assert response.status_code == 500
         assert "secret" not in response.text
         assert "secret" in caplog.text
-        assert raw(client, picture()).status_code == 200
+        assert post_image(client, encode_image()).status_code == 200
         assert client.get("/healthz").status_code == 200
 
 
@@ -362,21 +369,21 @@ def test_health_and_readiness(client):
         assert response.status_code == 503
         assert response.headers["connection"] == "close"
         assert client.get("/healthz").status_code == 200
-        assert raw(client, picture()).status_code == 200
+        assert post_image(client, encode_image()).status_code == 200
     finally:
         client.engine.draining = False
     assert client.get("/readyz").status_code == 200
 
 
 def test_a_dead_model_thread_is_unhealthy():
-    with running() as client:
+    with running_server() as client:
         client.engine._batcher.stop()
         assert client.get("/healthz").status_code == 503
         assert client.get("/readyz").status_code == 503
 
 
 def test_metrics(client):
-    raw(client, picture())
+    post_image(client, encode_image())
     client.get("/no/such/path")
     text = client.get("/metrics").text
     assert 'deformable_detr_requests_total{path="/v1/detect",status="200"}' in text
@@ -400,7 +407,7 @@ def test_the_page_loads_nothing_from_other_sites(client):
 
 @pytest.fixture(scope="module")
 def guarded():
-    with running(token=TOKEN) as client:
+    with running_server(token=TOKEN) as client:
         yield client
 
 
@@ -419,10 +426,10 @@ class TestToken:
             assert response.headers["www-authenticate"] == "Bearer"
 
     def test_grants_access(self, guarded):
-        assert raw(guarded, picture()).status_code == 200
+        assert post_image(guarded, encode_image()).status_code == 200
         assert guarded.get("/v1/model").status_code == 200
         assert guarded.get("/metrics").status_code == 200
-        assert raw(guarded, picture(), headers={"Host": "photos.example"}).status_code == 200
+        assert post_image(guarded, encode_image(), headers={"Host": "photos.example"}).status_code == 200
 
     def test_is_not_required_for_health_checks_and_the_page(self, guarded):
         for path in ("/healthz", "/readyz", "/", "/page.css", "/viewer.js", "/openapi.json"):
@@ -438,12 +445,12 @@ class TestToken:
     ],
 )  # fmt: skip
 def test_other_sites_are_refused_without_a_token(client, headers, status):
-    assert raw(client, picture(), headers=headers).status_code == status
+    assert post_image(client, encode_image(), headers=headers).status_code == status
 
 
 def test_same_origin_is_allowed(client):
     origin = str(client.base_url).rstrip("/")
-    assert raw(client, picture(), headers={"Origin": origin}).status_code == 200
+    assert post_image(client, encode_image(), headers={"Origin": origin}).status_code == 200
 
 
 def test_large_images_are_decoded_one_at_a_time(client, monkeypatch):
@@ -451,6 +458,8 @@ def test_large_images_are_decoded_one_at_a_time(client, monkeypatch):
     names = []
     real = client.engine._large_reader.submit
     monkeypatch.setattr(client.engine._large_reader, "submit", lambda *a: names.append(1) or real(*a))
-    assert client.post("/v1/detect", files=form(picture(), picture(height=20, width=20))).status_code == 200
+    assert (
+        client.post("/v1/detect", files=multipart(encode_image(), encode_image(height=20, width=20))).status_code == 200
+    )
     assert names == [1]
     assert np.isfinite(client.engine._seconds_per_image)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from deformable_detr.detector import load_detector
-from tests.support.server import picture, running, small_model
+from tests.support.server import encode_image, running_server, small_model
 
 pytestmark = pytest.mark.slow
 
@@ -22,13 +22,13 @@ TOKEN = "a-token-of-enough-letters"
 @pytest.fixture(scope="module")
 def client():
     chosen = os.environ.get("MODEL")  # a folder, for pictures worth looking at
-    with running(load_detector(chosen) if chosen else small_model(decoder_layers=3)) as client:
+    with running_server(load_detector(chosen) if chosen else small_model(decoder_layers=3)) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def guarded():
-    with running(token=TOKEN) as client:
+    with running_server(token=TOKEN) as client:
         yield client
 
 
@@ -81,7 +81,7 @@ def send(driver, path):
 
 def file(tmp_path, seed=0):
     path = tmp_path / "a photo.png"
-    path.write_bytes(picture("PNG", 96, 128, seed=seed))
+    path.write_bytes(encode_image("PNG", 96, 128, seed=seed))
     return path
 
 
@@ -179,7 +179,10 @@ def test_the_later_of_two_images_is_shown(browse, client, tmp_path):
           return inner(file);
         };"""
     )
-    for data, name in ((picture("PNG", 96, 128, seed=1), "slow.png"), (picture("PNG", 40, 60, seed=2), "quick.png")):
+    for data, name in (
+        (encode_image("PNG", 96, 128, seed=1), "slow.png"),
+        (encode_image("PNG", 40, 60, seed=2), "quick.png"),
+    ):
         driver.execute_script(transfer(data, name, "image/png") + "detect(t.files[0]);")
     wait(driver, "state.result && document.getElementById('busy').hidden")
     time.sleep(2.5)
@@ -187,7 +190,7 @@ def test_the_later_of_two_images_is_shown(browse, client, tmp_path):
         "const i = document.getElementById('image'); return [i.naturalWidth, i.naturalHeight, i.alt]"
     )
     assert image == [60, 40, "quick.png"]
-    assert driver.execute_script("return state.file.size") == len(picture("PNG", 40, 60, seed=2))
+    assert driver.execute_script("return state.file.size") == len(encode_image("PNG", 40, 60, seed=2))
     assert console_errors(driver) == []
 
 
@@ -227,12 +230,12 @@ def test_drop_and_paste(browse, client):
     driver = browse(client)
     wait(driver, "state.model")
     driver.execute_script(
-        transfer(picture(), "dropped.png", "image/png")
+        transfer(encode_image(), "dropped.png", "image/png")
         + "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: t, bubbles: true, cancelable: true}))"
     )
     wait(driver, "state.result && state.name === 'dropped.png' && document.getElementById('busy').hidden")
     driver.execute_script(
-        transfer(picture(seed=1), "pasted.png", "image/png")
+        transfer(encode_image(seed=1), "pasted.png", "image/png")
         + "document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: t, bubbles: true}))"
     )
     wait(driver, "state.result && state.name === 'pasted.png' && document.getElementById('busy').hidden")
@@ -259,7 +262,7 @@ def test_unsupported_formats_are_converted_or_reported(browse, client):
             "document.getElementById('busy').hidden && (state.result || document.getElementById('error').textContent)",
         )
         assert "image" in text(driver, "error")
-    truncated = picture("JPEG", 200, 200)[:3000]
+    truncated = encode_image("JPEG", 200, 200)[:3000]
     driver.execute_script(
         transfer(truncated, "x.jpg", "image/jpeg")
         + "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: t, bubbles: true, cancelable: true}))"
@@ -285,7 +288,7 @@ def test_saved_positions_refer_to_the_chosen_image_not_the_smaller_sent_one(brow
 
 def large_picture(tmp_path, width, height):
     path = tmp_path / "large.png"
-    small = Image.open(io.BytesIO(picture("PNG", 96, 128)))
+    small = Image.open(io.BytesIO(encode_image("PNG", 96, 128)))
     small.resize((width, height)).save(path, compress_level=1)
     return path
 

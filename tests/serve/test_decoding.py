@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, ImageFile
 from deformable_detr.serve.decoding import decode, open_image
 from deformable_detr.serve.limits import HttpError
 from deformable_detr.utils.images import read_image
-from tests.support.server import picture, pixels
+from tests.support.server import encode_image, pixels
 
 KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
@@ -48,14 +48,14 @@ def animation(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decodes_like_predict(kind):
-    data = picture(kind)
+    data = encode_image(kind)
     assert np.array_equal(read(data), read_image(Image.open(io.BytesIO(data))))
     assert read(memoryview(data)).shape == (3, 48, 64)
 
 
 def test_data_after_a_jpeg_is_ignored():
     """A motion photo has a video behind the image, which may contain any bytes."""
-    data = picture("JPEG")
+    data = encode_image("JPEG")
     assert np.array_equal(read(data + b"\xff\xda\x00\x02" * 500), read(data))
     scan = data.index(b"\xff\xda")
     assert refused(data[:scan] + b"\xff\xda\x00\x02" * 500 + data[scan:]) == 422
@@ -70,7 +70,7 @@ def test_first_frame_of_animations(kind):
 @pytest.mark.parametrize("kind", ["TIFF", "ICO", "PPM", "TGA", "PDF", "EPS", "AVIF"])
 def test_other_formats_are_refused(kind):
     try:
-        data = picture(kind)
+        data = encode_image(kind)
     except (KeyError, OSError):
         pytest.skip(f"this Pillow does not write {kind}")
     assert refused(data) == 415
@@ -90,21 +90,21 @@ def test_empty_file():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixel_limit(kind):
-    data = picture(kind)
+    data = encode_image(kind)
     assert refused(data, most=48 * 64 - 1) == 413
     assert read(data, most=48 * 64).shape == (3, 48, 64)
 
 
 @pytest.mark.parametrize("lossless", [True, False])
 def test_webp_pixel_limit(lossless):
-    data = picture("WEBP", lossless=lossless)
+    data = encode_image("WEBP", lossless=lossless)
     assert data[12:16] == (b"VP8L" if lossless else b"VP8 ")
     assert refused(data, most=48 * 64 - 1) == 413
     assert read(data, most=48 * 64).shape == (3, 48, 64)
 
 
 def test_decompression_bombs_are_not_decoded(monkeypatch):
-    webp, gif, decoded = bytearray(animation("WEBP")), bytearray(picture("GIF")), []
+    webp, gif, decoded = bytearray(animation("WEBP")), bytearray(encode_image("GIF")), []
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self.size))
     for side in (7072, 20_000, 2**31 - 1):  # 50.01 megapixels and more
         assert refused(bomb(side, side)) == 413
@@ -120,7 +120,7 @@ def test_decompression_bombs_are_not_decoded(monkeypatch):
 
 
 def test_a_jpeg_of_many_scans_is_refused():
-    data = picture("JPEG", progressive=True)
+    data = encode_image("JPEG", progressive=True)
     assert read(data).shape == (3, 48, 64)
     start = data.index(b"\xff\xda")
     scan = data[start : data.index(b"\xff\xda", start + 2)]
@@ -142,7 +142,7 @@ def test_run_length_bmp_is_refused():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.9])
 def test_a_truncated_file_is_named(kind, part):
-    data = picture(kind, 200, 300)
+    data = encode_image(kind, 200, 300)
     cut = data[: max(16, int(len(data) * part))]
     assert refused(cut) in (415, 422)
     assert read(data).shape == (3, 200, 300)
@@ -151,7 +151,7 @@ def test_a_truncated_file_is_named(kind, part):
 def test_text_and_profile_bombs():
     packed = zlib.compress(bytes(80_000_000), 9)
     for kind, head in ((b"zTXt", b"a\0\0"), (b"iCCP", b"a\0\0")):
-        data = picture()
+        data = encode_image()
         data = data[:33] + chunk(kind, head + packed) + data[33:]
         try:
             assert read(data).shape == (3, 48, 64)
@@ -161,4 +161,4 @@ def test_text_and_profile_bombs():
 
 def test_color_profile():
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert read(picture("JPEG", icc_profile=profile + bytes(60_000))).shape == (3, 48, 64)
+    assert read(encode_image("JPEG", icc_profile=profile + bytes(60_000))).shape == (3, 48, 64)

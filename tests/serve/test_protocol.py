@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from tests.support.server import picture, raw, running, wait_until
+from tests.support.server import encode_image, post_image, running_server, wait_until
 
 pytestmark = pytest.mark.alone
 
@@ -34,7 +34,7 @@ def read_all(connection):
 
 @pytest.fixture(scope="module")
 def client():
-    with running(**LIMITS) as client:
+    with running_server(**LIMITS) as client:
         yield client
 
 
@@ -101,7 +101,7 @@ def test_slow_body(client):
 
 
 def test_steady_body_is_accepted(client):
-    data = picture()
+    data = encode_image()
     with connect(client) as connection:
         connection.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data))
         for part in range(4):
@@ -111,7 +111,7 @@ def test_steady_body_is_accepted(client):
 
 
 def test_two_hundred_slow_clients_do_not_delay_others():
-    with ExitStack() as stack, running(head_timeout=30, stall_timeout=30, body_timeout=30) as client:
+    with ExitStack() as stack, running_server(head_timeout=30, stall_timeout=30, body_timeout=30) as client:
         slow = [stack.enter_context(connect(client)) for _ in range(200)]
         for number, connection in enumerate(slow):
             connection.sendall((b"GET /h", HEAD, HEAD + b"Content-Length: 19000000\r\n\r\nx", b"")[number % 4])
@@ -123,14 +123,14 @@ def test_two_hundred_slow_clients_do_not_delay_others():
             assert client.get("/healthz").status_code == 200
             waits.append(time.perf_counter() - began)
         assert statistics.median(waits) < 1, "a busy machine may hold up a few; a server that waits for them, all"
-        assert raw(client, picture()).status_code == 200
+        assert post_image(client, encode_image()).status_code == 200
         for connection in slow:
             connection.close()
         wait_until(lambda: len(client.server.server_state.connections) <= 1)
 
 
 def test_the_longest_idle_connection_is_dropped():
-    with running(connections=5, head_timeout=30) as client, ExitStack() as stack:
+    with running_server(connections=5, head_timeout=30) as client, ExitStack() as stack:
         assert client.get("/healthz").status_code == 200
         slow = [stack.enter_context(connect(client)) for _ in range(20)]
         for connection in slow:
@@ -162,7 +162,7 @@ def test_unread_response(client):
 
 def test_expect_continue(client):
     """A client that waits for "100 Continue" is refused at once or told to continue."""
-    data = picture()
+    data = encode_image()
     with connect(client) as connection:
         connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 30000000\r\n\r\n")
         assert read_all(connection)[0].startswith(b"HTTP/1.1 413")

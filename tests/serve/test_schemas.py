@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from tests.support.models import NAMES
-from tests.support.server import picture, raw, running, small_model
+from tests.support.server import encode_image, post_image, running_server, small_model
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -13,7 +13,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 TOKEN = "a-token-of-enough-letters"
 IMAGES = {
-    f"image/{kind.lower()}": [picture(kind, 8, 12), picture(kind, 20, 9)]
+    f"image/{kind.lower()}": [encode_image(kind, 8, 12), encode_image(kind, 20, 9)]
     for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 }
 SHORT = settings(
@@ -24,7 +24,7 @@ ANY = [image for images in IMAGES.values() for image in images]
 
 @pytest.fixture(scope="module")
 def client():
-    with running(small_model(), token=TOKEN) as client:
+    with running_server(small_model(), token=TOKEN) as client:
         yield client
 
 
@@ -68,6 +68,6 @@ def test_every_status_is_described(client):
     paths = client.get("/openapi.json").json()["paths"]
     answers = paths["/v1/detect"]["post"]["responses"]
     assert {"200", "400", "401", "408", "413", "415", "422", "503", "504"} <= set(answers)
-    for request in (picture(), b"nothing", picture("JPEG", 99, 99)[:400]):
-        assert str(raw(client, request).status_code) in answers
+    for request in (encode_image(), b"nothing", encode_image("JPEG", 99, 99)[:400]):
+        assert str(post_image(client, request).status_code) in answers
     assert NAMES[0] == client.get("/v1/model").json()["classes"][0]["name"]

@@ -16,7 +16,7 @@ from deformable_detr.serve.limits import Limits
 from deformable_detr.serve.middleware import is_loopback
 from deformable_detr.serve.server import TOKEN_VARIABLE, check_token, listen
 from deformable_detr.utils.errors import UserError
-from tests.support.server import picture, small_model
+from tests.support.server import encode_image, small_model
 
 TOKEN = "a-token-of-enough-letters"
 
@@ -167,7 +167,7 @@ def test_sigterm_under_load_loses_no_request(program):
     not_ready = []
 
     def load(seed):
-        data = picture(seed=seed)
+        data = encode_image(seed=seed)
         with httpx.Client(base_url=address, headers=headers, timeout=30, trust_env=False) as client:
             while 503 not in not_ready:
                 try:

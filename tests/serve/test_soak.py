@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.support.server import picture, running, small_model
+from tests.support.server import encode_image, running_server, small_model
 from tests.support.soak import Soak, equal
 
 
@@ -13,7 +13,7 @@ from tests.support.soak import Soak, equal
 )
 def test_valid_and_invalid_requests_under_load(requests):
     model = small_model()
-    with running(model) as client:
+    with running_server(model) as client:
         soak = Soak(client, model, requests, clients=8 if requests == 300 else 32)
         soak.run()
         assert client.engine._accepted == 0
@@ -27,7 +27,7 @@ def test_valid_and_invalid_requests_under_load(requests):
 
 def test_wrong_responses_are_detected():
     model = small_model()
-    with running(model) as client:
+    with running_server(model) as client:
         soak = Soak(client, model, 1, 1)
         response = client.post("/v1/detect", params={"threshold": 0.1, "top_k": 20}, content=soak.pictures[0],
                                headers={"Content-Type": "image/png"}).json()["images"][0]  # fmt: skip
@@ -35,5 +35,5 @@ def test_wrong_responses_are_detected():
         assert not equal(response, soak.wanted[1])
         response["detections"][0]["box"][0] += 0.02
         assert not equal(response, soak.wanted[0])
-        soak._note("good", client.post("/v1/detect", content=picture()), (200,))
+        soak._note("good", client.post("/v1/detect", content=encode_image()), (200,))
         assert soak.problems

@@ -1,4 +1,4 @@
-"""A real browser for the tests of pages: Chromium without a window."""
+"""Headless Chromium for the tests of HTML pages."""
 
 import shutil
 
@@ -7,23 +7,23 @@ import pytest
 
 @pytest.fixture
 def browse(tmp_path):
-    """Opens a file at a width; gives selenium's driver."""
+    """Return a function that opens a file at a window width in Selenium and returns the driver."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
     driver_program = shutil.which("chromedriver")
-    if not program or not driver_program:
+    if not browser or not driver_program:
         pytest.skip("needs Chromium and its driver")
-    opened = []
+    drivers = []
 
     def open_page(path, width=1280, dark=False):
         options = webdriver.ChromeOptions()
-        options.binary_location = program
+        options.binary_location = browser
         for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run",
                      "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'profile'}"):  # fmt: skip
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_program))
-        opened.append(driver)
+        drivers.append(driver)
         screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -32,12 +32,12 @@ def browse(tmp_path):
         return driver
 
     yield open_page
-    for driver in opened:
+    for driver in drivers:
         driver.quit()
 
 
-def clipped(driver):
-    """The texts that stick out of their element or of the window; what scrolls on purpose is left out."""
+def overflowing_texts(driver):
+    """Return the texts that overflow their element or the window, scrollable tables excluded."""
     script = """return [...document.querySelectorAll(
         'button, h1, h2, h3, p, label, select, .legend span, .tile, .bars > *, figcaption, .readout')].filter(
         e => e.offsetParent && !e.closest('.table') && (e.scrollWidth > e.clientWidth + 1 && e.clientWidth

@@ -1,4 +1,4 @@
-"""Small data sets in the formats people have, for tests."""
+"""Small datasets in every supported format."""
 
 import json
 
@@ -17,8 +17,8 @@ OBJECTS = {
 }
 
 
-def picture(path, size=SIZE, seed=None, **options):
-    """An image file with noise of its own, so that no two are equal."""
+def write_image(path, size=SIZE, seed=None, **options):
+    """Write an image of noise that depends on its name, so that no two are equal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(
         sum(path.name.encode()) * 31 + sum(path.parent.name.encode()) if seed is None else seed
@@ -27,13 +27,13 @@ def picture(path, size=SIZE, seed=None, **options):
     return path
 
 
-def coco_set(root, objects=None, folders=("train", "valid"), names=NAMES, first=1):
-    """Roboflow's layout of COCO JSON."""
+def write_coco_dataset(root, objects=None, folders=("train", "valid"), names=NAMES, first=1):
+    """Write COCO JSON in Roboflow's folder layout."""
     for (_, images), folder in zip((objects or OBJECTS).items(), folders, strict=False):
         content = {"images": [], "annotations": [], "categories": []}
         content["categories"] = [{"id": number, "name": name} for number, name in enumerate(names, first)]
         for number, (stem, boxes) in enumerate(images.items(), start=1):
-            picture(root / folder / f"{stem}.png")
+            write_image(root / folder / f"{stem}.png")
             content["images"].append({"id": number, "file_name": f"{stem}.png", "width": SIZE[0], "height": SIZE[1]})
             for label, (x, y, w, h) in boxes:
                 content["annotations"].append({
@@ -44,17 +44,19 @@ def coco_set(root, objects=None, folders=("train", "valid"), names=NAMES, first=
     return root
 
 
-def yolo_set(root, layout="{kind}/{split}", head=None, names=NAMES):
-    """YOLO: {kind} is images or labels, {split} train or val."""
+def write_yolo_dataset(root, layout="{kind}/{split}", yaml_text=None, names=NAMES):
+    """Write a YOLO dataset; {kind} in the layout is images or labels, {split} is train or val."""
     for split, images in OBJECTS.items():
         for stem, boxes in images.items():
-            picture(root / layout.format(kind="images", split=split) / f"{stem}.png")
+            write_image(root / layout.format(kind="images", split=split) / f"{stem}.png")
             labels = root / layout.format(kind="labels", split=split) / f"{stem}.txt"
             labels.parent.mkdir(parents=True, exist_ok=True)
             if boxes:
                 labels.write_text("".join(yolo_row(label, box) for label, box in boxes))
-    places = "".join(f"{split}: {layout.format(kind='images', split=split)}\n" for split in OBJECTS)
-    (root / "data.yaml").write_text(head if head is not None else places + f"names: {json.dumps(list(names))}\n")
+    split_lines = "".join(f"{split}: {layout.format(kind='images', split=split)}\n" for split in OBJECTS)
+    (root / "data.yaml").write_text(
+        yaml_text if yaml_text is not None else split_lines + f"names: {json.dumps(list(names))}\n"
+    )
     return root
 
 
@@ -64,15 +66,15 @@ def yolo_row(label, box):
     return f"{label} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}\n"
 
 
-def voc_set(root, flat=False, shift=1):
-    """Pascal VOC in the published layout, or with all of a split in one folder."""
+def write_voc_dataset(root, flat=False, shift=1):
+    """Write Pascal VOC in the published folder layout, or with all files of a split in one folder."""
     for split, images in OBJECTS.items():
         folder = root / {"train": "train", "val": "valid"}[split]
-        pictures, notes = (folder, folder) if flat else (root / "JPEGImages", root / "Annotations")
+        image_folder, annotation_folder = (folder, folder) if flat else (root / "JPEGImages", root / "Annotations")
         for stem, boxes in images.items():
-            picture(pictures / f"{stem}.jpg")
-            notes.mkdir(parents=True, exist_ok=True)
-            (notes / f"{stem}.xml").write_text(voc_xml(f"{stem}.jpg", boxes, 0 if flat else shift))
+            write_image(image_folder / f"{stem}.jpg")
+            annotation_folder.mkdir(parents=True, exist_ok=True)
+            (annotation_folder / f"{stem}.xml").write_text(voc_xml(f"{stem}.jpg", boxes, 0 if flat else shift))
         if not flat:
             lists = root / "ImageSets" / "Main"
             lists.mkdir(parents=True, exist_ok=True)
@@ -90,23 +92,23 @@ def voc_xml(name, boxes, shift=0):
     return f"<annotation><filename>{name}</filename>{size}{objects}</annotation>"
 
 
-def contents(root, split, **given):
-    """Stem → rounded (class name, xywh in pixels) of each image, as the model would see them."""
-    found = open_dataset(root, split, **given)
+def read_objects(root, split, **options):
+    """Return stem → [(class name, xywh in pixels)] of each image, as the model receives them."""
+    dataset = open_dataset(root, split, **options)
     result = {}
-    for number in range(len(found)):
-        image, target = found[number]
+    for number in range(len(dataset)):
+        image, target = dataset[number]
         height, width = image.shape[-2:]
         cx, cy, w, h = (target.boxes * torch.tensor([width, height] * 2)).unbind(-1)
         boxes = torch.stack([cx - w / 2, cy - h / 2, w, h], -1)
-        names = [found.categories[label].name for label in target.labels.tolist()]
-        result[found.path(number).stem] = [
+        names = [dataset.categories[label].name for label in target.labels.tolist()]
+        result[dataset.path(number).stem] = [
             (name, [round(v, 3) for v in box]) for name, box in zip(names, boxes.tolist(), strict=True)
         ]
     return result
 
 
-def expected(split):
+def expected_objects(split):
     names = ("cat", "dog")
     return {
         stem: [(names[label], list(map(float, box))) for label, box in boxes] for stem, boxes in OBJECTS[split].items()

@@ -1,4 +1,4 @@
-"""Synthetic detections of synthetic objects, with errors of every type, and the data of the pages that show them."""
+"""Synthetic ground truth and detections with errors of every type, and the JSON data of report pages."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from deformable_detr.evaluation import EvaluationResult
 from deformable_detr.evaluation.metrics import run_coco_eval, summarize
 
 
-def synthetic(images=30, classes=4, objects=5, detections=20, seed=0, crowds=0.0):
+def synthetic_detections(images=30, classes=4, objects=5, detections=20, seed=0, crowds=0.0):
     """Return a COCO ground truth and results with distinct scores."""
     random = np.random.default_rng(seed)
     truth = {
@@ -19,7 +19,7 @@ def synthetic(images=30, classes=4, objects=5, detections=20, seed=0, crowds=0.0
     }
     results = []
     for image in truth["images"]:
-        found = 0
+        image_detections = 0
         for _ in range(random.poisson(objects)):
             box = [*random.uniform(0, 400, 2), *random.uniform(8, 220, 2)]
             label = int(random.integers(classes))
@@ -29,12 +29,12 @@ def synthetic(images=30, classes=4, objects=5, detections=20, seed=0, crowds=0.0
                  "bbox": [float(v) for v in box], "area": float(box[2] * box[3]), "iscrowd": crowd}
             )  # fmt: skip
             for _ in range(int(random.choice([0, 1, 1, 1, 1, 2]))):
-                shake = random.normal(0, random.choice([0.03, 0.15]), 4) * [box[2], box[3], box[2], box[3]]
-                moved = np.array(box) + shake
-                seen = label if random.random() < 0.85 else int(random.integers(classes))
-                results.append(_result(image, seen, [*moved[:2], *np.abs(moved[2:])], random.beta(4, 2)))
-                found += 1
-        for _ in range(max(0, detections - found)):
+                noise = random.normal(0, random.choice([0.03, 0.15]), 4) * [box[2], box[3], box[2], box[3]]
+                shifted = np.array(box) + noise
+                predicted = label if random.random() < 0.85 else int(random.integers(classes))
+                results.append(_result(image, predicted, [*shifted[:2], *np.abs(shifted[2:])], random.beta(4, 2)))
+                image_detections += 1
+        for _ in range(max(0, detections - image_detections)):
             box = [*random.uniform(0, 400, 2), *random.uniform(8, 200, 2)]
             results.append(_result(image, int(random.integers(classes)), box, random.beta(1, 12)))
     return truth, results
@@ -53,6 +53,6 @@ def evaluation_result(truth, results, paths=None, name="model"):
 
 
 def page_data(page):
-    """Return the JSON data of a page, which must not refer to other files."""
+    """Return the JSON data of a page and assert that the page is self-contained."""
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])

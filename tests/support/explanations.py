@@ -1,4 +1,4 @@
-"""A small detector with sampling offsets and attention weights set by hand."""
+"""A small detector with hand-set sampling offsets and attention weights."""
 
 import sys
 from unittest import mock
@@ -40,8 +40,8 @@ def random_model(seed=0, **changes):
     return DeformableDETR(small_config(**changes)).eval()
 
 
-def hand_set(attention, offsets, logits):
-    """Every query of the layer gets the offsets (M, L, P, 2) and weights softmax(logits (M, L, P))."""
+def set_sampling(attention, offsets, logits):
+    """Give every query the offsets (M, L, P, 2) and the weights softmax(logits (M, L, P))."""
     with torch.no_grad():
         attention.sampling_offsets.weight.zero_()
         attention.sampling_offsets.bias.copy_(offsets.flatten())
@@ -49,19 +49,19 @@ def hand_set(attention, offsets, logits):
         attention.attention_weights.bias.copy_(logits.flatten())
 
 
-def some_offsets(seed):
-    draw = torch.Generator().manual_seed(seed)
-    offsets = torch.randn(HEADS, LEVELS, POINTS, 2, generator=draw) * 1.5
-    return offsets, torch.randn(HEADS, LEVELS, POINTS, generator=draw)
+def random_sampling(seed):
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randn(HEADS, LEVELS, POINTS, 2, generator=generator) * 1.5
+    return offsets, torch.randn(HEADS, LEVELS, POINTS, generator=generator)
 
 
-def picture(height, width, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), generator=draw, dtype=torch.uint8)
+def random_image(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
 
 
 def trace_on_canvas(model, image, canvas, **options):
-    """`trace` with the image padded to (height, width), as in a batch with larger images."""
+    """Call `trace` with the image padded to (height, width), as in a batch with larger images."""
     module = sys.modules["deformable_detr.explanation.trace"]
     collate = module.collate
 

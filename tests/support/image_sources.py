@@ -1,4 +1,4 @@
-"""For predict-dataset: the same few images as a folder, as Parquet and as WebDataset shards; and its results."""
+"""The same images as a folder, Parquet and WebDataset shards for predict-dataset, and its results."""
 
 import io
 import tarfile
@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-BAD = {"a03.jpg": b"", "a07.jpg": b"no image at all", "b/c02.png": None}  # None: the first half of the file
+BAD = {"a03.jpg": b"", "a07.jpg": b"no image at all", "b/c02.png": None}  # None: truncated to half
 
 
-def pictures(count=14):
-    """File name and bytes of each; those of BAD are broken."""
+def encoded_images(count=14):
+    """Yield file names and bytes; the files in BAD are broken."""
     random = np.random.default_rng(0)
     names = [f"a{i:02}.{'jpg' if i % 2 else 'png'}" for i in range(count - 4)] + [f"b/c{i:02}.png" for i in range(4)]
     for index, name in enumerate(names):
@@ -57,12 +57,12 @@ def as_tar(path, files, mode="w"):
     return path
 
 
-def rows(out):
-    """All rows of the results in a folder, by image."""
-    found = [row for path in sorted(out.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
-    assert twice(found) == []
-    return {row["image"]: row for row in found}
+def read_rows(out):
+    """Return all result rows of a folder by image."""
+    rows = [row for path in sorted(out.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert duplicates(rows) == []
+    return {row["image"]: row for row in rows}
 
 
-def twice(found):
-    return [image for image, count in Counter(row["image"] for row in found).items() if count > 1]
+def duplicates(rows):
+    return [image for image, count in Counter(row["image"] for row in rows).items() if count > 1]

@@ -1,12 +1,11 @@
-"""Trials: a training is killed again and again, half of the times inside a save, and must end as if it never was.
+"""Kill a training repeatedly, half of the times inside a save; its result must equal an uninterrupted run.
 
-    python tests/kill_trials.py FOLDER --workers 2 --kills 50
+    python tests/support/kill_trials.py FOLDER --workers 2 --kills 50
 
-Every run is forked from this process, which has imported all that a run needs and trained nothing. Half of the kills
-come from outside, at a random time; the others from inside, at a random moment of a save or an export: between any two
-of its steps, or with a file half written. Prints one line of JSON; exit code 0 where every run that ended has the
-losses, the weights and the figures of the run that nobody killed, and no folder was ever left that is neither a model
-nor says why.
+Every run is forked from this process, which has imported everything and trained nothing. Half of the kills come from
+outside, at a random time. The others come from inside a save or an export, between two of its steps or with a file half
+written. Prints one line of JSON. Exit code 0 means that every completed run has the losses, weights and metrics of the
+uninterrupted run, and that every folder left by a kill loads or fails with a one-line error.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config, write_dataset
 
 TIMEOUT = 600.0  # seconds for one run, on a busy machine
-MOMENTS = 30  # a save has about so many
+MOMENTS = 30  # approximate number per save
 
 
 class Killer:
-    """Counts the moments inside saves and exports, and kills this process at the `count`-th."""
+    """Count the moments inside saves and exports, and kill this process at the `count`-th."""
 
     def __init__(self, count: int) -> None:
         self.left, self.inside = count, False
@@ -60,38 +59,38 @@ class Killer:
     def around(self, work):
         def wrapped(*arguments, **options):
             self.moment()
-            result = work(*arguments, **options)
+            run_result = work(*arguments, **options)
             if self.inside and self.left == 1 and work.__name__ == "_write_tensors":
                 os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
             self.moment()
-            return result
+            return run_result
 
         return wrapped
 
     def within(self, work):
         def wrapped(*arguments, **options):
             self.inside = True
-            result = work(*arguments, **options)
+            run_result = work(*arguments, **options)
             self.inside = False
-            return result
+            return run_result
 
         return wrapped
 
 
 def config(workers: int, epochs: int):
-    """Epochs of four steps with dropout, which the random state decides; saved and evaluated often."""
+    """Return a config with dropout, which depends on the random state, and frequent saves and evaluations."""
     tiny = tiny_config(epochs=epochs, batch_size=2)
     return tiny.updated({"model": {"dropout": 0.2}, "data": {"workers": workers, "check": "off"}})
 
 
 def train(data: Path, out: Path, workers: int, epochs: int, kill_at: int, broken: str) -> None:
-    """In the forked process: starts the run or goes on with it. kill_at: moment of a save; 0 never."""
+    """Start or resume the run, in the forked process. kill_at: moment of a save; 0: never."""
     log = open(f"{out}.log", "a")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     assert trainer._SAVE_SECONDS > 0
-    trainer._SAVE_SECONDS = 0.0  # after every step
+    trainer._SAVE_SECONDS = 0.0  # save after every step
     if broken == "random":
         trainer.restore_random_state = lambda state: None
     if kill_at:
@@ -101,8 +100,8 @@ def train(data: Path, out: Path, workers: int, epochs: int, kill_at: int, broken
     Path(f"{out}.modules").write_text("\n".join(sys.modules))
 
 
-def forked(*arguments, seconds: float | None = None) -> bool:
-    """Whether a run came to its end; after `seconds` it is killed."""
+def run_forked(*arguments, seconds: float | None = None) -> bool:
+    """Return whether a run completed; it is killed after `seconds`."""
     if (child := os.fork()) == 0:
         code = 1
         try:
@@ -129,25 +128,25 @@ def forked(*arguments, seconds: float | None = None) -> bool:
         time.sleep(0.002)
 
 
-def result(out: Path) -> dict:
-    """What must be equal, to the last bit."""
+def run_result(out: Path) -> dict:
+    """Return everything that must be equal bit for bit."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     timed = ("seconds", "images_per_second")
     lines = [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
     tensors, state = load_checkpoint(out / "checkpoints" / "last")
-    found = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
-    found |= {f"best/{name}": value for name, value in DeformableDETR.from_pretrained(out).state_dict().items()}
-    return {"lines": lines, "tensors": found, "step": state["train_state"]["step"]}
+    arrays = {f"{group}/{name}": value for group, values in tensors.items() for name, value in values.items()}
+    arrays |= {f"best/{name}": value for name, value in DeformableDETR.from_pretrained(out).state_dict().items()}
+    return {"lines": lines, "tensors": arrays, "step": state["train_state"]["step"]}
 
 
-def difference(first: dict, second: dict) -> str:
-    """The first thing in which two results differ; '' where they are equal."""
+def first_difference(first: dict, second: dict) -> str:
+    """Describe the first difference of two results; empty if they are equal."""
     if first["step"] != second["step"]:
         return f"{first['step']} and {second['step']} steps"
-    for one, other in zip(first["lines"], second["lines"], strict=False):
-        if one != other:
-            keys = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
-            return f"{one['kind']} line of step {one['step']}: {sorted(keys)[:3]}"
+    for line, other in zip(first["lines"], second["lines"], strict=False):
+        if line != other:
+            keys = [key for key in line.keys() | other.keys() if line.get(key) != other.get(key)]
+            return f"{line['kind']} line of step {line['step']}: {sorted(keys)[:3]}"
     if len(first["lines"]) != len(second["lines"]):
         return "the number of lines"
     if first["tensors"].keys() != second["tensors"].keys():
@@ -158,8 +157,8 @@ def difference(first: dict, second: dict) -> str:
     return ""
 
 
-def opens_or_says_why(out: Path) -> str:
-    """What is wrong with the folder of a killed run; '' where it is a model or there is one line that says why not."""
+def folder_problem(out: Path) -> str:
+    """Describe what is wrong with the folder of a killed run; empty if it loads or fails with a one-line error."""
     try:
         DeformableDETR.from_pretrained(out)
     except UserError as error:
@@ -174,21 +173,23 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=3, help="of four steps each")
-    parser.add_argument("--broken", default="", help="what to break, as a control of the trial itself: random")
+    parser.add_argument("--broken", default="", help="what to break, to verify the trial itself: random")
     options = parser.parse_args()
     torch.set_num_threads(1)
     generator = random.Random(options.seed)
     shape = options.workers, options.epochs
     data = write_dataset(options.folder / "set")
-    assert forked(data, options.folder / "first", *shape, 0, "")
+    assert run_forked(data, options.folder / "first", *shape, 0, "")
     for name in (options.folder / "first.modules").read_text().splitlines():
         with contextlib.suppress(Exception):  # some cannot be imported by their names
             importlib.import_module(name)
-    began = time.monotonic()
-    assert forked(data, options.folder / "whole", *shape, 0, "")
-    seconds = time.monotonic() - began
-    whole = result(options.folder / "whole")
-    assert not (fault := difference(result(options.folder / "first"), whole)), f"two whole runs differ: {fault}"
+    start = time.monotonic()
+    assert run_forked(data, options.folder / "uninterrupted", *shape, 0, "")
+    seconds = time.monotonic() - start
+    uninterrupted = run_result(options.folder / "uninterrupted")
+    assert not (fault := first_difference(run_result(options.folder / "first"), uninterrupted)), (
+        f"two uninterrupted runs differ: {fault}"
+    )
 
     kills = {"inside a save": 0, "at any time": 0}
     runs, faults = 0, []
@@ -197,26 +198,28 @@ def main() -> int:
         out = options.folder / f"killed-{runs}"
         ended = False
         while not ended:
-            # The last kills may fall into a run that nobody kills any more: it goes to its end.
+            # After the last kill, let the current run complete.
             if sum(kills.values()) >= options.kills:
-                ended = forked(data, out, *shape, 0, options.broken)
+                ended = run_forked(data, out, *shape, 0, options.broken)
                 continue
             if kills["inside a save"] <= kills["at any time"]:
                 how = "inside a save"
-                ended = forked(data, out, *shape, generator.randint(1, 4 * MOMENTS), options.broken)
+                ended = run_forked(data, out, *shape, generator.randint(1, 4 * MOMENTS), options.broken)
             else:
                 how = "at any time"
                 moment = generator.uniform(0, 0.7 * seconds)
-                ended = forked(data, out, *shape, 0, options.broken, seconds=moment)
+                ended = run_forked(data, out, *shape, 0, options.broken, seconds=moment)
             if not ended:
                 kills[how] += 1
-                if fault := opens_or_says_why(out):
+                if fault := folder_problem(out):
                     faults.append(f"{out.name}: {fault}")
-        if fault := difference(whole, result(out)):
+        if fault := first_difference(uninterrupted, run_result(out)):
             faults.append(f"{out.name}: {fault}")
         if "damaged" in Path(f"{out}.log").read_text():
             faults.append(f"{out.name}: a kill damaged a checkpoint")
-    print(json.dumps({"kills": kills, "runs": runs, "steps": whole["step"], "seconds": seconds, "faults": faults}))
+    print(
+        json.dumps({"kills": kills, "runs": runs, "steps": uninterrupted["step"], "seconds": seconds, "faults": faults})
+    )
     return 1 if faults else 0
 
 

@@ -1,4 +1,4 @@
-"""Models to export: as small as can be, with weights that make every part matter."""
+"""Very small models to export, with weights that make every part matter."""
 
 import json
 
@@ -6,13 +6,13 @@ import torch
 
 from deformable_detr.config.schema import ModelConfig
 from deformable_detr.detector import DeformableDETR
-from tests.support.datasets import picture
+from tests.support.datasets import write_image
 
 NAMES, IDS = ('cat "1"', "häuser & <dogs>", "c"), (7, 3, 90)
 
 
 def tiny(**changes):
-    """One level, one layer of each kind, a ResNet of four blocks; two-stage with memory queries unless changed."""
+    """Return a model with one level, one layer of each kind and a four-block ResNet; two-stage unless changed."""
     base = {
         "backbone_shape": {"block": "basic", "depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "stem": 8},
         "backbone_weights": "none", "num_feature_levels": 1, "hidden_dim": 16, "num_heads": 2, "encoder_layers": 1,
@@ -20,11 +20,11 @@ def tiny(**changes):
         "category_ids": IDS, "image_size": 96, "refine": True, "two_stage": True, "query_init": "encoder",
         "class_aware_proposals": True, "pixel_mean": (0.4, 0.5, 0.6), "pixel_std": (0.2, 0.25, 0.3),
     }  # fmt: skip
-    return lively(DeformableDETR(ModelConfig.from_dict({**base, **changes})))
+    return randomized(DeformableDETR(ModelConfig.from_dict({**base, **changes})))
 
 
-def lively(model, spread=0.15):
-    """Random values where training would have left some: heads, offsets, batch norms' statistics. Evaluation mode."""
+def randomized(model, spread=0.15):
+    """Randomize heads, offsets and batch norm statistics, which initialization leaves constant, in eval mode."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -38,17 +38,17 @@ def lively(model, spread=0.15):
     return model.eval()
 
 
-def found_set(root, model, images=3):
-    """A COCO set whose truth is what the model finds best in pictures of noise, so that AP says something."""
+def write_pseudo_labeled_dataset(root, model, images=3):
+    """Write a COCO dataset of noise images, labeled with the model's best detections, so that AP is not zero."""
     for split, seed in (("train", 100), ("valid", 0)):
         content = {"images": [], "annotations": []}
         content["categories"] = [{"id": i, "name": n} for i, n in zip(IDS, NAMES, strict=True)]
         for number in range(1, images + 1):
-            path = picture(root / split / f"{number}.png", (100 + 20 * number, 90), seed=seed + number)
+            path = write_image(root / split / f"{number}.png", (100 + 20 * number, 90), seed=seed + number)
             content["images"].append({"id": number, "file_name": path.name, "width": 100 + 20 * number, "height": 90})
-            for found in model.predict(path, threshold=0, top_k=4).to_coco(number):
-                area = found["bbox"][2] * found["bbox"][3]
-                annotation = {**found, "id": len(content["annotations"]) + 1, "area": area, "iscrowd": 0}
+            for detection in model.predict(path, threshold=0, top_k=4).to_coco(number):
+                area = detection["bbox"][2] * detection["bbox"][3]
+                annotation = {**detection, "id": len(content["annotations"]) + 1, "area": area, "iscrowd": 0}
                 content["annotations"].append(annotation)
         (root / split / "_annotations.coco.json").write_text(json.dumps(content))
     return root

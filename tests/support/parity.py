@@ -1,4 +1,4 @@
-"""Transformers' Deformable DETR as the reference: small models, a batch of padded images, a comparison of outputs."""
+"""Transformers' Deformable DETR as the reference: small models, a padded batch and a comparison of outputs."""
 
 import pytest
 import torch
@@ -29,9 +29,9 @@ def transformers_config(variant: str, levels: int, backbone: str = "timm", **cha
 
 @torch.no_grad()
 def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every weight, norm, bias, offset and running statistic moved, so that nothing is equal by being at its start.
+    """Randomize every parameter and running statistic, so that nothing is equal because of its initial value.
 
-    As calm as trained weights are: wilder ones amplify the rounding of fp32 in both implementations beyond 1e-5.
+    Magnitudes are those of trained weights; larger ones amplify fp32 rounding beyond 1e-5 in both implementations.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
@@ -51,7 +51,7 @@ def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def batch(dtype=torch.float32, width=416):
-    """Three sizes on one canvas; 400 pixels are 50 tokens, whose outermost lie at exactly 1% of the image."""
+    """Return three image sizes on one canvas; 400 pixels are 50 tokens, the outermost exactly 1% inside the image."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.zeros(3, 3, 64, width, dtype=dtype)
     mask = torch.ones(3, 64, width, dtype=torch.bool)
@@ -63,22 +63,25 @@ def batch(dtype=torch.float32, width=416):
 
 @torch.no_grad()
 def compare(theirs, ours: DeformableDETR, dtype: torch.dtype, width: int = 416) -> None:
-    """All outputs that both have: of every decoder layer, and of the encoder's proposals."""
+    """Compare all outputs that both have: every decoder layer and the encoder proposals."""
     pixels, mask = batch(dtype, width)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
-    there, here = theirs.to(dtype)(pixels, pixel_mask=(~mask).long()), ours.to(dtype)(pixels, mask)
-    assert here["pred_logits"].dtype == dtype
-    pairs = {"logits": (there.logits, here["pred_logits"]), "boxes": (there.pred_boxes, here["pred_boxes"])}
-    hidden, references = there.intermediate_hidden_states, there.intermediate_reference_points
+    reference, outputs = theirs.to(dtype)(pixels, pixel_mask=(~mask).long()), ours.to(dtype)(pixels, mask)
+    assert outputs["pred_logits"].dtype == dtype
+    pairs = {
+        "logits": (reference.logits, outputs["pred_logits"]),
+        "boxes": (reference.pred_boxes, outputs["pred_boxes"]),
+    }
+    hidden, references = reference.intermediate_hidden_states, reference.intermediate_reference_points
     for layer in range(hidden.shape[1]):
         logits = theirs.class_embed[layer](hidden[:, layer])
-        pairs[f"logits of layer {layer}"] = (logits, here["layer_logits"][layer])
+        pairs[f"logits of layer {layer}"] = (logits, outputs["layer_logits"][layer])
         if theirs.config.with_box_refine:
-            pairs[f"boxes of layer {layer}"] = (references[:, layer], here["layer_boxes"][layer])
+            pairs[f"boxes of layer {layer}"] = (references[:, layer], outputs["layer_boxes"][layer])
     if theirs.config.two_stage:
-        pairs["proposals' logits"] = (there.enc_outputs_class, here["encoder_logits"])
-        pairs["proposals' boxes"] = (there.enc_outputs_coord_logits.sigmoid(), here["encoder_boxes"])
+        pairs["proposals' logits"] = (reference.enc_outputs_class, outputs["encoder_logits"])
+        pairs["proposals' boxes"] = (reference.enc_outputs_coord_logits.sigmoid(), outputs["encoder_boxes"])
     for name, (expected, actual) in pairs.items():
         assert (actual - expected).abs().max() <= tolerance, name
-    assert there.logits.std() > 0.1  # what is compared is not constant
-    assert there.pred_boxes.std(dim=(0, 1)).max() > 0.005
+    assert reference.logits.std() > 0.1  # the outputs are not constant
+    assert reference.pred_boxes.std(dim=(0, 1)).max() > 0.005

@@ -1,4 +1,4 @@
-"""A dataset of plain images of many shapes, with `sizes` as a `CocoDataset` has them."""
+"""A dataset of plain images of many shapes, with `sizes` as in `CocoDataset`."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""A stand-in for the detector with the same contract, which finds the one red rectangle of an image."""
+"""A stand-in with the detector's interface that finds the one red rectangle of an image."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from deformable_detr.config.schema import ModelConfig
 
 
 class RedBoxFinder(nn.Module):
-    """First query: the red rectangle, as label 1 with score 0.9; the others: nothing, with falling scores under 0.5."""
+    """The first query finds the red rectangle, label 1, score 0.9; the others have falling scores below 0.5."""
 
     def __init__(self, **config):
         super().__init__()
@@ -16,12 +16,12 @@ class RedBoxFinder(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor([0.4, 0.5, 0.6]))
         self.register_buffer("pixel_std", torch.tensor([0.2, 0.25, 0.3]))
         self.frozen, self.moving = nn.Dropout(0.5), nn.Dropout(0.5)
-        self.seen = []  # shapes of what came in
+        self.input_shapes = []
 
     def forward(self, pixels, padding_mask=None, return_attention=False):
         assert not self.training
         assert not torch.is_grad_enabled()
-        self.seen.append(tuple(pixels.shape))
+        self.input_shapes.append(tuple(pixels.shape))
         B, Q, K = len(pixels), self.config.num_queries, self.config.num_classes
         assert not pixels.masked_select(padding_mask[:, None]).any()
         colors = pixels * self.pixel_std[:, None, None] + self.pixel_mean[:, None, None]

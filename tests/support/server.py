@@ -18,7 +18,7 @@ from tests.support.models import tiny
 
 
 def small_model(**changes):
-    """64 pixels, 12 queries, scores around 0.5."""
+    """Return a model for 64-pixel images with 12 queries and scores around 0.5."""
     model = tiny(image_size=64, max_size=128, **changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -28,7 +28,7 @@ def small_model(**changes):
 
 
 @contextmanager
-def running(model=None, token=None, **limits):
+def running_server(model=None, token=None, **limits):
     """Yield an httpx client of a running server, with attributes `server`, `engine` and `port`."""
     limits = Limits(**{"shutdown_delay": 0.0, **limits})
     engine = Engine(small_model() if model is None else model, limits)
@@ -49,15 +49,15 @@ def running(model=None, token=None, **limits):
         assert not thread.is_alive()
 
 
-def wait_until(true, seconds=30.0):
+def wait_until(condition, seconds=30.0):
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
-def slow(model, seconds):
-    """The model, delayed by some seconds per pass."""
+def delayed(model, seconds):
+    """Delay each forward pass of the model by some seconds."""
     model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
     return model
 
@@ -67,16 +67,16 @@ def pixels(height=48, width=64, seed=0):
     return np.asarray(Image.fromarray(coarse).resize((width, height)))
 
 
-def picture(kind="PNG", height=48, width=64, seed=0, **options):
-    """The bytes of an image file."""
+def encode_image(kind="PNG", height=48, width=64, seed=0, **options):
+    """Return the bytes of an image file."""
     file = io.BytesIO()
     Image.fromarray(pixels(height, width, seed)).save(file, kind, **options)
     return file.getvalue()
 
 
-def form(*pictures):
-    return [("images", (f"{number}.png", data, "image/png")) for number, data in enumerate(pictures)]
+def multipart(*images):
+    return [("images", (f"{number}.png", data, "image/png")) for number, data in enumerate(images)]
 
 
-def raw(client, data, path="/v1/detect", kind="image/png", **options):
+def post_image(client, data, path="/v1/detect", kind="image/png", **options):
     return client.post(path, content=data, headers={"Content-Type": kind, **options.pop("headers", {})}, **options)

@@ -17,7 +17,7 @@ COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
 
 
 def tiny_config(**train: Any) -> Config:
-    """A two-stage model of 0.4 M parameters at 64 pixels, without any download or worker process."""
+    """Return a two-stage model of 0.4 M parameters at 64 pixels, without downloads or worker processes."""
     model = ModelConfig(
         backbone="test_resnet", backbone_weights="none", num_feature_levels=2, hidden_dim=32, num_heads=4,
         encoder_layers=1, decoder_layers=2, ffn_dim=64, dropout=0.0, num_queries=12, image_size=64,
@@ -30,7 +30,7 @@ def tiny_config(**train: Any) -> Config:
 
 
 def write_dataset(root: Path, train: int = 8, val: int = 4, seed: int = 0, empty: int = 0) -> Path:
-    """Colored rectangles on noise in Roboflow's layout; category ids have gaps; the first `empty` images have none."""
+    """Write colored rectangles as COCO JSON with gaps in the ids; the first `empty` images have no objects."""
     random = np.random.default_rng(seed)
     for split, count in (("train", train), ("valid", val)):
         folder = root / split
@@ -57,14 +57,14 @@ def write_dataset(root: Path, train: int = 8, val: int = 4, seed: int = 0, empty
 
 
 def random_boxes(*shape: int, generator: torch.Generator) -> torch.Tensor:
-    """(…, 4) cxcywh boxes inside the image."""
+    """Return (…, 4) cxcywh boxes inside the image."""
     corners = torch.rand(*shape, 2, 2, generator=generator).sort(dim=-2).values
     low, high = corners.unbind(-2)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def random_targets(sizes: list[int], classes: int, generator: torch.Generator) -> list[Target]:
-    """Targets with so many objects each."""
+    """Return targets with these numbers of objects."""
     return [
         Target(
             torch.randint(classes, (size,), generator=generator),
@@ -79,7 +79,7 @@ def random_targets(sizes: list[int], classes: int, generator: torch.Generator) -
 def random_outputs(
     layers: int, images: int, queries: int, classes: int, generator: torch.Generator, tokens: int = 0
 ) -> dict[str, torch.Tensor]:
-    """What the model gives, with gradients; two-stage if it has tokens."""
+    """Return model outputs with gradients; two-stage if `tokens` is not 0."""
     outputs = {
         "layer_logits": torch.randn(layers, images, queries, classes, generator=generator) * 2,
         "layer_boxes": random_boxes(layers, images, queries, generator=generator),

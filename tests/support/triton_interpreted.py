@@ -1,4 +1,4 @@
-"""Compare the GPU kernels on CPU tensors with float64; tests/ops/test_triton.py runs it with TRITON_INTERPRET=1."""
+"""Compare the GPU kernels on CPU tensors with float64. tests/ops/test_triton.py runs this with TRITON_INTERPRET=1."""
 
 import itertools
 import math
@@ -34,10 +34,10 @@ def check(shapes, coordinates, dtype, tolerance, **sizes):
     reference = middle[0] if middle else None
     output = triton_backend.forward(value, flat, reference, offsets, logits)
     v, r, o, w = triton_backend.backward(cotangent, value, flat, reference, offsets, logits, True)
-    found = [output, v, *([] if r is None else [r]), o, w]
-    assert [t.dtype for t in found[1:]] == [t.dtype for t in inputs]
-    assert_near(found, exact, tolerance)
-    return found
+    actual = [output, v, *([] if r is None else [r]), o, w]
+    assert [t.dtype for t in actual[1:]] == [t.dtype for t in inputs]
+    assert_near(actual, exact, tolerance)
+    return actual
 
 
 SHAPES = ((6, 9), (3, 4), (1, 1))

@@ -1,4 +1,4 @@
-"""Small videos for the tests, and a detector that finds the red square in them."""
+"""Small videos, and a detector that finds the red square in them."""
 
 import json
 
@@ -14,7 +14,7 @@ class Finder(RedBoxFinder):
 
 
 def write_video(path, frames=23, size=(96, 64), rate=10, movflags=""):
-    """A video in which a red square moves to the right; its brightness encodes the frame number."""
+    """Write a video in which a red square moves to the right; the brightness encodes the frame number."""
     import av
 
     with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:

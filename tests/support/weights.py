@@ -1,4 +1,4 @@
-"""Tiny models with random weights, of this package and of transformers, and helpers for their files."""
+"""Tiny models with random weights, ours and transformers', and helpers for their files."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def tiny_transformers_model(variant="two-stage", **changes):
 
 
 def equal_weights(a: DeformableDETR, b: DeformableDETR) -> bool:
-    """Whether all weights and statistics are the same bits; batch norms' step counters are not compared."""
+    """Return whether all weights and statistics are equal bit for bit, step counters of batch norms excluded."""
     first, second = (
         {key: value for key, value in model.state_dict().items() if "num_batches_tracked" not in key}
         for model in (a, b)
@@ -50,8 +50,8 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], **metadata: st
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **metadata})
 
 
-def refusal(source) -> str:
-    """The one line with which a source is refused."""
+def load_error(source) -> str:
+    """Assert that loading fails with a one-line error; return it."""
     with pytest.raises(UserError) as caught:
         DeformableDETR.from_pretrained(source)
     message = str(caught.value)
@@ -61,7 +61,7 @@ def refusal(source) -> str:
 
 
 def official_values(path: Path) -> dict:
-    """The contents of an official checkpoint, as the official code itself writes it."""
+    """Return the contents of an official checkpoint as the official code writes it."""
     values = torch.load(path, weights_only=False)
     values.pop(official_format.OWN_CONFIG, None)
     return values

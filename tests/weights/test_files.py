@@ -21,9 +21,9 @@ from deformable_detr import DeformableDETR
 from tests.support.weights import (
     edit_json,
     equal_weights,
+    load_error,
     official_values,
     read_tensors,
-    refusal,
     tiny_transformers_model,
     write_tensors,
 )
@@ -132,7 +132,7 @@ def test_a_changed_repository_loads_equal_or_gives_one_line(name, shared_repo, r
     if message is EQUAL:
         assert equal_weights(DeformableDETR.from_pretrained(shared_repo), DeformableDETR.from_pretrained(repo))
         return
-    refused = refusal(repo)
+    refused = load_error(repo)
     assert re.search(message, refused), refused
     assert str(repo) in refused
 
@@ -162,7 +162,7 @@ def test_damaged_files(shared_checkpoint, repo, tmp_path, tiny_backbone):
             content[:40] + bytes(255 - byte for byte in content[40:400]) + content[400:],
         ):  # fmt: skip
             file.write_bytes(damaged)
-            assert str(file) in refusal(source)
+            assert str(file) in load_error(source)
         file.write_bytes(content)
         DeformableDETR.from_pretrained(source)
 
@@ -176,7 +176,7 @@ def test_an_unreadable_file_is_not_called_damaged(repo, shared_checkpoint, monke
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "access", denied)  # as for a user who is not root
-            assert f"{file} cannot be read: permission denied" in refusal(source)
+            assert f"{file} cannot be read: permission denied" in load_error(source)
 
 
 # --- malice -------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_no_pickle_runs_code(name, protocol, tmp_path):
         torch.save(values, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(values, protocol=protocol))
     for path in sorted(tmp_path.glob("*.pth")):
-        assert "refused" in refusal(path) or "damaged" in refusal(path)
+        assert "refused" in load_error(path) or "damaged" in load_error(path)
     assert not mark.exists()
     if name in MARKING:  # the control: unpickling would have run it
         pickle.loads((tmp_path / "bare.pth").read_bytes())
@@ -240,7 +240,7 @@ def test_no_pickle_of_a_repository_runs_code(sharded, repo, tmp_path):
     if sharded:
         index = {"weight_map": {"model.level_embed": name}}
         (repo / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    refused = refusal(repo)
+    refused = load_error(repo)
     assert f"{repo / name} is refused" in refused
     assert "system" in refused
     assert not (tmp_path / "mark").exists()
@@ -267,12 +267,12 @@ def test_archives_that_are_not_checkpoints(shared_checkpoint, tmp_path):
     content = shared_checkpoint.read_bytes()
     (tmp_path / "twice.pth").write_bytes(content[:1000] + content)
     for path in sorted(tmp_path.glob("*.pth")):
-        refused = refusal(path)
+        refused = load_error(path)
         assert any(word in refused for word in ("damaged", "refused", "no dict"))
         assert str(path) in refused
     assert not (tmp_path / "mark").exists()
     assert not (tmp_path.parent / "climbed").exists()
-    assert "more than its own size" in refusal(tmp_path / "bomb.pth")
+    assert "more than its own size" in load_error(tmp_path / "bomb.pth")
 
 
 def test_the_command_line_prints_one_line_and_exits_with_2(repo, tmp_path, capsys):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from deformable_detr import DeformableDETR, UserError
 from deformable_detr.config import presets
 from tests.support.parity import batch
-from tests.support.weights import edit_json, equal_weights, read_tensors, refusal, tiny_model, write_tensors
+from tests.support.weights import edit_json, equal_weights, load_error, read_tensors, tiny_model, write_tensors
 
 
 def test_a_native_folder(native_model, native_folder):
@@ -32,7 +32,7 @@ def test_native_configs_that_cannot_be_read(native_folder, tmp_path, changes, me
     (tmp_path / "config.json").write_text((native_folder / "config.json").read_text())
     write_tensors(tmp_path, read_tensors(native_folder))
     edit_json(tmp_path / "config.json", **changes)
-    refused = refusal(tmp_path)
+    refused = load_error(tmp_path)
     assert message in refused
     assert str(tmp_path / "config.json") in refused
 
@@ -47,7 +47,7 @@ def test_native_tensors_that_do_not_fit(native_folder, tmp_path):
         "does not call for: extra": {**tensors, "extra": torch.zeros(1)},
     }.items():
         write_tensors(tmp_path, changed)
-        assert message in refusal(tmp_path)
+        assert message in load_error(tmp_path)
 
 
 def test_a_file_of_a_folder_means_the_folder(native_model, native_folder):
@@ -72,9 +72,9 @@ def test_hub_id(shared_repo, monkeypatch):
         raise OSError("no network\nand more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    assert refusal("someone/some-model").endswith("the download failed: no network")
+    assert load_error("someone/some-model").endswith("the download failed: no network")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("a path is no hub id"))
-    assert "no such folder" in refusal(f"{os.path.relpath(shared_repo.parent)}/repoo")
+    assert "no such folder" in load_error(f"{os.path.relpath(shared_repo.parent)}/repoo")
 
 
 def test_other_sources(tmp_path):
@@ -91,11 +91,11 @@ def test_other_sources(tmp_path):
         ("alone.safetensors", "no config.json beside it"), ("cards.onnx", "is an exported file"),
         ("gone", "no such folder or file"), ("gone.pth", "no such folder or file"),
     ):  # fmt: skip
-        refused = refusal(tmp_path / name)
+        refused = load_error(tmp_path / name)
         assert message in refused
         assert str(tmp_path / name) in refused
     for name in ("x" * 5000, "a/" * 3000, "nul\0", "", "https://example.org/model.pth"):
-        assert refusal(name)
+        assert load_error(name)
 
 
 def test_overrides(shared_repo, tmp_path):

@@ -15,7 +15,7 @@ from deformable_detr.config import presets
 from deformable_detr.model.postprocess import postprocess
 from deformable_detr.weights import official_format
 from tests.support.parity import batch, randomized
-from tests.support.weights import equal_weights, official_values, refusal, tiny_model
+from tests.support.weights import equal_weights, load_error, official_values, tiny_model
 
 PRESETS = [name for name in presets.PRESETS if not name.startswith("small")]
 EQUAL = None
@@ -96,7 +96,7 @@ def test_a_changed_checkpoint_loads_equal_or_gives_one_line(
         model = DeformableDETR.from_pretrained(path)
         assert all(torch.equal(value, official_model.state_dict()[key]) for key, value in model.state_dict().items())
         return
-    refused = refusal(path)
+    refused = load_error(path)
     assert re.search(message, refused), refused
     assert str(path) in refused
 
@@ -140,7 +140,7 @@ def test_other_files(tmp_path):
     torch.save({"model": {"backbone.weight": torch.zeros(1)}}, tmp_path / "detr.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     for name, message in (("image", "damaged"), ("detr", "no transformer.level_embed"), ("list", "no dict")):
-        assert message in refusal(tmp_path / f"{name}.pth")
+        assert message in load_error(tmp_path / f"{name}.pth")
 
 
 def test_written_keys_and_settings(tiny_backbone, tmp_path):

@@ -14,8 +14,8 @@ from tests.support.parity import TINY, compare, transformers
 from tests.support.weights import (
     edit_json,
     equal_weights,
+    load_error,
     read_tensors,
-    refusal,
     tiny_transformers_model,
     write_tensors,
 )
@@ -64,7 +64,7 @@ def test_class_heads_per_layer_without_two_stage(tmp_path):
     compare(theirs.eval(), ours, torch.float64)
     del tensors["class_embed.1.bias"]  # missing in the middle: not tied
     write_tensors(tmp_path, tensors)
-    assert "lacks class_embed.1.bias" in refusal(tmp_path)
+    assert "lacks class_embed.1.bias" in load_error(tmp_path)
 
 
 def test_config_and_names(tmp_path):
@@ -200,7 +200,7 @@ def test_broken_configs(repo, content, message):
 
 def test_a_huge_config(repo):
     os.truncate(repo / "config.json", 2**33)
-    assert "8192 MiB" in refusal(repo)
+    assert "8192 MiB" in load_error(repo)
 
 
 TIMM = {"model_type": "timm_backbone", "backbone": "test_resnet", "out_indices": [2, 3, 4]}
@@ -271,6 +271,6 @@ def test_tensors_that_do_not_fit(repo):
     }
     for message, changed in cases.items():
         save_file(changed, repo / "model.safetensors", metadata={"format": "pt"})
-        refused = refusal(repo)
+        refused = load_error(repo)
         assert message in refused
         assert str(repo / "model.safetensors") in refused

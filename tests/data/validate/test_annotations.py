@@ -4,74 +4,74 @@ import pytest
 
 from deformable_detr.utils.errors import UserError
 from tests.support.annotation_files import COCO, TRAIN, VAL, VOC, YOLO
-from tests.support.data_problems import as_training, assert_as_documented, codes, found
-from tests.support.datasets import coco_set, voc_set, yolo_set
+from tests.support.data_problems import assert_issues, check_report, issue_codes, load_for_training
+from tests.support.datasets import write_coco_dataset, write_voc_dataset, write_yolo_dataset
 
 
 @pytest.mark.parametrize("case", COCO)
 def test_coco(tmp_path, case):
     change, expected, name = COCO[case]
-    root = coco_set(tmp_path / "set")
-    assert codes(root) == set(), "the set without the fault"
+    root = write_coco_dataset(tmp_path / "set")
+    assert issue_codes(root) == set(), "the set without the fault"
     change(root)
-    assert_as_documented(root, expected, name)
+    assert_issues(root, expected, name)
 
 
 @pytest.mark.parametrize("case", YOLO)
 def test_yolo(tmp_path, case):
     change, expected, name = YOLO[case]
-    root = yolo_set(tmp_path / "set")
-    assert codes(root) == set(), "the set without the fault"
+    root = write_yolo_dataset(tmp_path / "set")
+    assert issue_codes(root) == set(), "the set without the fault"
     change(root)
-    assert_as_documented(root, expected, name)
+    assert_issues(root, expected, name)
 
 
 def test_a_fault_of_data_yaml_is_said_once(tmp_path):
-    root = yolo_set(tmp_path)
+    root = write_yolo_dataset(tmp_path)
     (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, cat]\n")
-    (issue,) = found(root).issues
+    (issue,) = check_report(root).issues
     assert "'names' lists 'cat' twice" in issue.line
 
 
 @pytest.mark.parametrize("case", VOC)
 def test_voc(tmp_path, case):
     change, expected, name = VOC[case]
-    root = voc_set(tmp_path / "set")
-    assert codes(root) == set(), "the set without the fault"
+    root = write_voc_dataset(tmp_path / "set")
+    assert issue_codes(root) == set(), "the set without the fault"
     change(root)
-    assert_as_documented(root, expected, name)
+    assert_issues(root, expected, name)
 
 
 def test_what_it_does_not_find_it_leaves_to_training(tmp_path):
     """There is no set at all: nothing to list."""
     with pytest.raises(UserError, match="no such dataset"):
-        found(tmp_path / "gone")
-    assert codes(tmp_path) == {"split-missing"}
+        check_report(tmp_path / "gone")
+    assert issue_codes(tmp_path) == {"split-missing"}
 
 
 def test_one_split_alone(tmp_path):
-    root = coco_set(tmp_path)
+    root = write_coco_dataset(tmp_path)
     for place in (root / TRAIN, root / "train", root / VAL):
-        report = found(place)
+        report = check_report(place)
         assert [len(split.image_records) for split in report.splits] == [1 if place == root / VAL else 3]
         (error,) = report.errors
         assert error.code == "split-missing", "what training says too"
         with pytest.raises(UserError, match=r"(no|not the) '(train|val)' split"):
-            as_training(place)
+            load_for_training(place)
     (root / TRAIN).rename(root / "train/all.json")
     (root / "train").rename(root / "images")
-    report = found(root / "images/all.json")
+    report = check_report(root / "images/all.json")
     assert [(split.name, len(split.image_records)) for split in report.splits] == [("train", 3)]
     assert [finding.code for finding in report.errors] == ["splits-same"]
     with pytest.raises(UserError, match="would be both the training and the validation split"):
-        as_training(root / "images/all.json")
+        load_for_training(root / "images/all.json")
 
 
 def test_a_third_split_is_looked_at(tmp_path):
-    root = coco_set(tmp_path)
-    assert [split.name for split in found(root).splits] == ["train", "val"]
-    coco_set(tmp_path, {"test": {"a": [(0, (4, 2, 16, 10))]}}, folders=("test",))
-    report = found(root)
+    root = write_coco_dataset(tmp_path)
+    assert [split.name for split in check_report(root).splits] == ["train", "val"]
+    write_coco_dataset(tmp_path, {"test": {"a": [(0, (4, 2, 16, 10))]}}, folders=("test",))
+    report = check_report(root)
     assert [split.name for split in report.splits] == ["train", "val", "test"]
     (root / "test/a.png").write_bytes((root / "train/a.png").read_bytes())
-    assert codes(root) == {"leak"}
+    assert issue_codes(root) == {"leak"}

@@ -7,13 +7,13 @@ import pytest
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.validate import check_for_training, images
 from deformable_detr.utils.errors import UserError
-from tests.support.data_problems import SIZES, TRAIN, call, found
-from tests.support.datasets import OBJECTS, coco_set
+from tests.support.data_problems import SIZES, TRAIN, check_report, run_check
+from tests.support.datasets import OBJECTS, write_coco_dataset
 
 
 def test_exit_codes_and_lines(tmp_path, capsys):
-    root = coco_set(tmp_path / "set")
-    code, printed, err = call(capsys, root)
+    root = write_coco_dataset(tmp_path / "set")
+    code, printed, err = run_check(capsys, root)
     assert (code, err) == (0, "")
     assert printed.splitlines()[-1].startswith(
         "train 3 images, 3 objects; val 1 images, 2 objects: 0 errors, 2 warnings"
@@ -23,7 +23,7 @@ def test_exit_codes_and_lines(tmp_path, capsys):
         {"id": 100 + n, "image_id": 99, "category_id": 1, "bbox": [1, 1, 9, 9]} for n in range(9)
     ]
     (root / TRAIN).write_text(json.dumps(content))
-    code, printed, err = call(capsys, root, "--json", tmp_path / "new" / "found.json", "--image-size", 100)
+    code, printed, err = run_check(capsys, root, "--json", tmp_path / "new" / "found.json", "--image-size", 100)
     assert (code, err) == (2, "")
     lines = printed.splitlines()
     assert [line.startswith("error image-unknown: ") for line in lines[:6]] == [True] * 6
@@ -42,16 +42,16 @@ def test_exit_codes_and_lines(tmp_path, capsys):
 
 @pytest.mark.parametrize("option", ["--report", "--json"])
 def test_outputs_that_cannot_be(tmp_path, capsys, option):
-    root = coco_set(tmp_path / "set")
+    root = write_coco_dataset(tmp_path / "set")
     (tmp_path / "file").touch()
     for path in (root, tmp_path / "file" / "x"):
-        code, printed, err = call(capsys, root, option, path)
+        code, printed, err = run_check(capsys, root, option, path)
         assert (code, printed) == (2, "")
         assert err.startswith(f"error: {option} {path}: ")
 
 
 def test_before_training_warnings_are_brief(tmp_path):
-    root = coco_set(tmp_path)
+    root = write_coco_dataset(tmp_path)
     content = json.loads((root / TRAIN).read_text())
     content["annotations"] += [{"id": 9 + n, "image_id": 1, "category_id": 1, "bbox": [n, 2, 0, 5]} for n in range(7)]
     (root / TRAIN).write_text(json.dumps(content))
@@ -65,7 +65,7 @@ def test_before_training_warnings_are_brief(tmp_path):
 
 
 def test_before_training_the_first_error_ends_it(tmp_path):
-    root = coco_set(tmp_path)
+    root = write_coco_dataset(tmp_path)
     (root / "train/a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"train/a\.png: cannot be read as an image .*; replace or remove it$"):
         check_for_training(root, DataConfig(), **SIZES)
@@ -76,16 +76,16 @@ def test_before_training_the_first_error_ends_it(tmp_path):
 
 
 def test_auto_looks_at_a_part_of_a_large_set_and_full_at_all(tmp_path, monkeypatch):
-    root = coco_set(
+    root = write_coco_dataset(
         tmp_path, {"train": {f"{n:02}": [(n % 2, (4, 2, 16, 10))] for n in range(40)}, **{"val": OBJECTS["val"]}}
     )
-    assert vars(found(root, "auto").coverage) == {"images": 41, "headers": 41, "decoded": 41}
+    assert vars(check_report(root, "auto").coverage) == {"images": 41, "headers": 41, "decoded": 41}
     monkeypatch.setattr(images, "AUTO_IMAGES", 10)
-    assert vars(found(root, "auto").coverage) == {"images": 41, "headers": 41, "decoded": 9}
+    assert vars(check_report(root, "auto").coverage) == {"images": 41, "headers": 41, "decoded": 9}
     path = root / "train/03.png"
     path.write_bytes(path.read_bytes()[:1000])  # the header is whole
-    assert not found(root, "auto").errors
-    assert [finding.code for finding in found(root, "full").errors] == ["image-unreadable"]
+    assert not check_report(root, "auto").errors
+    assert [finding.code for finding in check_report(root, "full").errors] == ["image-unreadable"]
     monkeypatch.setattr(images, "AUTO_SECONDS", -1.0)
     monkeypatch.setattr(images, "CHUNK", 4)
-    assert vars(found(root, "auto").coverage) == {"images": 41, "headers": 4, "decoded": 4}
+    assert vars(check_report(root, "auto").coverage) == {"images": 41, "headers": 4, "decoded": 4}

@@ -5,24 +5,24 @@ import os
 import pytest
 from PIL import Image
 
-from tests.support.data_problems import assert_as_documented, codes, found
-from tests.support.datasets import coco_set, picture
-from tests.support.image_files import BROKEN, FILES, gray
+from tests.support.data_problems import assert_issues, check_report, issue_codes
+from tests.support.datasets import write_coco_dataset, write_image
+from tests.support.image_files import BROKEN, FILES, png_16bit
 
 
 @pytest.mark.parametrize("case", FILES)
 def test_a_file(tmp_path, case):
     content, expected = FILES[case]
-    root = coco_set(tmp_path / "set")
-    assert codes(root) == set(), "the set without the fault"
+    root = write_coco_dataset(tmp_path / "set")
+    assert issue_codes(root) == set(), "the set without the fault"
     (root / "train/a.png").write_bytes(content)
-    assert_as_documented(root, expected, "a.png")
+    assert_issues(root, expected, "a.png")
 
 
 def test_dim_file_is_named_with_a_hint(tmp_path):
-    root = coco_set(tmp_path)
-    (root / "train/a.png").write_bytes(gray(4095))
-    (issue,) = (issue for issue in found(root).issues if issue.code == "image-dim")
+    root = write_coco_dataset(tmp_path)
+    (root / "train/a.png").write_bytes(png_16bit(4095))
+    (issue,) = (issue for issue in check_report(root).issues if issue.code == "image-dim")
     assert issue.line == (
         f"{root / 'train/a.png'}: has 16 bits, but its values are at most 4095 of 65535, so it is almost black; "
         "scale its values to 0..65535, or save it with 8 bits"
@@ -36,11 +36,11 @@ def test_something_else_in_its_place(tmp_path):
         (lambda path: (os.unlink(path), path.symlink_to("nowhere.png")), {"image-unreadable"}),
         (lambda path: (os.unlink(path), os.mkfifo(path)), BROKEN),
         (lambda path: path.rename(path.with_name("A.PNG")), {"image-name"}),
-        (lambda path: picture(path.with_name("new.png")), {"images-unlisted"}),
+        (lambda path: write_image(path.with_name("new.png")), {"images-unlisted"}),
     ]):  # fmt: skip
-        root = coco_set(tmp_path / str(number))
+        root = write_coco_dataset(tmp_path / str(number))
         make(root / "train/a.png")
-        message = assert_as_documented(root, expected, "a.png")
+        message = assert_issues(root, expected, "a.png")
         assert number != 4 or "where 'A.PNG' is" in message
 
 
@@ -52,6 +52,6 @@ def test_copies(tmp_path):
         ("twice in training", lambda a, b, c: b.write_bytes(a.read_bytes()), {"image-copy"}),
         ("other pixels", lambda a, b, c: Image.open(a).rotate(180).save(c), set()),
     ]:
-        root = coco_set(tmp_path / name)
+        root = write_coco_dataset(tmp_path / name)
         copy(root / "train/a.png", root / "train/b.png", root / "valid/c.png")
-        assert_as_documented(root, expected, "a.png")
+        assert_issues(root, expected, "a.png")

@@ -9,15 +9,23 @@ from PIL import Image
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.validate.repair import _rotate
 from deformable_detr.utils.errors import UserError
-from tests.support.data_problems import TRAIN, VAL, as_training, call, codes, spoiled, state
-from tests.support.datasets import OBJECTS, SIZE, coco_set, picture, voc_set, yolo_set
+from tests.support.data_problems import (
+    TRAIN,
+    VAL,
+    issue_codes,
+    load_for_training,
+    run_check,
+    snapshot,
+    write_faulty_dataset,
+)
+from tests.support.datasets import OBJECTS, SIZE, write_coco_dataset, write_image, write_voc_dataset, write_yolo_dataset
 
 
 def test_the_repaired_copy(tmp_path, capsys):
-    root, out = spoiled(tmp_path / "set"), tmp_path / "copy"
-    before = state(root)
-    code, printed, _ = call(capsys, root, "--fix", out, "--set", "model.image_size=64")
-    assert state(root) == before, "the original is only read"
+    root, out = write_faulty_dataset(tmp_path / "set"), tmp_path / "copy"
+    before = snapshot(root)
+    code, printed, _ = run_check(capsys, root, "--fix", out, "--set", "model.image_size=64")
+    assert snapshot(root) == before, "the original is only read"
     assert code == 0, printed
     assert "remaining: error" not in printed
 
@@ -46,19 +54,19 @@ def test_the_repaired_copy(tmp_path, capsys):
         "image-missing", "image-unreadable", "image-size", "leak", "box-duplicate", "box-outside", "box-overhang",
         "annotation-id-duplicate", "annotation-record", "category-unknown", "image-unknown",
     }  # fmt: skip
-    as_training(out)
+    load_for_training(out)
     # Writing to a copy's JSON, or replacing its images, leaves the original alone.
     (out / TRAIN).write_text("")
     (out / "train/a.png").unlink()
-    assert state(root) == before
+    assert snapshot(root) == before
 
 
 def resized_set(root, box):
     """A set whose a.png is twice as large as its record says, with one object of that box, outlined too."""
-    coco_set(root)
+    write_coco_dataset(root)
     path = root / TRAIN
     content = json.loads(path.read_text())
-    picture(root / "train/a.png", (SIZE[0] * 2, SIZE[1] * 2))
+    write_image(root / "train/a.png", (SIZE[0] * 2, SIZE[1] * 2))
     mine = next(record["id"] for record in content["images"] if record["file_name"] == "a.png")
     x, y, w, h = box
     polygon = [x, y, x + w, y, x + w, y + h]
@@ -70,7 +78,7 @@ def resized_set(root, box):
 
 def repaired(root, out, capsys):
     """The box and the outline that `resized_set`'s object has in the copy."""
-    call(capsys, root, "--fix", out)
+    run_check(capsys, root, "--fix", out)
     record = next(record for record in json.loads((out / TRAIN).read_text())["annotations"] if record["id"] == 99)
     return record["bbox"], record["segmentation"]
 
@@ -112,21 +120,21 @@ def test_boxes_turn_with_their_image(tmp_path, orientation):
 )
 def test_boxes_in_another_form_come_back(tmp_path, capsys, kind, change):
     objects = {"train": {"a": [(0, (14, 6, 20, 12)), (1, (16, 8, 10, 10))]}, "val": {"c": [(0, (1, 2, 30, 10))]}}
-    root = coco_set(tmp_path / "set", objects)
+    root = write_coco_dataset(tmp_path / "set", objects)
     content = json.loads((root / TRAIN).read_text())
     before = [record["bbox"] for record in content["annotations"]]
     for record in content["annotations"]:
         record["bbox"] = change(record["bbox"])
     (root / TRAIN).write_text(json.dumps(content))
-    assert kind in codes(root)
-    code, _, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    assert kind in issue_codes(root)
+    code, _, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     after = [record["bbox"] for record in json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]]
     assert after == pytest.approx(np.array(before))
     assert code == 0
 
 
 def test_objects_of_polygons_alone_get_their_extent(tmp_path, capsys):
-    root = coco_set(tmp_path / "set")
+    root = write_coco_dataset(tmp_path / "set")
     content = json.loads((root / TRAIN).read_text())
     masks = [[[4, 2, 12, 2, 12, 9], [9, 8, 20, 8, 20, 12.5]], [[20, 5, 39, 5, 39, 19]], [[10, 5, 30, 5, 30, 15]]]
     for record, mask, box in zip(content["annotations"], masks, [None, [], ...], strict=True):
@@ -134,7 +142,7 @@ def test_objects_of_polygons_alone_get_their_extent(tmp_path, capsys):
         record |= {"segmentation": mask} | ({} if box is ... else {"bbox": box})
     (root / TRAIN).write_text(json.dumps(content))
     before = open_dataset(root)
-    code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    code, printed, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
     assert "warning box-from-mask: " in printed
     assert "has 3 objects with a mask but no bbox" in printed
@@ -148,12 +156,12 @@ def test_objects_of_polygons_alone_get_their_extent(tmp_path, capsys):
 
 
 def test_class_ids_off_by_one_come_back(tmp_path, capsys):
-    root = coco_set(tmp_path / "set")
+    root = write_coco_dataset(tmp_path / "set")
     content = json.loads((root / TRAIN).read_text())
     for record in content["annotations"]:
         record["category_id"] -= 1
     (root / TRAIN).write_text(json.dumps(content))
-    code, _, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    code, _, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
     assert [r["category_id"] for r in json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]] == [1, 2, 2]
 
@@ -162,16 +170,16 @@ def test_file_names_of_other_systems_come_back(tmp_path, capsys):
     """As exported on Windows, or with a URL's names: the images are found, looked at, and named in the copy."""
     root = tmp_path / "set"
     for split, images in OBJECTS.items():
-        content = json.loads((coco_set(tmp_path / "plain") / {"train": TRAIN}.get(split, VAL)).read_text())
+        content = json.loads((write_coco_dataset(tmp_path / "plain") / {"train": TRAIN}.get(split, VAL)).read_text())
         for stem, record in zip(images, content["images"], strict=True):
-            picture(root / "images" / split / f"my {stem}.png")
+            write_image(root / "images" / split / f"my {stem}.png")
             record["file_name"] = f"images\\{split}\\my {stem}.png" if split == "val" else f"my%20{stem}.png"
         (root / "annotations").mkdir(exist_ok=True)
         (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
-    assert codes(root) == {"image-name"}
+    assert issue_codes(root) == {"image-name"}
     with pytest.raises(UserError, match=r"'my%20a\.png', which is missing in .*, where 'my a\.png' is"):
         open_dataset(root)
-    code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    code, printed, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
     assert "remaining: error" not in printed
     for split, images in OBJECTS.items():
@@ -184,7 +192,7 @@ def test_file_names_of_other_systems_come_back(tmp_path, capsys):
 
 
 def test_records_of_one_file_become_one(tmp_path, capsys):
-    root, out = coco_set(tmp_path / "set"), tmp_path / "copy"
+    root, out = write_coco_dataset(tmp_path / "set"), tmp_path / "copy"
     content = json.loads((root / TRAIN).read_text())
     first = content["annotations"][0]
     content["images"].append({**content["images"][0], "id": 50})  # a record an object, and one object in both
@@ -193,7 +201,7 @@ def test_records_of_one_file_become_one(tmp_path, capsys):
     (root / TRAIN).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"images\[3\] .* the file 'a.png' of images\[0\], and their objects differ"):
         open_dataset(root)
-    code, printed, _ = call(capsys, root, "--fix", out)
+    code, printed, _ = run_check(capsys, root, "--fix", out)
     assert code == 0, printed
     copy = json.loads((out / TRAIN).read_text())
     assert [record["file_name"] for record in copy["images"]] == ["a.png", "b.png", "empty.png"]
@@ -203,11 +211,11 @@ def test_records_of_one_file_become_one(tmp_path, capsys):
     assert [(change["code"], change["record"]) for change in changes] == [
         ("image-twice", "images[3]"), ("box-duplicate", "annotations[3] (id 60)"),
     ]  # fmt: skip
-    assert not codes(out) & {"image-in-parts", "image-twice", "image-copy"}
+    assert not issue_codes(out) & {"image-in-parts", "image-twice", "image-copy"}
 
 
 def test_the_copy_has_one_list_of_classes(tmp_path, capsys):
-    root = coco_set(tmp_path / "set")
+    root = write_coco_dataset(tmp_path / "set")
     content = json.loads((root / "valid/_annotations.coco.json").read_text())
     content["categories"] = [  # Roboflow's entry for the group comes first
         {"id": 0, "name": "pets", "supercategory": "none"},
@@ -217,8 +225,8 @@ def test_the_copy_has_one_list_of_classes(tmp_path, capsys):
     for record in content["annotations"]:
         record["category_id"] = 3 - record["category_id"]
     (root / "valid/_annotations.coco.json").write_text(json.dumps(content))
-    assert codes(root) == {"category-renumbered"}
-    code, printed, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    assert issue_codes(root) == {"category-renumbered"}
+    code, printed, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
     assert "remaining: warning category-renumbered" not in printed
     fixed = json.loads((tmp_path / "copy/val/_annotations.coco.json").read_text())
@@ -228,10 +236,10 @@ def test_the_copy_has_one_list_of_classes(tmp_path, capsys):
     assert (change["code"], change["change"]) == ("category-renumbered", "category ids 2 → 1, 1 → 2")
 
 
-@pytest.mark.parametrize("make", [yolo_set, voc_set])
+@pytest.mark.parametrize("make", [write_yolo_dataset, write_voc_dataset])
 def test_other_formats_are_copied_as_coco(tmp_path, capsys, make):
     root = make(tmp_path / "set")
-    code, _, _ = call(capsys, root, "--fix", tmp_path / "copy")
+    code, _, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
     for split in ("train", "val"):
         old, new = (open_dataset(place, split) for place in (root, tmp_path / "copy"))
@@ -243,16 +251,16 @@ def test_other_formats_are_copied_as_coco(tmp_path, capsys, make):
 
 
 def test_where_the_copy_may_not_be(tmp_path, capsys):
-    root = coco_set(tmp_path / "set")
+    root = write_coco_dataset(tmp_path / "set")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
     (tmp_path / "file").touch()
-    before = state(tmp_path)
+    before = snapshot(tmp_path)
     for out, words in [(root, "lies in the dataset"), (root / "copy", "lies in the dataset"),
                        (tmp_path / "full", "not empty"), (tmp_path / "file" / "x", "cannot be written")]:  # fmt: skip
-        code, printed, err = call(capsys, root, "--fix", out)
+        code, printed, err = run_check(capsys, root, "--fix", out)
         assert (code, printed) == (2, "")
         assert err.startswith(f"error: --fix {out}: ")
         assert words in err
         assert err.count("\n") == 1
-    assert state(tmp_path) == before
+    assert snapshot(tmp_path) == before

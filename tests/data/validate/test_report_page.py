@@ -4,8 +4,8 @@ import json
 import re
 from html.parser import HTMLParser
 
-from tests.support.data_problems import TRAIN, call, spoiled
-from tests.support.datasets import coco_set
+from tests.support.data_problems import TRAIN, run_check, write_faulty_dataset
+from tests.support.datasets import write_coco_dataset
 
 
 class Page(HTMLParser):
@@ -25,11 +25,11 @@ class Page(HTMLParser):
 
 
 def test_the_page(tmp_path, capsys):
-    root = spoiled(tmp_path / "a <b> & set")
+    root = write_faulty_dataset(tmp_path / "a <b> & set")
     content = json.loads((root / TRAIN).read_text())
     content["categories"].append({"id": 40, "name": "<script>alert(1)</script>"})
     (root / TRAIN).write_text(json.dumps(content))
-    call(capsys, root, "--report", tmp_path / "page.html")
+    run_check(capsys, root, "--report", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
     assert "<script" not in text
@@ -48,8 +48,8 @@ def test_the_page(tmp_path, capsys):
 
 
 def test_the_page_of_a_good_set(tmp_path, capsys):
-    root = coco_set(tmp_path / "set")
-    call(capsys, root, "--report", tmp_path / "page.html")
+    root = write_coco_dataset(tmp_path / "set")
+    run_check(capsys, root, "--report", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert "Training can use this dataset." in text
     assert 'error"><b>0</b><span>errors' in text

@@ -8,10 +8,10 @@ from deformable_detr.data import coco
 from deformable_detr.data.validate import ISSUE_TYPES, check_for_training
 from deformable_detr.utils.errors import UserError
 from tests.support.annotation_files import COCO, VOC, YOLO
-from tests.support.data_problems import USUAL, found
-from tests.support.datasets import coco_set, voc_set, yolo_set
+from tests.support.data_problems import ALWAYS_REPORTED, check_report
+from tests.support.datasets import write_coco_dataset, write_voc_dataset, write_yolo_dataset
 from tests.support.image_files import FILES
-from tests.support.unusual_inputs import IMAGES, SETS
+from tests.support.unusual_inputs import DATASETS, IMAGES
 
 TINY = (
     "--backbone test_resnet --backbone-weights none --image-size 64 --workers 0 --epochs 1 --device cpu --batch-size 2"
@@ -20,13 +20,13 @@ SMALLER = "model.hidden_dim=32 model.ffn_dim=32 model.num_queries=5 model.encode
 OPTIONS = [*TINY.split(), *(word for key in SMALLER.split() for word in ("--set", key))]
 
 CASES = {
-    **{f"image: {name}": (coco_set, content, expected) for name, (content, expected) in FILES.items()},
-    **{f"coco: {name}": (coco_set, change, expected) for name, (change, expected, _) in COCO.items()},
-    **{f"yolo: {name}": (yolo_set, change, expected) for name, (change, expected, _) in YOLO.items()},
-    **{f"voc: {name}": (voc_set, change, expected) for name, (change, expected, _) in VOC.items()},
-    **{f"strange {name}": (make, change, expected) for name, (make, change, expected, _) in SETS.items()},
+    **{f"image: {name}": (write_coco_dataset, content, expected) for name, (content, expected) in FILES.items()},
+    **{f"coco: {name}": (write_coco_dataset, change, expected) for name, (change, expected, _) in COCO.items()},
+    **{f"yolo: {name}": (write_yolo_dataset, change, expected) for name, (change, expected, _) in YOLO.items()},
+    **{f"voc: {name}": (write_voc_dataset, change, expected) for name, (change, expected, _) in VOC.items()},
+    **{f"unusual {name}": (make, change, expected) for name, (make, change, expected, _) in DATASETS.items()},
 }
-BRIEF = ("image: PNG: half", "yolo: too few values", "voc: a bomb")
+BRIEF = ("image: PNG: half", "yolo: too few values", "voc: entity expansion")
 
 
 def train(case, root, out, capsys, *options):
@@ -76,11 +76,11 @@ def test_there_are_as_many_cases_as_were_asked_for():
     assert len(CASES) >= 250
     found_by_some = {kind for _, _, expected in CASES.values() for kind in expected}
     elsewhere = {"leak", "image-copy", "image-missing", "dataset-rejected"}
-    assert ISSUE_TYPES.keys() - found_by_some - USUAL - elsewhere == set(), "a kind that no case has"
+    assert ISSUE_TYPES.keys() - found_by_some - ALWAYS_REPORTED - elsewhere == set(), "a kind that no case has"
 
 
 def test_a_training_parses_each_annotation_file_once(tmp_path, monkeypatch):
-    root = coco_set(tmp_path / "set")
+    root = write_coco_dataset(tmp_path / "set")
     parsed = []
     original = coco.CocoSource.parse
     monkeypatch.setattr(coco.CocoSource, "parse", lambda self: parsed.append(self.file) or original(self))
@@ -89,18 +89,18 @@ def test_a_training_parses_each_annotation_file_once(tmp_path, monkeypatch):
 
 
 def test_faults_in_the_validation_split_count_too(tmp_path):
-    root = coco_set(tmp_path)
+    root = write_coco_dataset(tmp_path)
     (root / "valid/c.png").write_bytes(b"")
-    assert [finding.split for finding in found(root).errors] == ["val"]
+    assert [finding.split for finding in check_report(root).errors] == ["val"]
     with pytest.raises(UserError, match=r"valid/c\.png"):
         check_for_training(root, DataConfig(), 64, 107)
 
 
 def test_faults_in_the_test_split_do_not_stop_training(tmp_path):
-    root = coco_set(tmp_path)
-    coco_set(root, {"test": {"d": [(0, (4, 2, 16, 10))]}}, folders=("test",))
+    root = write_coco_dataset(tmp_path)
+    write_coco_dataset(root, {"test": {"d": [(0, (4, 2, 16, 10))]}}, folders=("test",))
     (root / "test/d.png").unlink()
-    assert [(finding.code, finding.split) for finding in found(root).errors] == [("image-missing", "test")]
+    assert [(finding.code, finding.split) for finding in check_report(root).errors] == [("image-missing", "test")]
     lines = check_for_training(root, DataConfig(), 64, 107)
     assert not [line for line in lines if "/test/" in line]
     (root / "test/d.png").write_bytes((root / "train/a.png").read_bytes())

@@ -8,34 +8,34 @@ import pytest
 from deformable_detr.cli.dataset_copy import check_dataset as run
 from deformable_detr.config.schema import Config
 from tests.support.annotation_files import TRAIN
-from tests.support.data_problems import assert_as_documented, codes, found
-from tests.support.datasets import coco_set, picture, voc_set, yolo_set
-from tests.support.unusual_inputs import SETS
+from tests.support.data_problems import assert_issues, check_report, issue_codes
+from tests.support.datasets import write_coco_dataset, write_image, write_voc_dataset, write_yolo_dataset
+from tests.support.unusual_inputs import DATASETS
 
 
-@pytest.mark.parametrize("case", SETS)
+@pytest.mark.parametrize("case", DATASETS)
 def test_a_set(tmp_path, case):
-    make, change, expected, name = SETS[case]
+    make, change, expected, name = DATASETS[case]
     root = make(tmp_path / "set")
     if callable(change):
         change(root)
     else:
         (root / "train/a.png").write_bytes(change)
-    assert_as_documented(root, expected, name)
+    assert_issues(root, expected, name)
 
 
-@pytest.mark.parametrize("make", [coco_set, yolo_set, voc_set])
+@pytest.mark.parametrize("make", [write_coco_dataset, write_yolo_dataset, write_voc_dataset])
 def test_the_sets_without_a_fault(tmp_path, make):
-    assert codes(make(tmp_path)) == set()
+    assert issue_codes(make(tmp_path)) == set()
 
 
 def test_names_that_are_no_text(tmp_path, capsys):
     """A file name of any bytes, as on Linux: named in a line, written into files, and the copy is whole."""
-    root = yolo_set(tmp_path / "set")
+    root = write_yolo_dataset(tmp_path / "set")
     for name in (b"\xff.png", b"\xfe.png"):
-        picture(tmp_path / "good.png").rename(os.fsdecode(os.fsencode(root / "images/train") + b"/" + name))
+        write_image(tmp_path / "good.png").rename(os.fsdecode(os.fsencode(root / "images/train") + b"/" + name))
     os.truncate(os.fsdecode(os.fsencode(root / "images/train") + b"/\xff.png"), 60)
-    (line,) = (finding.line for finding in found(root).errors)
+    (line,) = (finding.line for finding in check_report(root).errors)
     assert "\\udcff.png: cannot be read" in line
     page, facts = tmp_path / "page.html", tmp_path / "facts.json"
     assert run(root, Config(), tmp_path / "fixed", page, facts)

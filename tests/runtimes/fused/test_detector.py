@@ -12,7 +12,7 @@ from deformable_detr.runtimes.fused.fusion import fuse_backbone
 from deformable_detr.runtimes.fused.positional_inputs import PositionalInputCache, image_sizes_of
 from deformable_detr.runtimes.fused.transformer import chunk_length, run_in_chunks
 from deformable_detr.utils.errors import UserError
-from tests.support.models import lively
+from tests.support.models import randomized
 
 TINY = {
     "backbone": "test_resnet", "backbone_weights": "none", "hidden_dim": 64, "num_heads": 4, "ffn_dim": 48,
@@ -32,7 +32,7 @@ VARIANTS = {
 
 def model(name: str = "refine", **changes) -> DeformableDETR:
     torch.manual_seed(0)
-    return lively(DeformableDETR(presets.PRESETS[name](**{**TINY, **changes}))).eval()
+    return randomized(DeformableDETR(presets.PRESETS[name](**{**TINY, **changes}))).eval()
 
 
 def batch(size: int, padded: bool):
