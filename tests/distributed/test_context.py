@@ -1,4 +1,4 @@
-"""What needs no second process: what the launcher says, and a world of one."""
+"""The distributed context without a second process: launcher variables and a world size of one."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from deformable_detr.utils.errors import UserError
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
-def test_the_launcher_says_who_this_is(monkeypatch):
+def test_rank_and_world_size_come_from_the_launcher(monkeypatch):
     assert (launch.world_size(), launch.is_rank_zero(), launch.restarted()) == (1, True, False)
     for name, value in {**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -18,12 +18,12 @@ def test_the_launcher_says_who_this_is(monkeypatch):
     assert (context.rank, context.world_size, context.is_rank_zero, context.device.type) == (1, 4, False, "cpu")
 
 
-def test_a_world_size_alone_is_no_launcher(monkeypatch):
+def test_world_size_variable_alone_is_ignored(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")  # some clusters set it everywhere
     assert launch.world_size() == 1
 
 
-def test_alone_nothing_needs_agreement():
+def test_collectives_of_a_single_process():
     with DistributedContext("cpu") as context:
         assert context.all_gather([1, 2.5]) == [[1, 2.5]]
         assert context.all_gather_object("x") == ["x"]
@@ -34,7 +34,7 @@ def test_alone_nothing_needs_agreement():
         raise UserError("bad")
 
 
-def test_devices_that_several_processes_cannot_share(monkeypatch):
+def test_unsupported_distributed_device_is_rejected(monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="cpu or cuda"):

@@ -1,4 +1,4 @@
-"""Gradients of two processes are those of one with the same images, whatever each of them has got."""
+"""Gradients of two processes equal those of one process on the same images."""
 
 import pytest
 
@@ -9,21 +9,21 @@ EXACT = 1e-10
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    ended = launch("gradients", tmp_path_factory.mktemp("job"))
-    assert [process.code for process in ended] == [0, 0], ended[0].output[-2000:] + ended[1].output[-2000:]
-    return [process.results for process in ended]
+def job_results(tmp_path_factory):
+    processes = launch("gradients", tmp_path_factory.mktemp("job"))
+    assert [process.code for process in processes] == [0, 0], processes[0].output[-2000:] + processes[1].output[-2000:]
+    return [process.results for process in processes]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_have_the_gradients_of_one(figures, case):
-    for results in figures:
+def test_gradients_equal_those_of_one_process(job_results, case):
+    for results in job_results:
         assert results[case]["ddp"] <= EXACT
         assert results[case]["size"] > 1e-3
 
 
-def test_the_cases_are_what_they_say(figures):
-    passes = {case: [results[case]["passes"] for results in figures] for case in CASES}
+def test_cases_are_split_as_described(job_results):
+    passes = {case: [results[case]["passes"] for results in job_results] for case in CASES}
     assert passes["mixed"] == [[2], [2]]
     assert passes["uneven last batch"] == [[2], [1]]
     assert passes["no image on one rank"] == [[1], [0]]
@@ -41,5 +41,5 @@ def test_the_cases_are_what_they_say(figures):
         ("local noise", "mixed"),
     ],
 )
-def test_the_comparison_notices(figures, mistake, case):
-    assert all(results[case][mistake] > 1e-6 for results in figures)
+def test_comparison_detects_mistakes(job_results, mistake, case):
+    assert all(results[case][mistake] > 1e-6 for results in job_results)

@@ -1,4 +1,4 @@
-"""PyTorch's own launcher: the documented commands, a restart after a killed process, and SIGTERM."""
+"""Runs under torchrun: the documented commands, a restart after a killed process, and SIGTERM."""
 
 import contextlib
 import json
@@ -23,25 +23,29 @@ from tests.support.processes import free_ports
 from tests.support.training import write_dataset
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 600  # seconds until the watchdog bites; a run takes some 20 on an idle machine
+LIMIT = 600  # seconds; a run takes about 20 on an idle machine
 EPOCHS = 20  # of two steps each
 
 
 class Torchrun:
-    """`torchrun … -m deformable_detr train` in two processes; the test fails where they are not done in time."""
+    """`torchrun … -m deformable_detr train` in two processes; a timeout fails the test."""
 
     def __init__(self, folder, *options, limit: float = LIMIT, resume=False):
         self.out, self.limit = folder / "run", limit
         config = folder / "run.yaml"
         config.write_text(run_config(epochs=EPOCHS, eval_every=EPOCHS).to_yaml())
-        self.said = folder / "run.txt"
+        self.log = folder / "run.txt"
         port = ["--master-port", str(free_ports(1)[0])] if "--rdzv-backend" not in options else []
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *port, *options]
         command += ["-m", "deformable_detr", "train", str(folder / "data"), "--out", str(self.out)]
         command += ["--resume"] if resume else ["--config", str(config)]
-        with open(self.said, "a") as said:
+        with open(self.log, "a") as log_file:
             self.launcher = subprocess.Popen(
-                command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=said, stderr=said, start_new_session=True
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log_file,
+                stderr=log_file,
+                start_new_session=True,
             )
         self.deadline = time.monotonic() + limit
 
@@ -49,110 +53,109 @@ class Torchrun:
         return self
 
     def __exit__(self, *_):
-        self.everything(signal.SIGKILL)
+        self.signal_all(signal.SIGKILL)
         self.launcher.wait()
 
-    def everything(self, number):
+    def signal_all(self, number):
         for process in [self.launcher.pid, *self.workers().values()]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
     def workers(self):
-        """Process ids by rank."""
-        found = {}
-        for place in Path("/proc").glob("[0-9]*"):
+        """Return the process ids by rank."""
+        pids = {}
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                parent = int(place.joinpath("stat").read_text().rpartition(")")[2].split()[1])
-                environment = place.joinpath("environ").read_bytes().split(b"\0")
+                parent = int(process.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+                environment = process.joinpath("environ").read_bytes().split(b"\0")
             except (OSError, ValueError):
                 continue
             ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
             if parent == self.launcher.pid and ranks:
-                found[ranks[0]] = int(place.name)
-        return found
+                pids[ranks[0]] = int(process.name)
+        return pids
 
     def wait(self, until=None):
-        """Until a condition holds or, without one, the launcher has ended; returns its exit code."""
+        """Wait for a condition or, without one, for the end of the launcher; return its exit code."""
         while self.launcher.poll() is None and not (until and until()):
             if time.monotonic() > self.deadline:
-                pytest.fail(f"torchrun hangs after {self.limit} s\n{self.said.read_text()[-3000:]}")
+                pytest.fail(f"torchrun hangs after {self.limit} s\n{self.log.read_text()[-3000:]}")
             time.sleep(0.02)
         return self.launcher.poll()
 
     def steps(self):
-        """The steps whose figures are written down."""
+        """Return the logged training steps."""
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("}")]
         return [record["step"] for record in records if record["kind"] == "train"]
 
     def saved(self):
-        """The last step that a checkpoint holds; 0 without one."""
+        """Return the step of the last checkpoint, or 0."""
         states = (self.out / "checkpoints" / "last").glob("state-*.json")
         return max((json.loads(path.read_text())["state"]["train_state"]["step"] for path in states), default=0)
 
 
 def outcome(out):
-    """Losses by step, and the weights of the exported model."""
+    """Return losses by step and the weights of the exported model."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
     return losses, DeformableDETR.from_pretrained(out).state_dict()
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What two processes give that nobody disturbs, by the README's command."""
-    folder = tmp_path_factory.mktemp("whole")
+def reference_run(tmp_path_factory):
+    """Two undisturbed processes, started with the README's command."""
+    folder = tmp_path_factory.mktemp("reference")
     write_dataset(folder / "data", train=8, val=2)
     with Torchrun(folder) as run:
-        assert run.wait() == 0, run.said.read_text()[-3000:]
-        assert "total batch size 4 (2 processes" in run.said.read_text()
-        assert "Warning" not in run.said.read_text()
+        assert run.wait() == 0, run.log.read_text()[-3000:]
+        assert "total batch size 4 (2 processes" in run.log.read_text()
+        assert "Warning" not in run.log.read_text()
         assert run.steps() == list(range(1, 2 * EPOCHS + 1))
     return folder
 
 
-def same(out, wanted):
+def assert_same_outcome(out, expected):
     losses, weights = outcome(out)
-    expected_losses, expected_weights = outcome(wanted)
+    expected_losses, expected_weights = outcome(expected)
     assert losses == expected_losses
     assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_started_again_and_the_run_goes_on(whole, tmp_path):
+def test_killed_process_is_restarted_and_the_run_resumes(reference_run, tmp_path):
     write_dataset(tmp_path / "data", train=8, val=2)
     options = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_ports(1)[0]}", "--max-restarts", "1")
     with Torchrun(tmp_path, *options) as run:
         run.wait(until=lambda: run.saved() >= 4)
         os.kill(run.workers()[1], signal.SIGKILL)
         code = run.wait()
-        said = run.said.read_text()
-        assert code == 0, said[-3000:]
-        assert said.count("total batch size 4") == 2  # it began, and began again
+        log = run.log.read_text()
+        assert code == 0, log[-3000:]
+        assert log.count("total batch size 4") == 2  # one start and one restart
         assert run.steps() == list(range(1, 2 * EPOCHS + 1))
-    same(tmp_path / "run", whole / "run")
+    assert_same_outcome(tmp_path / "run", reference_run / "run")
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves(whole, tmp_path):
+def test_sigterm_to_the_launcher_saves_a_checkpoint(reference_run, tmp_path):
     write_dataset(tmp_path / "data", train=8, val=2)
     with Torchrun(tmp_path) as run:
         run.wait(until=lambda: run.saved() >= 2)
         os.kill(run.launcher.pid, signal.SIGTERM)
         assert run.wait() != 0
-        assert "resume with --resume" in run.said.read_text()
+        assert "resume with --resume" in run.log.read_text()
         stopped = run.saved()
         assert 2 <= stopped < 2 * EPOCHS
         assert max(run.steps()) == stopped
     with Torchrun(tmp_path, resume=True) as run:
-        assert run.wait() == 0, run.said.read_text()[-3000:]
-    same(tmp_path / "run", whole / "run")
+        assert run.wait() == 0, run.log.read_text()[-3000:]
+    assert_same_outcome(tmp_path / "run", reference_run / "run")
 
 
 @pytest.mark.slow
-def test_without_restarts_a_killed_process_ends_the_run(tmp_path):
-    """The control: it is the launcher's option that makes the run go on."""
+def test_killed_process_ends_the_run_without_max_restarts(tmp_path):
     write_dataset(tmp_path / "data", train=8, val=2)
     with Torchrun(tmp_path) as run:
         run.wait(until=lambda: run.saved() >= 2)
@@ -163,7 +166,7 @@ def test_without_restarts_a_killed_process_ends_the_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_watchdog_bites(tmp_path):
+def test_timeout_kills_all_processes(tmp_path):
     write_dataset(tmp_path / "data", train=8, val=2)
     with Torchrun(tmp_path, limit=0.1) as run:
         with pytest.raises(pytest.fail.Exception, match="hangs"):
@@ -172,8 +175,8 @@ def test_the_watchdog_bites(tmp_path):
     assert not any(Path(f"/proc/{process}").exists() for process in processes)
 
 
-def documented():
-    """Every torchrun command of README and docs, its words split as the shell would, variables filled in."""
+def documented_commands():
+    """Return the words of every torchrun command in README and docs, with variables filled in."""
     commands = []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = re.sub(r"\\\n\s*", "", path.read_text())
@@ -185,8 +188,8 @@ def documented():
     return commands
 
 
-def parsed(words):
-    """What torchrun and our command make of it; SystemExit or an error for what they do not know."""
+def parse(words):
+    """Parse the words as torchrun and our command do; unknown options raise SystemExit or an error."""
     launcher = get_args_parser().parse_args(words)
     assert launcher.module
     assert launcher.training_script == "deformable_detr"
@@ -194,30 +197,30 @@ def parsed(words):
     return launcher, command.__name__, bound.arguments
 
 
-def test_documented_commands_are_understood():
-    commands = documented()
+def test_documented_commands_parse():
+    commands = documented_commands()
     assert len(commands) == 4
     for words in commands:
-        _, verb, options = parsed(words)
+        _, verb, options = parse(words)
         assert verb == "train"
         assert options["out"]
-    several = [parsed(words)[0] for words in commands if "--nnodes" in words]
+    several = [parse(words)[0] for words in commands if "--nnodes" in words]
     assert [launcher.nnodes for launcher in several] == ["4", "4"]
     assert all(launcher.rdzv_backend == "c10d" and "29500" in launcher.rdzv_endpoint for launcher in several)
 
 
 @pytest.mark.parametrize("wrong", ["--nproc-per-nod8 8", "--max-restart x"])
-def test_what_torchrun_does_not_know_is_noticed(wrong):
+def test_unknown_torchrun_options_are_detected(wrong):
     with pytest.raises((SystemExit, AssertionError)):
-        parsed([*wrong.split(), "-m", "deformable_detr", "train", "DATA", "--out", "x"])
+        parse([*wrong.split(), "-m", "deformable_detr", "train", "DATA", "--out", "x"])
 
 
-def test_what_train_does_not_know_is_noticed():
+def test_unknown_train_options_are_detected():
     with pytest.raises(Exception, match="effective-bath"):
-        parsed(["-m", "deformable_detr", "train", "DATA", "--out", "x", "--effective-bath", "32"])
+        parse(["-m", "deformable_detr", "train", "DATA", "--out", "x", "--effective-bath", "32"])
 
 
-def test_the_slurm_script_is_a_shell_script():
+def test_slurm_script_is_valid_shell():
     text = (ROOT / "docs" / "distributed.md").read_text()
     script = text[text.index("    #!/bin/bash") :]
     lines = script[: script.index("\n\n")].splitlines()

@@ -1,4 +1,4 @@
-"""Whole runs in two processes: the same as one, resumed by others, stopped by signals, faults and crashes."""
+"""Complete runs in two processes: equal to one process, resumable, and stopped by signals, errors and crashes."""
 
 import json
 import shutil
@@ -29,35 +29,35 @@ def weights(out):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     data = write_dataset(folder / "data", train=7, val=3)
-    train_model(data, folder / "alone", run_config())
+    train_model(data, folder / "single", run_config())
     train_model(data, folder / "one", run_config(epochs=1))
-    ended = launch("runs", folder)
-    assert [process.code for process in ended] == [0, 0], ended[0].output[-3000:] + ended[1].output[-3000:]
-    return folder, ended
+    processes = launch("runs", folder)
+    assert [process.code for process in processes] == [0, 0], processes[0].output[-3000:] + processes[1].output[-3000:]
+    return folder, processes
 
 
-def test_two_processes_train_as_one(runs):
-    folder, ended = runs
-    assert [process.results["ddp"]["result"]["step"] for process in ended] == [4, 4]
-    assert ended[0].results["ddp"] == ended[1].results["ddp"]
-    assert ended[0].results["ddp"]["result"]["images_seen"] == 14
-    alone, together = ([record["loss"] for record in lines(folder / name, "train")] for name in ("alone", "ddp"))
-    assert together == pytest.approx(alone, rel=1e-3)
-    first, second = weights(folder / "alone"), weights(folder / "ddp")
+def test_two_processes_train_like_one(runs):
+    folder, processes = runs
+    assert [process.results["ddp"]["result"]["step"] for process in processes] == [4, 4]
+    assert processes[0].results["ddp"] == processes[1].results["ddp"]
+    assert processes[0].results["ddp"]["result"]["images_seen"] == 14
+    single, distributed = ([record["loss"] for record in lines(folder / name, "train")] for name in ("single", "ddp"))
+    assert distributed == pytest.approx(single, rel=1e-3)
+    first, second = weights(folder / "single"), weights(folder / "ddp")
     assert all(torch.allclose(value, second[name], atol=1e-3) for name, value in first.items())
 
 
-def test_only_the_first_process_speaks_and_writes(runs):
-    folder, ended = runs
-    assert "total batch size 4 (2 processes × 1 × 2 at most)" in ended[0].output
-    assert "total batch size" not in ended[1].output
+def test_only_rank_zero_logs_and_writes(runs):
+    folder, processes = runs
+    assert "total batch size 4 (2 processes × 1 × 2 at most)" in processes[0].output
+    assert "total batch size" not in processes[1].output
     assert [record["step"] for record in lines(folder / "ddp", "train")] == [1, 2, 3, 4]
     assert len(lines(folder / "ddp", "evaluation")) == 2
 
 
-def test_a_run_changes_the_number_of_its_processes(runs):
-    folder, ended = runs
-    assert ended[0].results["one resumed"]["result"]["step"] == 4  # began alone
+def test_resume_with_another_number_of_processes(runs):
+    folder, processes = runs
+    assert processes[0].results["one resumed"]["result"]["step"] == 4  # started in one process
     longer = config_of(folder / "ddp").updated({"train": {"epochs": 3}})
     shutil.copytree(folder / "ddp", folder / "two-to-one")
     metrics = train_model(folder / "data", folder / "two-to-one", longer, resume=True)
@@ -69,41 +69,41 @@ def evaluations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluations")
     write_dataset(folder / "five", val=5)
     write_dataset(folder / "one", val=1)
-    ended = launch("evaluations", folder)
-    assert [process.code for process in ended] == [0, 0], ended[0].output[-3000:] + ended[1].output[-3000:]
-    return [process.results for process in ended]
+    processes = launch("evaluations", folder)
+    assert [process.code for process in processes] == [0, 0], processes[0].output[-3000:] + processes[1].output[-3000:]
+    return [process.results for process in processes]
 
 
 @pytest.mark.parametrize("name", ["five", "one"])
-def test_figures_of_two_processes_are_those_of_one(evaluations, name):
+def test_distributed_evaluation_equals_one_process(evaluations, name):
     for results in evaluations:
-        together, alone = results[name]["together"], results[name]["alone"]
-        for figures in (together, alone):
-            figures.pop("images_per_second")
-        assert together == alone
-        assert together["images"] == results[name]["images"]
+        distributed, single = results[name]["distributed"], results[name]["single"]
+        for metrics in (distributed, single):
+            metrics.pop("images_per_second")
+        assert distributed == single
+        assert distributed["images"] == results[name]["images"]
 
 
 @pytest.fixture(scope="module")
-def accidents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("accidents")
+def failures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("failures")
     write_dataset(folder / "data", train=8, val=2)
     broken = write_dataset(folder / "broken", train=8, val=2)
     (broken / "train" / "3.png").unlink()
-    ended = launch("accidents", folder)
-    assert [process.code for process in ended] == [0, 0], ended[0].output[-3000:] + ended[1].output[-3000:]
-    return folder, [process.results for process in ended]
+    processes = launch("failures", folder)
+    assert [process.code for process in processes] == [0, 0], processes[0].output[-3000:] + processes[1].output[-3000:]
+    return folder, [process.results for process in processes]
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(accidents):
-    folder, results = accidents
-    assert [found["signal"] for found in results] == [{"exit": 143}] * 2
-    assert [found["afterwards"]["result"]["step"] for found in results] == [4, 4]
+def test_signal_to_one_process_stops_all_at_the_same_step(failures):
+    folder, results = failures
+    assert [result["signal"] for result in results] == [{"exit": 143}] * 2
+    assert [result["resumed"]["result"]["step"] for result in results] == [4, 4]
     assert [record["step"] for record in lines(folder / "signal", "train")] == [1, 2, 3, 4]
 
 
-def test_a_nan_in_one_process_stops_all_and_is_named_once(accidents):
-    folder, results = accidents
+def test_nan_in_one_process_stops_all_and_is_reported_once(failures):
+    folder, results = failures
     assert results[0]["nan"]["kind"] == "NonFiniteLoss"
     assert "step 3" in results[0]["nan"]["error"]
     assert results[1]["nan"] == {"exit": 2}
@@ -112,23 +112,23 @@ def test_a_nan_in_one_process_stops_all_and_is_named_once(accidents):
     assert all(value.isfinite().all() for value in tensors["model"].values())
 
 
-def test_an_unreadable_image_of_one_process_stops_all(accidents):
-    _, results = accidents
-    endings = sorted(json.dumps(found["image"]) for found in results)
+def test_unreadable_image_in_one_process_stops_all(failures):
+    _, results = failures
+    endings = sorted(json.dumps(result["image"]) for result in results)
     assert "3.png" in endings[0]
     assert json.loads(endings[1]) == {"exit": 2}
 
 
-def test_a_process_that_dies_ends_the_run_and_torchrun_goes_on(tmp_path):
+def test_killed_process_ends_the_run_and_a_restart_resumes(tmp_path):
     write_dataset(tmp_path / "data", train=8, val=2)
     first, second = launch("crash", tmp_path)
     assert second.code == -9
     assert "ended unexpectedly" in first.results["run"]["error"]
     assert "Traceback" not in first.output
-    again = launch("crash", tmp_path, TORCHELASTIC_RESTART_COUNT="1")
-    assert [process.results["run"]["result"]["step"] for process in again] == [4, 4]
+    restarted = launch("crash", tmp_path, TORCHELASTIC_RESTART_COUNT="1")
+    assert [process.results["run"]["result"]["step"] for process in restarted] == [4, 4]
 
 
-def test_the_watchdog_bites(tmp_path):
+def test_timeout_kills_all_processes(tmp_path):
     with pytest.raises(pytest.fail.Exception, match="hangs"):
         launch("stuck", tmp_path, limit=1)

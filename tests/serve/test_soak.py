@@ -29,11 +29,11 @@ def test_wrong_responses_are_detected():
     model = small_model()
     with running_server(model) as client:
         soak = Soak(client, model, 1, 1)
-        response = client.post("/v1/detect", params={"threshold": 0.1, "top_k": 20}, content=soak.pictures[0],
+        response = client.post("/v1/detect", params={"threshold": 0.1, "top_k": 20}, content=soak.images[0],
                                headers={"Content-Type": "image/png"}).json()["images"][0]  # fmt: skip
-        assert equal(response, soak.wanted[0])
-        assert not equal(response, soak.wanted[1])
+        assert equal(response, soak.expected[0])
+        assert not equal(response, soak.expected[1])
         response["detections"][0]["box"][0] += 0.02
-        assert not equal(response, soak.wanted[0])
+        assert not equal(response, soak.expected[0])
         soak._note("good", client.post("/v1/detect", content=encode_image()), (200,))
         assert soak.problems

@@ -1,4 +1,4 @@
-"""What each process of a test does: `python distributed_jobs.py JOB FOLDER`, started by `processes.launch`."""
+"""Jobs for the processes of a test: `python distributed_jobs.py JOB FOLDER`, started by `processes.launch`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def job(function: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str
 
 
 def outcome(action: Callable[[], Any]) -> dict[str, Any]:
-    """What an action gave, or how it ended."""
+    """Return the result of an action, or how it ended."""
     try:
         return {"result": action()}
     except UserError as error:
@@ -42,14 +42,14 @@ def outcome(action: Callable[[], Any]) -> dict[str, Any]:
 
 
 def next_port() -> None:
-    """Every world has a port of its own: the one before may not be free yet."""
+    """Use another port for each process group, because the previous one may still be in use."""
     port, _, rest = os.environ["JOB_PORTS"].partition(",")
     os.environ["MASTER_PORT"], os.environ["JOB_PORTS"] = port, rest
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
 
-# Objects of each image of a step, and images a pass.
+# Objects per image of a step, and images per pass.
 CASES = {
     "mixed": ([2, 1, 5, 0], 2),
     "one rank empty": ([2, 1, 0, 0], 2),
@@ -63,7 +63,7 @@ CASES = {
 
 
 def gradient_config(**train: Any) -> Any:
-    """Every loss there is; norms that do not look at the rest of the batch."""
+    """Return a config with every loss, and norms that do not depend on the rest of the batch."""
     model = {
         "backbone_norm": "frozen",
         "class_aware_proposals": True,
@@ -74,25 +74,25 @@ def gradient_config(**train: Any) -> Any:
     return tiny_config().updated({"model": model, "train": changes})
 
 
-def gradients_of(stepper: TrainStep) -> dict[str, torch.Tensor]:
-    found = {}
+def copy_gradients(stepper: TrainStep) -> dict[str, torch.Tensor]:
+    values = {}
     for module in filter(None, (stepper.model, stepper.denoising)):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 grad = parameter.grad
                 shape = parameter.shape
-                found[name] = torch.zeros(shape) if grad is None else grad.detach().clone()
-    return found
+                values[name] = torch.zeros(shape) if grad is None else grad.detach().clone()
+    return values
 
 
-def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+def max_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
     assert first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 @job
 def gradients(folder: Path) -> dict[str, Any]:
-    """How far the gradients of several processes are from those of one, for each case, and with known mistakes."""
+    """Compare the gradients of several processes with those of one, for each case and with deliberate mistakes."""
     torch.set_default_dtype(torch.float64)
     config = gradient_config()
     torch.manual_seed(0)
@@ -101,7 +101,7 @@ def gradients(folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with DistributedContext("cpu") as context:
         steppers = {}
-        torch.manual_seed(1)  # of the vectors that denoising learns
+        torch.manual_seed(1)  # for the label embedding of denoising
         steppers["one"] = TrainStep(copy.deepcopy(model), config.train)
         torch.manual_seed(1)
         steppers["ddp"] = TrainStep(copy.deepcopy(model), config.train, context)
@@ -111,35 +111,35 @@ def gradients(folder: Path) -> dict[str, Any]:
             targets = random_targets(sizes, 3, generator)
             images = [torch.randint(256, (3, 64, 64), generator=generator, dtype=torch.uint8) for _ in sizes]
             samples: list[tuple[torch.Tensor, Target]] = list(zip(images, targets, strict=True))
-            whole = [collate(samples)]
-            steppers["one"].backward(whole, 0, BatchStats.combine([count_objects(whole)]))
-            wanted = gradients_of(steppers["one"])
+            full_batch = [collate(samples)]
+            steppers["one"].backward(full_batch, 0, BatchStats.combine([count_objects(full_batch)]))
+            expected = copy_gradients(steppers["one"])
 
             options = LoaderOptions(
                 batch_size, total_batch_size=len(sizes), rank=context.rank, world_size=context.world_size
             )
             sampler = DistributedBatchSampler(len(sizes), options)
             keys = [[key.index for key in batch] for batch in sampler]
-            passes = [collate([samples[n] for n in part]) if part else (whole[0][0], []) for part in keys]
+            passes = [collate([samples[n] for n in part]) if part else (full_batch[0][0], []) for part in keys]
             totals = BatchStats.combine(context.all_gather(count_objects(passes)), context.rank)
             mistakes = {
                 "local num_boxes": replace(totals, objects=count_objects(passes)[1] * context.world_size),
                 "halved": replace(totals, objects=max(totals.objects, context.world_size)),
                 "local noise": replace(totals, max_objects=max(count_objects(passes)[2], 1), first_image=0),
             }
-            results[name] = {"size": max(float(value.abs().max()) for value in wanted.values())}
+            results[name] = {"size": max(float(value.abs().max()) for value in expected.values())}
             steppers["ddp"].backward(passes, 0, totals)
-            results[name]["ddp"] = furthest(gradients_of(steppers["ddp"]), wanted)
+            results[name]["ddp"] = max_difference(copy_gradients(steppers["ddp"]), expected)
             for mistake, wrong in mistakes.items():
                 if mistake == "local noise" and not totals.objects:
                     continue
                 steppers["ddp"].backward(passes, 0, wrong)
-                results[name][mistake] = furthest(gradients_of(steppers["ddp"]), wanted)
+                results[name][mistake] = max_difference(copy_gradients(steppers["ddp"]), expected)
             results[name]["passes"] = [len(targets) for _, targets in passes]
     return results
 
 
-# --- whole runs -----------------------------------------------------------------------------------------------------
+# --- complete runs ----------------------------------------------------------------------------------------------------
 
 
 def run_config(**train: Any) -> Any:
@@ -162,7 +162,7 @@ def train(data: Path, out: Path, config: Any, resume: bool = False) -> dict[str,
 
 @job
 def runs(folder: Path) -> dict[str, Any]:
-    """Trains on 7 images of `folder`/data in two processes, in several ways."""
+    """Train on 7 images of `folder`/data in two processes, in several ways."""
     data = folder / "data"
     return {
         "ddp": outcome(lambda: train(data, folder / "ddp", run_config())),
@@ -172,7 +172,7 @@ def runs(folder: Path) -> dict[str, Any]:
 
 @job
 def evaluations(folder: Path) -> dict[str, Any]:
-    """Figures of one process and of all together, on five images of several sizes and on one image."""
+    """Evaluate in one process and in all, on five images of several sizes and on one image."""
     from deformable_detr.data.dataset import open_dataset
     from deformable_detr.data.transforms import EvalTransform
     from deformable_detr.evaluation.distributed import evaluate_distributed
@@ -186,15 +186,15 @@ def evaluations(folder: Path) -> dict[str, Any]:
     with DistributedContext("cpu") as context:
         for name in ("five", "one"):
             dataset = open_dataset(folder / name, "val", transform=EvalTransform(64, 128))
-            together = evaluate_distributed(model, dataset, 2, 0, context)
-            alone = evaluate_dataset(model, dataset, 2, 0, progress=False)
-            results[name] = {"together": together, "alone": alone, "images": len(dataset)}
+            distributed = evaluate_distributed(model, dataset, 2, 0, context)
+            single = evaluate_dataset(model, dataset, 2, 0, progress=False)
+            results[name] = {"distributed": distributed, "single": single, "images": len(dataset)}
     return results
 
 
 @job
-def accidents(folder: Path) -> dict[str, Any]:
-    """A signal, an unreadable image and a NaN, each in the second process alone."""
+def failures(folder: Path) -> dict[str, Any]:
+    """A signal, an unreadable image and a NaN, each in the second process only."""
     data, original, second = folder / "data", TrainStep.step, os.environ["RANK"] == "1"
     results = {}
 
@@ -213,13 +213,13 @@ def accidents(folder: Path) -> dict[str, Any]:
         results[name] = outcome(lambda name=name: train(data, folder / name, run_config()))
         TrainStep.step = original
     results["image"] = outcome(lambda: train(folder / "broken", folder / "image", run_config()))
-    results["afterwards"] = outcome(lambda: train(data, folder / "signal", run_config(), resume=True))
+    results["resumed"] = outcome(lambda: train(data, folder / "signal", run_config(), resume=True))
     return results
 
 
 @job
 def crash(folder: Path) -> dict[str, Any]:
-    """The second process is gone without a word in the second step."""
+    """SIGKILL the second process in the third step."""
     original = TrainStep.step
 
     def step(self: TrainStep, micro_batches: Any, global_step: int, *rest: Any) -> Any:
@@ -234,7 +234,7 @@ def crash(folder: Path) -> dict[str, Any]:
 
 @job
 def stuck(folder: Path) -> dict[str, Any]:
-    """The first process waits for a second one that never speaks."""
+    """Rank 0 waits for a collective that rank 1 never joins."""
     if os.environ["RANK"] == "0":
         next_port()
         with DistributedContext("cpu") as context:
@@ -244,6 +244,6 @@ def stuck(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    name, place = sys.argv[1], Path(sys.argv[2])
-    found = JOBS[name](place)
-    (place / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    results = JOBS[name](folder)
+    (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(results))

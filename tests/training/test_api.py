@@ -11,13 +11,13 @@ from tests.support.training import tiny_config, write_dataset
 CLASSES = {"class_names", "category_ids", "num_classes"}  # from the dataset
 
 
-def test_every_option_is_in_one_section_and_none_is_an_argument():
+def test_option_names_are_unique_and_differ_from_arguments():
     names = [name for kind in (ModelConfig, DataConfig, TrainConfig) for name in kind.model_fields]
     assert len(set(names)) == len(names)
     assert not {"data", "out", "preset", "resume"} & set(names)
 
 
-def test_common_options_have_the_types_of_their_fields():
+def test_named_arguments_have_the_types_of_their_fields():
     hints, fields = get_type_hints(train), get_type_hints(TrainConfig)
     assert (hints["minutes"], hints["weights"]) == (fields["minutes"], fields["weights"])
     assert (hints["epochs"], hints["image_size"]) == (int | None, int | None)
@@ -29,7 +29,7 @@ def test_options_of_every_section(tmp_path):
     assert (config.preset, config.model.refine, config.model.two_stage) == ("refine", True, False)
 
 
-def test_epochs_or_minutes_alone_end_a_run(tmp_path):
+def test_epochs_and_minutes(tmp_path):
     assert _config(tmp_path, "small", False, {}).train.epochs == "auto"
     timed = _config(tmp_path, "small", False, {"minutes": 2}).train
     assert (timed.epochs, timed.minutes) == (None, 2)
@@ -44,12 +44,12 @@ def test_epochs_or_minutes_alone_end_a_run(tmp_path):
         ({"lr": -1}, r"train\(\): train.lr"),
     ],
 )
-def test_mistakes_are_named(tmp_path, settings, message):
+def test_invalid_options_are_reported(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         _config(tmp_path, "small", False, settings)
 
 
-def test_resume_starts_from_the_run_s_own_config(tmp_path):
+def test_resume_uses_the_config_of_the_run(tmp_path):
     RunDir(tmp_path).write_config(tiny_config(lr=0.25))
     config = _config(tmp_path, "small", True, {"epochs": 9})
     assert (config.train.lr, config.train.epochs, config.model.hidden_dim) == (0.25, 9, 32)

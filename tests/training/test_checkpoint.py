@@ -33,68 +33,68 @@ def files_of(*serials):
                                                            f"state-{n}.json"))  # fmt: skip
 
 
-def test_round_trip_and_two_generations_stay(tmp_path):
+def test_round_trip_keeps_two_generations(tmp_path):
     for value in (1.0, 2.0, 3.0):
         save_checkpoint(tmp_path / "last", tensors(value), {"step": value, "none": None})
-    found, state = load_checkpoint(tmp_path / "last")
+    loaded, state = load_checkpoint(tmp_path / "last")
     assert state == {"step": 3.0, "none": None}
-    assert torch.equal(found["model"]["weight"], torch.full((1000,), 3.0))
-    assert torch.equal(found["optimizer"]["weight/exp_avg"], torch.full((1000,), -3.0))
+    assert torch.equal(loaded["model"]["weight"], torch.full((1000,), 3.0))
+    assert torch.equal(loaded["optimizer"]["weight/exp_avg"], torch.full((1000,), -3.0))
     assert sorted(path.name for path in (tmp_path / "last").iterdir()) == files_of(2, 3)
-    latest, before = generations(tmp_path / "last")
-    assert (load_checkpoint(latest)[1]["step"], load_checkpoint(before)[1]["step"]) == (3.0, 2.0)
-    assert load_checkpoint(before)[0]["model"]["weight"][0] == 2
+    latest, previous = generations(tmp_path / "last")
+    assert (load_checkpoint(latest)[1]["step"], load_checkpoint(previous)[1]["step"]) == (3.0, 2.0)
+    assert load_checkpoint(previous)[0]["model"]["weight"][0] == 2
     save_checkpoint(tmp_path / "last", tensors(4.0), {}, keep=1)
     assert sorted(path.name for path in (tmp_path / "last").iterdir()) == files_of(4)
 
 
-def test_tensors_that_share_memory_are_kept(tmp_path):
+def test_tensors_that_share_memory_are_saved(tmp_path):
     shared = torch.arange(4.0)
     save_checkpoint(tmp_path, {"model": {"a": shared, "b": shared, "c": shared[1:]}}, {})
-    found = load_checkpoint(tmp_path)[0]["model"]
-    assert torch.equal(found["b"], shared)
-    assert torch.equal(found["c"], shared[1:])
+    model = load_checkpoint(tmp_path)[0]["model"]
+    assert torch.equal(model["b"], shared)
+    assert torch.equal(model["c"], shared[1:])
 
 
-def test_state_alone_can_change(tmp_path):
+def test_update_state_keeps_the_tensors(tmp_path):
     save_checkpoint(tmp_path, tensors(1.0), {"step": 1})
     update_state(tmp_path, {"step": 1, "AP": 0.5})
-    found, state = load_checkpoint(tmp_path)
+    loaded, state = load_checkpoint(tmp_path)
     assert state == {"step": 1, "AP": 0.5}
-    assert found["model"]["weight"][0] == 1
+    assert loaded["model"]["weight"][0] == 1
 
 
 @pytest.mark.parametrize("name", ["model-1.safetensors", "optimizer-1.safetensors", "state-1.json"])
-@pytest.mark.parametrize("harm", ["truncated", "missing", "flipped", "empty"])
-def test_damage_is_one_line_that_names_the_file(tmp_path, name, harm):
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "empty"])
+def test_damaged_file_is_reported_in_one_line(tmp_path, name, damage):
     save_checkpoint(tmp_path, tensors(1.0), {"step": 1})
     path = tmp_path / name
     content = path.read_bytes()
-    if harm == "missing":
+    if damage == "missing":
         path.unlink()
-    elif harm == "flipped":
+    elif damage == "flipped":
         path.write_bytes(b"\xff" + content[1:] if name == "state-1.json" else content[:-9] + b"\xff" + content[-8:])
     else:
-        path.write_bytes(content[: len(content) // 2] if harm == "truncated" else b"")
-    expected = name if (name, harm) != ("state-1.json", "missing") else "there is no checkpoint in"
+        path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    expected = name if (name, damage) != ("state-1.json", "missing") else "there is no checkpoint in"
     with pytest.raises(UserError, match=expected) as caught:
         load_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("document", ["[]", "{}", '{"format": "other", "version": 1}', "null"])
-def test_a_foreign_state_file_is_named(tmp_path, document):
+def test_foreign_state_file_is_reported(tmp_path, document):
     (tmp_path / "state-1.json").write_text(document)
     with pytest.raises(UserError, match=r"state-1\.json"):
         load_checkpoint(tmp_path)
 
 
 class Crash(BaseException):
-    """Ends the process, as far as the code under test can tell."""
+    """Simulates the end of the process."""
 
 
 @pytest.mark.parametrize(
-    ("moment", "call"),
+    ("function", "call"),
     [
         ("_write_tensors", 0),
         ("_write_tensors", 1),
@@ -104,28 +104,28 @@ class Crash(BaseException):
         ("replace_file", 0),
     ],
 )
-def test_a_crash_at_any_moment_leaves_the_one_before(tmp_path, monkeypatch, moment, call):
+def test_crash_during_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch, function, call):
     save_checkpoint(tmp_path, tensors(1.0), {"step": 1})
-    calls, original = [], getattr(checkpoint, moment)
+    calls, original = [], getattr(checkpoint, function)
 
     def crash(*arguments):
-        calls.append(moment)
+        calls.append(function)
         if len(calls) > call:
             raise Crash
         return original(*arguments)
 
-    monkeypatch.setattr(checkpoint, moment, crash)
+    monkeypatch.setattr(checkpoint, function, crash)
     with pytest.raises(Crash):
         save_checkpoint(tmp_path, tensors(2.0), {"step": 2})
     monkeypatch.undo()
-    found, state = load_checkpoint(tmp_path)
-    assert (state["step"], found["model"]["weight"][0].item()) == (1, 1.0)
+    loaded, state = load_checkpoint(tmp_path)
+    assert (state["step"], loaded["model"]["weight"][0].item()) == (1, 1.0)
     save_checkpoint(tmp_path, tensors(3.0), {"step": 3})
     assert load_checkpoint(tmp_path)[1] == {"step": 3}
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_disk_full_is_one_line_and_the_one_before_stays(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, tensors(1.0), {"step": 1})
 
     def full(path, text):
@@ -140,64 +140,64 @@ def test_disk_full_is_one_line_and_the_one_before_stays(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trial(tmp_path_factory):
-    """A checkpoint with all that a run's has, the random state too, in which each file is of a few kilobytes."""
-    folder = tmp_path_factory.mktemp("trial")
+def small_checkpoint(tmp_path_factory):
+    """A checkpoint with all parts of a real one, random state included, in files of a few kilobytes."""
+    folder = tmp_path_factory.mktemp("checkpoint")
     save_checkpoint(folder, tensors(1.5, size=300), {"step": 1, "seconds": 0.1, "random": random_state()})
     assert load_checkpoint(folder)
     return folder
 
 
-def _is_noticed(trial, path, content):
-    whole = path.read_bytes()
+def _assert_detected(small_checkpoint, path, content):
+    intact = path.read_bytes()
     path.write_bytes(content)
     try:
         with pytest.raises(UserError) as caught:
-            load_checkpoint(trial)
+            load_checkpoint(small_checkpoint)
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(intact)
     assert path.name in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_hundred_truncations_are_noticed(trial):
+def test_truncated_files_are_detected(small_checkpoint):
     generator = random.Random(1)
-    files = sorted(trial.iterdir())
+    files = sorted(small_checkpoint.iterdir())
     for attempt in range(100):
         content = files[attempt % len(files)].read_bytes()
-        # The first bytes, the last, and anything between.
+        # Cover the first bytes, the last bytes and random lengths.
         length = (attempt // len(files)) if attempt < 12 else len(content) - attempt if attempt < 24 else None
         length = generator.randrange(len(content)) if length is None else length
-        _is_noticed(trial, files[attempt % len(files)], content[:length])
+        _assert_detected(small_checkpoint, files[attempt % len(files)], content[:length])
 
 
-def test_a_hundred_flipped_bits_are_noticed(trial):
+def test_flipped_bits_are_detected(small_checkpoint):
     generator = random.Random(2)
-    files = sorted(trial.iterdir())
+    files = sorted(small_checkpoint.iterdir())
     for attempt in range(100):
         path = files[attempt % len(files)]
         content = bytearray(path.read_bytes())
         content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-        _is_noticed(trial, path, bytes(content))
+        _assert_detected(small_checkpoint, path, bytes(content))
 
 
-def test_every_byte_of_a_state_counts(tmp_path):
-    """Capitals of checksums too, spaces between keys, digits of figures."""
+def test_every_byte_of_the_state_file_is_verified(tmp_path):
+    """Includes the case of checksums, spaces between keys and digits of numbers."""
     save_checkpoint(tmp_path, {"model": {}}, {"step": 1, "loss": 0.25, "text": "ä b"})
     (path,) = generations(tmp_path)
-    whole = path.read_bytes()
-    for place in range(len(whole)):
-        content = bytearray(whole)
-        content[place] ^= 0x20 if place % 2 or whole[place : place + 1].isalpha() else 1
+    intact = path.read_bytes()
+    for position in range(len(intact)):
+        content = bytearray(intact)
+        content[position] ^= 0x20 if position % 2 or intact[position : position + 1].isalpha() else 1
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"state-1\.json is"):
             load_checkpoint(path)
-    path.write_bytes(whole + b"\n")
+    path.write_bytes(intact + b"\n")
     with pytest.raises(UserError, match=r"state-1\.json is damaged"):
         load_checkpoint(path)
 
 
-def _write_for_ever(folder, log):
+def _save_forever(folder, log):
     torch.set_num_threads(1)
     for step in range(1, 10**6):
         value = torch.full((500_000,), float(step))
@@ -207,11 +207,11 @@ def _write_for_ever(folder, log):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_sigkill_while_saving_leaves_a_whole_checkpoint(tmp_path):
+def test_sigkill_while_saving_leaves_an_intact_checkpoint(tmp_path):
     generator = random.Random(0)
     for attempt in range(6):
         folder, log = tmp_path / f"{attempt}", tmp_path / f"{attempt}.log"
-        process = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(folder, log))
+        process = multiprocessing.get_context("fork").Process(target=_save_forever, args=(folder, log))
         process.start()
         while not log.exists():
             assert process.is_alive()
@@ -220,12 +220,12 @@ def test_sigkill_while_saving_leaves_a_whole_checkpoint(tmp_path):
         process.kill()
         process.join()
         last = int(log.read_text().split()[-1])
-        found, state = load_checkpoint(folder)
+        loaded, state = load_checkpoint(folder)
         assert state["step"] in (last, last + 1)
-        assert (found["model"]["weight"] == state["step"]).all()
+        assert (loaded["model"]["weight"] == state["step"]).all()
 
 
-def test_random_state_goes_out_and_back_through_json():
+def test_random_state_round_trip_through_json():
     torch.manual_seed(3)
     state = json.loads(json.dumps(random_state()))
 
@@ -238,13 +238,13 @@ def test_random_state_goes_out_and_back_through_json():
     assert draw() == first
 
 
-def test_the_same_bytes_on_a_system_with_other_line_ends(tmp_path, monkeypatch):
-    """Windows writes a text's \\n as two characters; a state is compared to the byte."""
-    written = Path.write_text
+def test_state_file_is_independent_of_platform_line_ends(tmp_path, monkeypatch):
+    """On Windows, text mode writes a line feed as two characters, but the state file is compared byte by byte."""
+    original = Path.write_text
     windows = {"newline": "\r\n"}
-    monkeypatch.setattr(Path, "write_text", lambda self, text, **rest: written(self, text, **rest | windows))
+    monkeypatch.setattr(Path, "write_text", lambda self, text, **rest: original(self, text, **rest | windows))
     (tmp_path / "check").write_text("\n")
-    assert (tmp_path / "check").read_bytes() == b"\r\n"  # the stand-in works
+    assert (tmp_path / "check").read_bytes() == b"\r\n"  # verifies the patch
     save_checkpoint(tmp_path / "last", tensors(1.0), {"step": 1})
     update_state(tmp_path / "last", {"step": 1, "more": 2})
     assert load_checkpoint(tmp_path / "last")[1] == {"step": 1, "more": 2}

@@ -11,8 +11,8 @@ from tests.support.training import random_boxes, random_outputs, random_targets
 CONFIG = TrainConfig()
 
 
-def plain_losses(outputs, targets, num_boxes):
-    """The losses by one loop over layers and images, as the published code defines them."""
+def reference_losses(outputs, targets, num_boxes):
+    """Compute the losses in a loop over layers and images, as the published code does."""
     layers = [
         (f"_{n}", outputs["layer_logits"][n], outputs["layer_boxes"][n], targets)
         for n in range(len(outputs["layer_logits"]))
@@ -22,19 +22,19 @@ def plain_losses(outputs, targets, num_boxes):
         binary = [Target(torch.zeros_like(t.labels), t.boxes, t.image_id, t.original_size) for t in targets]
         layers.append(("_encoder", outputs["encoder_logits"], outputs["encoder_boxes"], binary))
     parts = {}
-    for suffix, logits, boxes, wanted in layers:
+    for suffix, logits, boxes, layer_targets in layers:
         predictions = Predictions(logits[None], boxes[None])
-        found = HungarianMatcher(CONFIG)([predictions], PackedTargets.pack(wanted))[0][0]
+        matches = HungarianMatcher(CONFIG)([predictions], PackedTargets.pack(layer_targets))[0][0]
         parts |= {f"loss_{kind}{suffix}": torch.zeros(()) for kind in ("class", "boxes", "giou")}
         first = 0
-        for image, target in enumerate(wanted):
-            here = found.image[0] == image
-            queries, objects = found.query[0][here], found.target[0][here] - first
+        for image, target in enumerate(layer_targets):
+            matched = matches.image[0] == image
+            queries, objects = matches.query[0][matched], matches.target[0][matched] - first
             first += len(target.labels)
-            hot = torch.zeros_like(logits[image])
-            hot[queries, target.labels[objects]] = 1
+            one_hot = torch.zeros_like(logits[image])
+            one_hot[queries, target.labels[objects]] = 1
             parts[f"loss_class{suffix}"] = parts[f"loss_class{suffix}"] + sigmoid_focal_loss(
-                logits[image], hot, alpha=0.25, gamma=2, reduction="sum"
+                logits[image], one_hot, alpha=0.25, gamma=2, reduction="sum"
             )
             pair = boxes[image][queries], target.boxes[objects]
             parts[f"loss_boxes{suffix}"] = parts[f"loss_boxes{suffix}"] + (pair[0] - pair[1]).abs().sum()
@@ -47,30 +47,30 @@ def plain_losses(outputs, targets, num_boxes):
 
 @pytest.mark.parametrize("sizes", [[3, 0, 5], [1], [12, 2]])
 @pytest.mark.parametrize("tokens", [0, 14])
-def test_losses_and_gradients_are_the_plain_ones(sizes, tokens):
+def test_losses_and_gradients_match_the_reference(sizes, tokens):
     generator = torch.Generator().manual_seed(len(sizes))
     outputs = random_outputs(3, len(sizes), 8, 5, generator, tokens)
     targets = random_targets(sizes, 5, generator)
     result = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets))
     gradients = torch.autograd.grad(result.total, list(outputs.values()))
 
-    expected, total = plain_losses(outputs, targets, sum(sizes))
+    expected, total = reference_losses(outputs, targets, sum(sizes))
     torch.testing.assert_close(result.total, total)
     assert result.parts.keys() == expected.keys() | {"cardinality_error"}
     for name, value in expected.items():
         torch.testing.assert_close(result.parts[name], value.detach(), msg=name)
-    for found, wanted in zip(gradients, torch.autograd.grad(total, list(outputs.values())), strict=True):
-        torch.testing.assert_close(found, wanted)
+    for gradient, expected_gradient in zip(gradients, torch.autograd.grad(total, list(outputs.values())), strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
-def test_the_comparison_notices_a_wrong_weight():
+def test_comparison_detects_a_wrong_weight():
     generator = torch.Generator().manual_seed(2)
     outputs, targets = random_outputs(2, 1, 8, 5, generator), random_targets([3], 5, generator)
     wrong = SetCriterion(CONFIG.replace(giou_weight=1.9))(outputs, PackedTargets.pack(targets)).total
-    assert not torch.allclose(wrong, plain_losses(outputs, targets, 3)[1])
+    assert not torch.allclose(wrong, reference_losses(outputs, targets, 3)[1])
 
 
-def test_num_boxes_from_outside_divides():
+def test_explicit_num_boxes_is_the_divisor():
     generator = torch.Generator().manual_seed(2)
     outputs = random_outputs(2, 2, 8, 5, generator, 9)
     targets, loss = PackedTargets.pack(random_targets([3, 1], 5, generator)), SetCriterion(CONFIG)
@@ -79,19 +79,19 @@ def test_num_boxes_from_outside_divides():
     torch.testing.assert_close(loss(outputs, targets, num_boxes=torch.tensor(4)).total, total)
 
 
-def test_no_objects_at_all():
+def test_batch_without_objects_has_finite_gradients():
     outputs = random_outputs(2, 3, 8, 5, torch.Generator().manual_seed(2), 9)
     result = SetCriterion(CONFIG)(outputs, PackedTargets.pack(random_targets([0, 0, 0], 5, torch.Generator())))
     result.total.backward()
     assert result.parts["loss_class"] > 0
     assert result.parts["loss_boxes"] == result.parts["loss_giou"] == 0
-    for name, value in outputs.items():  # zeros, not None: every parameter takes part on every rank
+    for name, value in outputs.items():  # zeros, not None: DDP needs every parameter on every rank
         assert value.grad is not None, name
         assert value.grad.isfinite().all(), name
     assert outputs["layer_logits"].grad.abs().sum() > 0
 
 
-def test_boxes_without_area_give_finite_gradients():
+def test_zero_area_boxes_have_finite_gradients():
     generator = torch.Generator().manual_seed(5)
     boxes = random_boxes(2, 1, 8, generator=generator)
     boxes[..., :4, 2:] = 0
@@ -107,7 +107,7 @@ def test_boxes_without_area_give_finite_gradients():
     assert all(value.grad.isfinite().all() for value in outputs.values())
 
 
-def test_predicted_boxes_equal_to_objects_without_area_give_finite_gradients():
+def test_predicted_boxes_equal_to_zero_area_targets_have_finite_gradients():
     box = torch.tensor([0.5, 0.5, 0.0, 0.0])
     outputs = {"layer_logits": torch.zeros(1, 1, 1, 1), "layer_boxes": box.expand(1, 1, 1, 4).clone().requires_grad_()}
     result = SetCriterion(CONFIG)(outputs, PackedTargets.pack([Target(torch.tensor([0]), box[None], 1, (9, 9))]))
@@ -116,17 +116,17 @@ def test_predicted_boxes_equal_to_objects_without_area_give_finite_gradients():
     assert outputs["layer_boxes"].grad.isfinite().all()
 
 
-def test_encoder_loss_reaches_every_class_column_with_class_0_as_the_object():
+def test_encoder_loss_is_class_agnostic_in_column_0():
     generator = torch.Generator().manual_seed(7)
     outputs, targets = random_outputs(1, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
     result = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets))
     (gradient,) = torch.autograd.grad(result.total, outputs["encoder_logits"])
     assert (gradient.abs().sum(dim=(0, 1)) > 0).all()
-    assert (gradient[..., 0] < 0).sum() == 2  # the two matched proposals are pushed up, nothing else is
+    assert (gradient[..., 0] < 0).sum() == 2  # only the two matched proposals
     assert (gradient[..., 1:] > 0).all()
 
 
-def test_auxiliary_losses_can_be_left_out():
+def test_auxiliary_losses_can_be_disabled():
     generator = torch.Generator().manual_seed(7)
     outputs, targets = random_outputs(3, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
     parts = SetCriterion(CONFIG.replace(auxiliary_loss=False))(outputs, PackedTargets.pack(targets)).parts
@@ -139,7 +139,7 @@ def test_auxiliary_losses_can_be_left_out():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_box_maths_is_float32_under_autocast(dtype):
+def test_losses_are_float32_under_autocast(dtype):
     generator = torch.Generator().manual_seed(7)
     outputs, targets = random_outputs(2, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
     outputs = {name: value.detach().to(dtype) if "logits" in name else value for name, value in outputs.items()}
@@ -150,7 +150,7 @@ def test_box_maths_is_float32_under_autocast(dtype):
     assert inside.total == outside.total
 
 
-def test_nan_predictions_give_a_nan_loss_and_say_so():
+def test_nan_predictions_are_marked_per_image():
     generator = torch.Generator().manual_seed(7)
     outputs, targets = random_outputs(2, 2, 4, 5, generator), random_targets([2, 0], 5, generator)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_nan_predictions_give_a_nan_loss_and_say_so():
     assert result.total.isnan()
 
 
-def test_cardinality_error_counts_scores_over_a_half():
+def test_cardinality_error_counts_scores_above_0_5():
     logits = torch.full((2, 5, 3), -4.0)
     logits[0, :3, 1] = 4.0
     assert cardinality_error(logits, torch.tensor([1, 2])) == 2.0

@@ -1,4 +1,4 @@
-"""What the machine does to a training is one line with the mend, exit code 2, and the last checkpoint is good."""
+"""Machine failures during training: a one-line error with a hint, exit code 2, and an intact last checkpoint."""
 
 import errno
 import os
@@ -29,8 +29,8 @@ def data(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("set"))
 
 
-def said(error, tmp_path, workers=2):
-    """What the user reads instead of this error."""
+def explained(error, tmp_path, workers=2):
+    """Return the message that replaces this error."""
     config = tiny_config(batch_size=4).updated({"data": {"workers": workers}})
     with pytest.raises(UserError) as caught, explain_errors(RunDir(tmp_path), config):
         raise error
@@ -87,33 +87,33 @@ WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (mo
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, Exception) else "",
 )  # fmt: skip
-def test_a_line_for_each(tmp_path, error, words):
-    line = said(error, tmp_path)
+def test_machine_errors_are_explained(tmp_path, error, words):
+    line = explained(error, tmp_path)
     assert all(word in line for word in words), line
     assert line.endswith("no checkpoint was saved: start again")
     RunDir(tmp_path).write_config(tiny_config())
-    assert said(error, tmp_path).endswith("no checkpoint was saved: start again with --resume")
+    assert explained(error, tmp_path).endswith("no checkpoint was saved: start again with --resume")
 
 
-def test_the_line_says_where_a_checkpoint_is(tmp_path):
+def test_error_mentions_the_last_checkpoint(tmp_path):
     RunDir(tmp_path).checkpoints.save({"model": {}}, {})
-    assert said(MemoryError(), tmp_path).endswith("resume from the last checkpoint with --resume")
+    assert explained(MemoryError(), tmp_path).endswith("resume from the last checkpoint with --resume")
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x"), OSError()]
 )
-def test_faults_of_the_program_pass_as_they_are(tmp_path, error):
+def test_program_errors_are_not_changed(tmp_path, error):
     with pytest.raises(type(error)) as caught, explain_errors(RunDir(tmp_path), tiny_config()):
         raise error
     assert caught.value is error
 
 
-# --- in a training
+# --- during training
 
 
-def good_until_epoch_1(out):
-    """The checkpoint of the first epoch is there and whole, the model too; and the run goes on to its end."""
+def assert_intact_after_epoch_1(out):
+    """Assert that the checkpoint and the model of the first epoch load."""
     tensors, state = load_checkpoint(out / "checkpoints" / "last")
     assert state["train_state"]["epoch"] == 1
     assert all(value.isfinite().all() for value in tensors["model"].values())
@@ -121,12 +121,12 @@ def good_until_epoch_1(out):
     DeformableDETR.from_pretrained(out)
 
 
-def broken_in_epoch_2(monkeypatch, break_it):
+def fail_in_epoch_2(monkeypatch, fail):
     original = TrainStep.step
 
     def step(self, batch, global_step, *rest, **options):
         if global_step == 2:
-            break_it()
+            fail()
         return original(self, batch, global_step, *rest, **options)
 
     monkeypatch.setattr(TrainStep, "step", step)
@@ -139,17 +139,17 @@ def raiser(error):
     return work
 
 
-def test_memory_of_the_device_full(data, tmp_path, monkeypatch):
+def test_device_out_of_memory(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        broken_in_epoch_2(patched, raiser(torch.OutOfMemoryError(CUDA)))
+        fail_in_epoch_2(patched, raiser(torch.OutOfMemoryError(CUDA)))
         with pytest.raises(UserError, match=r"the device is out of memory.*resume from the last checkpoint"):
             train_model(data, tmp_path / "run", tiny_config())
-    good_until_epoch_1(tmp_path / "run")
+    assert_intact_after_epoch_1(tmp_path / "run")
     assert train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)["step"] == 4
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_a_killed_loader(data, tmp_path, monkeypatch):
+def test_killed_loader_process(data, tmp_path, monkeypatch):
     import multiprocessing
 
     def kill():
@@ -160,16 +160,16 @@ def test_a_killed_loader(data, tmp_path, monkeypatch):
     out = tmp_path / "run"
     config = tiny_config().updated({"data": {"workers": 1}})
     with monkeypatch.context() as patched:
-        broken_in_epoch_2(patched, kill)
+        fail_in_epoch_2(patched, kill)
         with pytest.raises(UserError, match=r"loader process was killed.*--workers \(now 1.*the last checkpoint"):
             train_model(data, out, config)
-    good_until_epoch_1(out)
+    assert_intact_after_epoch_1(out)
     assert train_model(data, out, run_config(out), resume=True)["step"] == 4
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "metrics", "model"])
-def test_a_full_disk(data, tmp_path, monkeypatch, capsys, what):
-    """As the operating system says it, from the second epoch on."""
+@pytest.mark.parametrize("target", ["checkpoint", "metrics", "model"])
+def test_full_disk(data, tmp_path, monkeypatch, capsys, target):
+    """Simulates the error of the operating system from the second epoch on."""
     out, full = tmp_path / "run", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fill():
@@ -177,12 +177,12 @@ def test_a_full_disk(data, tmp_path, monkeypatch, capsys, what):
             "checkpoint": (checkpoint, "_sync_folder", full),
             "metrics": (TrainingLogger, "write", full),
             "model": (native, "write_files", UserError("model.safetensors cannot be written: No space left on device")),
-        }[what]
+        }[target]
         monkeypatch.setattr(owner, name, raiser(error))
 
     with monkeypatch.context() as patched:
-        broken_in_epoch_2(patched, fill)
-        if what == "model":  # a better one, so that it is written
+        fail_in_epoch_2(patched, fill)
+        if target == "model":  # a better AP, so that the model is written
             figures = iter([0.1, 0.2])
             patched.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
         with pytest.raises(UserError, match=r"No space left on device.*with --resume") as caught:
@@ -191,65 +191,65 @@ def test_a_full_disk(data, tmp_path, monkeypatch, capsys, what):
     assert "\n" not in str(caught.value)
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
-    if what == "model":
+    if target == "model":
         assert load_checkpoint(out / "checkpoints" / "last")[1]["train_state"]["epoch"] == 2
         DeformableDETR.from_pretrained(out)
     else:
-        good_until_epoch_1(out)
+        assert_intact_after_epoch_1(out)
     assert train_model(data, out, run_config(out), resume=True)["step"] == 4
 
 
-# --- a real disk that is full
+# --- a real full disk
 
 
-def used(folder):
+def disk_usage(folder):
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture
-def mounted(tmp_path):
-    """Makes tmp_path/disk a file system of so many bytes; called again, it is larger or smaller."""
-    place = tmp_path / "disk"
-    place.mkdir()
+def mount_disk(tmp_path):
+    """Return a function that mounts tmp_path/disk as a tmpfs of some size, or resizes it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("mounting a tmpfs needs root on Linux")
 
     def mount(size):
-        options = f"{'remount,' if place.is_mount() else ''}size={size}"
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True
+        options = f"{'remount,' if disk.is_mount() else ''}size={size}"
+        process = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True, text=True
         )
-        if made.returncode:
-            pytest.skip(f"no tmpfs can be mounted: {made.stderr.strip()}")
-        return place
+        if process.returncode:
+            pytest.skip(f"no tmpfs can be mounted: {process.stderr.strip()}")
+        return disk
 
     yield mount
-    if place.is_mount():
-        subprocess.run(["umount", "-l", str(place)], check=True)  # lazily: weights may still be mapped
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)  # lazy: weights may still be mapped
 
 
 @pytest.mark.parametrize("part", [0.02, 0.5, 0.95])
-def test_a_small_disk_runs_full_in_a_save(data, tmp_path, mounted, capsys, part):
-    """Room for the first epoch, and for this part of the next checkpoint."""
+def test_disk_fills_up_during_a_save(data, tmp_path, mount_disk, capsys, part):
+    """The disk holds the first epoch and `part` of the next checkpoint."""
     (tmp_path / "config.yaml").write_text(tiny_config(epochs=1).to_yaml())
     command = ["train", str(data), "--config", str(tmp_path / "config.yaml"), "--out"]
     main([*command, str(tmp_path / "measured")])
-    generation = used(tmp_path / "measured/checkpoints/last")
-    place = mounted(used(tmp_path / "measured") + int(part * generation))
-    main([*command, str(place / "run")])
-    whole = {path: path.read_bytes() for path in (place / "run").rglob("*.safetensors")}
+    generation = disk_usage(tmp_path / "measured/checkpoints/last")
+    disk = mount_disk(disk_usage(tmp_path / "measured") + int(part * generation))
+    main([*command, str(disk / "run")])
+    before = {path: path.read_bytes() for path in (disk / "run").rglob("*.safetensors")}
     capsys.readouterr()
 
     with pytest.raises(SystemExit) as caught:
-        main(["train", str(data), "--out", str(place / "run"), "--epochs", "2", "--resume"])
+        main(["train", str(data), "--out", str(disk / "run"), "--epochs", "2", "--resume"])
     err = capsys.readouterr().err
     assert caught.value.code == 2
     assert "Traceback" not in err
     assert "No space left on device" in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("error: checkpoint ")
-    assert whole == {path: path.read_bytes() for path in (place / "run").rglob("*.safetensors")}
-    good_until_epoch_1(place / "run")
+    assert before == {path: path.read_bytes() for path in (disk / "run").rglob("*.safetensors")}
+    assert_intact_after_epoch_1(disk / "run")
 
-    mounted(10 * used(tmp_path / "measured"))
-    main(["train", str(data), "--out", str(place / "run"), "--epochs", "2", "--resume"])
-    assert load_checkpoint(place / "run/checkpoints/last")[1]["train_state"]["step"] == 4
+    mount_disk(10 * disk_usage(tmp_path / "measured"))
+    main(["train", str(data), "--out", str(disk / "run"), "--epochs", "2", "--resume"])
+    assert load_checkpoint(disk / "run/checkpoints/last")[1]["train_state"]["step"] == 4

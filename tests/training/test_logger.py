@@ -20,7 +20,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_records_are_lines_and_curves(tmp_path):
+def test_records_are_written_to_jsonl_and_tensorboard(tmp_path):
     logger = TrainingLogger(TrainConfig(tensorboard=True), tmp_path)
     with logger.open(TrainState()):
         logger.write("train", {"step": 2, "loss": 1.5})
@@ -32,28 +32,28 @@ def test_records_are_lines_and_curves(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 1.5)]
 
 
-def test_resuming_removes_what_came_after_the_checkpoint(tmp_path):
+def test_resume_removes_records_after_the_checkpoint(tmp_path):
     write(tmp_path, *(("train", {"step": step}) for step in range(1, 5)))
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "st')  # the process was killed here
+        file.write('{"kind": "train", "st')  # killed while writing
     write(tmp_path, ("train", {"step": 3}), state=TrainState(step=2))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_an_evaluation_that_was_not_saved_is_removed(tmp_path):
+def test_resume_removes_an_evaluation_without_checkpoint(tmp_path):
     write(tmp_path, *((kind, {"step": step}) for step in (1, 2) for kind in ("train", "evaluation")))
     write(tmp_path, state=TrainState(step=2, evaluated_step=1))
-    kept = [(line["kind"], line["step"]) for line in lines(tmp_path)]
-    assert kept == [("train", 1), ("evaluation", 1), ("train", 2)]
+    records = [(line["kind"], line["step"]) for line in lines(tmp_path)]
+    assert records == [("train", 1), ("evaluation", 1), ("train", 2)]
 
 
-def test_a_failed_write_names_the_file(tmp_path):
+def test_failed_write_names_the_file(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(OSError, match=r"metrics\.jsonl"):
         TrainingLogger(TrainConfig(), tmp_path).write("train", {"step": 1})
 
 
-def test_without_a_terminal_only_the_lines_are_shown(tmp_path, capsys):
+def test_no_progress_bar_without_a_terminal(tmp_path, capsys):
     logger = TrainingLogger(TrainConfig(), tmp_path)
     with logger.open(TrainState()):
         logger.show_progress(TrainState(), 0.5)
@@ -63,7 +63,7 @@ def test_without_a_terminal_only_the_lines_are_shown(tmp_path, capsys):
     assert captured.out == ""
 
 
-def test_tensorboard_is_written_only_on_request(tmp_path, monkeypatch):
+def test_tensorboard_is_optional(tmp_path, monkeypatch):
     write(tmp_path, ("train", {"step": 1, "loss": 1.5}))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # not installed
@@ -77,7 +77,7 @@ def test_tensorboard_is_written_only_on_request(tmp_path, monkeypatch):
     [([0.2, 0.5, 0.4], [True, True, False], 0.5, 1), ([0.0, 0.0], [True, True], 0.0, 0),
      ([None, None], [True, True], None, 0), ([0.3, 0.3], [True, True], 0.3, 1)],
 )  # fmt: skip
-def test_the_best_evaluation_is_recorded(aps, best, best_ap, stale):
+def test_best_evaluation_is_recorded(aps, best, best_ap, stale):
     state = TrainState(step=7)
     assert [state.record_evaluation({"AP": ap}) for ap in aps] == best
     assert (state.best_ap, state.stale_evaluations, state.evaluated_step) == (best_ap, stale, 7)

@@ -13,7 +13,7 @@ CONFIG = TrainConfig()
 
 
 def official_cost(logits, boxes, labels, objects):
-    """(Q, N) cost of one image as the published code computes it."""
+    """Return the (Q, N) cost of one image as the published code computes it."""
     p = logits.double().sigmoid()
     negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
     positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
@@ -24,23 +24,23 @@ def official_cost(logits, boxes, labels, objects):
 
 
 def pairs_of(matches, layer, image):
-    """{(query, object)} of an image, objects as places in the batch's row."""
-    here = matches.image[layer] == image
-    return set(zip(matches.query[layer][here].tolist(), matches.target[layer][here].tolist(), strict=True))
+    """Return {(query, object)} of an image; objects are indices into the packed batch."""
+    selected = matches.image[layer] == image
+    return set(zip(matches.query[layer][selected].tolist(), matches.target[layer][selected].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("sizes", [[3, 0, 5, 1], [1], [0, 2], [9, 2, 7]])
-def test_matches_are_the_official_ones(sizes):
+def test_matches_equal_the_official_ones(sizes):
     generator = torch.Generator().manual_seed(sum(sizes))
     outputs = random_outputs(3, len(sizes), 8, 6, generator, tokens=15)
     targets = random_targets(sizes, 6, generator)
     packed = PackedTargets.pack(targets)
     decoder = Predictions(outputs["layer_logits"], outputs["layer_boxes"])
     encoder = Predictions(outputs["encoder_logits"][None], outputs["encoder_boxes"][None], class_agnostic=True)
-    matches_of_each, finite = HungarianMatcher(CONFIG)([decoder, encoder], packed)
+    all_matches, finite = HungarianMatcher(CONFIG)([decoder, encoder], packed)
     assert finite == [True] * len(sizes)
 
-    for item, matches in zip((decoder, encoder), matches_of_each, strict=True):
+    for item, matches in zip((decoder, encoder), all_matches, strict=True):
         for layer, (image, target) in itertools.product(range(len(item.logits)), enumerate(targets)):
             labels = torch.zeros_like(target.labels) if item.class_agnostic else target.labels
             cost = official_cost(item.logits[layer, image], item.boxes[layer, image], labels, target.boxes)
@@ -50,20 +50,20 @@ def test_matches_are_the_official_ones(sizes):
             assert pairs_of(matches, layer, image) == expected
 
 
-def test_match_is_the_cheapest_of_all():
+def test_match_has_the_lowest_total_cost():
     generator = torch.Generator().manual_seed(3)
     outputs, targets = random_outputs(1, 1, 5, 2, generator), random_targets([3], 2, generator)
     logits, boxes = outputs["layer_logits"], outputs["layer_boxes"]
-    found = HungarianMatcher(CONFIG)([Predictions(logits, boxes)], PackedTargets.pack(targets))[0][0]
+    matches = HungarianMatcher(CONFIG)([Predictions(logits, boxes)], PackedTargets.pack(targets))[0][0]
     cost = official_cost(logits[0, 0], boxes[0, 0], targets[0].labels, targets[0].boxes)
-    every = {
+    costs = {
         order: sum(cost[q, n].item() for n, q in enumerate(order)) for order in itertools.permutations(range(5), 3)
     }
-    best = min(every, key=every.__getitem__)
-    assert pairs_of(found, 0, 0) == {(query, number) for number, query in enumerate(best)}
+    best = min(costs, key=costs.__getitem__)
+    assert pairs_of(matches, 0, 0) == {(query, number) for number, query in enumerate(best)}
 
 
-def test_one_copy_to_the_host(monkeypatch):
+def test_matching_copies_to_the_host_once(monkeypatch):
     copies = []
     original = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or original(self))
@@ -80,18 +80,18 @@ def test_one_copy_to_the_host(monkeypatch):
         ],
         packed,
     )
-    assert copies == [(5 * (6 * 8 + 10) + 2,)]  # costs of pairs of the same image, and one flag an image
+    assert copies == [(5 * (6 * 8 + 10) + 2,)]  # same-image pair costs and one flag per image
 
 
 def test_more_objects_than_queries():
     generator = torch.Generator().manual_seed(1)
     outputs = random_outputs(2, 2, 4, 3, generator)
     packed = PackedTargets.pack(random_targets([9, 2], 3, generator))
-    found = HungarianMatcher(CONFIG)([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed)[0][0]
-    assert found.query.shape == (2, 4 + 2)
+    matches = HungarianMatcher(CONFIG)([Predictions(outputs["layer_logits"], outputs["layer_boxes"])], packed)[0][0]
+    assert matches.query.shape == (2, 4 + 2)
     for layer in range(2):
-        assert len({query for query, _ in pairs_of(found, layer, 0)}) == 4
-        assert len({target for _, target in pairs_of(found, layer, 0)}) == 4
+        assert len({query for query, _ in pairs_of(matches, layer, 0)}) == 4
+        assert len({target for _, target in pairs_of(matches, layer, 0)}) == 4
 
 
 def test_no_objects():
@@ -105,7 +105,7 @@ def test_no_objects():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["layer_logits", "layer_boxes", "encoder_logits", "encoder_boxes", "target"])
 @pytest.mark.parametrize("sizes", [[2, 3, 1], [0, 2, 0]])
-def test_what_is_not_finite_marks_its_image_and_scipy_is_spared(value, where, sizes):
+def test_non_finite_images_are_marked_and_not_passed_to_scipy(value, where, sizes):
     generator = torch.Generator().manual_seed(1)
     outputs = random_outputs(2, 3, 4, 3, generator, tokens=6)
     targets = random_targets(sizes, 3, generator)
@@ -116,29 +116,29 @@ def test_what_is_not_finite_marks_its_image_and_scipy_is_spared(value, where, si
             outputs[where][0, 1, 2, 1] = value
         else:
             outputs[where][1, 2, 1] = value
-    sets = [
+    predictions = [
         Predictions(outputs["layer_logits"], outputs["layer_boxes"]),
         Predictions(outputs["encoder_logits"][None], outputs["encoder_boxes"][None], True),
     ]
-    matches, finite = HungarianMatcher(CONFIG)(sets, PackedTargets.pack(targets))
+    matches, finite = HungarianMatcher(CONFIG)(predictions, PackedTargets.pack(targets))
     assert finite == [True, False, True]
     assert matches[0].query.shape == (2, sum(min(size, 4) for size in sizes))
 
 
-def test_scipy_alone_would_raise():
+def test_scipy_raises_on_nan():
     with pytest.raises(ValueError, match="invalid numeric entries"):
         linear_sum_assignment([[float("nan"), 1.0], [1.0, 2.0]])
 
 
-def test_focal_terms_are_the_formula_and_finite_far_out():
+def test_focal_terms_match_the_formula_and_stay_finite():
     logits = torch.tensor([-3.0, -0.5, 0.0, 2.0], dtype=torch.float64)
     p = logits.sigmoid()
     positive, negative = focal_terms(logits, 0.25, 2.0)
     torch.testing.assert_close(positive, -0.25 * (1 - p) ** 2 * p.log())
     torch.testing.assert_close(negative, -0.75 * p**2 * (1 - p).log())
     for gamma in (0.0, 0.5, 2.0):
-        far = torch.tensor([-1e4, -200.0, 200.0, 1e4], requires_grad=True)
-        total = sum(term.sum() for term in focal_terms(far, 0.25, gamma))
+        extreme = torch.tensor([-1e4, -200.0, 200.0, 1e4], requires_grad=True)
+        total = sum(term.sum() for term in focal_terms(extreme, 0.25, gamma))
         total.backward()
         assert total.isfinite()
-        assert far.grad.isfinite().all()
+        assert extreme.grad.isfinite().all()

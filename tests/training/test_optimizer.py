@@ -38,7 +38,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(model):
     }
 
 
-def test_the_paper_s_parameters_are_in_the_slow_groups(model):
+def test_parameters_with_reduced_learning_rate(model):
     names = {group["name"]: group["names"] for group in parameter_groups(model, CONFIG)}
     assert any("sampling_offsets" in name for name in names["sampling"])
     assert any(name.startswith("reference_points") for name in names["sampling"])
@@ -47,17 +47,17 @@ def test_the_paper_s_parameters_are_in_the_slow_groups(model):
     assert any(name.startswith("decoder.") for name in names["base"])
 
 
-def test_all_decay_alike(model):
+def test_weight_decay_is_equal_in_all_groups(model):
     assert {group["weight_decay"] for group in build_optimizer(model, CONFIG).param_groups} == {1e-4}
 
 
-def test_nothing_to_train_is_said():
+def test_model_without_trainable_parameters_is_rejected():
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(UserError, match="no trainable parameter"):
         parameter_groups(frozen, CONFIG)
 
 
-def test_warm_up_rises_to_one_and_stays():
+def test_warmup_rises_to_one():
     config = CONFIG.replace(warmup_steps=4)
     assert [lr_factor(config, step, 0.0) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert lr_factor(CONFIG, 0, 0.0) == 1
@@ -72,7 +72,7 @@ def test_schedules(schedule, expected):
     assert [lr_factor(config, 9, at) for at in (0.0, 0.5, 0.8, 1.0)] == pytest.approx(expected)
 
 
-def test_learning_rate_keeps_the_factors(model):
+def test_learning_rate_keeps_group_factors(model):
     optimizer = build_optimizer(model, CONFIG)
     set_learning_rate(optimizer, CONFIG, step=9, progress=0.9)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -86,7 +86,7 @@ def _take_steps(model, optimizer, count):
         optimizer.step()
 
 
-def test_state_goes_out_and_back_by_name():
+def test_optimizer_state_round_trip_by_name():
     torch.manual_seed(0)
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)
     optimizers = [build_optimizer(item, CONFIG) for item in (first, second)]
@@ -101,24 +101,24 @@ def test_state_goes_out_and_back_by_name():
 
     third = nn.Linear(3, 2)
     third.load_state_dict(first.state_dict())
-    _take_steps(third, build_optimizer(third, CONFIG), 2)  # without its state it goes another way
+    _take_steps(third, build_optimizer(third, CONFIG), 2)  # differs without optimizer state
     _take_steps(first, optimizers[0], 2)
     assert not torch.equal(first.weight, third.weight)
 
 
-def test_a_state_that_does_not_fit_is_named():
+def test_mismatched_state_is_reported():
     optimizer = build_optimizer(nn.Linear(3, 2), CONFIG)
     with pytest.raises(UserError, match="weight/exp_avg"):
         load_optimizer_tensors(optimizer, {"weight/exp_avg": torch.zeros(7)})
     load_optimizer_tensors(optimizer, {"frozen_since/exp_avg": torch.zeros(7)})
-    assert not optimizer.state, "what learns no more has none"
+    assert not optimizer.state, "frozen parameters have no state"
 
 
 @pytest.mark.parametrize(
     ("settings", "processes", "batch", "rate"),
     [
         ({}, 1, 4, 1e-3),
-        ({"batch_size": 8}, 1, 8, 1e-3),  # what a process holds says nothing about the learning rate
+        ({"batch_size": 8}, 1, 8, 1e-3),  # the per-process batch size alone does not scale it
         ({"total_batch_size": 4, "batch_size": 2}, 1, 4, 1e-3),
         ({"total_batch_size": 16}, 1, 16, 2e-3),
         ({"total_batch_size": 16}, 8, 16, 2e-3),
@@ -126,9 +126,9 @@ def test_a_state_that_does_not_fit_is_named():
         ({"batch_size": 2}, 8, 16, 1e-3 * math.sqrt(8)),
     ],
 )
-def test_the_learning_rate_follows_the_batch(settings, processes, batch, rate):
+def test_learning_rate_scales_with_the_total_batch_size(settings, processes, batch, rate):
     config = CONFIG.replace(**settings)
     assert total_batch_size(config, processes) == batch
-    found, note = scaled_lr(config, batch)
-    assert found == pytest.approx(rate)
+    lr, note = scaled_lr(config, batch)
+    assert lr == pytest.approx(rate)
     assert note.startswith(f"{rate:.3g}")

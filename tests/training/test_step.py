@@ -33,13 +33,13 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_sixty_steps_on_eight_images_overfit(samples):
+def test_overfits_eight_images_in_60_steps(samples):
     train_step = make(lr=2e-3)
     batches = [collate(samples[:4]), collate(samples[4:])]
     losses = []
     for number in range(60):
-        figures = train_step.step([batches[number % 2]], global_step=number, progress=0.0)
-        losses.append(figures and figures.values["loss"])
+        stats = train_step.step([batches[number % 2]], global_step=number, progress=0.0)
+        losses.append(stats and stats.values["loss"])
     last = train_step.flush_pending_metrics()
     assert last is not None
     assert last.step == 60
@@ -49,7 +49,7 @@ def test_sixty_steps_on_eight_images_overfit(samples):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precisions_learn(samples, precision):
+def test_half_precision_updates_weights(samples, precision):
     train_step = make(precision=precision)
     before = weights(train_step)
     for number in range(3):
@@ -60,30 +60,30 @@ def test_half_precisions_learn(samples, precision):
     assert all(value.isfinite().all() for value in after.values())
 
 
-def test_gradients_of_the_step_before_take_no_memory_in_the_forward_pass(samples):
+def test_gradients_are_freed_before_the_forward_pass(samples):
     train_step = make()
     train_step.step([collate(samples[:2])], global_step=0, progress=0.0)
     assert any(parameter.grad is not None for parameter in train_step.model.parameters())
-    kept = []
+    gradients = []
     train_step.model.encoder.register_forward_hook(
-        lambda *_: kept.extend(parameter.grad for parameter in train_step.model.parameters())
+        lambda *_: gradients.extend(parameter.grad for parameter in train_step.model.parameters())
     )
     train_step.step([collate(samples[:2])], global_step=1, progress=0.0)
-    assert kept
-    assert all(gradient is None for gradient in kept)
+    assert gradients
+    assert all(gradient is None for gradient in gradients)
 
 
-def test_a_batch_without_objects_is_fine(tmp_path):
+def test_batch_without_objects(tmp_path):
     dataset = open_dataset(write_dataset(tmp_path, train=2, empty=2), transform=EvalTransform(64, 128))
     train_step = make()
     train_step.step([collate([dataset[0], dataset[1]])], global_step=0, progress=0.0)
-    figures = train_step.flush_pending_metrics()
-    assert figures is not None
-    assert figures.values["loss_boxes"] == 0
-    assert figures.values["grad_norm"] > 0
+    stats = train_step.flush_pending_metrics()
+    assert stats is not None
+    assert stats.values["loss_boxes"] == 0
+    assert stats.values["grad_norm"] > 0
 
 
-def test_nan_predictions_stop_before_anything_changes(samples):
+def test_nan_loss_leaves_weights_unchanged(samples):
     train_step = make()
     train_step.step([collate(samples[:4])], global_step=0, progress=0.0)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_nan_predictions_stop_before_anything_changes(samples):
     assert same(before, weights(train_step))
 
 
-def test_only_the_image_that_does_it_is_named(samples):
+def test_non_finite_loss_names_only_the_affected_image(samples):
     train_step = make()
     batch, targets = collate(samples[:3])
     targets[1].boxes[0, 0] = float("nan")
@@ -110,7 +110,7 @@ def test_only_the_image_that_does_it_is_named(samples):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told_a_step_later(samples, precision):
+def test_non_finite_gradient_skips_the_update_and_is_reported_one_step_later(samples, precision):
     train_step = make(precision=precision)
     train_step.step([collate(samples[:4])], global_step=0, progress=0.0)
     before = weights(train_step)
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_told_a_step_later(
         train_step.flush_pending_metrics()
 
 
-def test_without_the_guard_the_weights_would_be_lost(samples, monkeypatch):
+def test_without_found_inf_the_weights_become_nan(samples, monkeypatch):
     train_step = make()
     train_step.step([collate(samples[:4])], global_step=0, progress=0.0)
     original = train_step.optimizer.step
@@ -137,14 +137,14 @@ def test_without_the_guard_the_weights_would_be_lost(samples, monkeypatch):
     assert not all(value.isfinite().all() for value in weights(train_step).values())
 
 
-def test_fp16_bears_overflows_but_not_for_ever(samples):
+def test_fp16_tolerates_a_limited_number_of_overflows(samples):
     train_step = make(precision="fp16")
     hook = train_step.model.level_embedding.register_hook(lambda gradient: gradient * float("inf"))
     before = weights(train_step)
     train_step.step([collate(samples[:2])], global_step=0, progress=0.0)
-    figures = train_step.flush_pending_metrics()
-    assert figures is not None
-    assert not figures.values["grad_norm"] < float("inf")
+    stats = train_step.flush_pending_metrics()
+    assert stats is not None
+    assert not stats.values["grad_norm"] < float("inf")
     assert same(before, weights(train_step))
     assert train_step.scaler.get_scale() < 2.0**16
     train_step._overflows = 49
@@ -154,7 +154,7 @@ def test_fp16_bears_overflows_but_not_for_ever(samples):
     hook.remove()
 
 
-def test_gradients_are_clipped_and_the_norm_is_the_one_before(samples, monkeypatch):
+def test_gradients_are_clipped_and_the_unclipped_norm_is_logged(samples, monkeypatch):
     train_step = make(clip_max_norm=0.1)
     norms = []
 
@@ -164,13 +164,13 @@ def test_gradients_are_clipped_and_the_norm_is_the_one_before(samples, monkeypat
 
     monkeypatch.setattr(train_step.optimizer, "step", measure)
     train_step.step([collate(samples[:4])], global_step=0, progress=0.0)
-    figures = train_step.flush_pending_metrics()
-    assert figures is not None
+    stats = train_step.flush_pending_metrics()
+    assert stats is not None
     assert norms[0].item() == pytest.approx(0.1, rel=1e-3)
-    assert figures.values["grad_norm"] > 1
+    assert stats.values["grad_norm"] > 1
 
 
-def test_the_batch_is_not_changed(samples):
+def test_batch_is_not_modified(samples):
     batch, targets = collate(samples[:2])
     copy = ImageBatch(batch.pixels.clone(), batch.padding_mask.clone())
     make().step([(batch, targets)], global_step=0, progress=0.0)
@@ -179,21 +179,21 @@ def test_the_batch_is_not_changed(samples):
 
 
 def test_targets_are_packed_once_per_micro_batch(samples, monkeypatch):
-    """Not once per layer, loss or denoising."""
+    """Not once per layer, loss or denoising group."""
     packed, pack = [], PackedTargets.pack
     monkeypatch.setattr(PackedTargets, "pack", lambda targets: packed.append(targets) or pack(targets))
     train_step = make(num_denoising=20)
     batch, targets = collate(samples[:4])
-    shown = [_ReadCounter(target) for target in targets]
-    train_step.step([(batch, shown)], global_step=0, progress=0.0)
-    assert packed == [shown]
-    assert {target.boxes_read for target in shown} == {1}, "nothing else reads the boxes"
+    counted_targets = [_ReadCounter(target) for target in targets]
+    train_step.step([(batch, counted_targets)], global_step=0, progress=0.0)
+    assert packed == [counted_targets]
+    assert {target.boxes_read for target in counted_targets} == {1}, "nothing else reads the boxes"
     train_step.step([collate(samples[:2]), collate(samples[2:4])], global_step=1, progress=0.0)
     assert len(packed) == 3
 
 
 class _ReadCounter:
-    """A target that counts how often its boxes are read."""
+    """A target that counts reads of its boxes."""
 
     def __init__(self, target):
         self.target, self.boxes_read = target, 0

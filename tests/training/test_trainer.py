@@ -24,8 +24,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """A run of two epochs and what it returned."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
+    """A run of two epochs and its returned metrics."""
+    out = tmp_path_factory.mktemp("runs") / "reference"
     return out, train_model(data, out, tiny_config())
 
 
@@ -38,7 +38,7 @@ def model_weights(folder):
     return load_checkpoint(folder)[0]["model"]
 
 
-def test_a_run_folder_holds_everything(finished):
+def test_run_folder_contents(finished):
     out, metrics = finished
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "config.json", "model.safetensors", "README.md", "metrics.jsonl", "checkpoints",
@@ -50,14 +50,14 @@ def test_a_run_folder_holds_everything(finished):
     assert set(metrics["per_class"]) == {"red", "green", "blue"}
 
 
-def test_who_may_read_the_folder_may_read_the_weights(data, tmp_path):
+def test_weights_are_readable_by_other_users(data, tmp_path):
     (tmp_path / "run").mkdir(mode=0o755)
     train_model(data, tmp_path / "run", tiny_config(epochs=1))
     files = list((tmp_path / "run").rglob("*.safetensors"))
     assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
-def test_the_classes_of_the_set_travel_with_the_model(finished):
+def test_model_keeps_the_classes_of_the_dataset(finished):
     out, _ = finished
     model = DeformableDETR.from_pretrained(out)
     assert model.config.class_names == ("red", "green", "blue")
@@ -67,7 +67,7 @@ def test_the_classes_of_the_set_travel_with_the_model(finished):
     assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
 
 
-def test_the_log_has_steps_and_evaluations(finished):
+def test_metrics_log_has_steps_and_evaluations(finished):
     out, metrics = finished
     train, evaluations = lines(out, "train"), lines(out, "evaluation")
     assert [record["step"] for record in train] == [1, 2, 3, 4]
@@ -78,14 +78,14 @@ def test_the_log_has_steps_and_evaluations(finished):
     assert evaluations[-1]["AP"] == metrics["AP"]
 
 
-def test_without_a_terminal_there_is_a_line_an_epoch(data, tmp_path, capsys):
+def test_one_line_per_epoch_without_a_terminal(data, tmp_path, capsys):
     train_model(data, tmp_path / "run", tiny_config(epochs=3, eval_every=2))
     shown = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in shown] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
-    assert ["AP50" in line for line in shown] == [False, True, True]  # every second epoch, and at the end
+    assert ["AP50" in line for line in shown] == [False, True, True]  # every second epoch and the last one
 
 
-def test_a_second_run_in_the_folder_is_refused_and_nothing_lost(data, finished):
+def test_second_run_in_the_same_folder_is_rejected(data, finished):
     out, _ = finished
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="--resume"):
@@ -93,7 +93,7 @@ def test_a_second_run_in_the_folder_is_refused_and_nothing_lost(data, finished):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_says_so(data, finished, capsys):
+def test_resuming_a_finished_run_reports_it(data, finished, capsys):
     out, metrics = finished
     before = (out / "metrics.jsonl").read_text()
     assert train_model(data, out, run_config(out), resume=True) == metrics
@@ -103,8 +103,8 @@ def test_a_finished_run_says_so(data, finished, capsys):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(data, finished, tmp_path, monkeypatch, stop_after, workers):
-    """SIGTERM in the middle of an epoch (1, 3) or at its end (2): the same weights as without it."""
+def test_resumed_run_equals_an_uninterrupted_one(data, finished, tmp_path, monkeypatch, stop_after, workers):
+    """SIGTERM within an epoch (1, 3) or at its end (2) must not change the weights."""
     out, config = tmp_path / "run", tiny_config().updated({"data": {"workers": workers}})
     original, calls = TrainStep.step, []
 
@@ -122,23 +122,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(data, finished, tmp_path, m
     assert load_checkpoint(out / "checkpoints" / "last")[1]["train_state"]["step"] == stop_after
 
     metrics = train_model(data, out, run_config(out), resume=True)
-    whole, whole_metrics = finished
+    reference, reference_metrics = finished
     assert (metrics["step"], metrics["images_seen"]) == (4, 16)
-    assert metrics["AP"] == whole_metrics["AP"]
-    first, second = (model_weights(folder / "checkpoints" / "last") for folder in (whole, out))
+    assert metrics["AP"] == reference_metrics["AP"]
+    first, second = (model_weights(folder / "checkpoints" / "last") for folder in (reference, out))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    losses = [[record["loss"] for record in lines(folder, "train")] for folder in (whole, out)]
+    losses = [[record["loss"] for record in lines(folder, "train")] for folder in (reference, out)]
     assert losses[0] == losses[1]
 
 
-def test_the_comparison_notices_another_order(data, finished, tmp_path):
+def test_comparison_detects_another_data_order(data, finished, tmp_path):
     out, _ = finished
     train_model(data, tmp_path / "run", tiny_config(seed=1))
     first, second = (model_weights(folder / "checkpoints" / "last") for folder in (out, tmp_path / "run"))
     assert not all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_a_crash_before_the_first_checkpoint_starts_anew(data, tmp_path, monkeypatch, capsys):
+def test_crash_before_the_first_checkpoint_restarts(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(TrainStep, "step", lambda *_, **__: 1 / 0)
@@ -148,7 +148,7 @@ def test_a_crash_before_the_first_checkpoint_starts_anew(data, tmp_path, monkeyp
     assert "no checkpoint in this run yet" in capsys.readouterr().err
 
 
-def test_a_run_killed_in_its_evaluation_evaluates_when_it_goes_on(data, tmp_path, monkeypatch, capsys):
+def test_run_killed_during_evaluation_evaluates_on_resume(data, tmp_path, monkeypatch, capsys):
 
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
@@ -163,7 +163,7 @@ def test_a_run_killed_in_its_evaluation_evaluates_when_it_goes_on(data, tmp_path
 
 
 @pytest.mark.parametrize("name", ["TrainingLogger.log_evaluation", "update_state", "TrainingLogger.print_epoch"])
-def test_a_run_killed_just_after_its_evaluation_has_its_line_once(data, tmp_path, monkeypatch, name):
+def test_run_killed_after_its_evaluation_logs_it_once(data, tmp_path, monkeypatch, name):
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(f"deformable_detr.training.trainer.{name}", lambda *_: 1 / 0)
@@ -174,10 +174,10 @@ def test_a_run_killed_just_after_its_evaluation_has_its_line_once(data, tmp_path
     assert (out / "training.html").is_file()
 
 
-def test_lines_of_the_log_that_a_kill_divides_are_the_same(data, tmp_path, monkeypatch):
-    """Means over more steps than an epoch has."""
+def test_resume_keeps_partial_log_averages(data, tmp_path, monkeypatch):
+    """The logged means cover more steps than an epoch has."""
     config = tiny_config(epochs=3, log_every=3, eval_every=3)
-    train_model(data, tmp_path / "whole", config)
+    train_model(data, tmp_path / "reference", config)
     with monkeypatch.context() as patched:
         original = TrainStep.step
 
@@ -193,15 +193,15 @@ def test_lines_of_the_log_that_a_kill_divides_are_the_same(data, tmp_path, monke
             train_model(data, tmp_path / "run", config)
     train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
     times = ("seconds", "images_per_second")
-    found = [
+    records = [
         [{key: value for key, value in record.items() if key not in times} for record in lines(tmp_path / out, "train")]
-        for out in ("whole", "run")
+        for out in ("reference", "run")
     ]
-    assert found[0] == found[1]
-    assert [record["step"] for record in found[0]] == [3, 6]
+    assert records[0] == records[1]
+    assert [record["step"] for record in records[0]] == [3, 6]
 
 
-def test_more_epochs_can_be_added(data, tmp_path):
+def test_resume_with_more_epochs(data, tmp_path):
     out = tmp_path / "run"
     train_model(data, out, tiny_config(epochs=1))
     metrics = train_model(data, out, run_config(out).updated({"train": {"epochs": 2}}), resume=True)
@@ -209,13 +209,13 @@ def test_more_epochs_can_be_added(data, tmp_path):
     assert run_config(out).train.epochs == 2
 
 
-def test_other_data_is_refused(finished, tmp_path):
+def test_resume_with_another_dataset_is_rejected(finished, tmp_path):
     out, _ = finished
     with pytest.raises(UserError, match="training set has changed"):
         train_model(write_dataset(tmp_path / "other", seed=9), out, run_config(out), resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(data, tmp_path):
+def test_damaged_checkpoint_is_reported(data, tmp_path):
     out = tmp_path / "run"
     train_model(data, out, tiny_config(epochs=1))
     for path in (out / "checkpoints").glob("*/model-*"):
@@ -224,16 +224,16 @@ def test_a_damaged_checkpoint_is_named(data, tmp_path):
         train_model(data, out, run_config(out), resume=True)
 
 
-def test_minutes_end_a_run_with_an_evaluation(data, tmp_path, monkeypatch):
+def test_time_limit_ends_with_an_evaluation(data, tmp_path, monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(clock)))  # every look costs a second
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(clock)))  # each call advances one second
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=None, minutes=5 / 60, eval_every=100))
     assert (metrics["step"], metrics["seconds"]) == (5, 5.0)
     assert [record["step"] for record in lines(tmp_path / "run", "evaluation")] == [5]
     assert [record["progress"] for record in lines(tmp_path / "run", "train")] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
 
 
-def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch):
+def test_nan_loss_stops_with_an_intact_checkpoint(data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", TrainStep.step
 
     def step(self, micro_batches, global_step, progress, stats=None):
@@ -252,7 +252,7 @@ def test_a_nan_stops_and_the_last_checkpoint_is_good(data, tmp_path, monkeypatch
     assert train_model(data, out, run_config(out), resume=True)["step"] == 4
 
 
-def test_a_nan_gradient_in_the_last_step_of_an_epoch_is_not_saved(data, tmp_path, monkeypatch):
+def test_nan_gradient_in_the_last_step_of_an_epoch_is_not_saved(data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", TrainStep.step
 
     def step(self, micro_batches, global_step, progress, stats=None):
@@ -267,24 +267,24 @@ def test_a_nan_gradient_in_the_last_step_of_an_epoch_is_not_saved(data, tmp_path
 
 
 def test_images_without_objects(tmp_path):
-    data = write_dataset(tmp_path / "set", train=5, empty=4)  # so a batch at least has none at all
+    data = write_dataset(tmp_path / "set", train=5, empty=4)  # at least one batch has no objects
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=1, batch_size=2))
     assert metrics["step"] == 3
 
 
-def test_no_objects_at_all_are_refused(tmp_path):
+def test_dataset_without_objects_is_rejected(tmp_path):
     data = write_dataset(tmp_path / "set", train=4, empty=4)
     with pytest.raises(UserError, match="has no objects to train on"):
         train_model(data, tmp_path / "run", tiny_config(epochs=1, batch_size=2))
 
 
-def test_an_unwritable_folder_comes_before_anything_else(tmp_path):
+def test_unwritable_folder_is_reported_first(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):
         train_model(tmp_path / "no such data", tmp_path / "file" / "run", tiny_config())
 
 
-def test_a_missing_image_is_named_and_the_last_checkpoint_stays(tmp_path):
+def test_missing_image_is_reported(tmp_path):
     data = write_dataset(tmp_path / "set")
     (data / "train" / "3.png").unlink()
     with pytest.raises(UserError, match=r"3\.png") as caught:
@@ -292,17 +292,17 @@ def test_a_missing_image_is_named_and_the_last_checkpoint_stays(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_best_is_the_highest_and_last_the_latest(data, tmp_path, monkeypatch):
+def test_best_and_last_checkpoints(data, tmp_path, monkeypatch):
 
-    figures = iter([0.2, 0.5, 0.4])
-    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+    results = iter([0.2, 0.5, 0.4])
+    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(results), "AP50": 0.6})
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=3))
     assert (metrics["AP"], metrics["best_AP"]) == (0.4, 0.5)
     states = {name: load_checkpoint(tmp_path / "run" / "checkpoints" / name)[1] for name in ("last", "best")}
     assert {name: state["train_state"]["epoch"] for name, state in states.items()} == {"last": 3, "best": 2}
 
 
-def test_figures_that_do_not_exist(data, tmp_path, monkeypatch):
+def test_undefined_ap_keeps_the_latest_model(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": None, "AP50": None})
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=2))
@@ -311,7 +311,7 @@ def test_figures_that_do_not_exist(data, tmp_path, monkeypatch):
     assert best["train_state"]["epoch"] == 2
 
 
-def test_another_batch_size_keeps_the_part_of_the_epoch(data, tmp_path, monkeypatch):
+def test_resume_with_another_batch_size_continues_within_the_epoch(data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", TrainStep.step
 
     def step(self, micro_batches, global_step, progress, stats=None):
@@ -327,32 +327,32 @@ def test_another_batch_size_keeps_the_part_of_the_epoch(data, tmp_path, monkeypa
     assert train_model(data, out, config, resume=True)["images_seen"] == 8
 
 
-def test_counters_are_plain_json():
+def test_train_state_is_json_serializable():
     assert json.loads(json.dumps(vars(TrainState()))) == vars(TrainState())
 
 
-def test_the_split_names_of_the_config_are_used(data, tmp_path):
+def test_split_names_of_the_config_are_used(data, tmp_path):
     config = tiny_config(epochs=1).updated({"data": {"val_split": "train"}})
     with pytest.raises(UserError, match="annotations"):
         train_model(data, tmp_path / "run", config)  # both splits are one file
 
 
-def test_accumulated_passes_are_one_step(data, finished, tmp_path):
-    """Norms that look at the rest of the batch aside, the batch is what counts, not how it is cut."""
+def test_gradient_accumulation_equals_one_large_batch(data, finished, tmp_path):
+    """Norms are frozen because batch statistics depend on the micro-batch."""
     frozen = tiny_config(epochs=1, base_batch_size=8).updated({"model": {"backbone_norm": "frozen"}})
-    for name, train in (("whole", {"batch_size": 8}), ("cut", {"batch_size": 3, "total_batch_size": 8})):
+    for name, train in (("full", {"batch_size": 8}), ("accumulated", {"batch_size": 3, "total_batch_size": 8})):
         metrics = train_model(data, tmp_path / name, frozen.updated({"train": train}))
         assert (metrics["step"], metrics["images_seen"]) == (1, 8)
-    whole, cut = (lines(tmp_path / name, "train")[0] for name in ("whole", "cut"))
+    full, accumulated = (lines(tmp_path / name, "train")[0] for name in ("full", "accumulated"))
     for name in ("loss", "grad_norm", "cardinality_error"):
-        assert cut[name] == pytest.approx(whole[name], rel=1e-4)
+        assert accumulated[name] == pytest.approx(full[name], rel=1e-4)
 
 
-def test_an_accumulating_run_goes_on_in_the_middle_of_an_epoch(data, tmp_path, monkeypatch):
+def test_resume_with_gradient_accumulation_within_an_epoch(data, tmp_path, monkeypatch):
     config = tiny_config(batch_size=2, total_batch_size=3, epochs=1, num_denoising=10).updated(
         {"data": {"aspect_ratio_grouping": True}}
     )
-    train_model(data, tmp_path / "whole", config)
+    train_model(data, tmp_path / "reference", config)
     original = TrainStep.step
 
     def step(self, micro_batches, global_step, progress, stats=None):
@@ -363,36 +363,36 @@ def test_an_accumulating_run_goes_on_in_the_middle_of_an_epoch(data, tmp_path, m
     with monkeypatch.context() as patched:
         patched.setattr(TrainStep, "step", step)
         with pytest.raises(TrainingInterrupted):
-            train_model(data, tmp_path / "cut", config)
-    train_model(data, tmp_path / "cut", run_config(tmp_path / "cut"), resume=True)
-    first, second = (model_weights(tmp_path / name / "checkpoints" / "last") for name in ("whole", "cut"))
+            train_model(data, tmp_path / "resumed", config)
+    train_model(data, tmp_path / "resumed", run_config(tmp_path / "resumed"), resume=True)
+    first, second = (model_weights(tmp_path / name / "checkpoints" / "last") for name in ("reference", "resumed"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_a_run_that_gets_no_better_ends(data, tmp_path, monkeypatch, capsys):
+def test_early_stopping(data, tmp_path, monkeypatch, capsys):
 
-    figures = iter([0.2, 0.5, 0.4, 0.5, 0.9, 0.9])
-    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+    results = iter([0.2, 0.5, 0.4, 0.5, 0.9, 0.9])
+    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(results), "AP50": 0.6})
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=9, patience=2))
     assert (metrics["epoch"], metrics["best_AP"]) == (4, 0.5)
     assert "no better AP in 2 evaluations" in capsys.readouterr().err
-    again = train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
-    assert again["step"] == metrics["step"]
+    resumed = train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
+    assert resumed["step"] == metrics["step"]
     longer = run_config(tmp_path / "run").updated({"train": {"patience": 3, "epochs": 5}})
     assert train_model(data, tmp_path / "run", longer, resume=True)["best_AP"] == 0.9
 
 
-def test_of_equal_models_the_later_is_kept_and_patience_waits_for_the_first_find(data, tmp_path, monkeypatch):
+def test_early_stopping_with_equal_ap(data, tmp_path, monkeypatch):
 
-    figures = iter([0.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.9])
-    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+    results = iter([0.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.9])
+    monkeypatch.setattr(evaluator, "evaluate_dataset", lambda *_, **__: {"AP": next(results), "AP50": 0.6})
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=9, patience=2))
     assert (metrics["epoch"], metrics["best_AP"]) == (6, 0.3)
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]["train_state"]["epoch"] == 6
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "named"),
+    ("before", "after", "message"),
     [
         ({"ema_decay": 0.0}, {"ema_decay": 0.99}, "train.ema_decay"),
         ({"num_denoising": 0}, {"num_denoising": 20}, "train.num_denoising"),
@@ -400,25 +400,25 @@ def test_of_equal_models_the_later_is_kept_and_patience_waits_for_the_first_find
         ({"num_denoising": 20}, {"num_denoising": 0}, None),
     ],
 )
-def test_a_run_goes_on_with_other_helpers_or_says_why_not(data, tmp_path, before, after, named):
+def test_ema_and_denoising_can_be_disabled_but_not_enabled_on_resume(data, tmp_path, before, after, message):
     out = tmp_path / "run"
     train_model(data, out, tiny_config(epochs=1, **before))
     changed = run_config(out).updated({"train": {"epochs": 2, **after}})
-    if named is None:
+    if message is None:
         assert train_model(data, out, changed, resume=True)["epoch"] == 2
     else:
-        with pytest.raises(UserError, match=named):
+        with pytest.raises(UserError, match=message):
             train_model(data, out, changed, resume=True)
 
 
-def test_more_of_the_backbone_may_be_frozen_when_a_run_goes_on(data, tmp_path):
+def test_resume_with_more_frozen_backbone_stages(data, tmp_path):
     out = tmp_path / "run"
     train_model(data, out, tiny_config(epochs=1))
     changed = run_config(out).updated({"train": {"epochs": 2}, "model": {"frozen_stages": 2}})
     assert train_model(data, out, changed, resume=True)["epoch"] == 2
 
 
-def test_mosaics_end_before_the_training_does(data, tmp_path, monkeypatch):
+def test_mosaic_is_disabled_for_the_last_epochs(data, tmp_path, monkeypatch):
     from deformable_detr.data.dataloader import DistributedBatchSampler
 
     allowed, original = [], DistributedBatchSampler.set_epoch
@@ -434,10 +434,10 @@ def test_mosaics_end_before_the_training_does(data, tmp_path, monkeypatch):
     assert allowed == [True, True, False, False]
 
 
-def test_a_run_that_torchrun_starts_again_goes_on(data, tmp_path, monkeypatch):
+def test_run_restarted_by_torchrun_resumes(data, tmp_path, monkeypatch):
     train_model(data, tmp_path / "run", tiny_config(epochs=1))
     with pytest.raises(UserError, match="already holds a run"):
         train_model(data, tmp_path / "run", tiny_config(epochs=2))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train_model(data, tmp_path / "run", tiny_config(epochs=2))["step"] == 4
-    assert train_model(data, tmp_path / "new", tiny_config(epochs=1))["step"] == 2  # it failed before it had begun
+    assert train_model(data, tmp_path / "new", tiny_config(epochs=1))["step"] == 2  # failed before the first checkpoint
