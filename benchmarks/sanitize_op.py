@@ -22,9 +22,11 @@ PLUGIN = "from deformable_detr.ops.native import library\nlibrary.KEEP = 0  # fr
 CONTROL = """
 import torch
 from deformable_detr.ops.native import library
+from deformable_detr.ops.reference import OpInputs
 compiled, _ = library.status()
 value = torch.zeros(1, 1000, 2, 32)
-_, call, alive = library._describe(value, [100, 10], None, torch.rand(1, 9, 2, 1, 4, 2), torch.rand(1, 9, 2, 1, 4))
+inputs = OpInputs(value, [100, 10], None, torch.rand(1, 9, 2, 1, 4, 2), torch.rand(1, 9, 2, 1, 4))
+_, call, alive = library._describe(inputs)
 output = torch.empty(1, 9, 64)
 call.output, short = output.data_ptr(), torch.zeros(900, 2, 32)
 call.value = short.data_ptr()

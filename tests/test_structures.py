@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from deformable_detr import UserError
-from deformable_detr.structures import Detections, ImageBatch, Target
+from deformable_detr.structures import Detections, ImageBatch
 
 
 def detections(image=None, count=2):
@@ -37,9 +37,6 @@ def test_normalize():
 def test_to_moves_all_tensors():
     batch = ImageBatch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.bool))
     assert batch.to("meta").pixels.device.type == batch.to("meta").padding_mask.device.type == "meta"
-    target = Target(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4), 7, (3, 4)).to("meta")
-    assert target.labels.device.type == target.boxes.device.type == "meta"
-    assert (target.image_id, target.original_size) == (7, (3, 4))
 
 
 def test_to_dict_survives_json(tmp_path):

@@ -75,10 +75,6 @@ class Target:
         """Return the target of an image without objects or without annotations."""
         return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), image_id, original_size)
 
-    def to(self, device: torch.device | str, **options: Any) -> Target:
-        """Return the target on another device. Options are those of `Tensor.to`."""
-        return replace(self, labels=self.labels.to(device, **options), boxes=self.boxes.to(device, **options))
-
     def pin_memory(self) -> Target:
         """Return the target in page-locked memory, which a GPU can copy from asynchronously."""
         return replace(self, labels=self.labels.pin_memory(), boxes=self.boxes.pin_memory())

@@ -85,7 +85,7 @@ def test_overrides_are_yaml_values_at_dotted_keys():
     assert Config().updated({"train": read["train"]}).train.lr == 1e-4
 
 
-@pytest.mark.parametrize("text", ["lr", "=3", "train.lr=[1", "train=1 train.lr=2"])
+@pytest.mark.parametrize("text", ["lr", "=3", "train.lr=[1"])
 def test_an_override_that_is_none_is_one_line(text):
     with pytest.raises(UserError, match="--set") as caught:
         parse_overrides(text.split())

@@ -27,7 +27,6 @@ def test_collectives_of_a_single_process():
     with DistributedContext("cpu") as context:
         assert context.all_gather([1, 2.5]) == [[1, 2.5]]
         assert context.all_gather_object("x") == ["x"]
-        assert context.broadcast_object("x") == "x"
         assert context.on_rank_zero(lambda: 3) == 3
         assert context.local_rank_zero_first(lambda: 4) == 4
     with pytest.raises(UserError, match="bad"), DistributedContext("cpu") as context, context.sync_errors():

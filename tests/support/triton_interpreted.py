@@ -7,6 +7,7 @@ import torch
 
 from deformable_detr import ops
 from deformable_detr.ops import triton_backend
+from deformable_detr.ops.reference import OpInputs
 from tests.support.op_cases import assert_near, case
 
 
@@ -32,8 +33,9 @@ def check(shapes, coordinates, dtype, tolerance, **sizes):
     exact = gradients(exact_call, [t.double() for t in inputs], cotangent.double())
     value, *middle, offsets, logits = inputs
     reference = middle[0] if middle else None
-    output = triton_backend.forward(value, flat, reference, offsets, logits)
-    v, r, o, w = triton_backend.backward(cotangent, value, flat, reference, offsets, logits, True)
+    op_inputs = OpInputs(value, flat, reference, offsets, logits)
+    output = triton_backend.forward(op_inputs)
+    v, r, o, w = triton_backend.backward(cotangent, op_inputs, True)
     actual = [output, v, *([] if r is None else [r]), o, w]
     assert [t.dtype for t in actual[1:]] == [t.dtype for t in inputs]
     assert_near(actual, exact, tolerance)
@@ -56,12 +58,14 @@ value, reference, offsets, logits = (t.float() for t in case(SHAPES, Q=2, M=2, D
 bad = torch.tensor([1e30, -1e30, math.nan, math.inf, -math.inf, 3e9, -3e9, 1e5])
 offsets[..., 0] = bad[torch.arange(offsets[..., 0].numel()) % 8].view_as(offsets[..., 0])
 flat = [side for shape in SHAPES for side in shape]
-output = triton_backend.forward(value, flat, reference, offsets, logits)
-results = triton_backend.backward(torch.ones_like(output), value, flat, reference, offsets, logits, True)
+inputs = OpInputs(value, flat, reference, offsets, logits)
+output = triton_backend.forward(inputs)
+results = triton_backend.backward(torch.ones_like(output), inputs, True)
 for tensor in (output, *results):
     assert torch.equal(tensor, torch.zeros_like(tensor))
 
-empty = triton_backend.backward(output[:, :0], value, flat, reference[:, :0], offsets[:, :0], logits[:, :0], True)
+no_queries = OpInputs(value, flat, reference[:, :0], offsets[:, :0], logits[:, :0])
+empty = triton_backend.backward(output[:, :0], no_queries, True)
 assert not empty[0].any()
 assert empty[1].shape == (2, 0, 3, 2)
 print("passed")

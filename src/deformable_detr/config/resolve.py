@@ -36,12 +36,16 @@ def resolve_config(
     Raises:
         UserError: A key is unknown or a value is invalid; the message names the key and its source.
     """
-    option_values = _nested(options or {})
-    file_values = {} if file is None else read_config_file(file)
-    override_values = parse_overrides(overrides)
-    name = preset or override_values.pop("preset", None) or file_values.get("preset")
-    weights = _weights(option_values, override_values, file_values)
-    if name is None and weights and config_of_weights:
+    sources = {
+        f"config file {file}": {} if file is None else read_config_file(file),
+        "--set": parse_overrides(overrides),
+        "options": _nested(options or {}),
+    }
+    changes = reduce(merge, sources.values())
+    name = preset or changes.get("preset")
+    train = changes.get("train")
+    weights = train.get("weights") if isinstance(train, Mapping) else None
+    if name is None and isinstance(weights, str) and config_of_weights:
         base = config_of_weights(weights)
         name = base.preset
     else:
@@ -49,15 +53,10 @@ def resolve_config(
         if not isinstance(name, str):
             raise UserError(f"preset must be a name, not {name!r}; choose from {', '.join(presets.PRESETS)}")
         base = presets.config(name)
-    sources = [
-        (f"config file {file}", {**file_values, "preset": name}),
-        ("--set", override_values),
-        ("options", option_values),
-    ]
     try:
-        return base.updated(reduce(merge, [changes for _, changes in sources]))
+        return base.updated({**changes, "preset": name})
     except UserError as error:
-        for source, changes in sources:  # name the source whose values are invalid by themselves
+        for source, changes in sources.items():  # name the source whose values are invalid by themselves
             base.updated(changes, source)
         raise UserError(f"combined settings: {str(error).removeprefix('config: ')}") from None
 
@@ -75,11 +74,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"config file {path} is not valid YAML: {reason}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise UserError(f"config file {path} must contain keys such as 'train:' and 'model:'")
-    return values
+    return values or {}
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -97,20 +94,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"--set {override}: the value is not valid YAML") from None
-        *sections, name = key.split(".")
-        parent = nested
-        for section in sections:
-            parent = parent.setdefault(section, {})
-            if not isinstance(parent, dict):
-                raise UserError(f"--set {override}: '{section}' already has a value")
-        parent[name] = value
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        nested = merge(nested, value)
     return nested
-
-
-def _weights(*sources: Mapping[str, Any]) -> str | None:
-    """Return the first valid train.weights."""
-    sections = [section for source in sources if isinstance(section := source.get("train"), Mapping)]
-    return next((value for section in sections if (value := section.get("weights")) and isinstance(value, str)), None)
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,38 +124,30 @@ class ModelConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
-        self._check_architecture()
         for name in ("class_names", "category_ids"):
-            values = getattr(self, name)
-            if values and len(values) != self.num_classes:
-                raise ValueError(f"{name} has {len(values)} entries, but num_classes is {self.num_classes}")
-        if len(set(self.category_ids)) != len(self.category_ids):
-            raise ValueError("category_ids has duplicates")
-        if self.pixel_std and min(self.pixel_std) <= 0:
-            raise ValueError("pixel_std must be greater than 0")
-        if self.max_size is not None and self.max_size < self.image_size:
-            raise ValueError(f"max_size {self.max_size} is less than image_size {self.image_size}")
+            if (count := len(getattr(self, name))) not in (0, self.num_classes):
+                raise ValueError(f"{name} has {count} entries, but num_classes is {self.num_classes}")
+        dim, heads, two_stage, refine = self.hidden_dim, self.num_heads, self.two_stage, self.refine
+        proposal_options = self.class_aware_proposals or self.query_init != "box"
+        timm_only = self.dilation or self.backbone_weights != "none"
+        violations = (
+            (dim % heads, f"hidden_dim {dim} is not divisible by num_heads {heads}"),
+            (dim % 4, f"hidden_dim {dim} is not divisible by 4 (required by the position encoding)"),
+            (two_stage and not refine, "two_stage requires refine: true"),
+            (two_stage and not self.encoder_layers, "two_stage requires at least one encoder layer"),
+            (proposal_options and not two_stage, "class_aware_proposals and query_init require two_stage: true"),
+            (self.iterative_query_pos and not two_stage, "iterative_query_pos requires two_stage: true"),
+            (self.look_forward_twice and not refine, "look_forward_twice requires refine: true"),
+            (self.backbone_shape and timm_only, "backbone_shape requires backbone_weights: none and dilation: false"),
+            (self.dilation and self.num_feature_levels != 1, "dilation (DC5) requires num_feature_levels: 1"),
+            (len(set(self.category_ids)) != len(self.category_ids), "category_ids has duplicates"),
+            (self.pixel_std and min(self.pixel_std) <= 0, "pixel_std must be greater than 0"),
+            (self.long_side < self.image_size, f"max_size {self.max_size} is less than image_size {self.image_size}"),
+        )
+        for violated, message in violations:
+            if violated:
+                raise ValueError(message)
         return self
-
-    def _check_architecture(self) -> None:
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(f"hidden_dim {self.hidden_dim} is not divisible by num_heads {self.num_heads}")
-        if self.hidden_dim % 4:
-            raise ValueError(f"hidden_dim {self.hidden_dim} is not divisible by 4 (required by the position encoding)")
-        if self.two_stage and not self.refine:
-            raise ValueError("two_stage requires refine: true")
-        if self.two_stage and not self.encoder_layers:
-            raise ValueError("two_stage requires at least one encoder layer")
-        if not self.two_stage and (self.class_aware_proposals or self.query_init != "box"):
-            raise ValueError("class_aware_proposals and query_init require two_stage: true")
-        if self.iterative_query_pos and not self.two_stage:
-            raise ValueError("iterative_query_pos requires two_stage: true")
-        if self.look_forward_twice and not self.refine:
-            raise ValueError("look_forward_twice requires refine: true")
-        if self.backbone_shape and (self.dilation or self.backbone_weights != "none"):
-            raise ValueError("backbone_shape requires backbone_weights: none and dilation: false")
-        if self.dilation and self.num_feature_levels != 1:
-            raise ValueError("dilation (DC5) requires num_feature_levels: 1")
 
     @property
     def long_side(self) -> int:

@@ -1,7 +1,6 @@
 """The base class of the config's sections: immutable, validated, with one-line errors."""
 
 import difflib
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, get_args
 
@@ -52,12 +51,13 @@ def _error_message(section: type[BaseModel], error: ValidationError, source: str
     """Describe the first problem in one line: source, key, reason, valid alternatives."""
     problems: dict[tuple[str, ...], list[ErrorDetails]] = {}  # a union field has one error per member
     for details in error.errors(include_url=False):
-        problems.setdefault(_key_path(section, details["loc"], details["type"]), []).append(details)
+        path, _ = _locate(section, details["loc"])
+        problems.setdefault(path, []).append(details)
     path, (problem, *alternatives) = next(iter(problems.items()))
     key = ".".join(path) or section.__name__
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        names = _field_names(section, path[:-1])
+        _, names = _locate(section, path)
         close = difflib.get_close_matches(path[-1], names, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"valid keys: {', '.join(names)}"
         return f"{source}: unknown key '{key}'; {hint}{more}"
@@ -67,20 +67,16 @@ def _error_message(section: type[BaseModel], error: ValidationError, source: str
     return f"{source}: {key}: {message[0].lower()}{message[1:]}{value}{more}"
 
 
-def _key_path(section: type[BaseModel], location: Sequence[str | int], error_type: str) -> tuple[str, ...]:
-    """Return the key of an error, without the union members that pydantic appends."""
-    path = tuple(map(str, location))
-    end = next((end for end, part in enumerate(path) if part not in _field_names(section, path[:end])), len(path))
-    return path[: end + 1] if error_type == "extra_forbidden" else path[:end]
-
-
-def _field_names(section: type[BaseModel], path: Sequence[str]) -> list[str]:
-    for part in path:
-        field = section.model_fields.get(part)
-        annotation = field.annotation if field else None
-        members = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+def _locate(section: type[BaseModel], location: Sequence[str | int]) -> tuple[tuple[str, ...], list[str]]:
+    """Return the key of an error, without the union members that pydantic appends, and the valid keys beside it."""
+    path, names = [], list(section.model_fields)
+    for part in map(str, location):
+        path.append(part)
+        names = list(section.model_fields)
+        annotation = section.model_fields[part].annotation if part in names else None
+        members = (annotation, *get_args(annotation))
         nested = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
         if not nested:
-            return []
+            break
         section = nested[0]
-    return list(section.model_fields)
+    return tuple(path), names

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -133,14 +133,6 @@ class DistributedContext:
         dist.all_gather_object(items, item)
         return items
 
-    def broadcast_object(self, item: T) -> T:
-        """Return rank 0's item."""
-        if self.world_size == 1:
-            return item
-        items = [item if self.is_rank_zero else None]
-        dist.broadcast_object_list(items, device=torch.device("cpu"))
-        return cast("T", items[0])
-
     def all_reduce_mean(self, values: Tensor) -> Tensor:
         """Replace the values by their mean over the processes, in place."""
         if self.world_size > 1:
@@ -149,14 +141,6 @@ class DistributedContext:
         return values
 
     # --- errors -------------------------------------------------------------------------------------------------
-
-    def raise_if_any(self, error: UserError | None) -> None:
-        """Raise in every process if one of them passes an error. All processes must call it."""
-        if self.world_size == 1:
-            if error is not None:
-                raise error
-        elif any(failed for (failed,) in self.all_gather([error is not None])):
-            self.raise_first(error)
 
     def raise_first(self, error: UserError | None) -> None:
         """Raise the error of the lowest rank that has one. All processes must call it, and one has an error."""
@@ -168,22 +152,25 @@ class DistributedContext:
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
         """Raise a `UserError` from inside in every process. The code inside must not communicate."""
+        error = None
         try:
             yield
-        except UserError as error:
+        except UserError as failure:
             if self.exit_synced or self.world_size == 1:
                 raise
-            self.raise_if_any(error)
-        else:
-            self.raise_if_any(None)
+            error = failure
+        if any(failed for (failed,) in self.all_gather([error is not None])):
+            self.raise_first(error)
 
     def on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 only; return its result, or raise its `UserError`, in every process."""
-        result: Any = None
+        results: list[Any] = [None]
         with self.sync_errors():
             if self.is_rank_zero:
-                result = action()
-        return self.broadcast_object(result)
+                results = [action()]
+        if self.world_size > 1:
+            dist.broadcast_object_list(results, device=torch.device("cpu"))
+        return results[0]
 
     def local_rank_zero_first(self, action: Callable[[], T]) -> T:
         """Run `action` in every process, first on one of each machine, so that the others find its downloads."""

@@ -61,11 +61,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def deformable_attention(
-    value: Tensor,
-    spatial_shapes: Shapes,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
+    value: Tensor, spatial_shapes: Shapes, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor
 ) -> Tensor:
     """Compute multi-scale deformable attention (arXiv 2010.04159, equation 3) without its linear layers.
 

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reference import OpInputs
+
 CHUNK = 1024  # queries whose tables of rows and weights stay in the cache
 
 
-def forward(
-    value: Tensor, shapes: list[int], reference_points: Tensor | None, offsets: Tensor, logits: Tensor
-) -> Tensor:
+def forward(inputs: OpInputs) -> Tensor:
     """Like `native.library.forward`, with fp32 arithmetic for every dtype."""
+    value, shapes, reference_points, offsets, logits = inputs
     B, S, M, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     n = L * P

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import embedding_bag, reference, reference_backward, triton_backend
 from .native import library
+from .reference import OpInputs
 
 logger = logging.getLogger("deformable_detr.ops")
 forced: str | None = None  # set by dispatch.use_backend
@@ -31,10 +32,10 @@ def attention(
 
     spatial_shapes: height, width, height, width, … of all levels.
     """
-    inputs = (value, list(spatial_shapes), reference_points, sampling_offsets, attention_logits)
-    _check(*inputs)
+    inputs = OpInputs(value, list(spatial_shapes), reference_points, sampling_offsets, attention_logits)
+    _check(inputs)
     backend = _fast_backend(value.device.type)
-    return _plain_forward(*inputs) if backend is None else backend.forward(*inputs)
+    return _plain_forward(inputs) if backend is None else backend.forward(inputs)
 
 
 @torch.library.custom_op("deformable_detr::attention_backward", mutates_args=())
@@ -48,10 +49,10 @@ def attention_backward(
     reference_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of value, reference_points (empty unless asked for), sampling_offsets and attention_logits."""
-    inputs = (value, list(spatial_shapes), reference_points, sampling_offsets, attention_logits)
-    _check(*inputs)
+    inputs = OpInputs(value, list(spatial_shapes), reference_points, sampling_offsets, attention_logits)
+    _check(inputs)
     backend = _fast_backend(value.device.type) or reference_backward
-    grad_value, grad_points, grad_offsets, grad_logits = backend.backward(grad_output, *inputs, reference_gradient)
+    grad_value, grad_points, grad_offsets, grad_logits = backend.backward(grad_output, inputs, reference_gradient)
     return grad_value, value.new_empty(0) if grad_points is None else grad_points, grad_offsets, grad_logits
 
 
@@ -84,8 +85,9 @@ def _differentiate(ctx, grad_output):
 attention.register_autograd(_differentiate, setup_context=_save_inputs)
 
 
-def _check(value: Tensor, shapes: list[int], points: Tensor | None, offsets: Tensor, logits: Tensor) -> None:
+def _check(inputs: OpInputs) -> None:
     """Raise ValueError for shapes that do not fit together; the kernels rely on it."""
+    value, shapes, points, offsets, logits = inputs
     B, S, M, _ = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     expected = {"offsets": (offsets, (B, Q, M, L, P, 2)), "logits": (logits, (B, Q, M, L, P))}
@@ -102,9 +104,10 @@ def _pairs(shapes: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip(shapes[::2], shapes[1::2], strict=True))
 
 
-def _plain_forward(value: Tensor, shapes: list[int], points: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
+def _plain_forward(inputs: OpInputs) -> Tensor:
+    value, shapes, points, offsets, logits = inputs
     if value.device.type == "cpu":
-        return embedding_bag.forward(value, shapes, points, offsets, logits)
+        return embedding_bag.forward(inputs)
     with torch.autocast(value.device.type, enabled=False):
         if points is None:
             return reference.sample_and_sum(value, _pairs(shapes), offsets.float(), logits.float())

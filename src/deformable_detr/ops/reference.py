@@ -1,12 +1,28 @@
 """Multi-scale deformable attention in plain PyTorch: the definition that every faster backend must equal."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Shapes = Sequence[tuple[int, int]]  # (height, width) per level
+
+
+class OpInputs(NamedTuple):
+    """The arguments of every faster backend, in shapes that `operators` has checked.
+
+    value: (B, S, M, D). offsets: (B, Q, M, L, P, 2). logits: (B, Q, M, L, P).
+    shapes: height, width, height, width, … of all levels.
+    reference_points: (B, Q, L, 2 or 4). None: offsets are locations in 0..1 and logits are weights.
+    """
+
+    value: Tensor
+    shapes: list[int]
+    reference_points: Tensor | None
+    offsets: Tensor
+    logits: Tensor
 
 
 def deformable_attention(

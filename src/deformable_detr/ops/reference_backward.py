@@ -6,21 +6,16 @@ Nothing is saved by the forward pass; samples are computed again, level by level
 import torch
 from torch import Tensor
 
-from .reference import Shapes, sampling_grid, sampling_locations
+from .reference import OpInputs, Shapes, sampling_grid, sampling_locations
 
 _BILINEAR, _ZEROS = 0, 0  # grid_sampler_2d's modes
 
 
 def backward(
-    grad_output: Tensor,
-    value: Tensor,
-    shapes: list[int],
-    reference_points: Tensor | None,
-    offsets: Tensor,
-    logits: Tensor,
-    reference_gradient: bool,
+    grad_output: Tensor, inputs: OpInputs, reference_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Like `native.library.backward`."""
+    value, shapes, reference_points, offsets, logits = inputs
     spatial_shapes = tuple(zip(shapes[::2], shapes[1::2], strict=True))
     dtypes = value.dtype, offsets.dtype, logits.dtype
     value, offsets, logits, grad_output = value.float(), offsets.float(), logits.float(), grad_output.float()

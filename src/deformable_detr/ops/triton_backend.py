@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import OpInputs
+
 MIN_CAPABILITY = (7, 5)
 _TILE = 8  # pixels; the encoder's queries run in squares of this side
 
@@ -60,15 +62,9 @@ def _order(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.cat(order).to(torch.int32).to(device)
 
 
-def _prepare(
-    value: Tensor,
-    shapes: list[int],
-    reference_points: Tensor | None,
-    offsets: Tensor,
-    logits: Tensor,
-    fixed: bool = False,
-) -> tuple[list[Tensor], dict[str, Any], tuple[int, int, int]]:
+def _prepare(inputs: OpInputs, fixed: bool = False) -> tuple[list[Tensor], dict[str, Any], tuple[int, int, int]]:
     """Tensor arguments, keyword arguments and grid of both kernels."""
+    value, shapes, reference_points, offsets, logits = inputs
     B, S, M, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     blocks, warps = configuration(D, L, P, fixed)
@@ -88,41 +84,34 @@ def _prepare(
     return tensors, options, (-(-Q // blocks["BQ"]), M, B)
 
 
-def forward(
-    value: Tensor, shapes: list[int], reference_points: Tensor | None, offsets: Tensor, logits: Tensor
-) -> Tensor:
+def forward(inputs: OpInputs) -> Tensor:
     """Like `native.library.forward`."""
     from . import triton_kernels
 
-    B, _, M, D = value.shape
-    output = value.new_empty((B, offsets.shape[1], M * D))
+    B, _, M, D = inputs.value.shape
+    output = inputs.value.new_empty((B, inputs.offsets.shape[1], M * D))
     if not output.numel():
         return output
-    tensors, options, grid = _prepare(value, shapes, reference_points, offsets, logits)
+    tensors, options, grid = _prepare(inputs)
     triton_kernels.forward[grid](*tensors, output, **options)  # pyright: ignore[reportCallIssue]
     return output
 
 
 def backward(
-    grad_output: Tensor,
-    value: Tensor,
-    shapes: list[int],
-    reference_points: Tensor | None,
-    offsets: Tensor,
-    logits: Tensor,
-    reference_gradient: bool,
+    grad_output: Tensor, inputs: OpInputs, reference_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Like `native.library.backward`; reproducible under `torch.use_deterministic_algorithms`."""
     from . import triton_kernels
 
+    value, shapes, reference_points, offsets, logits = inputs
     fixed = torch.are_deterministic_algorithms_enabled()
     sums = torch.zeros(value.shape, dtype=torch.int64 if fixed else torch.float32, device=value.device)
     grad_logits = logits.new_empty(logits.shape)
     exact = reference_points is not None and (reference_points.shape[-1] == 4 or reference_gradient)
     grad_pixels = offsets.new_empty(offsets.shape, dtype=torch.float32 if exact else offsets.dtype)
-    scale = _fixed_point_scale(grad_output, logits, reference_points, offsets) if fixed else sums
+    scale = _fixed_point_scale(grad_output, inputs) if fixed else sums
     if grad_output.numel():
-        tensors, options, grid = _prepare(value, shapes, reference_points, offsets, logits, fixed)
+        tensors, options, grid = _prepare(inputs, fixed)
         arguments = (grad_output.contiguous(), *tensors, scale, sums, grad_pixels, grad_logits)
         triton_kernels.backward[grid](*arguments, FIXED=fixed, **options)  # pyright: ignore[reportCallIssue]
     grad_value = (sums.double() / scale.double()).to(value.dtype) if fixed else sums.to(value.dtype)
@@ -148,11 +137,12 @@ def _reference_backward(
     return torch.cat([center, extent], -1).to(reference_points.dtype), (grad_pixels * scale).to(offsets.dtype)
 
 
-def _fixed_point_scale(grad_output: Tensor, logits: Tensor, reference_points: Tensor | None, offsets: Tensor) -> Tensor:
+def _fixed_point_scale(grad_output: Tensor, inputs: OpInputs) -> Tensor:
     """A power of two (1,) that scales the largest possible sum to below 2^62."""
     largest = grad_output.abs().amax().float() if grad_output.numel() else grad_output.new_ones((), dtype=torch.float32)
-    if reference_points is None and logits.numel():
-        largest = largest * logits.abs().amax().float()
-    terms = offsets.shape[1] * offsets.shape[3] * offsets.shape[4] * 4
+    if inputs.reference_points is None and inputs.logits.numel():
+        largest = largest * inputs.logits.abs().amax().float()
+    _, Q, _, L, P = inputs.logits.shape
+    terms = Q * L * P * 4
     bits = 62 - (terms - 1).bit_length() - largest.clamp(min=1e-30).log2().ceil()
     return bits.clamp(max=100.0).exp2().reshape(1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config.schema import Config, ModelConfig
 from ..utils.errors import UserError, first_line
-from ..utils.files import checksum, replace_file, verify_checksum
+from ..utils.files import checksum, replace_file
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by group and name
 
@@ -44,10 +44,8 @@ class CheckpointManager:
     def restore(self, config: Config, data_fingerprint: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Return tensors and state of the latest intact checkpoint; None if the run saved none.
 
-        A warning names a damaged checkpoint and the older one that is used instead.
-
-        Raises:
-            UserError: All checkpoints are damaged, or the data or the network differ from the run's.
+        A warning names a damaged checkpoint and the older one that is used instead. Raises UserError if all are
+        damaged, or if the data or the network differ from the run's.
         """
         checkpoint = self._latest_intact()
         if checkpoint is None:
@@ -90,8 +88,7 @@ class CheckpointManager:
 def save_checkpoint(folder: Path, tensors: Tensors, state: Mapping[str, Any], keep: int = 2) -> None:
     """Add a generation with one file per group of tensors and this JSON state; keep the latest `keep` generations.
 
-    Raises:
-        UserError: The folder cannot be written (disk full, no permission). The older generations are then unchanged.
+    Raises UserError if the folder cannot be written; the older generations are then unchanged.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,13 +131,9 @@ def generations(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(source: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensors by group, on the CPU, and the state.
+    """Return the tensors by group, on the CPU, and the state, from a state file or from the latest one in a folder.
 
-    Args:
-        source: A state file from `generations`, or a folder for its latest generation.
-
-    Raises:
-        UserError: A file is missing or damaged; the message names it.
+    Raises UserError, naming the file, if one is missing or damaged.
     """
     from safetensors.torch import load_file
 
@@ -149,10 +142,14 @@ def load_checkpoint(source: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         raise UserError(f"there is no checkpoint in {source}")
     content = _read(path)
     tensors = {}
-    for group, file in content["files"].items():
-        path = path.with_name(file["name"])
-        verify_checksum(path, file["sha256"])
-        tensors[group] = load_file(path)
+    try:
+        for group, file in content["files"].items():
+            path = path.with_name(file["name"])
+            if checksum(path) != file["sha256"]:
+                raise UserError(f"checkpoint file {path} is damaged (its checksum is wrong)")
+            tensors[group] = load_file(path)
+    except OSError as error:
+        raise UserError(f"checkpoint file {path} cannot be read: {error.strerror or error}") from None
     return tensors, content["state"]
 
 

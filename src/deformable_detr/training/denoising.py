@@ -28,11 +28,7 @@ class Denoising(nn.Module):
         self.classes = nn.Embedding(num_classes, dim)
 
     def forward(
-        self,
-        targets: PackedTargets,
-        num_queries: int,
-        max_objects: int,
-        rng: BatchConsistentRng | None = None,
+        self, targets: PackedTargets, num_queries: int, max_objects: int, rng: BatchConsistentRng | None = None
     ) -> tuple[DenoisingQueries | None, tuple[Matches, int] | None]:
         """Return the queries, and the (1, P) matches of the positive ones with the number of groups.
 

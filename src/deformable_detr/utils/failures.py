@@ -21,15 +21,12 @@ _OTHER_FIX = "fix this and try again"
 def explain_machine_errors(
     batch_size: int, workers: int, memory_fix: str | None = None, suffix: Callable[[], str] = lambda: ""
 ) -> Iterator[None]:
-    """Raise a `UserError` instead of an error that the machine caused; other errors pass unchanged.
+    """Raise a `UserError` instead of an error of full memory or disk, open files or a killed data loader process.
 
     Args:
         batch_size, workers: The values of `--batch-size` and `--workers`, for the message.
         memory_fix: What to do if memory is full. Default: use a smaller batch size.
         suffix: Returns text to append to the message.
-
-    Raises:
-        UserError: Memory or disk is full, too many files are open, or a data loader process was killed.
     """
     try:
         yield
@@ -49,10 +46,9 @@ def _explain(error: Exception, memory_fix: str, batch_size: int, workers: int) -
         return f"the device is out of memory{f' (tried to allocate {size[1]})' if size else ''}: {memory_fix}"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"this machine is out of memory: {memory_fix}{', or use fewer --workers' if workers else ''}"
-    if killed := re.search(r"DataLoader worker \(pid.*?\) (?:is|was) killed by signal: ([\w ]+)", text):
-        return _explain_killed_worker(killed[1].strip(), batch_size, workers)
-    if re.search(r"DataLoader worker \(pid.*?exited unexpectedly", text):
-        return _explain_killed_worker("", batch_size, workers)
+    ending = r"DataLoader worker \(pid.*?(?:\) (?:is|was) killed by signal: ([\w ]+)|exited unexpectedly)"
+    if killed := re.search(ending, text):
+        return _explain_killed_worker((killed[1] or "").strip(), batch_size, workers)
     if isinstance(error, OSError) and error.errno is not None:
         prefix = f"{error.filename}: " if error.filename else ""
         return f"{prefix}{error.strerror or first_line(error)}: {_FIXES.get(error.errno, _OTHER_FIX)}"

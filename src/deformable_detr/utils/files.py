@@ -25,11 +25,7 @@ def is_exported(source: str | os.PathLike[str]) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: The file is missing, larger than 100 MiB, or does not hold a JSON object.
-    """
+    """Return the object in a JSON file. Raises UserError if it is missing, larger than 100 MiB, or holds no object."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise UserError(f"{path} has {path.stat().st_size >> 20} MiB, too many for a config or an index")
@@ -47,16 +43,6 @@ def checksum(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def verify_checksum(path: Path, expected: str) -> None:
-    """Raise `UserError` if a checkpoint file cannot be read or its SHA-256 is not the expected one."""
-    try:
-        actual = checksum(path)
-    except OSError as error:
-        raise UserError(f"checkpoint file {path} cannot be read: {error.strerror or error}") from None
-    if actual != expected:
-        raise UserError(f"checkpoint file {path} is damaged (its checksum is wrong)")
 
 
 def replace_file(path: Path, content: FileContent) -> None:
@@ -128,8 +114,7 @@ def prepare_files(outputs: Mapping[str, Path | None]) -> None:
     Args:
         outputs: The path of each option; None if the option is not given.
 
-    Raises:
-        UserError: A file cannot be written, or two options name the same file.
+    Raises UserError if a file cannot be written, or two options name the same file.
     """
     options: dict[Path, str] = {}
     paths = {option: path for option, path in outputs.items() if path is not None}

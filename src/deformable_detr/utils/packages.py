@@ -12,11 +12,7 @@ from .errors import UserError
 
 
 def need(package: str, extra: str = "export") -> Any:
-    """Import and return an optional package.
-
-    Raises:
-        UserError: It is not installed; the message says which extra of this package brings it.
-    """
+    """Import an optional package. Raises UserError, naming the `extra` that brings it, if it is not installed."""
     try:
         return importlib.import_module(package)
     except ImportError:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork, N
 from ..utils.errors import UserError
-from .key_mapping import Placements, from_reference_keys, native_placements
+from .key_mapping import Placements, from_reference_keys
 
 # What the official code and transformers can do only one way.
 SUPPORTED = {"pre_norm": False, "class_aware_proposals": False, "query_init": "box", "iterative_query_pos": False}
@@ -33,15 +33,13 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     path: Path
     config_name: str
-    placements: Callable[[Iterable[str], ModelConfig], Placements] = native_placements
+    placements: Callable[[Iterable[str], ModelConfig], Placements] = lambda names, config: {
+        name: [(name,)] for name in names
+    }
     check_network: Callable[[DeformableDETRNetwork], None] = lambda network: None
 
     def build(self, network_class: type[N]) -> tuple[N, dict[str, Tensor]]:
-        """Build the network and return it with its state dict, which is not loaded yet.
-
-        Raises:
-            UserError: The tensors do not fit the config.
-        """
+        """Build the network; return it and its state dict to load. Raises UserError if the tensors do not fit it."""
         self._check_sizes()
         network = network_class(self.config)
         self.check_network(network)

@@ -87,11 +87,6 @@ Placements = dict[str, list[tuple[str, ...]]]
 """Our key → equal copies of the tensor in another format; each copy is split along dimension 0 over its keys."""
 
 
-def native_placements(names: Iterable[str], config: ModelConfig) -> Placements:
-    """Place each tensor under its own key."""
-    return {name: [(name,)] for name in names}
-
-
 def official_placements(names: Iterable[str], config: ModelConfig) -> Placements:
     """Place our tensors in the official code's `model` dict. Raises UserError if it has no such module."""
     keys = {name: _translate(name, OFFICIAL_KEYS, "the official code") for name in names}
@@ -99,12 +94,9 @@ def official_placements(names: Iterable[str], config: ModelConfig) -> Placements
 
 
 def transformers_placements(names: Iterable[str], config: ModelConfig, own_resnet: bool = False) -> Placements:
-    """Place our tensors in a transformers repository. Raises UserError if its model has no such module.
+    """Place our tensors in a transformers repository, perhaps one whose backbone is transformers' own ResNet.
 
-    Args:
-        names: Our keys.
-        config: The network.
-        own_resnet: The backbone is transformers' own ResNet, not a timm model.
+    Raises UserError if its model has no such module.
     """
     placements: Placements = {}
     for name in names:
@@ -132,17 +124,10 @@ def to_reference_keys(state: Mapping[str, Tensor], placements: Placements, all_c
 def from_reference_keys(
     tensors: Mapping[str, Tensor], placements: Placements, expected: Mapping[str, Tensor], path: Path, config_name: str
 ) -> dict[str, Tensor]:
-    """Return our tensors from the other format's.
+    """Return our tensors, with the shapes and kinds of numbers of our state dict `expected`, from the other format's.
 
-    Args:
-        tensors: The tensors as read.
-        placements: Where ours are among them.
-        expected: Our state dict, for shapes and kinds of numbers.
-        path: File of the tensors, for errors.
-        config_name: What describes the network, for errors.
-
-    Raises:
-        UserError: A tensor is missing, unknown, of another shape or kind, or differs from its copy.
+    Raises UserError, naming `path` and `config_name`, if a tensor is missing, unknown or of another shape or kind, or
+    differs from its copy.
     """
     # PyTorch has no arithmetic for 8-bit floats.
     tensors = {key: v.float() if v.is_floating_point() and v.itemsize < 4 else v for key, v in tensors.items()}

@@ -144,23 +144,17 @@ def _measure(tensors: Mapping[str, Tensor], heads: int) -> dict[str, Any]:
         "enc_layers": _count(tensors, r"transformer\.encoder\.layers\.(\d+)\."),
         "dec_layers": _count(tensors, r"transformer\.decoder\.layers\.(\d+)\."),
         "dim_feedforward": len(tensors["transformer.decoder.layers.0.linear1.weight"]),
-        "dec_n_points": _points(tensors, "decoder.layers.0.cross_attn", groups),
+        "dec_n_points": len(tensors["transformer.decoder.layers.0.cross_attn.attention_weights.bias"]) // groups,
         "two_stage": two_stage,
         "num_classes": len(tensors["class_embed.0.bias"]),
         "with_box_refine": any(name.startswith("transformer.decoder.bbox_embed.") for name in tensors),
     }
     if measured["enc_layers"]:
-        measured["enc_n_points"] = _points(tensors, "encoder.layers.0.self_attn", groups)
+        rows = len(tensors["transformer.encoder.layers.0.self_attn.attention_weights.bias"])
+        measured["enc_n_points"] = rows // groups
     if not two_stage:
         measured["num_queries"] = len(tensors["query_embed.weight"])
     return measured
-
-
-def _points(tensors: Mapping[str, Tensor], attention: str, groups: int) -> int:
-    rows = len(tensors[f"transformer.{attention}.attention_weights.bias"])
-    if rows % groups:
-        raise ValueError(f"{attention} has {rows} attention weights for {groups} heads × levels")
-    return rows // groups
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:

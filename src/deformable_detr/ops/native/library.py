@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..reference import OpInputs
 from .build import LIBRARY, SOURCES
 
 ABI = 4
@@ -116,13 +117,12 @@ def _raise_if_error(code: int) -> None:
         raise ValueError(f"deformable attention: the CPU library does not support these sizes (error {code})")
 
 
-def _describe(
-    value: Tensor, shapes: list[int], reference_points: Tensor | None, offsets: Tensor, logits: Tensor
-) -> tuple[ctypes.CDLL, _Call, tuple[object, ...]]:
+def _describe(inputs: OpInputs) -> tuple[ctypes.CDLL, _Call, tuple[object, ...]]:
     """The library, the call without results and scratch, and the objects that must live until it returns."""
     library, reason = status()
     if library is None:
         raise RuntimeError(reason)
+    value, shapes, reference_points, offsets, logits = inputs
     for tensor in (value, offsets, logits):
         if tensor.dtype not in DTYPES or tensor.device.type != "cpu":
             raise TypeError(f"deformable attention: the CPU library does not support {tensor.dtype} on {tensor.device}")
@@ -150,23 +150,10 @@ def _scratch_bytes(library: ctypes.CDLL, call: _Call, backward: bool) -> int:
     return 0 if call.Q * 4 < call.S and library.msda_plain_allowed(call, backward) else size
 
 
-def forward(
-    value: Tensor, shapes: list[int], reference_points: Tensor | None, offsets: Tensor, logits: Tensor
-) -> Tensor:
-    """Run the op on shapes that `operators` has checked.
-
-    Args:
-        value: (B, S, M, D), fp32 or bf16, like offsets and logits.
-        shapes: height, width, height, width, … of all levels.
-        reference_points: (B, Q, L, 2 or 4). None: offsets are locations in 0..1 and logits are weights.
-        offsets: (B, Q, M, L, P, 2).
-        logits: (B, Q, M, L, P).
-
-    Returns:
-        (B, Q, M·D) of `value`'s dtype.
-    """
-    library, call, alive = _describe(value, shapes, reference_points, offsets, logits)
-    output = value.new_empty((call.B, call.Q, call.M * call.D))
+def forward(inputs: OpInputs) -> Tensor:
+    """Return the weighted sums (B, Q, M·D) of fp32 or bf16 inputs in `value`'s dtype."""
+    library, call, alive = _describe(inputs)
+    output = inputs.value.new_empty((call.B, call.Q, call.M * call.D))
     call.output = output.data_ptr()
     with _borrow_scratch(library, _scratch_bytes(library, call, backward=False)) as call.scratch:
         _raise_if_error(library.msda_forward(call))
@@ -175,16 +162,11 @@ def forward(
 
 
 def backward(
-    grad_output: Tensor,
-    value: Tensor,
-    shapes: list[int],
-    reference_points: Tensor | None,
-    offsets: Tensor,
-    logits: Tensor,
-    reference_gradient: bool,
+    grad_output: Tensor, inputs: OpInputs, reference_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return gradients of value, reference_points (None unless asked for), offsets and logits, each like its tensor."""
-    library, call, alive = _describe(value, shapes, reference_points, offsets, logits)
+    value, _, reference_points, offsets, logits = inputs
+    library, call, alive = _describe(inputs)
     grad_output = grad_output.to(value.dtype).contiguous()
     if grad_output.shape != (call.B, call.Q, call.M * call.D):
         raise ValueError(f"deformable attention: output gradient of shape {tuple(grad_output.shape)}")

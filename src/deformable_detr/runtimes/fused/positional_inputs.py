@@ -1,8 +1,6 @@
 """Inputs that depend only on the sizes of a batch, cached for the latest sizes."""
 
-from collections import OrderedDict
 from dataclasses import dataclass
-from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +49,7 @@ class PositionalInputCache(nn.Module):
         super().__init__()
         self.position, self.level_embedding = model.position, model.level_embedding
         self.two_stage, self.dtype = model.config.two_stage, dtype
-        self._cache: OrderedDict[object, PositionalInputs] = OrderedDict()
-        self._lock = Lock()
+        self._cache: dict[object, PositionalInputs] = {}
 
     def forward(self, canvas: tuple[int, int], shapes: ops.Shapes, padding_mask: Tensor | None) -> PositionalInputs:
         """Return the inputs of a batch with maps of `shapes` on a `canvas` (height, width). No mask: no padding."""
@@ -61,18 +58,11 @@ class PositionalInputCache(nn.Module):
         if padding_mask is not None and sizes is None:
             return self._compute(canvas, shapes, padding_mask)
         key = canvas, shapes, sizes
-        with self._lock:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                return self._cache[key]
-        inputs = self._compute(canvas, shapes, padding_mask)
-        with self._lock:
-            self._cache[key] = inputs
-            while len(self._cache) > 1 and (
-                len(self._cache) > self.MAX_ENTRIES
-                or sum(entry.nbytes for entry in self._cache.values()) > self.MAX_BYTES
-            ):
-                self._cache.popitem(last=False)
+        inputs = self._cache.get(key) or self._compute(canvas, shapes, padding_mask)
+        entries = [item for item in self._cache.items() if item[0] != key][1 - self.MAX_ENTRIES :]
+        while entries and sum(entry.nbytes for _, entry in entries) + inputs.nbytes > self.MAX_BYTES:
+            del entries[0]
+        self._cache = dict([*entries, (key, inputs)])  # a new one, because other threads may be reading the old one
         return inputs
 
     def _compute(
