@@ -1,4 +1,4 @@
-"""Models in one format written in another and read again: the weights are the same bits, or the model is refused."""
+"""Conversion between formats: a round trip keeps all weights, or the model is rejected."""
 
 import sys
 
@@ -26,7 +26,7 @@ SIZES = {"image_size": 320, "size_divisor": 32}
         ("small-portable", {"backbone": "tf_efficientnet_lite0", "hidden_dim": 128}),
     ],
 )
-def test_transformers_and_back(name, changes, tmp_path):
+def test_transformers_round_trip(name, changes, tmp_path):
     model = tiny_model(presets.PRESETS[name], dropout=0.0, **{**SIZES, **changes})
     model.save_pretrained(tmp_path / "native")
     lines = convert(tmp_path / "native", "transformers", tmp_path / "theirs")
@@ -36,13 +36,16 @@ def test_transformers_and_back(name, changes, tmp_path):
         "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
     ]  # fmt: skip
     convert(tmp_path / "theirs", "native", tmp_path / "back")
-    back = DeformableDETR.from_pretrained(tmp_path / "back")
-    assert equal_weights(model, back)
-    before, after = model.config.without_pretrained_backbone().model_dump(), back.config.model_dump()
-    # Transformers has other names for backbones, and statistics that were the backbone's own are stated.
-    different = {key for key in before if before[key] != after[key]}
+    reloaded = DeformableDETR.from_pretrained(tmp_path / "back")
+    assert equal_weights(model, reloaded)
+    original_config, reloaded_config = (
+        model.config.without_pretrained_backbone().model_dump(),
+        reloaded.config.model_dump(),
+    )
+    # Transformers names backbones differently and always states the pixel statistics.
+    different = {key for key in original_config if original_config[key] != reloaded_config[key]}
     assert different <= {"backbone", "backbone_shape", "pixel_mean", "pixel_std"}
-    assert torch.equal(back.pixel_mean, model.pixel_mean)
+    assert torch.equal(reloaded.pixel_mean, model.pixel_mean)
 
 
 @pytest.mark.parametrize(
@@ -53,19 +56,19 @@ def test_transformers_and_back(name, changes, tmp_path):
         ("refine", {"backbone": "resnet50", "backbone_norm": "frozen"}),
     ],
 )
-def test_the_official_format_and_back(name, changes, tmp_path, tiny_backbone):
+def test_official_format_round_trip(name, changes, tmp_path, tiny_backbone):
     model = tiny_model(presets.PRESETS[name], num_heads=8, **SIZES, **changes)
     model.save_pretrained(tmp_path / "native")
     lines = convert(tmp_path / "native", "official", tmp_path / "theirs")
     assert any("num_classes = 3" in line for line in lines)
     assert any("multiples of 32" in line for line in lines)
     convert(tmp_path / "theirs" / official_format.FILE, "native", tmp_path / "back")
-    back = DeformableDETR.from_pretrained(tmp_path / "back")
-    assert equal_weights(model, back)
-    assert back.config == model.config.without_pretrained_backbone()
+    reloaded = DeformableDETR.from_pretrained(tmp_path / "back")
+    assert equal_weights(model, reloaded)
+    assert reloaded.config == model.config.without_pretrained_backbone()
 
 
-def test_transformers_uses_model_processor_and_names(tmp_path):
+def test_transformers_loads_model_processor_and_names(tmp_path):
     model = tiny_model(image_size=64, max_size=120)
     write(model, "transformers", tmp_path)
     theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
@@ -86,12 +89,8 @@ def test_transformers_uses_model_processor_and_names(tmp_path):
     assert torch.equal(selected.boxes, expected["boxes"])
 
 
-def test_the_same_detections_from_the_same_file(tmp_path):
-    """From the image file on: their processor, model and post-processing, and ours, which clips boxes to the image.
-
-    If the long side's limit applies, transformers 5 stretches an image by up to a pixel of its short side; the paper's
-    code does not, and neither do we.
-    """
+def test_detections_match_transformers_from_the_image_file(tmp_path):
+    """If the long side is limited, transformers 5 stretches the image by up to a pixel; the paper's code does not."""
     model = tiny_model(image_size=96, max_size=200)
     write(model, "transformers", tmp_path / "theirs")
     theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "theirs").eval()
@@ -105,31 +104,31 @@ def test_the_same_detections_from_the_same_file(tmp_path):
         detections = model.predict(tmp_path / "image.png", threshold=0.0)
         assert len(detections) == len(expected["scores"])
         assert (detections.scores - expected["scores"]).abs().max() <= 1e-4
-        distinct = (expected["scores"].diff().abs() > 1e-4).nonzero().flatten()  # ranks that rounding does not decide
+        distinct = (expected["scores"].diff().abs() > 1e-4).nonzero().flatten()  # ranks that do not depend on rounding
         ranks = [int(i) for i in distinct if int(i) - 1 in distinct]
         assert len(ranks) > 10
-        border = torch.tensor([width, height, width, height])
+        image_size = torch.tensor([width, height, width, height])
         assert torch.equal(detections.labels[ranks], expected["labels"][ranks])
-        clipped = expected["boxes"].clamp(min=0).minimum(border)
+        clipped = expected["boxes"].clamp(min=0).minimum(image_size)
         assert (detections.boxes - clipped)[ranks].abs().max() <= 0.05
 
 
-def test_changes_made_in_transformers_outdate_our_config(native_model, tmp_path):
+def test_embedded_config_is_ignored_after_changes_in_transformers(native_model, tmp_path):
     write(native_model, "transformers", tmp_path / "theirs")
     model = transformers.AutoModelForObjectDetection.from_pretrained(
         tmp_path / "theirs", id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}, ignore_mismatched_sizes=True
     )
-    model.save_pretrained(tmp_path / "further")
-    config = DeformableDETR.from_pretrained(tmp_path / "further").config
+    model.save_pretrained(tmp_path / "changed")
+    config = DeformableDETR.from_pretrained(tmp_path / "changed").config
     assert (config.class_names, config.category_ids) == (("a", "b"), (0, 1))
-    path = tmp_path / "theirs" / "config.json"  # a name edited by hand: our category ids no longer apply
+    path = tmp_path / "theirs" / "config.json"  # a class name edited by hand invalidates our category ids
     path.write_text(path.read_text().replace('"cow"', '"bull"'))
     config = DeformableDETR.from_pretrained(tmp_path / "theirs").config
     assert (config.class_names, config.category_ids) == (("cat", "dog", "bull"), (0, 1, 2))
 
 
 @pytest.mark.parametrize(
-    ("changes", "to", "message"),
+    ("changes", "target_format", "message"),
     [
         ({"pre_norm": True}, "transformers", "pre_norm: True"),
         ({"class_aware_proposals": True}, "transformers", "class_aware_proposals: True"),
@@ -141,15 +140,15 @@ def test_changes_made_in_transformers_outdate_our_config(native_model, tmp_path)
         ({"num_feature_levels": 2}, "official", "num_feature_levels: 2"),
     ],
 )
-def test_networks_that_a_format_cannot_express(changes, to, message, tmp_path):
+def test_unsupported_networks_are_rejected(changes, target_format, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        write(tiny_model(**changes), to, tmp_path / "theirs")
+        write(tiny_model(**changes), target_format, tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
 
 
 @pytest.mark.parametrize("fault", ["activation", "tensor", "unused", "unloadable"])
-def test_a_conversion_that_computes_something_else_is_refused(fault, native_model, tmp_path, monkeypatch):
-    """Faults put into the writer, and faults of transformers."""
+def test_conversion_with_different_outputs_is_rejected(fault, native_model, tmp_path, monkeypatch):
+    """Faults of the writer and of transformers."""
     write_config, to_reference_keys = transformers_format.write_config, transformers_format.to_reference_keys
     auto_class = transformers.AutoModelForObjectDetection
     if fault == "activation":
@@ -181,25 +180,25 @@ def test_a_conversion_that_computes_something_else_is_refused(fault, native_mode
     assert not (tmp_path / "theirs").exists()
 
 
-def test_without_transformers_the_files_are_read_back(native_model, native_folder, tmp_path, monkeypatch):
+def test_without_transformers_only_the_tensors_are_verified(native_model, native_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     lines = convert(native_folder, "transformers", tmp_path)
     assert "not installed" in lines[1]
     assert equal_weights(native_model, DeformableDETR.from_pretrained(tmp_path))
 
 
-def test_a_note_on_networks_that_cannot_be_converted():
+def test_portability_note_for_unsupported_networks():
     for name, preset in presets.PRESETS.items():
         note = portability_note(preset())
         assert (note is None) == (name != "small")
         assert note is None or "--preset small-portable" in note
 
 
-def test_nothing_is_overwritten(native_folder, tmp_path):
-    before = (native_folder / "config.json").read_text()
+def test_existing_files_are_not_overwritten(native_folder, tmp_path):
+    original_config = (native_folder / "config.json").read_text()
     with pytest.raises(UserError, match=r"already has config\.json"):
         convert(native_folder, "transformers", native_folder)
-    assert (native_folder / "config.json").read_text() == before
+    assert (native_folder / "config.json").read_text() == original_config
     with pytest.raises(UserError, match="cannot be written: File exists"):
         convert(native_folder, "transformers", native_folder / "config.json")
     with pytest.raises(UserError, match="choose from native, transformers, official"):
@@ -208,21 +207,21 @@ def test_nothing_is_overwritten(native_folder, tmp_path):
         convert(native_folder, "native", native_folder / "config.json" / "deeper")
 
 
-def test_files_have_the_users_usual_permissions(native_model, tmp_path):
+def test_files_have_default_permissions(native_model, tmp_path):
     write(native_model, "transformers", tmp_path)
     (tmp_path / "plain").touch()
     modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
     assert modes == {(tmp_path / "plain").stat().st_mode}
 
 
-def test_the_command(native_folder, tmp_path, capsys):
+def test_convert_command(native_folder, tmp_path, capsys):
     from deformable_detr import cli
 
     command = ["convert", str(native_folder), "--to", "transformers", "--out", str(tmp_path / "out")]
     cli.main(command)
     assert "AutoModelForObjectDetection" in capsys.readouterr().out
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as raised:
         cli.main(command)
-    assert stopped.value.code == 2
+    assert raised.value.code == 2
     assert capsys.readouterr().err.startswith("error: --out")

@@ -1,4 +1,4 @@
-"""Files of tensors: wrapped, split, damaged or malicious. Each loads equal or gives one clear line; none runs code."""
+"""Weight files, wrapped, split, damaged or malicious: each loads equal or fails with one clear line; none runs code."""
 
 import argparse
 import builtins
@@ -32,17 +32,17 @@ EQUAL = None
 LARGER_THAN_ITS_DATA = torch.zeros(1).expand(10**6, 10**6)
 
 
-def pickled(folder, values, name="pytorch_model.bin"):
+def write_pickle(folder, values, name="pytorch_model.bin"):
     (folder / "model.safetensors").unlink(missing_ok=True)
     torch.save(values, folder / name)
 
 
-def rename(folder, function):
+def rename_tensors(folder, function):
     write_tensors(folder, {function(name): value for name, value in read_tensors(folder).items()})
 
 
 def edit_header(folder, change):
-    """Replace the header of the safetensors file, but not its data."""
+    """Replace the header of the safetensors file but not its data."""
     content = (folder / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     text = json.dumps(change(json.loads(content[8 : 8 + length]))).encode()
@@ -53,7 +53,7 @@ def edit_tensor_headers(folder, **changes):
     edit_header(folder, lambda h: {n: {**v, **changes} if "dtype" in v else v for n, v in h.items()})
 
 
-def shards(folder, names=("a.safetensors", "b.safetensors"), **changes):
+def write_shards(folder, names=("a.safetensors", "b.safetensors"), **changes):
     tensors = read_tensors(folder)
     (folder / "model.safetensors").unlink()
     weight_map = {}
@@ -61,8 +61,8 @@ def shards(folder, names=("a.safetensors", "b.safetensors"), **changes):
         part = dict(list(tensors.items())[i :: len(names)])
         save_file(part, folder / name) if name.endswith("safetensors") else torch.save(part, folder / name)
         weight_map |= dict.fromkeys(part, name)
-    index = "model.safetensors" if names[0].endswith("safetensors") else "pytorch_model.bin"
-    (folder / f"{index}.index.json").write_text(json.dumps({"weight_map": {**weight_map, **changes}}))
+    index_name = "model.safetensors" if names[0].endswith("safetensors") else "pytorch_model.bin"
+    (folder / f"{index_name}.index.json").write_text(json.dumps({"weight_map": {**weight_map, **changes}}))
 
 
 def write_index(folder, text):
@@ -71,28 +71,27 @@ def write_index(folder, text):
 
 
 CHANGES = {
-    # Loads, because nothing is lost.
-    "shards": (shards, EQUAL),
-    "an unlisted shard": (lambda f: (shards(f), save_file({"x": torch.zeros(1)}, f / "model-9.safetensors")), EQUAL),
-    "pickled weights": (lambda f: pickled(f, read_tensors(f)), EQUAL),
-    "pickled shards": (lambda f: shards(f, ("a.bin", "b.bin")), EQUAL),
-    "ordered dict": (lambda f: pickled(f, OrderedDict(read_tensors(f))), EQUAL),
-    "prefix of DistributedDataParallel": (lambda f: rename(f, lambda n: f"module.{n}"), EQUAL),
-    "prefix of Lightning": (lambda f: rename(f, lambda n: f"model.{n}"), EQUAL),
-    "two prefixes": (lambda f: rename(f, lambda n: f"module._orig_mod.{n}"), EQUAL),
+    # Valid variants.
+    "shards": (write_shards, EQUAL),
+    "unlisted shard": (lambda f: (write_shards(f), save_file({"x": torch.zeros(1)}, f / "model-9.safetensors")), EQUAL),
+    "pickled weights": (lambda f: write_pickle(f, read_tensors(f)), EQUAL),
+    "pickled shards": (lambda f: write_shards(f, ("a.bin", "b.bin")), EQUAL),
+    "ordered dict": (lambda f: write_pickle(f, OrderedDict(read_tensors(f))), EQUAL),
+    "DistributedDataParallel prefix": (lambda f: rename_tensors(f, lambda n: f"module.{n}"), EQUAL),
+    "Lightning prefix": (lambda f: rename_tensors(f, lambda n: f"model.{n}"), EQUAL),
+    "two prefixes": (lambda f: rename_tensors(f, lambda n: f"module._orig_mod.{n}"), EQUAL),
     "Lightning checkpoint": (
-        lambda f: pickled(f, {"epoch": 3, "state_dict": {f"model.{n}": v for n, v in read_tensors(f).items()}}),
+        lambda f: write_pickle(f, {"epoch": 3, "state_dict": {f"model.{n}": v for n, v in read_tensors(f).items()}}),
         EQUAL,
     ),
-    "averaged weights": (lambda f: pickled(f, {"ema": {"module": read_tensors(f), "updates": 7}}), EQUAL),
-    # Weights.
+    "EMA weights": (lambda f: write_pickle(f, {"ema": {"module": read_tensors(f), "updates": 7}}), EQUAL),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged"),
-    "a pointer of git": (
+    "Git LFS pointer": (
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         "damaged",
     ),
-    "a pickle named safetensors": (lambda f: torch.save({"a": torch.zeros(1)}, f / "model.safetensors"), "damaged"),
+    "pickle named safetensors": (lambda f: torch.save({"a": torch.zeros(1)}, f / "model.safetensors"), "damaged"),
     "header longer than the file": (
         lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}"),
         "damaged",
@@ -100,50 +99,51 @@ CHANGES = {
     "header is a list": (lambda f: edit_header(f, lambda h: []), "damaged"),
     "unknown dtype": (lambda f: edit_tensor_headers(f, dtype="F1"), "damaged"),
     "overlapping data": (lambda f: edit_tensor_headers(f, data_offsets=[0, 4]), "damaged"),
-    "endless shapes": (lambda f: edit_tensor_headers(f, shape=[2**62, 9]), "damaged"),
-    # Indices.
-    "a shard is missing": (lambda f: shards(f, extra="c.safetensors"), "c.safetensors: no such file"),
-    "a shard in another folder": (lambda f: shards(f, extra="../ours/model.safetensors"), "not a file in the same"),
-    "a shard at the root": (lambda f: shards(f, extra="/etc/passwd"), "not a file in the same"),
-    "a shard of an endless name": (lambda f: shards(f, extra="x" * 5000), "no such file"),
-    "a tensor in no shard": (lambda f: shards(f, extra="a.safetensors"), EQUAL),
+    "huge shapes": (lambda f: edit_tensor_headers(f, shape=[2**62, 9]), "damaged"),
+    "missing shard": (lambda f: write_shards(f, extra="c.safetensors"), "c.safetensors: no such file"),
+    "shard in another folder": (lambda f: write_shards(f, extra="../ours/model.safetensors"), "not a file in the same"),
+    "absolute shard path": (lambda f: write_shards(f, extra="/etc/passwd"), "not a file in the same"),
+    "very long shard name": (lambda f: write_shards(f, extra="x" * 5000), "no such file"),
+    "tensor in no shard": (lambda f: write_shards(f, extra="a.safetensors"), EQUAL),
     "index is a list": (lambda f: write_index(f, "[]"), "not hold a JSON object"),
-    "index without a map": (lambda f: write_index(f, '{"metadata": {}}'), "no weight_map"),
-    "a truncated shard": (lambda f: (shards(f), os.truncate(f / "b.safetensors", 10000)), "b.safetensors is damaged"),
-    # Pickles.
-    "a list": (lambda f: pickled(f, [torch.zeros(1)]), "no dict of tensors"),
-    "numbers": (lambda f: pickled(f, {"a": 1}), "'a' is not a tensor"),
-    "numbered tensors": (lambda f: pickled(f, {0: torch.zeros(1)}), "'0' is not a tensor"),
-    "a sparse tensor": (lambda f: pickled(f, {"a": torch.eye(3).to_sparse()}), "a is not a dense tensor"),
-    "a tensor without data": (lambda f: pickled(f, {"a": torch.zeros(3, device="meta")}), "a is not a dense tensor"),
-    "a tensor larger than its data": (lambda f: pickled(f, {"a": LARGER_THAN_ITS_DATA}), "less data"),
-    "a dict that holds itself": (lambda f: pickled(f, (lambda d: d.update(model=d) or d)({})), "not a tensor"),
-    "settings, which only official checkpoints may hold": (
-        lambda f: pickled(f, {"args": argparse.Namespace(a=1)}),
+    "index without weight_map": (lambda f: write_index(f, '{"metadata": {}}'), "no weight_map"),
+    "truncated shard": (
+        lambda f: (write_shards(f), os.truncate(f / "b.safetensors", 10000)),
+        "b.safetensors is damaged",
+    ),
+    "list": (lambda f: write_pickle(f, [torch.zeros(1)]), "no dict of tensors"),
+    "numbers": (lambda f: write_pickle(f, {"a": 1}), "'a' is not a tensor"),
+    "numbered tensors": (lambda f: write_pickle(f, {0: torch.zeros(1)}), "'0' is not a tensor"),
+    "sparse tensor": (lambda f: write_pickle(f, {"a": torch.eye(3).to_sparse()}), "a is not a dense tensor"),
+    "meta tensor": (lambda f: write_pickle(f, {"a": torch.zeros(3, device="meta")}), "a is not a dense tensor"),
+    "tensor larger than its data": (lambda f: write_pickle(f, {"a": LARGER_THAN_ITS_DATA}), "less data"),
+    "recursive dict": (lambda f: write_pickle(f, (lambda d: d.update(model=d) or d)({})), "not a tensor"),
+    "settings outside official checkpoints": (
+        lambda f: write_pickle(f, {"args": argparse.Namespace(a=1)}),
         r"refused.*argparse\.Namespace",
     ),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_repository_loads_equal_or_gives_one_line(name, shared_repo, repo):
+def test_changed_repository_loads_equal_or_fails_in_one_line(name, shared_repo, repo):
     change, message = CHANGES[name]
     change(repo)
     if message is EQUAL:
         assert equal_weights(DeformableDETR.from_pretrained(shared_repo), DeformableDETR.from_pretrained(repo))
         return
-    refused = load_error(repo)
-    assert re.search(message, refused), refused
-    assert str(repo) in refused
+    error = load_error(repo)
+    assert re.search(message, error), error
+    assert str(repo) in error
 
 
-def test_transformers_own_shards(shared_repo, tmp_path):
+def test_shards_written_by_transformers(shared_repo, tmp_path):
     tiny_transformers_model().save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     assert equal_weights(DeformableDETR.from_pretrained(shared_repo), DeformableDETR.from_pretrained(tmp_path))
 
 
-def test_damaged_files(shared_checkpoint, repo, tmp_path, tiny_backbone):
+def test_damaged_files_are_reported(shared_checkpoint, repo, tmp_path, tiny_backbone):
     checkpoint = shutil.copy(shared_checkpoint, tmp_path / "new.pth")
     torch.save(official_values(checkpoint), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "pickled").mkdir()
@@ -167,7 +167,7 @@ def test_damaged_files(shared_checkpoint, repo, tmp_path, tiny_backbone):
         DeformableDETR.from_pretrained(source)
 
 
-def test_an_unreadable_file_is_not_called_damaged(repo, shared_checkpoint, monkeypatch):
+def test_unreadable_file_is_not_reported_as_damaged(repo, shared_checkpoint, monkeypatch):
     for source, file in [(repo, repo / "model.safetensors"), (shared_checkpoint, shared_checkpoint)]:
         access = os.access
 
@@ -175,15 +175,15 @@ def test_an_unreadable_file_is_not_called_damaged(repo, shared_checkpoint, monke
             return os.fspath(path) != os.fspath(file) and access(path, mode)
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "access", denied)  # as for a user who is not root
+            patch.setattr(os, "access", denied)  # root can read every file
             assert f"{file} cannot be read: permission denied" in load_error(source)
 
 
-# --- malice -------------------------------------------------------------------------------------------------------
+# --- malicious files --------------------------------------------------------------------------------------------------
 
 
 class Call:
-    """Pickles as a call."""
+    """An object that unpickles to a call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -193,56 +193,56 @@ class Call:
 
 
 def namespace_with_state(mark):
-    """A harmless class whose state is a call."""
-    space = argparse.Namespace()
-    space.__dict__["x"] = Call(os.system, f"touch {mark}")
-    return space
+    """Return a harmless class whose state is a call."""
+    namespace = argparse.Namespace()
+    namespace.__dict__["x"] = Call(os.system, f"touch {mark}")
+    return namespace
 
 
 def nested_namespace(mark):
-    hidden = Call(builtins.exec, f"open({mark!r}, 'w')")
-    return {"model": {}, "args": argparse.Namespace(a=argparse.Namespace(b=[{"c": hidden}]))}
+    payload = Call(builtins.exec, f"open({mark!r}, 'w')")
+    return {"model": {}, "args": argparse.Namespace(a=argparse.Namespace(b=[{"c": payload}]))}
 
 
-MALICE = {
+PAYLOADS = {
     "os.system": lambda mark: Call(os.system, f"touch {mark}"),
     "eval": lambda mark: Call(builtins.eval, f"open({mark!r}, 'w')"),
     "open": lambda mark: Call(builtins.open, mark, "w"),
-    "a Namespace inside a Namespace": nested_namespace,
-    "a Namespace's state": namespace_with_state,
+    "nested Namespace": nested_namespace,
+    "Namespace state": namespace_with_state,
     "getattr": lambda mark: Call(builtins.getattr, Call(builtins.__import__, "os"), "system"),
-    "torch's own loader": lambda mark: Call(torch.load, mark),
-    "a tensor's reviver": lambda mark: {"model": {"transformer.level_embed": Call(pickle.loads, b"N.")}},
+    "torch.load": lambda mark: Call(torch.load, mark),
+    "pickle.loads": lambda mark: {"model": {"transformer.level_embed": Call(pickle.loads, b"N.")}},
 }
-MARKING = list(MALICE)[:5]
+EXECUTABLE = list(PAYLOADS)[:5]
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("name", MALICE)
-def test_no_pickle_runs_code(name, protocol, tmp_path):
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_pickles_do_not_run_code(name, protocol, tmp_path):
     mark = tmp_path / "mark"
-    values = MALICE[name](str(mark))
+    values = PAYLOADS[name](str(mark))
     for path, zipped in ((tmp_path / "new.pth", True), (tmp_path / "old.pth", False)):
         torch.save(values, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(values, protocol=protocol))
     for path in sorted(tmp_path.glob("*.pth")):
         assert "refused" in load_error(path) or "damaged" in load_error(path)
     assert not mark.exists()
-    if name in MARKING:  # the control: unpickling would have run it
+    if name in EXECUTABLE:  # control: unpickling runs it
         pickle.loads((tmp_path / "bare.pth").read_bytes())
         assert mark.exists()
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_no_pickle_of_a_repository_runs_code(sharded, repo, tmp_path):
+def test_pickles_of_a_repository_do_not_run_code(sharded, repo, tmp_path):
     name = "part.bin" if sharded else "pytorch_model.bin"
-    pickled(repo, {"model.level_embed": Call(os.system, f"touch {tmp_path / 'mark'}")}, name)
+    write_pickle(repo, {"model.level_embed": Call(os.system, f"touch {tmp_path / 'mark'}")}, name)
     if sharded:
-        index = {"weight_map": {"model.level_embed": name}}
-        (repo / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    refused = load_error(repo)
-    assert f"{repo / name} is refused" in refused
-    assert "system" in refused
+        index_name = {"weight_map": {"model.level_embed": name}}
+        (repo / "pytorch_model.bin.index.json").write_text(json.dumps(index_name))
+    error = load_error(repo)
+    assert f"{repo / name} is refused" in error
+    assert "system" in error
     assert not (tmp_path / "mark").exists()
 
 
@@ -252,12 +252,14 @@ def write_zip(path, entries, compression=zipfile.ZIP_STORED):
             archive.writestr(name, content)
 
 
-def test_archives_that_are_not_checkpoints(shared_checkpoint, tmp_path):
-    inner = pickle.dumps({"model": {}}, protocol=2)
-    write_zip(tmp_path / "climbs.pth", {"../../climbed": b"x", "a/data.pkl": inner})
-    write_zip(tmp_path / "bomb.pth", {"a/data.pkl": inner, "a/data/0": bytes(10**8)}, zipfile.ZIP_DEFLATED)
+def test_archives_that_are_not_checkpoints_are_rejected(shared_checkpoint, tmp_path):
+    data_pickle = pickle.dumps({"model": {}}, protocol=2)
+    write_zip(tmp_path / "traversal.pth", {"../../escaped": b"x", "a/data.pkl": data_pickle})
+    write_zip(tmp_path / "bomb.pth", {"a/data.pkl": data_pickle, "a/data/0": bytes(10**8)}, zipfile.ZIP_DEFLATED)
     write_zip(tmp_path / "empty.pth", {})
-    write_zip(tmp_path / "script.pth", {"a/data.pkl": inner, "a/constants.pkl": inner, "a/code/x.py": b"1/0"})
+    write_zip(
+        tmp_path / "script.pth", {"a/data.pkl": data_pickle, "a/constants.pkl": data_pickle, "a/code/x.py": b"1/0"}
+    )
     with tarfile.open(tmp_path / "tar.pth", "w") as archive:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             entry = tarfile.TarInfo(name)
@@ -265,17 +267,17 @@ def test_archives_that_are_not_checkpoints(shared_checkpoint, tmp_path):
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     content = shared_checkpoint.read_bytes()
-    (tmp_path / "twice.pth").write_bytes(content[:1000] + content)
+    (tmp_path / "doubled.pth").write_bytes(content[:1000] + content)
     for path in sorted(tmp_path.glob("*.pth")):
-        refused = load_error(path)
-        assert any(word in refused for word in ("damaged", "refused", "no dict"))
-        assert str(path) in refused
+        error = load_error(path)
+        assert any(word in error for word in ("damaged", "refused", "no dict"))
+        assert str(path) in error
     assert not (tmp_path / "mark").exists()
-    assert not (tmp_path.parent / "climbed").exists()
+    assert not (tmp_path.parent / "escaped").exists()
     assert "more than its own size" in load_error(tmp_path / "bomb.pth")
 
 
-def test_the_command_line_prints_one_line_and_exits_with_2(repo, tmp_path, capsys):
+def test_command_line_errors_are_one_line_with_exit_code_2(repo, tmp_path, capsys):
     from PIL import Image
 
     from deformable_detr import cli
@@ -293,8 +295,8 @@ def test_the_command_line_prints_one_line_and_exits_with_2(repo, tmp_path, capsy
             ["convert", str(model), "--to", "native", "--out", str(tmp_path / "out")],
             ["train", str(tmp_path), "--weights", str(model), "--out", str(tmp_path / "run")],
         ):
-            with pytest.raises(SystemExit) as stopped:
+            with pytest.raises(SystemExit) as raised:
                 cli.main(command)
-            assert stopped.value.code == 2, command
+            assert raised.value.code == 2, command
             [line] = capsys.readouterr().err.strip().splitlines()
             assert line.startswith("error: "), command

@@ -1,4 +1,4 @@
-"""Fine-tuning: what a new model copies from another one, and what the report says."""
+"""Fine-tuning: the weights copied from another model and the transfer report."""
 
 import math
 
@@ -21,7 +21,7 @@ def source(native_model, native_folder):
     return native_model, native_folder
 
 
-def fresh(variant=presets.two_stage, **changes) -> DeformableDETR:
+def new_model(variant=presets.two_stage, **changes) -> DeformableDETR:
     torch.manual_seed(1)
     return DeformableDETR(variant(**{**TINY_FIELDS, **changes}))
 
@@ -34,9 +34,9 @@ def transfer(model, source, log=lambda line: None):
     return report
 
 
-def test_the_same_network_and_classes_copy_everything(source):
+def test_same_network_and_classes_copy_all_tensors(source):
     model, folder = source
-    new = fresh()
+    new = new_model()
     lines = []
     report = transfer(new, folder, lines.append)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in new.state_dict().items())
@@ -46,9 +46,9 @@ def test_the_same_network_and_classes_copy_everything(source):
     assert lines == [f"loaded {count} of {count} tensors from {folder / 'model.safetensors'}"]
 
 
-def test_other_classes_start_at_the_prior_but_keep_rows_of_the_same_name(source):
+def test_class_rows_are_matched_by_name_and_others_start_at_the_prior(source):
     model, folder = source
-    new = fresh(class_names=("sheep", "Cow", "cat", "duck"), category_ids=(), num_classes=4)
+    new = new_model(class_names=("sheep", "Cow", "cat", "duck"), category_ids=(), num_classes=4)
     before = {name: value.clone() for name, value in new.state_dict().items()}
     lines = []
     transfer(new, folder, lines.append)
@@ -59,12 +59,12 @@ def test_other_classes_start_at_the_prior_but_keep_rows_of_the_same_name(source)
         assert torch.equal(head.bias[[1, 2]], old.bias[[2, 0]])
         assert head.bias[[0, 3]].tolist() == pytest.approx([PRIOR, PRIOR])
         assert torch.equal(head.weight[0], before[f"decoder.heads.classes.{layer}.weight"][0])
-    # Column 0 of the encoder's head scores "object".
+    # Column 0 of the encoder head is class-agnostic.
     encoder, old = new.decoder.heads.classes[2], model.decoder.heads.classes[2]
     assert torch.equal(encoder.weight[0], old.weight[0])
     assert encoder.bias[1:].tolist() == pytest.approx([PRIOR] * 3)
-    everything_else = [name for name in before if "heads.classes" not in name]
-    assert all(torch.equal(new.state_dict()[name], model.state_dict()[name]) for name in everything_else)
+    other_names = [name for name in before if "heads.classes" not in name]
+    assert all(torch.equal(new.state_dict()[name], model.state_dict()[name]) for name in other_names)
     assert len(lines) == 3
     assert "partial" in lines[1]
     assert "kept 2 of the same name" in lines[1]
@@ -74,7 +74,7 @@ def test_other_classes_start_at_the_prior_but_keep_rows_of_the_same_name(source)
 
 def test_no_class_in_common(source):
     model, folder = source
-    new = fresh(presets.two_stage, class_names=("a", "b", "c"), category_ids=())
+    new = new_model(presets.two_stage, class_names=("a", "b", "c"), category_ids=())
     report = transfer(new, folder)
     assert torch.allclose(new.decoder.heads.classes[0].bias, torch.full((3,), PRIOR))
     assert new.decoder.heads.classes[0].weight.ne(model.decoder.heads.classes[0].weight).all()
@@ -83,13 +83,13 @@ def test_no_class_in_common(source):
 
 def test_placeholder_names_do_not_match(tmp_path):
     tiny_model(class_names=("N/A", "LABEL_1", "dog"), category_ids=()).save_pretrained(tmp_path)
-    new = fresh(class_names=("N/A", "LABEL_1", "dog", "cat"), category_ids=(), num_classes=4)
+    new = new_model(class_names=("N/A", "LABEL_1", "dog", "cat"), category_ids=(), num_classes=4)
     assert "kept 1 of the same name" in transfer(new, tmp_path).partial["decoder.heads.classes.0.bias"]
 
 
-def test_other_variants_copy_what_they_share(source, tmp_path):
+def test_other_variants_copy_shared_tensors(source, tmp_path):
     model, folder = source
-    new = fresh(presets.multi_scale)
+    new = new_model(presets.multi_scale)
     report = transfer(new, folder)
     assert "query_embedding.weight" in report.initialized
     assert "proposals.memory_proj.weight" in report.unused
@@ -97,13 +97,13 @@ def test_other_variants_copy_what_they_share(source, tmp_path):
 
     plain = tiny_model(presets.multi_scale)
     plain.save_pretrained(tmp_path / "plain")
-    refined = fresh(presets.refine)
+    refined = new_model(presets.refine)
     report = transfer(refined, tmp_path / "plain")
     assert not report.initialized
-    for head in refined.decoder.heads.boxes:  # the shared one
+    for head in refined.decoder.heads.boxes:  # copied from the shared head
         assert torch.equal(head.layers[2].bias, plain.decoder.heads.boxes[0].layers[2].bias)
 
-    deeper = fresh(decoder_layers=3)
+    deeper = new_model(decoder_layers=3)
     report = transfer(deeper, folder)
     assert torch.equal(deeper.decoder.heads.classes[3].bias, model.decoder.heads.classes[2].bias)
     assert "decoder.heads.classes.2.bias" in report.initialized
@@ -113,59 +113,59 @@ def test_other_variants_copy_what_they_share(source, tmp_path):
 def test_more_queries_and_more_levels(tmp_path):
     plain = tiny_model(presets.refine, num_feature_levels=3)
     plain.save_pretrained(tmp_path)
-    new = fresh(presets.refine, num_feature_levels=5, num_queries=25)
+    new = new_model(presets.refine, num_feature_levels=5, num_queries=25)
     before = {name: value.clone() for name, value in new.state_dict().items()}
     report = transfer(new, tmp_path)
     assert torch.equal(new.query_embedding.weight[:20], plain.query_embedding.weight)
     assert torch.equal(new.query_embedding.weight[20:], before["query_embedding.weight"][20:])
     assert torch.equal(new.level_embedding[:3], plain.level_embedding)
     name = "decoder.layers.0.cross_attn.attention_weights.weight"
-    here, old = new.state_dict()[name].view(4, 5, 4, -1), plain.state_dict()[name].view(4, 3, 4, -1)
-    assert torch.equal(here[:, :3], old)
-    assert torch.equal(here[:, 3:], before[name].view(4, 5, 4, -1)[:, 3:])
+    weight, old = new.state_dict()[name].view(4, 5, 4, -1), plain.state_dict()[name].view(4, 3, 4, -1)
+    assert torch.equal(weight[:, :3], old)
+    assert torch.equal(weight[:, 3:], before[name].view(4, 5, 4, -1)[:, 3:])
     assert report.partial["query_embedding.weight"] == "new: queries from 21 on"
     assert report.partial["level_embedding"] == "new: stride 64, stride 128"
     assert "projections.levels.4.0.weight" in report.initialized
     assert new(*batch())["pred_logits"].isfinite().all()
 
 
-def test_a_single_level_becomes_the_one_of_its_stride(tmp_path):
+def test_single_level_is_matched_by_stride(tmp_path):
     plain = tiny_model(presets.single_scale)
     plain.save_pretrained(tmp_path)
-    new = fresh(presets.multi_scale)
+    new = new_model(presets.multi_scale)
     transfer(new, tmp_path)
     assert torch.equal(new.level_embedding[2], plain.level_embedding[0])
     assert torch.equal(new.projections.levels[2][0].weight, plain.projections.levels[0][0].weight)
 
 
-def test_another_backbone_keeps_its_weights(source):
+def test_another_backbone_is_not_overwritten(source):
     _, folder = source
-    new = fresh(backbone="resnet10t")
+    new = new_model(backbone="resnet10t")
     before = new.backbone.body.conv1[0].weight.clone()
     report = transfer(new, folder)
     assert torch.equal(new.backbone.body.conv1[0].weight, before)
-    assert any("the source's backbone is test_resnet, not resnet10t" in why for why in report.unused.values())
+    assert any("the source's backbone is test_resnet, not resnet10t" in reason for reason in report.unused.values())
     assert "in the source (" in report.initialized["projections.levels.0.0.weight"]
     assert "encoder.layers.0.norm1.weight" in report.loaded
 
 
-def test_frozen_and_trained_norms_share_their_statistics(source):
+def test_norm_statistics_are_copied_between_frozen_and_trained_norms(source):
     model, folder = source
-    new = fresh(backbone_norm="frozen")
+    new = new_model(backbone_norm="frozen")
     transfer(new, folder)
     name = "backbone.body.bn1.running_var"
     assert torch.equal(new.state_dict()[name], model.state_dict()[name])
 
 
-def test_nothing_fits(source):
+def test_no_matching_tensors_is_an_error(source):
     _, folder = source
     with pytest.raises(UserError, match=r"no weights of .* fit this model: their hidden_dim is 64"):
-        transfer(fresh(hidden_dim=32, ffn_dim=32, backbone="resnet10t"), folder)
+        transfer(new_model(hidden_dim=32, ffn_dim=32, backbone="resnet10t"), folder)
     with pytest.raises(UserError, match="no such folder"):
-        transfer(fresh(), folder / "gone")
+        transfer(new_model(), folder / "gone")
 
 
-def test_the_config_of_a_source(source, tmp_path):
+def test_config_from_a_source(source, tmp_path):
     _, folder = source
     config = finetune_config(folder)
     assert (config.preset, config.model.hidden_dim, config.model.backbone) == ("two-stage", 64, "test_resnet")
@@ -184,19 +184,19 @@ def test_the_config_of_a_source(source, tmp_path):
         {"class_aware_proposals": False},
     ],
 )
-def test_a_network_similar_to_a_preset_is_trained_as_that(tmp_path, change):
+def test_preset_of_a_modified_network_is_recognized(tmp_path, change):
     tiny_model(presets.small, **change).save_pretrained(tmp_path / "small")
     assert finetune_config(tmp_path / "small").preset == "small"
 
 
 def test_small_to_small_portable(tmp_path):
-    """What only one of the two presets has keeps its initial values."""
+    """Tensors that only one of the presets has keep their initial values."""
     small = tiny_model(presets.small)
     small.save_pretrained(tmp_path / "small")
     tiny_model(presets.small_portable).save_pretrained(tmp_path / "portable")
     assert finetune_config(tmp_path / "small").preset == "small"
     assert finetune_config(tmp_path / "portable").preset == "small-portable"
-    new = fresh(presets.small_portable)
+    new = new_model(presets.small_portable)
     before = {name: value.clone() for name, value in new.state_dict().items()}
     lines = []
     report = transfer(new, tmp_path / "small", lines.append)
@@ -211,7 +211,7 @@ def test_small_to_small_portable(tmp_path):
     assert torch.equal(new.decoder.heads.classes[2].bias, torch.full((3,), PRIOR))
 
 
-def test_a_source_with_the_same_backbone_needs_no_download(source, monkeypatch):
+def test_source_with_the_same_backbone_needs_no_download(source, monkeypatch):
     import timm
 
     model, folder = source
@@ -228,7 +228,7 @@ def test_a_source_with_the_same_backbone_needs_no_download(source, monkeypatch):
     assert not new.backbone.body.conv1[0].weight.requires_grad
 
 
-def test_a_run_from_weights(tmp_path, capsys):
+def test_training_from_weights(tmp_path, capsys):
     from deformable_detr import train
     from tests.support.training import write_dataset
 
@@ -242,17 +242,17 @@ def test_a_run_from_weights(tmp_path, capsys):
     assert f"tensors from {folder / 'model.safetensors'}" in out
     assert "kept 2 of the same name" in out
     assert "its score of 'object'" in out
-    found = DeformableDETR.from_pretrained(tmp_path / "run").config
-    assert (found.backbone, found.hidden_dim, found.image_size) == ("test_resnet", 64, 64)
-    assert found.class_names == ("red", "green", "blue")
+    config = DeformableDETR.from_pretrained(tmp_path / "run").config
+    assert (config.backbone, config.hidden_dim, config.image_size) == ("test_resnet", 64, 64)
+    assert config.class_names == ("red", "green", "blue")
     text = (tmp_path / "run" / "README.md").read_text()
     assert "## Data\n\nset\n" in text
     assert "AP50" in text or "Not measured" in text
-    train(data, tmp_path / "run", resume=True, epochs=2)  # with its own weights
+    train(data, tmp_path / "run", resume=True, epochs=2)  # resumes with the run's own weights
     assert "tensors from" not in capsys.readouterr().out
 
 
-def test_the_command_line_prints_the_network_of_the_weights(source, capsys):
+def test_print_config_includes_the_network_of_the_weights(source, capsys):
     import yaml
 
     from deformable_detr import cli

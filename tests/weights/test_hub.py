@@ -1,4 +1,4 @@
-"""The upload to the hub."""
+"""Upload to the Hugging Face Hub."""
 
 import shutil
 
@@ -11,23 +11,23 @@ from tests.support.weights import equal_weights
 
 @pytest.mark.parametrize("to", ["native", "transformers"])
 def test_upload(to, native_model, tmp_path, monkeypatch):
-    created = {}
+    uploaded = {}
 
     class Hub:
         def __init__(self, token=None):
-            created["token"] = token
+            uploaded["token"] = token
 
         def create_repo(self, name, private, exist_ok):
-            created.update(name=name, private=private)
+            uploaded.update(name=name, private=private)
 
         def upload_folder(self, repo_id, folder_path, commit_message):
             shutil.copytree(folder_path, tmp_path / "uploaded")
             return f"https://hub/{repo_id}"
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    address = native_model.push_to_hub("me/detector", to=to, private=True, token="secret")
-    assert address == "https://hub/me/detector"
-    assert created == {"token": "secret", "name": "me/detector", "private": True}
+    url = native_model.push_to_hub("me/detector", to=to, private=True, token="secret")
+    assert url == "https://hub/me/detector"
+    assert uploaded == {"token": "secret", "name": "me/detector", "private": True}
     assert equal_weights(native_model, DeformableDETR.from_pretrained(tmp_path / "uploaded"))
     card = (tmp_path / "uploaded" / "README.md").read_text()
     assert "'me/detector'" in card
@@ -35,11 +35,11 @@ def test_upload(to, native_model, tmp_path, monkeypatch):
     assert "secret" not in card
 
 
-def test_a_failed_upload(native_model, monkeypatch):
-    def refuse(*arguments, **options):
+def test_failed_upload_is_reported_in_one_line(native_model, monkeypatch):
+    def fail(*arguments, **options):
         raise OSError("401: log in first\nlong explanation")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
     with pytest.raises(UserError, match=r"^hub repository me/detector: 401: log in first$"):
         native_model.push_to_hub("me/detector")
     with pytest.raises(UserError, match="owner/name"):

@@ -1,4 +1,4 @@
-"""from_pretrained: the kinds of sources, and config fields that can be overridden."""
+"""from_pretrained: supported sources and config overrides."""
 
 import os
 
@@ -12,7 +12,7 @@ from tests.support.parity import batch
 from tests.support.weights import edit_json, equal_weights, load_error, read_tensors, tiny_model, write_tensors
 
 
-def test_a_native_folder(native_model, native_folder):
+def test_native_folder(native_model, native_folder):
     model = DeformableDETR.from_pretrained(native_folder)
     assert type(model) is DeformableDETR
     assert not model.training
@@ -28,16 +28,16 @@ def test_a_native_folder(native_model, native_folder):
         ({"format": "other"}, "model_type None"),
     ],
 )
-def test_native_configs_that_cannot_be_read(native_folder, tmp_path, changes, message):
+def test_invalid_native_config_is_reported(native_folder, tmp_path, changes, message):
     (tmp_path / "config.json").write_text((native_folder / "config.json").read_text())
     write_tensors(tmp_path, read_tensors(native_folder))
     edit_json(tmp_path / "config.json", **changes)
-    refused = load_error(tmp_path)
-    assert message in refused
-    assert str(tmp_path / "config.json") in refused
+    error = load_error(tmp_path)
+    assert message in error
+    assert str(tmp_path / "config.json") in error
 
 
-def test_native_tensors_that_do_not_fit(native_folder, tmp_path):
+def test_mismatched_native_tensors_are_reported(native_folder, tmp_path):
     (tmp_path / "config.json").write_text((native_folder / "config.json").read_text())
     tensors = read_tensors(native_folder)
     for message, changed in {
@@ -50,7 +50,7 @@ def test_native_tensors_that_do_not_fit(native_folder, tmp_path):
         assert message in load_error(tmp_path)
 
 
-def test_a_file_of_a_folder_means_the_folder(native_model, native_folder):
+def test_path_of_the_weights_file_loads_its_folder(native_model, native_folder):
     assert equal_weights(native_model, DeformableDETR.from_pretrained(native_folder / "model.safetensors"))
 
 
@@ -77,7 +77,7 @@ def test_hub_id(shared_repo, monkeypatch):
     assert "no such folder" in load_error(f"{os.path.relpath(shared_repo.parent)}/repoo")
 
 
-def test_other_sources(tmp_path):
+def test_invalid_sources_are_reported(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
@@ -91,9 +91,9 @@ def test_other_sources(tmp_path):
         ("alone.safetensors", "no config.json beside it"), ("cards.onnx", "is an exported file"),
         ("gone", "no such folder or file"), ("gone.pth", "no such folder or file"),
     ):  # fmt: skip
-        refused = load_error(tmp_path / name)
-        assert message in refused
-        assert str(tmp_path / name) in refused
+        error = load_error(tmp_path / name)
+        assert message in error
+        assert str(tmp_path / name) in error
     for name in ("x" * 5000, "a/" * 3000, "nul\0", "", "https://example.org/model.pth"):
         assert load_error(name)
 
@@ -101,7 +101,7 @@ def test_other_sources(tmp_path):
 def test_overrides(shared_repo, tmp_path):
     model = DeformableDETR.from_pretrained(shared_repo, image_size=320, max_size=500, num_queries=31, dropout=0.0)
     assert (model.config.image_size, model.config.long_side, model.config.num_queries) == (320, 500, 31)
-    assert equal_weights(model, DeformableDETR.from_pretrained(shared_repo))  # two-stage: queries come from the image
+    assert equal_weights(model, DeformableDETR.from_pretrained(shared_repo))  # two-stage models have no learned queries
     assert model(*batch())["pred_logits"].shape[1] == 31
 
     one_stage = tiny_model(presets.refine)
@@ -113,19 +113,19 @@ def test_overrides(shared_repo, tmp_path):
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_fewer_levels_keep_what_their_strides_learned(native_model, native_folder, levels):
+def test_fewer_levels_keep_the_weights_of_their_strides(native_model, native_folder, levels):
     fewer = DeformableDETR.from_pretrained(native_folder, num_feature_levels=levels)
-    kept = {1: [2], 2: [1, 2], 3: [0, 1, 2]}[levels]
-    assert torch.equal(fewer.level_embedding, native_model.level_embedding[kept])
+    levels_kept = {1: [2], 2: [1, 2], 3: [0, 1, 2]}[levels]
+    assert torch.equal(fewer.level_embedding, native_model.level_embedding[levels_kept])
     before = native_model.encoder.layers[0].self_attn.sampling_offsets.weight.view(4, 4, 4, 2, -1)
     after = fewer.encoder.layers[0].self_attn.sampling_offsets.weight.view(4, levels, 4, 2, -1)
-    assert torch.equal(after, before[:, kept])
-    for new, old in enumerate(kept):
+    assert torch.equal(after, before[:, levels_kept])
+    for new, old in enumerate(levels_kept):
         assert torch.equal(fewer.projections.levels[new][0].weight, native_model.projections.levels[old][0].weight)
     assert fewer(*batch())["pred_logits"].isfinite().all()
 
 
-def test_overrides_that_are_not_possible(native_folder):
+def test_invalid_overrides_are_rejected(native_folder):
     for overrides, message in (
         ({"num_feature_levels": 5}, r"num_feature_levels 4.*--weights"),
         ({"hidden_dim": 128}, "hidden_dim cannot be overridden"),

@@ -1,4 +1,4 @@
-"""The model card: what it states, that the hub reads it, and that a user's own is kept."""
+"""The model card: contents, metadata that the hub parses, and preservation of a user's own card."""
 
 import yaml
 from huggingface_hub import ModelCard
@@ -13,7 +13,7 @@ def metadata(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_contents():
+def test_card_contents():
     model = ModelConfig(
         num_classes=2, class_names=("cat", HOSTILE_NAME), category_ids=(7, 9), refine=True, image_size=640
     )
@@ -33,7 +33,7 @@ def test_contents():
     assert "DeformableDETR.from_pretrained" in text
 
 
-def test_the_hub_reads_the_metadata():
+def test_metadata_is_parsed_by_the_hub_library():
     metrics = {"AP": 0.4567, "AP50": 0.7, "AP_small": None}
     for dataset, library in (("pets: 2018", "deformable-detr"), (None, "transformers")):
         data = ModelCard(model_card(ModelConfig(), ModelCardData(dataset, metrics, library=library))).data
@@ -44,7 +44,7 @@ def test_the_hub_reads_the_metadata():
         assert {result.dataset_name for result in data.eval_results} == {dataset or "custom data"}
 
 
-def test_nothing_is_known():
+def test_card_without_data():
     text = model_card(ModelConfig(), ModelCardData())
     assert metadata(text)["license"] == "unknown"
     assert "model-index" not in metadata(text)
@@ -52,7 +52,7 @@ def test_nothing_is_known():
     assert "| 90 | class 90 | 90 |" in text
 
 
-def test_a_card_is_replaced_but_not_a_users_own(native_model, tmp_path):
+def test_generated_card_is_replaced_but_a_users_own_is_kept(native_model, tmp_path):
     path = tmp_path / "README.md"
     for dataset in ("first", "second"):
         native_model.save_pretrained(tmp_path, ModelCardData(dataset))
@@ -62,7 +62,7 @@ def test_a_card_is_replaced_but_not_a_users_own(native_model, tmp_path):
     assert path.read_text() == "my own words"
 
 
-def test_a_run_keeps_a_users_own_card_too(native_model, tmp_path):
+def test_run_export_keeps_a_users_own_card(native_model, tmp_path):
     from deformable_detr.training.run_dir import RunDir
 
     path = tmp_path / "README.md"

@@ -1,4 +1,4 @@
-"""Checkpoints of the paper authors' code: what is read, what is written, and their own code on the same weights."""
+"""Checkpoints of the paper authors' code: reading, writing, and parity with that code."""
 
 import argparse
 import os
@@ -30,16 +30,16 @@ def with_tensors(values, **tensors):
 
 
 CHANGES = {
-    "as it is": (lambda v: v, EQUAL),
+    "unchanged": (lambda v: v, EQUAL),
     "settings as a dict": (lambda v: {**v, "args": vars(v["args"])}, EQUAL),
     "settings with tensors": (
         lambda v: with_args(v, position_embedding=torch.zeros(3), dec_layers=torch.ones(2)),
         EQUAL,
     ),
     "nested settings": (lambda v: with_args(v, nested=argparse.Namespace(a=argparse.Namespace(b=[1]))), EQUAL),
-    "averaged weights": (lambda v: {"model_ema": v["model"], "args": v["args"], "epoch": 3}, EQUAL),
-    "averaged weights in a module": (lambda v: {"ema": {"module": v["model"]}, "args": v["args"]}, EQUAL),
-    "prefix and a profiler's leftovers": (
+    "EMA weights": (lambda v: {"model_ema": v["model"], "args": v["args"], "epoch": 3}, EQUAL),
+    "EMA weights in a module": (lambda v: {"ema": {"module": v["model"]}, "args": v["args"]}, EQUAL),
+    "prefix and profiler buffers": (
         lambda v: {
             **v,
             "model": {f"module.{n}": t for n, t in v["model"].items()}
@@ -48,12 +48,12 @@ CHANGES = {
         EQUAL,
     ),
     "optimizer": (lambda v: {**v, "optimizer": {"state": {0: {"step": torch.ones(1)}}}, "epoch": 49}, EQUAL),
-    "our own config is invalid": (lambda v: {**v, official_format.OWN_CONFIG: {"model": {"num_classes": "x"}}}, EQUAL),
-    "our own config has other classes": (
+    "invalid embedded config": (lambda v: {**v, official_format.OWN_CONFIG: {"model": {"num_classes": "x"}}}, EQUAL),
+    "embedded config with other classes": (
         lambda v: {**v, official_format.OWN_CONFIG: {"model": {"num_classes": 9, "category_ids": list(range(9))}}},
         EQUAL,
     ),
-    "heads in words": (lambda v: with_args(v, nheads="eight"), "eight"),
+    "heads as a word": (lambda v: with_args(v, nheads="eight"), "eight"),
     "no heads": (lambda v: with_args(v, nheads=0), "zero"),
     "negative heads": (lambda v: with_args(v, nheads=-8), "num_heads|point"),
     "other levels": (lambda v: with_args(v, num_feature_levels=1), "its settings have num_feature_levels 1"),
@@ -61,24 +61,24 @@ CHANGES = {
     "other width": (lambda v: with_args(v, hidden_dim=256), "its settings have hidden_dim 256"),
     "no refinement": (lambda v: with_args(v, with_box_refine=False), "its settings have with_box_refine False"),
     "another backbone": (lambda v: with_args(v, backbone="resnet101"), "lacks|no tensor is as large"),
-    "an unknown backbone": (lambda v: with_args(v, backbone="swin_t"), "swin_t"),
-    "half of the tensors": (lambda v: {**v, "model": dict(list(v["model"].items())[::2])}, "lacks|not a complete"),
+    "unknown backbone": (lambda v: with_args(v, backbone="swin_t"), "swin_t"),
+    "half the tensors": (lambda v: {**v, "model": dict(list(v["model"].items())[::2])}, "lacks|not a complete"),
     "no levels": (lambda v: {**v, "model": {n: t for n, t in v["model"].items() if "level" not in n}}, "level_embed"),
-    "levels of another shape": (
+    "level embedding of another shape": (
         lambda v: with_tensors(v, **{"transformer.level_embed": torch.zeros(4)}),
         "not a complete",
     ),
-    "an endless number of layers": (
+    "huge number of layers": (
         lambda v: with_tensors(v, **{"transformer.decoder.layers.99999999.x": torch.zeros(1)}),
         "its settings have dec_layers",
     ),
-    "a tensor larger than its data": (
+    "tensor larger than its data": (
         lambda v: with_tensors(v, **{"transformer.level_embed": torch.zeros(1).expand(10**6, 10**6)}),
         "less data",
     ),
     "no state dict": (lambda v: {"args": v["args"], "epoch": 1}, "not a tensor"),
-    "nothing": (lambda v: {}, "no dict"),
-    "copies that differ": (
+    "empty": (lambda v: {}, "no dict"),
+    "inconsistent copies": (
         lambda v: with_tensors(v, **{"transformer.decoder.bbox_embed.0.layers.2.bias": torch.ones(4)}),
         "differ",
     ),
@@ -86,7 +86,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_checkpoint_loads_equal_or_gives_one_line(
+def test_changed_checkpoint_loads_equal_or_fails_in_one_line(
     name, official_model, shared_checkpoint, tiny_backbone, tmp_path
 ):
     change, message = CHANGES[name]
@@ -96,19 +96,19 @@ def test_a_changed_checkpoint_loads_equal_or_gives_one_line(
         model = DeformableDETR.from_pretrained(path)
         assert all(torch.equal(value, official_model.state_dict()[key]) for key, value in model.state_dict().items())
         return
-    refused = load_error(path)
-    assert re.search(message, refused), refused
-    assert str(path) in refused
+    error = load_error(path)
+    assert re.search(message, error), error
+    assert str(path) in error
 
 
-def test_a_real_backbone_with_and_without_settings(tmp_path):
-    """Published files are in the old format; bare tensors do not tell the number of heads: it is the paper's 8."""
+def test_resnet50_checkpoint_with_and_without_settings(tmp_path):
+    """Without settings, the number of heads is unknown and defaults to the paper's 8."""
     expected = tiny_model(presets.multi_scale, backbone="resnet50", num_heads=8)
     official_format.save(expected, tmp_path)
     path = tmp_path / official_format.FILE
     values = official_values(path)
     torch.save(values, path, _use_new_zipfile_serialization=False)
-    model = DeformableDETR.from_pretrained(tmp_path)  # the folder with nothing else in it
+    model = DeformableDETR.from_pretrained(tmp_path)  # a folder with only the checkpoint
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
     config = model.config
     assert (config.refine, config.num_feature_levels, config.num_queries, config.category_ids) == (
@@ -123,7 +123,7 @@ def test_a_real_backbone_with_and_without_settings(tmp_path):
     assert (bare.config.num_heads, bare.config.encoder_points, bare.config.backbone) == (8, 4, "resnet50")
 
 
-def test_91_classes_have_the_names_and_ids_of_coco(tiny_backbone, tmp_path):
+def test_91_classes_get_the_names_and_ids_of_coco(tiny_backbone, tmp_path):
     official_format.save(tiny_model(presets.multi_scale, num_classes=91, class_names=(), category_ids=()), tmp_path)
     path = tmp_path / official_format.FILE
     torch.save(official_values(path), path)
@@ -135,7 +135,7 @@ def test_91_classes_have_the_names_and_ids_of_coco(tiny_backbone, tmp_path):
     assert len({name for name in config.class_names if name != "N/A"}) == 80
 
 
-def test_other_files(tmp_path):
+def test_invalid_files_are_reported(tmp_path):
     (tmp_path / "image.pth").write_bytes(b"\x89PNG")
     torch.save({"model": {"backbone.weight": torch.zeros(1)}}, tmp_path / "detr.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
@@ -144,7 +144,6 @@ def test_other_files(tmp_path):
 
 
 def test_written_keys_and_settings(tiny_backbone, tmp_path):
-    """The official names, both of those that the decoder's heads have there, and settings that its parser knows."""
     model = tiny_model(hidden_dim=256)
     official_format.save(model, tmp_path)
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -162,17 +161,17 @@ def test_written_keys_and_settings(tiny_backbone, tmp_path):
         assert name in names, name
     assert not [name for name in names if name.startswith(("decoder", "encoder", "proposals", "projections"))]
     assert (args.with_box_refine, args.two_stage, args.num_queries, args.dec_layers) == (True, True, 20, 2)
-    layer = model.decoder.layers[0]  # the official decoder numbers its norms otherwise
+    layer = model.decoder.layers[0]  # the official decoder numbers its norms differently
     assert torch.equal(names["transformer.decoder.layers.0.norm2.weight"], layer.norm1.weight)
     assert torch.equal(names["transformer.decoder.layers.0.norm1.weight"], layer.norm2.weight)
 
 
-# --- the official code itself, if there is a checkout of it --------------------------------------------------------
+# --- parity with a checkout of the official code -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def official_code():
-    """Functions of a checkout of the paper authors' repository, its compiled op replaced by its own Python version."""
+    """Functions of a checkout of the paper authors' repository, with its compiled op replaced by its Python version."""
     folder = os.environ.get("DEFORMABLE_DETR_OFFICIAL")
     if not folder or not Path(folder, "models", "deformable_detr.py").is_file():
         pytest.skip("no checkout of the official code (set DEFORMABLE_DETR_OFFICIAL)")
@@ -183,7 +182,7 @@ def official_code():
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(folder)
     patch.setitem(sys.modules, "MultiScaleDeformableAttention", types.ModuleType("MultiScaleDeformableAttention"))
-    patch.setattr(torchvision, "__version__", "0.9.0")  # it compares the first three characters
+    patch.setattr(torchvision, "__version__", "0.9.0")  # the official code compares the first three characters
     resnet = torchvision.models.resnet50
     patch.setattr(torchvision.models, "resnet50", lambda pretrained, **options: resnet(weights=None, **options))
     from models import (  # type: ignore[import-not-found]
@@ -210,15 +209,13 @@ def official_code():
 
     @contextmanager
     def precision(dtype):
-        """Its positions and valid ratios are float32 by name, as is our encoding of proposals (and transformers'): in
-        float64 these names mean that.
-        """
-        with pytest.MonkeyPatch.context() as doubled:
+        """Make explicit float32 casts of the official code float64, to compare in double precision."""
+        with pytest.MonkeyPatch.context() as patched:
             if dtype == torch.float64:
-                named = types.SimpleNamespace(**{**vars(torch), "float32": torch.float64})
-                doubled.setattr(position_encoding, "torch", named)
-                doubled.setattr(deformable_transformer, "torch", named)
-                doubled.setattr(torch.Tensor, "float", torch.Tensor.double)
+                torch_float64 = types.SimpleNamespace(**{**vars(torch), "float32": torch.float64})
+                patched.setattr(position_encoding, "torch", torch_float64)
+                patched.setattr(deformable_transformer, "torch", torch_float64)
+                patched.setattr(torch.Tensor, "float", torch.Tensor.double)
             yield
 
     yield types.SimpleNamespace(
@@ -229,8 +226,8 @@ def official_code():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_official_code_gives_the_same(official_code, name, tmp_path):
-    """At full size, in both directions; what their modules themselves save, and what we write for them."""
+def test_official_code_gives_equal_outputs(official_code, name, tmp_path):
+    """Full size, with checkpoints written by the official modules and by us."""
     torch.manual_seed(0)
     model = randomized(DeformableDETR(presets.PRESETS[name](backbone_weights="none")))
     official_format.save(model, tmp_path)
@@ -239,26 +236,26 @@ def test_the_official_code_gives_the_same(official_code, name, tmp_path):
     torch.save({"model": randomized(theirs, seed=2).state_dict(), "args": values["args"]}, tmp_path / "theirs.pth")
     for path in (tmp_path / "theirs.pth", tmp_path / official_format.FILE):
         theirs.float().load_state_dict(torch.load(path, weights_only=False)["model"], strict=True)
-        here = DeformableDETR.from_pretrained(path)
+        ours = DeformableDETR.from_pretrained(path)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
             pixels, mask = batch(dtype)
             with torch.no_grad(), official_code.precision(dtype):
-                found = here.to(dtype)(pixels, mask)
+                actual = ours.to(dtype)(pixels, mask)
                 expected = theirs.to(dtype).eval()(official_code.Nested(pixels, mask))
-            pairs = {"logits": ("pred_logits", found["pred_logits"]), "boxes": ("pred_boxes", found["pred_boxes"])}
-            for what, (key, value) in pairs.items():
-                assert (expected[key] - value).abs().max() <= tolerance, what
+            pairs = {"logits": ("pred_logits", actual["pred_logits"]), "boxes": ("pred_boxes", actual["pred_boxes"])}
+            for output, (key, value) in pairs.items():
+                assert (expected[key] - value).abs().max() <= tolerance, output
             for layer, outputs in enumerate(expected["aux_outputs"]):
-                assert (outputs["pred_logits"] - found["layer_logits"][layer]).abs().max() <= tolerance
-                assert (outputs["pred_boxes"] - found["layer_boxes"][layer]).abs().max() <= tolerance
+                assert (outputs["pred_logits"] - actual["layer_logits"][layer]).abs().max() <= tolerance
+                assert (outputs["pred_boxes"] - actual["layer_boxes"][layer]).abs().max() <= tolerance
             if name == "two-stage":
-                proposed = expected["enc_outputs"]
-                assert (proposed["pred_logits"] - found["encoder_logits"]).abs().max() <= tolerance
+                proposals = expected["enc_outputs"]
+                assert (proposals["pred_logits"] - actual["encoder_logits"]).abs().max() <= tolerance
             assert expected["pred_logits"].std() > 0.1
             sizes = torch.tensor([[480, 640], [300, 500], [333, 444]])
-            for there, chosen in zip(
+            for theirs_selected, selected in zip(
                 official_code.PostProcess()(expected, sizes), postprocess(expected, sizes.tolist()), strict=True
             ):
-                assert torch.equal(there["scores"], chosen.scores)
-                assert torch.equal(there["labels"], chosen.labels)
-                assert torch.equal(there["boxes"], chosen.boxes)
+                assert torch.equal(theirs_selected["scores"], selected.scores)
+                assert torch.equal(theirs_selected["labels"], selected.labels)
+                assert torch.equal(theirs_selected["boxes"], selected.boxes)

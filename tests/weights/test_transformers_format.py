@@ -1,4 +1,4 @@
-"""Transformers repositories: keys, configs and image processors in all their forms, and what has no equivalent."""
+"""Transformers repositories: keys, configs, image processors, and settings without an equivalent."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.support.weights import (
 )
 
 
-def test_the_checkpoint_of_a_repository(shared_repo):
+def test_checkpoint_of_a_repository(shared_repo):
     checkpoint = read_checkpoint(shared_repo)
     model, state = checkpoint.build(DeformableDETR)
     assert type(model) is DeformableDETR
@@ -30,7 +30,7 @@ def test_the_checkpoint_of_a_repository(shared_repo):
     assert checkpoint.config.num_classes == TINY["num_labels"]
 
 
-def test_missing_keys_have_transformers_defaults(tmp_path):
+def test_missing_config_keys_have_transformers_defaults(tmp_path):
     transformers.DeformableDetrConfig().save_pretrained(tmp_path)
     defaults = json.loads((tmp_path / "config.json").read_text())
     expected = transformers_format.read_config({**defaults, "backbone_config": None}, {}, tmp_path)
@@ -39,7 +39,7 @@ def test_missing_keys_have_transformers_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["plain", "two-stage"])
-def test_keys_of_modules_in_memory_and_of_older_releases(variant, tmp_path):
+def test_keys_of_older_releases(variant, tmp_path):
     model = tiny_transformers_model(variant)
     model.save_pretrained(tmp_path)
     expected = DeformableDETR.from_pretrained(tmp_path)
@@ -50,7 +50,7 @@ def test_keys_of_modules_in_memory_and_of_older_releases(variant, tmp_path):
 
 
 def test_class_heads_per_layer_without_two_stage(tmp_path):
-    """Transformers 5 ties them when it makes a model, but published repositories have one per layer."""
+    """Transformers 5 ties the heads of new models, but published repositories have one per layer."""
     model = tiny_transformers_model("refine")
     model.save_pretrained(tmp_path)
     tensors = read_tensors(tmp_path)
@@ -62,7 +62,7 @@ def test_class_heads_per_layer_without_two_stage(tmp_path):
     ours = DeformableDETR.from_pretrained(tmp_path)
     assert not torch.equal(ours.decoder.heads.classes[0].bias, ours.decoder.heads.classes[2].bias)
     compare(theirs.eval(), ours, torch.float64)
-    del tensors["class_embed.1.bias"]  # missing in the middle: not tied
+    del tensors["class_embed.1.bias"]  # a gap means that the heads are not tied
     write_tensors(tmp_path, tensors)
     assert "lacks class_embed.1.bias" in load_error(tmp_path)
 
@@ -115,8 +115,8 @@ def test_class_names(repo, id2label, names):
 def test_image_processor(shared_repo, tmp_path, values, expected):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
     fields = transformers_format.read_processor(tmp_path)
-    described = json.loads((shared_repo / "config.json").read_text())
-    config = transformers_format.read_config(described, fields, tmp_path)
+    config_values = json.loads((shared_repo / "config.json").read_text())
+    config = transformers_format.read_config(config_values, fields, tmp_path)
     assert config.pixel_mean is not None
     assert config.pixel_std is not None
     assert (config.image_size, config.long_side) == expected[:2]
@@ -134,7 +134,7 @@ def test_image_processor(shared_repo, tmp_path, values, expected):
         ('{"size": {"shortest_edge": 0}}', "pixels"),
     ],
 )
-def test_image_processors_without_meaning(tmp_path, values, message):
+def test_invalid_image_processor_is_reported(tmp_path, values, message):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(values)
     with pytest.raises(UserError, match=message) as caught:
@@ -143,7 +143,7 @@ def test_image_processors_without_meaning(tmp_path, values, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
-def test_weights_in_low_precision(dtype, shared_repo, repo):
+def test_low_precision_weights(dtype, shared_repo, repo):
     tensors = read_tensors(repo)
     write_tensors(repo, {key: v.to(dtype) if v.is_floating_point() else v for key, v in tensors.items()})
     state = DeformableDETR.from_pretrained(repo).state_dict()
@@ -152,7 +152,7 @@ def test_weights_in_low_precision(dtype, shared_repo, repo):
         assert torch.equal(state[name], value.to(dtype).to(value.dtype) if value.is_floating_point() else value)
 
 
-def test_weights_in_double_precision(repo):
+def test_double_precision_weights(repo):
     model = tiny_transformers_model().double()
     model.save_pretrained(repo)
     ours = DeformableDETR.from_pretrained(repo)
@@ -161,15 +161,15 @@ def test_weights_in_double_precision(repo):
 
 
 @pytest.mark.parametrize("saved", ["[" * 99999, '{"num_classes": 2, "category_ids": [1, 2], "backbone": "x"}'])
-def test_our_config_in_the_header_is_ignored_if_it_does_not_fit(saved, shared_repo, repo):
+def test_mismatched_embedded_config_is_ignored(saved, shared_repo, repo):
     write_tensors(repo, read_tensors(repo), **{"deformable-detr": saved})
     expected, model = DeformableDETR.from_pretrained(shared_repo), DeformableDETR.from_pretrained(repo)
     assert model.config == expected.config
     assert equal_weights(expected, model)
 
 
-def test_configs_that_still_load(shared_repo, repo):
-    """Symbolic links as in the hub's cache, a byte order mark, unknown keys, no optional ones, no image processor."""
+def test_unusual_valid_configs_load(shared_repo, repo):
+    """Symbolic links as in the hub cache, a byte order mark, unknown keys, no optional keys, no image processor."""
     path = repo / "config.json"
     values = json.loads(path.read_text())
     values = {key: value for key, value in values.items() if key not in ("architectures", "dtype", "label2id")}
@@ -191,14 +191,14 @@ def test_configs_that_still_load(shared_repo, repo):
         (b'{"num_queries": ' + b"9" * 5000 + b"}", "not valid JSON"),
     ],
 )
-def test_broken_configs(repo, content, message):
+def test_malformed_config_is_reported(repo, content, message):
     (repo / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         DeformableDETR.from_pretrained(repo)
     assert str(repo / "config.json") in str(caught.value)
 
 
-def test_a_huge_config(repo):
+def test_huge_config_is_rejected(repo):
     os.truncate(repo / "config.json", 2**33)
     assert "8192 MiB" in load_error(repo)
 
@@ -247,7 +247,7 @@ TIMM = {"model_type": "timm_backbone", "backbone": "test_resnet", "out_indices":
         ({"backbone_config": 7}, "backbone_config"),
     ],
 )
-def test_configs_without_an_equivalent(repo, changes, message):
+def test_unsupported_configs_are_rejected(repo, changes, message):
     edit_json(repo / "config.json", **changes)
     with pytest.raises(UserError, match=message) as caught:
         DeformableDETR.from_pretrained(repo)
@@ -255,7 +255,7 @@ def test_configs_without_an_equivalent(repo, changes, message):
     assert str(repo) in str(caught.value) or "backbone" in str(caught.value)
 
 
-def test_tensors_that_do_not_fit(repo):
+def test_mismatched_tensors_are_reported(repo):
     tensors = read_tensors(repo)
     name, attention = "model.encoder.layers.0.fc1.weight", "model.decoder.layers.0.self_attn"
     cases = {
@@ -271,6 +271,6 @@ def test_tensors_that_do_not_fit(repo):
     }
     for message, changed in cases.items():
         save_file(changed, repo / "model.safetensors", metadata={"format": "pt"})
-        refused = load_error(repo)
-        assert message in refused
-        assert str(repo / "model.safetensors") in refused
+        error = load_error(repo)
+        assert message in error
+        assert str(repo / "model.safetensors") in error
