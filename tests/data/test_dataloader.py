@@ -1,4 +1,4 @@
-"""Batches: the canvas, the order and the random choices, errors through worker processes."""
+"""Batches: collation, order, random state, errors in worker processes and the batch sampler."""
 
 import multiprocessing
 import pickle
@@ -22,8 +22,8 @@ from deformable_detr.utils.errors import UserError
 from tests.support.plain_images import PlainImages
 
 
-class Squares(Dataset):
-    """Images of different sizes; the pixels and boxes are drawn at random at each reading."""
+class RandomImages(Dataset):
+    """Images of different sizes with random pixels and boxes at each read."""
 
     def __init__(self, length=10, broken=()):
         self.length, self.broken = length, broken
@@ -41,11 +41,11 @@ class Squares(Dataset):
         )
 
 
-def load(dataset, *options, **more):
-    return build_dataloader(dataset, LoaderOptions(*options, **more))
+def load(dataset, *args, **options):
+    return build_dataloader(dataset, LoaderOptions(*args, **options))
 
 
-class Crash(Squares):
+class CrashingDataset(RandomImages):
     def __getitem__(self, index):
         raise ZeroDivisionError("a fault of ours")
 
@@ -61,14 +61,14 @@ def contents(batches):
     ]
 
 
-def equal(one, other):
-    return len(one) == len(other) and all(
+def same_contents(first, second):
+    return len(first) == len(second) and all(
         a[0].shape == b[0].shape
         and torch.equal(a[0], b[0])
         and torch.equal(a[1], b[1])
         and [t[:3] for t in a[2]] == [t[:3] for t in b[2]]
         and all(torch.equal(s[3], t[3]) for s, t in zip(a[2], b[2], strict=True))
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(first, second, strict=True)
     )
 
 
@@ -77,7 +77,7 @@ def ids(batches):
 
 
 def test_collate():
-    samples = [Squares()[index] for index in (0, 9, 4)]
+    samples = [RandomImages()[index] for index in (0, 9, 4)]
     images, targets = collate(samples)
     assert images.pixels.shape == (3, 3, 13, 20)
     assert images.pixels.dtype == torch.uint8
@@ -97,20 +97,20 @@ def test_collate():
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_change_nothing(method):
-    data = Squares()
-    plain, worked = (load(data, 4, workers, shuffle=True, seed=7) for workers in (0, 2))
-    worked.multiprocessing_context = multiprocessing.get_context(method)
+def test_workers_do_not_change_the_batches(method):
+    data = RandomImages()
+    serial, parallel = (load(data, 4, workers, shuffle=True, seed=7) for workers in (0, 2))
+    parallel.multiprocessing_context = multiprocessing.get_context(method)
     for epoch in (0, 1, 5):
-        plain.sampler.set_epoch(epoch)
-        worked.sampler.set_epoch(epoch)
-        one, other = contents(plain), contents(worked)
-        assert equal(one, other)
-        assert len(one) == len(plain) == 3
+        serial.sampler.set_epoch(epoch)
+        parallel.sampler.set_epoch(epoch)
+        first, second = contents(serial), contents(parallel)
+        assert same_contents(first, second)
+        assert len(first) == len(serial) == 3
 
 
-def test_order_and_choices_follow_seed_and_epoch():
-    data = Squares()
+def test_order_and_augmentation_depend_on_seed_and_epoch():
+    data = RandomImages()
 
     def epoch(seed, number):
         batches = load(data, 4, shuffle=True, seed=seed)
@@ -119,48 +119,48 @@ def test_order_and_choices_follow_seed_and_epoch():
 
     first = epoch(0, 1)
     torch.manual_seed(99)
-    assert equal(first, epoch(0, 1))
-    assert not equal(first, epoch(0, 0))
-    assert not equal(first, epoch(1, 0))
+    assert same_contents(first, epoch(0, 1))
+    assert not same_contents(first, epoch(0, 0))
+    assert not same_contents(first, epoch(1, 0))
     assert sorted(n for batch in first for n, *_ in batch[2]) == list(range(100, 110))
 
-    still = load(data, 4)
-    once = contents(still)
-    assert ids(still) == list(range(10))
-    assert equal(once, contents(still)), "one epoch is the same however often it is read"
-    still.sampler.set_epoch(1)
-    assert not equal(once, contents(still)), "another epoch draws anew"
+    unshuffled = load(data, 4)
+    original = contents(unshuffled)
+    assert ids(unshuffled) == list(range(10))
+    assert same_contents(original, contents(unshuffled)), "rereading an epoch gives the same samples"
+    unshuffled.sampler.set_epoch(1)
+    assert not same_contents(original, contents(unshuffled)), "another epoch gives other samples"
 
 
-def test_the_callers_random_numbers_are_left_alone():
+def test_global_random_state_is_not_changed():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    list(load(Squares(), 4, shuffle=True))
+    list(load(RandomImages(), 4, shuffle=True))
     assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_user_errors_arrive_as_one_line(workers):
+def test_user_errors_are_one_line(workers):
     with pytest.raises(UserError) as caught:
-        list(load(Squares(broken=(6,)), 4, workers))
+        list(load(RandomImages(broken=(6,)), 4, workers))
     assert str(caught.value) == "image-6.jpg: cannot be read"
-    assert len(ids(load(Squares(), 4, workers))) == 10
+    assert len(ids(load(RandomImages(), 4, workers))) == 10
 
 
-def test_other_errors_keep_their_traceback():
+def test_other_errors_are_not_changed():
     with pytest.raises(ZeroDivisionError, match="a fault of ours"):
-        list(load(Crash(), 4, 1))
+        list(load(CrashingDataset(), 4, 1))
 
 
-def test_leaving_an_epoch_early():
-    batches = load(Squares(), 2, 1)
+def test_epoch_can_be_abandoned():
+    batches = load(RandomImages(), 2, 1)
     assert ids([next(iter(batches))]) == [0, 1]
     assert ids(batches) == list(range(10))
 
 
 def test_samples_without_objects():
-    images, targets = next(iter(load(Squares(1), 4, 0)))
+    images, targets = next(iter(load(RandomImages(1), 4, 0)))
     assert len(images) == 1
     assert targets[0].boxes.shape == (0, 4)
     assert targets[0].labels.dtype == torch.int64
@@ -170,19 +170,19 @@ def test_samples_without_objects():
 # --- the sampler
 
 
-def indices(sampler):
+def batch_indices(sampler):
     return [[key.index for key in batch] for batch in sampler]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("total_batch_size", [None, 4, 6, 11])
-def test_every_image_is_seen_once_by_one_process(size, total_batch_size):
+def test_each_image_is_read_once_by_one_process(size, total_batch_size):
     options = LoaderOptions(2, shuffle=True, total_batch_size=total_batch_size, world_size=size)
     samplers = [DistributedBatchSampler(23, replace(options, rank=rank)) for rank in range(size)]
-    batches = [indices(sampler) for sampler in samplers]
-    assert sorted(index for own in batches for batch in own for index in batch) == list(range(23))
-    assert len({len(own) for own in batches}) == 1, "all have equally many passes"
-    assert max(len(batch) for own in batches for batch in own) <= 2
+    batches = [batch_indices(sampler) for sampler in samplers]
+    assert sorted(index for rank_batches in batches for batch in rank_batches for index in batch) == list(range(23))
+    assert len({len(rank_batches) for rank_batches in batches}) == 1, "every rank has as many micro-batches"
+    assert max(len(batch) for rank_batches in batches for batch in rank_batches) <= 2
     assert (
         len(batches[0])
         == len(samplers[0])
@@ -190,30 +190,30 @@ def test_every_image_is_seen_once_by_one_process(size, total_batch_size):
     )
 
 
-def test_steps_are_the_same_images_in_any_number_of_processes():
+def test_steps_contain_the_same_images_for_any_world_size():
     def steps(size, batch_size):
         options = LoaderOptions(batch_size, shuffle=True, seed=3, total_batch_size=8, world_size=size)
         samplers = [DistributedBatchSampler(22, replace(options, rank=rank)) for rank in range(size)]
-        found = [[] for _ in range(samplers[0].num_steps)]
+        images_per_step = [[] for _ in range(samplers[0].num_steps)]
         for sampler in samplers:
-            batches = iter(indices(sampler))
-            for step, seen in enumerate(found):
-                seen.extend(index for _ in range(sampler.micro_batches(step)) for index in next(batches))
-        return [sorted(seen) for seen in found]
+            batches = iter(batch_indices(sampler))
+            for step, images in enumerate(images_per_step):
+                images.extend(index for _ in range(sampler.micro_batches(step)) for index in next(batches))
+        return [sorted(images) for images in images_per_step]
 
     assert steps(1, 8) == steps(1, 3) == steps(2, 4) == steps(3, 1)
 
 
-def test_an_epoch_resumes_at_any_step():
+def test_epoch_resumes_at_any_step():
     for sample_size in (None, lambda key: (1 + key.index % 7, 1 + key.index % 11)):
         sampler = DistributedBatchSampler(200, LoaderOptions(2, shuffle=True, seed=5, total_batch_size=4), sample_size)
         sampler.set_epoch(2)
-        whole = indices(sampler)
+        full_epoch = batch_indices(sampler)
         for skip in (1, POOL_STEPS, POOL_STEPS + 3):
             sampler.set_epoch(2, start_step=skip)
-            assert indices(sampler) == whole[2 * skip :]
+            assert batch_indices(sampler) == full_epoch[2 * skip :]
         sampler.set_epoch(2, start_step=1, step_stride=3)
-        assert indices(sampler)[:2] == whole[2:4]
+        assert batch_indices(sampler)[:2] == full_epoch[2:4]
 
 
 def padding(batches):
@@ -222,19 +222,21 @@ def padding(batches):
     )
 
 
-def test_buckets_have_less_padding_and_all_images():
+def test_aspect_ratio_grouping_reduces_padding_and_keeps_all_images():
     data = PlainImages(transform=TrainTransform(64, 128))
-    plain, bucketed = (list(load(data, 4, shuffle=True, aspect_ratio_grouping=grouping)) for grouping in (False, True))
-    assert padding(bucketed) < 0.5 * padding(plain)
-    assert [len(images) for images, _ in bucketed] == [len(images) for images, _ in plain]
-    again = list(load(data, 4, shuffle=True, aspect_ratio_grouping=True))
-    assert all(torch.equal(a[0].pixels, b[0].pixels) for a, b in zip(bucketed, again, strict=True))
+    ungrouped, grouped = (
+        list(load(data, 4, shuffle=True, aspect_ratio_grouping=grouping)) for grouping in (False, True)
+    )
+    assert padding(grouped) < 0.5 * padding(ungrouped)
+    assert [len(images) for images, _ in grouped] == [len(images) for images, _ in ungrouped]
+    repeated = list(load(data, 4, shuffle=True, aspect_ratio_grouping=True))
+    assert all(torch.equal(a[0].pixels, b[0].pixels) for a, b in zip(grouped, repeated, strict=True))
 
 
-def test_the_size_of_a_sample_is_known_beforehand():
+def test_sample_size_is_known_before_reading():
     data = PlainImages(40, transform=TrainTransform(64, 128))
     batches = load(data, 1, shuffle=True, aspect_ratio_grouping=True)
     sample_size = batches.sampler.sample_size
     for keys, (images, _) in zip(batches.sampler, batches, strict=True):
         assert sample_size(keys[0]) == images.pixels.shape[-2:]
-    assert sample_size(SampleKey(0, 3)) != sample_size(SampleKey(1, 3)), "another epoch, other choices"
+    assert sample_size(SampleKey(0, 3)) != sample_size(SampleKey(1, 3)), "depends on the epoch"

@@ -1,4 +1,4 @@
-"""Where a set's files are found: the layouts people have, and what is said where there is none."""
+"""Discovery of a dataset's files: common folder layouts, and the errors if no file is found."""
 
 import json
 import re
@@ -15,8 +15,8 @@ from deformable_detr.utils.errors import UserError
 from deformable_detr.utils.images import read_image, read_size
 
 
-def put(json_path, image_folder, names, prefix=""):
-    """A COCO JSON at one place and its (tiny) images at another."""
+def write_coco(json_path, image_folder, names, prefix=""):
+    """Write COCO JSON to one path and tiny images to another folder."""
     image_folder.mkdir(parents=True, exist_ok=True)
     json_path.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -29,18 +29,18 @@ def put(json_path, image_folder, names, prefix=""):
     json_path.write_text(json.dumps(content))
 
 
-def read(root, split, **data):
-    """File names of a split, its images opened."""
-    found = open_dataset(root, split, DataConfig(**data))
-    for number in range(len(found)):
-        assert found[number][0].shape == (3, 6, 8)
-    return [found.path(number).name for number in range(len(found))]
+def read_split(root, split, **data):
+    """Open all images of a split and return their file names."""
+    dataset = open_dataset(root, split, DataConfig(**data))
+    for number in range(len(dataset)):
+        assert dataset[number][0].shape == (3, 6, 8)
+    return [dataset.path(number).name for number in range(len(dataset))]
 
 
 @pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
-def test_endings_of_images(tmp_path, suffix):
+def test_image_suffixes(tmp_path, suffix):
     if suffix == ".avif" and not features.check("avif"):
-        pytest.skip("this Pillow reads no AVIF")
+        pytest.skip("this Pillow build has no AVIF support")
     file = tmp_path / f"a{suffix.upper()}"
     Image.new({".pbm": "1", ".pgm": "L"}.get(suffix, "RGB"), (8, 6), "white").save(file)
     assert is_image(file.name)
@@ -49,7 +49,7 @@ def test_endings_of_images(tmp_path, suffix):
     assert folder_images(tmp_path) == [file]
 
 
-def test_the_endings_of_images_are_documented():
+def test_image_suffixes_are_documented():
     page = (Path(__file__).parents[2] / "docs/check.md").read_text()
     listed = page.partition("finds these suffixes: ")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\.\w+)`", listed)) == IMAGE_SUFFIXES
@@ -58,32 +58,32 @@ def test_the_endings_of_images_are_documented():
 @pytest.mark.parametrize("folder", ["val", "valid", "validation"])
 def test_roboflow(tmp_path, folder):
     for split in ("train", folder, "test"):
-        put(tmp_path / split / "_annotations.coco.json", tmp_path / split, [f"{split}.png"])
-    assert read(tmp_path, "train") == ["train.png"]
-    assert read(tmp_path, "test") == ["test.png"]
+        write_coco(tmp_path / split / "_annotations.coco.json", tmp_path / split, [f"{split}.png"])
+    assert read_split(tmp_path, "train") == ["train.png"]
+    assert read_split(tmp_path, "test") == ["test.png"]
     for name in ("val", "valid", "validation"):
-        assert read(tmp_path, name) == [f"{folder}.png"]
+        assert read_split(tmp_path, name) == [f"{folder}.png"]
 
 
-def test_split_folders_in_capitals(tmp_path):
+def test_split_folders_are_case_insensitive(tmp_path):
     for folder in ("Train", "VALID"):
-        put(tmp_path / folder / "_annotations.coco.json", tmp_path / folder, [f"{folder}.png"])
-    assert read(tmp_path, "train") == ["Train.png"]
-    assert read(tmp_path, "val") == ["VALID.png"]
+        write_coco(tmp_path / folder / "_annotations.coco.json", tmp_path / folder, [f"{folder}.png"])
+    assert read_split(tmp_path, "train") == ["Train.png"]
+    assert read_split(tmp_path, "val") == ["VALID.png"]
 
 
 @pytest.mark.parametrize("images", ["{}2017", "images/{}2017", "images/{}", "{}", "images", ""])
 def test_coco(tmp_path, images):
     for split in ("train", "val"):
-        put(
+        write_coco(
             tmp_path / f"annotations/instances_{split}2017.json",
             tmp_path / images.format(split),
             [f"{split}-1.png", f"{split}-2.png"],
         )
-        # These lie in the same folder in the published set.
+        # The published dataset has these in the same folder.
         (tmp_path / f"annotations/captions_{split}2017.json").write_text("{}")
-    assert read(tmp_path, "train") == ["train-1.png", "train-2.png"]
-    assert read(tmp_path, "val") == ["val-1.png", "val-2.png"]
+    assert read_split(tmp_path, "train") == ["train-1.png", "train-2.png"]
+    assert read_split(tmp_path, "val") == ["val-1.png", "val-2.png"]
 
 
 @pytest.mark.parametrize(
@@ -98,44 +98,48 @@ def test_coco(tmp_path, images):
     ],
 )
 def test_other_file_names(tmp_path, train, val):
-    put(tmp_path / train, tmp_path / "images", ["a.png"], prefix="images/" if "labels" not in train else "../images/")
-    put(tmp_path / val, tmp_path / "images", ["b.png"], prefix="images/" if "labels" not in val else "../images/")
-    assert read(tmp_path, "train") == ["a.png"]
-    assert read(tmp_path, "val") == ["b.png"]
+    write_coco(
+        tmp_path / train, tmp_path / "images", ["a.png"], prefix="images/" if "labels" not in train else "../images/"
+    )
+    write_coco(
+        tmp_path / val, tmp_path / "images", ["b.png"], prefix="images/" if "labels" not in val else "../images/"
+    )
+    assert read_split(tmp_path, "train") == ["a.png"]
+    assert read_split(tmp_path, "val") == ["b.png"]
 
 
-def test_split_by_its_own_name(tmp_path):
-    put(tmp_path / "fold1/_annotations.coco.json", tmp_path / "fold1", ["one.png"])
-    put(tmp_path / "annotations/instances_fold10.json", tmp_path / "fold10", ["ten.png"])
-    assert read(tmp_path, "fold1") == ["one.png"]
-    assert read(tmp_path, "fold10") == ["ten.png"]
-    assert read(tmp_path, "fold1", val_split="fold1") == ["one.png"]
+def test_custom_split_names(tmp_path):
+    write_coco(tmp_path / "fold1/_annotations.coco.json", tmp_path / "fold1", ["one.png"])
+    write_coco(tmp_path / "annotations/instances_fold10.json", tmp_path / "fold10", ["ten.png"])
+    assert read_split(tmp_path, "fold1") == ["one.png"]
+    assert read_split(tmp_path, "fold10") == ["ten.png"]
+    assert read_split(tmp_path, "fold1", val_split="fold1") == ["one.png"]
     with pytest.raises(UserError, match="no 'val' split"):
-        read(tmp_path, "val")
+        read_split(tmp_path, "val")
 
 
-def test_root_is_a_split_folder_or_a_file(tmp_path):
-    put(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["t.png"])
-    put(tmp_path / "cards/_annotations.coco.json", tmp_path / "cards", ["c.png"])
-    put(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017", ["v.png"])
-    assert read(tmp_path / "train", "train") == ["t.png"]
-    assert read(tmp_path / "train/_annotations.coco.json", "train") == ["t.png"]
-    assert read(tmp_path / "annotations/instances_val2017.json", "val") == ["v.png"]
-    assert read(str(tmp_path / "annotations/instances_val2017.json"), "valid") == ["v.png"]
-    for split in ("train", "val"):  # it names no split
-        assert read(tmp_path / "cards", split) == ["c.png"]
-        assert read(tmp_path / "cards/_annotations.coco.json", split) == ["c.png"]
+def test_root_may_be_a_split_folder_or_a_file(tmp_path):
+    write_coco(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["t.png"])
+    write_coco(tmp_path / "cards/_annotations.coco.json", tmp_path / "cards", ["c.png"])
+    write_coco(tmp_path / "annotations/instances_val2017.json", tmp_path / "val2017", ["v.png"])
+    assert read_split(tmp_path / "train", "train") == ["t.png"]
+    assert read_split(tmp_path / "train/_annotations.coco.json", "train") == ["t.png"]
+    assert read_split(tmp_path / "annotations/instances_val2017.json", "val") == ["v.png"]
+    assert read_split(str(tmp_path / "annotations/instances_val2017.json"), "valid") == ["v.png"]
+    for split in ("train", "val"):  # the name is not a split
+        assert read_split(tmp_path / "cards", split) == ["c.png"]
+        assert read_split(tmp_path / "cards/_annotations.coco.json", split) == ["c.png"]
     with pytest.raises(UserError, match="train: no 'val' split"):
-        read(tmp_path / "train", "val")
+        read_split(tmp_path / "train", "val")
     with pytest.raises(UserError, match=r"_annotations\.coco\.json is not the 'val' split by its name"):
-        read(tmp_path / "train/_annotations.coco.json", "val")
+        read_split(tmp_path / "train/_annotations.coco.json", "val")
     with pytest.raises(UserError, match=r"instances_val2017\.json is not the 'train' split by its name"):
-        read(tmp_path / "annotations/instances_val2017.json", "train")
+        read_split(tmp_path / "annotations/instances_val2017.json", "train")
 
 
-def test_training_images_are_no_validation(tmp_path):
-    put(tmp_path / "cards/_annotations.coco.json", tmp_path / "cards", ["c.png"])
-    put(tmp_path / "more/_annotations.coco.json", tmp_path / "more", ["c.png"])
+def test_same_images_for_both_splits_are_rejected(tmp_path):
+    write_coco(tmp_path / "cards/_annotations.coco.json", tmp_path / "cards", ["c.png"])
+    write_coco(tmp_path / "more/_annotations.coco.json", tmp_path / "more", ["c.png"])
     train, val = (open_dataset(tmp_path / "cards", split) for split in ("train", "val"))
     with pytest.raises(UserError, match="would be both the training and the validation split"):
         ensure_distinct_splits(train, val, tmp_path)
@@ -143,25 +147,25 @@ def test_training_images_are_no_validation(tmp_path):
 
 
 def test_explicit_files(tmp_path, monkeypatch):
-    put(tmp_path / "notes/a.json", tmp_path / "photos", ["a.png"])
-    put(tmp_path / "notes/b.json", tmp_path / "more photos", ["b.png"])
-    given = {
+    write_coco(tmp_path / "notes/a.json", tmp_path / "photos", ["a.png"])
+    write_coco(tmp_path / "notes/b.json", tmp_path / "more photos", ["b.png"])
+    paths = {
         "images": "photos",
         "annotations": "notes/a.json",
         "val_images": str(tmp_path / "more photos"),
         "val_annotations": "notes/b.json",
     }
-    assert read(tmp_path, "train", **given) == ["a.png"]
-    assert read(tmp_path, "val", **given) == ["b.png"]
-    assert read(tmp_path, "holdout", **given, val_split="holdout") == ["b.png"]
+    assert read_split(tmp_path, "train", **paths) == ["a.png"]
+    assert read_split(tmp_path, "val", **paths) == ["b.png"]
+    assert read_split(tmp_path, "holdout", **paths, val_split="holdout") == ["b.png"]
     with pytest.raises(UserError, match="no 'test' split"):
-        read(tmp_path, "test", **given)
+        read_split(tmp_path, "test", **paths)
 
-    # Relative to where we are, where the set has no such path; images are looked for where none are given.
+    # Paths fall back to the working directory; the image folder is optional.
     monkeypatch.chdir(tmp_path)
-    assert read(tmp_path / "notes", "train", annotations="notes/a.json", images="photos") == ["a.png"]
-    put(tmp_path / "photos/c.json", tmp_path / "photos", ["c.png"])
-    assert read(tmp_path, "train", annotations="photos/c.json") == ["c.png"]
+    assert read_split(tmp_path / "notes", "train", annotations="notes/a.json", images="photos") == ["a.png"]
+    write_coco(tmp_path / "photos/c.json", tmp_path / "photos", ["c.png"])
+    assert read_split(tmp_path, "train", annotations="photos/c.json") == ["c.png"]
 
 
 @pytest.mark.parametrize(
@@ -181,53 +185,53 @@ def test_explicit_files(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_explicit_mistakes(tmp_path, data, message):
-    put(tmp_path / "a.json", tmp_path / "photos", ["a.png"])
+def test_invalid_explicit_files(tmp_path, data, message):
+    write_coco(tmp_path / "a.json", tmp_path / "photos", ["a.png"])
     with pytest.raises(UserError, match=message):
-        read(tmp_path, "train", **data)
-    assert read(tmp_path, "train", annotations="a.json", images="photos") == ["a.png"]
+        read_split(tmp_path, "train", **data)
+    assert read_split(tmp_path, "train", annotations="a.json", images="photos") == ["a.png"]
 
 
 def test_no_validation_split(tmp_path):
-    put(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["t.png"])
+    write_coco(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["t.png"])
     with pytest.raises(UserError) as caught:
-        read(tmp_path, "val")
+        read_split(tmp_path, "val")
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}: no 'val' split; searched val|valid|validation/_annotations.coco.json")
     assert "data.val_images and data.val_annotations" in message
     assert "\n" not in message
 
 
-def test_nothing_there(tmp_path):
+def test_missing_dataset_and_empty_folder(tmp_path):
     with pytest.raises(UserError, match="no 'train' split"):
-        read(tmp_path, "train")
+        read_split(tmp_path, "train")
     with pytest.raises(UserError, match="gone: no such dataset"):
-        read(tmp_path / "gone", "train")
+        read_split(tmp_path / "gone", "train")
 
 
-def test_a_file_of_something_else_is_no_annotation_file(tmp_path):
-    put(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["a.png"])
+def test_unrelated_json_file_is_ignored(tmp_path):
+    write_coco(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["a.png"])
     (tmp_path / "notes.json").write_text('{"categories": []}')
-    assert read(tmp_path, "train") == ["a.png"]
+    assert read_split(tmp_path, "train") == ["a.png"]
     with pytest.raises(UserError, match=r"no 'val' split; notes\.json has no list 'images'"):
-        read(tmp_path, "val")
-    (tmp_path / "notes.json").write_text('{"images": []}')  # part of what is wanted
+        read_split(tmp_path, "val")
+    (tmp_path / "notes.json").write_text('{"images": []}')  # incomplete COCO JSON
     with pytest.raises(UserError, match="no list 'annotations'; export"):
         open_dataset(tmp_path, "val")
 
 
-def test_several_files_for_a_split(tmp_path):
+def test_ambiguous_annotation_files(tmp_path):
     for year in (2014, 2017):
-        put(tmp_path / f"annotations/instances_val{year}.json", tmp_path / f"val{year}", [f"{year}.png"])
+        write_coco(tmp_path / f"annotations/instances_val{year}.json", tmp_path / f"val{year}", [f"{year}.png"])
     with pytest.raises(UserError, match=r"instances_val2014\.json, instances_val2017\.json"):
-        read(tmp_path, "val")
-    assert read(tmp_path, "val2014") == ["2014.png"]
-    assert read(tmp_path, "val2017") == ["2017.png"]
+        read_split(tmp_path, "val")
+    assert read_split(tmp_path, "val2014") == ["2014.png"]
+    assert read_split(tmp_path, "val2017") == ["2017.png"]
 
 
-def test_a_missing_image_is_named_before_training(tmp_path):
-    put(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["a.png", "b.png", "c.png", "d.png"])
-    assert len(read(tmp_path, "train")) == 4
+def test_missing_image_is_reported(tmp_path):
+    write_coco(tmp_path / "train/_annotations.coco.json", tmp_path / "train", ["a.png", "b.png", "c.png", "d.png"])
+    assert len(read_split(tmp_path, "train")) == 4
     (tmp_path / "train/c.png").unlink()
     with pytest.raises(
         UserError,
@@ -242,9 +246,9 @@ def test_a_missing_image_is_named_before_training(tmp_path):
 @pytest.mark.parametrize(
     "name", ["nul\0.png", "nul\0/a.png", "x" * 3000 + "/a.png", "x" * 3000, "train", "a.png/b.png"]
 )
-def test_names_that_can_be_no_file(tmp_path, name):
+def test_invalid_file_names_are_reported(tmp_path, name):
     path = tmp_path / "train/_annotations.coco.json"
-    put(path, tmp_path / "train", ["a.png"])
+    write_coco(path, tmp_path / "train", ["a.png"])
     content = json.loads(path.read_text())
     content["images"].append({"id": 9, "file_name": name})
     path.write_text(json.dumps(content))
@@ -254,11 +258,11 @@ def test_names_that_can_be_no_file(tmp_path, name):
 
 def test_each_folder_is_listed_once(tmp_path, monkeypatch):
     names = [f"{number}.png" for number in range(30)]
-    put(tmp_path / "annotations/instances_train.json", tmp_path / "train", names)
+    write_coco(tmp_path / "annotations/instances_train.json", tmp_path / "train", names)
     from deformable_detr.data import discovery
 
-    asked = []
-    real = discovery.os.listdir
-    monkeypatch.setattr(discovery.os, "listdir", lambda folder: asked.append(folder) or real(folder))
+    listed = []
+    original = discovery.os.listdir
+    monkeypatch.setattr(discovery.os, "listdir", lambda folder: listed.append(folder) or original(folder))
     assert len(open_dataset(tmp_path)) == 30
-    assert len(asked) == len(set(asked)) <= 4
+    assert len(listed) == len(set(listed)) <= 4

@@ -1,4 +1,4 @@
-"""YOLO and Pascal VOC sets give the same images, boxes and classes as the COCO JSON of the same objects."""
+"""YOLO and Pascal VOC datasets yield the same images, boxes and classes as the equivalent COCO JSON."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_yolo(tmp_path, layout):
     assert pickle.loads(pickle.dumps(train)).fingerprint == train.fingerprint
 
 
-def test_ground_truth_of_yolo_is_plain_coco(tmp_path):
+def test_yolo_ground_truth_is_coco(tmp_path):
     truth = open_dataset(write_yolo_dataset(tmp_path), "train").ground_truth
     assert [record["id"] for record in truth["images"]] == [1, 2, 3]
     assert {tuple(record) for record in truth["annotations"]} == {
@@ -51,7 +51,7 @@ def test_ground_truth_of_yolo_is_plain_coco(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "head",
+    "yaml_text",
     [
         "path: {root}\ntrain: images/train\nval: images/val\nnc: 2\nnames: [cat, dog]\n",
         "path: nowhere\ntrain: ../images/train\nval: ../images/val\nnames: {{0: cat, 1: dog}}\n",
@@ -60,8 +60,8 @@ def test_ground_truth_of_yolo_is_plain_coco(tmp_path):
         "path: .\ntrain: images\\train\nval: ..\\images\\val\nnc: '2'\nnames: {{'0': cat, \"1\": dog}}\n",
     ],
 )
-def test_ways_to_write_data_yaml(tmp_path, head):
-    write_yolo_dataset(tmp_path, head=head.format(root=tmp_path))
+def test_data_yaml_variants(tmp_path, yaml_text):
+    write_yolo_dataset(tmp_path, yaml_text=yaml_text.format(root=tmp_path))
     (tmp_path / "lists").mkdir()
     lines = ["./../images/train/a.png", "images/train/b.png", "", f"{tmp_path}/images/train/empty.png", ""]
     (tmp_path / "lists/train.txt").write_text("\n".join(lines))
@@ -71,7 +71,7 @@ def test_ways_to_write_data_yaml(tmp_path, head):
 
 
 @pytest.mark.parametrize(
-    ("head", "message"),
+    ("yaml_text", "message"),
     [
         ("names: [cat", "not valid YAML"),
         ("- a", "lacks the keys"),
@@ -87,22 +87,22 @@ def test_ways_to_write_data_yaml(tmp_path, head):
         ("val: images/val\nnames: [cat, dog]", "no 'train' split"),
     ],
 )
-def test_faults_of_data_yaml(tmp_path, head, message):
-    write_yolo_dataset(tmp_path, head=head)
+def test_invalid_data_yaml_is_reported(tmp_path, yaml_text, message):
+    write_yolo_dataset(tmp_path, yaml_text=yaml_text)
     with pytest.raises(UserError, match=message) as caught:
         open_dataset(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}/data.yaml: ")
     assert "\n" not in str(caught.value)
 
 
-def test_class_names_are_what_stands_there(tmp_path):
+def test_class_names_are_read_as_strings(tmp_path):
     names = ["yes", "no", "on", "off", "y", "null", "~", "007", "1e3", "1.0", "2020-01-01", "0x1f", "1_000", "="]
-    head = "train: images/train\nval: images/val\nnc: 14\n"
+    yaml_text = "train: images/train\nval: images/val\nnc: 14\n"
     for text in (f"names: [{', '.join(names)}]\n", "names:\n" + "".join(f"  {n}: {t}\n" for n, t in enumerate(names))):
-        write_yolo_dataset(tmp_path, head=head + text)
+        write_yolo_dataset(tmp_path, yaml_text=yaml_text + text)
         assert [category.name for category in open_dataset(tmp_path).categories] == names
     write_yolo_dataset(
-        tmp_path, head="a: &a {nc: 2, names: [cat, dog], test: }\n<<: *a\ntrain: images/train\nval: images/val\n"
+        tmp_path, yaml_text="a: &a {nc: 2, names: [cat, dog], test: }\n<<: *a\ntrain: images/train\nval: images/val\n"
     )
     assert read_objects(tmp_path, "train") == expected_objects("train")
     with pytest.raises(UserError, match="no 'test' split"):
@@ -111,9 +111,9 @@ def test_class_names_are_what_stands_there(tmp_path):
 
 def test_yolo_rows():
     assert read_row("1 0.5 0.5 0.5 0.25", 2) == (1, (0.25, 0.375, 0.75, 0.625))
-    assert read_row("0.0 0.1 0.2 0.9 0.2 0.5 0.8", 2) == (0, (0.1, 0.2, 0.9, 0.8)), "a polygon's box"
+    assert read_row("0.0 0.1 0.2 0.9 0.2 0.5 0.8", 2) == (0, (0.1, 0.2, 0.9, 0.8)), "box of a polygon"
     assert read_row("0 0 0 0 0", 1)[1] == (0, 0, 0, 0)
-    assert read_row("0 1.005 0.5 0.1 0.1", 1)[0] == 0, "rounding of the labeling tool"
+    assert read_row("0 1.005 0.5 0.1 0.1", 1)[0] == 0, "tolerates rounding by labeling tools"
     for row, message in {
         "0 0.5 0.5 0.5": "has 4 values", "0 0.1 0.1 0.2 0.2 0.3": "has 6 values", "0 a b c d": "instead of numbers",
         "2 0.5 0.5 0.1 0.1": "has class 2, but the classes are 0 to 1", "-1 0 0 0 0": "has class -1",
@@ -132,19 +132,19 @@ def test_yolo_rows_with_keypoints(tmp_path):
         with pytest.raises(ValueError, match=f"instead of class cx cy w h and {keypoints} keypoint values"):
             read_row(row, 2, keypoints)
     write_yolo_dataset(tmp_path)
-    head = (tmp_path / "data.yaml").read_text()
-    (tmp_path / "data.yaml").write_text(head + "kpt_shape: [2, 3]\n")
+    yaml_text = (tmp_path / "data.yaml").read_text()
+    (tmp_path / "data.yaml").write_text(yaml_text + "kpt_shape: [2, 3]\n")
     for labels in (tmp_path / "labels").rglob("*.txt"):
         rows = labels.read_text().splitlines()
         labels.write_text("".join(f"{row} 0.1 0.9 2 0.9 0.1 1\n" for row in rows))
     assert read_objects(tmp_path, "train") == expected_objects("train")
     for shape in ("17", "[17]", "[17, x]", "[0, 2]"):
-        (tmp_path / "data.yaml").write_text(head + f"kpt_shape: {shape}\n")
+        (tmp_path / "data.yaml").write_text(yaml_text + f"kpt_shape: {shape}\n")
         with pytest.raises(UserError, match=r"data\.yaml: 'kpt_shape' must be two integers"):
             open_dataset(tmp_path)
 
 
-def test_a_bad_row_is_named(tmp_path):
+def test_invalid_row_is_reported(tmp_path):
     write_yolo_dataset(tmp_path)
     labels = tmp_path / "labels/train/a.txt"
     labels.write_text(labels.read_text() + "\n0 0.5 0.5\n")
@@ -152,7 +152,7 @@ def test_a_bad_row_is_named(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_labels_lie_beside_or_in_labels(tmp_path):
+def test_label_folder_of_an_image_folder(tmp_path):
     for folder in ("images/x/labels/train", "labels/x/images/train", "images/y", "capital/Labels", "images/z/LABELS"):
         (tmp_path / folder).mkdir(parents=True)
     for images, labels in {
@@ -174,21 +174,21 @@ def test_labels_lie_beside_or_in_labels(tmp_path):
         ("set", "{kind}/x/images/{split}"),
     ],
 )
-def test_a_yolo_set_may_lie_below_images(tmp_path, root, layout):
+def test_yolo_dataset_below_a_folder_named_images(tmp_path, root, layout):
     write_yolo_dataset(tmp_path / root, layout)
     for split in ("train", "val"):
         assert read_objects(tmp_path / root, split) == expected_objects(split)
 
 
-def test_dots_in_names_of_yolo_images(tmp_path):
+def test_dots_in_yolo_image_names(tmp_path):
     write_yolo_dataset(tmp_path)
     for path in (tmp_path / "images/train/a.png", tmp_path / "labels/train/a.txt"):
         path.rename(path.with_stem("a.b"))
     assert read_objects(tmp_path, "train")["a.b"] == expected_objects("train")["a"]
 
 
-def test_folders_of_yolo_in_capitals(tmp_path):
-    write_yolo_dataset(tmp_path, head="train: Images/train\nval: Images/val\nnames: [cat, dog]\n")
+def test_yolo_folders_are_case_insensitive(tmp_path):
+    write_yolo_dataset(tmp_path, yaml_text="train: Images/train\nval: Images/val\nnames: [cat, dog]\n")
     for name in ("images", "labels"):
         (tmp_path / name).rename(tmp_path / name.title())
     for split in ("train", "val"):
@@ -196,19 +196,19 @@ def test_folders_of_yolo_in_capitals(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "ending"),
+    ("make", "suffix"),
     [(write_yolo_dataset, ".txt"), (partial(write_voc_dataset, flat=True), ".xml"), (write_voc_dataset, ".xml")],
 )
-def test_labels_with_endings_in_capitals(tmp_path, make, ending):
+def test_label_suffixes_are_case_insensitive(tmp_path, make, suffix):
     make(tmp_path)
     before = read_objects(tmp_path, "train")
     assert any(before.values())
-    for path in [path for path in tmp_path.rglob(f"*{ending}") if path.parent.name != "Main"]:
-        path.rename(path.with_suffix(ending.upper()))
+    for path in [path for path in tmp_path.rglob(f"*{suffix}") if path.parent.name != "Main"]:
+        path.rename(path.with_suffix(suffix.upper()))
     assert read_objects(tmp_path, "train") == before
 
 
-def test_yolo_boxes_are_those_of_the_upright_picture(tmp_path):
+def test_yolo_boxes_are_relative_to_the_upright_image(tmp_path):
     write_yolo_dataset(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -232,14 +232,14 @@ def test_voc(tmp_path, flat):
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("names", [("train", "val"), ("train2", "holdout")])
-def test_classes_of_voc_are_those_of_all_splits(tmp_path, flat, names):
+def test_voc_classes_are_collected_from_all_splits(tmp_path, flat, names):
     write_voc_dataset(tmp_path, flat)
     data = DataConfig(train_split=names[0], val_split=names[1])
     for old, new in zip(("train", "valid" if flat else "val"), names, strict=True):
-        place = tmp_path if flat else tmp_path / "ImageSets/Main"
-        (place / (old if flat else f"{old}.txt")).rename(place / (new if flat else f"{new}.txt"))
-    notes = tmp_path / names[1] / "c.xml" if flat else tmp_path / "Annotations/c.xml"
-    notes.write_text(notes.read_text().replace("dog", "ant"))
+        folder = tmp_path if flat else tmp_path / "ImageSets/Main"
+        (folder / (old if flat else f"{old}.txt")).rename(folder / (new if flat else f"{new}.txt"))
+    annotation_file = tmp_path / names[1] / "c.xml" if flat else tmp_path / "Annotations/c.xml"
+    annotation_file.write_text(annotation_file.read_text().replace("dog", "ant"))
     train = open_dataset(tmp_path, names[0], data)
     assert train.categories == (Category(1, "ant"), Category(2, "cat"), Category(3, "dog"))
     val = open_dataset(tmp_path, names[1], data, categories=train.categories)
@@ -247,18 +247,18 @@ def test_classes_of_voc_are_those_of_all_splits(tmp_path, flat, names):
     assert open_dataset(tmp_path, names[0], data, categories=train.categories[1:]).categories == train.categories[1:]
     with pytest.raises(UserError, match="which the model does not know"):
         open_dataset(tmp_path, names[1], data, categories=train.categories[1:])
-    notes.write_text("<broken")
+    annotation_file.write_text("<broken")
     assert [category.name for category in open_dataset(tmp_path, names[0], data).categories] == ["cat", "dog"]
 
 
-def test_classes_go_by_name_where_a_format_has_no_ids(tmp_path):
+def test_classes_are_matched_by_name_if_the_format_has_no_ids(tmp_path):
     model = (Category(5, "dog"), Category(9, "cat"), Category(11, "bird"))
     for make in (write_voc_dataset, write_yolo_dataset):
         root = make(tmp_path / make.__name__)
-        found = open_dataset(root, "val", categories=model)
-        assert found.categories == model
-        assert found[0][1].labels.tolist() == [1, 0]
-        assert {record["category_id"] for record in found.ground_truth["annotations"]} == {5, 9}
+        dataset = open_dataset(root, "val", categories=model)
+        assert dataset.categories == model
+        assert dataset[0][1].labels.tolist() == [1, 0]
+        assert {record["category_id"] for record in dataset.ground_truth["annotations"]} == {5, 9}
         with pytest.raises(UserError, match=r"has category \d+ \('dog'\), which the model does not know"):
             open_dataset(root, "val", categories=model[1:])
 
@@ -277,7 +277,7 @@ def test_classes_go_by_name_where_a_format_has_no_ids(tmp_path):
         (voc_xml("a.jpg", [(0, (1, 1, 2, 2))]).replace("cat", " "), r"object\[0\] has no name"),
     ],
 )
-def test_faults_of_voc_files(tmp_path, text, message):
+def test_invalid_voc_file_is_reported(tmp_path, text, message):
     write_voc_dataset(tmp_path)
     (tmp_path / "Annotations/a.xml").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
@@ -285,7 +285,7 @@ def test_faults_of_voc_files(tmp_path, text, message):
     assert str(caught.value).startswith(f"{tmp_path}/Annotations/a.xml: ")
 
 
-def test_voc_without_any_object(tmp_path):
+def test_voc_dataset_without_objects_is_rejected(tmp_path):
     write_voc_dataset(tmp_path)
     for path in (tmp_path / "Annotations").glob("*.xml"):
         path.write_text("<annotation/>")
@@ -293,7 +293,7 @@ def test_voc_without_any_object(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_missing_files_of_voc(tmp_path):
+def test_missing_voc_files_are_reported(tmp_path):
     write_voc_dataset(tmp_path)
     (tmp_path / "Annotations/b.xml").unlink()
     with pytest.raises(UserError, match=r"Annotations/b\.xml: is missing; add it or remove b from train\.txt"):
@@ -314,25 +314,25 @@ def test_missing_files_of_voc(tmp_path):
         ("card.jpg\ncard 1.jpg\ncard (1) train\n", ["card", "card 1", "card (1) train"]),
         ("card\ncard.jpg\n", ["card"]),
     ],
-    ids=["spaces", "file names", "the same again"],
+    ids=["spaces", "file names", "duplicate"],
 )
-def test_lines_of_a_voc_list(tmp_path, lines, stems):
+def test_voc_list_lines(tmp_path, lines, stems):
     for stem in ("card", "card 1", "card (1) train"):
         write_image(tmp_path / f"JPEGImages/{stem}.jpg")
-        notes = tmp_path / f"Annotations/{stem}.xml"
-        notes.parent.mkdir(exist_ok=True)
-        notes.write_text(voc_xml(f"{stem}.jpg", [(0, (len(stem), 2, 16, 10))], 1))
+        annotation_file = tmp_path / f"Annotations/{stem}.xml"
+        annotation_file.parent.mkdir(exist_ok=True)
+        annotation_file.write_text(voc_xml(f"{stem}.jpg", [(0, (len(stem), 2, 16, 10))], 1))
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
     (tmp_path / "ImageSets/Main/train.txt").write_text(lines)
-    found = read_objects(tmp_path, "train")
-    assert list(found) == stems
-    assert all(boxes == [("cat", [len(stem), 2, 16, 10])] for stem, boxes in found.items())
+    objects = read_objects(tmp_path, "train")
+    assert list(objects) == stems
+    assert all(boxes == [("cat", [len(stem), 2, 16, 10])] for stem, boxes in objects.items())
     (tmp_path / "ImageSets/Main/train.txt").write_text(lines + "card (2) 1\n")
     with pytest.raises(UserError, match=r"line \d names 'card \(2\) 1', but .* has no such image"):
         open_dataset(tmp_path)
 
 
-def test_voc_images_that_differ_only_in_their_suffixes_are_refused(tmp_path):
+def test_voc_images_with_the_same_stem_are_rejected(tmp_path):
     write_image(write_voc_dataset(tmp_path) / "JPEGImages/a.png")
     with pytest.raises(UserError, match=r"a\.png: has the name of a\.jpg but another suffix.*; rename or remove it"):
         open_dataset(tmp_path)
@@ -341,8 +341,8 @@ def test_voc_images_that_differ_only_in_their_suffixes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "make", [write_yolo_dataset, write_coco_dataset, write_voc_dataset, partial(write_voc_dataset, flat=True)]
 )
-def test_hidden_files_are_no_part_of_a_set(tmp_path, make):
-    root = make(tmp_path / ".cache" / "set")  # the set's own place may be hidden
+def test_hidden_files_are_ignored(tmp_path, make):
+    root = make(tmp_path / ".cache" / "set")  # a hidden parent folder is fine
     if make is write_coco_dataset:
         for split in ("train", "valid"):
             (root / split / "_annotations.coco.json").rename(root / split / "notes.json")
@@ -355,19 +355,19 @@ def test_hidden_files_are_no_part_of_a_set(tmp_path, make):
         assert read_objects(root, split) == expected_objects(split)
 
 
-def test_a_hidden_yaml_is_no_second_one(tmp_path):
+def test_hidden_yaml_is_ignored(tmp_path):
     (write_yolo_dataset(tmp_path) / "data.yaml").rename(tmp_path / "cards.yaml")
     (tmp_path / "._cards.yaml").write_bytes(b"\0")
     assert read_objects(tmp_path, "train") == expected_objects("train")
 
 
-def test_coco_json_comes_first(tmp_path):
+def test_coco_json_takes_precedence(tmp_path):
     write_yolo_dataset(write_coco_dataset(tmp_path))
     assert find_source(tmp_path, "train", DataConfig()).format == "coco"
     for json_file in tmp_path.rglob("*.coco.json"):
         json_file.unlink()
     (tmp_path / "train/classes.json").write_text("{}")
-    assert find_source(tmp_path, "train", DataConfig()).format == "yolo", "not a folder's only JSON file"
+    assert find_source(tmp_path, "train", DataConfig()).format == "yolo", "an unrelated JSON file is ignored"
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(
         UserError, match=r"no 'train' split; classes\.json has no list 'images'; add COCO JSON, a data\.yaml, or"
@@ -375,11 +375,11 @@ def test_coco_json_comes_first(tmp_path):
         find_source(tmp_path, "train", DataConfig())
 
 
-@pytest.mark.parametrize("reached", ["list", "path"])
-def test_a_yolo_set_reached_through_a_link(tmp_path, reached):
+@pytest.mark.parametrize("reference", ["list", "path"])
+def test_yolo_dataset_behind_a_symbolic_link(tmp_path, reference):
     root = write_yolo_dataset(tmp_path / "deep" / "down" / "set")
     text = (root / "data.yaml").read_text()
-    if reached == "list":
+    if reference == "list":
         files = sorted((root / "images" / "train").iterdir())
         (root / "train.txt").write_text("".join(f"{file}\n" for file in files))
         text = text.replace("train: images/train", "train: train.txt")
@@ -393,21 +393,23 @@ def test_a_yolo_set_reached_through_a_link(tmp_path, reached):
     assert [len(target.labels) for _, target in dataset] == [2, 1, 0]
 
 
-def test_yolo_folders_that_may_not_be_read_are_not_empty_ones(tmp_path, monkeypatch):
+def test_unreadable_yolo_folder_is_reported(tmp_path, monkeypatch):
     root = write_yolo_dataset(tmp_path)
     access, lstat, scandir, read_text = os.access, os.lstat, os.scandir, Path.read_text
 
     def forbid(folder):
-        """As the system does for a folder with the mode 000; root may read all."""
+        """Simulate a folder without permissions, which root could still read."""
 
-        def refused(path, itself=False):
-            if folder in Path(path).parents or (itself and folder == Path(path)):
+        def raise_if_forbidden(path, include_folder=False):
+            if folder in Path(path).parents or (include_folder and folder == Path(path)):
                 raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
-        monkeypatch.setattr(os, "scandir", lambda path: refused(path, itself=True) or scandir(path))
-        monkeypatch.setattr(os, "lstat", lambda path, **options: refused(path) or lstat(path, **options))
-        monkeypatch.setattr(Path, "read_text", lambda self, **options: refused(self) or read_text(self, **options))
+        monkeypatch.setattr(os, "scandir", lambda path: raise_if_forbidden(path, include_folder=True) or scandir(path))
+        monkeypatch.setattr(os, "lstat", lambda path, **options: raise_if_forbidden(path) or lstat(path, **options))
+        monkeypatch.setattr(
+            Path, "read_text", lambda self, **options: raise_if_forbidden(self) or read_text(self, **options)
+        )
 
     assert len(open_dataset(root)) == 3
     forbid(root / "images" / "train")
@@ -422,7 +424,7 @@ def test_yolo_folders_that_may_not_be_read_are_not_empty_ones(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("folder", ["", "JPEGImages", "Annotations"])
-def test_voc_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch, folder):
+def test_unreadable_voc_folder_is_reported(tmp_path, monkeypatch, folder):
     root = write_voc_dataset(tmp_path / "set")
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root / folder and access(path, mode))

@@ -1,4 +1,4 @@
-"""Mosaics: the image, its boxes, and when one is made."""
+"""Mosaic augmentation: image, boxes and probability."""
 
 import torch
 
@@ -8,38 +8,38 @@ from deformable_detr.data.transforms import TrainTransform
 from tests.support.plain_images import PlainImages, target
 
 
-def test_a_mosaic_shows_all_four_and_their_objects():
-    images = [torch.full((3, 40 + 10 * n, 60), 50 * n, dtype=torch.uint8) for n in range(4)]
-    samples = [(image, target([0.5, 0.5, 1.0, 1.0])) for image in images]
-    picture, merged = mosaic(samples, (100, 120), [0.5, 0.5])
-    assert picture.shape == (3, 100, 120)
+def test_mosaic_contains_four_images_and_their_objects():
+    tiles = [torch.full((3, 40 + 10 * n, 60), 50 * n, dtype=torch.uint8) for n in range(4)]
+    samples = [(image, target([0.5, 0.5, 1.0, 1.0])) for image in tiles]
+    image, merged = mosaic(samples, (100, 120), [0.5, 0.5])
+    assert image.shape == (3, 100, 120)
     assert len(merged.labels) == 4
     for number, (cx, cy, w, h) in enumerate(merged.boxes.tolist()):
         x, y = round((cx - w / 2) * 120), round((cy - h / 2) * 100)
-        part = picture[:, y : y + round(h * 100), x : x + round(w * 120)]
-        assert (part == 50 * number).all(), "each box is its image"
+        part = image[:, y : y + round(h * 100), x : x + round(w * 120)]
+        assert (part == 50 * number).all(), "each box covers its tile"
         below, right = divmod(number, 2)
         assert (y >= 50) == bool(below)
         assert (x >= 60) == bool(right)
     assert ((merged.boxes[:, :2] - merged.boxes[:, 2:] / 2) >= -1e-6).all()
 
 
-def test_mosaics_come_by_chance_where_they_are_allowed():
+def test_mosaic_probability():
     data = PlainImages(20)
-    shown = MosaicDataset(data, 1.0)
+    mosaic_dataset = MosaicDataset(data, 1.0)
     torch.manual_seed(1)
-    plain, mixed = shown[3], shown[3, True]
+    plain, mixed = mosaic_dataset[3], mosaic_dataset[3, True]
     assert torch.equal(plain[0], data[3][0])
     assert mixed[0].shape == plain[0].shape
     assert len(mixed[1].labels) == 4
     assert mixed[1].image_id == plain[1].image_id
-    assert torch.equal(shown[3, True][0], mixed[0]), "the seed decides"
+    assert torch.equal(mosaic_dataset[3, True][0], mixed[0]), "reproducible from the seed"
     torch.manual_seed(2)
-    assert not torch.equal(shown[3, True][0], mixed[0])
+    assert not torch.equal(mosaic_dataset[3, True][0], mixed[0])
     assert len(MosaicDataset(data, 0.0)[3, True][1].labels) == 1
 
 
-def test_mosaics_leave_the_sizes_alone():
+def test_mosaic_keeps_sample_sizes():
     data = PlainImages(24, transform=TrainTransform(64, 128))
     for mosaics in (False, True):
         batches = build_dataloader(MosaicDataset(data, 0.5), LoaderOptions(1, shuffle=True, aspect_ratio_grouping=True))

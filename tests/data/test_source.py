@@ -1,4 +1,4 @@
-"""Sources and the cache: every annotation file is read once for the check, both datasets and the ground truth."""
+"""Sources and the cache: each annotation file is read once for check, both splits and ground truth."""
 
 import collections
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.support.datasets import write_coco_dataset, write_voc_dataset, write_
 
 @pytest.fixture
 def reads(monkeypatch):
-    """How often each annotation file was read."""
+    """Count how often each annotation file is read."""
     counts = collections.Counter()
 
     def counted(function):
@@ -48,13 +48,13 @@ def test_training_reads_each_annotation_file_once(tmp_path, reads, make, files):
     assert len(reads) == files
     assert set(reads.values()) == {1}, reads
 
-    again = open_dataset(root, "val", data, train.categories)
-    assert again.fingerprint == val.fingerprint
-    assert again.ground_truth == truth, "as from the shared cache"
+    uncached = open_dataset(root, "val", data, train.categories)
+    assert uncached.fingerprint == val.fingerprint
+    assert uncached.ground_truth == truth, "equal without the cache"
     assert max(reads.values()) > 1, "without the cache, the files are read again"
 
 
-def test_names_decide_only_if_they_are_unique_and_known():
+def test_categories_are_matched_by_name_only_if_unique_and_known():
     cats = (Category(0, "cat"), Category(1, "dog"))
     assert remap_category_ids((Category(1, "cat"), Category(2, "dog")), cats, {1, 2}) == {1: 0, 2: 1}
     assert remap_category_ids((Category(1, "cat"), Category(2, "fox")), cats, {1, 2}) == {}

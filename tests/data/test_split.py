@@ -1,4 +1,4 @@
-"""Sets that are not divided: they are read whole, and `split` makes a copy of them that is."""
+"""Datasets without a validation split, and the `split` command, which copies them into splits."""
 
 import json
 import re
@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from deformable_detr.cli import main
 from deformable_detr.config import presets
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.split import assign_splits
 from deformable_detr.data.validate import repair
 from deformable_detr.evaluation.evaluator import open_eval_dataset
 from deformable_detr.utils.errors import UserError
+from tests.support.commands import run_command
 from tests.support.data_problems import load_for_training, snapshot
 from tests.support.datasets import (
     NAMES,
@@ -31,16 +31,16 @@ from tests.support.datasets import (
     yolo_row,
 )
 
-SPLIT = "_annotations.coco.json"
+COCO_FILE = "_annotations.coco.json"
 
 
 def coco(images, annotations):
-    """COCO JSON in a folder of its own, as labeling tools export it."""
+    """Return a writer of COCO JSON and images in separate folders, as labeling tools export them."""
 
     def make(root):
         write_coco_dataset(root)
         (root / annotations).parent.mkdir(exist_ok=True)
-        (root / "train" / SPLIT).rename(root / annotations)
+        (root / "train" / COCO_FILE).rename(root / annotations)
         (root / images).parent.mkdir(exist_ok=True)
         (root / "train").rename(root / images)
         shutil.rmtree(root / "valid")
@@ -49,7 +49,7 @@ def coco(images, annotations):
 
 
 def yolo(images, labels, classes="classes.txt"):
-    """YOLO without a data.yaml."""
+    """Return a writer of YOLO without a data.yaml."""
 
     def make(root):
         for stem, boxes in OBJECTS["train"].items():
@@ -63,7 +63,7 @@ def yolo(images, labels, classes="classes.txt"):
 
 
 def voc(images, annotations):
-    """Pascal VOC without a list of images."""
+    """Return a writer of Pascal VOC without a list of images."""
 
     def make(root):
         for stem, boxes in OBJECTS["train"].items():
@@ -74,78 +74,66 @@ def voc(images, annotations):
     return make
 
 
-WHOLE = {
+UNSPLIT = {
     "Label Studio's COCO": coco("images", "result.json"),
     "CVAT's COCO": coco("images/default", "annotations/instances_default.json"),
-    "a JSON in annotations": coco("images", "annotations/labels.json"),
+    "JSON in annotations": coco("images", "annotations/labels.json"),
     "Label Studio's YOLO": yolo("images", "labels"),
-    "classes beside the labels": yolo("images", "labels", "labels/classes.txt"),
+    "classes.txt beside the labels": yolo("images", "labels", "labels/classes.txt"),
     "LabelImg's YOLO": yolo(".", "."),
     "CVAT's YOLO": yolo("obj_train_data", "obj_train_data", "obj.names"),
     "VOC without lists": voc("JPEGImages", "Annotations"),
-    "images and annotations": voc("images", "annotations"),
+    "VOC in images and annotations": voc("images", "annotations"),
     "LabelImg's VOC": voc(".", "."),
 }
 
 
-def call(capsys, *arguments):
-    """Exit code, standard output, standard error of the command."""
-    capsys.readouterr()
-    try:
-        main(list(map(str, arguments)))
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    written = capsys.readouterr()
-    return code, written.out, written.err
-
-
 def split(capsys, *arguments):
-    code, out, err = call(capsys, "split", *arguments)
+    code, out, err = run_command(capsys, "split", *arguments)
     assert code == 0, err
     return out
 
 
-def refused(capsys, *arguments):
-    code, _, err = call(capsys, "split", *arguments)
+def split_error(capsys, *arguments):
+    code, _, err = run_command(capsys, "split", *arguments)
     assert code == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     return err
 
 
-def many(root, names="abcdefghij", folder="train", **more):
-    """An undivided set with one object in each image, of both classes in turn."""
-    objects = {name: [(number % 2, (4, 2, 16, 10))] for number, name in enumerate(names)} | more
+def write_unsplit(root, names="abcdefghij", folder="train", **extra):
+    """Write an unsplit dataset with one object per image and alternating classes."""
+    objects = {name: [(number % 2, (4, 2, 16, 10))] for number, name in enumerate(names)} | extra
     write_coco_dataset(root, {"train": objects}, folders=(folder,))
     for seed, name in enumerate(objects, start=1000 * len(folder)):
         write_image(root / folder / f"{name}.png", seed=seed)
     return root
 
 
-def parts(out):
-    """Split → stems of its images."""
-    found = {}
-    for file in sorted(out.glob(f"*/{SPLIT}")):
+def split_stems(out):
+    """Return split → stems of its images."""
+    stems = {}
+    for file in sorted(out.glob(f"*/{COCO_FILE}")):
         images = json.loads(file.read_text())["images"]
         assert all((file.parent / image["file_name"]).is_file() for image in images)
         assert len(list(file.parent.rglob("*.png"))) == len(images)
-        found[file.parent.name] = {Path(image["file_name"]).stem for image in images}
-    return found
+        stems[file.parent.name] = {Path(image["file_name"]).stem for image in images}
+    return stems
 
 
-@pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
-def test_a_set_that_is_not_divided_is_read_whole_and_divided(tmp_path, capsys, make):
-    root = tmp_path / "my set"
+@pytest.mark.parametrize("make", UNSPLIT.values(), ids=UNSPLIT)
+def test_unsplit_dataset_is_read_as_one_and_split(tmp_path, capsys, make):
+    root = tmp_path / "my dataset"
     root.mkdir()
     make(root)
     assert read_objects(root, "train") == expected_objects("train")
-    with pytest.raises(UserError, match="split it with deformable-detr split") as said:
+    with pytest.raises(UserError, match="split it with deformable-detr split") as raised:
         load_for_training(root)
-    if "no 'val' split" not in str(said.value):  # obj_train_data says what it is
+    if "no 'val' split" not in str(raised.value):  # the name obj_train_data is a split
         assert read_objects(root, "val") == expected_objects("train")
     before = snapshot(root)
-    command = re.search(r"split it with deformable-detr (split .*) --out NEW", str(said.value))[1]
+    command = re.search(r"split it with deformable-detr (split .*) --out NEW", str(raised.value))[1]
     split(capsys, *shlex.split(command)[1:], "--out", tmp_path / "new", "--val", "0.4")
     load_for_training(tmp_path / "new")
     both = read_objects(tmp_path / "new", "train") | read_objects(tmp_path / "new", "val")
@@ -153,7 +141,7 @@ def test_a_set_that_is_not_divided_is_read_whole_and_divided(tmp_path, capsys, m
     assert snapshot(root) == before
 
 
-def test_classes_txt_with_a_folder_for_each_split(tmp_path):
+def test_classes_txt_with_one_folder_per_split(tmp_path):
     for layout in ("{kind}/{split}", "{split}/{kind}"):
         root = write_yolo_dataset(tmp_path / layout[1:5], layout)
         (root / "data.yaml").unlink()
@@ -169,7 +157,7 @@ def test_classes_txt_with_a_folder_for_each_split(tmp_path):
         read_objects(root, "train")
 
 
-def test_lists_of_a_voc_set_say_what_is_in_a_split_whatever_its_folders_are_called(tmp_path):
+def test_voc_lists_define_splits_for_any_folder_names(tmp_path):
     root = write_voc_dataset(tmp_path / "voc")
     (root / "JPEGImages").rename(root / "images")
     (root / "Annotations").rename(root / "annotations")
@@ -180,37 +168,37 @@ def test_lists_of_a_voc_set_say_what_is_in_a_split_whatever_its_folders_are_call
         read_objects(root, "val")
 
 
-def test_what_is_said_of_a_set_without_validation(tmp_path, capsys):
-    many(tmp_path / "set")
+def test_missing_validation_split_suggests_a_fix(tmp_path, capsys):
+    write_unsplit(tmp_path / "set")
     with pytest.raises(UserError, match=r"no 'val' split; .*; or split it with deformable-detr split .*set --out NEW"):
         load_for_training(tmp_path / "set")
-    many(tmp_path / "set", folder="test")
+    write_unsplit(tmp_path / "set", folder="test")
     with pytest.raises(UserError, match=r"; or use the test split with --set data\.val_split=test"):
         load_for_training(tmp_path / "set")
     split(capsys, tmp_path / "set", "--out", tmp_path / "new")
-    assert parts(tmp_path / "new")["test"] == set("abcdefghij"), "a test split stays"
-    assert "leave out --test" in refused(capsys, tmp_path / "set", "--out", tmp_path / "x", "--test", "0.1")
+    assert split_stems(tmp_path / "new")["test"] == set("abcdefghij"), "an existing test split is kept"
+    assert "leave out --test" in split_error(capsys, tmp_path / "set", "--out", tmp_path / "x", "--test", "0.1")
 
 
-def test_shares_classes_and_seeds(tmp_path, capsys):
-    many(tmp_path / "set", "abcdefghijklmnopqrst", none1=[], none2=[], none3=[], none4=[], none5=[])
+def test_split_is_stratified_and_seeded(tmp_path, capsys):
+    write_unsplit(tmp_path / "set", "abcdefghijklmnopqrst", none1=[], none2=[], none3=[], none4=[], none5=[])
     out = split(capsys, tmp_path / "set", "--out", tmp_path / "new", "--test", "0.2")
     assert "Next: deformable-detr train" in out
     assert "no group is split" not in out
-    found = parts(tmp_path / "new")
-    assert {name: len(stems) for name, stems in found.items()} == {"train": 15, "val": 5, "test": 5}
-    assert sum(map(len, found.values())) == len(set.union(*found.values())) == 25
-    for name in found:
+    stems = split_stems(tmp_path / "new")
+    assert {name: len(names) for name, names in stems.items()} == {"train": 15, "val": 5, "test": 5}
+    assert sum(map(len, stems.values())) == len(set.union(*stems.values())) == 25
+    for name in stems:
         data = open_dataset(tmp_path / "new", name)
         labels = Counter(int(target.labels[0]) if len(target.labels) else None for _, target in data)
         assert labels == ({0: 6, 1: 6, None: 3} if name == "train" else {0: 2, 1: 2, None: 1})
     for seed in (0, 1):
         split(capsys, tmp_path / "set", "--out", tmp_path / f"seed{seed}", "--test", "0.2", "--seed", seed)
-    assert parts(tmp_path / "seed0") == found != parts(tmp_path / "seed1")
+    assert split_stems(tmp_path / "seed0") == stems != split_stems(tmp_path / "seed1")
 
 
 def test_rare_classes_are_in_every_split():
-    # One class in ten images of a thousand: at random, a tenth of the divisions would leave it out of validation.
+    # 10 of 1000 images have the class: a random split would often leave it out of validation.
     counts = [{0: 1, 1: 1} if number < 10 else {0: 1} for number in range(1000)]
     for seed in range(30):
         names = assign_splits([1] * 1000, counts, {"train": 0.8, "val": 0.2}, seed)
@@ -219,14 +207,14 @@ def test_rare_classes_are_in_every_split():
     assert assign_splits([1], [{0: 1}], {"train": 0.8, "val": 0.2}, 0) == ["train"]
 
 
-def test_shares_are_kept_where_every_class_has_few_images():
-    for counts, shares in [
+def test_fractions_hold_if_every_class_has_few_images():
+    for counts, fractions in [
         ([{number // 5: 1} for number in range(100)], {"train": 0.9, "val": 0.1}),
         ([{number // 5: 1} for number in range(100)], {"train": 0.7, "val": 0.2, "test": 0.1}),
         ([{number // 2: 1} for number in range(100)], {"train": 0.8, "val": 0.2}),
     ]:
-        found = Counter(assign_splits([1] * 100, counts, shares, 0))
-        assert found == {name: round(100 * share) for name, share in shares.items()}
+        found = Counter(assign_splits([1] * 100, counts, fractions, 0))
+        assert found == {name: round(100 * fraction) for name, fraction in fractions.items()}
     assert sorted(assign_splits([1, 1, 1], [{0: 1}] * 3, {"train": 0.7, "val": 0.2, "test": 0.1}, 0)) == [
         "test",
         "train",
@@ -237,81 +225,81 @@ def test_shares_are_kept_where_every_class_has_few_images():
         assert set(assign_splits(sizes, counts, {"train": 0.9, "val": 0.1}, 0)) == {"train", "val"}
 
 
-def test_large_groups_do_not_fill_a_split_beyond_its_share():
+def test_large_groups_do_not_overfill_a_split():
     sizes = [40, 30, 10, 10, 5, 3, 1, 1]
     names = assign_splits(sizes, [{} for _ in sizes], {"train": 0.7, "val": 0.3}, 0)
     assert sum(size for size, name in zip(sizes, names, strict=True) if name == "val") == 30
 
 
-def test_images_that_belong_together_stay_together(tmp_path, capsys):
+def test_group_by_keeps_groups_in_one_split(tmp_path, capsys):
     names = [f"{video}_{frame}" for video in ("north", "south", "east", "west", "up") for frame in range(4)]
-    root = many(tmp_path / "set", names)
+    root = write_unsplit(tmp_path / "set", names)
     out = split(capsys, root, "--out", tmp_path / "new", "--group-by", "^[a-z]+")
     assert "20 images in 5 groups; no group is split" in out
-    videos = [{stem.split("_")[0] for stem in stems} for stems in parts(tmp_path / "new").values()]
+    videos = [{stem.split("_")[0] for stem in stems} for stems in split_stems(tmp_path / "new").values()]
     assert not set.intersection(*videos)
     assert sorted(map(len, videos)) == [1, 4]
 
-    split(capsys, root, "--out", tmp_path / "apart")
-    videos = [{stem.split("_")[0] for stem in stems} for stems in parts(tmp_path / "apart").values()]
-    assert set.intersection(*videos), "only what is asked for"
-    assert "matches no file name, such as 'north_0.png'" in refused(
+    split(capsys, root, "--out", tmp_path / "ungrouped")
+    videos = [{stem.split("_")[0] for stem in stems} for stems in split_stems(tmp_path / "ungrouped").values()]
+    assert set.intersection(*videos), "grouped only on request"
+    assert "matches no file name, such as 'north_0.png'" in split_error(
         capsys, root, "--out", tmp_path / "x", "--group-by", "^Video"
     )
-    assert "give another --group-by than '_'" in refused(capsys, root, "--out", tmp_path / "x", "--group-by", "_")
+    assert "give another --group-by than '_'" in split_error(capsys, root, "--out", tmp_path / "x", "--group-by", "_")
     assert "20 images in 20 groups" in split(capsys, root, "--out", tmp_path / "each", "--group-by", ".*")
-    assert "is not a regular expression" in refused(capsys, root, "--out", tmp_path / "x", "--group-by", "(")
+    assert "is not a regular expression" in split_error(capsys, root, "--out", tmp_path / "x", "--group-by", "(")
 
 
-def test_copies_of_one_image_stay_together(tmp_path, capsys):
+def test_copies_of_an_image_stay_in_one_split(tmp_path, capsys):
     augmented = [f"card{number}_jpg.rf.{copy:032x}" for number in range(5) for copy in range(3)]
-    root = many(tmp_path / "set", [*augmented, "one", "two", "three"])
+    root = write_unsplit(tmp_path / "set", [*augmented, "one", "two", "three"])
     for name in ("two", "three"):
         (root / f"train/{name}.png").write_bytes((root / "train/one.png").read_bytes())
     for seed in range(5):
         out = split(capsys, root, "--out", tmp_path / f"new{seed}", "--seed", seed)
         assert "18 images in 6 groups" in out
-        train, val = (parts(tmp_path / f"new{seed}")[name] for name in ("train", "val"))
+        train, val = (split_stems(tmp_path / f"new{seed}")[name] for name in ("train", "val"))
         assert {stem.split(".")[0] for stem in train}.isdisjoint(stem.split(".")[0] for stem in val)
         assert len(val & {"one", "two", "three"}) in (0, 3)
 
 
-def test_what_is_wrong_is_repaired_on_the_way(tmp_path, capsys):
-    root = many(tmp_path / "set")
+def test_split_repairs_the_dataset(tmp_path, capsys):
+    root = write_unsplit(tmp_path / "set")
     (root / "train/c.png").unlink()
     (root / "train/sub").mkdir()
     (root / "train/d.png").rename(root / "train/sub/d.png")
-    content = json.loads((root / "train" / SPLIT).read_text())
+    content = json.loads((root / "train" / COCO_FILE).read_text())
     content["images"][3]["file_name"] = "sub/d.png"
     content["annotations"][0]["bbox"] = [30, 10, 20, 5]
-    (root / "train" / SPLIT).write_text(json.dumps(content))
+    (root / "train" / COCO_FILE).write_text(json.dumps(content))
     out = split(capsys, root, "--out", tmp_path / "new", "--seed", 2)
     assert ": split copy with 9 of 10 images and 9 of 10 objects" in out
-    found = parts(tmp_path / "new")
+    found = split_stems(tmp_path / "new")
     assert found["train"] | found["val"] == set("abdefghij")
     load_for_training(tmp_path / "new")
 
 
 @pytest.mark.parametrize(
-    "places",
+    "folders",
     [
         ("obj_Train_data", "obj_Validation_data", "obj_Test_data"), ("images/Train", "images/Val", "images/Test"),
         ("images/train2017", "images/val2017", "images/test2017"), ("Train/images", "Valid/images", "Test/images"),
     ],
 )  # fmt: skip
-def test_splits_of_any_spelling_stay_apart(tmp_path, capsys, places):
-    for place, stem in zip(places, ("a", "c", "e"), strict=True):
+def test_split_folder_spellings(tmp_path, capsys, folders):
+    for place, stem in zip(folders, ("a", "c", "e"), strict=True):
         write_image(tmp_path / place / f"{stem}.png")
         label = tmp_path / place.replace("images", "labels") / f"{stem}.txt"
         label.parent.mkdir(parents=True, exist_ok=True)
         label.write_text(yolo_row(0, (4, 2, 16, 10)))
     (tmp_path / "obj.names").write_text("cat\ndog\n")
     assert [list(read_objects(tmp_path, name)) for name in ("train", "val", "test")] == [["a"], ["c"], ["e"]]
-    assert "already has a 'val' split" in refused(capsys, tmp_path, "--out", tmp_path.with_name("new"))
+    assert "already has a 'val' split" in split_error(capsys, tmp_path, "--out", tmp_path.with_name("new"))
 
 
 @pytest.mark.parametrize("name", ["default", "trainval"])
-def test_the_one_list_of_a_voc_set_that_is_not_divided(tmp_path, name):
+def test_single_list_of_an_unsplit_voc_dataset(tmp_path, name):
     root = write_voc_dataset(tmp_path)
     lists = root / "ImageSets/Main"
     (lists / "val.txt").unlink()
@@ -320,7 +308,7 @@ def test_the_one_list_of_a_voc_set_that_is_not_divided(tmp_path, name):
     assert read_objects(root, "train") == read_objects(root, "val") == expected_objects("train")
 
 
-def test_links_to_folders_of_images(tmp_path):
+def test_symbolic_links_to_image_folders(tmp_path):
     yolo("photos/cam", "photos/cam", "classes.txt")(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "images/cam").symlink_to(tmp_path / "photos/cam")
@@ -328,7 +316,7 @@ def test_links_to_folders_of_images(tmp_path):
     assert read_objects(tmp_path, "train") == expected_objects("train")
 
 
-def test_a_list_of_classes_without_images_of_the_split(tmp_path):
+def test_classes_txt_without_validation_images(tmp_path):
     yolo("images/train", "labels/train")(tmp_path)
     assert read_objects(tmp_path, "train") == expected_objects("train")
     with pytest.raises(
@@ -337,16 +325,16 @@ def test_a_list_of_classes_without_images_of_the_split(tmp_path):
         read_objects(tmp_path, "val")
 
 
-def test_an_empty_validation_split_is_made_anew(tmp_path, capsys):
-    root = many(tmp_path / "set")
-    content = json.loads((root / "train" / SPLIT).read_text())
+def test_empty_validation_split_is_replaced(tmp_path, capsys):
+    root = write_unsplit(tmp_path / "set")
+    content = json.loads((root / "train" / COCO_FILE).read_text())
     (root / "valid").mkdir()
-    (root / "valid" / SPLIT).write_text(json.dumps(content | {"images": [], "annotations": []}))
+    (root / "valid" / COCO_FILE).write_text(json.dumps(content | {"images": [], "annotations": []}))
     split(capsys, root, "--out", tmp_path / "new")
-    assert {name: len(stems) for name, stems in parts(tmp_path / "new").items()} == {"train": 8, "val": 2}
+    assert {name: len(stems) for name, stems in split_stems(tmp_path / "new").items()} == {"train": 8, "val": 2}
 
 
-def test_what_cannot_be_read_is_told_and_listed(tmp_path, capsys):
+def test_unreadable_files_are_reported_and_listed(tmp_path, capsys):
     root = tmp_path / "set"
     voc("images", "annotations")(root)
     (root / "annotations/a.xml").write_text("<annotation>")
@@ -362,63 +350,63 @@ def test_what_cannot_be_read_is_told_and_listed(tmp_path, capsys):
         "label-unreadable", "image-missing"
     }  # fmt: skip
 
-    broken = many(tmp_path / "broken")
-    (broken / "train" / SPLIT).write_text('{"images": [')
-    assert "not valid JSON" in refused(capsys, broken, "--out", tmp_path / "x")
-    gone = many(tmp_path / "gone")
-    for path in (gone / "train").glob("*.png"):
+    broken = write_unsplit(tmp_path / "broken")
+    (broken / "train" / COCO_FILE).write_text('{"images": [')
+    assert "not valid JSON" in split_error(capsys, broken, "--out", tmp_path / "x")
+    without_images = write_unsplit(tmp_path / "gone")
+    for path in (without_images / "train").glob("*.png"):
         path.unlink()
-    assert "which is missing" in refused(capsys, gone, "--out", tmp_path / "x")
+    assert "which is missing" in split_error(capsys, without_images, "--out", tmp_path / "x")
 
 
-def test_measuring_on_training_images_is_told(tmp_path, caplog):
+def test_evaluation_on_training_images_warns(tmp_path, caplog):
     model = SimpleNamespace(config=presets.small(num_classes=2, backbone_weights="none"))
-    WHOLE["Label Studio's YOLO"](tmp_path / "whole")
-    said = "is not split: the evaluation includes the training images"
-    open_eval_dataset(model, tmp_path / "whole")
-    assert [said in record.getMessage() for record in caplog.records] == [True]
+    UNSPLIT["Label Studio's YOLO"](tmp_path / "unsplit")
+    warning = "is not split: the evaluation includes the training images"
+    open_eval_dataset(model, tmp_path / "unsplit")
+    assert [warning in record.getMessage() for record in caplog.records] == [True]
     caplog.clear()
-    write_coco_dataset(tmp_path / "divided")
-    for root, name in [("whole", "train"), ("divided", "val"), ("divided", "train"), ("divided/valid", "val")]:
+    write_coco_dataset(tmp_path / "split")
+    for root, name in [("unsplit", "train"), ("split", "val"), ("split", "train"), ("split/valid", "val")]:
         open_eval_dataset(model, tmp_path / root, name)
-    assert said not in caplog.text
+    assert warning not in caplog.text
 
 
-def test_splits_of_other_names(tmp_path, capsys):
-    root = many(tmp_path / "set", folder="all")
+def test_custom_split_names(tmp_path, capsys):
+    root = write_unsplit(tmp_path / "set", folder="all")
     out = split(capsys, root, "--out", tmp_path / "new", "--set", "data.train_split=all", "--set", "data.val_split=dev")
-    assert set(parts(tmp_path / "new")) == {"all", "dev"}
+    assert set(split_stems(tmp_path / "new")) == {"all", "dev"}
     assert "--out runs/NAME --set data.train_split=all --set data.val_split=dev" in out
-    said = refused(capsys, root, "--out", tmp_path / "x", "--set", "data.val_split=test", "--test", "0.1")
-    assert "both name the split 'test'" in said
+    error = split_error(capsys, root, "--out", tmp_path / "x", "--set", "data.val_split=test", "--test", "0.1")
+    assert "both name the split 'test'" in error
 
 
-def test_the_folder_of_the_copy_is_left_as_it_was(tmp_path, capsys, monkeypatch):
+def test_output_folder_is_unchanged_after_an_error(tmp_path, capsys, monkeypatch):
     root = write_yolo_dataset(tmp_path / "yolo")
     (root / "data.yaml").write_text("train: images/train\nnames: [cat, dog]\n")
     inside = root / "images/train/new"
-    assert "lies in the dataset" in refused(capsys, root / "data.yaml", "--out", inside)
+    assert "lies in the dataset" in split_error(capsys, root / "data.yaml", "--out", inside)
     assert not inside.exists()
-    few = many(tmp_path / "few", "a")
+    few = write_unsplit(tmp_path / "few", "a")
     (tmp_path / "mine").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     for out in ("mine", "link"):
-        assert "leave none" in refused(capsys, few, "--out", tmp_path / out)
+        assert "leave none" in split_error(capsys, few, "--out", tmp_path / out)
         assert list((tmp_path / out).iterdir()) == []
     monkeypatch.setenv("HOME", str(tmp_path))
-    split(capsys, many(tmp_path / "set"), "--out", "~/home")
-    assert parts(tmp_path / "home")
+    split(capsys, write_unsplit(tmp_path / "set"), "--out", "~/home")
+    assert split_stems(tmp_path / "home")
 
 
-def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch):
-    root = many(tmp_path / "set")
+def test_failed_split_leaves_no_files(tmp_path, capsys, monkeypatch):
+    root = write_unsplit(tmp_path / "set")
     new = tmp_path / "new"
-    write_coco_dataset(tmp_path / "divided")
-    few = many(tmp_path / "few", "a")
+    write_coco_dataset(tmp_path / "split")
+    few = write_unsplit(tmp_path / "few", "a")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
     for arguments, words in [
-        ((tmp_path / "divided", "--out", new), "already has a 'val' split"),
+        ((tmp_path / "split", "--out", new), "already has a 'val' split"),
         ((few, "--out", new), "1 images in 1 groups that stay together leave none for the 'val' split"),
         ((tmp_path / "absent", "--out", new), "no such dataset"),
         ((tmp_path / "full", "--out", new), "no 'train' split"),
@@ -427,17 +415,17 @@ def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch):
         ((root, "--out", new, "--val", "0.6", "--test", "0.4"), "--val"),
         ((root, "--out", new, "--val", "nan"), "--val nan"),
     ]:  # fmt: skip
-        assert words in refused(capsys, *arguments), arguments
+        assert words in split_error(capsys, *arguments), arguments
         assert not new.exists()
     assert (tmp_path / "full/mine.txt").exists()
 
-    def full(*_):
+    def disk_full(*_):
         raise OSError(28, "No space left on device")
 
     before = snapshot(root)
-    monkeypatch.setattr(repair, "_link_image", full)
-    assert f"--out {new}: cannot be written: No space left" in refused(capsys, root, "--out", new)
-    code, _, err = call(capsys, "check", tmp_path / "divided", "--fix", new)
+    monkeypatch.setattr(repair, "_link_image", disk_full)
+    assert f"--out {new}: cannot be written: No space left" in split_error(capsys, root, "--out", new)
+    code, _, err = run_command(capsys, "check", tmp_path / "split", "--fix", new)
     assert code == 2
     assert f"--fix {new}: cannot be written: No space left" in err
     assert not new.exists()

@@ -1,4 +1,4 @@
-"""Transforms: every box is checked against the pixels of a rectangle that is drawn into the image."""
+"""Transforms: every box is compared with the pixels of a rectangle drawn into the image."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SIZES = [(100, 160), (160, 100), (97, 97), (61, 203)]
 
 
 def scene(height, width, left=30, top=20, right=55, bottom=48):
-    """A black image with a bright rectangle, and its target."""
+    """Return a black image with a bright rectangle, and its target."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     image[:, top:bottom, left:right] = 255
     box = torch.tensor([[(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]])
@@ -20,8 +20,8 @@ def scene(height, width, left=30, top=20, right=55, bottom=48):
     return image, Target(torch.tensor([3]), boxes, image_id=5, original_size=(height, width))
 
 
-def drawn(image):
-    """(left, top, right, bottom) of the bright pixels."""
+def bright_bounds(image):
+    """Return (left, top, right, bottom) of the bright pixels."""
     rows, columns = (image.float().mean(0) > 127).nonzero(as_tuple=True)
     return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
 
@@ -32,17 +32,17 @@ def corners(image, target):
     return [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
 
 
-def follows(image, target, within):
-    return max(abs(a - b) for a, b in zip(drawn(image), corners(image, target), strict=True)) <= within
+def matches_pixels(image, target, within):
+    return max(abs(a - b) for a, b in zip(bright_bounds(image), corners(image, target), strict=True)) <= within
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_flip(height, width):
     image, target = scene(height, width)
-    flipped, moved = transforms.hflip(image, target)
-    assert follows(flipped, moved, 1e-3)
-    assert not follows(flipped, target, 1), "the unmoved box must be seen to be wrong"
-    back, restored = transforms.hflip(flipped, moved)
+    flipped, new_target = transforms.hflip(image, target)
+    assert matches_pixels(flipped, new_target, 1e-3)
+    assert not matches_pixels(flipped, target, 1), "control: the original box does not match"
+    back, restored = transforms.hflip(flipped, new_target)
     assert torch.equal(back, image)
     torch.testing.assert_close(restored.boxes, target.boxes)
 
@@ -53,40 +53,40 @@ def test_flip(height, width):
 )
 def test_crop(height, width, window):
     image, target = scene(height, width)
-    cut, moved = transforms.crop(image, target, *window)
-    assert cut.shape == (3, window[2], window[3])
-    assert follows(cut, moved, 1e-3)
-    assert moved.labels.tolist() == [3]
-    assert (moved.boxes >= 0).all()
-    assert (moved.boxes <= 1).all()
+    cropped, new_target = transforms.crop(image, target, *window)
+    assert cropped.shape == (3, window[2], window[3])
+    assert matches_pixels(cropped, new_target, 1e-3)
+    assert new_target.labels.tolist() == [3]
+    assert (new_target.boxes >= 0).all()
+    assert (new_target.boxes <= 1).all()
 
 
-def test_crop_drops_what_is_outside():
+def test_crop_drops_objects_outside():
     image, target = scene(100, 160)
     for window in [(48, 0, 52, 160), (0, 55, 100, 50), (60, 80, 20, 20)]:
-        cut, moved = transforms.crop(image, target, *window)
-        assert not cut.any()
-        assert moved.boxes.shape == (0, 4)
-        assert moved.labels.shape == (0,)
-    # One row and one column of pixels more, and it stays.
+        cropped, new_target = transforms.crop(image, target, *window)
+        assert not cropped.any()
+        assert new_target.boxes.shape == (0, 4)
+        assert new_target.labels.shape == (0,)
+    # Kept if one more row or column is inside.
     for window in [(47, 0, 52, 160), (0, 54, 100, 50)]:
-        cut, moved = transforms.crop(image, target, *window)
-        assert follows(cut, moved, 1e-3)
+        cropped, new_target = transforms.crop(image, target, *window)
+        assert matches_pixels(cropped, new_target, 1e-3)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("image_size", [50, 128, 200])
-def test_resize_keeps_relative_boxes_right(height, width, image_size):
+def test_resize_keeps_relative_boxes(height, width, image_size):
     image, target = transforms.EvalTransform(image_size, 400)(*scene(height, width))
     assert image.dtype == torch.uint8
-    assert follows(image, target, 1.0)
-    assert follows(*transforms.hflip(image, target), 1.0)
+    assert matches_pixels(image, target, 1.0)
+    assert matches_pixels(*transforms.hflip(image, target), 1.0)
 
 
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ((480, 640), (800, 1066)),  # rounded down, as the published evaluation does
+        ((480, 640), (800, 1066)),  # rounded down, as in the published evaluation
         ((640, 480), (1066, 800)),
         ((426, 640), (800, 1201)),
         ((300, 640), (625, 1333)),
@@ -108,7 +108,7 @@ def test_resized_size(size, expected):
     ("size", "expected"),
     [((336, 448), (256, 352)), ((448, 252), (416, 256)), ((100, 9000), (32, 416)), ((3, 3), (256, 256))],
 )
-def test_sides_of_whole_multiples(size, expected):
+def test_size_divisor(size, expected):
     assert transforms.resized_size(*size, 256, 427, 32) == expected
     image = torch.zeros(3, *size, dtype=torch.uint8)
     assert transforms.resize(image, 256, 427, size_divisor=32).shape == (3, *expected)
@@ -117,7 +117,7 @@ def test_sides_of_whole_multiples(size, expected):
     assert transforms.EvalTransform(256, 427)(image, target)[0].shape != (3, *expected) or size == (3, 3)
 
 
-def test_training_sides_of_whole_multiples():
+def test_size_divisor_in_training():
     transform = transforms.TrainTransform(200, 333, size_divisor=32)
     for seed in range(40):
         torch.manual_seed(seed)
@@ -134,10 +134,10 @@ def test_resize_is_antialiased():
     small = transforms.resize(stripes, 16, 16).float()
     assert ((small - 255 / 4).abs() < 24).all(), "thin stripes must turn gray"
     plain = torch.nn.functional.interpolate(stripes[None].float(), scale_factor=0.25, mode="bilinear")
-    assert not plain.any(), "which the plain way loses"
+    assert not plain.any(), "control: lost without antialiasing"
 
 
-def test_training_boxes_follow_the_pixels():
+def test_training_boxes_match_the_pixels():
     transform = transforms.TrainTransform(200, 333)
     torch.manual_seed(0)
     seen, dropped, sizes = 0, 0, set()
@@ -151,8 +151,8 @@ def test_training_boxes_follow_the_pixels():
         if len(target.boxes):
             seen += 1
             size = torch.tensor(image.shape[-2:][::-1])
-            if (target.boxes[0, 2:] * size).min() > 4:  # thinner ones fade in the resize
-                assert follows(image, target, 3.0)
+            if (target.boxes[0, 2:] * size).min() > 4:  # thinner ones fade when resized
+                assert matches_pixels(image, target, 3.0)
         else:
             dropped += 1
             assert image.float().mean(0).max() < 250
@@ -163,7 +163,7 @@ def test_training_boxes_follow_the_pixels():
     assert set(range(120, 201, 8)) <= sizes, "all 11 short sides"
 
 
-def test_training_without_chance_is_a_resize():
+def test_training_without_augmentation_is_a_resize():
     data = DataConfig(train_scales=(1.0, 1.0), hflip_prob=0.0, crop_prob=0.0)
     image, target = scene(100, 160)
     trained, same = transforms.TrainTransform(80, 200, data=data)(image, target)
@@ -173,7 +173,7 @@ def test_training_without_chance_is_a_resize():
     assert torch.equal(certain[0], transforms.resize(image.flip(2), 80, 200))
 
 
-def test_crop_sizes_are_the_papers():
+def test_crop_sizes_match_the_paper():
     data = DataConfig(train_scales=(1.0, 1.0), hflip_prob=0.0, crop_prob=1.0)
     transform = transforms.TrainTransform(800, 10_000, data=data)
     torch.manual_seed(1)
@@ -181,12 +181,12 @@ def test_crop_sizes_are_the_papers():
     for _ in range(40):
         image, _ = transform(*scene(61, 203))
         ratios.append(image.shape[2] / image.shape[1])
-    # Sides of 384 to 600: no crop is longer than 600 : 384, while the image is 3.3 : 1.
+    # Sides from 384 to 600 limit the aspect ratio to 600 : 384, while the image has 3.3 : 1.
     assert max(ratios) <= 600 / 384 + 0.01
     assert min(ratios) >= 384 / 600 - 0.01
 
 
-def test_same_seed_same_sample_and_nothing_changed_in_place():
+def test_transforms_are_seeded_and_not_in_place():
     image, target = scene(100, 160)
     before, boxes = image.clone(), target.boxes.clone()
     transform = transforms.TrainTransform(96, 160)
@@ -215,12 +215,12 @@ def test_images_of_one_pixel(size):
         assert torch.allclose(target.boxes, torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
 
 
-def test_a_crop_that_spares_objects():
-    whole = target([0.5, 0.5, 0.2, 0.2])  # 40..60 of 100
+def test_min_visibility_of_crops():
+    centered = target([0.5, 0.5, 0.2, 0.2])  # 40..60 of 100
     corner = target([0.25, 0.25, 0.3, 0.3])
-    assert transforms.lowest_visibility(whole, (40, 40, 20, 20), 100, 100) == pytest.approx(1.0)
-    assert transforms.lowest_visibility(whole, (50, 40, 50, 50), 100, 100) == pytest.approx(0.5)
-    assert transforms.lowest_visibility(whole, (70, 70, 20, 20), 100, 100) == 1.0
+    assert transforms.lowest_visibility(centered, (40, 40, 20, 20), 100, 100) == pytest.approx(1.0)
+    assert transforms.lowest_visibility(centered, (50, 40, 50, 50), 100, 100) == pytest.approx(0.5)
+    assert transforms.lowest_visibility(centered, (70, 70, 20, 20), 100, 100) == 1.0
     image = torch.zeros(3, 100, 100, dtype=torch.uint8)
     areas = {}
     for min_visibility in (0.0, 0.7):

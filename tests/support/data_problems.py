@@ -5,11 +5,11 @@ import json
 import pytest
 from PIL import Image
 
-from deformable_detr.cli import main
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.dataset import ensure_distinct_splits, open_dataset
 from deformable_detr.data.validate import ISSUE_TYPES, check_dataset, check_for_training
 from deformable_detr.utils.errors import UserError
+from tests.support.commands import run_command
 from tests.support.datasets import SIZE, write_coco_dataset, write_image
 
 SIZES = {"image_size": 64, "long_side": 107}
@@ -65,15 +65,7 @@ def assert_issues(root, expected, name="", **data):
 
 
 def run_check(capsys, *arguments):
-    """Run the command; return exit code, standard output and standard error."""
-    capsys.readouterr()
-    try:
-        main(["check", *map(str, arguments)])
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return run_command(capsys, "check", *arguments)
 
 
 def snapshot(root):

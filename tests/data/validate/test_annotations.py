@@ -1,4 +1,4 @@
-"""Bad annotation files of every format: the issues of `check`, and that training stops for errors only."""
+"""Faulty annotation files of every format: issues of `check`, and training stops only for errors."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from tests.support.datasets import write_coco_dataset, write_voc_dataset, write_
 def test_coco(tmp_path, case):
     change, expected, name = COCO[case]
     root = write_coco_dataset(tmp_path / "set")
-    assert issue_codes(root) == set(), "the set without the fault"
+    assert issue_codes(root) == set(), "valid without the fault"
     change(root)
     assert_issues(root, expected, name)
 
@@ -21,12 +21,12 @@ def test_coco(tmp_path, case):
 def test_yolo(tmp_path, case):
     change, expected, name = YOLO[case]
     root = write_yolo_dataset(tmp_path / "set")
-    assert issue_codes(root) == set(), "the set without the fault"
+    assert issue_codes(root) == set(), "valid without the fault"
     change(root)
     assert_issues(root, expected, name)
 
 
-def test_a_fault_of_data_yaml_is_said_once(tmp_path):
+def test_data_yaml_fault_is_reported_once(tmp_path):
     root = write_yolo_dataset(tmp_path)
     (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, cat]\n")
     (issue,) = check_report(root).issues
@@ -37,27 +37,26 @@ def test_a_fault_of_data_yaml_is_said_once(tmp_path):
 def test_voc(tmp_path, case):
     change, expected, name = VOC[case]
     root = write_voc_dataset(tmp_path / "set")
-    assert issue_codes(root) == set(), "the set without the fault"
+    assert issue_codes(root) == set(), "valid without the fault"
     change(root)
     assert_issues(root, expected, name)
 
 
-def test_what_it_does_not_find_it_leaves_to_training(tmp_path):
-    """There is no set at all: nothing to list."""
+def test_missing_and_empty_datasets(tmp_path):
     with pytest.raises(UserError, match="no such dataset"):
         check_report(tmp_path / "gone")
     assert issue_codes(tmp_path) == {"split-missing"}
 
 
-def test_one_split_alone(tmp_path):
+def test_single_split(tmp_path):
     root = write_coco_dataset(tmp_path)
-    for place in (root / TRAIN, root / "train", root / VAL):
-        report = check_report(place)
-        assert [len(split.image_records) for split in report.splits] == [1 if place == root / VAL else 3]
+    for path in (root / TRAIN, root / "train", root / VAL):
+        report = check_report(path)
+        assert [len(split.image_records) for split in report.splits] == [1 if path == root / VAL else 3]
         (error,) = report.errors
-        assert error.code == "split-missing", "what training says too"
+        assert error.code == "split-missing", "as in training"
         with pytest.raises(UserError, match=r"(no|not the) '(train|val)' split"):
-            load_for_training(place)
+            load_for_training(path)
     (root / TRAIN).rename(root / "train/all.json")
     (root / "train").rename(root / "images")
     report = check_report(root / "images/all.json")
@@ -67,7 +66,7 @@ def test_one_split_alone(tmp_path):
         load_for_training(root / "images/all.json")
 
 
-def test_a_third_split_is_looked_at(tmp_path):
+def test_test_split_is_checked(tmp_path):
     root = write_coco_dataset(tmp_path)
     assert [split.name for split in check_report(root).splits] == ["train", "val"]
     write_coco_dataset(tmp_path, {"test": {"a": [(0, (4, 2, 16, 10))]}}, folders=("test",))

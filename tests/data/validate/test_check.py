@@ -1,4 +1,4 @@
-"""The `check` command and the check before training: exit codes, lines, JSON, and how deep they look."""
+"""The `check` command and the check before training: exit codes, output, JSON and depth."""
 
 import json
 
@@ -13,44 +13,42 @@ from tests.support.datasets import OBJECTS, write_coco_dataset
 
 def test_exit_codes_and_lines(tmp_path, capsys):
     root = write_coco_dataset(tmp_path / "set")
-    code, printed, err = run_check(capsys, root)
+    code, out, err = run_check(capsys, root)
     assert (code, err) == (0, "")
-    assert printed.splitlines()[-1].startswith(
-        "train 3 images, 3 objects; val 1 images, 2 objects: 0 errors, 2 warnings"
-    )
+    assert out.splitlines()[-1].startswith("train 3 images, 3 objects; val 1 images, 2 objects: 0 errors, 2 warnings")
     content = json.loads((root / TRAIN).read_text())
     content["annotations"] += [
         {"id": 100 + n, "image_id": 99, "category_id": 1, "bbox": [1, 1, 9, 9]} for n in range(9)
     ]
     (root / TRAIN).write_text(json.dumps(content))
-    code, printed, err = run_check(capsys, root, "--json", tmp_path / "new" / "found.json", "--image-size", 100)
+    code, out, err = run_check(capsys, root, "--json", tmp_path / "new" / "report.json", "--image-size", 100)
     assert (code, err) == (2, "")
-    lines = printed.splitlines()
+    lines = out.splitlines()
     assert [line.startswith("error image-unknown: ") for line in lines[:6]] == [True] * 6
     assert lines[0] == (
         f"error image-unknown: {root / TRAIN}: annotations[3] (id 100) has image_id 99, which is not among the images; "
         "add the image or remove the object"
     )
     assert lines[5] == "error image-unknown: 4 more"
-    told = json.loads((tmp_path / "new/found.json").read_text())
-    assert told["image_size"] == 100
-    assert told["counts"]["error"] == told["types"]["image-unknown"] == 9
-    mine = [finding for finding in told["issues"] if finding["code"] == "image-unknown"]
-    assert [finding["position"] for finding in mine] == list(range(3, 12))
-    assert told["splits"]["train"]["classes"] == {"cat": 1, "dog": 2}
+    document = json.loads((tmp_path / "new/report.json").read_text())
+    assert document["image_size"] == 100
+    assert document["counts"]["error"] == document["types"]["image-unknown"] == 9
+    unknown_image_issues = [finding for finding in document["issues"] if finding["code"] == "image-unknown"]
+    assert [finding["position"] for finding in unknown_image_issues] == list(range(3, 12))
+    assert document["splits"]["train"]["classes"] == {"cat": 1, "dog": 2}
 
 
 @pytest.mark.parametrize("option", ["--report", "--json"])
-def test_outputs_that_cannot_be(tmp_path, capsys, option):
+def test_unwritable_outputs_are_reported(tmp_path, capsys, option):
     root = write_coco_dataset(tmp_path / "set")
     (tmp_path / "file").touch()
     for path in (root, tmp_path / "file" / "x"):
-        code, printed, err = run_check(capsys, root, option, path)
-        assert (code, printed) == (2, "")
+        code, out, err = run_check(capsys, root, option, path)
+        assert (code, out) == (2, "")
         assert err.startswith(f"error: {option} {path}: ")
 
 
-def test_before_training_warnings_are_brief(tmp_path):
+def test_warnings_before_training_are_summarized(tmp_path):
     root = write_coco_dataset(tmp_path)
     content = json.loads((root / TRAIN).read_text())
     content["annotations"] += [{"id": 9 + n, "image_id": 1, "category_id": 1, "bbox": [n, 2, 0, 5]} for n in range(7)]
@@ -64,7 +62,7 @@ def test_before_training_warnings_are_brief(tmp_path):
     assert check_for_training(root, DataConfig(check="off"), **SIZES) == ()
 
 
-def test_before_training_the_first_error_ends_it(tmp_path):
+def test_first_error_stops_training(tmp_path):
     root = write_coco_dataset(tmp_path)
     (root / "train/a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"train/a\.png: cannot be read as an image .*; replace or remove it$"):
@@ -75,7 +73,7 @@ def test_before_training_the_first_error_ends_it(tmp_path):
     check_for_training(root, DataConfig(check="off"), **SIZES)
 
 
-def test_auto_looks_at_a_part_of_a_large_set_and_full_at_all(tmp_path, monkeypatch):
+def test_auto_checks_a_sample_and_full_checks_all_images(tmp_path, monkeypatch):
     root = write_coco_dataset(
         tmp_path, {"train": {f"{n:02}": [(n % 2, (4, 2, 16, 10))] for n in range(40)}, **{"val": OBJECTS["val"]}}
     )
@@ -83,7 +81,7 @@ def test_auto_looks_at_a_part_of_a_large_set_and_full_at_all(tmp_path, monkeypat
     monkeypatch.setattr(images, "AUTO_IMAGES", 10)
     assert vars(check_report(root, "auto").coverage) == {"images": 41, "headers": 41, "decoded": 9}
     path = root / "train/03.png"
-    path.write_bytes(path.read_bytes()[:1000])  # the header is whole
+    path.write_bytes(path.read_bytes()[:1000])  # the header is intact
     assert not check_report(root, "auto").errors
     assert [finding.code for finding in check_report(root, "full").errors] == ["image-unreadable"]
     monkeypatch.setattr(images, "AUTO_SECONDS", -1.0)

@@ -1,4 +1,4 @@
-"""Checks of image files: training rejects exactly those that are errors, in one line."""
+"""Checks of image files: training rejects exactly those with errors, in one line."""
 
 import os
 
@@ -11,15 +11,15 @@ from tests.support.image_files import BROKEN, FILES, png_16bit
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_file(tmp_path, case):
+def test_image_file(tmp_path, case):
     content, expected = FILES[case]
     root = write_coco_dataset(tmp_path / "set")
-    assert issue_codes(root) == set(), "the set without the fault"
+    assert issue_codes(root) == set(), "valid without the fault"
     (root / "train/a.png").write_bytes(content)
     assert_issues(root, expected, "a.png")
 
 
-def test_dim_file_is_named_with_a_hint(tmp_path):
+def test_dark_16bit_image_is_reported_with_a_hint(tmp_path):
     root = write_coco_dataset(tmp_path)
     (root / "train/a.png").write_bytes(png_16bit(4095))
     (issue,) = (issue for issue in check_report(root).issues if issue.code == "image-dim")
@@ -29,7 +29,7 @@ def test_dim_file_is_named_with_a_hint(tmp_path):
     )
 
 
-def test_something_else_in_its_place(tmp_path):
+def test_replaced_image_files(tmp_path):
     for number, (make, expected) in enumerate([
         (os.unlink, {"image-missing"}),
         (lambda path: (os.unlink(path), path.mkdir()), BROKEN),
@@ -44,11 +44,11 @@ def test_something_else_in_its_place(tmp_path):
         assert number != 4 or "where 'A.PNG' is" in message
 
 
-def test_copies(tmp_path):
+def test_copied_images(tmp_path):
     for name, copy, expected in [
-        ("the same file in both splits", lambda a, b, c: c.write_bytes(a.read_bytes()), {"leak"}),
-        ("the same pixels in both", lambda a, b, c: Image.open(a).save(c, compress_level=0), {"leak"}),
-        ("a link", lambda a, b, c: (c.unlink(), c.symlink_to(a)), {"leak"}),
+        ("same file in both splits", lambda a, b, c: c.write_bytes(a.read_bytes()), {"leak"}),
+        ("same pixels in both splits", lambda a, b, c: Image.open(a).save(c, compress_level=0), {"leak"}),
+        ("link", lambda a, b, c: (c.unlink(), c.symlink_to(a)), {"leak"}),
         ("twice in training", lambda a, b, c: b.write_bytes(a.read_bytes()), {"image-copy"}),
         ("other pixels", lambda a, b, c: Image.open(a).rotate(180).save(c), set()),
     ]:

@@ -1,4 +1,4 @@
-"""The repaired copy of a dataset; the original is never changed."""
+"""The repaired copy of a dataset; the original never changes."""
 
 import json
 
@@ -21,13 +21,13 @@ from tests.support.data_problems import (
 from tests.support.datasets import OBJECTS, SIZE, write_coco_dataset, write_image, write_voc_dataset, write_yolo_dataset
 
 
-def test_the_repaired_copy(tmp_path, capsys):
+def test_repaired_copy(tmp_path, capsys):
     root, out = write_faulty_dataset(tmp_path / "set"), tmp_path / "copy"
     before = snapshot(root)
-    code, printed, _ = run_check(capsys, root, "--fix", out, "--set", "model.image_size=64")
-    assert snapshot(root) == before, "the original is only read"
-    assert code == 0, printed
-    assert "remaining: error" not in printed
+    code, out_text, _ = run_check(capsys, root, "--fix", out, "--set", "model.image_size=64")
+    assert snapshot(root) == before, "the original is unchanged"
+    assert code == 0, out_text
+    assert "remaining: error" not in out_text
 
     content = json.loads((out / TRAIN).read_text())
     assert content["info"] == {"year": 2024}
@@ -39,58 +39,58 @@ def test_the_repaired_copy(tmp_path, capsys):
     boxes = {}
     for record in content["annotations"]:
         boxes.setdefault(record["image_id"], []).append(record["bbox"])
-    assert boxes[13] == [[8, 4, 10, 16]], "turned with its image: 20 - 2 - 10 from the left"
+    assert boxes[13] == [[8, 4, 10, 16]], "rotated with its image: 20 - 2 - 10 from the left"
     assert boxes[14] == [[8, 4, 32, 20]], "scaled with its image"
     assert boxes[16] == [[4, 2, 16, 10], [20, 10, 20, 10], [8, 8, 8, 8], [0, 0, 0, 0]]
     ids = [record["id"] for record in content["annotations"]]
     assert len(set(ids)) == len(ids)
     cut = next(record for record in content["annotations"] if record["bbox"] == [20, 10, 20, 10])
-    assert cut["segmentation"] == [[20, 10, 30, 10, 30, 20]], "masks stay"
+    assert cut["segmentation"] == [[20, 10, 30, 10, 30, 20]], "masks are kept"
     assert cut["area"] == 200
 
     changes = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]
-    assert f"lists {len(changes)} changes" in printed
+    assert f"lists {len(changes)} changes" in out_text
     assert {change["code"] for change in changes} == {
         "image-missing", "image-unreadable", "image-size", "leak", "box-duplicate", "box-outside", "box-overhang",
         "annotation-id-duplicate", "annotation-record", "category-unknown", "image-unknown",
     }  # fmt: skip
     load_for_training(out)
-    # Writing to a copy's JSON, or replacing its images, leaves the original alone.
+    # Changing the copy must not change the original.
     (out / TRAIN).write_text("")
     (out / "train/a.png").unlink()
     assert snapshot(root) == before
 
 
-def resized_set(root, box):
-    """A set whose a.png is twice as large as its record says, with one object of that box, outlined too."""
+def write_resized(root, box):
+    """Write a dataset whose a.png is twice its recorded size, with one object that has a box and a polygon."""
     write_coco_dataset(root)
     path = root / TRAIN
     content = json.loads(path.read_text())
     write_image(root / "train/a.png", (SIZE[0] * 2, SIZE[1] * 2))
-    mine = next(record["id"] for record in content["images"] if record["file_name"] == "a.png")
+    image_id = next(record["id"] for record in content["images"] if record["file_name"] == "a.png")
     x, y, w, h = box
     polygon = [x, y, x + w, y, x + w, y + h]
-    others = [record for record in content["annotations"] if record["image_id"] != mine]
-    object_ = {"id": 99, "image_id": mine, "category_id": 1, "bbox": box, "segmentation": [polygon]}
-    path.write_text(json.dumps(content | {"annotations": [*others, object_]}))
+    others = [record for record in content["annotations"] if record["image_id"] != image_id]
+    annotation = {"id": 99, "image_id": image_id, "category_id": 1, "bbox": box, "segmentation": [polygon]}
+    path.write_text(json.dumps(content | {"annotations": [*others, annotation]}))
     return root
 
 
-def repaired(root, out, capsys):
-    """The box and the outline that `resized_set`'s object has in the copy."""
+def repair(root, out, capsys):
+    """Return the repaired box and polygon of the object."""
     run_check(capsys, root, "--fix", out)
     record = next(record for record in json.loads((out / TRAIN).read_text())["annotations"] if record["id"] == 99)
     return record["bbox"], record["segmentation"]
 
 
-def test_outlines_are_scaled_with_their_boxes(tmp_path, capsys):
-    root = resized_set(tmp_path / "set", [4, 2, 16, 10])
-    assert repaired(root, tmp_path / "copy", capsys) == ([8, 4, 32, 20], [[8, 4, 40, 4, 40, 24]])
+def test_masks_are_scaled_with_their_boxes(tmp_path, capsys):
+    root = write_resized(tmp_path / "set", [4, 2, 16, 10])
+    assert repair(root, tmp_path / "copy", capsys) == ([8, 4, 32, 20], [[8, 4, 40, 4, 40, 24]])
 
 
-def test_boxes_that_fit_the_file_alone_stay(tmp_path, capsys):
-    root = resized_set(tmp_path / "set", [50, 20, 20, 15])  # the record: 40 × 20, the file: 80 × 40
-    assert repaired(root, tmp_path / "copy", capsys) == ([50, 20, 20, 15], [[50, 20, 70, 20, 70, 35]])
+def test_boxes_that_fit_only_the_image_are_kept(tmp_path, capsys):
+    root = write_resized(tmp_path / "set", [50, 20, 20, 15])  # recorded size 40 × 20, image size 80 × 40
+    assert repair(root, tmp_path / "copy", capsys) == ([50, 20, 20, 15], [[50, 20, 70, 20, 70, 35]])
     content = json.loads((tmp_path / "copy" / TRAIN).read_text())
     assert {(record["width"], record["height"]) for record in content["images"] if record["file_name"] == "a.png"} == {
         (SIZE[0] * 2, SIZE[1] * 2)
@@ -98,7 +98,7 @@ def test_boxes_that_fit_the_file_alone_stay(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_boxes_turn_with_their_image(tmp_path, orientation):
+def test_boxes_rotate_with_their_image(tmp_path, orientation):
     pixels = np.zeros((20, 40), np.uint8)
     pixels[2:12, 4:20] = 255
     exif = Image.Exif()
@@ -112,13 +112,13 @@ def test_boxes_turn_with_their_image(tmp_path, orientation):
 
 
 @pytest.mark.parametrize(
-    ("kind", "change"),
+    ("code_name", "change"),
     [
         ("boxes-normalized", lambda box: [box[0] / 40, box[1] / 20, box[2] / 40, box[3] / 20]),
         ("boxes-corners", lambda box: [box[0], box[1], box[0] + box[2], box[1] + box[3]]),
     ],
 )
-def test_boxes_in_another_form_come_back(tmp_path, capsys, kind, change):
+def test_boxes_in_another_format_are_converted(tmp_path, capsys, code_name, change):
     objects = {"train": {"a": [(0, (14, 6, 20, 12)), (1, (16, 8, 10, 10))]}, "val": {"c": [(0, (1, 2, 30, 10))]}}
     root = write_coco_dataset(tmp_path / "set", objects)
     content = json.loads((root / TRAIN).read_text())
@@ -126,14 +126,14 @@ def test_boxes_in_another_form_come_back(tmp_path, capsys, kind, change):
     for record in content["annotations"]:
         record["bbox"] = change(record["bbox"])
     (root / TRAIN).write_text(json.dumps(content))
-    assert kind in issue_codes(root)
+    assert code_name in issue_codes(root)
     code, _, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     after = [record["bbox"] for record in json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]]
     assert after == pytest.approx(np.array(before))
     assert code == 0
 
 
-def test_objects_of_polygons_alone_get_their_extent(tmp_path, capsys):
+def test_missing_boxes_are_computed_from_polygons(tmp_path, capsys):
     root = write_coco_dataset(tmp_path / "set")
     content = json.loads((root / TRAIN).read_text())
     masks = [[[4, 2, 12, 2, 12, 9], [9, 8, 20, 8, 20, 12.5]], [[20, 5, 39, 5, 39, 19]], [[10, 5, 30, 5, 30, 15]]]
@@ -142,10 +142,10 @@ def test_objects_of_polygons_alone_get_their_extent(tmp_path, capsys):
         record |= {"segmentation": mask} | ({} if box is ... else {"bbox": box})
     (root / TRAIN).write_text(json.dumps(content))
     before = open_dataset(root)
-    code, printed, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
+    code, out_text, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
-    assert "warning box-from-mask: " in printed
-    assert "has 3 objects with a mask but no bbox" in printed
+    assert "warning box-from-mask: " in out_text
+    assert "has 3 objects with a mask but no bbox" in out_text
     objects = json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]
     assert [record["bbox"] for record in objects] == [[4, 2, 16, 10.5], [20, 5, 19, 14], [10, 5, 20, 10]]
     assert [record["segmentation"] for record in objects] == masks
@@ -155,7 +155,7 @@ def test_objects_of_polygons_alone_get_their_extent(tmp_path, capsys):
     assert [change["code"] for change in changes] == ["box-from-mask"] * 3
 
 
-def test_class_ids_off_by_one_come_back(tmp_path, capsys):
+def test_off_by_one_category_ids_are_fixed(tmp_path, capsys):
     root = write_coco_dataset(tmp_path / "set")
     content = json.loads((root / TRAIN).read_text())
     for record in content["annotations"]:
@@ -166,8 +166,8 @@ def test_class_ids_off_by_one_come_back(tmp_path, capsys):
     assert [r["category_id"] for r in json.loads((tmp_path / "copy" / TRAIN).read_text())["annotations"]] == [1, 2, 2]
 
 
-def test_file_names_of_other_systems_come_back(tmp_path, capsys):
-    """As exported on Windows, or with a URL's names: the images are found, looked at, and named in the copy."""
+def test_file_names_of_other_systems_are_fixed(tmp_path, capsys):
+    """Windows paths and URL-encoded names."""
     root = tmp_path / "set"
     for split, images in OBJECTS.items():
         content = json.loads((write_coco_dataset(tmp_path / "plain") / {"train": TRAIN}.get(split, VAL)).read_text())
@@ -179,9 +179,9 @@ def test_file_names_of_other_systems_come_back(tmp_path, capsys):
     assert issue_codes(root) == {"image-name"}
     with pytest.raises(UserError, match=r"'my%20a\.png', which is missing in .*, where 'my a\.png' is"):
         open_dataset(root)
-    code, printed, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
+    code, out_text, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
-    assert "remaining: error" not in printed
+    assert "remaining: error" not in out_text
     for split, images in OBJECTS.items():
         copied = open_dataset(tmp_path / "copy", split)
         names = [copied.path(index).name for index in range(len(copied))]
@@ -191,22 +191,22 @@ def test_file_names_of_other_systems_come_back(tmp_path, capsys):
     assert [change["code"] for change in changes] == ["image-name"] * 4
 
 
-def test_records_of_one_file_become_one(tmp_path, capsys):
+def test_records_of_one_file_are_merged(tmp_path, capsys):
     root, out = write_coco_dataset(tmp_path / "set"), tmp_path / "copy"
     content = json.loads((root / TRAIN).read_text())
     first = content["annotations"][0]
-    content["images"].append({**content["images"][0], "id": 50})  # a record an object, and one object in both
+    content["images"].append({**content["images"][0], "id": 50})  # one record per object, and one object in both
     content["annotations"][1]["image_id"] = 50
     content["annotations"].append({**first, "id": 60, "image_id": 50})
     (root / TRAIN).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"images\[3\] .* the file 'a.png' of images\[0\], and their objects differ"):
         open_dataset(root)
-    code, printed, _ = run_check(capsys, root, "--fix", out)
-    assert code == 0, printed
+    code, out_text, _ = run_check(capsys, root, "--fix", out)
+    assert code == 0, out_text
     copy = json.loads((out / TRAIN).read_text())
     assert [record["file_name"] for record in copy["images"]] == ["a.png", "b.png", "empty.png"]
     assert [record["image_id"] for record in copy["annotations"]] == [1, 1, 2]
-    assert ": repaired copy with 4 of 5 images and 5 of 6 objects; " in printed
+    assert ": repaired copy with 4 of 5 images and 5 of 6 objects; " in out_text
     changes = [json.loads(line) for line in (out / "changes.jsonl").read_text().splitlines()]
     assert [(change["code"], change["record"]) for change in changes] == [
         ("image-twice", "images[3]"), ("box-duplicate", "annotations[3] (id 60)"),
@@ -214,10 +214,10 @@ def test_records_of_one_file_become_one(tmp_path, capsys):
     assert not issue_codes(out) & {"image-in-parts", "image-twice", "image-copy"}
 
 
-def test_the_copy_has_one_list_of_classes(tmp_path, capsys):
+def test_copy_has_one_category_list(tmp_path, capsys):
     root = write_coco_dataset(tmp_path / "set")
     content = json.loads((root / "valid/_annotations.coco.json").read_text())
-    content["categories"] = [  # Roboflow's entry for the group comes first
+    content["categories"] = [  # Roboflow's group category comes first
         {"id": 0, "name": "pets", "supercategory": "none"},
         {"id": 2, "name": "cat", "supercategory": "pets"},
         {"id": 1, "name": "dog", "supercategory": "pets"},
@@ -226,9 +226,9 @@ def test_the_copy_has_one_list_of_classes(tmp_path, capsys):
         record["category_id"] = 3 - record["category_id"]
     (root / "valid/_annotations.coco.json").write_text(json.dumps(content))
     assert issue_codes(root) == {"category-renumbered"}
-    code, printed, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
+    code, out_text, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
-    assert "remaining: warning category-renumbered" not in printed
+    assert "remaining: warning category-renumbered" not in out_text
     fixed = json.loads((tmp_path / "copy/val/_annotations.coco.json").read_text())
     assert {record["id"]: record["name"] for record in fixed["categories"]} == {1: "cat", 2: "dog"}
     assert [record["category_id"] for record in fixed["annotations"]] == [1, 2]
@@ -250,17 +250,17 @@ def test_other_formats_are_copied_as_coco(tmp_path, capsys, make):
             assert after.labels.tolist() == before.labels.tolist()
 
 
-def test_where_the_copy_may_not_be(tmp_path, capsys):
+def test_invalid_output_folders(tmp_path, capsys):
     root = write_coco_dataset(tmp_path / "set")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").touch()
     (tmp_path / "file").touch()
     before = snapshot(tmp_path)
-    for out, words in [(root, "lies in the dataset"), (root / "copy", "lies in the dataset"),
+    for out, message in [(root, "lies in the dataset"), (root / "copy", "lies in the dataset"),
                        (tmp_path / "full", "not empty"), (tmp_path / "file" / "x", "cannot be written")]:  # fmt: skip
-        code, printed, err = run_check(capsys, root, "--fix", out)
-        assert (code, printed) == (2, "")
+        code, out_text, err = run_check(capsys, root, "--fix", out)
+        assert (code, out_text) == (2, "")
         assert err.startswith(f"error: --fix {out}: ")
-        assert words in err
+        assert message in err
         assert err.count("\n") == 1
     assert snapshot(tmp_path) == before

@@ -1,4 +1,4 @@
-"""The HTML report of a check."""
+"""The HTML report of `check`."""
 
 import json
 import re
@@ -9,11 +9,11 @@ from tests.support.datasets import write_coco_dataset
 
 
 class Page(HTMLParser):
-    """Tags with what they point to, and the text."""
+    """Collects tags with their links, and the text."""
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.tags, self.words = [], [], []
+        self.links, self.tags, self.texts = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -21,10 +21,10 @@ class Page(HTMLParser):
         self.links += [value for key, value in attributes if key in ("href", "src") and value]
 
     def handle_data(self, data):
-        self.words.append(data)
+        self.texts.append(data)
 
 
-def test_the_page(tmp_path, capsys):
+def test_report_page(tmp_path, capsys):
     root = write_faulty_dataset(tmp_path / "a <b> & set")
     content = json.loads((root / TRAIN).read_text())
     content["categories"].append({"id": 40, "name": "<script>alert(1)</script>"})
@@ -33,21 +33,21 @@ def test_the_page(tmp_path, capsys):
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
     assert "<script" not in text
-    assert "http" not in re.sub(r"base64,[^\"]*", "", text), "nothing from elsewhere"
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text), "self-contained"
     assert all(link.startswith(("#", "data:image/jpeg;base64,")) for link in page.links)
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     assert {"image-missing", "leak", "box-outside", "box-overhang", "image-rotated"} <= set(sections)
     assert [link[1:] for link in page.links if link.startswith("#")] == sections
     assert len([tag for tag, _ in page.tags if tag == "svg"]) >= len(sections) // 2
     boxes = [attributes for tag, attributes in page.tags if tag == "rect" and attributes["class"] == "box suspect"]
-    # The box over the border, on the picture of 40 × 20, down to half a picture under it.
+    # The box that crosses the border of the 40 × 20 image.
     assert ("20.0", "10.0", "30.0", "20.0") in [
         tuple(box[key] for key in ("x", "y", "width", "height")) for box in boxes
     ]
-    assert "Training cannot use this dataset yet." in page.words
+    assert "Training cannot use this dataset yet." in page.texts
 
 
-def test_the_page_of_a_good_set(tmp_path, capsys):
+def test_report_page_of_a_valid_dataset(tmp_path, capsys):
     root = write_coco_dataset(tmp_path / "set")
     run_check(capsys, root, "--report", tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()

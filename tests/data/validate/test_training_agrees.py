@@ -1,4 +1,4 @@
-"""Every bad set of the tables through the real command: trained, or one line and exit code 2; never a traceback."""
+"""Training on every faulty dataset: it completes or fails in one line with exit code 2, never with a traceback."""
 
 import pytest
 
@@ -16,8 +16,8 @@ from tests.support.unusual_inputs import DATASETS, IMAGES
 TINY = (
     "--backbone test_resnet --backbone-weights none --image-size 64 --workers 0 --epochs 1 --device cpu --batch-size 2"
 )
-SMALLER = "model.hidden_dim=32 model.ffn_dim=32 model.num_queries=5 model.encoder_layers=1 model.decoder_layers=1"
-OPTIONS = [*TINY.split(), *(word for key in SMALLER.split() for word in ("--set", key))]
+SMALL_MODEL = "model.hidden_dim=32 model.ffn_dim=32 model.num_queries=5 model.encoder_layers=1 model.decoder_layers=1"
+OPTIONS = [*TINY.split(), *(word for key in SMALL_MODEL.split() for word in ("--set", key))]
 
 CASES = {
     **{f"image: {name}": (write_coco_dataset, content, expected) for name, (content, expected) in FILES.items()},
@@ -26,11 +26,11 @@ CASES = {
     **{f"voc: {name}": (write_voc_dataset, change, expected) for name, (change, expected, _) in VOC.items()},
     **{f"unusual {name}": (make, change, expected) for name, (make, change, expected, _) in DATASETS.items()},
 }
-BRIEF = ("image: PNG: half", "yolo: too few values", "voc: entity expansion")
+QUICK_CASES = ("image: PNG: half", "yolo: too few values", "voc: entity expansion")
 
 
 def train(case, root, out, capsys, *options):
-    """Exit code and standard error of a training on the spoiled set."""
+    """Return exit code and standard error of a training on the faulty dataset."""
     make, change, _ = CASES[case]
     make(root)
     if callable(change):
@@ -46,9 +46,9 @@ def train(case, root, out, capsys, *options):
     return code, capsys.readouterr().err
 
 
-def assert_trained_or_refused(case, tmp_path, capsys):
+def assert_trained_or_rejected(case, tmp_path, capsys):
     code, err = train(case, tmp_path / "set", tmp_path / "run", capsys)
-    if any(ISSUE_TYPES[kind].severity == "error" for kind in CASES[case][2]):
+    if any(ISSUE_TYPES[code_name].severity == "error" for code_name in CASES[case][2]):
         assert code == 2
         assert err.startswith("error: ")
         assert err.count("\n") == 1
@@ -58,28 +58,28 @@ def assert_trained_or_refused(case, tmp_path, capsys):
         assert (tmp_path / "run/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("case", BRIEF)
-def test_some_cases(tmp_path, capsys, case):
-    assert_trained_or_refused(case, tmp_path, capsys)
+@pytest.mark.parametrize("case", QUICK_CASES)
+def test_quick_cases(tmp_path, capsys, case):
+    assert_trained_or_rejected(case, tmp_path, capsys)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case not in BRIEF])
-def test_all_cases(tmp_path, capsys, case):
-    assert_trained_or_refused(case, tmp_path, capsys)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in QUICK_CASES])
+def test_remaining_cases(tmp_path, capsys, case):
+    assert_trained_or_rejected(case, tmp_path, capsys)
 
 
-def test_there_are_as_many_cases_as_were_asked_for():
+def test_every_issue_type_has_a_case():
     assert len(FILES) >= 40
     assert len(COCO) + len(YOLO) + len(VOC) >= 30
     assert len(FILES) + len(IMAGES) >= 70
     assert len(CASES) >= 250
-    found_by_some = {kind for _, _, expected in CASES.values() for kind in expected}
-    elsewhere = {"leak", "image-copy", "image-missing", "dataset-rejected"}
-    assert ISSUE_TYPES.keys() - found_by_some - ALWAYS_REPORTED - elsewhere == set(), "a kind that no case has"
+    covered = {kind for _, _, expected in CASES.values() for kind in expected}
+    tested_elsewhere = {"leak", "image-copy", "image-missing", "dataset-rejected"}
+    assert ISSUE_TYPES.keys() - covered - ALWAYS_REPORTED - tested_elsewhere == set(), "issue types without a case"
 
 
-def test_a_training_parses_each_annotation_file_once(tmp_path, monkeypatch):
+def test_training_parses_each_annotation_file_once(tmp_path, monkeypatch):
     root = write_coco_dataset(tmp_path / "set")
     parsed = []
     original = coco.CocoSource.parse
@@ -88,7 +88,7 @@ def test_a_training_parses_each_annotation_file_once(tmp_path, monkeypatch):
     assert sorted(parsed) == [root / "train/_annotations.coco.json", root / "valid/_annotations.coco.json"]
 
 
-def test_faults_in_the_validation_split_count_too(tmp_path):
+def test_faults_in_the_validation_split_stop_training(tmp_path):
     root = write_coco_dataset(tmp_path)
     (root / "valid/c.png").write_bytes(b"")
     assert [finding.split for finding in check_report(root).errors] == ["val"]
