@@ -20,10 +20,9 @@ from ..structures import Category, Target
 from ..utils.errors import UserError
 from ..utils.images import read_image, read_size
 from .formats import find_source
-from .problems import raise_problem
-from .records import Records, area_of, read_records, record_name
+from .issues import raise_error
+from .records import Records, area_of, clip_corners, read_records
 from .source import AnnotationCache, Source, content_hash, distinct_val_hint, remap_category_ids, same_split
-from .transforms import MIN_SIDE
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
@@ -87,7 +86,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     ) -> None:
         self.source, self.transform, cache = source, transform, cache or AnnotationCache()
         self.annotation_file = source.file
-        records = read_records(source.read(categories, raise_problem, cache), source, raise_problem)
+        records = read_records(source.read(categories, cache=cache), source, raise_error)
         self.fingerprint = cache.parse(source).digest or content_hash(records.content)
         self.categories = records.category_list if categories is None else tuple(categories)
         id_map = remap_category_ids(records.category_list, self.categories, set(records.category_ids.tolist()))
@@ -99,7 +98,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.image_folder = records.folder.path
         self.image_ids = np.array([image.id for image in records.images], dtype=np.int64)
         self._names = np.array([image.name for image in records.images])
-        sizes = [image.size or (0, 0) for image in records.images]
+        sizes = [image.declared or (0, 0) for image in records.images]
         self._sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)  # (height, width), 0 if unknown
         self._starts, self._labels, self._boxes = self._training_objects(records, self._labels_of(records, id_map))
 
@@ -114,7 +113,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         height, width = image.shape[-2:]
         self._warn_of_other_size(index, (height, width))
         rows = slice(self._starts[index], self._starts[index + 1])
-        boxes, inside = _clip(self._boxes[rows].astype(np.float64), np.array([[height, width]]))
+        boxes, inside = clip_corners(self._boxes[rows].astype(np.float64), np.array([[width, height]]))
         x0, y0, x1, y1 = boxes[inside].T
         cxcywh = np.stack([(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height], 1)
         target = Target(
@@ -173,12 +172,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         inside = self._has_area(boxes, images)
         skipped = np.flatnonzero(~inside & ~records.crowds)
         if len(skipped):
-            first = int(skipped[0])
             log.warning(
-                "%s: %d of %d boxes have no area inside their image and are skipped in training; the first is %s of "
-                "image %r", self.annotation_file, len(skipped), len(boxes),
-                record_name(records.content["annotations"], int(records.positions[first])),
-                str(self._names[images[first]]),
+                "%s: %d of %d boxes have no area inside their image and are skipped in training; the first is %s",
+                self.annotation_file, len(skipped), len(boxes), records.object_name(skipped[0]),
             )  # fmt: skip
         kept = np.flatnonzero(inside & ~records.crowds)
         kept = kept[np.argsort(images[kept], kind="stable")]
@@ -191,13 +187,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         If a record's size says no, the file's size decides: records of rotated or resized images may have the old size.
         """
         unlimited = np.array([[10**7, 10**7]])
-        sizes = np.where(self._sizes > 0, self._sizes, unlimited)
-        _, inside = _clip(boxes, sizes[images])
-        _, positive = _clip(boxes, unlimited)
+        limits = np.where(self._sizes > 0, self._sizes, unlimited)[:, ::-1]
+        _, inside = clip_corners(boxes, limits[images])
+        _, positive = clip_corners(boxes, unlimited)
         for index in np.unique(images[positive & ~inside]).tolist():
             with suppress(UserError):  # an unreadable file is reported when it is used
-                sizes[index] = read_size(self.path(index))
-        return _clip(boxes, sizes[images])[1]
+                limits[index] = read_size(self.path(index))[::-1]
+        return clip_corners(boxes, limits[images])[1]
 
     def _labels_of(self, records: Records, id_map: Mapping[int, int]) -> np.ndarray:
         """Turn category ids (N,) into labels."""
@@ -206,11 +202,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         result = [labels.get(id_map.get(file_id, -1), -1) for file_id in file_ids]
         if -1 in result:
             first = result.index(-1)
-            name = record_name(records.content["annotations"], int(records.positions[first]))
+            category = f"category {file_ids[first]} ({records.categories[file_ids[first]]!r})"
             raise UserError(
-                f"{self.annotation_file}: {name} has category {file_ids[first]} "
-                f"({records.categories[file_ids[first]]!r}), which the model does not know; use the dataset that the "
-                "model was trained on, or one with its categories"
+                f"{self.annotation_file}: {records.object_name(first)} has {category}, which the model does not know; "
+                "use the dataset that the model was trained on, or one with its categories"
             )
         return np.array(result, dtype=np.int64)
 
@@ -223,12 +218,6 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
                 "the upright image (further images are not reported)",
                 self.annotation_file, str(self._names[index]), *size[::-1], *declared[::-1],
             )  # fmt: skip
-
-
-def _clip(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Clip xyxy boxes (N, 4) to their images' (height, width) (N, 2); also return which of them (N,) keep an area."""
-    clipped = np.clip(boxes, 0, sizes[:, [1, 0, 1, 0]])
-    return clipped, np.min(clipped[:, 2:] - clipped[:, :2], axis=1) >= MIN_SIDE
 
 
 def _warn_of_other_names(

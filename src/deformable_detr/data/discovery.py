@@ -7,10 +7,11 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
+from typing import NoReturn
 from urllib.parse import unquote
 
 from ..config.schema import DataConfig
@@ -44,11 +45,6 @@ class ImageFolder:
     unlisted: list[str] = field(default_factory=list)
     searched: tuple[Path, ...] = ()
     option: str = ""
-
-    @classmethod
-    def of_listed_files(cls, path: Path, names: Sequence[str]) -> ImageFolder:
-        """Check each file of a format whose reader lists the images itself."""
-        return cls(path, {name: "" for name in names if not (path / name).is_file()})
 
 
 def is_hidden(path: str | PurePath) -> bool:
@@ -253,6 +249,19 @@ def _contains_word(text: str, names: Iterable[str]) -> bool:
     return False
 
 
+def split_folders(root: Path) -> dict[str, Path]:
+    """Find the folders named after splits: images/train, train/images, obj_train_data, train; also Train2017."""
+    words = {name for names in SPLIT_ALIASES for name in names}
+    folders: dict[str, Path] = {}
+    for parent in (root / "images", root):
+        ensure_readable(parent)
+        for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+            name = re.fullmatch(r"(?:obj_)?([a-z]+?)(?:_data)?\d*", path.name.lower())
+            if name and name[1] in words and path.is_dir():
+                folders.setdefault(name[1], path / "images" if (path / "images").is_dir() else path)
+    return folders
+
+
 def names_other_split(path: Path, split: str) -> bool:
     """Whether a word of the file name, or otherwise the name of its folder, is that of another split."""
     folder = re.sub(r"\d+$", "", os.path.basename(os.path.dirname(os.path.realpath(path))))
@@ -290,11 +299,25 @@ def _candidate_folders(annotations: Path, split: str) -> list[Path]:
 def ensure_readable(folder: Path, mode: int = os.R_OK | os.X_OK) -> None:
     """Raise `UserError` for a folder without read permission, which would look empty."""
     if os.path.isdir(folder) and not os.access(folder, mode):
-        raise unreadable_folder(folder, os.strerror(errno.EACCES))
+        raise _unreadable_folder(folder, os.strerror(errno.EACCES))
 
 
-def unreadable_folder(folder: Path | str, reason: str | None) -> UserError:
-    """Return the error for a folder that cannot be listed."""
+def walk_folder(folder: Path) -> Iterator[Path]:
+    """Yield everything below a folder. Raise `UserError` for an unreadable folder, which would look empty."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise _unreadable_folder(error.filename, error.strerror)
+
+    visited: set[str] = set()  # links may form a loop
+    for head, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(head)) in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        yield from (Path(head, name) for name in (*folders, *names))
+
+
+def _unreadable_folder(folder: Path | str, reason: str | None) -> UserError:
     return UserError(f"{folder}: {reason}; make the folder readable")
 
 
@@ -302,6 +325,6 @@ def _listing(folder: Path) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder))
     except PermissionError as error:
-        raise unreadable_folder(folder, error.strerror) from None
+        raise _unreadable_folder(folder, error.strerror) from None
     except (OSError, ValueError):  # no such folder
         return frozenset()

@@ -6,12 +6,7 @@ from pathlib import Path
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
 from .coco import CocoSource
-from .discovery import (
-    ROBOFLOW,
-    configured_annotations,
-    ensure_readable,
-    find_annotations,
-)
+from .discovery import ROBOFLOW, configured_annotations, ensure_readable, find_annotations
 from .source import Source
 from .voc import find_voc
 from .yolo import find_yaml, find_yolo, find_yolo_without_yaml

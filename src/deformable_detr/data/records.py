@@ -1,31 +1,57 @@
-"""The records of a COCO dict as arrays; every record that cannot be used is reported. For all formats."""
+"""The records of a COCO dict as arrays; every record that cannot be used is reported."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from reprlib import repr as brief
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..structures import Category
 from ..utils.errors import UserError
 from .discovery import ImageFolder
-from .problems import OnProblem, Problem
+from .issues import Issue, OnIssue
 from .source import Source
+from .transforms import MIN_SIDE
+
+
+OBJECT_KEYS = ("id", "image_id", "category_id", "iscrowd", "bbox")
 
 
 class MaskBox(list[float]):
     """The xywh box of an object whose record has none: the extent of its mask."""
 
 
-class ImageEntry(NamedTuple):
-    """A usable image record: its index in the file, id, file name, and (height, width) if the record has them."""
+@dataclass
+class ImageRecord:
+    """A usable image record. A check of the files fills in the values from `broken` on.
+
+    Attributes:
+        position: Index in the COCO dict.
+        name: File name; if that file is missing, the one that is likely meant.
+        path: The image file.
+        declared: (height, width) from the record.
+        missing: Whether there is no such file.
+        broken: Whether the file cannot be read.
+        size: (height, width) of the upright image, from the file.
+        orientation: EXIF orientation; 1 if there is none.
+        digest: Hash of the pixels.
+        dim: Highest value of a 16-bit gray image that uses at most 12 bits, otherwise 0.
+    """
 
     position: int
     id: int
     name: str
-    size: tuple[int, int] | None
+    path: Path
+    declared: tuple[int, int] | None
+    missing: bool = False
+    broken: bool = False
+    size: tuple[int, int] | None = None
+    orientation: int = 1
+    digest: bytes | None = None
+    dim: int = 0
 
 
 @dataclass
@@ -33,33 +59,40 @@ class Records:
     """The usable records of one split.
 
     Attributes:
+        source: The files.
         content: The COCO dict.
         categories: Category id → name.
-        images: One entry per image.
+        images: One record per image.
         folder: Where the image files are.
-        positions: (N,) index of each object in the file.
+        category_shift: Added to the objects' category ids because these are off by one; normally 0.
+        positions: (N,) index of each object in the COCO dict.
         image_indices: (N,) index of each object's image in `images`.
         category_ids: (N,) ids after `category_shift`.
         crowds: (N,) bool, `iscrowd`.
         boxes: (N, 4) float64 xywh in pixels.
-        category_shift: Added to the objects' category ids because these are off by one; normally 0.
     """
 
+    source: Source
     content: dict[str, Any]
     categories: dict[int, str]
-    images: list[ImageEntry]
+    images: list[ImageRecord]
     folder: ImageFolder
+    category_shift: int
     positions: np.ndarray
     image_indices: np.ndarray
     category_ids: np.ndarray
     crowds: np.ndarray
     boxes: np.ndarray
-    category_shift: int = 0
 
     @property
     def category_list(self) -> tuple[Category, ...]:
         """The categories, sorted by id."""
-        return tuple(Category(id=key, name=self.categories[key]) for key in sorted(self.categories))
+        return tuple(Category(*item) for item in sorted(self.categories.items()))
+
+    def object_name(self, index: int) -> str:
+        """Return the name of an object in messages, with its image."""
+        name = record_name(self.content["annotations"], int(self.positions[index]))
+        return f"{name} of image {self.images[self.image_indices[index]].name!r}"
 
 
 def is_finite(value: Any) -> bool:
@@ -81,58 +114,55 @@ def record_name(records: Sequence[Any], position: int) -> str:
     return f"annotations[{position}]{own_id}"
 
 
+def clip_corners(corners: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Clip xyxy boxes (N, 4) to their images' (width, height) (N, 2); also return which of them (N,) keep an area."""
+    clipped = np.clip(corners, 0, np.concatenate([limits, limits], axis=1))
+    return clipped, np.min(clipped[:, 2:] - clipped[:, :2], axis=1) >= MIN_SIDE
+
+
 def area_of(annotation: dict[str, Any]) -> float:
     """Return the record's area in square pixels; that of its box if it has none."""
     area: Any = annotation.get("area")
     return area if is_finite(area) else annotation["bbox"][2] * annotation["bbox"][3]
 
 
-def read_records(content: dict[str, Any], source: Source, on_problem: OnProblem) -> Records:
-    """Check every record of a COCO dict and turn the usable ones into arrays; doubtful ones have `fatal=False`."""
-    reader = _RecordReader(content, source, on_problem)
+def read_records(content: dict[str, Any], source: Source, on_issue: OnIssue) -> Records:
+    """Check every record of a COCO dict and turn the usable ones into arrays."""
+    reader = _RecordReader(content, source, on_issue)
     categories = reader.categories()
     images = reader.images()
-    folder = reader.folder(images)
+    folder = reader.locate(images)
     shift = reader.category_shift(categories)
-    arrays = reader.objects(images, folder, categories, shift)
-    return Records(content, categories, images, folder, *arrays, category_shift=shift)
-
-
-OBJECT_KEYS = ("id", "image_id", "category_id", "iscrowd", "bbox")
+    arrays = reader.objects(images, categories, shift)
+    return Records(source, content, categories, images, folder, shift, *arrays)
 
 
 class _RecordReader:
     """Reads categories, images and objects of one COCO dict, in this order."""
 
-    def __init__(self, content: dict[str, Any], source: Source, on_problem: OnProblem) -> None:
-        self.content, self.source, self.on_problem = content, source, on_problem
+    def __init__(self, content: dict[str, Any], source: Source, on_issue: OnIssue) -> None:
+        self.content, self.file, self.find_images, self.on_issue = content, source.file, source.find_images, on_issue
 
-    def _report(
-        self, code: str, section: str, position: int, message: str, hint: str = "", fatal: bool = True, **more: Any
-    ) -> None:
-        if position < 0:
-            record, section = "", ""
-        elif section == "annotations":
-            record = record_name(self.content["annotations"], position)
-        else:
-            record = f"{section}[{position}]"
-        self.on_problem(Problem(code, self.source.file, record, message, hint, section, position, fatal=fatal, **more))
+    def _report(self, code: str, section: str, position: int, message: str, hint: str = "", **more: Any) -> None:
+        name = record_name(self.content[section], position) if section == "annotations" else f"{section}[{position}]"
+        self.on_issue(Issue(code, self.file, name, message, hint, section, position, **more))
+
+    def _report_file(self, code: str, message: str, hint: str = "") -> None:
+        self.on_issue(Issue(code, self.file, "", message, hint))
 
     def categories(self) -> dict[int, str]:
         positions: dict[int, int] = {}
         for position, record in enumerate(self.content["categories"]):
             fields = record if isinstance(record, dict) else {}
             if not is_int64(fields.get("id")) or not isinstance(fields.get("name"), str):
-                self._report("category-record", "categories", position, "needs an integer 'id' and a text 'name'",
-                             "complete or remove it")  # fmt: skip
+                self._report("category-record", "categories", position, "needs an integer 'id' and a text 'name'")
             elif record["id"] in positions:
                 message = f"({record['name']!r}) has the id {record['id']} of categories[{positions[record['id']]}]"
-                self._report("category-id-duplicate", "categories", position, message, "give each its own id")
+                self._report("category-id-duplicate", "categories", position, message)
             else:
                 positions[record["id"]] = position
         if not self.content["categories"]:
-            hint = "list the classes with their ids and names"
-            self._report("category-record", "", -1, "'categories' is empty", hint)
+            self._report_file("category-record", "'categories' is empty", "list the classes with their ids and names")
         records = {key: self.content["categories"][position] for key, position in positions.items()}
         if _is_group(records, self.content["annotations"]):
             del records[0]
@@ -140,29 +170,28 @@ class _RecordReader:
         for key, record in records.items():
             if record["name"] in names:
                 message = f"(id {key}) has the name {record['name']!r} of another"
-                self._report("category-name-duplicate", "categories", positions[key], message, fatal=False)
+                self._report("category-name-duplicate", "categories", positions[key], message)
             names.add(record["name"])
         return {key: record["name"] for key, record in records.items()}
 
-    def images(self) -> list[ImageEntry]:
-        images: list[ImageEntry] = []
+    def images(self) -> list[ImageRecord]:
+        images: list[ImageRecord] = []
         positions: dict[int, int] = {}
         same_file = _repeated_files(self.content)
-        hint = "complete or remove it"
         for position, record in enumerate(self.content["images"]):
             if not isinstance(record, dict) or not is_int64(record.get("id")):
-                self._report("image-record", "images", position, "needs an integer 'id'", hint)
+                self._report("image-record", "images", position, "needs an integer 'id'")
                 continue
             image_id, name = record["id"], record.get("file_name")
             if not isinstance(name, str) or not name:
                 message = f"(id {image_id}) needs the 'file_name' of its image"
-                self._report("image-record", "images", position, message, hint)
+                self._report("image-record", "images", position, message)
                 continue
             if image_id in positions:
                 first = positions[image_id]
                 first_name = self.content["images"][first]["file_name"]
                 message = f"({name!r}) has the id {image_id} of images[{first}] ({first_name!r})"
-                self._report("image-id-duplicate", "images", position, message, "give each image its own id")
+                self._report("image-id-duplicate", "images", position, message)
                 continue
             if position in same_file:
                 first, objects_differ = same_file[position]
@@ -172,36 +201,37 @@ class _RecordReader:
                     merge = "merge the records, for example with deformable-detr check --fix"
                     self._report("image-in-parts", "images", position, message, merge)
                 else:
-                    self._report("image-twice", "images", position, message, fatal=False)
+                    self._report("image-twice", "images", position, message)
             positions[image_id] = position
             sides: tuple[Any, Any] = record.get("height"), record.get("width")
-            known = all(is_int64(side) and side > 0 for side in sides)
-            images.append(ImageEntry(position, image_id, name, sides if known else None))
+            declared = sides if all(is_int64(side) and side > 0 for side in sides) else None
+            images.append(ImageRecord(position, image_id, name, Path(name), declared))
         if not self.content["images"]:
-            self._report("image-record", "", -1, "has no images", "add at least one image")
+            self._report_file("image-record", "has no images", "add at least one image")
         return images
 
-    def folder(self, images: list[ImageEntry]) -> ImageFolder:
+    def locate(self, images: list[ImageRecord]) -> ImageFolder:
+        """Find the folder of the images and complete their records."""
         try:
-            folder = self.source.find_images([image.name for image in images])
+            folder = self.find_images([image.name for image in images])
         except UserError as error:
-            self.on_problem(Problem.from_error("file-unreadable", self.source.file, error))
-            return ImageFolder(self.source.file.parent)
-        all_missing = len(folder.missing) == len({image.name for image in images})
-        hint = "add the file or remove its record"
-        if all_missing and folder.searched:
+            self.on_issue(Issue.from_error("file-unreadable", self.file, error))
+            folder = ImageFolder(self.file.parent)
+        hint = ""
+        if folder.searched and len(folder.missing) == len({image.name for image in images}):
             option = f" or set data.{folder.option}" if folder.option else ""
             hint = f"put the images there{option} (none was found in {', '.join(map(str, folder.searched))})"
         for image in images:
-            if (likely := folder.missing.get(image.name)) is None:
-                continue
+            likely = folder.missing.get(image.name)
             message = f"names the image {image.name!r}, which is missing in {folder.path}"
             if likely:
                 self._report("image-name", "images", image.position, f"{message}, where {likely!r} is",
                              "write the name of the file, for example with deformable-detr check --fix")  # fmt: skip
-            else:
+                image.name = likely
+            elif likely is not None:
                 self._report("image-missing", "images", image.position, message, hint)
-                hint = "add the file or remove its record"
+                image.missing, hint = True, ""
+            image.path = folder.path / image.name
         return folder
 
     def category_shift(self, categories: dict[int, str]) -> int:
@@ -217,12 +247,10 @@ class _RecordReader:
         if shift:
             message = f"has objects of classes {first - shift}, …, but categories {first}, …: ids are off by one"
             hint = f"{'add 1 to' if shift > 0 else 'subtract 1 from'} the objects' category_id"
-            self._report("category-off-by-one", "", -1, message, hint)
+            self._report_file("category-off-by-one", message, hint)
         return shift
 
-    def objects(
-        self, images: list[ImageEntry], folder: ImageFolder, categories: dict[int, str], shift: int
-    ) -> tuple[np.ndarray, ...]:
+    def objects(self, images: list[ImageRecord], categories: dict[int, str], shift: int) -> tuple[np.ndarray, ...]:
         index_of: dict[Any, int] = {image.id: index for index, image in enumerate(images)}
         # Objects of an unusable image record are not reported again.
         listed = {r.get("id") for r in self.content["images"] if isinstance(r, dict) and is_int64(r.get("id"))}
@@ -231,51 +259,38 @@ class _RecordReader:
         boxes: list[list[float]] = []
         for position, record in enumerate(self.content["annotations"]):
             if not isinstance(record, dict):
-                message, hint = "is not an object", "export the annotations again"
-                self._report("annotation-record", "annotations", position, message, hint)
+                self._report("annotation-record", "annotations", position, "is not an object")
                 continue
             values: list[Any] = [record.get(key) for key in OBJECT_KEYS]
             own_id, image_id, category, crowd, box = values
             if is_int64(own_id) and (first := first_positions.setdefault(own_id, position)) != position:
                 message = f"has the id of annotations[{first}]"
-                self._report("annotation-id-duplicate", "annotations", position, message, fatal=False)
+                self._report("annotation-id-duplicate", "annotations", position, message)
             if not is_int64(image_id) or image_id not in listed:
                 message = f"has image_id {brief(image_id)}, which is not among the images"
-                hint = "add the image or remove the object"
-                self._report("image-unknown", "annotations", position, message, hint)
+                self._report("image-unknown", "annotations", position, message)
                 continue
             if (index := index_of.get(image_id)) is None:
                 continue
-            fault = _object_fault(category, crowd, box, categories, shift)
-            if fault is None:
+            image = images[index].path
+            if crowd not in (None, 0, 1):
+                message = f"has iscrowd {brief(crowd)} instead of 0 or 1"
+                self._report("annotation-record", "annotations", position, message, image=image)
+            elif not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
+                message = f"has bbox {brief(box)} instead of four finite numbers [x, y, width, height] in pixels"
+                self._report("annotation-record", "annotations", position, message, image=image)
+            elif not is_int64(category) or category + shift not in categories:
+                message = f"has category_id {brief(category)}, which is not among the categories"
+                self._report("category-unknown", "annotations", position, message, image=image, box=tuple(box))
+            else:
                 rows.append((position, index, category + shift, bool(crowd)))
                 boxes.append(box)
-                continue
-            name = images[index].name
-            image = folder.path / (folder.missing.get(name) or name)
-            shown_box = tuple(box) if fault[0] == "category-unknown" else None
-            self._report(fault[0], "annotations", position, fault[1], fault[2], image=image, box=shown_box)
         if count := sum(isinstance(box, MaskBox) for box in boxes):
             message = f"has {count} object{'s' * (count > 1)} with a mask but no bbox: the box of the mask is used"
-            self._report("box-from-mask", "", -1, message, fatal=False)
+            self._report_file("box-from-mask", message)
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
         xywh = np.clip(np.array(boxes, dtype=np.float64).reshape(-1, 4), -1e9, 1e9)
         return table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(bool), xywh
-
-
-def _object_fault(
-    category: Any, crowd: Any, box: Any, categories: dict[int, str], shift: int
-) -> tuple[str, str, str] | None:
-    """Return code, message and hint of an object that cannot be used."""
-    if crowd not in (None, 0, 1):
-        return "annotation-record", f"has iscrowd {brief(crowd)}", "write 0 or 1"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
-        hint = "write four finite numbers, [x, y, width, height] in pixels"
-        return "annotation-record", f"has bbox {brief(box)}", hint
-    if not is_int64(category) or category + shift not in categories:
-        message = f"has category_id {brief(category)}, which is not among the categories"
-        return "category-unknown", message, "list the category, or correct the object"
-    return None
 
 
 def _is_group(records: dict[int, dict[str, Any]], annotations: Sequence[Any]) -> bool:

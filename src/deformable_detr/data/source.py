@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..structures import Category
+from ..utils.errors import UserError
 from .discovery import ImageFolder
-from .problems import OnProblem, Problem, raise_problem, split_command_hint
+from .issues import Issue, OnIssue, raise_error
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,12 @@ class ParsedAnnotations:
 
     Attributes:
         content: The COCO dict, or a dict with 'images' and 'objects' of another format.
-        problems: Records that were left out.
+        issues: Records that were left out.
         digest: SHA-256 of the file in hexadecimal; empty if there are many files.
     """
 
     content: dict[str, Any]
-    problems: tuple[Problem, ...] = ()
+    issues: Sequence[Issue] = ()
     digest: str = ""
 
 
@@ -36,10 +38,12 @@ class Source(ABC):
 
     Attributes:
         file: The file or folder that identifies the split in messages; no two splits share it.
+        image_root: Folder that file names are relative to, if the format says so.
         format: 'coco', 'yolo' or 'voc'.
     """
 
     file: Path
+    image_root: Path
     format: ClassVar[str]
 
     @abstractmethod
@@ -52,21 +56,21 @@ class Source(ABC):
     ) -> dict[str, Any]:
         """Build the COCO dict. Formats without category ids take those of `categories` by name."""
 
-    @abstractmethod
     def find_images(self, names: Sequence[str]) -> ImageFolder:
-        """Find the folder that the image file names are relative to."""
+        """Find the images by their file names. Default: in `image_root`."""
+        return ImageFolder(self.image_root, {name: "" for name in names if not (self.image_root / name).is_file()})
 
     def read(
         self,
         categories: Sequence[Category] | None = None,
-        on_problem: OnProblem = raise_problem,
+        on_issue: OnIssue = raise_error,
         cache: AnnotationCache | None = None,
     ) -> dict[str, Any]:
-        """Return the COCO dict and report all problems of the files; see `to_coco`."""
+        """Return the COCO dict and report all issues of the files; see `to_coco`."""
         cache = cache or AnnotationCache()
         parsed = cache.parse(self)
-        for problem in parsed.problems:
-            on_problem(problem)
+        for issue in parsed.issues:
+            on_issue(issue)
         return self.to_coco(parsed, categories, cache)
 
 
@@ -91,11 +95,26 @@ def same_split(first: Source, second: Source) -> bool:
     return os.path.realpath(first.file) == os.path.realpath(second.file)
 
 
+def split_command_hint(root: Path | str) -> str:
+    """Return the hint to create a validation split with the `split` command."""
+    return f"split it with deformable-detr split {shlex.quote(str(root))} --out NEW"
+
+
 def distinct_val_hint(source: Source, root: Path | str) -> str:
     """Return the hint for a validation split that is also the training split."""
     if source.format == "yolo":
         return f"{split_command_hint(root)}, or name another folder under val in data.yaml"
     return f"{split_command_hint(root)}, or set data.val_images and data.val_annotations"
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text file."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        hint = "make it readable or export it again"
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({reason}); {hint}") from None
 
 
 def coco_dict(

@@ -13,10 +13,9 @@ from typing import Any
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
 from .discovery import ROBOFLOW
-from .problems import ignore_problem
+from .issues import Issues
 from .validate import Report, find_splits
 from .validate.annotations import ImageRecord
-from .validate.issues import Issues
 from .validate.repair import write_annotations
 
 ROBOFLOW_COPY = re.compile(r"(.+)\.rf\.[^./\\]+\.[^./\\]+")  # augmented copies of one image: NAME.rf.HASH.jpg
@@ -58,7 +57,7 @@ def ensure_splittable(root: Path, data: DataConfig, options: SplitOptions) -> No
     if data.train_split not in splits:
         raise UserError(next(issue.line for issue in issues if issue.split == data.train_split))
     for name, share in ((data.val_split, options.val), ("test", options.test)):
-        if share and name in splits and splits[name].read(on_problem=ignore_problem)["images"]:
+        if share and name in splits and splits[name].read(on_issue=issues.append)["images"]:
             hint = "train on it as it is" if name == data.val_split else "leave out --test"
             raise UserError(f"{root}: already has a '{name}' split, {splits[name].file}; {hint}")
 
@@ -80,7 +79,7 @@ def split_dataset(report: Report, out: Path, data: DataConfig, options: SplitOpt
         lines = (issue.line for issue in report.errors if issue.code not in SPLIT_ISSUES)
         raise UserError(next(lines, f"{report.root}: has no images; add some"))
     train = next(split for split in report.splits if split.name == data.train_split)
-    groups = _groups({image.id: image for image in train.image_records}, content["images"], options.group)
+    groups = _groups({image.id: image for image in train.images}, content["images"], options.group)
     classes: dict[int, set[int]] = defaultdict(set)
     for record in content["annotations"]:
         classes[record["image_id"]].add(record["category_id"])
@@ -100,9 +99,8 @@ def split_dataset(report: Report, out: Path, data: DataConfig, options: SplitOpt
         images = [record for record in content["images"] if split_of[record["id"]] == name]
         objects = [record for record in content["annotations"] if split_of[record["image_id"]] == name]
         if name != data.train_split:
-            (out / name).mkdir(exist_ok=True)
             for record in images:
-                _move(train_folder, out / name, record["file_name"])
+                os.renames(train_folder / record["file_name"], out / name / record["file_name"])
         write_annotations(out / name, content | {"images": images, "annotations": objects})
     return len(content["images"]), len(groups)
 
@@ -221,13 +219,3 @@ def _groups(images: Mapping[int, ImageRecord], records: list[dict[str, Any]], pa
     for record in ordered:
         groups[find(record["id"])].append(record["id"])
     return list(groups.values())
-
-
-def _move(folder: Path, new_folder: Path, name: str) -> None:
-    target = new_folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(folder / name, target)
-    for parent in (folder / name).parents:
-        if parent == folder or any(parent.iterdir()):
-            break
-        parent.rmdir()

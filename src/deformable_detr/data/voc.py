@@ -11,18 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..structures import Category
 from ..utils.errors import UserError
-from .discovery import (
-    SPLIT_ALIASES,
-    ImageFolder,
-    ensure_readable,
-    is_hidden,
-    is_image,
-    label_file,
-    names_other_split,
-    split_aliases,
-)
-from .problems import Problem
-from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict
+from .discovery import SPLIT_ALIASES, ensure_readable, is_hidden, is_image, label_file, names_other_split, split_aliases
+from .issues import Issue
+from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict, read_lines
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -39,13 +30,13 @@ class VocSource(Source):
 
     Attributes:
         file: The list, or the folder of the images.
-        images: Folder of the images.
+        image_root: Folder of the images.
         annotations: Folder of the XML files.
         others: The dataset's other splits; the format has no list of classes, so theirs are listed too.
     """
 
     file: Path
-    images: Path
+    image_root: Path
     annotations: Path
     others: tuple[VocSource, ...] = field(default=(), compare=False)
     format: ClassVar[str] = "voc"
@@ -53,11 +44,7 @@ class VocSource(Source):
     @property
     def has_list(self) -> bool:
         """Whether a list names the images."""
-        return self.file != self.images
-
-    def find_images(self, names: Sequence[str]) -> ImageFolder:
-        """Return the folder of the images."""
-        return ImageFolder.of_listed_files(self.images, names)
+        return self.file != self.image_root
 
     def to_coco(
         self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
@@ -83,42 +70,41 @@ class VocSource(Source):
 
     def parse(self) -> ParsedAnnotations:
         """Read the list and the XML files."""
-        problems: list[Problem] = []
+        issues: list[Issue] = []
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
-        for path, name in self._files(problems):
+        for path, name in self._files(issues):
             record: dict[str, Any] = {"id": len(images) + 1, "file_name": name}
             images.append(record)
-            root = _parse_xml(path, problems)
+            root = _parse_xml(path, issues)
             if root is None:
                 continue
             height, width = (_number(root, f"size/{side}") or 0 for side in ("height", "width"))
             if height > 0 and width > 0:
                 record |= {"height": int(height), "width": int(width)}
             for index, element in enumerate(root.iter("object")):
-                if (item := self._object(path, index, element, problems)) is not None:
+                if (item := self._object(path, index, element, issues)) is not None:
                     objects.append({"image_id": record["id"], **item})
-        return ParsedAnnotations({"images": images, "objects": objects}, tuple(problems))
+        return ParsedAnnotations({"images": images, "objects": objects}, issues)
 
-    def _files(self, problems: list[Problem]) -> list[tuple[Path, str]]:
+    def _files(self, issues: list[Issue]) -> list[tuple[Path, str]]:
         """Return the XML file and the image of each record."""
         names: dict[str, str] = {}
-        for name in sorted(filter(is_image, os.listdir(self.images))):
+        for name in sorted(filter(is_image, os.listdir(self.image_root))):
             if (first := names.setdefault(Path(name).stem, name)) != name:
                 message = f"has the name of {first} but another suffix; both would have one XML file"
-                problems.append(Problem("image-record", self.images / name, "", message, "rename or remove it"))
+                issues.append(Issue("image-record", self.image_root / name, "", message, "rename or remove it"))
         files: dict[str, tuple[Path, str]] = {}
         for record, text in self._entries(names):
             stem = text if text in names else Path(text).stem
             if stem not in names or text not in (stem, names[stem]):
-                message = f"names {text!r}, but {self.images} has no such image"
-                hint = "add the file or remove the record"
-                problems.append(Problem("image-missing", self.file, record, message, hint))
+                message = f"names {text!r}, but {self.image_root} has no such image"
+                issues.append(Issue("image-missing", self.file, record, message))
                 continue
             path = label_file(self.annotations, stem, "xml")
             if self.has_list and not path.is_file() and stem not in files:
                 hint = f"add it or remove {stem} from {self.file.name}"
-                problems.append(Problem("label-unreadable", path, "", "is missing", hint))
+                issues.append(Issue("label-unreadable", path, "", "is missing", hint))
             files.setdefault(stem, (path, names[stem]))
         return list(files.values())
 
@@ -127,19 +113,16 @@ class VocSource(Source):
         if not self.has_list:
             stems = {Path(name).stem for name in os.listdir(self.annotations) if _is_xml(name)}
             return [(f"{stem}.xml", stem) for stem in sorted(stems.union(names))]
-        try:
-            lines = self.file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.file}: cannot be read as text ({error}); write one image name per line") from None
-        return [(f"line {number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+        lines = enumerate(read_lines(self.file), start=1)
+        return [(f"line {number}", line.strip()) for number, line in lines if line.strip()]
 
-    def _object(self, path: Path, index: int, element: Element, problems: list[Problem]) -> dict[str, Any] | None:
+    def _object(self, path: Path, index: int, element: Element, issues: list[Issue]) -> dict[str, Any] | None:
         name = (element.findtext("name") or "").strip()
         corners = [_number(element, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         if not name or any(value is None for value in corners):
             record = f"object[{index}]" + (f" ({name!r})" if name else "")
             message = "has no bndbox of four numbers (xmin, ymin, xmax, ymax)" if name else "has no name"
-            problems.append(Problem("label-row", path, record, message, "correct or remove the object"))
+            issues.append(Issue("label-row", path, record, message, "correct or remove the object"))
             return None
         x0, y0, x1, y1 = (value for value in corners if value is not None)
         offset = 1 if self.has_list else 0
@@ -212,7 +195,7 @@ def _image_and_xml_folders(folder: Path) -> tuple[Path, Path] | None:
     return (images, folders["annotations"]) if images and "annotations" in folders else None
 
 
-def _parse_xml(path: Path, problems: list[Problem]) -> Element | None:
+def _parse_xml(path: Path, issues: list[Issue]) -> Element | None:
     """Parse an XML file. Entities are rejected: they can fill the memory or read other files."""
     from xml.etree.ElementTree import ParseError
 
@@ -232,7 +215,7 @@ def _parse_xml(path: Path, problems: list[Problem]) -> Element | None:
         message = f"is not valid XML ({' '.join(str(error).split())})"
     except OSError as error:
         message = f"cannot be read ({error.strerror or error})"
-    problems.append(Problem("label-unreadable", path, "", message, "export the annotation again"))
+    issues.append(Issue("label-unreadable", path, "", message))
     return None
 
 

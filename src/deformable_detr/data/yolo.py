@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import yaml
 
@@ -16,18 +16,17 @@ from ..structures import Category
 from ..utils.errors import UserError
 from ..utils.images import read_size
 from .discovery import (
-    SPLIT_ALIASES,
-    ImageFolder,
     ensure_readable,
     is_hidden,
     is_image,
     label_file,
     names_other_split,
     split_aliases,
-    unreadable_folder,
+    split_folders,
+    walk_folder,
 )
-from .problems import Problem, raise_problem
-from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict
+from .issues import Issue
+from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict, read_lines
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")  # Label Studio, LabelImg, CVAT: one name per line
@@ -53,22 +52,18 @@ class YoloSource(Source):
 
     Attributes:
         file: The first of `places`.
-        root: The dataset's folder, which file names are relative to.
+        image_root: The dataset's folder, which file names are relative to.
         places: Folders, and text files with lists of images.
         names: Class names.
         keypoints: Number of keypoint values per row after the box, from `kpt_shape` in data.yaml.
     """
 
     file: Path
-    root: Path
+    image_root: Path
     places: tuple[Path, ...]
     names: tuple[str, ...]
     keypoints: int = 0
     format: ClassVar[str] = "yolo"
-
-    def find_images(self, names: Sequence[str]) -> ImageFolder:
-        """Return the dataset's folder."""
-        return ImageFolder.of_listed_files(self.root, names)
 
     def to_coco(
         self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
@@ -80,78 +75,65 @@ class YoloSource(Source):
 
     def parse(self) -> ParsedAnnotations:
         """Read the lists, the label files and the size of every image."""
-        problems: list[Problem] = []
+        issues: list[Issue] = []
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
         label_folder_of = cache(label_folder)
-        for path in self._images(problems):
-            record: dict[str, Any] = {"id": len(images) + 1, "file_name": _relative_name(path, self.root)}
+        for path in self._images(issues):
+            record: dict[str, Any] = {"id": len(images) + 1, "file_name": _relative_name(path, self.image_root)}
             images.append(record)
             try:
                 height, width = read_size(path)
             except UserError as error:
-                problems.append(Problem.from_error("image-unreadable", path, error))
+                issues.append(Issue.from_error("image-unreadable", path, error))
                 continue
             record |= {"height": height, "width": width}
             labels = label_file(label_folder_of(path.parent), path.stem, "txt")
-            for line, label, (x0, y0, x1, y1) in self._rows(labels, problems):
+            for line, label, (x0, y0, x1, y1) in self._rows(labels, issues):
                 bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
                 where = f"{labels.name} line {line}"
                 objects.append({"image_id": record["id"], "class": label, "bbox": bbox, "where": where})
-        return ParsedAnnotations({"images": images, "objects": objects}, tuple(problems))
+        return ParsedAnnotations({"images": images, "objects": objects}, issues)
 
-    def _images(self, problems: list[Problem]) -> list[Path]:
+    def _images(self, issues: list[Issue]) -> list[Path]:
         images: list[Path] = []
         for place in self.places:
             if place.is_dir():
-                images += sorted(path for path in _walk(place) if is_image(path.relative_to(place)))
+                images += sorted(path for path in walk_folder(place) if is_image(path.relative_to(place)))
                 continue
-            for number, line in enumerate(_read_lines(place, problems), start=1):
+            for number, line in enumerate(read_lines(place), start=1):
                 if not (text := line.strip()):
                     continue
                 # Paths are relative to the list (./…) or to data.yaml, or absolute.
                 texts = dict.fromkeys((text, text.replace("\\", "/")))
-                candidates = [base / path for path in texts for base in (place.parent, self.root)]
+                candidates = [base / path for path in texts for base in (place.parent, self.image_root)]
                 image = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
                 if image is not None:
                     images.append(image)
                     continue
-                message, hint = f"names the image {text!r}, which is missing", "add the file or remove the line"
-                problems.append(Problem("image-missing", place, f"line {number}", message, hint))
+                message = f"names the image {text!r}, which is missing"
+                issues.append(Issue("image-missing", place, f"line {number}", message))
         return images
 
-    def _rows(self, path: Path, problems: list[Problem]) -> Iterator[tuple[int, int, Box]]:
+    def _rows(self, path: Path, issues: list[Issue]) -> Iterator[tuple[int, int, Box]]:
         """Yield (line number, class, xyxy box in 0..1) of the valid rows of a label file."""
         try:
-            os.lstat(path)  # a broken link or an unreadable folder is reported, not skipped
+            os.lstat(path)  # unlike a broken link, a missing file is an image without objects
+            lines = read_lines(path)
         except (FileNotFoundError, NotADirectoryError):
             return
-        except OSError:
-            pass  # reported when it is read
-        for number, line in enumerate(_read_lines(path, problems), start=1):
+        except (OSError, UserError) as error:
+            issues.append(Issue.from_error("label-unreadable", path, error))
+            return
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 label, box = read_row(line, len(self.names), self.keypoints)
             except ValueError as error:
-                problems.append(Problem("label-row", path, f"line {number}", str(error), "correct or remove the row"))
+                issues.append(Issue("label-row", path, f"line {number}", str(error)))
             else:
                 yield number, label, box
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield everything below a folder. Raise `UserError` for an unreadable folder, which would look empty."""
-
-    def fail(error: OSError) -> NoReturn:
-        raise unreadable_folder(error.filename, error.strerror)
-
-    visited: set[str] = set()  # links may form a loop
-    for head, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if (real := os.path.realpath(head)) in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        yield from (Path(head, name) for name in (*folders, *names))
 
 
 def _relative_name(path: Path, folder: Path) -> str:
@@ -251,33 +233,16 @@ def find_yolo_without_yaml(root: Path, split: str) -> YoloSource | None:
     file = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
     if file is None:
         return None
-    folders = _split_folders(root)
+    folders = split_folders(root)
     folder = next((folders[name] for name in split_aliases(split) if name in folders), None)
     if folder is None:
         if folders or names_other_split(root / "x", split):
             return None
         folder = root / "images" if (root / "images").is_dir() else root
-    if not any(is_image(path.relative_to(folder)) for path in _walk(folder)):
+    if not any(is_image(path.relative_to(folder)) for path in walk_folder(folder)):
         return None
-    problems: list[Problem] = []
-    text = "\n".join(_read_lines(file, problems)).strip()
-    for problem in problems:
-        raise_problem(problem)
-    names: list[Any] = [line.strip() for line in text.splitlines()]
-    return YoloSource(folder, root, (folder,), _class_names(names, None, file))
-
-
-def _split_folders(root: Path) -> dict[str, Path]:
-    """Find the folders named after splits: images/train, train/images, obj_train_data, train; also Train2017."""
-    words = {name for names in SPLIT_ALIASES for name in names}
-    folders: dict[str, Path] = {}
-    for parent in (root / "images", root):
-        ensure_readable(parent)
-        for path in sorted(parent.iterdir()) if parent.is_dir() else ():
-            name = re.fullmatch(r"(?:obj_)?([a-z]+?)(?:_data)?\d*", path.name.lower())
-            if name and name[1] in words and path.is_dir():
-                folders.setdefault(name[1], path / "images" if (path / "images").is_dir() else path)
-    return folders
+    lines = "\n".join(read_lines(file)).strip().splitlines()
+    return YoloSource(folder, root, (folder,), _class_names([line.strip() for line in lines], None, file))
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -332,12 +297,3 @@ def _resolve(file: Path, base: Any, value: str, key: str) -> Path:
             return path
     first = str(candidates[0])[:300]
     raise UserError(f"{file}: '{key}' is {value[:200]}, which is neither folder nor file ({first}); correct the path")
-
-
-def _read_lines(path: Path, problems: list[Problem]) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        message = f"cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})"
-        problems.append(Problem("label-unreadable", path, "", message, "make it readable or export it again"))
-        return []

@@ -52,7 +52,7 @@ def test_single_split(tmp_path):
     root = write_coco_dataset(tmp_path)
     for path in (root / TRAIN, root / "train", root / VAL):
         report = check_report(path)
-        assert [len(split.image_records) for split in report.splits] == [1 if path == root / VAL else 3]
+        assert [len(split.images) for split in report.splits] == [1 if path == root / VAL else 3]
         (error,) = report.errors
         assert error.code == "split-missing", "as in training"
         with pytest.raises(UserError, match=r"(no|not the) '(train|val)' split"):
@@ -60,7 +60,7 @@ def test_single_split(tmp_path):
     (root / TRAIN).rename(root / "train/all.json")
     (root / "train").rename(root / "images")
     report = check_report(root / "images/all.json")
-    assert [(split.name, len(split.image_records)) for split in report.splits] == [("train", 3)]
+    assert [(split.name, len(split.images)) for split in report.splits] == [("train", 3)]
     assert [finding.code for finding in report.errors] == ["splits-same"]
     with pytest.raises(UserError, match="would be both the training and the validation split"):
         load_for_training(root / "images/all.json")

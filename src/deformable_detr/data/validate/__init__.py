@@ -15,13 +15,12 @@ from ...config.schema import DataConfig
 from ...structures import Category
 from ...utils.errors import UserError
 from ..formats import find_source
-from ..problems import Problem, split_command_hint
-from ..source import AnnotationCache, Source, distinct_val_hint, same_split
+from ..issues import ISSUE_TYPES, SEVERITIES, Issue, Issues
+from ..source import AnnotationCache, Source, distinct_val_hint, same_split, split_command_hint
 from .annotations import Split, read_split
 from .boxes import check_boxes
 from .classes import check_classes, class_counts
 from .images import Coverage, Depth, check_images
-from .issues import ISSUE_TYPES, SEVERITIES, Issue, Issues
 
 __all__ = ["ISSUE_TYPES", "Issue", "Issues", "Report", "check_dataset", "check_for_training", "find_splits"]
 
@@ -55,8 +54,9 @@ class Report:
     @property
     def summary(self) -> str:
         """One line with the numbers of images, objects and issues."""
-        sizes = [f"{s.name} {len(s.image_records)} images, {len(s.positions)} objects" for s in self.splits]
-        counts = [_count(len(self.issues.of(severity)), severity) for severity in SEVERITIES]
+        sizes = [f"{s.name} {len(s.images)} images, {len(s.positions)} objects" for s in self.splits]
+        totals = {severity: len(self.issues.of(severity)) for severity in SEVERITIES}
+        counts = [f"{total} {severity}{'s' * (total != 1)}" for severity, total in totals.items()]
         decoded, images = self.coverage.decoded, self.coverage.images
         partial = "" if decoded == images else f" ({decoded} of {images} images decoded)"
         return f"{'; '.join(sizes) or self.root}{partial}: {', '.join(counts)}"
@@ -67,7 +67,7 @@ class Report:
             split.name: {
                 "file": str(split.file),
                 "format": split.source.format,
-                "images": len(split.image_records),
+                "images": len(split.images),
                 "objects": len(split.positions),
                 "classes": {split.categories[number]: count for number, count in class_counts(split).items()},
             }
@@ -109,13 +109,10 @@ def check_dataset(
     """
     base, issues, cache = Path(root).expanduser(), Issues(), cache or AnnotationCache()
     splits: dict[str, Split] = {}
-    categories: tuple[Category, ...] | None = None
     for name, source in find_splits(base, data, issues).items():
-        if (split := read_split(source, name, categories, issues, cache)) is None:
-            continue
-        if name == data.train_split:
-            categories = tuple(Category(number, split.categories[number]) for number in sorted(split.categories))
-        splits[name] = split
+        categories = splits[data.train_split].category_list if data.train_split in splits else None
+        if (split := read_split(source, name, categories, issues, cache)) is not None:
+            splits[name] = split
     coverage = check_images(list(splits.values()), depth, issues, progress)
     for split in splits.values():
         check_boxes(split, image_size, long_side, issues)
@@ -155,12 +152,10 @@ def check_opening(report: Report, data: DataConfig) -> None:
     for split in report.splits:
         try:
             dataset = open_dataset(report.root, split.name, data, categories)
+            if split.name == data.train_split:
+                categories = dataset.categories
         except UserError as error:
-            problem = Problem.from_error("dataset-rejected", split.file, error)
-            report.issues.add(problem.code, split.file, "", problem.message, problem.hint, split=split.name)
-            continue
-        if split.name == data.train_split:
-            categories = dataset.categories
+            report.issues.append(Issue.from_error("dataset-rejected", split.file, error, split=split.name))
 
 
 def find_splits(root: Path, data: DataConfig, issues: Issues) -> dict[str, Source]:
@@ -176,12 +171,10 @@ def find_splits(root: Path, data: DataConfig, issues: Issues) -> dict[str, Sourc
             failures[name] = error
     if "test" not in (data.train_split, data.val_split) and not _is_test(sources, data.train_split, root):
         sources.pop("test", None)
-    reported: set[str] = set()  # both splits can fail for the same reason
-    for name in (data.train_split, data.val_split):
-        if name not in failures or str(failures[name]) in reported:
-            continue
-        reported.add(str(failures[name]))
-        message, _, hint = str(failures[name]).removeprefix(f"{root}: ").partition("; ")
+    # Both splits can fail for the same reason.
+    reasons = {str(failures[name]): name for name in (data.val_split, data.train_split) if name in failures}
+    for reason, name in reversed(reasons.items()):
+        message, _, hint = reason.removeprefix(f"{root}: ").partition("; ")
         if data.train_split in sources:
             use_test = "use the test split with --set data.val_split=test"
             hint += f"; or {use_test if 'test' in sources else split_command_hint(root)}"
@@ -201,7 +194,3 @@ def _is_test(sources: dict[str, Source], train: str, root: Path) -> bool:
         return False
     folder = root.parent if root.is_file() else root
     return len(sources) == 1 or test.file.parent != folder or "test" in test.file.name.lower()
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

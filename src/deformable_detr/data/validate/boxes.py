@@ -5,25 +5,26 @@ from typing import Any
 import numpy as np
 
 from ...config.image_size import resized_size
+from ..issues import CORNERS_SHARE, OVERHANG, TINY_SIDE, Issues
+from ..records import clip_corners
 from ..transforms import MIN_SIDE
 from .annotations import Split
-from .issues import CORNERS_SHARE, OVERHANG, TINY_SIDE, Issues
 
 
 def check_boxes(split: Split, image_size: int, long_side: int, issues: Issues) -> None:
     """Add the issues of a split's boxes; image sizes are those of the files, if these were read."""
     kept = np.flatnonzero(~split.crowds)
-    boxes = split.boxes[kept]
-    limits = image_limits(split)[split.images[kept]]
+    boxes, limits = split.boxes[kept], object_limits(split)[kept]
     if split.source.format == "coco" and (unit := wrong_unit(boxes, limits)):
         _report_unit(split, unit, int(kept[0]), issues)
         return
 
     def report(code: str, index: Any, message: str) -> None:
         number = int(kept[index])
-        issues.add(code, split.file, split.record(number), message, **split.locate(number))
+        issues.add(code, split.file, split.object_name(number), message, **split.locate(number))
 
-    corners, inside, degenerate = clip_boxes(boxes, limits)
+    corners, inside = clip_boxes(boxes, limits)
+    degenerate = boxes[:, 2:].min(axis=1) < MIN_SIDE
     overhang = box_overhang(boxes, limits)
     for index in np.flatnonzero(degenerate):
         report("box-degenerate", index, f"is {boxes[index, 2]:g} × {boxes[index, 3]:g} pixels")
@@ -35,23 +36,20 @@ def check_boxes(split: Split, image_size: int, long_side: int, issues: Issues) -
         message = f"exceeds its image of {size} by {overhang[index]:.0f} pixels with bbox {_box_text(boxes[index])}"
         report("box-overhang", index, message)
     for first, index in _duplicates(split, kept):
-        message = f"has the box and class of {split.record(first)}"
-        issues.add("box-duplicate", split.file, split.record(index), message, **split.locate(index))
+        message = f"has the box and class of {split.object_name(first)}"
+        issues.add("box-duplicate", split.file, split.object_name(index), message, **split.locate(index))
     _check_tiny(split, kept[inside], corners[inside], limits[inside], (image_size, long_side), issues)
 
 
-def image_limits(split: Split) -> np.ndarray:
-    """Return (images, 2) width and height in pixels; infinite if unknown."""
-    sizes = [record.best_size or (np.inf, np.inf) for record in split.image_records]
-    return np.array(sizes, dtype=np.float64).reshape(-1, 2)[:, ::-1]
+def object_limits(split: Split) -> np.ndarray:
+    """Return (N, 2) width and height in pixels of each object's image; infinite if unknown."""
+    sizes = [image.size or image.declared or (np.inf, np.inf) for image in split.images]
+    return np.array(sizes, dtype=np.float64).reshape(-1, 2)[split.image_indices, ::-1]
 
 
-def clip_boxes(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Clip xywh boxes (N, 4) to limits (N, 2); return them as xyxy, which keep an area, and which had none before."""
-    x, y, w, h = boxes.T
-    clipped = np.clip(np.stack([x, y, x + w, y + h], axis=1), 0, np.concatenate([limits, limits], axis=1))
-    inside = np.min(clipped[:, 2:] - clipped[:, :2], axis=1, initial=np.inf) >= MIN_SIDE
-    return clipped, inside, np.minimum(w, h) < MIN_SIDE
+def clip_boxes(boxes: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Clip xywh boxes (N, 4) to limits (N, 2); return them as xyxy, and which of them (N,) keep an area."""
+    return clip_corners(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), limits)
 
 
 def box_overhang(boxes: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -76,7 +74,8 @@ def _duplicates(split: Split, indices: np.ndarray) -> list[tuple[int, int]]:
     """Return pairs of objects with the same image, class and box (to 0.01 pixel)."""
     if not len(indices):
         return []
-    keys = np.column_stack([split.images[indices], split.labels[indices], np.rint(split.boxes[indices] * 100)])
+    columns = (split.image_indices, split.category_ids, np.rint(split.boxes * 100))
+    keys = np.column_stack([column[indices] for column in columns])
     _, firsts, groups = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     firsts = firsts[groups.reshape(-1)]
     return [(int(indices[first]), int(indices[k])) for k, first in enumerate(firsts) if first != k]
@@ -103,17 +102,17 @@ def _check_tiny(
     resized = [resized_size(height, width, *resize)[::-1] for width, height in sizes.tolist()]
     scales = (np.array(resized, dtype=np.float64).reshape(-1, 2) / sizes)[groups.reshape(-1)]
     sides = np.min((corners[:, 2:] - corners[:, :2]) * scales, axis=1, initial=np.inf)
-    images = split.images[indices]
-    totals = np.bincount(images, minlength=len(split.image_records))
+    images = split.image_indices[indices]
+    totals = np.bincount(images, minlength=len(split.images))
     tiny = np.flatnonzero(sides < TINY_SIDE)
     tiny = tiny[np.lexsort((sides[tiny], images[tiny]))]  # the smallest of each image first
     for image, first, count in zip(*np.unique(images[tiny], return_index=True, return_counts=True), strict=True):
-        smallest, record = tiny[first], split.image_records[image]
+        smallest, record = tiny[first], split.images[image]
         message = (
             f"({record.name!r}) has {count} of {totals[image]} objects under {TINY_SIDE:g} pixels at image size "
             f"{resize[0]}, the smallest {sides[smallest]:.1f}"
         )
-        location = {**split.locate(int(indices[smallest])), "section": "images", "position": record.position}
+        location = split.locate(int(indices[smallest])) | split.locate_image(record)
         issues.add("tiny-objects", split.file, f"images[{record.position}]", message, **location)
 
 

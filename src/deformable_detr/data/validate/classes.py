@@ -3,14 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from ..issues import IMBALANCE, RARE, Issues
 from .annotations import Split
-from .boxes import clip_boxes, image_limits, wrong_unit
-from .issues import IMBALANCE, RARE, Issues
+from .boxes import clip_boxes, object_limits, wrong_unit
 
 
 def class_counts(split: Split) -> dict[int, int]:
     """Return the number of objects per listed category, without crowds."""
-    counts = Counter(split.labels[~split.crowds].tolist())
+    counts = Counter(split.category_ids[~split.crowds].tolist())
     return {category_id: counts.get(category_id, 0) for category_id in split.categories}
 
 
@@ -59,8 +59,7 @@ def _check_unused(splits: Sequence[Split], issues: Issues) -> None:
 
 def _has_usable_objects(split: Split) -> bool:
     """Return whether any object has an area in its image, perhaps after a conversion of its unit."""
-    kept = ~split.crowds
-    boxes, limits = split.boxes[kept], image_limits(split)[split.images[kept]]
+    boxes, limits = split.boxes[~split.crowds], object_limits(split)[~split.crowds]
     return bool(clip_boxes(boxes, limits)[1].any() or wrong_unit(boxes, limits))
 
 
@@ -76,11 +75,12 @@ def _report_no_objects(split: Split, is_train: bool, issues: Issues) -> None:
 
 
 def _check_empty_images(split: Split, issues: Issues) -> None:
-    with_objects = set(split.images.tolist())
-    for index, record in enumerate(split.image_records):
+    with_objects = set(split.image_indices.tolist())
+    for index, record in enumerate(split.images):
         if index not in with_objects and not record.broken and not record.missing:
-            issues.add("image-empty", split.file, f"images[{record.position}]", f"({record.name!r}) has no objects",
-                       split=split.name, section="images", position=record.position, image=record.path)  # fmt: skip
+            message = f"({record.name!r}) has no objects"
+            location = split.locate_image(record)
+            issues.add("image-empty", split.file, f"images[{record.position}]", message, **location)
 
 
 def _compare_categories(train: Split, split: Split, issues: Issues) -> None:

@@ -1,25 +1,26 @@
 """Checks of the image files: present, readable, of the declared size, and in one split only."""
 
 import hashlib
+import math
 import os
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from ...utils.errors import UserError
 from ...utils.images import TRANSPOSED_ORIENTATIONS, read_header, read_image
-from ..problems import Problem
-from .annotations import ImageRecord, Split
-from .issues import Issues
+from ..issues import Issue, Issues
+from ..records import ImageRecord
+from .annotations import Split
 
 Depth = Literal["auto", "full"]
 # With depth "auto": the most images to decode, and the most seconds for the headers and for decoding.
@@ -31,48 +32,40 @@ CHUNK = 64  # images between two checks of the time
 Task = tuple[Split, ImageRecord]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Coverage:
     """How many images there are, how many headers were read, and how many images were decoded."""
 
-    images: int = 0
-    headers: int = 0
-    decoded: int = 0
+    images: int
+    headers: int
+    decoded: int
 
 
 def check_images(splits: Sequence[Split], depth: Depth, issues: Issues, progress: bool = False) -> Coverage:
     """Read the image files, complete the image records, and add the issues of the files."""
-    tasks = [(split, record) for split in splits for record in split.image_records if not record.missing]
-    coverage = Coverage(images=sum(len(split.image_records) for split in splits))
-    seconds = AUTO_SECONDS if depth == "auto" else None
+    tasks = [(split, record) for split in splits for record in split.images if not record.missing]
+    seconds = AUTO_SECONDS if depth == "auto" else math.inf
     selected = tasks if depth == "full" else _spread(tasks, AUTO_IMAGES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about files that it can read, or that become issues
-        for task, error in _run(tasks, _read_header, seconds, progress, "headers"):
-            coverage.headers += 1
-            _report_unreadable(task, error, issues)
+        headers = _run(tasks, _read_header, seconds, progress, "headers", issues)
         readable = [task for task in selected if not task[1].broken]
-        for task, error in _run(readable, _decode, seconds, progress, "images"):
-            coverage.decoded += 1
-            _report_unreadable(task, error, issues)
-            if dim := task[1].dim:
-                message = f"has 16 bits, but its values are at most {dim} of 65535, so it is almost black"
-                issues.add("image-dim", task[1].path, "", message, **_locate(*task))
-    for task in tasks:
-        _check_size(*task, issues)
+        decoded = _run(readable, _decode, seconds, progress, "images", issues)
+    for split, record in tasks:
+        _check_pixels(split, record, issues)
     _check_copies(tasks, issues)
     for split in splits:
-        if split.unlisted:
-            names = ", ".join(split.unlisted[:3]) + (", …" if len(split.unlisted) > 3 else "")
-            message = f"has no record of {len(split.unlisted)} images in {split.folder}: {names}"
+        if unlisted := split.folder.unlisted:
+            names = ", ".join(unlisted[:3]) + (", …" if len(unlisted) > 3 else "")
+            message = f"has no record of {len(unlisted)} images in {split.folder.path}: {names}"
             issues.add("images-unlisted", split.file, "", message, split=split.name)
-    return coverage
+    return Coverage(sum(len(split.images) for split in splits), headers, decoded)
 
 
 def _run(
-    tasks: Sequence[Task], work: Callable[[ImageRecord], None], seconds: float | None, progress: bool, unit: str
-) -> Iterator[tuple[Task, UserError | None]]:
-    """Yield each task with its error, in order, until the time is over; decoders release the GIL."""
+    tasks: list[Task], work: Callable[[ImageRecord], None], seconds: float, progress: bool, unit: str, issues: Issues
+) -> int:
+    """Do the work in threads until the time is over; return the number of images. Decoders release the GIL."""
     from tqdm import tqdm
 
     def attempt(task: Task) -> UserError | None:
@@ -82,15 +75,20 @@ def _run(
             return error
         return None
 
-    end = None if seconds is None else time.monotonic() + seconds
-    rest = iter(tasks)
+    end = time.monotonic() + seconds
     bar = tqdm(total=len(tasks), unit="image", desc=f"check {unit}", disable=None if progress else True, leave=False)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool, bar:
-        while chunk := list(islice(rest, CHUNK)):
-            yield from zip(chunk, pool.map(attempt, chunk), strict=True)
+        for start in range(0, len(tasks), CHUNK):
+            chunk = tasks[start : start + CHUNK]
+            for (split, record), error in zip(chunk, pool.map(attempt, chunk), strict=True):
+                if error is not None:
+                    record.broken = True
+                    location = split.locate_image(record)
+                    issues.append(Issue.from_error("image-unreadable", record.path, error, **location))
             bar.update(len(chunk))
-            if end is not None and time.monotonic() > end:
-                return
+            if time.monotonic() > end:
+                return start + len(chunk)
+    return len(tasks)
 
 
 def _read_header(record: ImageRecord) -> None:
@@ -113,15 +111,10 @@ def _dim_value(path: Path) -> int:
     return highest if 0 < highest < DIM_VALUE else 0
 
 
-def _report_unreadable(task: Task, error: UserError | None, issues: Issues) -> None:
-    if error is not None:
-        split, record = task
-        record.broken = True
-        problem = Problem.from_error("image-unreadable", record.path, error)
-        issues.add(problem.code, record.path, "", problem.message, problem.hint, **_locate(split, record))
-
-
-def _check_size(split: Split, record: ImageRecord, issues: Issues) -> None:
+def _check_pixels(split: Split, record: ImageRecord, issues: Issues) -> None:
+    if record.dim:
+        message = f"has 16 bits, but its values are at most {record.dim} of 65535, so it is almost black"
+        issues.add("image-dim", record.path, "", message, **split.locate_image(record))
     if record.size is None or record.declared is None or record.size == record.declared:
         return
     (height, width), (declared_height, declared_width) = record.size, record.declared
@@ -129,24 +122,22 @@ def _check_size(split: Split, record: ImageRecord, issues: Issues) -> None:
     message = f"is {declared_width} × {declared_height} in its record, but {width} × {height} "
     if record.orientation in TRANSPOSED_ORIENTATIONS and record.declared == record.size[::-1]:
         message += "after the EXIF rotation"
-        issues.add("image-rotated", split.file, name, message, **_locate(split, record))
+        issues.add("image-rotated", split.file, name, message, **split.locate_image(record))
     else:
-        issues.add("image-size", split.file, name, f"{message}pixels in the file", **_locate(split, record))
+        issues.add("image-size", split.file, name, f"{message}pixels in the file", **split.locate_image(record))
 
 
 def _check_copies(tasks: Sequence[Task], issues: Issues) -> None:
     """Find files with the same bytes, by size and checksum, and images with the same pixels, if decoded."""
     by_size: dict[int, list[Task]] = defaultdict(list)
     for task in tasks:
-        try:
+        with suppress(OSError):  # reported as missing or unreadable
             by_size[os.stat(task[1].path).st_size].append(task)
-        except OSError:
-            continue  # reported as missing or unreadable
     groups: dict[tuple[str, bytes], list[Task]] = defaultdict(list)
     for group in by_size.values():
         for task in group if len(group) > 1 else ():
-            if (digest := _file_digest(task[1].path)) is not None:
-                groups["bytes", digest].append(task)
+            with suppress(OSError), open(task[1].path, "rb") as file:
+                groups["bytes", hashlib.file_digest(file, "blake2b").digest()].append(task)
     for task in tasks:
         if task[1].digest is not None:
             groups["pixels", task[1].digest].append(task)
@@ -168,19 +159,7 @@ def _report_copies(content: str, group: list[Task], reported: set[tuple[str, int
         name = f"(of {split.name}, images[{record.position}])"
         message = f"holds the same {content} as {other.path} (of {other_split.name}, images[{other.position}])"
         code = "leak" if later else "image-copy"
-        issues.add(code, record.path, name, message, **_locate(split, record), other=other.path)
-
-
-def _file_digest(path: Path) -> bytes | None:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    except OSError:
-        return None
-
-
-def _locate(split: Split, record: ImageRecord) -> dict[str, Any]:
-    return {"split": split.name, "section": "images", "position": record.position, "image": record.path}
+        issues.add(code, record.path, name, message, **split.locate_image(record), other=other.path)
 
 
 def _spread(tasks: Sequence[Task], count: int) -> list[Task]:

@@ -15,11 +15,11 @@ from ...utils.errors import UserError
 from ...utils.files import write_text
 from ...utils.images import TRANSPOSED_ORIENTATIONS
 from ..discovery import ROBOFLOW
+from ..issues import OVERHANG
 from ..records import MaskBox, is_int64, record_name
 from . import Report
 from .annotations import ImageRecord, Split
-from .boxes import box_overhang, clip_boxes, image_limits, wrong_unit
-from .issues import OVERHANG
+from .boxes import box_overhang, clip_boxes, object_limits, wrong_unit
 
 # Issue types whose record is dropped. The objects of a dropped image are dropped too.
 DROPPED = {
@@ -108,7 +108,7 @@ class _Repair:
         raw = self._raw()
         ambiguous = self._ambiguous_ids()
         records, merged = self._merge_records(
-            [r for r in self.split.image_records if r.position not in self.dropped["images"] and r.id not in ambiguous]
+            [r for r in self.split.images if r.position not in self.dropped["images"] and r.id not in ambiguous]
         )
         names: set[str] = {ROBOFLOW}
         images = [self._image(record, raw["images"][record.position], folder, names) for record in records]
@@ -164,7 +164,7 @@ class _Repair:
 
     def _categories(self, raw: list[Any]) -> list[dict[str, Any]]:
         records = [record for position, record in enumerate(raw) if position not in self.dropped["categories"]]
-        if new_ids := self.split.moved:
+        if new_ids := self.split.remapped:
             changed = ", ".join(f"{old} → {new}" for old, new in new_ids.items() if old != new)
             self.log("category-renumbered", self.split.file.name, f"category ids {changed}")
             records = [record | {"id": new_ids[record["id"]]} for record in records if record["id"] in new_ids]
@@ -175,19 +175,19 @@ class _Repair:
         kept = [
             index
             for index, position in enumerate(split.positions.tolist())
-            if split.image_records[split.images[index]].id in image_ids
+            if split.images[split.image_indices[index]].id in image_ids
             and position not in self.dropped["annotations"]
         ]  # fmt: skip
         boxes, reasons = self._boxes(np.array(kept, dtype=np.int64))
-        if split.shift:
-            self.log("category-off-by-one", split.file.name, f"category_id {split.shift:+d} for all objects")
+        if split.category_shift:
+            self.log("category-off-by-one", split.file.name, f"category_id {split.category_shift:+d} for all objects")
         seen: set[tuple[Any, ...]] = set()
         annotations = []
         for index, box, reason in zip(kept, boxes, reasons, strict=True):
             position = int(split.positions[index])
             name = record_name(split.content["annotations"], position)
             record = {key: value for key, value in raw[position].items() if key != "where"}
-            record |= {"category_id": int(split.labels[index]), "image_id": image_ids[record["image_id"]]}
+            record |= {"category_id": int(split.category_ids[index]), "image_id": image_ids[record["image_id"]]}
             if box is None:
                 self.log("box-outside", name, f"dropped: bbox {record['bbox']} has no area inside its image")
                 continue
@@ -202,7 +202,7 @@ class _Repair:
                 self.log(reason, name, f"bbox {record['bbox']} → {box}")
                 record |= {"bbox": box, "area": box[2] * box[3]}
                 if reason == "image-size" and "segmentation" in record:
-                    image = split.image_records[split.images[index]]
+                    image = split.images[split.image_indices[index]]
                     record["segmentation"] = _transform_polygons(record["segmentation"], image)
             annotations.append(record)
         self._renumber(annotations, raw)
@@ -221,9 +221,9 @@ class _Repair:
     def _boxes(self, kept: np.ndarray) -> tuple[list[list[float] | None], list[str]]:
         """Return the repaired xywh boxes, None without an area, and the issue types that changed them, or ''."""
         split = self.split
-        boxes, crowds, images = split.boxes[kept].copy(), split.crowds[kept], split.images[kept]
+        boxes, crowds, images = split.boxes[kept].copy(), split.crowds[kept], split.image_indices[kept]
         reasons = np.full(len(kept), "", dtype=object)
-        limits = image_limits(split)[images]
+        limits = object_limits(split)[kept]
         unit = wrong_unit(boxes[~crowds], limits[~crowds]) if split.source.format == "coco" else ""
         if unit == "normalized":
             boxes *= np.concatenate([limits, limits], axis=1)
@@ -233,10 +233,10 @@ class _Repair:
             reasons[:] = "boxes-corners"
         for index in _labeled_at_declared_size(split, boxes, images, crowds):
             in_image = images == index
-            if (moved := _transform(boxes[in_image], split.image_records[index])) is not None:
+            if (moved := _transform(boxes[in_image], split.images[index])) is not None:
                 boxes[in_image] = moved
                 reasons[in_image] = "image-size"
-        corners, inside, _ = clip_boxes(boxes, limits)
+        corners, inside = clip_boxes(boxes, limits)
         clipped = inside & (box_overhang(boxes, limits) > OVERHANG)
         boxes[clipped] = np.concatenate([corners[clipped, :2], corners[clipped, 2:] - corners[clipped, :2]], axis=1)
         reasons[clipped & (reasons == "")] = "box-overhang"
@@ -251,7 +251,7 @@ def _labeled_at_declared_size(split: Split, boxes: np.ndarray, images: np.ndarra
     both or neither follow the majority.
     """
     votes: dict[int, int] = {}
-    for index, record in enumerate(split.image_records):
+    for index, record in enumerate(split.images):
         if record.size is None or record.declared is None or record.declared == record.size:
             continue
         extent = (boxes[:, :2] + boxes[:, 2:])[(images == index) & ~crowds].max(axis=0, initial=0) - OVERHANG

@@ -8,10 +8,10 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ...visualize.web.html import jpeg_data_uri, read_asset
+from ..issues import ISSUE_TYPES, SEVERITIES, Issue
 from . import Report
 from .annotations import Split
 from .classes import class_counts
-from .issues import ISSUE_TYPES, SEVERITIES, Issue
 
 MAX_LINES = 100  # per type
 MAX_IMAGES = 12  # per type
@@ -126,8 +126,8 @@ def _boxes_by_path(report: Report) -> dict[Path, list[Box]]:
     paths = {issue.image for issue in report.issues if issue.image is not None}
     boxes: dict[Path, list[Box]] = {}
     for split in report.splits:
-        for index, box in zip(split.images.tolist(), split.boxes.tolist(), strict=True):
-            if (path := split.image_records[index].path) in paths:
+        for index, box in zip(split.image_indices.tolist(), split.boxes.tolist(), strict=True):
+            if (path := split.images[index].path) in paths:
                 boxes.setdefault(path, []).append(tuple(box))
     return boxes
 
@@ -141,7 +141,7 @@ def _class_bars(split: Split) -> str:
         for category_id, count in counts[:MAX_CLASSES]
     )
     more = f"<p>… and {len(counts) - MAX_CLASSES} more classes</p>" if len(counts) > MAX_CLASSES else ""
-    title = f"{escape(split.name)}: {len(split.image_records)} images, {len(split.positions)} objects"
+    title = f"{escape(split.name)}: {len(split.images)} images, {len(split.positions)} objects"
     columns = "grid-template-columns:minmax(0,1fr) 2fr max-content"
     return f'<h3>{title}</h3><div class="bars" style="{columns}">{rows}</div>{more}'
 

@@ -1,12 +1,14 @@
-"""The types of issues that a check can find, and the list of issues found."""
+"""Issues of a dataset: training raises the first error, `check` collects all."""
+
+from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..problems import Problem
+from ..utils.errors import UserError
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -15,6 +17,7 @@ TINY_SIDE = 4.0  # pixels after the resize: half a cell of the finest feature ma
 OVERHANG = 2.0  # pixels that a box may exceed its image by, because tools round
 RARE = 10  # training objects that a class needs
 IMBALANCE = 50  # largest ratio of the objects of two classes
+MAX_TEXT = 400  # characters of the record and of the message in a line
 CORNERS_SHARE = 0.2  # share of the boxes that must fit only as corners
 
 
@@ -118,16 +121,58 @@ ISSUE_TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Issue(Problem):
-    """A problem with its split."""
+@dataclass
+class Issue:
+    """One record that cannot be used, or that is used with a doubt.
 
+    Attributes:
+        code: The type, a key of `ISSUE_TYPES`.
+        file: The annotation, label or image file.
+        record: Place in the file, such as 'annotations[3] (id 7)'; empty for the whole file.
+        message: What is wrong.
+        hint: What to do. Default: the hint of the type.
+        section: List of the COCO dict: 'images', 'annotations' or 'categories'.
+        position: Index in that list; -1 if the issue is about no single record.
+        image: Image file that shows the issue.
+        box: xywh in pixels of that image.
+        split: Name of the split, if known.
+        other: The second image of a pair.
+    """
+
+    code: str
+    file: Path
+    record: str
+    message: str
+    hint: str = ""
+    section: str = ""
+    position: int = -1
+    image: Path | None = None
+    box: tuple[float, ...] | None = None
     split: str = ""
-    other: Path | None = None  # the second image of a pair
+    other: Path | None = None
+
+    def __post_init__(self) -> None:
+        default = ISSUE_TYPES[self.code].hint
+        self.hint = self.hint or default[0].lower() + default[1:]
+
+    @classmethod
+    def from_error(cls, code: str, file: Path, error: Exception, **details: Any) -> Issue:
+        """Turn an error about a file into an issue: its last clause is the hint."""
+        message, _, hint = str(error).removeprefix(f"{file}: ").rpartition("; ")
+        return cls(code, file, "", message or hint, hint if message else "", **details)
 
     @property
     def severity(self) -> Severity:
         return ISSUE_TYPES[self.code].severity
+
+    @property
+    def line(self) -> str:
+        """File, record, message and hint on one line."""
+        texts = (self.record, self.message)
+        record, message = (text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…" for text in texts)
+        line = f"{self.file}: {record} {message}; {self.hint}"
+        # File names may contain bytes that are not text, which a terminal rejects.
+        return " ".join(line.split()).encode(errors="backslashreplace").decode()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the issue as a dict for JSON."""
@@ -139,25 +184,27 @@ class Issue(Problem):
         return values | ({"box": list(self.box)} if self.box is not None else {})
 
 
-@dataclass
-class Issues:
-    """The issues found, in the order in which they were found."""
+OnIssue = Callable[[Issue], object]
 
-    found: list[Issue] = field(default_factory=list)
+
+def raise_error(issue: Issue) -> None:
+    """Raise an error as a `UserError`; ignore warnings and notes."""
+    if issue.severity == "error":
+        raise UserError(issue.line)
+
+
+class Issues(list[Issue]):
+    """Issues in the order in which they were found."""
 
     def add(self, code: str, file: Path, record: str, message: str, hint: str = "", **details: Any) -> None:
-        """Add an issue; the default hint is that of its type. `details` are the other fields of `Issue`."""
-        hint = hint or ISSUE_TYPES[code].hint[0].lower() + ISSUE_TYPES[code].hint[1:]
-        self.found.append(Issue(code, file, record, message, hint, **details))
-
-    def __iter__(self) -> Iterator[Issue]:
-        return iter(self.found)
+        """Append an issue; `details` are the other fields of `Issue`."""
+        self.append(Issue(code, file, record, message, hint, **details))
 
     def of(self, severity: Severity) -> list[Issue]:
         """Return the issues of one severity."""
-        return [issue for issue in self.found if issue.severity == severity]
+        return [issue for issue in self if issue.severity == severity]
 
     def by_code(self) -> dict[str, list[Issue]]:
         """Group the issues by type, in the order of `ISSUE_TYPES`: errors first."""
-        counts = Counter(issue.code for issue in self.found)
-        return {code: [issue for issue in self.found if issue.code == code] for code in ISSUE_TYPES if counts[code]}
+        counts = Counter(issue.code for issue in self)
+        return {code: [issue for issue in self if issue.code == code] for code in ISSUE_TYPES if counts[code]}

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from deformable_detr.data.validate import ISSUE_TYPES
+from deformable_detr.data.issues import ISSUE_TYPES
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def test_documentation_lists_all_issue_types():
