@@ -147,7 +147,7 @@ def test_categories_of_a_model(tmp_path, caplog):
     assert not caplog.records, "a category without objects may be missing in the model"
 
     with pytest.raises(
-        UserError, match=r"json: annotations\[3\] \(id 6\) has category 44 \('m'\), which the model does"
+        UserError, match=r"json: annotations\[3\] \(id 6\) of image 'b.png' has category 44 \('m'\), which the model"
     ):
         open_dataset(tmp_path, categories=order[:3])
 
@@ -347,7 +347,7 @@ FAULTS = {
     "no box": (
         ("annotations", 3, "bbox"),
         DELETE,
-        r"annotations\[3\] \(id 6\) has bbox None; write four finite numbers",
+        r"annotations\[3\] \(id 6\) has bbox None instead of four finite numbers",
     ),
     "short box": (("annotations", 3, "bbox"), [1, 2, 3], r"annotations\[3\] \(id 6\) has bbox \[1, 2, 3\]"),
     "long box": (
@@ -364,7 +364,11 @@ FAULTS = {
     "infinity in box": (("annotations", 3, "bbox"), [float("inf"), 2, 3, 4], r"annotations\[3\] .* has bbox \[inf"),
     "true in box": (("annotations", 3, "bbox"), [True, 2, 3, 4], r"annotations\[3\] \(id 6\) has bbox \[True"),
     "huge number in box": (("annotations", 3, "bbox"), [10**400, 2, 3, 4], r"annotations\[3\] \(id 6\) has bbox"),
-    "crowd text": (("annotations", 3, "iscrowd"), "no", r"annotations\[3\] \(id 6\) has iscrowd 'no'; write 0 or 1"),
+    "crowd text": (
+        ("annotations", 3, "iscrowd"),
+        "no",
+        r"annotations\[3\] \(id 6\) has iscrowd 'no' instead of 0 or 1",
+    ),
 }
 
 

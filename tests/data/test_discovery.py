@@ -252,7 +252,7 @@ def test_invalid_file_names_are_reported(tmp_path, name):
     content = json.loads(path.read_text())
     content["images"].append({"id": 9, "file_name": name})
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"images\[1\] names the image .*; add the file or remove its record"):
+    with pytest.raises(UserError, match=r"images\[1\] names the image .*; add the file or remove the record"):
         open_dataset(tmp_path)
 
 

@@ -156,7 +156,7 @@ class Issue:
         self.hint = self.hint or default[0].lower() + default[1:]
 
     @classmethod
-    def from_error(cls, code: str, file: Path, error: Exception, **details: Any) -> Issue:
+    def from_error(cls, code: str, file: Path, error: UserError, **details: Any) -> Issue:
         """Turn an error about a file into an issue: its last clause is the hint."""
         message, _, hint = str(error).removeprefix(f"{file}: ").rpartition("; ")
         return cls(code, file, "", message or hint, hint if message else "", **details)

@@ -16,7 +16,6 @@ from .issues import Issue, OnIssue
 from .source import Source
 from .transforms import MIN_SIDE
 
-
 OBJECT_KEYS = ("id", "image_id", "category_id", "iscrowd", "bbox")
 
 

@@ -114,7 +114,7 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         hint = "make it readable or export it again"
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({reason}); {hint}") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({reason}); {hint}") from error
 
 
 def coco_dict(

@@ -118,12 +118,11 @@ class YoloSource(Source):
     def _rows(self, path: Path, issues: list[Issue]) -> Iterator[tuple[int, int, Box]]:
         """Yield (line number, class, xyxy box in 0..1) of the valid rows of a label file."""
         try:
-            os.lstat(path)  # unlike a broken link, a missing file is an image without objects
             lines = read_lines(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except (OSError, UserError) as error:
-            issues.append(Issue.from_error("label-unreadable", path, error))
+        except UserError as error:
+            missing = isinstance(error.__cause__, FileNotFoundError | NotADirectoryError) and not path.is_symlink()
+            if not missing:  # an image without a label file has no objects
+                issues.append(Issue.from_error("label-unreadable", path, error))
             return
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -233,7 +233,7 @@ def test_copy_has_one_category_list(tmp_path, capsys):
     assert {record["id"]: record["name"] for record in fixed["categories"]} == {1: "cat", 2: "dog"}
     assert [record["category_id"] for record in fixed["annotations"]] == [1, 2]
     (change,) = [json.loads(line) for line in (tmp_path / "copy/changes.jsonl").read_text().splitlines()]
-    assert (change["code"], change["change"]) == ("category-renumbered", "category ids 2 → 1, 1 → 2")
+    assert (change["code"], change["change"]) == ("category-renumbered", "category ids 1 → 2, 2 → 1")
 
 
 @pytest.mark.parametrize("make", [write_yolo_dataset, write_voc_dataset])
