@@ -112,7 +112,7 @@ def _at(own, threshold, objects):
 
 def test_equal_scores_stand_or_fall_together():
     scores, hits = np.array([0.9, 0.5, 0.5, 0.5]), np.array([False, True, False, False])
-    assert best_f1(scores, hits, 1) == pytest.approx((0.5, 0.4, 0.25, 1.0))
+    assert list(best_f1(scores, hits, 1).values()) == pytest.approx([0.5, 0.4, 0.25, 1.0])
     assert best_f1(scores, np.zeros(4, dtype=bool), 1) is None
     assert best_f1(scores, hits, 0) is None
 

@@ -1,5 +1,6 @@
 """Videos: every frame once and in time, damage is reported in one line, memory stays constant."""
 
+import errno
 import tracemalloc
 from fractions import Fraction
 
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from deformable_detr.predict import video as module
-from deformable_detr.predict.video import Video, VideoWriter, _JsonLines, predict_video
+from deformable_detr.predict.video import Video, VideoWriter, _output_files, predict_video
 from deformable_detr.utils.errors import UserError
 from tests.support.videos import Finder, read_lines, write_video
 
@@ -51,10 +52,21 @@ def test_files_that_are_no_videos(tmp_path):
 def test_a_film_without_a_picture_leaves_the_lines_of_an_earlier_run(tmp_path):
     lines = tmp_path / "film.jsonl"
     lines.write_text("an earlier run's\n")
-    with pytest.raises(RuntimeError), _JsonLines(lines):
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        write(lines, "", RuntimeError())
+    with pytest.raises(UserError, match=r"film\.jsonl cannot be written: No space left on device"):
+        write(lines, "half a line", OSError(errno.ENOSPC, "No space left on device"))
     assert lines.read_text() == "an earlier run's\n"
+    with pytest.raises(RuntimeError):
+        write(lines, "a line\n", RuntimeError())
+    assert lines.read_text() == "a line\n"
     assert list(tmp_path.iterdir()) == [lines]
+
+
+def write(path, text, error):
+    with _output_files(path) as (temporary,):
+        temporary.write_text(text)
+        raise error
 
 
 @pytest.mark.parametrize("encoder", ["libx264", "mpeg4"])

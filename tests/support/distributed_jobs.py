@@ -187,7 +187,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
         for name in ("five", "one"):
             dataset = open_dataset(folder / name, "val", transform=EvalTransform(64, 128))
             distributed = evaluate_distributed(model, dataset, 2, 0, context)
-            single = evaluate_dataset(model, dataset, 2, 0, progress=False)
+            single = evaluate_dataset(model, dataset, 2, 0, progress=False).metrics
             results[name] = {"distributed": distributed, "single": single, "images": len(dataset)}
     return results
 

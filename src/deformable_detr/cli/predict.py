@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,21 +109,23 @@ def predict_files(
             first source.
     """
     from ..predict.predictor import predict_each
-    from ..predict.video import load_av
+    from ..predict.video import is_video, load_av
 
     sources: list[Source] = [*files, *([] if options.camera is None else [options.camera])]
-    images = [source for source in sources if not _is_video(source)]
-    if len(images) < len(sources):
+    videos = {source for source in sources if is_video(source)}
+    if videos:
         load_av()
-    outputs = _output_paths(sources, None if options.out is None else prepare_folder(options.out, "--out"))
-    _reject_overwriting(files, outputs, options)
+    folder = None if options.out is None else prepare_folder(options.out, "--out")
+    outputs = _output_paths([source for source in sources if folder or source in videos], videos, folder)
+    _reject_overwriting(files, [*outputs.values(), *(_lines_path(outputs[video]) for video in videos)], options.json)
     prepare_files({"--json": options.json})
-    results = predict_each(model, images, options.threshold, keep_pixels=options.out is not None)
+    images = [source for source in sources if source not in videos]
+    results = predict_each(model, images, options.threshold, keep_pixels=folder is not None)
     records: list[dict[str, Any]] = []
     failures = 0
     for source in sources:
         try:
-            if _is_video(source):
+            if source in videos:
                 record, line, problem = _predict_video(model, source, outputs[source], options)
             else:
                 record, line, problem = _predict_image(results, source, outputs.get(source))
@@ -156,74 +156,55 @@ def _predict_image(results: Iterator[Detections | UserError], source: Source, ou
             detections.save(out)
         except UserError as error:
             problem = str(error)
-    return replace(detections, image=source).to_dict(), _best_detections(detections), problem
+    scores = zip(detections.names, detections.scores.tolist(), strict=True)
+    best = _first_entries([f"{name} {score:.2f}" for name, score in scores])
+    line = f"{len(detections)} objects: {best}" if len(detections) else "no objects"
+    return replace(detections, image=source).to_dict(), line, problem
 
 
 def _predict_video(model: DeformableDETR, source: Source, out: Path, options: PredictOptions) -> Outcome:
     from ..predict.video import predict_video
 
-    lines = out.with_suffix(".jsonl")
+    lines = _lines_path(out)
     summary = predict_video(model, source, out, lines, options.threshold, options.batch_size)
     if not summary.frames:
         return None, None, summary.problem
     record = {"video": str(source), "frames": summary.frames, "annotated": str(out), "lines": str(lines)}
     problem = None if summary.problem is None else f"{summary.problem}; the frames before that are in {out}"
-    return record, f"{summary.frames} frames, {_class_counts(summary.counts)}; {out}, {lines.name}", problem
+    counts = _first_entries([f"{name} {count}×" for name, count in summary.counts.most_common()]) or "no objects"
+    return record, f"{summary.frames} frames, {counts}; {out}, {lines.name}", problem
 
 
-def _is_video(source: Source) -> bool:
-    from ..predict.video import is_video
-
-    return isinstance(source, int) or is_video(source)
+def _first_entries(entries: list[str], limit: int = 5) -> str:
+    return ", ".join(entries[:limit] + ["…"] * (len(entries) > limit))
 
 
-def _best_detections(detections: Detections, limit: int = 5) -> str:
-    """Summarize an image, for example "3 objects: cat 0.98, cat 0.91, dog 0.55"."""
-    if not len(detections):
-        return "no objects"
-    best = zip(detections.names[:limit], detections.scores.tolist()[:limit], strict=True)
-    listed = ", ".join(f"{name} {score:.2f}" for name, score in best)
-    return f"{len(detections)} objects: {listed}{', …' if len(detections) > limit else ''}"
+def _lines_path(video: Path) -> Path:
+    return video.with_suffix(".jsonl")
 
 
-def _class_counts(counts: Counter[str], limit: int = 5) -> str:
-    """Summarize a video, for example "cat 120×, dog 3×"."""
-    if not counts:
-        return "no objects"
-    listed = ", ".join(f"{name} {count}×" for name, count in counts.most_common(limit))
-    return listed + (", …" if len(counts) > limit else "")
-
-
-def _output_paths(sources: Sequence[Source], out: Path | None) -> dict[Source, Path]:
+def _output_paths(sources: Sequence[Source], videos: Set[Source], out: Path | None) -> dict[Source, Path]:
     """Return the path of each drawn image or video; names that occur twice get a number."""
     paths: dict[Source, Path] = {}
+    used: set[Path] = set()
     for source in sources:
-        video = _is_video(source)
-        if out is None and not video:
-            continue
         stem = f"camera-{source}" if isinstance(source, int) else source.stem
         stem += "-detected" if out is None else ""
         jpeg = isinstance(source, Path) and source.suffix.lower() in {".jpg", ".jpeg"}
-        suffix = ".mp4" if video else ".jpg" if jpeg else ".png"
+        suffix = ".mp4" if source in videos else ".jpg" if jpeg else ".png"
         path, number = (out or Path()) / f"{stem}{suffix}", 1
-        while path in paths.values():
+        while path in used:
             number += 1
             path = path.with_name(f"{stem}-{number}{suffix}")
         paths[source] = path
+        used.add(path)
     return paths
 
 
-def _reject_overwriting(files: Sequence[Path], outputs: dict[Source, Path], options: PredictOptions) -> None:
+def _reject_overwriting(files: Sequence[Path], outputs: Sequence[Path], json: Path | None) -> None:
     """Raise UserError if an output is the same file as a source."""
-    inputs: dict[tuple[int, int], Path] = {}
-    for file in files:
-        with suppress(OSError):  # reported when it is read
-            status = os.stat(file)
-            inputs[status.st_dev, status.st_ino] = file
-    lines = [path.with_suffix(".jsonl") for source, path in outputs.items() if _is_video(source)]
-    for path in (*outputs.values(), *lines, *([options.json] if options.json else [])):
-        with suppress(OSError):
-            status = os.stat(path)
-            if source := inputs.get((status.st_dev, status.st_ino)):
-                option = "--json" if path is options.json else "--out"
+    inputs = {file.resolve(): file for file in files}
+    for option, paths in {"--out": outputs, "--json": [json] if json else []}.items():
+        for path in paths:
+            if source := inputs.get(path.resolve()):
                 raise UserError(f"{option}: {path} would overwrite the source {source}; choose another path")

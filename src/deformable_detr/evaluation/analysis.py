@@ -15,15 +15,6 @@ ERROR_TYPES = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")  # in the order of t
 CALIBRATION_BINS = 10
 
 
-class OperatingPoint(NamedTuple):
-    """The score threshold with the best F1 = 2 · precision · recall / (precision + recall)."""
-
-    threshold: float
-    f1: float
-    precision: float
-    recall: float
-
-
 class Matches(NamedTuple):
     """The matches of N detections and M objects at IoU 0.5; rows as in `CocoEvaluation`."""
 
@@ -37,24 +28,24 @@ def analyze(evaluation: CocoEvaluation) -> dict[str, Any]:
     """Return everything that the report shows of one model, as plain numbers.
 
     - "metrics": as `coco_metrics`, without "per_class". "objects", "detections": their counts.
-    - "classes": per class "name", "objects", AP in total, per IoU and per size, and "best", an `OperatingPoint`.
-    - "best": the `OperatingPoint` of one threshold for all classes, or None.
+    - "classes": per class "name", "objects", AP in total, per IoU and per size, and "best", as `best_f1`.
+    - "best": the best threshold for all classes together, as `best_f1`.
     - "curves": precision in thousandths (or None) at recalls 0, 0.01, …, 1, for IoU "50", "75" and the "mean"; the
       first entry is over all classes, the others per class.
     - "errors", "calibration", "confusion": see `tide`, `calibration` and `confusion`, at the best threshold.
     """
     matches = match(evaluation)
-    best = _best_threshold(evaluation, matches, None)
+    best = _best_threshold(evaluation, matches)
     return {
         "metrics": {name: value for name, value in summarize(evaluation).items() if name != "per_class"},
         "objects": int(matches.objects.sum()),
         "detections": len(evaluation.detections),
         "classes": _classes(evaluation, matches),
-        "best": None if best is None else best._asdict(),
+        "best": best,
         "curves": _curves(evaluation),
         "errors": tide(evaluation),
         "calibration": calibration(evaluation),
-        "confusion": confusion(evaluation, best.threshold if best else 0.0),
+        "confusion": confusion(evaluation, best["threshold"] if best else 0.0),
     }
 
 
@@ -75,8 +66,11 @@ def match(evaluation: CocoEvaluation) -> Matches:
     return Matches(counted, hits, objects, partners)
 
 
-def best_f1(scores: np.ndarray, hits: np.ndarray, num_objects: int) -> OperatingPoint | None:
-    """Return the threshold with the best F1 of detections (N,), the highest of equals; None without objects or hits."""
+def best_f1(scores: np.ndarray, hits: np.ndarray, num_objects: int) -> dict[str, float] | None:
+    """Return the "threshold" of the scores (N,) with the best F1, and its "f1", "precision" and "recall".
+
+    F1 = 2 · precision · recall / (precision + recall). Of equals, the highest threshold. None without objects or hits.
+    """
     if not num_objects or not hits.any():
         return None
     order = np.argsort(-scores, kind="stable")
@@ -86,7 +80,8 @@ def best_f1(scores: np.ndarray, hits: np.ndarray, num_objects: int) -> Operating
     f1 = 2 * true_positives / (selected + num_objects)
     k = int(f1.argmax())
     precision, recall = true_positives[k] / selected[k], true_positives[k] / num_objects
-    return OperatingPoint(float(scores[k]), float(f1[k]), float(precision), float(recall))
+    point = {"threshold": scores[k], "f1": f1[k], "precision": precision, "recall": recall}
+    return {name: float(value) for name, value in point.items()}
 
 
 def tide(evaluation: CocoEvaluation) -> dict[str, Any]:
@@ -131,8 +126,10 @@ def _rows(status: dict[int, Any]) -> np.ndarray:
     return np.fromiter(status, dtype=np.int64, count=len(status)) - 1
 
 
-def _best_threshold(evaluation: CocoEvaluation, matches: Matches, class_number: int | None) -> OperatingPoint | None:
-    """Return the operating point of one class, or of all classes together."""
+def _best_threshold(
+    evaluation: CocoEvaluation, matches: Matches, class_number: int | None = None
+) -> dict[str, float] | None:
+    """Return `best_f1` of one class, or of all classes together."""
     counted, objects = matches.counted, matches.objects
     if class_number is not None:
         counted = counted & (evaluation.detections[:, 6] == class_number)
@@ -150,8 +147,7 @@ def _classes(evaluation: CocoEvaluation, matches: Matches) -> list[dict[str, Any
         row: dict[str, Any] = {"name": name, "objects": int(counts[k + 1]), "AP": mean_or_none(table[:, :, 0])}
         row |= {"AP50": mean_or_none(table[0, :, 0]), "AP75": mean_or_none(table[5, :, 0])}
         row |= {f"AP_{area}": mean_or_none(table[:, :, a]) for a, area in enumerate(AREAS) if a}
-        best = _best_threshold(evaluation, matches, k + 1)
-        rows.append(row | {"best": None if best is None else best._asdict()})
+        rows.append(row | {"best": _best_threshold(evaluation, matches, k + 1)})
     return rows
 
 

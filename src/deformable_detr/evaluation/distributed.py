@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,7 +14,6 @@ from .metrics import Metrics, coco_metrics
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
     from ..distributed.context import DistributedContext
-    from .evaluator import OnResults
 
 
 def evaluate_distributed(
@@ -22,9 +22,9 @@ def evaluate_distributed(
     batch_size: int,
     workers: int,
     context: DistributedContext,
-    on_results: OnResults | None = None,
+    on_results: Callable[[CocoDataset, list[dict[str, Any]]], object] = lambda dataset, results: None,
 ) -> Metrics:
-    """Return the metrics of `evaluate_dataset` in every process. All processes call it with the same model.
+    """Return the metrics of `evaluate` in every process. All processes call it with the same model.
 
     Each process takes every n-th batch, so that images are padded as in one process. Rank 0 calls `on_results` and
     counts the detections in the order of the dataset, which decides between equal scores.
@@ -39,8 +39,7 @@ def evaluate_distributed(
     def metrics_of_all_parts() -> Metrics:
         order = {int(image_id): index for index, image_id in enumerate(dataset.image_ids)}
         results = sorted((row for rows in parts for row in rows), key=lambda row: order[row["image_id"]])
-        if on_results is not None:
-            on_results(dataset, results)
+        on_results(dataset, results)
         metrics = coco_metrics(dataset.ground_truth, results)
         return {**metrics, "images": len(dataset), "images_per_second": len(dataset) / seconds}
 

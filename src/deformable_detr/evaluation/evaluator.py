@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -23,8 +23,6 @@ from .metrics import CocoEvaluation, Metrics, run_coco_eval, summarize
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
-
-    OnResults = Callable[[CocoDataset, list[dict[str, Any]]], object]
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +99,7 @@ def evaluate_models(
     names = [type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model) for model in models]
     with explain_machine_errors(options.get("batch_size", BATCH_SIZE), options.get("workers", WORKERS)):
         return [
-            _evaluate_dataset(detector, dataset, name, **options)
+            evaluate_dataset(detector, dataset, name=name, **options)
             for detector, dataset, name in zip(detectors, datasets, names, strict=True)
         ]
 
@@ -119,27 +117,9 @@ def evaluate_dataset(
     workers: int = WORKERS,
     limit: int | None = None,
     progress: bool = True,
-    on_results: OnResults | None = None,
-) -> Metrics:
-    """Return the metrics of `evaluate` for an open dataset with the evaluation transform.
-
-    `on_results` is called with the dataset and all detections as COCO results. For other options see `EvalOptions`.
-    """
-    result = _evaluate_dataset(model, dataset, "model", batch_size, workers, limit, progress)
-    if on_results is not None:
-        on_results(dataset, result.results)
-    return result.metrics
-
-
-def _evaluate_dataset(
-    model: nn.Module,
-    dataset: CocoDataset,
-    name: str,
-    batch_size: int = BATCH_SIZE,
-    workers: int = WORKERS,
-    limit: int | None = None,
-    progress: bool = True,
+    name: str = "model",
 ) -> EvaluationResult:
+    """Evaluate a model on an open dataset with the evaluation transform; for options see `EvalOptions`."""
     for option, value, minimum in (("batch_size", batch_size, 1), ("limit", limit, 1), ("workers", workers, 0)):
         if value is not None and value < minimum:
             raise UserError(f"{option} {value}: must be at least {minimum}")
@@ -178,9 +158,7 @@ def detect_images(
 
     from ..data.dataloader import LoaderOptions, build_dataloader
 
-    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
     category_ids = [category.id for category in dataset.categories]
-    _require_classes(config, dataset)
     images = dataset if count == len(dataset) else Subset(dataset, range(count))
     batches = build_dataloader(images, LoaderOptions(batch_size, workers))
     batches.sampler.set_epoch(0, start_step=shard[0], step_stride=shard[1])
@@ -225,7 +203,11 @@ def open_eval_dataset(
         cache=cache,
     )
     dataset.load_ground_truth(cache)
-    _require_classes(config, dataset)
+    if len(dataset.categories) > config.num_classes:
+        raise UserError(
+            f"the dataset has {len(dataset.categories)} classes, but the model {config.num_classes}; "
+            "train a model for these classes"
+        )
     _warn_about_training_images(dataset, Path(data).expanduser(), split, data_config)
     return dataset
 
@@ -243,14 +225,6 @@ def _warn_about_training_images(dataset: CocoDataset, root: Path, split: str, da
         return
     if same_split(train, dataset.source):
         log.warning("%s is not split: the evaluation includes the training images", dataset.annotation_file)
-
-
-def _require_classes(config: ModelConfig, dataset: CocoDataset) -> None:
-    if len(dataset.categories) > config.num_classes:
-        raise UserError(
-            f"the dataset has {len(dataset.categories)} classes, but the model {config.num_classes}; "
-            "train a model for these classes"
-        )
 
 
 def _difference(first: Metrics, second: Metrics) -> Metrics:

@@ -41,7 +41,7 @@ def coco_metrics(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str,
         the id is appended: "cat (17)".
 
     Raises:
-        UserError: A record lacks a key or a finite box, or a detection is of an unknown image.
+        UserError: A box or score is not finite, an id is used twice, or a detection is of an unknown image.
     """
     return summarize(run_coco_eval(ground_truth, results))
 
@@ -62,9 +62,9 @@ def run_coco_eval(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str
     """Match detections to the ground truth; arguments and errors as in `coco_metrics`."""
     import hotcoco
 
-    images = _number_ids((image["id"] for image in _section(ground_truth, "images")), "image")
-    categories = _number_ids((category["id"] for category in _section(ground_truth, "categories")), "category")
-    names = _unique_names(_section(ground_truth, "categories"), categories)
+    images = _number_ids((image["id"] for image in ground_truth["images"]), "image")
+    categories = _number_ids((category["id"] for category in ground_truth["categories"]), "category")
+    names = _unique_names(ground_truth["categories"], categories)
     objects = _annotation_columns(ground_truth, images, categories)
     truth = hotcoco.COCO.from_arrays(
         [{"id": number, "width": 0, "height": 0} for number in images.values()],
@@ -114,12 +114,6 @@ def mean_or_none(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 
 
-def _section(ground_truth: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    if not isinstance(ground_truth.get(key), list):
-        raise UserError(f"ground truth: the list '{key}' is missing, which a COCO file needs")
-    return ground_truth[key]
-
-
 def _number_ids(ids: Iterable[Hashable], kind: str) -> dict[Any, int]:
     """Number the sorted ids 1, 2, …; the order decides between detections with equal scores."""
     numbers: dict[Any, int] = {}
@@ -143,16 +137,13 @@ def _annotation_columns(
 ) -> dict[str, Any]:
     """Return the annotations as columns; drop those of unlisted images or categories, as pycocotools does."""
     rows = []
-    for index, annotation in enumerate(_section(ground_truth, "annotations")):
-        where = f"ground truth: annotation {annotation.get('id', f'number {index}')}"
-        box = _box(annotation, where)
-        image, category = (_require(annotation, key, where) for key in ("image_id", "category_id"))
-        if image not in images or category not in categories:
-            continue
-        area = annotation.get("area")
-        area = box[2] * box[3] if area is None else float(area)
-        crowd = bool(annotation.get("iscrowd"))
-        rows.append((images[image], categories[category], *box, area, crowd))
+    for index, annotation in enumerate(ground_truth["annotations"]):
+        box = _box(annotation, f"ground truth: annotation {annotation.get('id', f'number {index}')}")
+        image, category = annotation["image_id"], annotation["category_id"]
+        if image in images and category in categories:
+            area = annotation.get("area")
+            area = box[2] * box[3] if area is None else float(area)
+            rows.append((images[image], categories[category], *box, area, bool(annotation.get("iscrowd"))))
     table = np.array(rows, dtype=np.float64).reshape(-1, 8)
     return {
         "image_ids": table[:, 0].astype(np.int64),
@@ -170,9 +161,7 @@ def _detection_table(
     rows = []
     for index, result in enumerate(results):
         where = f"detection number {index}"
-        box = _box(result, where)
-        image, category = (_require(result, key, where) for key in ("image_id", "category_id"))
-        score = float(_require(result, "score", where))
+        box, image, category, score = _box(result, where), result["image_id"], result["category_id"], result["score"]
         if image not in images:
             raise UserError(f"{where}: image id {image!r} is not in the ground truth; use the split that was predicted")
         if not math.isfinite(score):
@@ -182,18 +171,8 @@ def _detection_table(
     return np.array(rows, dtype=np.float64).reshape(-1, 7)
 
 
-def _require(record: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in record:
-        raise UserError(f"{where} has no '{key}'")
-    return record[key]
-
-
-def _box(record: Mapping[str, Any], where: str) -> tuple[float, float, float, float]:
-    box = _require(record, "bbox", where)
-    try:
-        x, y, width, height = map(float, box)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: bbox {box!r} is not [x, y, width, height]") from None
-    if not all(map(math.isfinite, (x, y, width, height))):
-        raise UserError(f"{where}: bbox {box!r} has a number that is not finite")
-    return x, y, width, height
+def _box(record: Mapping[str, Any], where: str) -> list[float]:
+    box = [float(value) for value in record["bbox"]]
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        raise UserError(f"{where}: bbox {box} is not x, y, width and height as finite numbers")
+    return box

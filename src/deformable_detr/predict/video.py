@@ -5,7 +5,7 @@ import os
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -29,9 +29,9 @@ DEFAULT_FRAME_RATE = Fraction(25)
 MAX_MISSING = 0.02  # fraction of a video that may be missing at its end without a report
 
 
-def is_video(path: Path) -> bool:
-    """Return whether a path has the suffix of a video."""
-    return path.suffix.lower() in VIDEO_SUFFIXES
+def is_video(source: Path | int) -> bool:
+    """Return whether a source is a camera or has the suffix of a video."""
+    return isinstance(source, int) or source.suffix.lower() in VIDEO_SUFFIXES
 
 
 def load_av() -> Any:
@@ -119,12 +119,9 @@ class Video:
         """Describe what was wrong with a file that ended after `frames` frames, the last one at `seconds`."""
         duration = self._duration()
         too_short = duration is not None and seconds + 2 / float(self.rate) < duration * (1 - MAX_MISSING)
-        too_few = self.total is not None and frames < self.total * (1 - MAX_MISSING) - 1
-        if read_error or too_short or too_few:
-            if self.total or duration is None:
-                position = f"{frames}{f' of {self.total}' if self.total else ''} frames"
-            else:
-                position = f"{max(seconds, 0):.1f} of {duration:.1f} seconds"
+        if read_error or too_short:
+            total = "" if duration is None else f" of {duration:.1f}"
+            position = f"{frames} frames, {max(seconds, 0):.1f}{total} seconds"
             return f"{self.name}: damaged or cut off after {position}{f' ({read_error})' if read_error else ''}"
         if damaged:
             return f"{self.name}: skipped {damaged} damaged packets"
@@ -143,53 +140,41 @@ class Video:
 class VideoWriter:
     """Write an H.264 file, or MPEG-4 without such an encoder, with frames at given times.
 
-    All frames get the size of the first one. The file appears, complete, on `close`; without frames there is none.
+    All frames get the size of the first one. Without frames, no file is written.
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path, self.rate = path, rate
         self._av = load_av()
-        self._temporary = temporary_path(path)
         self._container: Any = None
         self._stream: Any = None
         self._ticks = -1
 
     def add(self, image: Image.Image, seconds: float) -> None:
-        """Append a frame. Raises UserError if the file cannot be written."""
-        try:
-            if self._container is None:
-                self._open(image.size)
-            if image.size != self._size:
-                image = image.resize(self._size, Image.Resampling.BILINEAR)
-            pixels = np.asarray(image)
-            pixels = np.pad(pixels, [(0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)], mode="edge")
-            frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            self._ticks = max(self._ticks + 1, round(seconds * TICKS_PER_SECOND))
-            frame.pts, frame.time_base = self._ticks, Fraction(1, TICKS_PER_SECOND)
-            self._container.mux(self._stream.encode(frame))  # pyright: ignore[reportOptionalMemberAccess]
-        except (self._av.FFmpegError, OSError) as error:
-            raise _write_error(self.path, error) from None
+        """Append a frame."""
+        if self._container is None:
+            self._open(image.size)
+        if image.size != self._size:
+            image = image.resize(self._size, Image.Resampling.BILINEAR)
+        pixels = np.asarray(image)
+        pixels = np.pad(pixels, [(0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)], mode="edge")
+        frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        self._ticks = max(self._ticks + 1, round(seconds * TICKS_PER_SECOND))
+        frame.pts, frame.time_base = self._ticks, Fraction(1, TICKS_PER_SECOND)
+        self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        """Finish the file and rename it to its path."""
-        if self._container is None:
-            return
-        try:
+        """Finish the file."""
+        if self._container is not None:
             self._container.mux(self._stream.encode(None))
             self._container.close()
-            os.replace(self._temporary, self.path)
-        except (self._av.FFmpegError, OSError) as error:
-            raise _write_error(self.path, error) from None
-        finally:
-            self._container = None
-            self._temporary.unlink(missing_ok=True)
 
     def _open(self, size: tuple[int, int]) -> None:
         encoder = next((name for name in ENCODERS if name in self._av.codecs_available), None)
         if encoder is None:
             raise UserError(f"{self.path}: this PyAV has none of the encoders {', '.join(ENCODERS)}")
         self._size = size
-        self._container = self._av.open(str(self._temporary), "w", format="mp4")
+        self._container = self._av.open(str(self.path), "w", format="mp4")
         self._stream = self._container.add_stream(encoder, rate=self.rate, options=ENCODERS[encoder])
         self._stream.width, self._stream.height = (side + side % 2 for side in size)  # 4:2:0 needs even sides
         self._stream.pix_fmt = "yuv420p"
@@ -226,12 +211,13 @@ def predict_video(
 
     counts: Counter[str] = Counter()
     num_frames = 0
-    with ExitStack() as stack:
-        reader = stack.enter_context(Video(source))
-        writer = VideoWriter(video, reader.rate)
-        stack.callback(writer.close)
-        records = stack.enter_context(_JsonLines(lines))
-        progress = stack.enter_context(tqdm(total=reader.total, unit="frame", desc=reader.name, disable=None))
+    with (
+        Video(source) as reader,
+        _output_files(video, lines) as (temporary_video, temporary_lines),
+        open(temporary_lines, "w", encoding="utf-8") as file,
+        closing(VideoWriter(temporary_video, reader.rate)) as writer,
+        tqdm(total=reader.total, unit="frame", desc=reader.name, disable=None) as progress,
+    ):
         pending: deque[Frame] = deque()
 
         def images() -> Iterator[np.ndarray]:
@@ -243,7 +229,10 @@ def predict_video(
             for detections in predict_iter(model, images(), threshold, batch_size=batch_size):
                 frame = pending.popleft()
                 writer.add(_draw(frame.pixels, detections), frame.seconds)
-                records.add({"video": reader.name, "frame": frame.number, "time": round(frame.seconds, 4)}, detections)
+                record = {"video": reader.name, "frame": frame.number, "time": round(frame.seconds, 4)}
+                record |= detections.to_dict()
+                del record["image"]
+                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
                 counts.update(detections.names)
                 num_frames += 1
                 progress.update()
@@ -254,39 +243,27 @@ def predict_video(
     return VideoSummary(num_frames, counts, problem)
 
 
-class _JsonLines:
-    """A file of JSON lines that appears when it is closed; without lines there is none."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._temporary = temporary_path(path)
-        self._empty = True
-
-    def add(self, fields: dict[str, Any], detections: Detections) -> None:
-        record = detections.to_dict()
-        del record["image"]
+@contextmanager
+def _output_files(*paths: Path) -> Iterator[list[Path]]:
+    """Yield temporary paths. Files written there replace the outputs, also after an interruption, if not empty."""
+    temporaries = [temporary_path(path) for path in paths]
+    write_errors = (OSError, load_av().FFmpegError)
+    try:
+        complete = True
         try:
-            self._empty = False
-            self._file.write(json.dumps({**fields, **record}, ensure_ascii=False, allow_nan=False) + "\n")
-        except OSError as error:
-            raise _write_error(self.path, error) from None
-
-    def __enter__(self) -> Self:
-        try:
-            self._file = open(self._temporary, "w", encoding="utf-8")
-        except OSError as error:
-            raise _write_error(self.path, error) from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            self._file.close()
-            if not self._empty:  # else keep an earlier run's file, as for its video
-                os.replace(self._temporary, self.path)
-        except OSError as error:
-            raise _write_error(self.path, error) from None
+            yield temporaries
+        except write_errors:
+            complete = False
+            raise
         finally:
-            self._temporary.unlink(missing_ok=True)
+            for temporary, path in zip(temporaries, paths, strict=True):
+                if complete and temporary.exists() and temporary.stat().st_size:
+                    os.replace(temporary, path)
+    except write_errors as error:
+        raise UserError(f"{' or '.join(map(str, paths))} cannot be written: {_reason(error)}") from None
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 def _draw(pixels: np.ndarray, detections: Detections) -> Image.Image:
@@ -305,10 +282,6 @@ def _camera(number: int) -> tuple[str, str]:
     if sys.platform == "win32":
         return f"video_device_number={number}", "vfwcap"
     return f"/dev/video{number}", "v4l2"
-
-
-def _write_error(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path} cannot be written: {_reason(error)}")
 
 
 def _reason(error: BaseException) -> str:

@@ -204,17 +204,13 @@ async def run_in(pool: Executor, function: Callable[..., T], *arguments: Any) ->
 
 
 async def _gather(awaitables: Sequence[Any]) -> list[Any]:
-    """All results, or the first error by position. On cancellation, all awaitables are canceled."""
+    """Return all results. After an error or a cancellation, cancel all awaitables."""
     futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
-        results = await asyncio.gather(*futures, return_exceptions=True)
+        return await asyncio.gather(*futures)
     finally:
         for future in futures:
             future.cancel()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 _thread_setting = threading.Lock()

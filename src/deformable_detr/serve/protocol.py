@@ -1,7 +1,6 @@
 """uvicorn's HTTP/1.1 connection with timeouts: clients that do not send or do not read are dropped."""
 
 import asyncio
-import time
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -23,9 +22,9 @@ class Connection(H11Protocol):
     """
 
     limits: Limits
-    _head_timer: asyncio.TimerHandle | None = None
-    _write_timer: asyncio.TimerHandle | None = None
-    _close_timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle
+    _head_since: float | None  # since when a request head is due
+    _unread_since: float | None = None  # since when the client does not read what is left to send
     _idle_since = 0.0
     _dropped = False
 
@@ -36,8 +35,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        self._idle_since = time.monotonic()
-        self._start_head_timer()
+        self._idle_since = self._head_since = self.loop.time()
+        self._check_timeouts()
         if len(self.connections) > self.limits.connections:
             # Connections that are closing count too, as long as they have data to send.
             present = [one for one in self.connections if isinstance(one, Connection) and not one._dropped]
@@ -48,60 +47,32 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.idle:
-            self._start_head_timer()
-        elif self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        if not self.idle:
+            self._head_since = None
+        elif self._head_since is None:
+            self._head_since = self.loop.time()
 
     def on_response_complete(self) -> None:
-        self._idle_since = time.monotonic()
+        self._idle_since = self.loop.time()
         super().on_response_complete()
-        self._start_close_timer()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._write_timer = self.loop.call_later(self.limits.stall_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-
-    def shutdown(self) -> None:
-        super().shutdown()
-        self._start_close_timer()
-
-    def timeout_keep_alive_handler(self) -> None:
-        super().timeout_keep_alive_handler()
-        self._start_close_timer()
-
-    def send_400_response(self, msg: str) -> None:
-        super().send_400_response(msg)
-        self._start_close_timer()
+        self._unread_since = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head_timer, self._write_timer, self._close_timer):
-            if timer is not None:
-                timer.cancel()
-        self._head_timer = self._write_timer = self._close_timer = None
+        self._timer.cancel()
         super().connection_lost(exc)
 
-    def _start_head_timer(self) -> None:
-        if self._head_timer is None and not self.transport.is_closing():
-            self._head_timer = self.loop.call_later(self.limits.head_timeout, self._on_head_timeout)
-
-    def _on_head_timeout(self) -> None:
-        self._head_timer = None
-        if self.transport.is_closing() or not self.idle:
-            return
-        if self.conn.our_state is h11.IDLE:
-            self.transport.write(_TIMEOUT_RESPONSE)
-        self.transport.close()
-        self._start_close_timer()
-
-    def _start_close_timer(self) -> None:
-        """Abort a closing connection whose client does not read what is left."""
-        if self.transport.is_closing() and self._close_timer is None:
-            self._close_timer = self.loop.call_later(self.limits.stall_timeout, self.transport.abort)
+    def _check_timeouts(self) -> None:
+        """Close the connection if a limit is exceeded; else check again soon."""
+        now, limits = self.loop.time(), self.limits
+        if self.flow.write_paused or self.transport.is_closing():
+            self._unread_since = self._unread_since or now
+            if now - self._unread_since > limits.stall_timeout:
+                self.transport.abort()
+        elif self._head_since is not None and now - self._head_since > limits.head_timeout:
+            if self.conn.our_state is h11.IDLE:
+                self.transport.write(_TIMEOUT_RESPONSE)
+            self.transport.close()
+        self._timer = self.loop.call_later(min(limits.head_timeout, limits.stall_timeout) / 10, self._check_timeouts)

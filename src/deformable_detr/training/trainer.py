@@ -337,7 +337,6 @@ class Trainer:
 
     def _compute_metrics(self, model: DeformableDETR) -> dict[str, Any]:
         from ..evaluation.distributed import evaluate_distributed
-        from ..evaluation.evaluator import evaluate_dataset
         from ..evaluation.gallery import Gallery
 
         batch_size, workers = self.config.train.batch_size, self.config.data.workers
@@ -345,9 +344,7 @@ class Trainer:
         try:
             self.shutdown.immediate = True  # everything is saved: a signal need not wait for the evaluation
             self.shutdown.raise_if_received()
-            if self.context.world_size > 1:
-                return evaluate_distributed(model, self.val_set, batch_size, workers, self.context, gallery)
-            return evaluate_dataset(model, self.val_set, batch_size, workers, None, False, gallery)
+            return evaluate_distributed(model, self.val_set, batch_size, workers, self.context, gallery)
         except TrainingInterrupted:
             self._print_interrupted()
             raise
