@@ -6,6 +6,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ class Gallery:
         indices = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
         image_ids = [int(dataset.image_ids[index]) for index in indices]
         index_file = self.folder / "images.json"
-        if _read_index(index_file).get("ids") != image_ids:
+        if [index["ids"] for index in read_json_lines(index_file)] != [image_ids]:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(index_file, json.dumps(_describe_images(dataset, indices, image_ids), ensure_ascii=False))
         labels = {category.id: label for label, category in enumerate(dataset.categories)}
@@ -71,27 +72,25 @@ def read_gallery(run_dir: Path, steps: Sequence[int]) -> dict[str, Any] | None:
     If a step was evaluated twice, as after a crash, the last record counts.
     """
     folder = run_dir / FOLDER
-    content, predictions = _read_index(folder / "images.json"), folder / "predictions.jsonl"
-    if not content or not predictions.is_file():
+    content = next(iter(read_json_lines(folder / "images.json")), None)
+    if content is None:
         return None
-    lines = predictions.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if record["step"] in steps and record["ids"] == content["ids"]:
-                records[record["step"]] = {key: record[key] for key in ("step", "epoch", "images")}
-        except (ValueError, KeyError, TypeError):
-            continue  # an incomplete line of a killed process
+    records = {
+        record["step"]: {key: record[key] for key in ("step", "epoch", "images")}
+        for record in read_json_lines(folder / "predictions.jsonl")
+        if record["step"] in steps and record["ids"] == content["ids"]
+    }
     return {**content, "evaluations": [records[step] for step in sorted(records)]}
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a file, which may be missing; a killed process can leave an incomplete line."""
+    records = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with suppress(ValueError):
+                records.append(json.loads(line))
+    return records
 
 
 def _describe_images(dataset: CocoDataset, indices: Sequence[int], image_ids: Sequence[int]) -> dict[str, Any]:

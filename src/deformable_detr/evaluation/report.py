@@ -53,9 +53,8 @@ def render_report(results: Sequence[EvaluationResult], data: str, split: str) ->
         "models": models,
         "worst": _worst_images(results, models),
     }
-    return render_page(
-        "report.html", f"Evaluation of {content['title']}", content, scripts=("elements.js", "charts.js", "report.js")
-    )
+    scripts = ("elements.js", "charts.js", "report.js")
+    return render_page("report.html", f"Evaluation of {content['title']}", content, scripts=scripts)
 
 
 def _speed(result: EvaluationResult) -> dict[str, Any]:

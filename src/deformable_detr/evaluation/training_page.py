@@ -1,6 +1,5 @@
 """The page of a training run: its curves and gallery so far, in one self-contained file."""
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from ..utils.files import write_text
 from ..visualize.web.html import render_page
-from .gallery import read_gallery
+from .gallery import read_gallery, read_json_lines
 
 PAGE = "training.html"
 MAX_POINTS = 400  # per curve; more are averaged in groups
@@ -22,7 +21,7 @@ def write_training_page(run_dir: Path) -> Path:
 
     Raises UserError if the file cannot be written.
     """
-    records = _read_records(run_dir / "metrics.jsonl")
+    records = [record for record in read_json_lines(run_dir / "metrics.jsonl") if "step" in record]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     train = _average_groups([record for record in records if record.get("kind") == "train"])
     last = records[-1] if records else {}
@@ -38,29 +37,9 @@ def write_training_page(run_dir: Path) -> Path:
         },
         "gallery": read_gallery(run_dir, [record["step"] for record in evaluations]),
     }
-    title = f"Training of {content['name']}"
-    write_text(
-        run_dir / PAGE,
-        render_page("training.html", title, content, scripts=("elements.js", "charts.js", "training.js")),
-    )
+    scripts = ("elements.js", "charts.js", "training.js")
+    write_text(run_dir / PAGE, render_page("training.html", f"Training of {content['name']}", content, scripts=scripts))
     return run_dir / PAGE
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a JSON Lines file; a killed process can leave an incomplete one."""
-    records = []
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
 
 
 def _average_groups(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
