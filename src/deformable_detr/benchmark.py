@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -122,21 +122,15 @@ def _exported_forms(
     from .export import ExportOptions, export_model, load_exported
 
     forms: dict[tuple[str, str], Any] = {}
-    formats: tuple[tuple[Literal["onnx", "openvino"], str, str], ...] = (
-        ("onnx", "onnxruntime", ".onnx"),
-        ("openvino", "openvino", ".xml"),
-    )
-    for to, package, suffix in formats:
+    for to, package, suffix in (("onnx", "onnxruntime", ".onnx"), ("openvino", "openvino", ".xml")):
         if not all(map(find_spec, ("onnx", "onnxscript", package))):
             report(f"{package} is not measured: pip install 'deformable-detr[export]'")
             continue
         for precision in ("fp32", "int8") if data is not None and find_spec("nncf") else ("fp32",):
             path = folder / f"{precision}{suffix}"
-            options = ExportOptions(precision)
-            if precision == "int8":
-                options = ExportOptions(precision, data=data, split=split, limit=limit)
+            int8 = ExportOptions("int8", data=data, split=split, limit=limit)
             try:
-                export_model(model, path, to, options)
+                export_model(model, path, to, int8 if precision == "int8" else ExportOptions())
             except UserError as error:
                 report(f"{to} {precision} is not measured: {error}")
                 continue
@@ -153,10 +147,7 @@ def _ap(detector: Any, data: str | os.PathLike[str], split: str, limit: int | No
 
 def table(rows: Sequence[BenchmarkRow]) -> str:
     """Format rows as a Markdown table."""
-    lines = [
-        "| runtime | precision | median ms | p95 ms | images/s | speedup | peak MiB | AP |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| runtime | precision | median ms | p95 ms | images/s | speedup | peak MiB | AP |", "|---" * 8 + "|"]
     for row in rows:
         peak = "–" if row.peak_mib is None else f"{row.peak_mib:.0f}"
         ap = "–" if row.ap is None else f"{row.ap:.3f}"

@@ -28,6 +28,11 @@ TRAIN_PHOTOS = (
     "stereo_motorcycle",
 )  # fmt: skip
 VAL_PHOTOS = ("astronaut", "chelsea", "moon")
+NEXT_STEPS = """
+Use your own images: put them into DATA/train and DATA/valid, each with boxes in _annotations.coco.json:
+  deformable-detr train DATA --out runs/mine
+  deformable-detr evaluate runs/mine DATA
+  deformable-detr predict runs/mine IMAGE --out pictures"""
 SIDES = (128, 144, 160)  # pixels
 DIGIT_HEIGHTS = (28, 64)  # pixels
 MAX_DIGITS = 4
@@ -70,7 +75,7 @@ def run(out: Path) -> dict[str, Any]:
     pictures = draw_examples(model, sorted((data / "valid").glob("*.jpg"))[:24], out)
     ap50 = metrics["AP50"]
     print(f"\nValidation images: AP50 {ap50:.3f}, AP {metrics['AP']:.3f}")
-    print(f"Detections: {pictures}\n\n{_next_steps()}")
+    print(f"Detections: {pictures}\n{NEXT_STEPS}")
     if not ap50 >= MIN_AP50:
         print(f"error: AP50 {ap50:.3f} is below {MIN_AP50}: training did not converge", file=sys.stderr)
         raise SystemExit(1)
@@ -81,7 +86,7 @@ def make_data(folder: Path, train_images: int = 1500, val_images: int = 200, see
     """Write the folders `train` and `valid` with JPEGs and `_annotations.coco.json`, reproducible by the seed.
 
     Raises:
-        UserError: scikit-learn or scikit-image is not installed, or the folder cannot be written.
+        UserError: scikit-learn or scikit-image is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -97,11 +102,8 @@ def make_data(folder: Path, train_images: int = 1500, val_images: int = 200, see
         "valid": (glyphs[held_out:], values[held_out:], VAL_PHOTOS, val_images),
     }
     for number, (split, (images, labels, names, count)) in enumerate(splits.items()):
-        try:
-            (folder / split).mkdir(parents=True, exist_ok=True)
-            _write_split(folder / split, images, labels, [photos[name] for name in names], count, (seed, number))
-        except OSError as error:
-            raise UserError(f"{folder / split}: cannot be written: {error.strerror or error}") from None
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        _write_split(folder / split, images, labels, [photos[name] for name in names], count, (seed, number))
 
 
 def draw_examples(model: Any, images: Sequence[Path], out: Path, columns: int = 6) -> Path:
@@ -142,16 +144,8 @@ def _write_split(
         picture = _background(photos[rng.integers(len(photos))], rng)
         height, width = picture.shape[:2]
         for index, (x, y, w, h) in _place_digits(picture, glyphs, rng):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": int(values[index]) + 1,
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
-                    "iscrowd": 0,
-                }
-            )
+            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(values[index]) + 1}
+            annotations.append({**annotation, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
         name = f"{image_id:05d}.jpg"
         Image.fromarray(picture.round().astype(np.uint8)).save(folder / name, quality=92)
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
@@ -238,9 +232,7 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int], gap: int) -> bool:
-    return (
-        a[0] < b[0] + b[2] + gap and b[0] < a[0] + a[2] + gap and a[1] < b[1] + b[3] + gap and b[1] < a[1] + a[3] + gap
-    )
+    return all(a[i] < b[i] + b[i + 2] + gap and b[i] < a[i] + a[i + 2] + gap for i in (0, 1))
 
 
 def _claim_folder(out: Path) -> None:
@@ -256,13 +248,3 @@ def _claim_folder(out: Path) -> None:
                 shutil.rmtree(out / name)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-
-
-def _next_steps() -> str:
-    command = "deformable-detr" if shutil.which("deformable-detr") else sys.argv[0]
-    return (
-        "Use your own images: put them into DATA/train and DATA/valid, each with boxes in _annotations.coco.json:\n"
-        f"  {command} train DATA --out runs/mine\n"
-        f"  {command} evaluate runs/mine DATA\n"
-        f"  {command} predict runs/mine IMAGE --out pictures"
-    )
