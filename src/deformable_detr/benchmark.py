@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -122,12 +122,13 @@ def _exported_forms(
     from .export import ExportOptions, export_model, load_exported
 
     forms: dict[tuple[str, str], Any] = {}
-    for to, package, suffix in (("onnx", "onnxruntime", ".onnx"), ("openvino", "openvino", ".xml")):
+    packages: dict[Literal["onnx", "openvino"], str] = {"onnx": "onnxruntime", "openvino": "openvino"}
+    for to, package in packages.items():
         if not all(map(find_spec, ("onnx", "onnxscript", package))):
             report(f"{package} is not measured: pip install 'deformable-detr[export]'")
             continue
         for precision in ("fp32", "int8") if data is not None and find_spec("nncf") else ("fp32",):
-            path = folder / f"{precision}{suffix}"
+            path = folder / f"{precision}{'.onnx' if to == 'onnx' else '.xml'}"
             int8 = ExportOptions("int8", data=data, split=split, limit=limit)
             try:
                 export_model(model, path, to, int8 if precision == "int8" else ExportOptions())

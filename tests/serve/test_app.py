@@ -163,7 +163,7 @@ def test_parameters(client, query, status):
 
 def test_a_damaged_image_fails_only_its_request(client):
     data = encode_image("JPEG", 100, 100)
-    response = client.post("/v1/detect", files=multipart(encode_image(), data[: len(data) // 2], b"nothing"))
+    response = client.post("/v1/detect", files=multipart(encode_image(), data[: len(data) // 2]))
     assert response.status_code == 422
     assert response.json()["detail"].startswith("image 2 (1.png): cannot be read as an image (image file is truncated")
     assert client.post("/v1/detect", files=multipart(encode_image(), data)).status_code == 200

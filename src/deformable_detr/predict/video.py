@@ -161,7 +161,7 @@ class VideoWriter:
         frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
         self._ticks = max(self._ticks + 1, round(seconds * TICKS_PER_SECOND))
         frame.pts, frame.time_base = self._ticks, Fraction(1, TICKS_PER_SECOND)
-        self._container.mux(self._stream.encode(frame))
+        self._container.mux(self._stream.encode(frame))  # pyright: ignore[reportOptionalMemberAccess]
 
     def close(self) -> None:
         """Finish the file."""

@@ -6,17 +6,17 @@ from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from . import schemas
 from .decoding import FORMATS
 from .engine import Engine, run_in
-from .limits import ClientDisconnected, HttpError
 from .middleware import AccessMiddleware
 from .uploads import FIELD, BodyBudget, Upload, parse_uploads, read_body
 
@@ -137,14 +137,14 @@ def _status_routes(engine: Engine) -> APIRouter:
     async def healthz() -> schemas.State:
         """Answer 200 while the server works; restart it otherwise."""
         if not engine.alive:
-            raise HttpError(503, "the model's thread has ended")
+            raise HTTPException(503, "the model's thread has ended")
         return schemas.State(status="alive")
 
     @router.get("/readyz")
     async def readyz() -> schemas.State:
         """Answer 200 while the server accepts requests."""
         if engine.draining or not engine.alive:
-            raise HttpError(503, "shutting down" if engine.draining else "not ready", retry_after=5)
+            raise HTTPException(503, "shutting down" if engine.draining else "not ready", headers={"retry-after": "5"})
         return schemas.State(status="ready")
 
     @router.get("/metrics", include_in_schema=False)
@@ -177,7 +177,7 @@ async def _process(
 
 
 async def _with_timeout(request: Request, work: Coroutine[Any, Any, Response], seconds: float) -> Response:
-    """The result. The work is canceled after the timeout (HttpError 504) or when the client leaves."""
+    """The result. The work is canceled after the timeout (HTTPException 504) or when the client leaves."""
 
     async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -188,26 +188,21 @@ async def _with_timeout(request: Request, work: Coroutine[Any, Any, Response], s
         await asyncio.wait({working, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientDisconnected if leaving.done() else HttpError(504, f"no response within {seconds:g} s")
+        raise ClientDisconnect if leaving.done() else HTTPException(504, f"no response within {seconds:g} s")
     finally:
         working.cancel()
         leaving.cancel()
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(HttpError)
-    async def http_error(_: Request, error: HttpError) -> Response:
-        headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
-        return JSONResponse({"detail": error.detail}, error.status, headers)
-
     @app.exception_handler(RequestValidationError)
     async def invalid_parameter(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         detail = f"{'.'.join(map(str, first['loc'][1:]))[:60]}: {first['msg'][:200]}"
         return JSONResponse({"detail": detail}, 422)
 
-    @app.exception_handler(ClientDisconnected)
-    async def client_disconnected(_: Request, __: ClientDisconnected) -> Response:
+    @app.exception_handler(ClientDisconnect)
+    async def client_disconnected(_: Request, __: ClientDisconnect) -> Response:
         return Response(status_code=499)  # only the metrics see it
 
 

@@ -4,11 +4,11 @@ import io
 import re
 
 from PIL import Image
+from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from ..utils.errors import UserError
 from ..utils.images import read_image
-from .limits import HttpError
 
 # Formats that browsers show. TIFF is a container of many decoders, and browsers cannot show it.
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "GIF": "image/gif"}
@@ -34,37 +34,37 @@ def open_image(data: bytes | bytearray, name: str, max_pixels: int) -> Image.Ima
         max_pixels: Maximum width × height.
 
     Raises:
-        HttpError: 415 for a format that is not in `FORMATS`, 413 for too many pixels, 422 for a broken header.
+        HTTPException: 415 for a format that is not in `FORMATS`, 413 for too many pixels, 422 for a broken header.
     """
     content = bytes(data)
     if not content:
-        raise HttpError(422, f"{name}: is empty")
+        raise HTTPException(422, f"{name}: is empty")
     kind = next((kind for kind, signature in _SIGNATURES.items() if re.match(signature, content)), None)
     if kind is None:
-        raise HttpError(415, f"{name}: unsupported format; send {', '.join(FORMATS)}")
+        raise HTTPException(415, f"{name}: unsupported format; send {', '.join(FORMATS)}")
     if kind == "WEBP":  # Pillow allocates all pixels before it reports the size
         _check_size(name, *_webp_size(content, name), max_pixels)
     if kind == "BMP" and len(content) > 34 and content[14] >= 40 and content[30] in (1, 2):  # a slow decoder in Python
-        raise HttpError(422, f"{name}: BMP with run-length encoding is not supported; save it uncompressed")
+        raise HTTPException(422, f"{name}: BMP with run-length encoding is not supported; save it uncompressed")
     if kind == "JPEG" and _count_scans(content) > MAX_SCANS:
-        raise HttpError(422, f"{name}: JPEG with over {MAX_SCANS} scans; save it again")
+        raise HTTPException(422, f"{name}: JPEG with over {MAX_SCANS} scans; save it again")
     try:
         image = Image.open(io.BytesIO(content), formats=[kind])
     except Image.DecompressionBombError as error:
-        raise HttpError(413, f"{name}: {error}") from None
+        raise HTTPException(413, f"{name}: {error}") from None
     except Exception:  # decoders raise many types of errors for broken files
-        raise HttpError(422, f"{name}: cannot be read as {kind} (broken header)") from None
+        raise HTTPException(422, f"{name}: cannot be read as {kind} (broken header)") from None
     _check_size(name, *image.size, max_pixels)
     return image
 
 
 def decode(image: Image.Image, name: str) -> Tensor:
-    """Return uint8 RGB (3, H, W), upright, as `predict` reads it. Raises HttpError (422) if the file is damaged."""
+    """Return uint8 RGB (3, H, W), upright, as `predict` reads it. Raises HTTPException (422) if the file is damaged."""
     try:
         return read_image(image)
     except UserError as error:
         detail = str(error).removeprefix("the PIL image: ").removesuffix("; replace or remove it")
-        raise HttpError(422, f"{name}: {detail}") from None
+        raise HTTPException(422, f"{name}: {detail}") from None
 
 
 def _count_scans(data: bytes) -> int:
@@ -82,9 +82,9 @@ def _count_scans(data: bytes) -> int:
 def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         limit = f"images may have up to {max_pixels / 1e6:g} megapixels"
-        raise HttpError(413, f"{name}: {limit}; this one has {width} × {height} pixels")
+        raise HTTPException(413, f"{name}: {limit}; this one has {width} × {height} pixels")
     if width < 1 or height < 1:
-        raise HttpError(422, f"{name}: has no pixels ({width} × {height})")
+        raise HTTPException(422, f"{name}: has no pixels ({width} × {height})")
 
 
 def _webp_size(data: bytes, name: str) -> tuple[int, int]:
@@ -98,4 +98,4 @@ def _webp_size(data: bytes, name: str) -> tuple[int, int]:
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
         if kind == b"VP8 ":
             return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
-    raise HttpError(422, f"{name}: cannot be read as WEBP (broken header)")
+    raise HTTPException(422, f"{name}: cannot be read as WEBP (broken header)")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from starlette.exceptions import HTTPException
 from torch import Tensor, nn
 
 from ..config.image_size import typical_input_size
@@ -26,7 +27,7 @@ from ..structures import Detections, Target
 from ..utils.process import malloc_trim
 from .batching import Batcher
 from .decoding import LARGE_IMAGE, decode, open_image
-from .limits import HttpError, Limits
+from .limits import Limits
 from .metrics import Metrics
 from .uploads import Upload
 
@@ -102,12 +103,12 @@ class Engine:
         return self._batcher.alive
 
     def check_capacity(self, images: int = 1) -> None:
-        """Raise HttpError (503) if the queue has no room for this many more images."""
+        """Raise HTTPException (503) if the queue has no room for this many more images."""
         if self._accepted + images > self.limits.max_queue:
             raise self._overloaded("the queue is full")
 
     async def detect(self, uploads: Sequence[Upload], threshold: float, top_k: int) -> list[Detections]:
-        """Return the detections of each image. Raises HttpError for the first image that cannot be read."""
+        """Return the detections of each image. Raises HTTPException if one cannot be read."""
         config = self.config
 
         def resized(pixels: Tensor) -> _DetectJob:
@@ -123,7 +124,7 @@ class Engine:
         ]
 
     async def explain(self, upload: Upload, threshold: float, top_k: int) -> Trace:
-        """Return the trace of an image. Raises HttpError if it cannot be read."""
+        """Return the trace of an image. Raises HTTPException if it cannot be read."""
         if self._explaining.locked():
             raise self._overloaded("too many explanations in progress")
         async with self._explaining:
@@ -140,9 +141,9 @@ class Engine:
         finally:
             self._accepted -= images
 
-    def _overloaded(self, reason: str) -> HttpError:
+    def _overloaded(self, reason: str) -> HTTPException:
         seconds = math.ceil(min(max(self._accepted * self._seconds_per_image, 1), 30))
-        return HttpError(503, f"{reason}; try again in {seconds} s", retry_after=seconds)
+        return HTTPException(503, f"{reason}; try again in {seconds} s", headers={"retry-after": str(seconds)})
 
     def _submit(self, job: Any, key: Hashable) -> asyncio.Future[Any]:
         return asyncio.wrap_future(self._batcher.submit(job, key))
@@ -179,7 +180,7 @@ class Engine:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             _log.exception("out of device memory for a batch of %d", len(jobs))
-            raise HttpError(503, "out of device memory; try again", retry_after=2) from None
+            raise HTTPException(503, "out of device memory; try again", headers={"retry-after": "2"}) from None
         except Exception:
             _log.exception("a batch of %d failed", len(jobs))
             raise

@@ -1,4 +1,4 @@
-"""The limits of a server and its errors."""
+"""The limits of a server."""
 
 from dataclasses import dataclass
 
@@ -38,15 +38,3 @@ class Limits:
     body_timeout: float = 60.0
     connections: int = 1000
     shutdown_delay: float = 1.0
-
-
-class HttpError(Exception):
-    """A refused request: HTTP status, a message of one line, and after how many seconds to retry, if that may help."""
-
-    def __init__(self, status: int, detail: str, retry_after: int | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.retry_after = status, detail, retry_after
-
-
-class ClientDisconnected(Exception):
-    """The client closed its connection, so nobody reads the response."""

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import FormParser, parse_options_header
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
-from .limits import ClientDisconnected, HttpError, Limits
+from .limits import Limits
 
 FIELD = "images"  # the name of the form parts
 HOW = f"send an image as the body with its Content-Type (image/jpeg, …), or multipart/form-data with parts '{FIELD}'"
@@ -31,44 +33,39 @@ class BodyBudget:
         self.limit, self.used = limit, 0
 
     def add(self, count: int) -> None:
-        """Raise HttpError (503) if the budget does not allow this many more bytes."""
+        """Raise HTTPException (503) if the budget does not allow this many more bytes."""
         if self.used + count > self.limit:
-            raise HttpError(503, "the server is receiving too much data; try again", retry_after=2)
+            raise HTTPException(503, "the server is receiving too much data; try again", headers={"retry-after": "2"})
         self.used += count
 
 
 @asynccontextmanager
-async def read_body(request: Any, limits: Limits, budget: BodyBudget) -> AsyncIterator[bytearray]:
+async def read_body(request: Request, limits: Limits, budget: BodyBudget) -> AsyncIterator[bytearray]:
     """Read the body of a Starlette request; it counts against the budget until the block ends.
 
     Raises:
-        HttpError: 413 as soon as it is too large, 408 if it is too slow, 415 if it is compressed, 503 over the budget.
-        ClientDisconnected: The client left.
+        HTTPException: 413 as soon as it is too large, 408 if it is too slow, 415 if compressed, 503 over the budget.
+        ClientDisconnect: The client left.
     """
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
-        raise HttpError(415, "compressed bodies are not supported; send the image as it is")
-    too_large = HttpError(413, f"request bodies may have up to {limits.body_bytes / 1e6:g} MB")
+        raise HTTPException(415, "compressed bodies are not supported; send the image as it is")
+    too_large = HTTPException(413, f"request bodies may have up to {limits.body_bytes / 1e6:g} MB")
     content_length = request.headers.get("content-length", "")
     if content_length.isdecimal() and int(content_length[:20]) > limits.body_bytes:
         raise too_large
-    body, loop = bytearray(), asyncio.get_running_loop()
-    deadline = loop.time() + limits.body_timeout
+    body, now = bytearray(), asyncio.get_running_loop().time
+    deadline = now() + limits.body_timeout
     try:
         try:
-            async with asyncio.timeout(limits.body_timeout) as timer:
-                more_body = True
-                while more_body:
-                    timer.reschedule(min(deadline, loop.time() + limits.stall_timeout))
-                    message = await request.receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientDisconnected
-                    chunk, more_body = message.get("body", b""), message.get("more_body", False)
+            async with asyncio.timeout(min(limits.stall_timeout, limits.body_timeout)) as timer:
+                async for chunk in request.stream():
+                    timer.reschedule(min(deadline, now() + limits.stall_timeout))
                     if len(body) + len(chunk) > limits.body_bytes:
                         raise too_large
                     budget.add(len(chunk))
                     body += chunk
         except TimeoutError:
-            raise HttpError(408, "the request body did not arrive in time") from None
+            raise HTTPException(408, "the request body did not arrive in time") from None
         yield body
     finally:
         budget.used -= len(body)
@@ -78,14 +75,14 @@ def parse_uploads(content_type: str, body: bytearray, max_images: int) -> list[U
     """Return the images of a body.
 
     Raises:
-        HttpError: 415 for another type of body, 400 for a malformed form, 422 for unexpected parts or too many images.
+        HTTPException: 415 for another type of body, 400 for a malformed form, 422 for other parts or too many images.
     """
     media_type = content_type.split(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         return _parse_form(content_type, body, max_images)
     if media_type.startswith("image/") or media_type == "application/octet-stream":
         return [Upload(body, "the image", None)]
-    raise HttpError(415, f"unsupported Content-Type {media_type[:60] or '(none)'!r}; {HOW}")
+    raise HTTPException(415, f"unsupported Content-Type {media_type[:60] or '(none)'!r}; {HOW}")
 
 
 def _parse_form(content_type: str, body: bytearray, max_images: int) -> list[Upload]:
@@ -94,9 +91,9 @@ def _parse_form(content_type: str, body: bytearray, max_images: int) -> list[Upl
 
     def add(name: bytes | None, data: bytes | None, filename: str = "") -> None:
         if clean_text(name) != FIELD:
-            raise HttpError(422, f"unexpected form part {clean_text(name)!r}; send images in parts named '{FIELD}'")
+            raise HTTPException(422, f"unexpected form part {clean_text(name)!r}; send images in parts named '{FIELD}'")
         if len(uploads) == max_images:
-            raise HttpError(422, f"a request may have up to {max_images} images")
+            raise HTTPException(422, f"a request may have up to {max_images} images")
         label = f"image {len(uploads) + 1}" + (f" ({filename})" if filename else "")
         uploads.append(Upload(data or b"", label, filename or None))
 
@@ -114,11 +111,11 @@ def _parse_form(content_type: str, body: bytearray, max_images: int) -> list[Upl
             config={"MAX_MEMORY_FILE_SIZE": len(body)},  # never written to disk
         ).write(bytes(body))
     except (FormParserError, UnicodeDecodeError) as error:
-        raise HttpError(400, f"malformed form ({' '.join(str(error).split())[:120]})") from None
+        raise HTTPException(400, f"malformed form ({' '.join(str(error).split())[:120]})") from None
     if not ends:
-        raise HttpError(400, "the form ends before its last boundary")
+        raise HTTPException(400, "the form ends before its last boundary")
     if not uploads:
-        raise HttpError(422, f"the form has no image; {HOW}")
+        raise HTTPException(422, f"the form has no image; {HOW}")
     return uploads
 
 
