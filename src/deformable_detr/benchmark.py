@@ -38,27 +38,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One form of the model.
+    """One form of the model."""
 
-    Attributes:
-        runtime: "eager", "optimized", "onnx" or "openvino".
-        precision: "fp32", "bf16" or "int8".
-        median_ms, p95_ms: Latency of one batch.
-        images_per_second: Throughput at the median latency.
-        speedup: Median latency of the eager model divided by this one's.
-        peak_mib: Peak memory of a call in addition to weights and results. None: unknown, as in runtimes that keep
-            their buffers.
-        ap: COCO AP, 0 to 1, if a dataset was given.
-    """
-
-    runtime: str
-    precision: str
-    median_ms: float
+    runtime: str  # "eager", "optimized", "onnx" or "openvino"
+    precision: str  # "fp32", "bf16" or "int8"
+    median_ms: float  # latency of one batch
     p95_ms: float
-    images_per_second: float
-    speedup: float
-    peak_mib: float | None
-    ap: float | None
+    images_per_second: float  # at the median latency
+    speedup: float  # median latency of the eager model divided by this one's
+    peak_mib: float | None  # of a call in addition to weights and results; None: unknown, as in other runtimes
+    ap: float | None  # COCO AP, 0 to 1, if a dataset was given
 
 
 def benchmark(

@@ -116,11 +116,8 @@ def serve(source: Path, host: str, port: int, token: str | None, device: str, li
 
     Args:
         source: A model folder or an exported file.
-        host: Address to listen on. Any but localhost needs a token.
         port: Port to listen on. 0: any free port.
-        token: Required from clients. Default: the environment variable DEFORMABLE_DETR_TOKEN, if it is set.
-        device: Device of the model, see `load_detector`.
-        limits: Limits of requests.
+        token: Required from clients, and by hosts other than localhost. Default: `TOKEN_VARIABLE`, if it is set.
 
     Raises:
         UserError: An argument is wrong, or the model cannot be loaded or run.
