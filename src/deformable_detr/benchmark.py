@@ -75,6 +75,8 @@ def benchmark(
         limit: Number of images that AP is measured on.
         report: Called with one line per finished step.
     """
+    from .evaluation import evaluate
+
     device = model.get_buffer("pixel_mean").device
     height, width = image_size or (model.config.image_size, model.config.image_size * 4 // 3)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +93,10 @@ def benchmark(
             measurable = {form: call for form, call in calls.items() if form[0] in ("eager", "optimized")}
             peaks = {form: peak_memory_mib(call, device.type) for form, call in measurable.items()}
         report("timed")
-        aps = {form: None if data is None else _ap(detector, data, split, limit) for form, detector in forms.items()}
+        aps = {
+            form: None if data is None else evaluate(detector, data, split=split, batch_size=1, limit=limit)["AP"]
+            for form, detector in forms.items()
+        }
         calls.clear()  # with `forms`, closes the files, which Windows cannot delete while they are open
         forms.clear()
     eager_ms = timings["eager", "fp32"].median_ms
@@ -127,12 +132,6 @@ def _exported_forms(
             forms[to, precision] = load_exported(path, "cpu", threads=torch.get_num_threads())
             report(f"exported to {to}, {precision}")
     return forms
-
-
-def _ap(detector: Any, data: str | os.PathLike[str], split: str, limit: int | None) -> float | None:
-    from .evaluation import evaluate
-
-    return evaluate(detector, data, split=split, batch_size=1, limit=limit)["AP"]
 
 
 def table(rows: Sequence[BenchmarkRow]) -> str:

@@ -63,13 +63,13 @@ def random_image(height, width, seed=0):
 def trace_on_canvas(model, image, canvas, **options):
     """Call `trace` with the image padded to (height, width), as in a batch with larger images."""
     module = sys.modules["deformable_detr.explanation.trace"]
-    collate = module.collate
+    pad_images = module.pad_images
 
-    def padded(samples):
-        batch, targets = collate(samples)
+    def padded(images):
+        batch = pad_images(images)
         padding = (0, canvas[1] - batch.pixels.shape[3], 0, canvas[0] - batch.pixels.shape[2])
         mask = F.pad(batch.padding_mask, padding, value=True)
-        return ImageBatch(F.pad(batch.pixels, padding), mask), targets
+        return ImageBatch(F.pad(batch.pixels, padding), mask)
 
-    with mock.patch.object(module, "collate", padded if canvas else collate):
+    with mock.patch.object(module, "pad_images", padded if canvas else pad_images):
         return trace(model, image, **options)

@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from ..utils.errors import UserError
 from ..utils.files import prepare_files, prepare_folder, write_json
+from ..utils.packages import need
 from .options import Device, JsonFile, Model, NonNegative, Positive, Precision, Threshold, print_error
 
 if TYPE_CHECKING:
@@ -109,12 +110,12 @@ def predict_files(
             first source.
     """
     from ..predict.predictor import predict_each
-    from ..predict.video import is_video, load_av
+    from ..predict.video import is_video
 
     sources: list[Source] = [*files, *([] if options.camera is None else [options.camera])]
     videos = {source for source in sources if is_video(source)}
     if videos:
-        load_av()
+        need("av", "video")
     folder = None if options.out is None else prepare_folder(options.out, "--out")
     outputs = _output_paths([source for source in sources if folder or source in videos], videos, folder)
     _reject_overwriting(files, [*outputs.values(), *(_lines_path(outputs[video]) for video in videos)], options.json)

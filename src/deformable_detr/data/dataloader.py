@@ -51,9 +51,8 @@ class LoaderOptions:
     aspect_ratio_grouping: bool = False
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def pad_images(images: Sequence[Tensor]) -> ImageBatch:
     """Pad uint8 images (3, H, W) with zeros to the smallest common size, each in the upper left corner."""
-    images = [image for image, _ in samples]
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     pixels = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     padding_mask = torch.ones(len(images), height, width, dtype=torch.bool)
@@ -61,7 +60,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         _, h, w = image.shape
         canvas[:, :h, :w] = image
         mask[:h, :w] = False
-    return ImageBatch(pixels, padding_mask), [target for _, target in samples]
+    return ImageBatch(pixels, padding_mask)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Pad the images of the samples with `pad_images`."""
+    return pad_images([image for image, _ in samples]), [target for _, target in samples]
 
 
 def build_dataloader(dataset: Dataset[Sample], options: LoaderOptions) -> DetectionLoader:

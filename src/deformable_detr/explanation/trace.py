@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..config.schema import ModelConfig
-from ..data.dataloader import collate
+from ..data.dataloader import pad_images
 from ..data.transforms import resize
 from ..model.geometry import get_valid_ratios
 from ..model.layers import resize_mask
 from ..model.network import DeformableDETRNetwork
 from ..model.postprocess import postprocess, to_detections
 from ..predict.predictor import evaluating, model_categories
-from ..structures import Detections, Target
+from ..structures import Detections
 from ..utils.errors import UserError
 from ..utils.images import read_image
 from .explanation import DecoderLayerSampling, DetectionExplanation, EncoderLayerSampling, PointExplanation
@@ -177,7 +177,7 @@ def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_
     pixels = read_image(image)
     image_size = pixels.shape[1], pixels.shape[2]
     resized = resize(pixels, config.image_size, config.long_side, size_divisor=config.size_divisor)
-    batch, _ = collate([(resized, Target.empty(0, image_size))])
+    batch = pad_images([resized])
     with evaluating(model):
         mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         inputs = batch.to(mean.device).normalize(mean, std)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import ModelConfig
-from ..data.dataloader import collate
+from ..data.dataloader import pad_images
 from ..data.discovery import IMAGE_SUFFIXES, is_hidden
 from ..data.transforms import resize
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
-from ..structures import Category, Detections, Target
+from ..structures import Category, Detections
 from ..utils.errors import UserError
 from ..utils.images import read_image
 
@@ -110,7 +110,7 @@ def _predictions(
     categories = model_categories(config)
     with closing(inputs):
         while batch := list(islice(inputs, batch_size)):
-            readable = [item for item in batch if isinstance(item.pixels, Tensor)]
+            readable = [(item.pixels, item.size) for item in batch if isinstance(item.pixels, Tensor)]
             results = iter(_detect(model, readable, top_k) if readable else ())
             for image, size, pixels in batch:
                 if isinstance(pixels, UserError):
@@ -155,15 +155,11 @@ def _read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _detect(model: nn.Module, images: Sequence[_InputImage], top_k: int) -> list[ScoredBoxes]:
-    """Run the model on a batch of readable images."""
-    samples = []
-    for index, (_, size, pixels) in enumerate(images):
-        assert isinstance(pixels, Tensor)
-        samples.append((pixels, Target.empty(index, size)))
-    batch, _ = collate(samples)
+def _detect(model: nn.Module, images: Sequence[tuple[Tensor, tuple[int, int]]], top_k: int) -> list[ScoredBoxes]:
+    """Run the model on a batch of resized images with their original sizes."""
+    pixels, sizes = zip(*images, strict=True)
     with evaluating(model):
-        return postprocess(forward(model, batch), [image.size for image in images], top_k)
+        return postprocess(forward(model, pad_images(pixels)), sizes, top_k)
 
 
 def forward(model: nn.Module, batch: Any) -> dict[str, Any]:

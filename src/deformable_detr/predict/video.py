@@ -34,11 +34,6 @@ def is_video(source: Path | int) -> bool:
     return isinstance(source, int) or source.suffix.lower() in VIDEO_SUFFIXES
 
 
-def load_av() -> Any:
-    """Import and return PyAV. Raises UserError if it is not installed."""
-    return need("av", "video")
-
-
 class Frame(NamedTuple):
     """A frame of a video."""
 
@@ -62,7 +57,7 @@ class Video:
     """
 
     def __init__(self, source: Path | int) -> None:
-        av = self._av = load_av()
+        av = self._av = need("av", "video")
         self.name = str(source) if isinstance(source, Path) else f"camera {source}"
         self.problem: str | None = None
         try:
@@ -145,7 +140,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path, self.rate = path, rate
-        self._av = load_av()
+        self._av = need("av", "video")
         self._container: Any = None
         self._stream: Any = None
         self._ticks = -1
@@ -247,7 +242,7 @@ def predict_video(
 def _output_files(*paths: Path) -> Iterator[list[Path]]:
     """Yield temporary paths. Files written there replace the outputs, also after an interruption, if not empty."""
     temporaries = [temporary_path(path) for path in paths]
-    write_errors = (OSError, load_av().FFmpegError)
+    write_errors = (OSError, need("av", "video").FFmpegError)
     try:
         complete = True
         try:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from ..config.image_size import typical_input_size
 from ..config.schema import ModelConfig
-from ..data.dataloader import collate
+from ..data.dataloader import pad_images
 from ..data.transforms import resize
 from ..detector import DeformableDETR
 from ..explanation import Trace, trace
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..predict.predictor import evaluating, forward, model_categories
-from ..structures import Detections, Target
+from ..structures import Detections
 from ..utils.process import malloc_trim
 from .batching import Batcher
 from .decoding import LARGE_IMAGE, decode, open_image
@@ -191,9 +191,8 @@ class Engine:
         return results
 
     def _detect(self, jobs: Sequence[_DetectJob]) -> list[ScoredBoxes]:
-        batch, _ = collate([(job.pixels, Target.empty(0, (1, 1))) for job in jobs])
         with evaluating(self.fast):
-            outputs = forward(self.fast, batch)
+            outputs = forward(self.fast, pad_images([job.pixels for job in jobs]))
             results = postprocess(outputs, [job.image_size for job in jobs], max(job.top_k for job in jobs))
         # Results are sorted by score, so the first ones are those of a smaller top_k.
         return [ScoredBoxes(*(part[: job.top_k] for part in boxes)) for job, boxes in zip(jobs, results, strict=True)]
