@@ -1,4 +1,4 @@
-"""The command `explain`: output formats, summary and errors."""
+"""The `explain` command: output formats, summary and errors."""
 
 import json
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from deformable_detr.cli import main
 from deformable_detr.explanation import trace
+from tests.support.commands import run_command
 from tests.support.explanations import random_image, random_model
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("explain")
     random_model(two_stage=True, refine=True).save_pretrained(folder / "model")
     Image.fromarray(random_image(67, 101).permute(1, 2, 0).numpy()).save(folder / "image.png")
@@ -21,30 +21,19 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def run(place, capsys, monkeypatch):
-    monkeypatch.chdir(place)
-
-    def call(text):
-        capsys.readouterr()
-        try:
-            main(["explain", *text.split(), "--device", "cpu"])
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return call
+def run(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    return lambda text: run_command(capsys, "explain", *text.split(), "--device", "cpu")
 
 
-def test_the_default_is_the_best_detection(run, place):
+def test_default_is_the_best_detection(run, folder):
     code, out, err = run("model image.png --threshold 0 --json raw.json")
     assert (code, err) == (0, "")
-    assert Image.open(place / "image-explained.png").format == "PNG"
-    raw = json.loads((place / "raw.json").read_text())
-    found = trace(random_model(two_stage=True, refine=True), place / "image.png", 0.0).detection(0)
-    torch.testing.assert_close(torch.tensor(raw["layers"][-1]["locations"]), found.layers[-1].locations)
-    first, last = found.attention_inside_box().tolist()
+    assert Image.open(folder / "image-explained.png").format == "PNG"
+    raw = json.loads((folder / "raw.json").read_text())
+    explanation = trace(random_model(two_stage=True, refine=True), folder / "image.png", 0.0).detection(0)
+    torch.testing.assert_close(torch.tensor(raw["layers"][-1]["locations"]), explanation.layers[-1].locations)
+    first, last = explanation.attention_inside_box().tolist()
     assert raw["layers"][0]["share_inside_box"] == pytest.approx(first)
     assert f"inside the detected box: first decoder layer {first:.1%}, last {last:.1%}" in out
     assert "detection 1 of 18" in out
@@ -60,10 +49,10 @@ def test_the_default_is_the_best_detection(run, place):
         ("--out page.html", "page.html", b"<!doctype html>"),
     ],
 )
-def test_the_extension_selects_the_format(run, place, arguments, file, start):
+def test_suffix_selects_the_format(run, folder, arguments, file, start):
     code, out, err = run(f"model image.png --threshold 0 {arguments}")
     assert (code, err) == (0, "")
-    assert (place / file).read_bytes().startswith(start)
+    assert (folder / file).read_bytes().startswith(start)
     assert file in out
 
 
@@ -91,8 +80,8 @@ def test_the_extension_selects_the_format(run, place, arguments, file, start):
         ("nowhere image.png", ["nowhere"]),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(run, place, arguments, words):
-    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+def test_errors_are_one_line_and_exit_code_2(run, folder, arguments, words):
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, out, err = run(arguments)
     assert code == 2
     assert err.startswith("error: ")
@@ -100,6 +89,6 @@ def test_errors_are_one_line_and_exit_code_2(run, place, arguments, words):
     assert out == ""
     for word in words:
         assert word in err
-    assert {path: path.stat().st_mtime_ns for path in place.rglob("*") if path != place} == {
-        path: time for path, time in before.items() if path != place
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path != folder} == {
+        path: time for path, time in before.items() if path != folder
     }

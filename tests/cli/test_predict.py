@@ -1,4 +1,4 @@
-"""`predict`: images and videos, drawn files, JSON, and one line for every error."""
+"""The `predict` command: images, videos, drawn files, JSON, and one line per error."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def saved_model(folder):
 
 @pytest.mark.parametrize("image", ["a.png", "b.jpg"])
 def test_each_image_is_decoded_once(tmp_path, monkeypatch, image):
-    """Also when the detections are drawn: drawing uses the pixels that were predicted on."""
+    """Drawing reuses the decoded pixels."""
     source = tmp_path / image
     Image.new("RGB", (64, 48), (200, 0, 0)).save(source)
     opened, open_image = Counter(), Image.open
@@ -40,29 +40,29 @@ def test_each_image_is_decoded_once(tmp_path, monkeypatch, image):
     monkeypatch.undo()
     drawn = Image.open(out / image)
     assert drawn.size == (320, 240)
-    assert len(drawn.convert("RGB").getcolors(1 << 20)) > 2  # a box and a label
+    assert len(drawn.convert("RGB").getcolors(1 << 20)) > 2  # has a box and a label
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
-def test_cut_off(tmp_path, kind):
-    whole = write_video(
-        tmp_path / f"whole.{kind}", frames=60, movflags="faststart" if kind == "mp4" else ""
+def test_truncated_video(tmp_path, kind):
+    complete = write_video(
+        tmp_path / f"complete.{kind}", frames=60, movflags="faststart" if kind == "mp4" else ""
     ).read_bytes()
-    source = tmp_path / f"cut.{kind}"
-    source.write_bytes(whole[: len(whole) * 6 // 10])
-    said, complaints = [], []
+    source = tmp_path / f"truncated.{kind}"
+    source.write_bytes(complete[: len(complete) * 6 // 10])
+    lines, errors = [], []
     out = tmp_path / "out"
-    assert predict_files(Finder(), [source], PredictOptions(out), said.append, complaints.append) == 1
-    (complaint,) = complaints
-    assert str(source) in complaint
-    assert "cut off after" in complaint
-    assert "\n" not in complaint
-    records = read_lines(out / "cut.jsonl")
+    assert predict_files(Finder(), [source], PredictOptions(out), lines.append, errors.append) == 1
+    (error,) = errors
+    assert str(source) in error
+    assert "cut off after" in error
+    assert "\n" not in error
+    records = read_lines(out / "truncated.jsonl")
     assert 10 < len(records) < 50
-    with Video(out / "cut.mp4") as written:
+    with Video(out / "truncated.mp4") as written:
         assert sum(1 for _ in written) == len(records)
-    whole_path = tmp_path / f"whole.{kind}"
-    assert predict_files(Finder(), [whole_path], PredictOptions(out), said.append, complaints.append) == 0
+    complete_path = tmp_path / f"complete.{kind}"
+    assert predict_files(Finder(), [complete_path], PredictOptions(out), lines.append, errors.append) == 0
 
 
 def test_images_and_videos_may_be_mixed(tmp_path):
@@ -72,22 +72,22 @@ def test_images_and_videos_may_be_mixed(tmp_path):
     Image.new("RGB", (64, 48), (200, 0, 0)).save(source / "a.png")
     (source / "notes.txt").write_text("neither")
     assert [path.name for path in find_sources([source])] == ["a.png", "b.mp4"]
-    said = []
+    lines = []
     out, table = tmp_path / "out", tmp_path / "all.json"
-    assert predict_files(Finder(), find_sources([source]), PredictOptions(out, table), said.append) == 0
+    assert predict_files(Finder(), find_sources([source]), PredictOptions(out, table), lines.append) == 0
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.jsonl", "b.mp4"]
-    image, film = json.loads(table.read_text())
+    image, video_record = json.loads(table.read_text())
     assert "detections" in image
-    assert film == {
+    assert video_record == {
         "video": str(source / "b.mp4"), "frames": 5, "annotated": str(out / "b.mp4"), "lines": str(out / "b.jsonl"),
     }  # fmt: skip
-    assert len(said) == 2
+    assert len(lines) == 2
     with pytest.raises(UserError, match="would overwrite"):
         predict_files(Finder(), [source / "b.mp4"], PredictOptions(source))
 
 
-def test_nothing_that_is_to_be_read_is_written_over(tmp_path):
-    """The drawing of a.bmp would be a.png, which is another picture; the JSON may not be one either."""
+def test_sources_are_not_overwritten(tmp_path):
+    """The drawing of a.bmp would overwrite a.png, and so could the JSON file."""
     Image.new("RGB", (64, 48), (200, 0, 0)).save(tmp_path / "a.bmp")
     Image.new("RGB", (64, 48), (0, 200, 0)).save(tmp_path / "a.png")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -95,24 +95,24 @@ def test_nothing_that_is_to_be_read_is_written_over(tmp_path):
         with pytest.raises(UserError, match=r"a\.png would overwrite the source .*a\.png"):
             predict_files(Finder(), find_sources([tmp_path]), PredictOptions(out, table))
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert predict_files(Finder(), find_sources([tmp_path]), PredictOptions()) == 0, "nothing is drawn then"
+    assert predict_files(Finder(), find_sources([tmp_path]), PredictOptions()) == 0, "nothing is drawn"
 
 
-def test_file_names_that_are_no_text(tmp_path):
+def test_file_names_that_are_not_utf8(tmp_path):
     name = os.fsdecode(b"b\xe9.png")
     Image.new("RGB", (64, 48)).save(tmp_path / name)
     assert predict_files(Finder(), find_sources([tmp_path]), PredictOptions(json=tmp_path / "all.json")) == 0
     assert json.loads((tmp_path / "all.json").read_text())[0]["image"].endswith(name)
 
 
-def test_a_name_that_is_too_long(tmp_path):
+def test_too_long_file_name(tmp_path):
     with pytest.raises(UserError, match="no such image, video or folder"):
         find_sources([tmp_path / ("a" * 300 + ".jpg")])
 
 
-def test_complaints_of_the_command_line(tmp_path, monkeypatch, capsys):
+def test_command_line_errors(tmp_path, monkeypatch, capsys):
     model = saved_model(tmp_path / "model")
-    for arguments, wanted in (
+    for arguments, message in (
         ([], "nothing to predict"),
         (["--camera", "97"], "camera 97 cannot be opened"),
         (["--camera", "-1"], "--camera. Must be >= 0"),
@@ -121,23 +121,23 @@ def test_complaints_of_the_command_line(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as caught:
             main(["predict", model, *arguments])
         assert caught.value.code == 2
-        said = capsys.readouterr().err.strip()
-        assert wanted in said
-        assert "\n" not in said
-    write_video(tmp_path / "way.mp4", frames=3)
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert "\n" not in error
+    write_video(tmp_path / "street.mp4", frames=3)
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(SystemExit):
-        main(["predict", model, str(tmp_path / "way.mp4")])
+        main(["predict", model, str(tmp_path / "street.mp4")])
     assert "pip install 'deformable-detr[video]'" in capsys.readouterr().err
 
 
-def test_without_a_folder_a_video_is_written_here(tmp_path, monkeypatch, capsys):
+def test_default_video_output_is_the_working_directory(tmp_path, monkeypatch, capsys):
     saved_model(tmp_path / "model")
-    write_video(tmp_path / "way.mp4", frames=3)
+    write_video(tmp_path / "street.mp4", frames=3)
     monkeypatch.chdir(tmp_path)
     main(
-        ["predict", "model", "way.mp4", "--threshold", "0.3"],
+        ["predict", "model", "street.mp4", "--threshold", "0.3"],
     )
-    assert (tmp_path / "way-detected.mp4").is_file()
-    assert len(read_lines(tmp_path / "way-detected.jsonl")) == 3
-    assert "way.mp4: 3 frames" in capsys.readouterr().out
+    assert (tmp_path / "street-detected.mp4").is_file()
+    assert len(read_lines(tmp_path / "street-detected.jsonl")) == 3
+    assert "street.mp4: 3 frames" in capsys.readouterr().out

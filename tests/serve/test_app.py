@@ -1,4 +1,4 @@
-"""Routes of a running server: results equal `predict`, and wrong requests get the right status and one line."""
+"""Routes of a running server: responses equal `predict`, and invalid requests get the right status and one line."""
 
 import io
 import json
@@ -31,64 +31,64 @@ def client(model):
         yield client
 
 
-def same(answer, found):
-    assert [one["name"] for one in answer["detections"]] == list(found.names)
-    assert [one["category_id"] for one in answer["detections"]] == found.category_ids.tolist()
-    assert (answer["height"], answer["width"]) == found.image_size
-    boxes = torch.tensor([one["box"] for one in answer["detections"]]).view(-1, 4)
-    scores = torch.tensor([one["score"] for one in answer["detections"]])
-    torch.testing.assert_close(boxes, found.boxes, atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(scores, found.scores, atol=1e-4, rtol=0)
+def assert_same(image_result, expected):
+    assert [detection["name"] for detection in image_result["detections"]] == list(expected.names)
+    assert [detection["category_id"] for detection in image_result["detections"]] == expected.category_ids.tolist()
+    assert (image_result["height"], image_result["width"]) == expected.image_size
+    boxes = torch.tensor([detection["box"] for detection in image_result["detections"]]).view(-1, 4)
+    scores = torch.tensor([detection["score"] for detection in image_result["detections"]])
+    torch.testing.assert_close(boxes, expected.boxes, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(scores, expected.scores, atol=1e-4, rtol=0)
 
 
-def predicted(model, data, **options):
+def predict(model, data, **options):
     return model.predict(Image.open(io.BytesIO(data)), **options)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
-def test_one_image_as_the_body(client, model, kind):
+def test_image_as_the_body(client, model, kind):
     data = encode_image(kind, 50, 71)
     response = post_image(client, data, kind=f"image/{kind.lower()}")
     assert response.status_code == 200, response.text
-    (answer,) = schemas.Detected.model_validate(response.json()).model_dump()["images"]
-    assert answer["detections"]
-    assert answer["name"] is None
-    same(answer, predicted(model, data))
+    (image_result,) = schemas.Detected.model_validate(response.json()).model_dump()["images"]
+    assert image_result["detections"]
+    assert image_result["name"] is None
+    assert_same(image_result, predict(model, data))
 
 
 def test_boxes_are_clipped_to_the_image():
-    wide = small_model()
+    model = small_model()
     with torch.no_grad():
-        for head in wide.decoder.heads.boxes:
+        for head in model.decoder.heads.boxes:
             head.layers[-1].bias[2:] += 3.0
     data = encode_image("PNG", 48, 64)
-    with running_server(wide) as client:
-        (answer,) = post_image(client, data).json()["images"]
-    assert any(box["box"][0] == 0 and box["box"][3] == 48 for box in answer["detections"])
-    same(answer, predicted(wide, data))
+    with running_server(model) as client:
+        (image_result,) = post_image(client, data).json()["images"]
+    assert any(box["box"][0] == 0 and box["box"][3] == 48 for box in image_result["detections"])
+    assert_same(image_result, predict(model, data))
 
 
-def test_several_images_in_a_form(client, model):
+def test_multiple_images_in_a_form(client, model):
     sizes = [(48, 64), (64, 48), (48, 64), (100, 30), (48, 64)]
-    pictures = [encode_image("PNG", *size, seed=number) for number, size in enumerate(sizes)]
-    answers = client.post("/v1/detect", files=multipart(*pictures), params={"threshold": 0.3, "top_k": 7}).json()[
+    images = [encode_image("PNG", *size, seed=number) for number, size in enumerate(sizes)]
+    results = client.post("/v1/detect", files=multipart(*images), params={"threshold": 0.3, "top_k": 7}).json()[
         "images"
     ]
-    assert [answer["name"] for answer in answers] == [f"{number}.png" for number in range(5)]
-    for answer, data in zip(answers, pictures, strict=True):
-        same(answer, predicted(model, data, threshold=0.3, top_k=7))
+    assert [image_result["name"] for image_result in results] == [f"{number}.png" for number in range(5)]
+    for image_result, data in zip(results, images, strict=True):
+        assert_same(image_result, predict(model, data, threshold=0.3, top_k=7))
 
 
 def test_concurrent_requests_equal_serial_prediction(client, model):
-    pictures = [encode_image("PNG", *size, seed=seed) for seed in range(6) for size in ((48, 64), (64, 64))]
-    wanted = [predicted(model, data, threshold=0.2, top_k=5 + number) for number, data in enumerate(pictures)]
+    images = [encode_image("PNG", *size, seed=seed) for seed in range(6) for size in ((48, 64), (64, 64))]
+    expected = [predict(model, data, threshold=0.2, top_k=5 + number) for number, data in enumerate(images)]
     before = client.engine.metrics.batch_images._sum.get()
 
     def send(number):
-        index = number % len(pictures)
-        response = post_image(client, pictures[index], params={"threshold": 0.2, "top_k": 5 + index})
+        index = number % len(images)
+        response = post_image(client, images[index], params={"threshold": 0.2, "top_k": 5 + index})
         assert response.status_code == 200, response.text
-        same(response.json()["images"][0], wanted[index])
+        assert_same(response.json()["images"][0], expected[index])
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(send, range(60)))
@@ -99,38 +99,38 @@ def test_exif_orientation(client, model):
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode_image("JPEG", 40, 80, exif=exif)
-    (answer,) = post_image(client, data).json()["images"]
-    assert (answer["height"], answer["width"]) == (80, 40)
-    same(answer, predicted(model, data))
+    (image_result,) = post_image(client, data).json()["images"]
+    assert (image_result["height"], image_result["width"]) == (80, 40)
+    assert_same(image_result, predict(model, data))
 
 
-def test_explain_equals_the_trace(client, model):
+def test_explain_matches_trace(client, model):
     data = encode_image(seed=3)
     response = client.post("/v1/explain", files=multipart(data), params={"threshold": 0.2, "top_k": 4})
-    answer = schemas.Explained.model_validate(response.json()).model_dump()
+    image_result = schemas.Explained.model_validate(response.json()).model_dump()
     traced = trace(model, Image.open(io.BytesIO(data)), threshold=0.2, top_k=4)
-    assert len(answer["detections"]) == len(traced.detections) == 4
-    same(answer, traced.detections)
-    for index, one in enumerate(answer["detections"]):
-        looks = traced.detection(index).layers
-        assert len(one["layers"]) == len(looks) == 2
-        for layer, look in zip(one["layers"], looks, strict=True):
+    assert len(image_result["detections"]) == len(traced.detections) == 4
+    assert_same(image_result, traced.detections)
+    for index, detection in enumerate(image_result["detections"]):
+        sampling = traced.detection(index).layers
+        assert len(detection["layers"]) == len(sampling) == 2
+        for layer, expected in zip(detection["layers"], sampling, strict=True):
             points = torch.tensor(layer["points"])
-            torch.testing.assert_close(points[:, :2], look.locations.view(-1, 2), atol=0.06, rtol=0)
-            torch.testing.assert_close(points[:, 2], look.weights.view(-1), atol=1e-4, rtol=0)
+            torch.testing.assert_close(points[:, :2], expected.locations.view(-1, 2), atol=0.06, rtol=0)
+            torch.testing.assert_close(points[:, 2], expected.weights.view(-1), atol=1e-4, rtol=0)
             assert points[:, 4].tolist() == [head for head in range(2) for _ in range(len(points) // 2)]
     assert client.post("/v1/explain", files=multipart(data, data)).status_code == 422
 
 
 def test_model_description(client):
-    facts = schemas.Model.model_validate(client.get("/v1/model").json())
-    assert [one.name for one in facts.classes] == list(NAMES)
-    assert facts.explains
-    assert facts.limits.body_bytes == 20_000_000
+    description = schemas.Model.model_validate(client.get("/v1/model").json())
+    assert [category.name for category in description.classes] == list(NAMES)
+    assert description.explains
+    assert description.limits.body_bytes == 20_000_000
 
 
 @pytest.mark.slow
-def test_an_exported_model_does_not_explain(tmp_path):
+def test_exported_model_cannot_explain(tmp_path):
     from deformable_detr.export import ExportOptions, export_model, load_exported
 
     pytest.importorskip("onnxruntime")
@@ -140,10 +140,10 @@ def test_an_exported_model_does_not_explain(tmp_path):
         assert not client.get("/v1/model").json()["explains"]
         assert "/v1/explain" not in client.get("/openapi.json").json()["paths"]
         assert post_image(client, encode_image(), "/v1/explain").status_code == 404
-        pictures = [encode_image("PNG", *size) for size in ((48, 64), (64, 48), (30, 90))]
-        answers = client.post("/v1/detect", files=multipart(*pictures)).json()["images"]
-        for answer, data in zip(answers, pictures, strict=True):
-            same(answer, predicted(exported, data))
+        images = [encode_image("PNG", *size) for size in ((48, 64), (64, 48), (30, 90))]
+        results = client.post("/v1/detect", files=multipart(*images)).json()["images"]
+        for image_result, data in zip(results, images, strict=True):
+            assert_same(image_result, predict(exported, data))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_parameters(client, query, status):
         assert next(iter(query)) in response.json()["detail"]
 
 
-def test_a_damaged_image_fails_only_its_request(client):
+def test_damaged_image_fails_only_its_request(client):
     data = encode_image("JPEG", 100, 100)
     response = client.post("/v1/detect", files=multipart(encode_image(), data[: len(data) // 2]))
     assert response.status_code == 422
@@ -196,7 +196,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize(("method", "path", "kind", "body", "status"), ATTACKS)
 def test_paths_and_urls_are_never_opened(client, method, path, kind, body, status):
-    # By hand, for httpx would tidy the path up.
+    # httpx would normalize the path.
     import http.client
 
     connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
@@ -213,7 +213,7 @@ def test_at_least_thirty_attacks():
     assert len(ATTACKS) >= 30
 
 
-def test_compressed_bodies_are_refused(client):
+def test_compressed_bodies_are_rejected(client):
     assert post_image(client, encode_image(), headers={"Content-Encoding": "gzip"}).status_code == 415
     assert post_image(client, encode_image(), headers={"Content-Encoding": "identity"}).status_code == 200
 
@@ -264,7 +264,7 @@ def test_images_per_request_limit():
         )
 
 
-def test_overload_answers_200_or_503():
+def test_overload_results_200_or_503():
     data = encode_image()
     with running_server(delayed(small_model(), 0.05), max_queue=4, images=4, max_batch_size=2) as client:
 
@@ -274,7 +274,7 @@ def test_overload_answers_200_or_503():
                 assert 1 <= int(response.headers["retry-after"]) <= 30
             return response.status_code
 
-        with ThreadPoolExecutor(16) as pool:  # four times what may wait
+        with ThreadPoolExecutor(16) as pool:  # four times the queue limit
             statuses = list(pool.map(send, range(64)))
         assert set(statuses) == {200, 503}
         assert send(0) == 200
@@ -300,7 +300,7 @@ def test_timeout():
         wait_until(lambda: client.engine._accepted == 0)
         wait_until(
             lambda: post_image(client, encode_image()).status_code == 200
-        )  # a busy machine may miss the deadline too
+        )  # a loaded machine may miss the deadline
 
 
 @pytest.mark.parametrize("function", ["parse_uploads", "detected_image"])
@@ -308,16 +308,16 @@ def test_timeout_includes_parsing_and_serialization(monkeypatch, function):
     from deformable_detr.serve import app
 
     module = schemas if function == "detected_image" else app
-    inner, reached, gate = getattr(module, function), threading.Event(), threading.Event()
+    original, reached, gate = getattr(module, function), threading.Event(), threading.Event()
 
     def blocked(*arguments):
         reached.set()
         gate.wait(60)
-        return inner(*arguments)
+        return original(*arguments)
 
     with running_server(small_model(), timeout=0.5) as client:
         monkeypatch.setattr(module, function, blocked)
-        # A busy machine may miss the deadline before it comes to the answer: asked until it does.
+        # A loaded machine may time out before the patched function, so retry.
         wait_until(lambda: post_image(client, encode_image()).status_code == 504 and reached.is_set())
         monkeypatch.undo()
         gate.set()
@@ -325,25 +325,25 @@ def test_timeout_includes_parsing_and_serialization(monkeypatch, function):
 
 
 def test_work_of_disconnected_clients_is_canceled():
-    model, gate, seen = small_model(), threading.Event(), []
+    model, gate, forward_passes = small_model(), threading.Event(), []
     with running_server(model, max_batch_size=1) as client:
         model.register_forward_pre_hook(lambda *_: gate.wait(30) and None)
-        model.register_forward_hook(lambda *_: seen.append(1))
+        model.register_forward_hook(lambda *_: forward_passes.append(1))
         first = threading.Thread(target=post_image, args=(client, encode_image()))
         first.start()
         wait_until(lambda: client.engine._accepted == 1)
         head = "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: "
-        with socket.create_connection(("127.0.0.1", client.port)) as leaving:
-            leaving.sendall(f"{head}{len(encode_image())}\r\n\r\n".encode() + encode_image())
+        with socket.create_connection(("127.0.0.1", client.port)) as disconnecting:
+            disconnecting.sendall(f"{head}{len(encode_image())}\r\n\r\n".encode() + encode_image())
             wait_until(lambda: client.engine._accepted == 2 and len(client.engine._batcher) == 1)
         wait_until(lambda: client.engine._accepted == 1)
         gate.set()
         first.join()
         assert post_image(client, encode_image()).status_code == 200
-        assert len(seen) == 2  # the first and the last
+        assert len(forward_passes) == 2  # the first and the last request
 
 
-def test_a_model_error_is_logged_and_the_server_continues(caplog):
+def test_model_error_is_logged_and_the_server_continues(caplog):
     model = small_model()
     with running_server(model) as client:
 
@@ -375,7 +375,7 @@ def test_health_and_readiness(client):
     assert client.get("/readyz").status_code == 200
 
 
-def test_a_dead_model_thread_is_unhealthy():
+def test_dead_model_thread_is_unhealthy():
     with running_server() as client:
         client.engine._batcher.stop()
         assert client.get("/healthz").status_code == 503
@@ -392,7 +392,7 @@ def test_metrics(client):
     assert "deformable_detr_ready 1.0" in text
 
 
-def test_the_page_loads_nothing_from_other_sites(client):
+def test_page_is_self_contained(client):
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     policy = page.headers["content-security-policy"]
@@ -406,14 +406,14 @@ def test_the_page_loads_nothing_from_other_sites(client):
 
 
 @pytest.fixture(scope="module")
-def guarded():
+def token_client():
     with running_server(token=TOKEN) as client:
         yield client
 
 
 class TestToken:
     @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer x", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
-    def test_is_required(self, guarded, header):
+    def test_is_required(self, token_client, header):
         headers = {"Authorization": header} if header is not None else {}
         for method, path in (
             ("GET", "/v1/model"),
@@ -421,19 +421,19 @@ class TestToken:
             ("POST", "/v1/detect"),
             ("POST", "/v1/explain"),
         ):
-            response = httpx.request(method, f"{guarded.base_url}{path}", headers=headers, trust_env=False)
+            response = httpx.request(method, f"{token_client.base_url}{path}", headers=headers, trust_env=False)
             assert response.status_code == 401
             assert response.headers["www-authenticate"] == "Bearer"
 
-    def test_grants_access(self, guarded):
-        assert post_image(guarded, encode_image()).status_code == 200
-        assert guarded.get("/v1/model").status_code == 200
-        assert guarded.get("/metrics").status_code == 200
-        assert post_image(guarded, encode_image(), headers={"Host": "photos.example"}).status_code == 200
+    def test_grants_access(self, token_client):
+        assert post_image(token_client, encode_image()).status_code == 200
+        assert token_client.get("/v1/model").status_code == 200
+        assert token_client.get("/metrics").status_code == 200
+        assert post_image(token_client, encode_image(), headers={"Host": "photos.example"}).status_code == 200
 
-    def test_is_not_required_for_health_checks_and_the_page(self, guarded):
+    def test_is_not_required_for_health_checks_and_the_page(self, token_client):
         for path in ("/healthz", "/readyz", "/", "/page.css", "/viewer.js", "/openapi.json"):
-            assert httpx.get(f"{guarded.base_url}{path}", trust_env=False).status_code == 200
+            assert httpx.get(f"{token_client.base_url}{path}", trust_env=False).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ class TestToken:
         ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://[bad"}, 403),
     ],
 )  # fmt: skip
-def test_other_sites_are_refused_without_a_token(client, headers, status):
+def test_other_hosts_and_origins_are_rejected_without_a_token(client, headers, status):
     assert post_image(client, encode_image(), headers=headers).status_code == status
 
 
@@ -455,11 +455,11 @@ def test_same_origin_is_allowed(client):
 
 def test_large_images_are_decoded_one_at_a_time(client, monkeypatch):
     monkeypatch.setattr("deformable_detr.serve.engine.LARGE_IMAGE", 48 * 64 - 1)
-    names = []
-    real = client.engine._large_reader.submit
-    monkeypatch.setattr(client.engine._large_reader, "submit", lambda *a: names.append(1) or real(*a))
+    submitted = []
+    original = client.engine._large_reader.submit
+    monkeypatch.setattr(client.engine._large_reader, "submit", lambda *a: submitted.append(1) or original(*a))
     assert (
         client.post("/v1/detect", files=multipart(encode_image(), encode_image(height=20, width=20))).status_code == 200
     )
-    assert names == [1]
+    assert submitted == [1]
     assert np.isfinite(client.engine._seconds_per_image)

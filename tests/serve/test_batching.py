@@ -1,4 +1,4 @@
-"""Batching for one thread: equal keys together, the oldest first, no lost and no needless work."""
+"""Batching for one thread: equal keys share a batch, oldest first, no lost or needless work."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ from deformable_detr.serve.batching import Batcher
 
 
 class Work:
-    """Records its batches, doubles numbers and can be blocked by a gate."""
+    """Record batches, double numbers, and block while the gate is closed."""
 
     def __init__(self):
         self.batches, self.gate = [], threading.Event()
@@ -24,14 +24,14 @@ class Work:
         return [payload * 2 for payload in payloads]
 
 
-class Awaitable(Batcher):
+class AsyncBatcher(Batcher):
     def submit(self, payload, key):
         return asyncio.wrap_future(super().submit(payload, key))
 
 
-def run(scenario, most=4, wait=0.02):
+def run(scenario, max_batch_size=4, wait=0.02):
     work = Work()
-    batcher = Awaitable(work, most, wait)
+    batcher = AsyncBatcher(work, max_batch_size, wait)
     batcher.start()
     try:
         asyncio.run(asyncio.wait_for(scenario(batcher, work), 20))
@@ -71,19 +71,19 @@ def test_full_batches():
     assert run(scenario)[1:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_the_first_payload_waits_a_limited_time():
+def test_first_payload_waits_a_limited_time():
     async def scenario(batcher, work):
-        one = batcher.submit(1, 0)
+        first = batcher.submit(1, 0)
         await asyncio.sleep(0.05)
-        other = batcher.submit(2, 0)
-        assert await asyncio.gather(one, other) == [2, 4]
+        second = batcher.submit(2, 0)
+        assert await asyncio.gather(first, second) == [2, 4]
         assert work.batches == [[1, 2]]
         assert await batcher.submit(3, 0) == 6
 
     assert run(scenario, wait=0.5) == [[1, 2], [3]]
 
 
-def test_an_error_fails_only_its_batch():
+def test_error_fails_only_its_batch():
     async def scenario(batcher, work):
         first = await blocked_thread(batcher, work)
         waiting = [batcher.submit("bad", 0), batcher.submit("good", 0), batcher.submit("other", 1)]
@@ -103,7 +103,7 @@ def test_canceled_payloads_are_skipped():
         waiting[0].cancel()
         waiting[2].cancel()
         await asyncio.sleep(0)
-        assert len(batcher) == 2  # and their memory is free
+        assert len(batcher) == 2  # canceled payloads are freed
         work.gate.set()
         assert await asyncio.gather(first, waiting[1], waiting[3]) == [-2, 2, 6]
 
@@ -140,6 +140,6 @@ def test_many_payloads_get_their_own_results():
         results = await asyncio.gather(*(batcher.submit(number, number % 3) for number in numbers))
         assert results == [2 * number for number in numbers]
 
-    batches = run(scenario, most=8, wait=0.001)
+    batches = run(scenario, max_batch_size=8, wait=0.001)
     assert Counter(number for batch in batches for number in batch) == Counter(range(500))
     assert all(len({number % 3 for number in batch}) == 1 and len(batch) <= 8 for batch in batches)

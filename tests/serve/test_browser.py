@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -21,49 +20,21 @@ TOKEN = "a-token-of-enough-letters"
 
 @pytest.fixture(scope="module")
 def client():
-    chosen = os.environ.get("MODEL")  # a folder, for pictures worth looking at
-    with running_server(load_detector(chosen) if chosen else small_model(decoder_layers=3)) as client:
+    model_folder = os.environ.get("MODEL")  # a model folder, for meaningful screenshots
+    with running_server(load_detector(model_folder) if model_folder else small_model(decoder_layers=3)) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def guarded():
+def token_client():
     with running_server(token=TOKEN) as client:
         yield client
 
 
 @pytest.fixture
-def browse(tmp_path):
-    """Open the page of a server at a width; return selenium's driver."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    driver_program = shutil.which("chromedriver")
-    if not program or not driver_program:
-        pytest.skip("needs Chromium and its driver")
-    opened = []
-
-    def open_page(client, width=1280, dark=False):
-        options = webdriver.ChromeOptions()
-        options.binary_location = program
-        for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run",
-                     "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'profile'}",
-                     "use-fake-device-for-media-stream", "use-fake-ui-for-media-stream"):  # fmt: skip
-            options.add_argument(f"--{flag}")
-        options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_program))
-        driver.implicitly_wait(0)
-        opened.append(driver)
-        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        driver.get(str(client.base_url))
-        return driver
-
-    yield open_page
-    for driver in opened:
-        driver.quit()
+def open_page(browse):
+    """Return a function that opens the page of a server."""
+    return lambda client, width=1280, dark=False: browse(str(client.base_url), width, dark, mobile=width < 500)
 
 
 def wait(driver, script, seconds=60):
@@ -74,88 +45,88 @@ def wait(driver, script, seconds=60):
     return value
 
 
-def send(driver, path):
+def choose_file(driver, path):
     driver.find_element("id", "file").send_keys(str(path))
     wait(driver, "state.result && document.getElementById('busy').hidden")
 
 
-def file(tmp_path, seed=0):
+def write_photo(tmp_path, seed=0):
     path = tmp_path / "a photo.png"
     path.write_bytes(encode_image("PNG", 96, 128, seed=seed))
     return path
 
 
-def score(driver, value):
+def set_score(driver, value):
     driver.execute_script(
         "const s = document.getElementById('score'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))", value
     )
 
 
-def count(driver, selector):
+def count_elements(driver, selector):
     return driver.execute_script(f"return document.querySelectorAll({json.dumps(selector)}).length")
 
 
-def text(driver, name):
+def text_of(driver, name):
     return driver.find_element("id", name).text
 
 
 def console_errors(driver):
-    return [one["message"] for one in driver.get_log("browser")]
+    return [entry["message"] for entry in driver.get_log("browser")]
 
 
-def test_choose_hover_filter_and_download(browse, client, tmp_path):
+def test_choose_hover_filter_and_download(open_page, client, tmp_path):
     from selenium.webdriver import ActionChains, Keys
 
-    driver = browse(client)
+    driver = open_page(client)
     wait(driver, "state.model")
-    send(driver, file(tmp_path))
-    score(driver, 0.05)
-    answer = client.post("/v1/detect", content=file(tmp_path).read_bytes(), params={"threshold": 0.05},
+    choose_file(driver, write_photo(tmp_path))
+    set_score(driver, 0.05)
+    expected = client.post("/v1/detect", content=write_photo(tmp_path).read_bytes(), params={"threshold": 0.05},
                          headers={"Content-Type": "image/png"}).json()["images"][0]  # fmt: skip
-    found = len(answer["detections"])
-    assert found > 3
-    assert count(driver, "#boxes .hit") == count(driver, "#found button") == found
-    assert f"{found} objects" in text(driver, "status")
+    object_count = len(expected["detections"])
+    assert object_count > 3
+    assert count_elements(driver, "#boxes .hit") == count_elements(driver, "#found button") == object_count
+    assert f"{object_count} objects" in text_of(driver, "status")
 
-    # The boxes lie where the answer says, on the picture as it is shown.
-    place = """const i = document.getElementById('image').getBoundingClientRect();
+    # The boxes on the displayed image are those of the response.
+    script = """const i = document.getElementById('image').getBoundingClientRect();
         return [...document.querySelectorAll('.hit')].map(g => {
             const b = g.firstChild.getBoundingClientRect(), w = 128 / i.width, h = 96 / i.height;
             return [+g.dataset.item, (b.x - i.x) * w, (b.y - i.y) * h, (b.right - i.x) * w, (b.bottom - i.y) * h] })"""
-    for index, *box in driver.execute_script(place):
-        assert box == pytest.approx(answer["detections"][index]["box"], abs=0.5)
+    for index, *box in driver.execute_script(script):
+        assert box == pytest.approx(expected["detections"][index]["box"], abs=0.5)
 
-    # Hovering shows where the model looked, as /v1/explain tells it.
+    # Hovering shows the sampling points of /v1/explain.
     top = driver.execute_script("return +[...document.querySelectorAll('.hit')].at(-1).dataset.item")
     ActionChains(driver).move_to_element(driver.find_element("css selector", f".hit[data-item='{top}']")).perform()
     wait(driver, "document.querySelector('#points .point')")
-    looks = driver.execute_script("return explanationOf(state.active)")
-    assert looks["label"] == answer["detections"][top]["label"]
-    assert count(driver, "#points .point") == len(looks["layers"][-1]["points"])
-    assert "3 of 3" in text(driver, "layer-now")
+    explanation = driver.execute_script("return explanationOf(state.active)")
+    assert explanation["label"] == expected["detections"][top]["label"]
+    assert count_elements(driver, "#points .point") == len(explanation["layers"][-1]["points"])
+    assert "3 of 3" in text_of(driver, "layer-now")
     first = driver.execute_script("return document.querySelector('#points').innerHTML")
-    ActionChains(driver).click().perform()  # keeps it
+    ActionChains(driver).click().perform()  # pins the selection
     driver.find_element("id", "layer").send_keys(Keys.HOME)
-    assert "1 of 3" in text(driver, "layer-now")
+    assert "1 of 3" in text_of(driver, "layer-now")
     assert driver.execute_script("return document.querySelector('#points').innerHTML") != first
 
     # Filters.
-    labels = {one["label"] for one in answer["detections"]}
+    labels = {detection["label"] for detection in expected["detections"]}
     chip = driver.find_element("css selector", "#classes button[data-label]")
     label = int(chip.get_attribute("data-label"))
     chip.click()
-    left = [one for one in answer["detections"] if one["label"] != label]
-    assert count(driver, "#boxes .hit") == len(left)
+    remaining = [item for item in expected["detections"] if item["label"] != label]
+    assert count_elements(driver, "#boxes .hit") == len(remaining)
     assert chip.get_attribute("aria-pressed") == "false"
     chip.click()
     if len(labels) > 1:
         driver.find_element("xpath", "//*[@id='classes']/button[text()='none']").click()
-        assert count(driver, "#boxes .hit") == 0
+        assert count_elements(driver, "#boxes .hit") == 0
         driver.find_element("xpath", "//*[@id='classes']/button[text()='all']").click()
-    middle = sorted(one["score"] for one in answer["detections"])[found // 2]
-    score(driver, round(middle, 2))
-    shown = [one for one in answer["detections"] if one["score"] >= round(middle, 2)]
-    assert count(driver, "#boxes .hit") == len(shown) < found
+    middle = sorted(detection["score"] for detection in expected["detections"])[object_count // 2]
+    set_score(driver, round(middle, 2))
+    visible = [item for item in expected["detections"] if item["score"] >= round(middle, 2)]
+    assert count_elements(driver, "#boxes .hit") == len(visible) < object_count
 
     driver.find_element("id", "download").click()
     saved = tmp_path / "a photo.json"
@@ -164,19 +135,21 @@ def test_choose_hover_filter_and_download(browse, client, tmp_path):
         assert time.monotonic() < end
         time.sleep(0.05)
     content = json.loads(saved.read_text())
-    assert [one["score"] for one in content["detections"]] == pytest.approx([one["score"] for one in shown], abs=1e-4)
+    assert [detection["score"] for detection in content["detections"]] == pytest.approx(
+        [detection["score"] for detection in visible], abs=1e-4
+    )
     assert console_errors(driver) == []
 
 
-def test_the_later_of_two_images_is_shown(browse, client, tmp_path):
-    """Even if the first one takes long to prepare, such as a large image that is converted."""
-    driver = browse(client)
+def test_last_chosen_image_is_shown(open_page, client, tmp_path):
+    """Even if the first one takes longer to prepare."""
+    driver = open_page(client)
     wait(driver, "state.model")
     driver.execute_script(
-        """const inner = prepare;
+        """const original = prepare;
         prepare = async (file) => {
           if (file.name === 'slow.png') await new Promise((go) => setTimeout(go, 1500));
-          return inner(file);
+          return original(file);
         };"""
     )
     for data, name in (
@@ -194,24 +167,24 @@ def test_the_later_of_two_images_is_shown(browse, client, tmp_path):
     assert console_errors(driver) == []
 
 
-def test_keyboard(browse, client, tmp_path):
+def test_keyboard(open_page, client, tmp_path):
     from selenium.webdriver import ActionChains, Keys
 
-    driver = browse(client)
+    driver = open_page(client)
     wait(driver, "state.model")
-    send(driver, file(tmp_path))
-    score(driver, 0.05)
-    seen = []
+    choose_file(driver, write_photo(tmp_path))
+    set_score(driver, 0.05)
+    focused = []
     driver.execute_script("document.body.focus()")
     for _ in range(60):
         ActionChains(driver).send_keys(Keys.TAB).perform()
-        seen.append(
+        focused.append(
             driver.execute_script("const e = document.activeElement; return e.id || e.dataset.item || e.textContent")
         )
-        if seen[-1] == "1":
+        if focused[-1] == "1":
             break
-    for wanted in ("choose", "camera", "download", "score", "0", "1"):
-        assert wanted in seen
+    for name in ("choose", "camera", "download", "score", "0", "1"):
+        assert name in focused
     wait(driver, "document.querySelector('#points .point')")
     assert driver.execute_script("return state.active") == 1
     ActionChains(driver).send_keys(Keys.ENTER).perform()
@@ -226,8 +199,8 @@ def transfer(data, name, kind):
             '{name}', {{type: '{kind}'}}));"""
 
 
-def test_drop_and_paste(browse, client):
-    driver = browse(client)
+def test_drop_and_paste(open_page, client):
+    driver = open_page(client)
     wait(driver, "state.model")
     driver.execute_script(
         transfer(encode_image(), "dropped.png", "image/png")
@@ -242,15 +215,13 @@ def test_drop_and_paste(browse, client):
     assert console_errors(driver) == []
 
 
-def test_unsupported_formats_are_converted_or_reported(browse, client):
-    driver = browse(client)
+def test_unsupported_formats_are_converted_or_reported(open_page, client):
+    driver = open_page(client)
     wait(driver, "state.model")
-    picture_of_lines = (
-        b"<svg xmlns='http://www.w3.org/2000/svg' width='80' height='60'><rect width='40' height='30'/></svg>"
-    )
+    svg = b"<svg xmlns='http://www.w3.org/2000/svg' width='80' height='60'><rect width='40' height='30'/></svg>"
     for data, kind in (
-        (picture_of_lines, "image/svg+xml"),
-        (b"no image at all", "image/heic"),
+        (svg, "image/svg+xml"),
+        (b"not an image", "image/heic"),
         (b"text", "text/plain"),
     ):
         driver.execute_script(
@@ -261,7 +232,7 @@ def test_unsupported_formats_are_converted_or_reported(browse, client):
             driver,
             "document.getElementById('busy').hidden && (state.result || document.getElementById('error').textContent)",
         )
-        assert "image" in text(driver, "error")
+        assert "image" in text_of(driver, "error")
     truncated = encode_image("JPEG", 200, 200)[:3000]
     driver.execute_script(
         transfer(truncated, "x.jpg", "image/jpeg")
@@ -270,31 +241,33 @@ def test_unsupported_formats_are_converted_or_reported(browse, client):
     wait(driver, "document.getElementById('error').textContent.includes('truncated')")
 
 
-def test_saved_positions_refer_to_the_chosen_image_not_the_smaller_sent_one(browse, client, tmp_path):
-    driver = browse(client)
+def test_saved_boxes_refer_to_the_original_image(open_page, client, tmp_path):
+    driver = open_page(client)
     wait(driver, "state.model")
-    driver.execute_script("state.model.limits.body_bytes = 1000")  # so that it is converted
-    send(driver, large_picture(tmp_path, 5000, 3001))
-    score(driver, 0.05)
+    driver.execute_script("state.model.limits.body_bytes = 1000")  # forces conversion
+    choose_file(driver, write_large_image(tmp_path, 5000, 3001))
+    set_score(driver, 0.05)
     sent, saved = driver.execute_script("return [state.result, results()]")
     assert sent["width"] * sent["height"] <= 12.1e6
     assert [saved["width"], saved["height"]] == [5000, 3001]
     assert len(saved["detections"]) == len(sent["detections"]) > 3
     scale = [5000 / sent["width"], 3001 / sent["height"]]
-    for large, small in zip(saved["detections"], sent["detections"], strict=True):
-        assert large["box"] == pytest.approx([side * scale[i % 2] for i, side in enumerate(small["box"])], abs=0.1)
+    for saved_item, sent_item in zip(saved["detections"], sent["detections"], strict=True):
+        assert saved_item["box"] == pytest.approx(
+            [side * scale[i % 2] for i, side in enumerate(sent_item["box"])], abs=0.1
+        )
     assert console_errors(driver) == []
 
 
-def large_picture(tmp_path, width, height):
+def write_large_image(tmp_path, width, height):
     path = tmp_path / "large.png"
     small = Image.open(io.BytesIO(encode_image("PNG", 96, 128)))
     small.resize((width, height)).save(path, compress_level=1)
     return path
 
 
-def test_camera(browse, client):
-    driver = browse(client)
+def test_camera(open_page, client):
+    driver = open_page(client)
     wait(driver, "state.model")
     driver.find_element("id", "camera").click()
     wait(driver, "!document.getElementById('video').hidden && document.getElementById('video').videoWidth")
@@ -308,43 +281,43 @@ def test_camera(browse, client):
     assert console_errors(driver) == []
 
 
-def test_token(browse, guarded, tmp_path):
-    driver = browse(guarded)
+def test_token(open_page, token_client, tmp_path):
+    driver = open_page(token_client)
     wait(driver, "!document.getElementById('access').hidden")
-    assert "token" in text(driver, "error")
+    assert "token" in text_of(driver, "error")
     driver.find_element("id", "token").send_keys(TOKEN)
     driver.find_element("css selector", "#access button").click()
     wait(driver, "state.model && document.getElementById('access').hidden")
-    send(driver, file(tmp_path))
+    choose_file(driver, write_photo(tmp_path))
     assert driver.execute_script("return state.result.width") == 128
     assert TOKEN not in driver.current_url
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
-def test_layout(browse, client, tmp_path, width, dark):
-    """Set SCREENSHOTS to a folder to keep the pages, MODEL and PHOTO to choose their content."""
-    driver = browse(client, width, dark)
+def test_layout(open_page, client, tmp_path, width, dark):
+    """Set SCREENSHOTS to a folder to save the pages, and MODEL and PHOTO to choose their content."""
+    driver = open_page(client, width, dark)
     wait(driver, "state.model")
-    pages = [keep(driver, f"empty-{width}-{dark}")]
-    send(driver, os.environ.get("PHOTO") or file(tmp_path))
-    score(driver, 0.3)
-    pages.append(keep(driver, f"found-{width}-{dark}"))
+    pages = [layout_problems(driver, f"empty-{width}-{dark}")]
+    choose_file(driver, os.environ.get("PHOTO") or write_photo(tmp_path))
+    set_score(driver, 0.3)
+    pages.append(layout_problems(driver, f"result-{width}-{dark}"))
     driver.execute_script("select(visible()[0][0], true)")
     wait(driver, "document.querySelector('#points .point')")
-    pages.append(keep(driver, f"looked-{width}-{dark}"))
+    pages.append(layout_problems(driver, f"explained-{width}-{dark}"))
     assert pages == [([], True)] * 3
-    ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (ground == "rgb(255, 255, 255)") == (not dark)
+    background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (not dark)
 
 
-def keep(driver, name):
+def layout_problems(driver, name):
     """Return clipped and overlapping elements, and whether the page fits the screen; save a screenshot."""
     if "SCREENSHOTS" in os.environ:
         (Path(os.environ["SCREENSHOTS"]) / f"{name}.png").write_bytes(
             base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})["data"])
         )
-    faults = """const parts = 'button, h1, p, label, .control > span, input[type=range], .legend';
+    script = """const parts = 'button, h1, p, label, .control > span, input[type=range], .legend';
         const shown = [...document.querySelectorAll(parts)]
         .filter(e => e.offsetParent && (e.textContent.trim() || e.tagName !== 'P') && !e.closest('#found'));
         const clipped = shown.filter(e => (e.scrollWidth > e.clientWidth + 1 && e.clientWidth)
@@ -353,6 +326,6 @@ def keep(driver, name):
         const lying = rects.filter(([e, a], i) => rects.some(([f, b], j) => i < j && !e.contains(f) && !f.contains(e)
             && a.x < b.right - 1 && b.x < a.right - 1 && a.y < b.bottom - 1 && b.y < a.bottom - 1));
         return [...clipped, ...lying.map(([e]) => e)].map(e => e.outerHTML.slice(0, 80))"""
-    return driver.execute_script(faults), driver.execute_script(
+    return driver.execute_script(script), driver.execute_script(
         "return document.documentElement.scrollWidth <= innerWidth"
     )

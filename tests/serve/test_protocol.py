@@ -1,4 +1,4 @@
-"""Slow clients are dropped in time and do not delay others."""
+"""Slow clients are disconnected in time and do not delay others."""
 
 import socket
 import statistics
@@ -22,14 +22,14 @@ def connect(client):
 
 
 def read_all(connection):
-    """Read until the server closes; return the text and the seconds."""
-    began, text = time.monotonic(), b""
+    """Read until the server closes; return the bytes and the seconds."""
+    start_time, text = time.monotonic(), b""
     try:
-        while piece := connection.recv(65536):
-            text += piece
+        while chunk := connection.recv(65536):
+            text += chunk
     except ConnectionResetError:
         pass
-    return text, time.monotonic() - began
+    return text, time.monotonic() - start_time
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_second_head_timeout(client):
 
 
 def test_slow_head(client):
-    began = time.monotonic()
+    start_time = time.monotonic()
     with connect(client) as connection:
         for letter in HEAD * 10:
             try:
@@ -64,7 +64,7 @@ def test_slow_head(client):
             except OSError:
                 break
             time.sleep(0.05)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start_time < 5
 
 
 def test_endless_head(client):
@@ -86,18 +86,18 @@ def test_stalled_body(client, framing):
 
 
 def test_slow_body(client):
-    began = time.monotonic()
+    start_time = time.monotonic()
     with connect(client) as connection:
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
         connection.setblocking(False)
         text = b""
-        while time.monotonic() - began < 10 and not text:
+        while time.monotonic() - start_time < 10 and not text:
             connection.sendall(b"x")
             time.sleep(0.1)
             with suppress(BlockingIOError):
                 text = connection.recv(1000)
     assert text.startswith(b"HTTP/1.1 408")
-    assert 1 < time.monotonic() - began < 8
+    assert 1 < time.monotonic() - start_time < 8
 
 
 def test_steady_body_is_accepted(client):
@@ -112,56 +112,56 @@ def test_steady_body_is_accepted(client):
 
 def test_two_hundred_slow_clients_do_not_delay_others():
     with ExitStack() as stack, running_server(head_timeout=30, stall_timeout=30, body_timeout=30) as client:
-        slow = [stack.enter_context(connect(client)) for _ in range(200)]
-        for number, connection in enumerate(slow):
+        slow_connections = [stack.enter_context(connect(client)) for _ in range(200)]
+        for number, connection in enumerate(slow_connections):
             connection.sendall((b"GET /h", HEAD, HEAD + b"Content-Length: 19000000\r\n\r\nx", b"")[number % 4])
         wait_until(lambda: len(client.server.server_state.connections) >= 200)
         waits = []
-        for connection in slow:
+        for connection in slow_connections:
             connection.sendall(b"a")
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             assert client.get("/healthz").status_code == 200
-            waits.append(time.perf_counter() - began)
-        assert statistics.median(waits) < 1, "a busy machine may hold up a few; a server that waits for them, all"
+            waits.append(time.perf_counter() - start_time)
+        assert statistics.median(waits) < 1, "the median tolerates a loaded machine"
         assert post_image(client, encode_image()).status_code == 200
-        for connection in slow:
+        for connection in slow_connections:
             connection.close()
         wait_until(lambda: len(client.server.server_state.connections) <= 1)
 
 
-def test_the_longest_idle_connection_is_dropped():
+def test_longest_idle_connection_is_closed():
     with running_server(connections=5, head_timeout=30) as client, ExitStack() as stack:
         assert client.get("/healthz").status_code == 200
-        slow = [stack.enter_context(connect(client)) for _ in range(20)]
-        for connection in slow:
+        slow_connections = [stack.enter_context(connect(client)) for _ in range(20)]
+        for connection in slow_connections:
             with suppress(OSError):
                 connection.sendall(b"GET ")
             time.sleep(0.01)
         wait_until(lambda: len(client.server.server_state.connections) <= 5)
-        with connect(client) as late:
-            late.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            assert read_all(late)[0].startswith(b"HTTP/1.1 200")
-        assert read_all(slow[0])[0] == b""
+        with connect(client) as new_connection:
+            new_connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert read_all(new_connection)[0].startswith(b"HTTP/1.1 200")
+        assert read_all(slow_connections[0])[0] == b""
 
 
 def test_unread_response(client):
-    ask = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    request = b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", client.port))
         connection.settimeout(0.2)
-        began = time.monotonic()
+        start_time = time.monotonic()
         with suppress(ConnectionError, TimeoutError):
-            while time.monotonic() - began < 10:
-                connection.sendall(ask * 20)
-        assert time.monotonic() - began < 10  # the server stopped reading, or left
+            while time.monotonic() - start_time < 10:
+                connection.sendall(request * 20)
+        assert time.monotonic() - start_time < 10  # the server stopped reading or disconnected
         before = client.server.server_state.connections
-        wait_until(lambda: all(one.transport.get_write_buffer_size() == 0 for one in before), 8)
+        wait_until(lambda: all(connection.transport.get_write_buffer_size() == 0 for connection in before), 8)
     assert client.get("/healthz").status_code == 200
 
 
 def test_expect_continue(client):
-    """A client that waits for "100 Continue" is refused at once or told to continue."""
+    """A client that waits for "100 Continue" gets an error or the permission at once."""
     data = encode_image()
     with connect(client) as connection:
         connection.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 30000000\r\n\r\n")
@@ -175,18 +175,18 @@ def test_expect_continue(client):
 
 
 def test_small_unread_responses(client):
-    """Below the size at which the transport pauses writing."""
-    ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    """Responses below the size at which the transport pauses writing."""
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
     before = set(client.server.server_state.connections)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", client.port))
         wait_until(lambda: client.server.server_state.connections - before)
-        (own,) = client.server.server_state.connections - before
+        (protocol,) = client.server.server_state.connections - before
         for _ in range(1000):
-            if own.transport.get_write_buffer_size():
+            if protocol.transport.get_write_buffer_size():
                 break
-            connection.sendall(ask)
+            connection.sendall(request)
             time.sleep(0.004)
-        assert 0 < own.transport.get_write_buffer_size() < 65536
-        wait_until(lambda: own not in client.server.server_state.connections, 20)
+        assert 0 < protocol.transport.get_write_buffer_size() < 65536
+        wait_until(lambda: protocol not in client.server.server_state.connections, 20)

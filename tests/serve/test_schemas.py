@@ -1,4 +1,4 @@
-"""The server behaves as its OpenAPI description says, for valid and invalid requests."""
+"""The server conforms to its OpenAPI description, for valid and invalid requests."""
 
 import logging
 
@@ -30,7 +30,7 @@ def client():
 
 @pytest.fixture(scope="module")
 def schema(client):
-    # What is "any bytes" to OpenAPI has to be an image to be accepted.
+    # OpenAPI allows any bytes, but only images are accepted.
     for kind, images in IMAGES.items():
         schemathesis.openapi.media_type(kind, st.sampled_from(images))
     schemathesis.openapi.media_type("application/octet-stream", st.sampled_from(ANY))
@@ -40,23 +40,22 @@ def schema(client):
 
 
 @pytest.mark.parametrize("path", ["/v1/detect", "/v1/explain", "/v1/model", "/healthz", "/readyz"])
-def test_responses_match_the_description(client, schema, path):
+def test_responses_conform_to_the_description(client, schema, path):
     method = "POST" if path in ("/v1/detect", "/v1/explain") else "GET"
     operation = schema[path][method]
-    # Where there is nothing to give, there is nothing wrong to give.
+    # Routes without parameters have no invalid requests.
     modes = list(schemathesis.GenerationMode) if path.startswith("/v1/") else [schemathesis.GenerationMode.POSITIVE]
     for mode in modes:
 
         @SHORT
         @given(operation.as_strategy(generation_mode=mode))
-        def holds(case):
+        def conforms(case):
             case.call_and_validate(base_url=str(client.base_url), headers={"Authorization": f"Bearer {TOKEN}"})
 
-        holds()
+        conforms()
 
 
-def test_a_wrong_description_is_detected(client):
-    """The check above can fail."""
+def test_wrong_description_is_detected(client):
     wrong = client.get("/openapi.json").json()
     wrong["components"]["schemas"]["State"]["properties"]["status"]["type"] = "integer"
     case = schemathesis.openapi.from_dict(wrong)["/healthz"]["GET"].Case()
@@ -64,10 +63,10 @@ def test_a_wrong_description_is_detected(client):
         case.call_and_validate(base_url=str(client.base_url))
 
 
-def test_every_status_is_described(client):
+def test_response_statuses_are_described(client):
     paths = client.get("/openapi.json").json()["paths"]
-    answers = paths["/v1/detect"]["post"]["responses"]
-    assert {"200", "400", "401", "408", "413", "415", "422", "503", "504"} <= set(answers)
+    responses = paths["/v1/detect"]["post"]["responses"]
+    assert {"200", "400", "401", "408", "413", "415", "422", "503", "504"} <= set(responses)
     for request in (encode_image(), b"nothing", encode_image("JPEG", 99, 99)[:400]):
-        assert str(post_image(client, request).status_code) in answers
+        assert str(post_image(client, request).status_code) in responses
     assert NAMES[0] == client.get("/v1/model").json()["classes"][0]["name"]

@@ -45,7 +45,7 @@ def test_public_hosts_need_a_token(host, monkeypatch):
         listen(host, 0, None)
 
 
-def test_the_token_may_come_from_the_environment(monkeypatch):
+def test_token_from_the_environment(monkeypatch):
     assert check_token(None) is None
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN + "2")
     assert check_token(None) == TOKEN + "2"
@@ -63,9 +63,9 @@ def test_invalid_tokens(token, monkeypatch):
         check_token(None)
 
 
-def test_the_resolved_address_decides(monkeypatch):
-    real = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real("0.0.0.0", *a, **k))
+def test_resolved_address_must_be_loopback(monkeypatch):
+    original = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: original("0.0.0.0", *a, **k))
     with pytest.raises(UserError, match="token"):
         listen("localhost", 0, None)
     listen("localhost", 0, TOKEN).close()
@@ -101,14 +101,14 @@ def test_missing_packages(monkeypatch, capsys, tmp_path):
     )
 
 
-def test_a_public_host_without_token_is_refused_before_loading(capsys, tmp_path):
+def test_public_host_without_token_is_rejected_before_loading(capsys, tmp_path):
     with pytest.raises(SystemExit) as caught:
         main(["serve", str(tmp_path / "missing"), "--host", "0.0.0.0"])
     assert caught.value.code == 2
     assert "a token is needed" in capsys.readouterr().err
 
 
-class Program:
+class ServerProcess:
     """`deformable-detr serve` in a separate process."""
 
     def __init__(self, model, *options, **environment):
@@ -120,32 +120,32 @@ class Program:
         assert line.startswith("serving "), self.process.stderr.read()
         self.address = line.split(" at ")[1].split()[0]
 
-    def signal(self, sign):
-        self.process.send_signal(sign)
+    def signal(self, number):
+        self.process.send_signal(number)
 
-    def ended(self):
-        """Exit code and what it complained of."""
+    def wait(self):
+        """Return exit code and standard error."""
         _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
 
 
 @pytest.fixture
-def program(tmp_path):
+def start_server(tmp_path):
     small_model().save_pretrained(tmp_path / "model")
     started = []
 
     def start(*options, **environment):
-        started.append(Program(tmp_path / "model", *options, **environment))
+        started.append(ServerProcess(tmp_path / "model", *options, **environment))
         return started[-1]
 
     yield start
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-            one.process.communicate()
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.communicate()
 
 
-def test_a_model_that_fails_on_its_first_image(tmp_path, monkeypatch):
+def test_model_that_fails_on_its_first_image(tmp_path, monkeypatch):
     from deformable_detr.serve import server
 
     model = small_model()
@@ -158,12 +158,11 @@ def test_a_model_that_fails_on_its_first_image(tmp_path, monkeypatch):
 
 @pytest.mark.alone
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_sigterm_under_load_loses_no_request(program):
-    """Clients send on until /readyz says no, as a balancer makes them: a connection that comes in the instant in which
-    the server closes its door is nobody's request yet, and the client's to repeat."""
-    server = program("--shutdown-delay", "3", "--max-batch-size", "2", **{TOKEN_VARIABLE: TOKEN})
+def test_sigterm_under_load_loses_no_request(start_server):
+    """Clients send until /readyz fails, as behind a load balancer; a connection refused later is theirs to retry."""
+    server = start_server("--shutdown-delay", "3", "--max-batch-size", "2", **{TOKEN_VARIABLE: TOKEN})
     address, headers = server.address, {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
-    answers, problems, stopping = [], [], threading.Event()
+    statuses, problems, stopping = [], [], threading.Event()
     not_ready = []
 
     def load(seed):
@@ -172,20 +171,20 @@ def test_sigterm_under_load_loses_no_request(program):
             while 503 not in not_ready:
                 try:
                     response = client.post("/v1/detect", content=data)
-                except httpx.ConnectError:  # nothing listens any more: nothing was taken
+                except httpx.ConnectError:  # the socket is closed, so no request was accepted
                     assert stopping.is_set()
                     return
                 except httpx.HTTPError as error:
                     problems.append(repr(error))
                     return
-                answers.append(response.status_code)
+                statuses.append(response.status_code)
 
     clients = [threading.Thread(target=load, args=(seed,)) for seed in range(8)]
     for client in clients:
         client.start()
-    while len(answers) < 20:
+    while len(statuses) < 20:
         time.sleep(0.01)
-    before = len(answers)
+    before = len(statuses)
     stopping.set()
     server.signal(signal.SIGTERM)
     try:
@@ -196,20 +195,20 @@ def test_sigterm_under_load_loses_no_request(program):
         pass
     for client in clients:
         client.join(60)
-    code, errors = server.ended()
+    code, errors = server.wait()
     assert code == 0, errors
     assert problems == []
-    assert set(answers) <= {200, 503}
-    assert answers.count(200) > before  # the drain answered some
+    assert set(statuses) <= {200, 503}
+    assert statuses.count(200) > before  # requests were served while draining
     assert 503 in not_ready
     assert TOKEN not in errors
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c(program):
-    server = program()
+def test_ctrl_c(start_server):
+    server = start_server()
     assert httpx.get(f"{server.address}/readyz", trust_env=False).status_code == 200
     server.signal(signal.SIGINT)
-    code, errors = server.ended()
+    code, errors = server.wait()
     assert (code, errors) == (130, "")

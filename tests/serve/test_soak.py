@@ -1,4 +1,4 @@
-"""Load with 30% invalid requests: short here, long with SOAK=100000 and `-m slow`."""
+"""Load with 30% invalid requests: short by default, long with SOAK=100000 and `-m slow`."""
 
 import os
 
