@@ -209,7 +209,7 @@ def test_a_lost_plan_is_made_again(tmp_path):
 
 
 def test_only_what_a_killed_run_left_is_removed(tmp_path):
-    for name in (".notes.tmp", ".part-000001.parquet.77.tmp", "._manifest.json.9.tmp"):
+    for name in (".notes.tmp", ".part-000001.parquet.77.tmp"):
         (tmp_path / name).touch()
     (tmp_path / ".cache.tmp").mkdir()
     with lock_output(OutputFolder(str(tmp_path))):

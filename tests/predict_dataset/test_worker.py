@@ -36,8 +36,8 @@ def units(model, source, out, batch_size=1, unit_size=5):
     files, digest = pack_model(str(model))
     store = OutputFolder(str(out))
     store.system.makedirs(store.root, exist_ok=True)
-    kind, pieces = find_ranges([str(source)])
-    id_column = "name" if kind == "parquet" else None
+    id_column = "name" if str(source).endswith(".parquet") else None
+    kind, pieces = find_ranges([str(source)], Options(id_column=id_column))
     options = Options(THRESHOLD, 7, batch_size, kind, None, id_column, unit_size)
     plan = create_manifest(store, digest, [str(source)], pieces, options)
     predictor = UnitPredictor(WorkerJob(str(out), plan.run_id, plan.options, "cpu", 1), files)

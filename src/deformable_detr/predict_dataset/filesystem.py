@@ -1,6 +1,5 @@
 """Folders and files on disk and in object stores, by the paths and URLs that fsspec accepts."""
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +17,7 @@ def resolve_url(url: str) -> tuple[Any, str]:
         UserError: The protocol is unknown or its package is not installed.
     """
     from fsspec.core import url_to_fs
-    from fsspec.implementations.local import LocalFileSystem
 
-    if "::" in url and os.path.exists(url):  # not a chain of protocols
-        return LocalFileSystem(), os.path.abspath(url)
     try:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -40,50 +36,22 @@ def to_url(system: Any, path: str) -> str:
     return path if is_local(system) else system.unstrip_protocol(path)
 
 
-def walk_files(system: Any, folder: str, skip: str | None = None) -> Iterator[tuple[str, int]]:
+def walk_files(system: Any, folder: str) -> Iterator[tuple[str, int]]:
     """Yield path and size in bytes of all files below a folder, sorted, a folder's files before its subfolders.
 
-    Hidden files and folders, symbolic links to folders (which may be cyclic) and the folder `skip` are left out.
+    Hidden files and folders are left out. Symbolic links to folders, which may be cyclic, are not followed.
     """
     folders = []
-    for name, path, size in sorted(_scan_local(folder) if is_local(system) else _scan(system, folder)):
-        if is_hidden(name) or (size is None and skip is not None and is_same_path(system, path, skip)):
+    for entry in sorted(system.ls(folder, detail=True), key=lambda entry: entry["name"]):
+        path = entry["name"].rstrip("/")
+        if path == folder or is_hidden(path.rpartition("/")[2]):  # some stores list a marker for the folder itself
             continue
-        if size is None:
+        if entry["type"] == "directory":
             folders.append(path)
         else:
-            yield path, size
+            yield path, entry.get("size") or 0
     for path in folders:
-        yield from walk_files(system, path, skip)
-
-
-def is_same_path(system: Any, path: str, other: str) -> bool:
-    """Return whether two paths name the same folder."""
-    return os.path.realpath(path) == os.path.realpath(other) if is_local(system) else path == other
-
-
-Entry = tuple[str, str, int | None]  # name, path, size; None: a folder
-
-
-def _scan_local(folder: str) -> Iterator[Entry]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield entry.name, entry.path, None
-            elif not entry.is_dir():
-                try:
-                    size = entry.stat().st_size
-                except OSError:  # a broken link, reported when it is read
-                    size = 0
-                yield entry.name, entry.path, size
-
-
-def _scan(system: Any, folder: str) -> Iterator[Entry]:
-    for entry in system.ls(folder, detail=True):
-        path = entry["name"].rstrip("/")
-        if path != folder.rstrip("/"):  # some stores list a marker object for the folder itself
-            size = None if entry["type"] == "directory" else entry.get("size") or 0
-            yield path.rsplit("/", 1)[-1], path, size
+        yield from walk_files(system, path)
 
 
 class OutputFolder:
@@ -92,12 +60,14 @@ class OutputFolder:
     Attributes:
         system: fsspec file system.
         root: Path in it.
+        url: Path if it is local, else URL.
         local: Whether it is on this machine.
     """
 
     def __init__(self, url: str) -> None:
-        self.system, self.root = resolve_url(url)
-        self.root = self.root.rstrip("/") or "/"
+        self.system, root = resolve_url(url)
+        self.root = root.rstrip("/") or "/"
+        self.url = to_url(self.system, self.root)
         self.local = is_local(self.system)
 
     def path(self, name: str) -> str:
@@ -110,11 +80,12 @@ class OutputFolder:
 
     def list_files(self) -> list[str]:
         """Return the sorted names of the files, including hidden ones; empty if the folder does not exist."""
-        if not self.system.exists(self.root):
-            return []
         self.system.invalidate_cache(self.root)
-        entries = _scan_local(self.root) if self.local else _scan(self.system, self.root)
-        return sorted(name for name, _, size in entries if size is not None)
+        try:
+            entries = self.system.ls(self.root, detail=True)
+        except FileNotFoundError:
+            return []
+        return sorted(entry["name"].rpartition("/")[2] for entry in entries if entry["type"] != "directory")
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Let `write` fill a temporary file, then rename or upload it."""

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from .sources import SourceRange
 
 FORMAT, VERSION = "deformable-detr predict-dataset", 1
 MANIFEST, UNITS, SUCCESS, LOCK = "_manifest.json", "_units.parquet", "_SUCCESS", ".lock"
-_TEMPORARY = re.compile(r"\.(part-\d{6,}\.parquet|_manifest\.json|_units\.parquet|_SUCCESS)\.\d+\.tmp")
 MIN_UNIT_SIZE, MAX_UNIT_SIZE = 8, 256  # images
 MIN_UNITS = 32  # small datasets get smaller units, to occupy several workers
 _ROW_GROUP_SIZE = 16384  # what a worker reads to find its unit
@@ -62,9 +61,7 @@ def create_manifest(
     previous = _read_manifest(out)
     if previous is None and any(unit_of_part(name) is not None for name in out.list_files()):
         raise UserError(f"--out {out.root} holds results without {MANIFEST}; choose another folder")
-    unit_size = options.unit_size
-    if unit_size is None and previous is not None:
-        unit_size = int(previous["settings"]["unit_size"])
+    unit_size = options.unit_size or (int(previous["settings"]["unit_size"]) if previous else None)
     if unit_size is None:
         unit_size, ranges = _default_unit_size(ranges)
     options = replace(options, unit_size=unit_size)
@@ -98,7 +95,7 @@ def read_unit(out: OutputFolder, unit: int) -> list[SourceRange]:
         columns = list(SourceRange._fields)
         table = pq.read_table(file, filters=[("unit", "==", unit)], columns=columns, use_threads=False)
     rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
-    return [SourceRange(file if isinstance(file, str) else file.decode(*_ENCODING), *rest) for file, *rest in rows]
+    return [SourceRange(file.decode(*_ENCODING), *rest) for file, *rest in rows]
 
 
 def finished_units(out: OutputFolder, manifest: Manifest) -> dict[int, ImageCounts]:
@@ -109,16 +106,8 @@ def finished_units(out: OutputFolder, manifest: Manifest) -> dict[int, ImageCoun
     """
     units = [unit for name in out.list_files() if (unit := unit_of_part(name)) is not None]
     finished: dict[int, ImageCounts] = {}
-
-    def read(unit: int) -> tuple[str, ImageCounts] | None:
-        try:
-            return read_part(out, unit)
-        except OSError as error:
-            problem = f"{part_name(unit)} cannot be read: {error.strerror or error}"
-            raise UserError(f"--out {out.root}: {problem}; run again when the storage works") from None
-
     with ThreadPoolExecutor(16) as pool:
-        for unit, part in zip(units, pool.map(read, units), strict=True):
+        for unit, part in zip(units, pool.map(partial(read_part, out), units), strict=True):
             if part is None:
                 out.delete(part_name(unit))
             elif part[0] != manifest.run_id or unit >= manifest.num_units:
@@ -150,9 +139,8 @@ def lock_output(out: OutputFolder) -> Iterator[None]:
         yield
         return
     try:
-        for file in root.glob(".*.tmp"):  # of a run that was killed
-            if _TEMPORARY.fullmatch(file.name):
-                file.unlink(missing_ok=True)
+        for file in root.glob(".part-*.parquet.*.tmp"):  # of a run that was killed
+            file.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

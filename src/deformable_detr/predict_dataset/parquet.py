@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..structures import Detections
+from ..utils.errors import UserError
 from .filesystem import OutputFolder
 
 ROW_GROUP_SIZE = 256
@@ -73,21 +75,15 @@ def write_part(out: OutputFolder, unit: int, run_id: str, rows: Iterable[Mapping
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    images = unreadable = 0
+    images, unreadable, remaining = 0, 0, iter(rows)
 
     def write(path: Path) -> None:
         nonlocal images, unreadable
         columns = schema()
         with pq.ParquetWriter(path, columns, compression="zstd") as writer:
-            group: list[Mapping[str, Any]] = []
-            for row in rows:
-                images += 1
-                unreadable += row["error"] is not None
-                group.append(row)
-                if len(group) == ROW_GROUP_SIZE:
-                    writer.write_table(pa.Table.from_pylist(group, columns))
-                    group = []
-            if group:
+            while group := list(islice(remaining, ROW_GROUP_SIZE)):
+                images += len(group)
+                unreadable += sum(row["error"] is not None for row in group)
                 writer.write_table(pa.Table.from_pylist(group, columns))
             writer.add_key_value_metadata({_RUN: run_id, _IMAGES: str(images), _UNREADABLE: str(unreadable)})
 
@@ -99,7 +95,7 @@ def read_part(out: OutputFolder, unit: int) -> tuple[str, ImageCounts] | None:
     """Return the run id and the counts of a part; None: it is missing or damaged.
 
     Raises:
-        OSError: The storage fails, so the file may be intact.
+        UserError: The storage fails, so the file may be intact.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -113,4 +109,5 @@ def read_part(out: OutputFolder, unit: int) -> tuple[str, ImageCounts] | None:
     except OSError as error:
         if error.errno is None or isinstance(error, FileNotFoundError):  # Arrow reports broken bytes without errno
             return None
-        raise
+        problem = f"{out.path(part_name(unit))} cannot be read: {error.strerror or error}"
+        raise UserError(f"{problem}; run again when the storage works") from None

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from ..utils.device import pick_device
 from ..utils.errors import UserError, first_line
 from ..utils.files import is_exported
-from .filesystem import OutputFolder, is_same_path, resolve_url
+from .filesystem import OutputFolder
 from .manifest import SUCCESS, create_manifest, finished_units, lock_output
 from .options import PredictDatasetOptions
 from .parquet import ImageCounts
 from .progress import MAX_WORKER_DEATHS, Progress
-from .sources import ParquetColumns, find_ranges
+from .sources import find_ranges
 from .worker import UnitPredictor, WorkerJob, pack_model
 
 CPUS_PER_WORKER = 4  # default, if the machine has as many
@@ -66,14 +66,9 @@ def predict_dataset(
             raise UserError(f"{package} is not installed: pip install 'deformable-detr[dataset]'")
     folder = OutputFolder(os.fspath(out))
     names = [os.fspath(source) for source in sources]
-    for name in names:
-        system, path = resolve_url(name)
-        if type(system) is type(folder.system) and is_same_path(system, path.rstrip("/"), folder.root):
-            raise UserError(f"--out {out} is the source {name}; choose a separate folder for the results")
     files, model_hash = pack_model(os.fspath(model))
     with lock_output(folder):
-        columns = ParquetColumns(options.image_column, options.id_column)
-        format, ranges = find_ranges(names, options.format, columns, skip=folder.root)
+        format, ranges = find_ranges(names, options, folder.url)
         manifest = create_manifest(folder, model_hash, names, ranges, replace(options, format=format))
         progress = Progress(manifest, finished_units(folder, manifest), report)
         missing = progress.missing
@@ -90,16 +85,10 @@ def predict_dataset(
 
 
 def worker_resources(options: PredictDatasetOptions, cpus: float, gpus: float, fixed_size: bool) -> WorkerResources:
-    """Divide processors and GPUs among workers.
-
-    Args:
-        options: What the user asked for.
-        cpus: Processors of the cluster.
-        gpus: GPUs of the cluster.
-        fixed_size: Whether the cluster cannot grow.
+    """Divide a cluster's processors and GPUs among workers.
 
     Raises:
-        UserError: The workers do not fit into a cluster of fixed size.
+        UserError: The workers do not fit into a cluster of fixed size, which cannot grow.
     """
     num_gpus, num_cpus = options.num_gpus, options.num_cpus
     if num_gpus is None:
@@ -135,9 +124,8 @@ def _run_units(
             device, shown_device = "auto", f"{device} if the file's runtime supports it"
         workers = f"{resources.workers} worker{'' if resources.workers == 1 else 's'}"
         report(f"{manifest.num_units} units, {workers} on {shown_device}")
-        url = out.root if out.local else out.system.unstrip_protocol(out.root)
         threads = max(1, math.floor(resources.num_cpus))
-        job = WorkerJob(url, manifest.run_id, manifest.options, device, threads)
+        job = WorkerJob(out.url, manifest.run_id, manifest.options, device, threads)
         progress.start()
         try:
             for unit, counts, failure in _unit_results(ray, job, files, missing, resources):

@@ -2,8 +2,8 @@
 
 import itertools
 import tarfile
-import time
 import zlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import PurePosixPath
@@ -15,7 +15,8 @@ from torch import Tensor
 from ..data.discovery import IMAGE_SUFFIXES, is_hidden, is_image
 from ..utils.errors import UserError, first_line
 from ..utils.images import decode_image, read_image
-from .filesystem import is_local, is_same_path, resolve_url, to_url, walk_files
+from .filesystem import is_local, resolve_url, to_url, walk_files
+from .options import PredictDatasetOptions
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "images": tuple(sorted(IMAGE_SUFFIXES)),
@@ -25,14 +26,6 @@ FORMATS: dict[str, tuple[str, ...]] = {
 MIN_RANGE = 256  # images of a shard that are read as one range
 MAX_RANGES = 8  # per Parquet row group, whose earlier rows are read again for each range
 MAX_IMAGE_BYTES = 512 * 2**20  # of one image in a shard
-READ_ATTEMPTS = 3
-
-
-class ParquetColumns(NamedTuple):
-    """Parquet columns with image bytes (default: found by type) and with a name for the row (default: none)."""
-
-    image: str | None = None
-    id: str | None = None
 
 
 class SourceRange(NamedTuple):
@@ -61,40 +54,39 @@ class SourceImage(NamedTuple):
 
 
 def find_ranges(
-    sources: Sequence[str], format: str = "auto", columns: ParquetColumns | None = None, skip: str | None = None
+    sources: Sequence[str], options: PredictDatasetOptions, out: str | None = None
 ) -> tuple[str, Iterator[SourceRange]]:
     """Return the format of the sources and their ranges, always in the same order.
 
     Args:
-        sources: Folders (searched recursively), files and patterns with *, as paths or URLs.
-        format: A key of `FORMATS`, or auto: the only format that is found.
-        skip: Folder to leave out.
+        sources: Folders (searched recursively), files and patterns with *, as paths or URLs. Each file is used once.
+        options: With the format, a key of `FORMATS` or auto: the only format that is found.
+        out: Folder of the results, which is left out.
 
     Raises:
         UserError: A source is missing, unreadable, or has no images. May be raised during the iteration.
     """
-    _reject_overlap(sources)
-    files = _list_files(sources, format, skip)
-    if len(sources) > 1:
-        files = _unique(files)
+    files = _list_files(sources, options.format, out)
     try:
         first = next(files)
     except StopIteration:
-        expected = ", ".join(FORMATS[format]) if format in FORMATS else "images, Parquet files or .tar shards"
+        expected = ", ".join(FORMATS.get(options.format, ["images", "Parquet files or .tar shards"]))
         raise UserError(f"{', '.join(sources)}: found no {expected}") from None
-    return first[0], _split_files(itertools.chain([first], files), columns or ParquetColumns())
+    return first[0], _split_files(itertools.chain([first], files), options)
 
 
-def read_range(source_range: SourceRange, format: str, columns: ParquetColumns) -> Iterator[SourceImage]:
+def read_range(source_range: SourceRange, options: PredictDatasetOptions) -> Iterator[SourceImage]:
     """Yield the images of a range. A damaged shard yields its readable images, then one with the error."""
     system, path = resolve_url(source_range.file)
-    if format == "images":
+    if options.format == "images":
         load = partial(read_image, path) if is_local(system) else partial(_read_remote, source_range.file)
         yield SourceImage(source_range.file, None, load)
         return
-    images = _tar_images if format == "webdataset" else _parquet_images
     try:
-        yield from images(source_range, system, path, columns)
+        if options.format == "webdataset":
+            yield from _tar_images(source_range, system, path)
+        else:
+            yield from _parquet_images(source_range, options)
     except Exception as error:  # decompressors, pyarrow and tarfile have no common base class
         if not _is_damage(error, is_local(system)):
             raise
@@ -103,85 +95,63 @@ def read_range(source_range: SourceRange, format: str, columns: ParquetColumns) 
         yield SourceImage(name, None, None, f"{name}: damaged, cannot be read to its end ({first_line(error)})")
 
 
-def _reject_overlap(sources: Sequence[str]) -> None:
-    """Raise UserError if a source contains another, whose images would then be predicted twice."""
-    named: dict[str, str] = {}
-    for source in sources:
-        path = to_url(*resolve_url(source)).rstrip("/")
-        if path in named:
-            raise UserError(f"source {source} is contained in {named[path]}; name it once")
-        named[path] = source
-    for path, source in named.items():
-        parent = path
-        while "/" in parent:
-            parent = parent.rpartition("/")[0]
-            if parent in named:
-                raise UserError(f"source {source} is contained in {named[parent]}; name it once")
-
-
 SourceFile = tuple[str, str, int]  # format, path or URL, size
 
 
-def _unique(files: Iterator[SourceFile]) -> Iterator[SourceFile]:
-    """Leave out files that several patterns match."""
-    seen: set[str] = set()
-    for file in files:
-        if file[1] not in seen:
-            seen.add(file[1])
-            yield file
-
-
-def _list_files(sources: Sequence[str], format: str, skip: str | None) -> Iterator[SourceFile]:
+def _list_files(sources: Sequence[str], format: str, out: str | None) -> Iterator[SourceFile]:
     common_format = None if format == "auto" else format
+    seen: set[str] = set()
     for source in sources:
         system, root = resolve_url(source)
         try:
-            for path, size, is_single in _matching_files(system, root, source, skip):
+            for path, size in _matching_files(system, root, source, out):
                 file_format = next((name for name, ends in FORMATS.items() if path.lower().endswith(ends)), None)
-                if is_single and format != "auto":
+                if path == root and format != "auto":
                     file_format = format  # the user named this file and its format
-                elif file_format is None or (format != "auto" and file_format != format):
+                url = to_url(system, path)
+                if file_format is None or (format != "auto" and file_format != format) or url in seen:
                     continue
                 if common_format is not None and file_format != common_format:
                     raise UserError(f"{source} holds {common_format} and {file_format} ({path}); choose with --format")
                 common_format = file_format
-                yield file_format, to_url(system, path), size
+                if len(sources) > 1:
+                    seen.add(url)
+                yield file_format, url, size
         except UserError:
             raise
         except Exception as error:  # each store has its own exceptions
             raise UserError(f"{source}: cannot be listed: {first_line(error)}") from None
 
 
-def _matching_files(system: Any, root: str, source: str, skip: str | None) -> Iterator[tuple[str, int, bool]]:
-    """Yield path and size of the files of a source, and whether the source is one file."""
-    if system.isdir(root):
-        yield from ((path, size, False) for path, size in walk_files(system, root, skip))
+def _matching_files(system: Any, root: str, source: str, out: str | None) -> Iterator[tuple[str, int]]:
+    """Yield path and size of the files of a source, sorted, without hidden files and the results."""
+    is_folder = system.isdir(root)
+    if to_url(system, root if is_folder else root.rpartition("/")[0]) == out:
+        raise UserError(f"--out {out} is the folder of the source {source}; choose a separate folder for the results")
+    if is_folder:
+        files = walk_files(system, root)
     elif system.exists(root):
-        yield root, system.size(root) or 0, True
-    elif set(root) & set("*?["):
-        yield from ((path, size, False) for path, size in _glob(system, root, source, skip))
+        files = iter([(root, system.size(root) or 0)])
+    elif wildcards := set(root) & set("*?["):
+        folder = root[: min(map(root.index, wildcards))].rpartition("/")[0]
+        matches = sorted(system.glob(root, detail=True).items())
+        files = (
+            (path, entry.get("size") or 0)
+            for path, entry in matches
+            if entry["type"] != "directory" and not is_hidden(path[len(folder) :].lstrip("/"))
+        )
     else:
         raise UserError(f"{source}: no such file or folder")
+    yield from (file for file in files if out is None or not to_url(system, file[0]).startswith(f"{out}/"))
 
 
-def _glob(system: Any, pattern: str, source: str, skip: str | None) -> Iterator[tuple[str, int]]:
-    """Yield path and size of the files that match a pattern, sorted, without hidden files and folders."""
-    prefix = pattern[: min(pattern.index(wildcard) for wildcard in "*?[" if wildcard in pattern)].rpartition("/")[0]
-    for path in sorted(system.glob(pattern)):
-        if is_hidden(path[len(prefix) :].lstrip("/")) or not system.isfile(path):
-            continue
-        if skip is not None and is_same_path(system, path.rpartition("/")[0], skip):
-            raise UserError(f"--out {skip} contains {path}, which matches {source}; choose a folder for the results")
-        yield path, system.size(path) or 0
-
-
-def _split_files(files: Iterator[SourceFile], columns: ParquetColumns) -> Iterator[SourceRange]:
+def _split_files(files: Iterator[SourceFile], options: PredictDatasetOptions) -> Iterator[SourceRange]:
     for format, file, size in files:
         if format == "images":
             yield SourceRange(file, 0, 1, size)
             continue
         try:
-            ranges = list((_tar_ranges if format == "webdataset" else _parquet_ranges)(file, columns))
+            ranges = list(_tar_ranges(file) if format == "webdataset" else _parquet_ranges(file, options))
         except UserError:
             raise
         except Exception as error:  # see `read_range`, which reports damage
@@ -203,23 +173,15 @@ def _is_damage(error: Exception, local: bool) -> bool:
 
 
 def _read_remote(url: str) -> Tensor:
-    """Read the image at a URL; retry if the store fails, and raise its exception after the last attempt."""
     system, path = resolve_url(url)
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            return decode_image(system.cat_file(path), url)
-        except (UserError, NotImplementedError):
-            raise
-        except (FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{url}: cannot be read ({first_line(error)})") from None
-        except Exception:  # each store has its own exceptions
-            if attempt == READ_ATTEMPTS - 1:
-                raise
-            time.sleep(2**attempt)
-    raise AssertionError("unreachable")
+    try:
+        content = system.cat_file(path)
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{url}: cannot be read ({first_line(error)})") from None
+    return decode_image(content, url)
 
 
-def _tar_ranges(file: str, _: ParquetColumns) -> Iterator[tuple[int, int]]:
+def _tar_ranges(file: str) -> Iterator[tuple[int, int]]:
     """Yield ranges of members of an uncompressed local tar, where skipping is cheap; another is one range."""
     system, path = resolve_url(file)
     if not is_local(system) or not path.lower().endswith(".tar"):
@@ -231,7 +193,7 @@ def _tar_ranges(file: str, _: ParquetColumns) -> Iterator[tuple[int, int]]:
         yield start, min(MIN_RANGE, count - start)
 
 
-def _tar_images(source_range: SourceRange, system: Any, file: str, _: ParquetColumns) -> Iterator[SourceImage]:
+def _tar_images(source_range: SourceRange, system: Any, file: str) -> Iterator[SourceImage]:
     stop = None if source_range.count < 0 else source_range.start + source_range.count
     mode = "r:*" if is_local(system) else "r|*"
     with system.open(file, "rb") as opened, tarfile.open(fileobj=opened, mode=mode, tarinfo=_StrictHeader) as tar:
@@ -270,41 +232,33 @@ def _image_members(tar: Any) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def _parquet_ranges(file: str, columns: ParquetColumns) -> Iterator[tuple[int, int]]:
+def _parquet_ranges(file: str, options: PredictDatasetOptions) -> Iterator[tuple[int, int]]:
     """Yield ranges of rows, none across row groups."""
     with _open_parquet(file) as parquet:
-        _image_column(parquet.schema_arrow, columns, file)
-        start = 0
-        for index in range(parquet.metadata.num_row_groups):
-            rows = parquet.metadata.row_group(index).num_rows
-            step = max(MIN_RANGE, -(-rows // MAX_RANGES))
-            yield from ((start + offset, min(step, rows - offset)) for offset in range(0, rows, step))
-            start += rows
+        _image_column(parquet.schema_arrow, options, file)
+        for start, end in itertools.pairwise(_row_group_bounds(parquet)):
+            step = max(MIN_RANGE, -(-(end - start) // MAX_RANGES))
+            yield from ((row, min(step, end - row)) for row in range(start, end, step))
 
 
-def _parquet_images(
-    source_range: SourceRange, system: Any, path: str, columns: ParquetColumns
-) -> Iterator[SourceImage]:
+def _parquet_images(source_range: SourceRange, options: PredictDatasetOptions) -> Iterator[SourceImage]:
     file, start, count, _ = source_range
     with _open_parquet(file) as parquet:
-        image_column = _image_column(parquet.schema_arrow, columns, file)
-        names = [image_column] if columns.id in (None, image_column) else [image_column, columns.id]
-        stop = parquet.metadata.num_rows if count < 0 else start + count
-        row = 0
-        for index in range(parquet.metadata.num_row_groups):
-            end = row + parquet.metadata.row_group(index).num_rows
-            if end <= start:
-                row = end
-                continue
-            for batch in parquet.iter_batches(16, row_groups=[index], columns=names, use_threads=False):
-                for offset in range(max(start - row, 0), min(len(batch), stop - row)):
-                    key = None if columns.id is None else _to_key(batch.column(columns.id)[offset])
-                    yield _parquet_image(f"{file}#{row + offset}", key, batch.column(image_column)[offset].as_py())
-                row += len(batch)
-                if row >= stop:
-                    return
-            if row < end:  # the reader accepts pages that claim to be empty
-                raise ReadError(f"the rows from {row} on are missing")
+        image_column = _image_column(parquet.schema_arrow, options, file)
+        names = list({image_column, options.id_column or image_column})
+        bounds = _row_group_bounds(parquet)
+        stop = bounds[-1] if count < 0 else start + count
+        first = bisect_right(bounds, start) - 1
+        row, groups = bounds[first], range(first, bisect_left(bounds, stop))
+        for batch in parquet.iter_batches(16, row_groups=groups, columns=names, use_threads=False):
+            for offset in range(max(start - row, 0), min(len(batch), stop - row)):
+                key = None if options.id_column is None else _to_key(batch.column(options.id_column)[offset])
+                yield _parquet_image(f"{file}#{row + offset}", key, batch.column(image_column)[offset].as_py())
+            row += len(batch)
+            if row >= stop:
+                return
+        if row < stop:  # the reader accepts pages that claim to be empty
+            raise ReadError(f"the rows from {row} on are missing")
 
 
 def _parquet_image(name: str, key: str | None, value: Any) -> SourceImage:
@@ -326,30 +280,31 @@ def _to_key(scalar: Any) -> str | None:
 
 
 def _open_parquet(file: str) -> Any:
-    import pyarrow.parquet
+    from pyarrow.parquet import ParquetFile
 
     system, path = resolve_url(file)
-    opened = path if is_local(system) else system.open(path, "rb")
-    return pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=2**20)
+    return ParquetFile(path, filesystem=system, pre_buffer=False, buffer_size=2**20)
 
 
-def _image_column(schema: Any, columns: ParquetColumns, file: str) -> str:
+def _row_group_bounds(parquet: Any) -> list[int]:
+    """Return the first row of each row group, and the number of rows."""
+    metadata = parquet.metadata
+    sizes = (metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+    return list(itertools.accumulate(sizes, initial=0))
+
+
+def _image_column(schema: Any, options: PredictDatasetOptions, file: str) -> str:
     """Return the column with image bytes: binary, or structs with a binary field "bytes" (Hugging Face)."""
-    names = [field.name for field in schema]
-    if columns.id is not None and columns.id not in names:
-        raise UserError(f"{file} has no column {columns.id}, only {', '.join(names)}; choose another --id-column")
+    if options.id_column is not None and options.id_column not in schema.names:
+        problem = f"has no column {options.id_column}, only {', '.join(schema.names)}"
+        raise UserError(f"{file} {problem}; choose another --id-column")
     binary = [field.name for field in schema if _holds_bytes(field.type)]
-    if columns.image is not None:
-        if columns.image in binary:
-            return columns.image
-        problem = "has no bytes in column" if columns.image in names else "has no column"
-        raise UserError(f"{file} {problem} {columns.image}; columns with bytes: {', '.join(binary) or 'none'}")
-    if "image" in binary:
-        return "image"
-    if len(binary) != 1:
-        count = f"several columns with bytes ({', '.join(binary)})" if binary else "no column with bytes"
-        raise UserError(f"{file} has {count}; name the one with images with --image-column")
-    return binary[0]
+    candidates = [options.image_column or "image"] if options.image_column or "image" in binary else binary
+    if len(candidates) != 1 or candidates[0] not in binary:
+        problem = f"has no bytes in column {options.image_column}" if options.image_column else "has no column image"
+        listing = ", ".join(binary) or "none"
+        raise UserError(f"{file} {problem}; name the images with --image-column (columns with bytes: {listing})")
+    return candidates[0]
 
 
 def _holds_bytes(data_type: Any) -> bool:

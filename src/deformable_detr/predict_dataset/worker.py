@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .filesystem import OutputFolder
 from .manifest import read_unit
 from .options import PredictDatasetOptions
 from .parquet import read_part, result_row, write_part
-from .sources import ParquetColumns, SourceImage, read_range
+from .sources import SourceImage, read_range
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,7 @@ class UnitPredictor:
     def _rows(self, unit: int) -> Iterator[dict[str, Any]]:
         """Yield a row per image in the order of the source. Batches never span units, so that rows are reproducible."""
         options = self.job.options
-        columns = ParquetColumns(options.image_column, options.id_column)
-        images = (
-            image
-            for source_range in read_unit(self.out, unit)
-            for image in read_range(source_range, options.format, columns)
-        )
+        images = (image for source in read_unit(self.out, unit) for image in read_range(source, options))
         batch: list[tuple[SourceImage, Tensor | str]] = []
         readable = 0
         for image, pixels in self._decoded(images):
@@ -146,18 +142,17 @@ class UnitPredictor:
                 batch, readable = [], 0
         yield from self._predicted(batch)
 
-    def _decoded(self, images: Iterable[SourceImage]) -> Iterator[tuple[SourceImage, Tensor | str]]:
+    def _decoded(self, images: Iterator[SourceImage]) -> Iterator[tuple[SourceImage, Tensor | str]]:
         """Yield each image with its pixels (3, H, W) uint8, or an error; decode at most one batch ahead."""
         limit = self.job.options.readers + self.job.options.batch_size
         pending: deque[tuple[SourceImage, Future[Tensor | str]]] = deque()
-        for image in images:
-            pending.append((image, self.readers.submit(_decode, image)))
-            if len(pending) >= limit:
-                first, pixels = pending.popleft()
-                yield first, pixels.result()
-        while pending:
-            first, pixels = pending.popleft()
-            yield first, pixels.result()
+        while True:
+            submitted = ((image, self.readers.submit(_decode, image)) for image in images)
+            pending.extend(islice(submitted, limit - len(pending)))
+            if not pending:
+                return
+            image, pixels = pending.popleft()
+            yield image, pixels.result()
 
     def _predicted(self, batch: list[tuple[SourceImage, Tensor | str]]) -> Iterator[dict[str, Any]]:
         """Yield the rows of a batch. Only images of one size share a forward pass: padding would change scores."""
