@@ -1,4 +1,4 @@
-"""`benchmark`: every available form is measured, and the figures mean what their names say."""
+"""The `benchmark` command: every available runtime is measured, and the metrics are consistent."""
 
 import json
 import socket
@@ -42,12 +42,12 @@ def test_command_line(model, without_exports, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     data = write_pseudo_labeled_dataset(tmp_path / "set", model)
     main(["benchmark", str(tmp_path / "model"), str(data), "--image-size", "64,96", "--repeats", "1",
-          "--device", "cpu", "--json", str(tmp_path / "figures.json")])  # fmt: skip
+          "--device", "cpu", "--json", str(tmp_path / "benchmark.json")])  # fmt: skip
     assert "| eager | fp32 |" in capsys.readouterr().out
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["image_size"] == [64, 96]
-    assert figures["machine"]["versions"]["torch"]
-    aps = [row["ap"] for row in figures["rows"]]
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert results["image_size"] == [64, 96]
+    assert results["machine"]["versions"]["torch"]
+    aps = [row["ap"] for row in results["rows"]]
     assert aps[0] > 0.1
     assert aps[1] == pytest.approx(aps[0], abs=0.01)
 
@@ -69,7 +69,7 @@ def test_all_forms_with_ap(model, tmp_path, monkeypatch):
         pytest.importorskip(package)
     from deformable_detr.export import export
 
-    monkeypatch.setattr(export, "MAX_AP_LOSS", 1.0)  # random weights do not survive int8
+    monkeypatch.setattr(export, "MAX_AP_LOSS", 1.0)  # random weights lose AP in int8
     data = write_pseudo_labeled_dataset(tmp_path / "set", model, images=6)
     rows = benchmark(model, data, image_size=(64, 96), repeats=1)
     forms = [("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32"), ("openvino", "int8")]

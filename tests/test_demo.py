@@ -1,4 +1,4 @@
-"""The demo's data is what it says: held-out digits on held-out photographs, tight boxes, the same every time."""
+"""The demo's data: held-out digits on held-out photographs, tight boxes, reproducible."""
 
 import hashlib
 import json
@@ -18,18 +18,18 @@ def data(tmp_path_factory):
     return folder
 
 
-def content(folder):
+def file_hashes(folder):
     return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.*")}
 
 
-def test_the_same_seed_makes_the_same_files_and_another_one_others(data, tmp_path):
-    demo.make_data(tmp_path / "again", train_images=12, val_images=6)
-    assert content(tmp_path / "again") == content(data)
+def test_data_is_reproducible_from_the_seed(data, tmp_path):
+    demo.make_data(tmp_path / "repeated", train_images=12, val_images=6)
+    assert file_hashes(tmp_path / "repeated") == file_hashes(data)
     demo.make_data(tmp_path / "other", train_images=12, val_images=6, seed=1)
-    assert content(tmp_path / "other") != content(data)
+    assert file_hashes(tmp_path / "other") != file_hashes(data)
 
 
-def test_it_is_a_data_set_that_our_reader_takes(data):
+def test_data_is_a_readable_dataset(data):
     for split, count in (("train", 12), ("val", 6)):
         dataset = open_dataset(data, split=split)
         assert len(dataset) == count
@@ -39,22 +39,22 @@ def test_it_is_a_data_set_that_our_reader_takes(data):
             assert 1 <= len(target.labels) <= demo.MAX_DIGITS
 
 
-def test_boxes_are_inside_and_apart_and_of_the_stated_size(data):
+def test_boxes_are_inside_disjoint_and_of_the_stated_size(data):
     for split in ("train", "valid"):
         truth = json.loads((data / split / "_annotations.coco.json").read_text())
         for image in truth["images"]:
             boxes = [a["bbox"] for a in truth["annotations"] if a["image_id"] == image["id"]]
-            taken = np.zeros((image["height"], image["width"]), int)
+            coverage = np.zeros((image["height"], image["width"]), int)
             for x, y, w, h in boxes:
                 assert min(x, y) >= 0
                 assert x + w <= image["width"]
                 assert y + h <= image["height"]
                 assert demo.DIGIT_HEIGHTS[0] * 0.8 <= h <= demo.DIGIT_HEIGHTS[1] * 1.25
-                taken[y : y + h, x : x + w] += 1
-            assert taken.max() == 1
+                coverage[y : y + h, x : x + w] += 1
+            assert coverage.max() == 1
 
 
-def test_a_box_is_tight_around_its_ink():
+def test_box_is_tight_around_its_ink():
     glyph = demo._glyph(np.pad(np.ones((6, 2)), ((1, 1), (3, 3))), np.random.default_rng(0))
     x1, y1, x2, y2 = glyph.box
     inked = glyph.ink > 0.5
@@ -63,21 +63,21 @@ def test_a_box_is_tight_around_its_ink():
         assert edge.any()
 
 
-def test_nothing_of_validation_is_in_training(monkeypatch, tmp_path):
-    seen = {}
+def test_validation_data_is_not_in_training(monkeypatch, tmp_path):
+    splits = {}
 
     def record(folder, glyphs, values, photos, count, seed):
-        seen[folder.name] = ({glyph.tobytes() for glyph in glyphs}, {photo.tobytes() for photo in photos})
+        splits[folder.name] = ({glyph.tobytes() for glyph in glyphs}, {photo.tobytes() for photo in photos})
 
     monkeypatch.setattr(demo, "_write_split", record)
     demo.make_data(tmp_path)
     for kind in (0, 1):
-        assert seen["train"][kind]
-        assert seen["valid"][kind]
-        assert not seen["train"][kind] & seen["valid"][kind]
+        assert splits["train"][kind]
+        assert splits["valid"][kind]
+        assert not splits["train"][kind] & splits["valid"][kind]
 
 
-def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
+def test_folder_with_other_files_is_rejected(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious.txt").touch()
     with pytest.raises(UserError, match="another folder"):
@@ -85,7 +85,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     assert (tmp_path / "run" / "precious.txt").exists()
 
 
-def test_an_earlier_demo_is_replaced(tmp_path):
+def test_earlier_demo_is_replaced(tmp_path):
     out = tmp_path / "demo"
     demo._claim_folder(out)
     (out / "run").mkdir()
@@ -95,8 +95,8 @@ def test_an_earlier_demo_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(("ap50", "code"), [(0.69, 1), (0.70, None), (float("nan"), 1)])
-def test_learning_too_little_is_a_failure(monkeypatch, tmp_path, capsys, ap50, code):
-    """The flow with the training left out: what counts is the figure of the evaluation."""
+def test_low_ap_is_a_failure(monkeypatch, tmp_path, capsys, ap50, code):
+    """Training is mocked; only the result of the evaluation matters."""
     import deformable_detr.evaluation
     import deformable_detr.training.trainer
     from deformable_detr import DeformableDETR
@@ -114,15 +114,15 @@ def test_learning_too_little_is_a_failure(monkeypatch, tmp_path, capsys, ap50, c
 
             return predict(self, source, threshold)
 
-    ended = None
+    exit_code = None
     try:
         assert demo.run(tmp_path / "demo")["AP50"] == ap50
     except SystemExit as end:
-        ended = end.code
-    assert ended == code
-    written = capsys.readouterr()
-    assert f"AP50 {ap50:.3f}" in written.out
-    assert "train DATA --out" in written.out
-    assert ("training did not converge" in written.err) == (code == 1)
+        exit_code = end.code
+    assert exit_code == code
+    captured = capsys.readouterr()
+    assert f"AP50 {ap50:.3f}" in captured.out
+    assert "train DATA --out" in captured.out
+    assert ("training did not converge" in captured.err) == (code == 1)
     assert len(list((tmp_path / "demo" / "pictures").glob("*.png"))) == 3
     assert Image.open(tmp_path / "demo" / "pictures.png").width > 320

@@ -1,4 +1,4 @@
-"""What the package promises before anything is trained: cheap imports, the public names."""
+"""Cheap imports and the public names of the package."""
 
 import subprocess
 import sys
@@ -8,30 +8,30 @@ import pytest
 import deformable_detr
 from deformable_detr.utils.files import replace_file
 
-# What takes seconds to import and only some verbs need.
+# Slow to import and needed by some commands only.
 HEAVY = ("timm", "torchvision", "scipy", "supervision", "transformers", "hotcoco", "matplotlib", "cyclopts")
 HEAVY += ("torch.utils.tensorboard", "tensorboard")
 
 
 def loaded_after(code: str) -> set[str]:
-    """The modules that a fresh interpreter has loaded after running the code."""
+    """Return the modules that a fresh interpreter has loaded after running the code."""
     show = "import sys; sys.stderr.write('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, check=True)
     return set(done.stderr.split())
 
 
-def test_importing_the_package_loads_nothing_heavy_beside_torch():
+def test_public_names_load_no_heavy_package_except_torch():
     loaded = loaded_after("import deformable_detr\nfor name in deformable_detr.__all__: getattr(deformable_detr, name)")
-    assert "deformable_detr.model.network" in loaded  # the names are really there
+    assert "deformable_detr.model.network" in loaded  # the names were resolved
     assert "torch" in loaded
     assert not loaded & set(HEAVY)
 
 
-def test_importing_the_package_alone_does_not_even_load_torch():
+def test_package_import_does_not_load_torch():
     assert "torch" not in loaded_after("import deformable_detr")
 
 
-def test_a_heavy_import_would_be_noticed():
+def test_heavy_import_is_detected():
     assert "scipy" in loaded_after("import deformable_detr, scipy")
 
 
@@ -45,18 +45,18 @@ def test_help_needs_no_torch(arguments):
     assert "torch" not in loaded
 
 
-def test_public_names_are_listed_and_there():
+def test_public_names_are_listed_and_defined():
     assert set(deformable_detr.__all__) <= set(dir(deformable_detr))
     for name in deformable_detr.__all__:
         assert getattr(deformable_detr, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="DeformableDETRR"):
         deformable_detr.DeformableDETRR  # noqa: B018
 
 
-def test_version_is_the_installed_one():
+def test_version_matches_the_installed_package():
     from importlib.metadata import version
 
     assert deformable_detr.__version__ == version("deformable-detr")

@@ -1,4 +1,4 @@
-"""Image batches, targets, and detections in the formats that people use."""
+"""Image batches, targets, and detections in common formats."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The analysis against plain definitions, written out slowly, and TIDE against its authors' package."""
+"""The analysis compared with slow reference implementations, and TIDE with its authors' package."""
 
 import sys
 from unittest.mock import MagicMock
@@ -11,7 +11,7 @@ from deformable_detr.evaluation.analysis import analyze, best_f1, match
 from deformable_detr.evaluation.metrics import run_coco_eval
 from tests.support.detections import synthetic_detections
 
-# tidecv 1.0.1 on `synthetic(seed=1)`, percent: its figures where the package is not installed.
+# Percentages of tidecv 1.0.1 on `synthetic_detections(seed=1)`, for when the package is not installed.
 TIDE_AP50 = 48.601852072199954
 TIDE_GAINS = {
     "Cls": 9.380020879659945, "Loc": 20.94095983054806, "Both": 0.5594931304100754, "Dupe": 2.051839412596941,
@@ -24,56 +24,59 @@ def case():
     return synthetic_detections(seed=1)
 
 
-def overlap(a, b):
-    """IoU of two x, y, w, h boxes."""
+def box_iou(a, b):
+    """Return the IoU of two xywh boxes."""
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    inside = max(width, 0) * max(height, 0)
-    return inside / (a[2] * a[3] + b[2] * b[3] - inside)
+    intersection = max(width, 0) * max(height, 0)
+    return intersection / (a[2] * a[3] + b[2] * b[3] - intersection)
 
 
-def slow_matches(truth, results, same_class=True):
-    """For each result the place of its annotation at IoU 0.5 or None; best scores first, crowds not counted."""
-    taken, matches = set(), [None] * len(results)
-    for place in sorted(range(len(results)), key=lambda place: -results[place]["score"]):
-        result, best, partner = results[place], 0.5, None
+def reference_matches(truth, results, same_class=True):
+    """Return the index of the matched annotation at IoU 0.5 or None per result, best scores first, crowds excluded."""
+    used, matches = set(), [None] * len(results)
+    for index in sorted(range(len(results)), key=lambda index: -results[index]["score"]):
+        result, best, partner = results[index], 0.5, None
         for number, annotation in enumerate(truth["annotations"]):
-            if number in taken or annotation["image_id"] != result["image_id"]:
+            if number in used or annotation["image_id"] != result["image_id"]:
                 continue
             if same_class and annotation["category_id"] != result["category_id"]:
                 continue
-            if overlap(annotation["bbox"], result["bbox"]) >= best:
-                best, partner = overlap(annotation["bbox"], result["bbox"]), number
+            if box_iou(annotation["bbox"], result["bbox"]) >= best:
+                best, partner = box_iou(annotation["bbox"], result["bbox"]), number
         if partner is not None:
-            taken.add(partner)
-            matches[place] = partner
+            used.add(partner)
+            matches[index] = partner
     return matches
 
 
-def test_matches_are_those_of_the_definition(case):
+def test_matches_equal_the_reference(case):
     truth, results = case
     matches = match(run_coco_eval(truth, results))
-    slow = slow_matches(truth, results)
+    expected = reference_matches(truth, results)
     assert matches.counted.all()
     assert matches.objects.all()
-    assert matches.partners.tolist() == [-1 if partner is None else partner for partner in slow]
+    assert matches.partners.tolist() == [-1 if partner is None else partner for partner in expected]
     assert (matches.hits == (matches.partners >= 0)).all()
 
 
-def test_detections_on_crowds_do_not_count():
+def test_detections_on_crowds_are_ignored():
     truth, results = synthetic_detections(seed=2, crowds=0.3)
     matches = match(run_coco_eval(truth, results))
     crowd = np.array([annotation["iscrowd"] for annotation in truth["annotations"]], dtype=bool)
     assert (matches.objects == ~crowd).all()
     assert not matches.hits[~matches.counted].any()
     assert 0 < (~matches.counted).sum() < len(results) / 2
-    without = {**truth, "annotations": [one for one in truth["annotations"] if not one["iscrowd"]]}
-    again = match(run_coco_eval(without, results))
-    assert again.hits.sum() == matches.hits.sum()
-    assert (again.hits & again.counted)[matches.counted].sum() == matches.hits.sum()
+    truth_without_crowds = {
+        **truth,
+        "annotations": [record for record in truth["annotations"] if not record["iscrowd"]],
+    }
+    without_crowds = match(run_coco_eval(truth_without_crowds, results))
+    assert without_crowds.hits.sum() == matches.hits.sum()
+    assert (without_crowds.hits & without_crowds.counted)[matches.counted].sum() == matches.hits.sum()
 
 
-def test_figures_are_those_of_coco_metrics(case):
+def test_metrics_equal_coco_metrics(case):
     analysis, metrics = analyze(run_coco_eval(*case)), coco_metrics(*case)
     classes = metrics.pop("per_class")
     assert analysis["metrics"] == metrics
@@ -87,118 +90,118 @@ def test_figures_are_those_of_coco_metrics(case):
     assert sum(row["objects"] for row in analysis["classes"]) == analysis["objects"] == len(case[0]["annotations"])
 
 
-def test_best_threshold_is_the_best_of_all(case):
+def test_best_threshold_has_the_highest_f1(case):
     truth, results = case
     analysis = analyze(run_coco_eval(truth, results))
-    slow = slow_matches(truth, results)
+    expected = reference_matches(truth, results)
     for row, category in [(analysis, None), *zip(analysis["classes"], truth["categories"], strict=True)]:
-        own = [
+        scored_hits = [
             (result["score"], partner is not None)
-            for result, partner in zip(results, slow, strict=True)
+            for result, partner in zip(results, expected, strict=True)
             if category is None or result["category_id"] == category["id"]
         ]
-        best = max(_at(own, score, row["objects"]) for score, _ in own)
+        best = max(_at(scored_hits, score, row["objects"]) for score, _ in scored_hits)
         assert row["best"]["f1"] == pytest.approx(best[0])
-        assert _at(own, row["best"]["threshold"], row["objects"]) == pytest.approx(
+        assert _at(scored_hits, row["best"]["threshold"], row["objects"]) == pytest.approx(
             tuple(row["best"][key] for key in ("f1", "precision", "recall"))
         )
 
 
-def _at(own, threshold, objects):
-    kept = [hit for score, hit in own if score >= threshold]
-    precision, recall = sum(kept) / len(kept), sum(kept) / objects
-    return (2 * precision * recall / (precision + recall) if any(kept) else 0.0, precision, recall)
+def _at(scored_hits, threshold, objects):
+    hits = [hit for score, hit in scored_hits if score >= threshold]
+    precision, recall = sum(hits) / len(hits), sum(hits) / objects
+    return (2 * precision * recall / (precision + recall) if any(hits) else 0.0, precision, recall)
 
 
-def test_equal_scores_stand_or_fall_together():
+def test_equal_scores_share_a_threshold():
     scores, hits = np.array([0.9, 0.5, 0.5, 0.5]), np.array([False, True, False, False])
     assert list(best_f1(scores, hits, 1).values()) == pytest.approx([0.5, 0.4, 0.25, 1.0])
     assert best_f1(scores, np.zeros(4, dtype=bool), 1) is None
     assert best_f1(scores, hits, 0) is None
 
 
-def test_calibration_by_its_definition(case):
+def test_calibration_matches_its_definition(case):
     truth, results = case
-    found = analyze(run_coco_eval(truth, results))["calibration"]
-    hits = np.array([partner is not None for partner in slow_matches(truth, results)])
+    calibration = analyze(run_coco_eval(truth, results))["calibration"]
+    hits = np.array([partner is not None for partner in reference_matches(truth, results)])
     scores = np.array([result["score"] for result in results])
     gap = 0.0
-    for number, one in enumerate(found["bins"]):
-        inside = (scores >= number / 10) & (scores < (number + 1) / 10)
-        assert one["count"] == inside.sum()
-        if inside.any():
-            assert one["accuracy"] == pytest.approx(hits[inside].mean())
-            assert one["score"] == pytest.approx(scores[inside].mean())
-            gap += inside.sum() / len(scores) * abs(hits[inside].mean() - scores[inside].mean())
-    assert found["ece"] == pytest.approx(gap)
+    for number, bin_ in enumerate(calibration["bins"]):
+        in_bin = (scores >= number / 10) & (scores < (number + 1) / 10)
+        assert bin_["count"] == in_bin.sum()
+        if in_bin.any():
+            assert bin_["accuracy"] == pytest.approx(hits[in_bin].mean())
+            assert bin_["score"] == pytest.approx(scores[in_bin].mean())
+            gap += in_bin.sum() / len(scores) * abs(hits[in_bin].mean() - scores[in_bin].mean())
+    assert calibration["ece"] == pytest.approx(gap)
 
 
-def test_confusion_by_its_definition(case):
+def test_confusion_matrix_matches_its_definition(case):
     truth, results = case
     analysis = analyze(run_coco_eval(truth, results))
     threshold = analysis["confusion"]["threshold"]
     assert threshold == analysis["best"]["threshold"]
     results = [result for result in results if result["score"] >= threshold]
-    places = {category["id"]: k for k, category in enumerate(truth["categories"])}
+    rows = {category["id"]: k for k, category in enumerate(truth["categories"])}
     matrix = np.zeros((5, 5), dtype=int)
-    slow = slow_matches(truth, results, same_class=False)
-    for result, partner in zip(results, slow, strict=True):
-        row = 4 if partner is None else places[truth["annotations"][partner]["category_id"]]
-        matrix[row, places[result["category_id"]]] += 1
+    expected = reference_matches(truth, results, same_class=False)
+    for result, partner in zip(results, expected, strict=True):
+        row = 4 if partner is None else rows[truth["annotations"][partner]["category_id"]]
+        matrix[row, rows[result["category_id"]]] += 1
     for number, annotation in enumerate(truth["annotations"]):
-        matrix[places[annotation["category_id"]], 4] += number not in slow
+        matrix[rows[annotation["category_id"]], 4] += number not in expected
     assert analysis["confusion"]["matrix"] == matrix.tolist()
 
 
-def reference(truth, results, monkeypatch):
-    """tidecv's AP50 and gains in percent, without the libraries of its plots."""
+def tide_reference(truth, results, monkeypatch):
+    """Return tidecv's AP50 and gains in percent, with its plotting libraries mocked."""
     pytest.importorskip("pycocotools")
     for name in ("cv2", "seaborn", "pandas", "appdirs", "matplotlib.pyplot"):
         monkeypatch.setitem(sys.modules, name, MagicMock())
     tidecv = pytest.importorskip("tidecv", reason="needs tidecv, the reference of TIDE", exc_type=ImportError)
-    objects, found = tidecv.Data("truth"), tidecv.Data("found")
+    objects, detections = tidecv.Data("truth"), tidecv.Data("detections")
     for category in truth["categories"]:
         objects.add_class(category["id"], category["name"])
     for image in truth["images"]:
         objects.add_image(image["id"], str(image["id"]))
-    for one in truth["annotations"]:
-        add = objects.add_ignore_region if one["iscrowd"] else objects.add_ground_truth
-        add(one["image_id"], one["category_id"], one["bbox"])
-    for one in results:
-        found.add_detection(one["image_id"], one["category_id"], one["score"], one["bbox"])
+    for record in truth["annotations"]:
+        add = objects.add_ignore_region if record["iscrowd"] else objects.add_ground_truth
+        add(record["image_id"], record["category_id"], record["bbox"])
+    for result in results:
+        detections.add_detection(result["image_id"], result["category_id"], result["score"], result["bbox"])
     run = tidecv.TIDE()
-    run.evaluate(objects, found, mode=tidecv.TIDE.BOX)
+    run.evaluate(objects, detections, mode=tidecv.TIDE.BOX)
     errors = run.get_all_errors()
-    return next(iter(run.runs.values())).ap, errors["main"]["found"], errors["special"]["found"]
+    return next(iter(run.runs.values())).ap, errors["main"]["detections"], errors["special"]["detections"]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_tide_agrees_with_its_authors(seed, monkeypatch):
+def test_tide_matches_the_package_of_its_authors(seed, monkeypatch):
     truth, results = synthetic_detections(seed=seed)
-    ap, gains, special = reference(truth, results, monkeypatch)
+    ap, gains, special = tide_reference(truth, results, monkeypatch)
     errors = analyze(run_coco_eval(truth, results))["errors"]
     assert 100 * errors["AP50"] == pytest.approx(ap, abs=0.01)
-    for one in errors["types"]:
-        assert 100 * one["gain"] == pytest.approx(gains[one["type"]], abs=0.01), one["type"]
+    for error in errors["types"]:
+        assert 100 * error["gain"] == pytest.approx(gains[error["type"]], abs=0.01), error["type"]
     assert 100 * errors["false_positives"] == pytest.approx(special["FalsePos"], abs=0.01)
     assert 100 * errors["false_negatives"] == pytest.approx(special["FalseNeg"], abs=0.01)
 
 
-def test_tide_is_as_recorded(case):
+def test_tide_matches_recorded_values(case):
     errors = analyze(run_coco_eval(*case))["errors"]
     assert 100 * errors["AP50"] == pytest.approx(TIDE_AP50)
-    assert {one["type"]: 100 * one["gain"] for one in errors["types"]} == pytest.approx(TIDE_GAINS)
+    assert {error["type"]: 100 * error["gain"] for error in errors["types"]} == pytest.approx(TIDE_GAINS)
 
 
-@pytest.mark.parametrize("what", ["no detections", "no objects", "nothing", "one class"])
-def test_little_to_count(what):
+@pytest.mark.parametrize("scenario", ["no detections", "no objects", "empty", "one class"])
+def test_degenerate_inputs(scenario):
     truth, results = synthetic_detections(images=3, classes=1)
-    if what in ("no objects", "nothing"):
+    if scenario in ("no objects", "empty"):
         truth = {**truth, "annotations": []}
-    if what in ("no detections", "nothing"):
+    if scenario in ("no detections", "empty"):
         results = []
     analysis = analyze(run_coco_eval(truth, results))
-    assert (analysis["best"] is None) == (what != "one class")
+    assert (analysis["best"] is None) == (scenario != "one class")
     assert len(analysis["curves"]) == 2
     assert len(analysis["errors"]["types"]) == 6
-    assert (analysis["metrics"]["AP"] is None) == (what in ("no objects", "nothing"))
+    assert (analysis["metrics"]["AP"] is None) == (scenario in ("no objects", "empty"))

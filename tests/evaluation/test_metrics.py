@@ -1,4 +1,4 @@
-"""The COCO figures: pycocotools is the judge on real annotations, hand-made cases for what breaks it."""
+"""COCO metrics compared with pycocotools on real annotations, and cases that pycocotools gets wrong."""
 
 import contextlib
 import copy
@@ -12,14 +12,14 @@ import pytest
 from deformable_detr.evaluation.metrics import coco_metrics
 from deformable_detr.utils.errors import UserError
 
-FIGURES = [
+METRICS = [
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
     "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large",
 ]  # fmt: skip
 
 
-def by_pycocotools(ground_truth, results):
-    """The 12 figures and AP per category id of the reference, −1 as None; both inputs are copied."""
+def pycocotools_metrics(ground_truth, results):
+    """Return the 12 metrics and AP per category id of pycocotools, with -1 as None; inputs are copied."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -40,7 +40,7 @@ def by_pycocotools(ground_truth, results):
 
 
 def noisy_detections(ground_truth, seed=0):
-    """Detections made from the truth: jittered, missed, doubled, wrong class, on crowds, on nothing; tied scores."""
+    """Return detections from the truth: jittered, missed, duplicated, misclassified, on crowds, spurious, tied."""
     rng = np.random.default_rng(seed)
     categories = [category["id"] for category in ground_truth["categories"]]
     results = []
@@ -77,12 +77,12 @@ def detection(image, category, box, score=0.9):
     return {"image_id": image, "category_id": category, "bbox": box, "score": score}
 
 
-ONE = pytest.approx(1.0, abs=1e-12)  # pycocotools' own figure for perfection is 0.9999999999999998
+ONE = pytest.approx(1.0, abs=1e-12)  # a perfect score is 0.9999999999999998 in pycocotools
 CAT = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 10, 40, 40], "area": 1600, "iscrowd": 0}
 
 
 @pytest.mark.parametrize("name", ["playing_cards", "bccd", "coco_mini"])
-def test_equals_pycocotools_on_real_sets(shared, name):
+def test_matches_pycocotools_on_real_datasets(shared, name):
     ground_truth = json.loads((shared / "data" / name / "val" / "_annotations.coco.json").read_text())
     results = noisy_detections(ground_truth)
     before = copy.deepcopy((ground_truth, results))
@@ -90,21 +90,21 @@ def test_equals_pycocotools_on_real_sets(shared, name):
     metrics = coco_metrics(ground_truth, results)
 
     assert (ground_truth, results) == before
-    figures, per_class = by_pycocotools(ground_truth, results)
-    assert list(metrics) == [*FIGURES, "per_class"]
-    assert [metrics[figure] for figure in FIGURES] == [
-        None if v is None else pytest.approx(v, rel=0, abs=1e-9) for v in figures
+    expected, per_class = pycocotools_metrics(ground_truth, results)
+    assert list(metrics) == [*METRICS, "per_class"]
+    assert [metrics[name] for name in METRICS] == [
+        None if v is None else pytest.approx(v, rel=0, abs=1e-9) for v in expected
     ]
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     assert metrics["per_class"] == {
         names[k]: None if v is None else pytest.approx(v, rel=0, abs=1e-9) for k, v in per_class.items()
     }
-    assert 0.1 < metrics["AP"] < 0.9  # the noise leaves something to measure
+    assert 0.1 < metrics["AP"] < 0.9  # neither trivial nor perfect
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_equals_pycocotools_on_random_scenes(seed):
-    """Few boxes on a coarse grid: ties in score and overlap, zero-area boxes, crowds, more than 100 detections."""
+def test_matches_pycocotools_on_random_scenes(seed):
+    """Few boxes on a coarse grid: ties, zero-area boxes, crowds, more than 100 detections."""
     rng = np.random.default_rng(seed)
     grid = 1 + 9 * int(seed % 2)
     annotations = [
@@ -120,9 +120,9 @@ def test_equals_pycocotools_on_random_scenes(seed):
 
     metrics = coco_metrics(ground_truth, results)
 
-    figures, per_class = by_pycocotools(ground_truth, results)
-    assert [metrics[figure] for figure in FIGURES] == [
-        None if v is None else pytest.approx(v, rel=0, abs=1e-9) for v in figures
+    expected, per_class = pycocotools_metrics(ground_truth, results)
+    assert [metrics[name] for name in METRICS] == [
+        None if v is None else pytest.approx(v, rel=0, abs=1e-9) for v in expected
     ]
     assert list(metrics["per_class"].values()) == [
         None if v is None else pytest.approx(v, rel=0, abs=1e-9) for v in per_class.values()
@@ -140,29 +140,29 @@ def test_perfect_detections_and_classes_without_truth():
 def test_annotation_ids_do_not_matter():
     zero = [{**CAT, "id": 0}]
     results = [detection(1, 1, [10, 10, 40, 40])]
-    assert by_pycocotools(scene(zero), results)[0][0] == 0.0  # the trap: pycocotools reads id 0 as "not matched"
+    assert pycocotools_metrics(scene(zero), results)[0][0] == 0.0  # pycocotools reads id 0 as "not matched"
     assert coco_metrics(scene(zero), results)["AP"] == ONE
 
-    twice = [CAT, {**CAT, "image_id": 2}]  # two objects, one id
-    both = [*results, detection(2, 1, [10, 10, 40, 40])]
-    assert coco_metrics(scene(twice), both)["AP"] == ONE
-    assert coco_metrics(scene(twice), results)["AR100"] == 0.5
+    duplicate_ids = [CAT, {**CAT, "image_id": 2}]  # two objects with one id
+    all_results = [*results, detection(2, 1, [10, 10, 40, 40])]
+    assert coco_metrics(scene(duplicate_ids), all_results)["AP"] == ONE
+    assert coco_metrics(scene(duplicate_ids), results)["AR100"] == 0.5
 
-    unnamed = {key: value for key, value in CAT.items() if key != "id"}
-    assert coco_metrics(scene([unnamed]), results)["AP"] == ONE
+    without_id = {key: value for key, value in CAT.items() if key != "id"}
+    assert coco_metrics(scene([without_id]), results)["AP"] == ONE
 
 
 def test_missing_area_and_crowd_flag_get_defaults():
     bare = {key: CAT[key] for key in ("id", "image_id", "category_id", "bbox")}
     results = [detection(1, 1, [12, 10, 40, 44])]
     with pytest.raises(KeyError):
-        by_pycocotools(scene([bare]), results)
+        pycocotools_metrics(scene([bare]), results)
     assert coco_metrics(scene([bare]), results) == coco_metrics(scene([CAT]), results)
-    nothing = {**bare, "area": None, "iscrowd": None}
-    assert coco_metrics(scene([nothing]), results) == coco_metrics(scene([CAT]), results)
+    null_values = {**bare, "area": None, "iscrowd": None}
+    assert coco_metrics(scene([null_values]), results) == coco_metrics(scene([CAT]), results)
 
 
-def test_crowds_excuse_detections():
+def test_detections_on_crowds_are_not_false_positives():
     crowd = {**CAT, "id": 2, "bbox": [0, 60, 100, 40], "area": 4000, "iscrowd": 1}
     results = [detection(1, 1, [10, 10, 40, 40], 0.8), detection(1, 1, [5, 65, 20, 20], 0.9)]
     assert coco_metrics(scene([CAT, crowd]), results)["AP"] == ONE
@@ -175,7 +175,7 @@ def test_no_detections_and_no_truth():
     assert metrics["AP_small"] is None
     assert metrics["per_class"] == {"cat": 0.0, "dog": None}
     empty = coco_metrics(scene([]), [detection(1, 1, [10, 10, 40, 40])])
-    assert {empty[figure] for figure in FIGURES} == {None}
+    assert {empty[name] for name in METRICS} == {None}
     assert coco_metrics(scene([], images=()), [])["AP"] is None
 
 
@@ -188,16 +188,15 @@ def test_image_ids_of_any_kind(images):
     assert coco_metrics(scene(truth, images=images), swapped)["AP"] == 0.0
 
 
-def test_classes_that_share_a_name_stay_apart():
+def test_classes_with_the_same_name_stay_separate():
     ground_truth = scene([CAT], names=("cat", "cat"))
     assert coco_metrics(ground_truth, [])["per_class"] == {"cat (1)": 0.0, "cat (2)": None}
 
 
-def test_records_of_unlisted_images_and_categories():
-    """Annotations of unlisted images or categories do not count, nor do detections of unlisted categories."""
-    strays = [CAT, {**CAT, "id": 2, "image_id": 99}, {**CAT, "id": 3, "category_id": 99}]
+def test_unlisted_images_and_categories_are_ignored():
+    annotations = [CAT, {**CAT, "id": 2, "image_id": 99}, {**CAT, "id": 3, "category_id": 99}]
     results = [detection(1, 1, [10, 10, 40, 40]), detection(1, 98, [10, 10, 40, 40], 0.99)]
-    assert coco_metrics(scene(strays), results)["AP"] == ONE
+    assert coco_metrics(scene(annotations), results)["AP"] == ONE
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_records_of_unlisted_images_and_categories():
         (detection(1, 1, [1, 1, 2, 2], float("nan")), "the score is nan"),
     ],
 )
-def test_bad_detections_are_named(result, message):
+def test_invalid_detections_are_reported(result, message):
     with pytest.raises(UserError, match=re.escape(message)):
         coco_metrics(scene([CAT]), [detection(1, 1, [10, 10, 40, 40]), result])
 
@@ -221,6 +220,6 @@ def test_bad_detections_are_named(result, message):
         (scene([], images=(1, 1)), "image id 1 is used twice"),
     ],
 )
-def test_bad_ground_truth_is_named(ground_truth, message):
+def test_invalid_ground_truth_is_reported(ground_truth, message):
     with pytest.raises(UserError, match=re.escape(message)):
         coco_metrics(ground_truth, [])

@@ -1,4 +1,4 @@
-"""Report and training page in a real browser: sorting, selecting, hovering, layout, and no console messages."""
+"""Report and training page in a browser: sorting, selecting, hovering, layout, no console messages."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from tests.support.browser import overflowing_texts
 from tests.support.detections import evaluation_result, page_data, synthetic_detections
 
 pytestmark = pytest.mark.slow
-LONG = "a class with a name so long that it fits nowhere, Straßenverkehrsschild"
+LONG = "a class with a very long name that does not fit, Straßenverkehrsschild"
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def run(folder):
                 file.write(json.dumps(evaluation) + "\n")
     image = {"name": "x.png", "width": 200, "height": 100, "objects": [[10, 10, 50, 60, 0]],
              "image": jpeg_data_uri(Image.new("RGB", (200, 100)), 480)}  # fmt: skip
-    described = {"ids": [4], "names": [LONG], "images": [image]}
-    (folder / FOLDER / "images.json").write_text(json.dumps(described))
+    gallery = {"ids": [4], "names": [LONG], "images": [image]}
+    (folder / FOLDER / "images.json").write_text(json.dumps(gallery))
     with open(folder / FOLDER / "predictions.jsonl", "w") as file:
         for step in (100, 200, 300):
             boxes = [[12, 12, 50, 60, 0, step / 400], [100, 5, 40, 40, 0, 0.2]]
@@ -62,55 +62,55 @@ def run(folder):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("name", ["one", "two", "none", "run"])
-def test_nothing_sticks_out(browse, pages, name, width, dark):
+def test_layout_has_no_overflow(browse, pages, name, width, dark):
     driver = browse(pages[name], width, dark)
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert overflowing_texts(driver) == []
-    ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (ground == "rgb(255, 255, 255)") == (not dark)
-    outside = """return [...document.querySelectorAll('.chart svg text')].filter(text => {
+    background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (not dark)
+    overflowing_labels = """return [...document.querySelectorAll('.chart svg text')].filter(text => {
         const t = text.getBoundingClientRect(), s = text.ownerSVGElement.getBoundingClientRect();
         return t.left < s.left - 1 || t.right > s.right + 1 || t.top < s.top - 1 || t.bottom > s.bottom + 1;
     }).map(text => text.textContent)"""
-    assert driver.execute_script(outside) == []
-    short = """return [...document.querySelectorAll('caption, #speed-table td, #metrics-table td')].filter(
+    assert driver.execute_script(overflowing_labels) == []
+    clipped_cells = """return [...document.querySelectorAll('caption, #speed-table td, #metrics-table td')].filter(
         cell => cell.scrollWidth > cell.clientWidth + 1 || cell.clientHeight > 60).map(cell => cell.textContent)"""
-    assert driver.execute_script(short) == []
-    labels = """return [...document.querySelectorAll('#gallery svg')].map(picture => [
+    assert driver.execute_script(clipped_cells) == []
+    label_positions = """return [...document.querySelectorAll('#gallery svg')].map(picture => [
         ...picture.querySelectorAll('.label')].map(label => {
             const [p, r, t] = [picture, ...label.children].map(e => e.getBoundingClientRect());
             return [r.left - p.left, r.top - p.top, r.right - p.left, r.bottom - p.top, p.width, p.height,
                 t.right - r.right];
         }))"""
-    pictures = driver.execute_script(labels)
-    assert any(len(placed) > 2 for placed in pictures) or name == "run"
-    for placed in pictures:
-        for left, top, right, bottom, picture_width, picture_height, beyond in placed:
-            assert min(left, top, picture_width - right, picture_height - bottom) > -0.5
-            assert beyond < 0.5  # the text ends on its ground
-        for a, b in itertools.combinations(placed, 2):
+    images = driver.execute_script(label_positions)
+    assert any(len(positions) > 2 for positions in images) or name == "run"
+    for positions in images:
+        for left, top, right, bottom, image_width, image_height, overflow in positions:
+            assert min(left, top, image_width - right, image_height - bottom) > -0.5
+            assert overflow < 0.5  # the text stays on its background
+        for a, b in itertools.combinations(positions, 2):
             assert min(a[2], b[2]) - max(a[0], b[0]) < 0.5 or min(a[3], b[3]) - max(a[1], b[1]) < 0.5
     assert driver.get_log("browser") == []
 
 
-def test_report_is_used(browse, pages):
+def test_report_interactions(browse, pages):
     from selenium.webdriver import ActionChains
     from selenium.webdriver.support.ui import Select
 
-    shown = page_data(pages["one"].read_text(encoding="utf-8"))["models"][0]
+    page_json = page_data(pages["one"].read_text(encoding="utf-8"))["models"][0]
     driver = browse(pages["one"])
-    find, every = driver.find_element, driver.find_elements
+    find, find_all = driver.find_element, driver.find_elements
 
     def column(number):
-        return [cell.text for cell in every("css selector", f"#classes-table tbody td:nth-child({number})")]
+        return [cell.text for cell in find_all("css selector", f"#classes-table tbody td:nth-child({number})")]
 
-    assert find("css selector", "#metrics-table tbody tr td:nth-child(2)").text == f"{shown['metrics']['AP']:.3f}"
-    assert column(3) == [f"{row['AP']:.3f}" for row in shown["classes"]]
-    heads = every("css selector", "#classes-table th button")
-    heads[2].click()
-    assert column(3) == sorted((f"{row['AP']:.3f}" for row in shown["classes"]), reverse=True)
-    heads[2].click()
-    assert column(3) == sorted(f"{row['AP']:.3f}" for row in shown["classes"])
+    assert find("css selector", "#metrics-table tbody tr td:nth-child(2)").text == f"{page_json['metrics']['AP']:.3f}"
+    assert column(3) == [f"{row['AP']:.3f}" for row in page_json["classes"]]
+    headers = find_all("css selector", "#classes-table th button")
+    headers[2].click()
+    assert column(3) == sorted((f"{row['AP']:.3f}" for row in page_json["classes"]), reverse=True)
+    headers[2].click()
+    assert column(3) == sorted(f"{row['AP']:.3f}" for row in page_json["classes"])
     find("id", "find").send_keys("straß")
     assert column(1) == [LONG]
     assert find("id", "find-count").text == "1 of 14 classes"
@@ -120,10 +120,10 @@ def test_report_is_used(browse, pages):
     ActionChains(driver).move_to_element(chart).perform()
     readout = find("css selector", "#curve .readout").text
     recall = float(readout.split(":")[0].split()[-1])
-    precision = shown["curves"][3]["50"][round(recall * 100)] / 1000
+    precision = page_json["curves"][3]["50"][round(recall * 100)] / 1000
     assert f"IoU 0.50 {precision:.3g}" in readout
 
-    # A small box inside a large one can be pointed at, and then says what it is.
+    # A small box inside a large one can be hovered and shows its label.
     script = """const found = '#gallery figure:nth-child(2) svg .box:not([pointer-events])';
         const boxes = [...document.querySelectorAll(found)];
         return boxes.reduce((a, b) => a.getAttribute('width') * a.getAttribute('height') <
@@ -135,31 +135,31 @@ def test_report_is_used(browse, pages):
     title = smallest.find_element("css selector", "title").get_attribute("textContent")
     assert hovered.split()[:-1] == title.removesuffix(", wrong").split()[:-1]
 
-    matrix = shown["confusion"]["matrix"]
+    matrix = page_json["confusion"]["matrix"]
     cell = find("css selector", "#matrix rect[data-cell='2,2']")
     ActionChains(driver).move_to_element(cell).perform()
     assert (
         find("id", "matrix-readout").text == f"{matrix[2][2]} of {sum(matrix[2])} “class 2” were detected as “class 2”"
     )
-    gains = [element.text.split(",")[0] for element in every("css selector", "#errors-bars .value")]
-    assert gains == [f"{one['gain']:.3f}" for one in shown["errors"]["types"]]
+    gains = [element.text.split(",")[0] for element in find_all("css selector", "#errors-bars .value")]
+    assert gains == [f"{error['gain']:.3f}" for error in page_json["errors"]["types"]]
 
 
-def test_other_model_is_chosen(browse, pages):
+def test_selecting_the_second_model(browse, pages):
     from selenium.webdriver.support.ui import Select
 
-    shown = page_data(pages["two"].read_text(encoding="utf-8"))["models"]
+    page_json = page_data(pages["two"].read_text(encoding="utf-8"))["models"]
     driver = browse(pages["two"])
     assert len(driver.find_elements("css selector", "#gallery .panels")[0].find_elements("css selector", "figure")) == 3
     Select(driver.find_element("id", "confusion-model")).select_by_index(1)
-    assert f"{shown[1]['confusion']['threshold']:.3f}" in driver.find_element("id", "confusion-note").text
+    assert f"{page_json[1]['confusion']['threshold']:.3f}" in driver.find_element("id", "confusion-note").text
     row = driver.find_element("css selector", "#metrics-table tbody tr").text.split()
-    first, second = (model["metrics"]["AP"] for model in shown)
+    first, second = (model["metrics"]["AP"] for model in page_json)
     assert row[1:3] == [f"{first:.3f}", f"{second:.3f}"]
     assert row[4] == f"{second - first:+.3f}".replace("-", "−")
 
 
-def test_gallery_goes_through_the_evaluations(browse, pages):
+def test_gallery_steps_through_the_evaluations(browse, pages):
     from selenium.webdriver import Keys
 
     driver = browse(pages["run"])

@@ -1,4 +1,4 @@
-"""A run's page of curves and gallery: written by the training itself, whole at any time, as its records say."""
+"""The page of a run with curves and gallery, written during training."""
 
 import json
 import re
@@ -21,18 +21,18 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_training_writes_its_page_and_goes_on_with_it(tmp_path):
+def test_training_writes_and_resumes_the_page(tmp_path):
     data, run = write_dataset(tmp_path / "data"), tmp_path / "run"
     train_model(data, run, tiny_config(epochs=2))
-    shown, records = content(run / "training.html"), lines(run)
+    page, records = content(run / "training.html"), lines(run)
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    assert shown["evaluation"]["AP"] == [[record["step"], record["AP"]] for record in evaluations]
+    assert page["evaluation"]["AP"] == [[record["step"], record["AP"]] for record in evaluations]
     train = [record for record in records if record["kind"] == "train" and record["step"] <= evaluations[-1]["step"]]
     for name in ("loss", "loss_class", "lr"):
-        assert [step for step, _ in shown["train"][name]] == [record["step"] for record in train]
-        assert [value for _, value in shown["train"][name]] == pytest.approx([row[name] for row in train], rel=1e-4)
-    gallery = shown["gallery"]
-    assert [one["step"] for one in gallery["evaluations"]] == [record["step"] for record in evaluations]
+        assert [step for step, _ in page["train"][name]] == [record["step"] for record in train]
+        assert [value for _, value in page["train"][name]] == pytest.approx([row[name] for row in train], rel=1e-4)
+    gallery = page["gallery"]
+    assert [evaluation["step"] for evaluation in gallery["evaluations"]] == [record["step"] for record in evaluations]
     assert [image["name"] for image in gallery["images"]] == ["0.png", "1.png", "2.png", "3.png"]
     assert all(image["image"].startswith("data:image/jpeg;base64,") for image in gallery["images"])
     assert gallery["names"] == ["red", "green", "blue"]
@@ -42,8 +42,8 @@ def test_training_writes_its_page_and_goes_on_with_it(tmp_path):
     assert not list(run.rglob("*.tmp"))
 
 
-class Few:
-    """As much of a data set as a gallery asks for."""
+class MinimalDataset:
+    """The dataset attributes that a gallery needs."""
 
     categories = ()
 
@@ -53,50 +53,50 @@ class Few:
         self.image_ids = np.arange(count) * 3
 
 
-def test_a_step_that_was_evaluated_twice_counts_once(tmp_path, monkeypatch):
+def test_reevaluated_step_replaces_the_earlier_one(tmp_path, monkeypatch):
     from deformable_detr.evaluation import gallery
     from deformable_detr.structures import Category
 
     monkeypatch.setattr(
         gallery, "_describe_images", lambda _, __, ids: {"ids": list(ids), "names": ["a"], "images": []}
     )
-    dataset = Few(10)
+    dataset = MinimalDataset(10)
     dataset.categories = (Category(7, "a"),)
     dataset.__class__.__len__ = lambda self: len(self.image_ids)  # pyright: ignore[reportAttributeAccessIssue]
     box = {"image_id": 27, "category_id": 7, "bbox": [1, 2, 3, 4]}
     for step, score in ((5, 0.9), (10, 0.8), (10, 0.7), (15, 0.01)):
         Gallery(tmp_path, step, 1)(dataset, [{**box, "score": score}])  # pyright: ignore[reportArgumentType]
     with open(tmp_path / "gallery" / "predictions.jsonl", "a") as file:
-        file.write('{"step": 20, "ima')  # killed here
-    found = read_gallery(tmp_path, [10, 15, 20])
-    assert found is not None
-    assert found["ids"] == [0, 6, 12, 15, 21, 27]
-    assert [one["step"] for one in found["evaluations"]] == [10, 15]
-    assert found["evaluations"][0]["images"][-1] == [[1, 2, 3, 4, 0, 0.7]]
-    assert found["evaluations"][1]["images"][-1] == []
+        file.write('{"step": 20, "ima')  # killed while writing
+    gallery_data = read_gallery(tmp_path, [10, 15, 20])
+    assert gallery_data is not None
+    assert gallery_data["ids"] == [0, 6, 12, 15, 21, 27]
+    assert [evaluation["step"] for evaluation in gallery_data["evaluations"]] == [10, 15]
+    assert gallery_data["evaluations"][0]["images"][-1] == [[1, 2, 3, 4, 0, 0.7]]
+    assert gallery_data["evaluations"][1]["images"][-1] == []
 
 
-def test_long_runs_are_thinned_and_strange_records_left_out(tmp_path):
+def test_long_runs_are_subsampled_and_invalid_records_skipped(tmp_path):
     with open(tmp_path / "metrics.jsonl", "w") as file:
         for step in range(1, 5001):
             loss = float("nan") if step == 3 else 5000.0 - step
             file.write(json.dumps({"kind": "train", "step": step, "epoch": 0, "loss": loss, "lr": 1e-4}) + "\n")
         file.write(json.dumps({"kind": "evaluation", "step": 5000, "AP": None, "AP50": 0.5}) + "\n")
         file.write('{"kind": "train", "step": 50')
-    shown = content(write_training_page(tmp_path))
-    loss = shown["train"]["loss"]
+    page = content(write_training_page(tmp_path))
+    loss = page["train"]["loss"]
     assert MAX_POINTS * 0.9 < len(loss) <= MAX_POINTS
     assert loss[-1][0] == 5000
     assert loss == sorted(loss, key=lambda point: -point[1])
-    assert shown["evaluation"]["AP"] == [[5000, None]]
-    assert shown["gallery"] is None
+    assert page["evaluation"]["AP"] == [[5000, None]]
+    assert page["gallery"] is None
 
 
-def test_a_run_that_has_not_begun(tmp_path):
+def test_page_of_an_empty_run(tmp_path):
     assert content(write_training_page(tmp_path))["train"]["loss"] == []
 
 
-def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+def test_unwritable_page_does_not_stop_training(tmp_path, caplog):
     data, run = write_dataset(tmp_path / "data"), tmp_path / "run"
     (run / "training.html").mkdir(parents=True)
     (run / "gallery").write_text("not a folder")

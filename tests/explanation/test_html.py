@@ -1,4 +1,4 @@
-"""The page is self-contained, has the positions of the tensors and escapes class names."""
+"""The page is self-contained, shows the positions of the tensors and escapes class names."""
 
 import json
 import re
@@ -19,38 +19,40 @@ def traced():
 
 
 def content(text):
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    assert found
-    return json.loads(found[1])
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert match
+    return json.loads(match[1])
 
 
 def test_points_equal_the_tensors(traced):
-    chosen = traced.detection(2)
-    data = content(page(traced, chosen))
+    explanation = traced.detection(2)
+    data = content(page(traced, explanation))
     assert data["first"] == 2
     assert len(data["items"]) == len(traced.detections) == 18
     for number, item in enumerate(data["items"]):
-        found = traced.detection(number)
-        assert item["name"] == found.name
-        for layer, look, share in zip(item["layers"], found.layers, found.attention_inside_box().tolist(), strict=True):
+        expected = traced.detection(number)
+        assert item["name"] == expected.name
+        for layer, sampling, share in zip(
+            item["layers"], expected.layers, expected.attention_inside_box().tolist(), strict=True
+        ):
             points = torch.tensor(layer["points"]).view(HEADS, LEVELS, POINTS, 3)
-            torch.testing.assert_close(points[..., :2] / 10, look.locations, atol=0.0501, rtol=0)
-            torch.testing.assert_close(points[..., 2] / 10000, look.weights, atol=5.1e-5, rtol=0)
-            assert layer["box"] == pytest.approx(look.box.tolist(), abs=0.006)
-            assert layer["reference_point"] == pytest.approx(look.reference_point.tolist(), abs=0.006)
+            torch.testing.assert_close(points[..., :2] / 10, sampling.locations, atol=0.0501, rtol=0)
+            torch.testing.assert_close(points[..., 2] / 10000, sampling.weights, atol=5.1e-5, rtol=0)
+            assert layer["box"] == pytest.approx(sampling.box.tolist(), abs=0.006)
+            assert layer["reference_point"] == pytest.approx(sampling.reference_point.tolist(), abs=0.006)
             assert layer["share_inside_box"] == pytest.approx(share, abs=1e-4)
 
 
 def test_page_of_a_point(traced):
-    found = traced.point(20, 30)
-    data = content(page(traced, found, layer=1))
+    explanation = traced.point(20, 30)
+    data = content(page(traced, explanation, layer=1))
     assert [item["kind"] for item in data["items"]] == ["point"]
     assert data["layer"] == 1
     points = torch.tensor(data["items"][0]["layers"][0]["points"]).view(LEVELS, HEADS, LEVELS, POINTS, 3)
-    torch.testing.assert_close(points[..., :2] / 10, found.layers[0].locations, atol=0.0501, rtol=0)
+    torch.testing.assert_close(points[..., :2] / 10, explanation.layers[0].locations, atol=0.0501, rtol=0)
 
 
-def test_the_page_is_self_contained_and_escapes_names(traced):
+def test_page_is_self_contained_and_escapes_names(traced):
     text = page(traced, traced.detection(0))
     addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", re.sub(r"base64,[\w+/=]+", "", text)))
     assert addresses <= {"http://www.w3.org/2000/svg"}

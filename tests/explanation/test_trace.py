@@ -1,4 +1,4 @@
-"""Sampling points in pixels, compared with the tensors and with offsets set by hand, for all image shapes."""
+"""Sampling points in pixels compared with the tensors and with hand-set offsets, for several image shapes."""
 
 import sys
 
@@ -20,33 +20,33 @@ from tests.support.explanations import (
     trace_on_canvas,
 )
 
-ODD = [(67, 101), (101, 67), (64, 64), (13, 47)]  # (height, width)
+SIZES = [(67, 101), (101, 67), (64, 64), (13, 47)]  # (height, width)
 CANVAS = (200, 208)
 
 
-def with_known_points(**changes):
-    """A model with references at (0.3, 0.6), and the offsets and logits set in its two decoder layers."""
+def model_with_known_points(**changes):
+    """Return a model with references at (0.3, 0.6), and the offsets and logits of its two decoder layers."""
     model = random_model(**changes)
-    known = [random_sampling(1), random_sampling(2)]
+    sampling = [random_sampling(1), random_sampling(2)]
     with torch.no_grad():
         model.reference_points.weight.zero_()
         model.reference_points.bias.copy_(torch.logit(torch.tensor([0.3, 0.6])))
-    for layer, (offsets, logits) in zip(model.decoder.layers, known, strict=True):
+    for layer, (offsets, logits) in zip(model.decoder.layers, sampling, strict=True):
         set_sampling(layer.cross_attn, offsets, logits)
-    return model, known
+    return model, sampling
 
 
-@pytest.mark.parametrize("size", ODD)
+@pytest.mark.parametrize("size", SIZES)
 def test_known_offsets_follow_equation_3(size):
-    model, known = with_known_points()
+    model, sampling = model_with_known_points()
     height, width = size
-    found = explain(model, random_image(*size), threshold=0.0)
-    for layer, (offsets, logits) in zip(found.layers, known, strict=True):
+    explanation = explain(model, random_image(*size), threshold=0.0)
+    for layer, (offsets, logits) in zip(explanation.layers, sampling, strict=True):
         assert layer.locations.shape == (HEADS, LEVELS, POINTS, 2)
         assert layer.reference_box is None
         torch.testing.assert_close(layer.reference_point, torch.tensor([0.3 * width, 0.6 * height]))
-        for level, (h, w) in enumerate(found.spatial_shapes):
-            # An offset of 1 is one pixel of the level's map.
+        for level, (h, w) in enumerate(explanation.spatial_shapes):
+            # An offset of 1 is one pixel of the level's feature map.
             expected = torch.tensor([0.3, 0.6]) + offsets[:, level] / torch.tensor([w, h])
             expected = expected * torch.tensor([width, height])
             torch.testing.assert_close(layer.locations[:, level], expected, atol=1e-3, rtol=1e-5)
@@ -55,22 +55,22 @@ def test_known_offsets_follow_equation_3(size):
 
 
 def test_offsets_scale_with_the_reference_box():
-    model, known = with_known_points(refine=True)
-    found = explain(model, random_image(67, 101), threshold=0.0)
-    first, second = found.layers
+    model, sampling = model_with_known_points(refine=True)
+    explanation = explain(model, random_image(67, 101), threshold=0.0)
+    first, second = explanation.layers
     assert first.reference_box is None
-    torch.testing.assert_close(second.reference_box, first.box)  # each layer starts from the box of the one before
+    torch.testing.assert_close(second.reference_box, first.box)  # each layer starts from the previous box
     x1, y1, x2, y2 = first.box.tolist()
     center, half = torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2]), torch.tensor([(x2 - x1) / 2, (y2 - y1) / 2])
     torch.testing.assert_close(second.reference_point, center)
-    expected = center + known[1][0] / POINTS * half
+    expected = center + sampling[1][0] / POINTS * half
     torch.testing.assert_close(second.locations, expected, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", ODD)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("canvas", [None, CANVAS])
-def test_sampling_a_map_of_coordinates_gives_the_locations(size, canvas):
-    """Independent of `canvas_to_pixels`: the op reads pixel coordinates at its own locations."""
+def test_sampling_a_coordinate_map_gives_the_locations(size, canvas):
+    """Independent of `canvas_to_pixels`: the op samples pixel coordinates at its own locations."""
     model = random_model(two_stage=True, refine=True)
     height, width = size
     traced = trace_on_canvas(model, random_image(*size), canvas, threshold=0.0)
@@ -78,62 +78,64 @@ def test_sampling_a_map_of_coordinates_gives_the_locations(size, canvas):
     if canvas:
         assert traced.valid_ratios.min() < 0.7
     values = []
-    for (h, w), (across, down) in zip(shapes, traced.valid_ratios.tolist(), strict=True):
-        x = (torch.arange(w) + 0.5) / (across * w) * width  # in image pixels; on past the image, into the padding
-        y = (torch.arange(h) + 0.5) / (down * h) * height
+    for (h, w), (ratio_x, ratio_y) in zip(shapes, traced.valid_ratios.tolist(), strict=True):
+        x = (torch.arange(w) + 0.5) / (ratio_x * w) * width  # in image pixels, continued into the padding
+        y = (torch.arange(h) + 0.5) / (ratio_y * h) * height
         values.append(torch.stack((x.expand(h, w), y[:, None].expand(h, w)), -1).flatten(0, 1))
     value = torch.cat(values)[None, :, None]  # (1, S, one head, 2)
     sides = torch.tensor([(w, h) for h, w in shapes])
     checked = 0
-    for details, explained in [
+    for details, layer in [
         *zip(traced.outputs["decoder_attention"], traced.detection(0).layers, strict=True),
         *zip(traced.outputs["encoder_attention"], traced.point(width / 2, height / 3).layers, strict=True),
     ]:
-        query = (
-            [traced.detection(0).query] if explained.weights.ndim == 3 else traced.point(width / 2, height / 3).tokens
-        )
+        query = [traced.detection(0).query] if layer.weights.ndim == 3 else traced.point(width / 2, height / 3).tokens
         raw = details.locations[0, query]  # (T, M, L, P, 2)
-        drawn = explained.locations.view(raw.shape)
+        drawn = layer.locations.view(raw.shape)
         inner = ((raw * sides[:, None] >= 0.5) & (raw * sides[:, None] <= sides[:, None] - 0.5)).all(-1)
         for level in range(LEVELS):
-            at = raw[:, :, level].reshape(1, -1, 1, 1, 1, 2)
-            every = torch.zeros(1, at.shape[1], 1, LEVELS, 1, 2).index_copy_(3, torch.tensor([level]), at)
-            only = torch.zeros(1, at.shape[1], 1, LEVELS, 1).index_fill_(3, torch.tensor([level]), 1.0)
-            read = sample_and_sum(value, shapes, every, only)[0]
-            keep = inner[:, :, level].reshape(-1)
-            torch.testing.assert_close(read[keep], drawn[:, :, level].reshape(-1, 2)[keep], atol=2e-2, rtol=1e-4)
-            checked += int(keep.sum())
+            level_locations = raw[:, :, level].reshape(1, -1, 1, 1, 1, 2)
+            all_levels = torch.zeros(1, level_locations.shape[1], 1, LEVELS, 1, 2).index_copy_(
+                3, torch.tensor([level]), level_locations
+            )
+            level_weights = torch.zeros(1, level_locations.shape[1], 1, LEVELS, 1).index_fill_(
+                3, torch.tensor([level]), 1.0
+            )
+            sampled = sample_and_sum(value, shapes, all_levels, level_weights)[0]
+            mask = inner[:, :, level].reshape(-1)
+            torch.testing.assert_close(sampled[mask], drawn[:, :, level].reshape(-1, 2)[mask], atol=2e-2, rtol=1e-4)
+            checked += int(mask.sum())
     assert checked > 20
 
 
-@pytest.mark.parametrize("shift", [0.5, 4.0])  # pixels; half a cell of the finest map
+@pytest.mark.parametrize("shift", [0.5, 4.0])  # pixels; half a cell of the finest feature map
 def test_shifted_locations_are_detected(monkeypatch, shift):
     module = sys.modules["deformable_detr.explanation.trace"]
-    right = module.canvas_to_pixels
-    monkeypatch.setattr(module, "canvas_to_pixels", lambda *where: right(*where) + shift)
+    original = module.canvas_to_pixels
+    monkeypatch.setattr(module, "canvas_to_pixels", lambda *arguments: original(*arguments) + shift)
     with pytest.raises(AssertionError, match="not close"):
         test_known_offsets_follow_equation_3((67, 101))
     with pytest.raises(AssertionError, match="not close"):
-        test_sampling_a_map_of_coordinates_gives_the_locations((67, 101), None)
+        test_sampling_a_coordinate_map_gives_the_locations((67, 101), None)
 
 
 @pytest.mark.parametrize("canvas", [None, CANVAS])
-def test_without_offsets_the_encoder_samples_the_token_of_the_point(canvas):
+def test_encoder_without_offsets_samples_the_token_of_the_point(canvas):
     model = random_model()
     for layer in model.encoder.layers:
         set_sampling(layer.self_attn, torch.zeros(HEADS, LEVELS, POINTS, 2), torch.zeros(HEADS, LEVELS, POINTS))
     height, width = 67, 101
     traced = trace_on_canvas(model, random_image(height, width), canvas)
     for x, y in [(0, 0), (50.2, 31.9), (100.9, 66.9), (width, height)]:
-        found = traced.point(x, y)
-        for token, (across, down), (h, w) in zip(
-            range(LEVELS), traced.valid_ratios.tolist(), found.spatial_shapes, strict=True
+        explanation = traced.point(x, y)
+        for token, (ratio_x, ratio_y), (h, w) in zip(
+            range(LEVELS), traced.valid_ratios.tolist(), explanation.spatial_shapes, strict=True
         ):
-            cell = torch.tensor([width / (across * w), height / (down * h)])  # a token's pixel, in image pixels
-            assert ((found.token_centers[token] - torch.tensor([x, y])).abs() <= cell / 2 + 1e-3).all()
-            for layer in found.layers:
-                everywhere = found.token_centers[token].expand(HEADS, LEVELS, POINTS, 2)
-                torch.testing.assert_close(layer.locations[token], everywhere, atol=1e-3, rtol=1e-5)
+            cell = torch.tensor([width / (ratio_x * w), height / (ratio_y * h)])  # size of a token in image pixels
+            assert ((explanation.token_centers[token] - torch.tensor([x, y])).abs() <= cell / 2 + 1e-3).all()
+            for layer in explanation.layers:
+                expected = explanation.token_centers[token].expand(HEADS, LEVELS, POINTS, 2)
+                torch.testing.assert_close(layer.locations[token], expected, atol=1e-3, rtol=1e-5)
     assert traced.point(0, 0).tokens[0] == 0
 
 
@@ -141,14 +143,14 @@ def test_exif_orientation(tmp_path):
     model = random_model(two_stage=True, refine=True)
     upright = random_image(67, 101).permute(1, 2, 0).numpy()
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
+    exif[0x0112] = 6  # rotate by 90° clockwise
     Image.fromarray(upright).rotate(90, expand=True).save(tmp_path / "side.png", exif=exif)
-    turned, straight = explain(model, tmp_path / "side.png", threshold=0.0), explain(model, upright, threshold=0.0)
-    assert turned.image_size == (67, 101)
-    assert torch.equal(turned.layers[-1].locations, straight.layers[-1].locations)
-    assert torch.equal(turned.layers[-1].box, straight.layers[-1].box)
-    wide = explain(model, tmp_path / "side.png", point=(100, 10))
-    assert wide.token_centers[:, 0].max() > 67  # right of what the file's own width would allow
+    rotated, straight = explain(model, tmp_path / "side.png", threshold=0.0), explain(model, upright, threshold=0.0)
+    assert rotated.image_size == (67, 101)
+    assert torch.equal(rotated.layers[-1].locations, straight.layers[-1].locations)
+    assert torch.equal(rotated.layers[-1].box, straight.layers[-1].box)
+    explanation = explain(model, tmp_path / "side.png", point=(100, 10))
+    assert explanation.token_centers[:, 0].max() > 67  # beyond the stored width
 
 
 def test_detections_equal_predict_and_the_last_layer():
@@ -162,23 +164,23 @@ def test_detections_equal_predict_and_the_last_layer():
     assert traced.detections.names == predicted.names
     limits = torch.tensor([101.0, 67.0, 101.0, 67.0])
     for number in range(len(predicted)):
-        found = traced.detection(number)
-        last = found.layers[-1]
-        assert last.scores[found.label].item() == pytest.approx(found.score, abs=1e-6)
+        explanation = traced.detection(number)
+        last = explanation.layers[-1]
+        assert last.scores[explanation.label].item() == pytest.approx(explanation.score, abs=1e-6)
         torch.testing.assert_close(last.box.clamp(min=torch.zeros(4), max=limits), predicted.boxes[number])
 
 
-def test_the_model_keeps_its_mode():
+def test_model_keeps_its_mode():
     model = random_model().train()
     explain(model, random_image(64, 64), threshold=0.0)
     assert model.training
 
 
 def test_attention_inside_box():
-    model, _ = with_known_points()
-    found = explain(model, random_image(67, 101), threshold=0.0)
+    model, _ = model_with_known_points()
+    explanation = explain(model, random_image(67, 101), threshold=0.0)
     box = torch.tensor([0.0, 0.0, 33.0, 67.0])
-    for share, layer in zip(found.attention_inside_box(box).tolist(), found.layers, strict=True):
+    for share, layer in zip(explanation.attention_inside_box(box).tolist(), explanation.layers, strict=True):
         x, y = layer.locations.unbind(-1)
         inside = (x >= 0) & (x <= 33) & (y >= 0) & (y <= 67)
         assert 0 < share < 1
@@ -187,14 +189,14 @@ def test_attention_inside_box():
 
 def test_to_dict():
     model = random_model(refine=True)
-    found = explain(model, random_image(67, 101), 1, threshold=0.0)
-    assert isinstance(found, DetectionExplanation)
-    whole = found.to_dict()
-    assert whole["detection"]["number"] == 2
-    assert whole["detection"]["name"] == found.name
-    assert whole["layers"][0]["reference_box"] is None
-    assert torch.equal(torch.tensor(whole["layers"][1]["locations"]), found.layers[1].locations)
-    assert whole["layers"][1]["share_inside_box"] == found.attention_inside_box()[1].item()
+    explanation = explain(model, random_image(67, 101), 1, threshold=0.0)
+    assert isinstance(explanation, DetectionExplanation)
+    document = explanation.to_dict()
+    assert document["detection"]["number"] == 2
+    assert document["detection"]["name"] == explanation.name
+    assert document["layers"][0]["reference_box"] is None
+    assert torch.equal(torch.tensor(document["layers"][1]["locations"]), explanation.layers[1].locations)
+    assert document["layers"][1]["share_inside_box"] == explanation.attention_inside_box()[1].item()
     point = explain(model, random_image(67, 101), point=(10, 20)).to_dict()
     assert point["point"] == [10, 20]
     assert torch.tensor(point["layers"][1]["weights"]).shape == (LEVELS, HEADS, LEVELS, POINTS)
@@ -222,7 +224,7 @@ def test_errors(options, words):
         assert word in str(error.value)
 
 
-def test_a_model_without_encoder_layers():
+def test_model_without_encoder_layers():
     model = random_model(encoder_layers=0)
     with pytest.raises(UserError, match="no encoder layers"):
         explain(model, random_image(67, 101), point=(5, 5))
