@@ -1,4 +1,4 @@
-"""Traced and converted once per process: each conversion takes seconds."""
+"""Models traced and converted once per session; each conversion takes seconds."""
 
 import copy
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from tests.support.models import tiny, write_pseudo_labeled_dataset
 
 @pytest.fixture(scope="session")
 def model():
-    """The query options of the small preset, whose graph over two decoder layers has parts that can be merged."""
+    """The query options of the small preset; the graph of two decoder layers has parts that an exporter may merge."""
     return tiny(decoder_layers=2, iterative_query_pos=True, look_forward_twice=True)
 
 
@@ -22,7 +22,7 @@ def data(model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exported(model, data, tmp_path_factory):
-    """An ONNX file of any size with post-processing, the result and lines of its export, and the converted graph."""
+    """An ONNX file of any size with post-processing, the result and report lines of its export, and the graph."""
     path, lines, graphs = tmp_path_factory.mktemp("export") / "tiny.onnx", [], []
     convert = export.convert_to_onnx
 
@@ -38,7 +38,7 @@ def exported(model, data, tmp_path_factory):
 
 @pytest.fixture
 def converted(exported, monkeypatch):
-    """Exports of `model` to ONNX and OpenVINO start with the graph of `exported`, instead of making it again."""
+    """Let exports of `model` to ONNX and OpenVINO reuse the graph of `exported`."""
     monkeypatch.setattr(export, "trace", lambda *_: None)
 
     def convert(program, metadata):

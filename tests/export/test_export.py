@@ -1,4 +1,4 @@
-"""Exports from end to end: files that compute what the model does, say what they are, and are refused otherwise."""
+"""Exports end to end: the file matches the model and has its metadata, or is not written."""
 
 import json
 import os
@@ -34,14 +34,14 @@ def batch(size, seed=0):
     return pixels.masked_fill(mask[:, None], 0), mask
 
 
-def agree(model, exported, sizes):
+def assert_outputs_match(model, exported, sizes):
     for size in sizes:
         pixels, mask = batch(size)
         with torch.inference_mode():
-            wanted = model(pixels, mask)
-        found = exported(pixels, mask)
-        torch.testing.assert_close(found["pred_logits"], wanted["pred_logits"], rtol=0, atol=1e-4)
-        torch.testing.assert_close(found["pred_boxes"], wanted["pred_boxes"], rtol=0, atol=1e-5)
+            expected = model(pixels, mask)
+        actual = exported(pixels, mask)
+        torch.testing.assert_close(actual["pred_logits"], expected["pred_logits"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(actual["pred_boxes"], expected["pred_boxes"], rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +53,11 @@ def test_report(exported, file):
     assert exported.result.path == file
     assert [case.batch for case in exported.result.cases] == [1, 2, 5]
     assert sum(line.startswith("verified batch") for line in exported.lines) == 3
-    assert [other.name for other in file.parent.iterdir()] == ["tiny.onnx"]  # nothing temporary is left
+    assert [other.name for other in file.parent.iterdir()] == ["tiny.onnx"]  # no temporary file left
 
 
 def test_any_batch_and_size(model, file):
-    agree(model, load_exported(file), SIZES)
+    assert_outputs_match(model, load_exported(file), SIZES)
 
 
 def test_openvino(model, converted, tmp_path):
@@ -69,7 +69,7 @@ def test_openvino(model, converted, tmp_path):
     exported = load_exported(path)
     config = export.self_contained_config(model)
     assert exported.metadata == ExportMetadata(config, None, "fp32", "grid_sample", True)
-    agree(model, exported, SIZES)
+    assert_outputs_match(model, exported, SIZES)
 
 
 def test_metadata(model, file):
@@ -80,19 +80,18 @@ def test_metadata(model, file):
     assert torch.equal(exported.pixel_mean, model.pixel_mean)
     assert torch.equal(exported.pixel_std, model.pixel_std)
     assert (exported.config.image_size, exported.config.long_side) == (96, model.config.long_side)
-    said = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
-    assert said["class_names"] == list(NAMES)
-    assert said["short_side"] == 96
-    assert said["image_size"] is None
+    properties = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
+    assert properties["class_names"] == list(NAMES)
+    assert properties["short_side"] == 96
+    assert properties["image_size"] is None
 
 
 def test_graph(file):
-    """Open dimensions with names, and no batch norm."""
     import onnx
 
     graph = onnx.load(file).graph
     kinds = Counter(node.op_type for node in graph.node)
-    assert kinds["GridSample"] == 3  # a layer and level
+    assert kinds["GridSample"] == 3  # one per layer and level
     assert kinds["BatchNormalization"] == 0
     shape = graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in shape] == ["batch", 3, "height", "width"]
@@ -103,15 +102,15 @@ PLAIN = {"decoder_layers": 2, "refine": False, "two_stage": False, "query_init":
 
 
 @pytest.mark.slow
-def test_one_reference_for_all_decoder_layers(tmp_path):
-    """The paper's plain form: every layer takes the logit of the same points, which an exporter wants to merge."""
+def test_shared_reference_points_of_all_decoder_layers(tmp_path):
+    """Without refinement every layer takes the logit of the same points, which an exporter may merge."""
     model = tiny(**PLAIN)
     export_model(model, tmp_path / "tiny.onnx", "onnx")
-    agree(model, load_exported(tmp_path / "tiny.onnx"), SIZES[:1])
+    assert_outputs_match(model, load_exported(tmp_path / "tiny.onnx"), SIZES[:1])
 
 
-def test_fixed_size_and_gather_form_on_the_command_line(tmp_path, capsys):
-    """Of the plain form, without post-processing."""
+def test_command_line_with_fixed_size_and_gather(tmp_path, capsys):
+    """A model without refinement, exported without post-processing."""
     import onnx
 
     from deformable_detr.cli import main
@@ -125,21 +124,21 @@ def test_fixed_size_and_gather_form_on_the_command_line(tmp_path, capsys):
     assert not any(node.op_type == "GridSample" for node in onnx.load(path).graph.node)
     exported = load_exported(path)
     assert exported.canvas == (64, 96)
-    agree(model, exported, [(1, 64, 96), (3, 64, 96)])
+    assert_outputs_match(model, exported, [(1, 64, 96), (3, 64, 96)])
     image = np.random.default_rng(0).integers(0, 255, (140, 90, 3), np.uint8)  # portrait: fits, with padding
     assert len(exported.predict(image, threshold=0.0)) == 12 * 3
     with pytest.raises(UserError, match=r"65×96 pixels exceed the exported size 64×96"):
         exported(torch.zeros(1, 3, 65, 96))
 
 
-def test_an_exported_file_has_its_own_precision():
+def test_exported_file_has_a_fixed_precision():
     from deformable_detr.detector import load_detector
 
     with pytest.raises(UserError, match=r"model\.onnx: an exported file has a fixed precision"):
         load_detector("model.onnx", "cpu", "bf16")
 
 
-def test_predicts_as_the_folder_does(model, file, tmp_path):
+def test_predictions_equal_those_of_the_model_folder(model, file, tmp_path):
     from PIL import Image
 
     from deformable_detr.cli import main
@@ -147,35 +146,35 @@ def test_predicts_as_the_folder_does(model, file, tmp_path):
     model.save_pretrained(tmp_path / "model")
     pixels = np.random.default_rng(0).integers(0, 255, (90, 140, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.png")
-    found = []
+    results = []
     for source in (tmp_path / "model", file):
         main(["predict", str(source), str(tmp_path / "image.png"), "--threshold", "0", "--device", "cpu",
-              "--json", str(tmp_path / "found.json")])  # fmt: skip
-        found.append(json.loads((tmp_path / "found.json").read_text())[0]["detections"])
-    assert len(found[0]) == len(found[1]) == 36
-    for one, other in zip(*found, strict=True):
-        assert (one["name"], one["category_id"]) == (other["name"], other["category_id"])
-        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
-        assert one["box"] == pytest.approx(other["box"], abs=0.05)
+              "--json", str(tmp_path / "detections.json")])  # fmt: skip
+        results.append(json.loads((tmp_path / "detections.json").read_text())[0]["detections"])
+    assert len(results[0]) == len(results[1]) == 36
+    for first, second in zip(*results, strict=True):
+        assert (first["name"], first["category_id"]) == (second["name"], second["category_id"])
+        assert first["score"] == pytest.approx(second["score"], abs=1e-4)
+        assert first["box"] == pytest.approx(second["box"], abs=0.05)
 
 
-def test_is_evaluated_as_the_folder_is(model, file, tmp_path):
+def test_metrics_equal_those_of_the_model_folder(model, file, tmp_path):
     from deformable_detr.cli import main
 
     model.save_pretrained(tmp_path / "model")
     root = write_pseudo_labeled_dataset(tmp_path / "set", model)
-    figures = []
+    metrics = []
     for source in (tmp_path / "model", file):
         main(["evaluate", str(source), str(root), "--device", "cpu", "--workers", "0", "--batch-size", "2",
-              "--json", str(tmp_path / "figures.json")])  # fmt: skip
-        figures.append(json.loads((tmp_path / "figures.json").read_text()))
-    assert figures[0]["AP"] > 0.1
+              "--json", str(tmp_path / "metrics.json")])  # fmt: skip
+        metrics.append(json.loads((tmp_path / "metrics.json").read_text()))
+    assert metrics[0]["AP"] > 0.1
     for key in ("AP", "AP50", "AR100"):
-        assert figures[1][key] == pytest.approx(figures[0][key], abs=0.01)
+        assert metrics[1][key] == pytest.approx(metrics[0][key], abs=0.01)
 
 
-def test_torch_and_a_tampered_export_is_refused(tmp_path, monkeypatch):
-    """One weight changed a little between tracing and writing: nothing is written, and what was there stays."""
+def test_torch_export_and_tampered_export(tmp_path, monkeypatch):
+    """A weight that changes between tracing and writing: no file is written, and an existing one is kept."""
     model, options = tiny(), ExportOptions(image_size=(64, 96))
     traced, trace = [], export.trace
     monkeypatch.setattr(export, "trace", lambda *arguments: traced.append(trace(*arguments)) or traced[0])
@@ -183,7 +182,7 @@ def test_torch_and_a_tampered_export_is_refused(tmp_path, monkeypatch):
     export_model(model, path, "torch", options)
     exported = load_exported(path)
     assert exported.metadata.image_size == (64, 96)
-    agree(model, exported, [(1, 64, 96), (3, 64, 96)])
+    assert_outputs_match(model, exported, [(1, 64, 96), (3, 64, 96)])
 
     before = path.read_bytes()
     name = next(key for key in traced[0].state_dict if key.endswith("value_proj.weight"))
@@ -205,7 +204,7 @@ def test_torch_and_a_tampered_export_is_refused(tmp_path, monkeypatch):
         ({"out": "a" * 300 + ".xml", "to": "openvino"}, ".xml: cannot be written: File name too long"),
     ],
 )
-def test_mistakes_are_named(model, tmp_path, options, message):
+def test_invalid_options_are_reported(model, tmp_path, options, message):
     out, to = tmp_path / options.pop("out"), options.pop("to")
     with pytest.raises(UserError, match=re.escape(message)):
         export_model(model, out, to, ExportOptions(**options))
@@ -213,7 +212,7 @@ def test_mistakes_are_named(model, tmp_path, options, message):
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_weights_beside_openvinos_graph_replace_nothing_else(model, tmp_path, folder):
+def test_openvino_weights_do_not_overwrite_another_file(model, tmp_path, folder):
     other = tmp_path / "pytorch_model.bin"
     other.mkdir() if folder else other.write_bytes(b"mine")
     with pytest.raises(UserError, match=r"its weights would replace .*pytorch_model\.bin, another file"):
@@ -221,9 +220,9 @@ def test_weights_beside_openvinos_graph_replace_nothing_else(model, tmp_path, fo
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
 
 
-@pytest.mark.parametrize("fails", ["a.bin", "a.xml", None])
-def test_a_graph_never_lies_beside_the_weights_of_another_export(fails, tmp_path, monkeypatch):
-    """Wherever putting the two files in place ends, what can be opened belongs together."""
+@pytest.mark.parametrize("failing_file", ["a.bin", "a.xml", None])
+def test_interrupted_move_never_mixes_two_exports(failing_file, tmp_path, monkeypatch):
+    """At any point of the move, the graph and weights that can be opened belong together."""
     new = tmp_path / "new"
     new.mkdir()
     for folder in (tmp_path, new):
@@ -231,29 +230,29 @@ def test_a_graph_never_lies_beside_the_weights_of_another_export(fails, tmp_path
             (folder / name).write_text(folder.name)
     replace = os.replace
 
-    def failing(source, target):
-        if target == tmp_path / fails and source.parent == new and source.name == fails:
+    def replace_or_fail(source, target):
+        if target == tmp_path / failing_file and source.parent == new and source.name == failing_file:
             raise PermissionError(13, "in use")
         replace(source, target)
 
-    if fails:
-        monkeypatch.setattr(os, "replace", failing)
+    if failing_file:
+        monkeypatch.setattr(os, "replace", replace_or_fail)
         with pytest.raises(PermissionError):
             export.move_into_place(new, tmp_path / "a.xml")
     else:
         export.move_into_place(new, tmp_path / "a.xml")
-    found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    contents = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     old = dict.fromkeys(("a.xml", "a.bin"), tmp_path.name)
-    assert found == {"a.bin": old, "a.xml": {"a.bin": "new"}, None: dict.fromkeys(old, "new")}[fails]
+    assert contents == {"a.bin": old, "a.xml": {"a.bin": "new"}, None: dict.fromkeys(old, "new")}[failing_file]
 
 
-def test_sizes_that_no_memory_holds_are_named(model, tmp_path):
+def test_too_large_image_size_is_reported(model, tmp_path):
     with pytest.raises(UserError, match=r"out of memory: choose a smaller --image-size$"):
         export_model(model, tmp_path / "a.pt2", "torch", ExportOptions(image_size=(2**24, 2**24)))
     assert not list(tmp_path.iterdir())
 
 
-def test_foreign_and_broken_files_are_named(tmp_path):
+def test_foreign_and_damaged_files_are_reported(tmp_path):
     import onnx
     from onnx import TensorProto, helper
 
@@ -272,15 +271,15 @@ def test_foreign_and_broken_files_are_named(tmp_path):
         load_exported(tmp_path / "nowhere.onnx")
 
 
-def test_metadata_survives_a_round_trip():
+def test_metadata_round_trip():
     metadata = ExportMetadata(tiny().config, None, "fp32", "gather", False)
     assert ExportMetadata.from_strings(metadata.to_strings(), "file") == metadata
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "openvino", "torch"])
-def test_every_format_any_size(kind, tmp_path):
-    """Two levels, open sizes; the metadata comes back from each format."""
+def test_all_formats_at_any_size(kind, tmp_path):
+    """Two levels and dynamic sizes; the metadata is read back from each format."""
     pytest.importorskip(kind)
     model = tiny(num_feature_levels=2)
     path = tmp_path / f"tiny{EXPORT_SUFFIXES[kind]}"
@@ -288,7 +287,7 @@ def test_every_format_any_size(kind, tmp_path):
     exported = load_exported(path)
     config = export.self_contained_config(model)
     assert exported.metadata == ExportMetadata(config, None, "fp32", "grid_sample", False)
-    agree(model, exported, SIZES)
+    assert_outputs_match(model, exported, SIZES)
 
 
 @pytest.mark.slow
@@ -303,7 +302,7 @@ def test_full_size(kind, sampling, preset, tmp_path):
 
     pytest.importorskip(kind if kind == "openvino" else "onnx")
     torch.manual_seed(0)
-    # With a spread of 0.15 a full-size model is so unsteady that its own fp32 is 4e-4 off its fp64.
+    # With a spread of 0.15, fp32 and fp64 of the model itself differ by 4e-4.
     model = DeformableDETR(presets.PRESETS[preset](backbone_weights="none", num_classes=4, image_size=320))
     model = randomized(model, spread=0.05)
     path = tmp_path / f"model{EXPORT_SUFFIXES[kind]}"
@@ -311,8 +310,8 @@ def test_full_size(kind, sampling, preset, tmp_path):
     exported = load_exported(path, "cpu")
     for height, width in ((256, 320), (203, 331), (319, 161)):
         for count in (1, 2, 5, 8):
-            pixels, mask, wanted = example_inputs(model, count, height, width)
-            logits, boxes = max_differences(wanted, exported(pixels, mask))
+            pixels, mask, expected = example_inputs(model, count, height, width)
+            logits, boxes = max_differences(expected, exported(pixels, mask))
             assert logits <= 1e-3, (count, height, width)
             assert boxes <= 1e-4, (count, height, width)
     if kind == "onnx":

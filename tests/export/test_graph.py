@@ -1,4 +1,4 @@
-"""The parts of an export: merged batch norms, open padding, the look-up form of sampling, the comparison."""
+"""Parts of an export: folded batch norms, dynamic padding, gather sampling, output comparison."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.support.models import randomized
 
 @pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_batch_norms_are_merged(name, frozen):
+def test_batch_norms_are_folded(name, frozen):
     import timm
     from timm.layers.norm_act import freeze_batch_norm_2d
 
@@ -36,8 +36,8 @@ def test_batch_norms_are_merged(name, frozen):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_a_norm_that_runs_twice_stays():
-    class Twice(nn.Module):
+def test_norm_used_twice_is_not_folded():
+    class SharedNorm(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
@@ -45,7 +45,7 @@ def test_a_norm_that_runs_twice_stays():
         def forward(self, x):
             return self.norm(self.b(self.norm(self.a(x))))
 
-    body = randomized(Twice())
+    body = randomized(SharedNorm())
     assert fold_batch_norms(body, torch.zeros(1, 3, 8, 8)) == 0
     assert isinstance(body.norm, nn.BatchNorm2d)
 
@@ -62,8 +62,8 @@ def test_same_padding(kernel, stride, dilation):
         assert torch.equal(theirs(x), ours(x))
 
 
-def test_open_sizes_stay_short():
-    """Nested halvings must simplify: at 500 characters a size, tracing took twice as long, loading a .pt2 minutes."""
+def test_symbolic_sizes_stay_short():
+    """Nested halvings must simplify: with 500 characters per size, tracing takes twice as long and loading minutes."""
     from timm.layers import Conv2dSame
 
     halvings = nn.Sequential(*(DynamicSameConv2d(Conv2dSame(3, 3, kernel, stride=2)) for kernel in (3, 3, 5, 3, 5, 3)))
@@ -71,12 +71,12 @@ def test_open_sizes_stay_short():
     graph = torch.export.export(halvings, (torch.zeros(1, 3, *EXAMPLE[1:]),), dynamic_shapes=shapes).graph
     values = (node.meta.get("val") for node in graph.nodes)
     sizes = {str(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape}
-    assert any("//8" in size for size in sizes)  # the finest level's height
-    assert max(map(len, sizes)) < 50  # 23, and 87 from (size + stride - 1) // stride
+    assert any("//8" in size for size in sizes)  # height of the finest level
+    assert max(map(len, sizes)) < 50  # 23; (size + stride - 1) // stride would give 87
 
 
 @pytest.mark.parametrize("reference", [2, 4])
-def test_gather_is_the_reference(reference):
+def test_gather_matches_the_reference(reference):
     torch.manual_seed(0)
     shapes = ((5, 7), (3, 4))
     B, Q, M, D, L, P = 2, 9, 3, 4, 2, 4
@@ -87,26 +87,25 @@ def test_gather_is_the_reference(reference):
     offsets[0, 1, 0, 0] = 1e12
     inputs = value, shapes, points, offsets, torch.randn(B, Q, M, L, P, dtype=torch.float64)
     with ops.use_backend("reference"):
-        wanted = ops.deformable_attention(*inputs)
+        expected = ops.deformable_attention(*inputs)
     with ops.use_backend("gather"):
-        torch.testing.assert_close(ops.deformable_attention(*inputs), wanted)
+        torch.testing.assert_close(ops.deformable_attention(*inputs), expected)
 
 
-def test_forms_for_graphs_equal_those_for_eager(monkeypatch):
-    """What the model computes in other words while it is exported."""
+def test_export_code_paths_match_eager(monkeypatch):
     torch.manual_seed(0)
     table = torch.rand(50, 6)
     shapes = [(h, w, -(-h // s), -(-w // s)) for h, w in ((203, 331), (210, 333), (64, 65)) for s in (8, 16, 32, 64)]
     masks = [torch.rand(2, h, w) < 0.5 for h, w, _, _ in shapes]
     lengths = (1, 2, 49, 50, 51, 77, 200)
 
-    def computed():
+    def compute():
         small = [resize_mask(mask, (h, w)) for mask, (_, _, h, w) in zip(masks, shapes, strict=True)]
         return small, [_resize_table(table, length) for length in lengths]
 
-    eager = computed()
+    eager = compute()
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
-    exported = computed()
+    exported = compute()
     for one, other in zip(eager[0], exported[0], strict=True):
         assert torch.equal(one, other)
     for one, other in zip(eager[1], exported[1], strict=True):
@@ -115,21 +114,21 @@ def test_forms_for_graphs_equal_those_for_eager(monkeypatch):
 
 def test_max_differences():
     torch.manual_seed(0)
-    wanted = {"pred_logits": torch.randn(2, 6, 3), "pred_boxes": torch.rand(2, 6, 4)}
+    expected = {"pred_logits": torch.randn(2, 6, 3), "pred_boxes": torch.rand(2, 6, 4)}
     order = torch.tensor([1, 0, 2, 5, 4, 3])
-    swapped = {key: value[:, order] for key, value in wanted.items()}
-    assert max_differences(wanted, swapped) == (0.0, 0.0)
-    for key, place in (("pred_logits", 0), ("pred_boxes", 1)):
+    swapped = {key: value[:, order] for key, value in expected.items()}
+    assert max_differences(expected, swapped) == (0.0, 0.0)
+    for key, index in (("pred_logits", 0), ("pred_boxes", 1)):
         changed = {name: value.clone() for name, value in swapped.items()}
         changed[key][1, 2, 0] += 0.01
-        assert max_differences(wanted, changed)[place] == pytest.approx(0.01, abs=1e-5)
-    # The boxes of two queries exchanged, and not their logits, is no other order.
-    crossed = {"pred_logits": wanted["pred_logits"], "pred_boxes": wanted["pred_boxes"][:, order]}
-    assert max(max_differences(wanted, crossed)) > 0.01
+        assert max_differences(expected, changed)[index] == pytest.approx(0.01, abs=1e-5)
+    # Swapping the boxes but not the logits of two queries is not a permutation.
+    crossed = {"pred_logits": expected["pred_logits"], "pred_boxes": expected["pred_boxes"][:, order]}
+    assert max(max_differences(expected, crossed)) > 0.01
     swapped["pred_logits"][0, 0, 0] = float("nan")
-    assert max_differences(wanted, swapped) == (float("inf"), float("inf"))
+    assert max_differences(expected, swapped) == (float("inf"), float("inf"))
     inf = float("inf")
-    assert max_differences(wanted, {**wanted, "pred_boxes": wanted["pred_boxes"][:, :5]}) == (inf, inf)
+    assert max_differences(expected, {**expected, "pred_boxes": expected["pred_boxes"][:, :5]}) == (inf, inf)
 
 
 def test_sizes():

@@ -1,4 +1,4 @@
-"""Videos: every frame once and in time, damage is reported in one line, memory stays constant."""
+"""Videos: every frame once and at its time, damage reported in one line, constant memory."""
 
 import errno
 import tracemalloc
@@ -17,46 +17,46 @@ pytest.importorskip("av", reason="needs PyAV")
 FRAMES = 23
 
 
-def test_every_frame_is_there_once_and_in_time(tmp_path):
-    source = write_video(tmp_path / "way.mp4")
-    done = predict_video(Finder(), source, tmp_path / "out.mp4", tmp_path / "out.jsonl", threshold=0.3, batch_size=4)
-    assert (done.frames, done.problem) == (FRAMES, None)
+def test_every_frame_is_predicted_once_at_its_time(tmp_path):
+    source = write_video(tmp_path / "street.mp4")
+    result = predict_video(Finder(), source, tmp_path / "out.mp4", tmp_path / "out.jsonl", threshold=0.3, batch_size=4)
+    assert (result.frames, result.problem) == (FRAMES, None)
     records = read_lines(tmp_path / "out.jsonl")
     assert [record["frame"] for record in records] == list(range(FRAMES))
     assert [record["time"] for record in records] == pytest.approx([n / 10 for n in range(FRAMES)], abs=1e-3)
     assert {(record["video"], record["width"], record["height"]) for record in records} == {(str(source), 96, 64)}
-    # The square is at 4 + n: the detections belong to their own frame.
+    # The square is at x = 4 + n in frame n.
     lefts = [record["detections"][0]["box"][0] for record in records]
     assert lefts == pytest.approx([4 + n for n in range(FRAMES)], abs=3)
-    assert sum(done.counts.values()) == sum(len(record["detections"]) for record in records)
+    assert sum(result.counts.values()) == sum(len(record["detections"]) for record in records)
 
     with Video(tmp_path / "out.mp4") as written:
         frames = list(written)
     assert len(frames) == FRAMES
     assert [frame.seconds for frame in frames] == pytest.approx([n / 10 for n in range(FRAMES)], abs=2e-3)
-    assert frames[0].pixels.shape == (256, 384, 3)  # enlarged four times, to have room for labels
+    assert frames[0].pixels.shape == (256, 384, 3)  # enlarged four times to fit labels
     assert not list(tmp_path.glob(".*"))
 
 
-def test_files_that_are_no_videos(tmp_path):
-    (tmp_path / "text.mp4").write_text("no video")
+def test_invalid_videos_are_reported(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty.mkv").write_bytes(b"")
-    moov_last = write_video(tmp_path / "whole.mp4").read_bytes()
-    (tmp_path / "tail.mp4").write_bytes(moov_last[: len(moov_last) // 2])
-    for name in ("text.mp4", "empty.mkv", "tail.mp4", "gone.mp4"):
+    moov_last = write_video(tmp_path / "complete.mp4").read_bytes()
+    (tmp_path / "truncated.mp4").write_bytes(moov_last[: len(moov_last) // 2])
+    for name in ("text.mp4", "empty.mkv", "truncated.mp4", "missing.mp4"):
         with pytest.raises(UserError, match=name.replace(".", r"\.")) as caught:
             Video(tmp_path / name)
         assert "\n" not in str(caught.value)
 
 
-def test_a_film_without_a_picture_leaves_the_lines_of_an_earlier_run(tmp_path):
-    lines = tmp_path / "film.jsonl"
-    lines.write_text("an earlier run's\n")
+def test_failed_run_keeps_the_output_of_an_earlier_one(tmp_path):
+    lines = tmp_path / "video.jsonl"
+    lines.write_text("earlier output\n")
     with pytest.raises(RuntimeError):
         write(lines, "", RuntimeError())
-    with pytest.raises(UserError, match=r"film\.jsonl cannot be written: No space left on device"):
-        write(lines, "half a line", OSError(errno.ENOSPC, "No space left on device"))
-    assert lines.read_text() == "an earlier run's\n"
+    with pytest.raises(UserError, match=r"video\.jsonl cannot be written: No space left on device"):
+        write(lines, "partial line", OSError(errno.ENOSPC, "No space left on device"))
+    assert lines.read_text() == "earlier output\n"
     with pytest.raises(RuntimeError):
         write(lines, "a line\n", RuntimeError())
     assert lines.read_text() == "a line\n"
@@ -70,28 +70,28 @@ def write(path, text, error):
 
 
 @pytest.mark.parametrize("encoder", ["libx264", "mpeg4"])
-def test_each_encoder_alone(tmp_path, monkeypatch, encoder):
+def test_each_encoder(tmp_path, monkeypatch, encoder):
     monkeypatch.setattr(module, "ENCODERS", {encoder: module.ENCODERS[encoder]})
-    writer = VideoWriter(tmp_path / "film.mp4", Fraction(30000, 1001))
+    writer = VideoWriter(tmp_path / "video.mp4", Fraction(30000, 1001))
     for number in range(6):
         writer.add(Image.new("RGB", (64, 48), (40 * number, 0, 0)), number * 1001 / 30000)
     writer.close()
-    with Video(tmp_path / "film.mp4") as written:
+    with Video(tmp_path / "video.mp4") as written:
         seconds = [frame.seconds for frame in written]
     assert seconds == pytest.approx([number * 1001 / 30000 for number in range(6)], abs=1e-4)
 
 
-def test_odd_sizes_and_changing_ones(tmp_path):
+def test_odd_and_changing_frame_sizes(tmp_path):
     writer = VideoWriter(tmp_path / "odd.mp4", Fraction(25))
     writer.add(Image.new("RGB", (33, 21)), 0.0)
     writer.add(Image.new("RGB", (50, 40)), 0.04)
-    writer.add(Image.new("RGB", (33, 21)), 0.04)  # a time twice: the next tick
+    writer.add(Image.new("RGB", (33, 21)), 0.04)  # a duplicate timestamp becomes the next tick
     writer.close()
     with Video(tmp_path / "odd.mp4") as written:
         assert [frame.pixels.shape for frame in written] == [(22, 34, 3)] * 3
 
 
-def test_memory_does_not_grow(tmp_path):
+def test_memory_is_independent_of_the_length(tmp_path):
     short, long = write_video(tmp_path / "short.mp4", frames=10), write_video(tmp_path / "long.mp4", frames=80)
     model = Finder()
     peaks = []
@@ -100,34 +100,34 @@ def test_memory_does_not_grow(tmp_path):
         predict_video(model, source, tmp_path / "out.mp4", tmp_path / "out.jsonl", 0.3, batch_size=2)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] < peaks[1] + 20 * 96 * 64 * 3  # far fewer than the 70 frames that it is longer by
+    assert peaks[2] < peaks[1] + 20 * 96 * 64 * 3  # far less than the 70 additional frames
 
 
-def test_a_camera_runs_until_interrupted(tmp_path, monkeypatch, capsys):
-    source = write_video(tmp_path / "seen.mp4", frames=20)
+def test_camera_runs_until_interrupted(tmp_path, monkeypatch, capsys):
+    source = write_video(tmp_path / "camera-source.mp4", frames=20)
     monkeypatch.setattr(module, "_camera", lambda number: (str(source), None))
-    monkeypatch.setattr(module, "draw_on", interrupting(8))
+    monkeypatch.setattr(module, "draw_on", interrupt_at(8))
     monkeypatch.chdir(tmp_path)
-    done = predict_video(Finder(), 0, tmp_path / "camera.mp4", tmp_path / "camera.jsonl", 0.3, batch_size=1)
-    assert done.frames == 7
-    assert done.problem is None
+    result = predict_video(Finder(), 0, tmp_path / "camera.mp4", tmp_path / "camera.jsonl", 0.3, batch_size=1)
+    assert result.frames == 7
+    assert result.problem is None
     assert len(read_lines(tmp_path / "camera.jsonl")) == 7
 
-    monkeypatch.setattr(module, "draw_on", interrupting(8))
+    monkeypatch.setattr(module, "draw_on", interrupt_at(8))
     with pytest.raises(KeyboardInterrupt):
         predict_video(Finder(), source, tmp_path / "file.mp4", tmp_path / "file.jsonl", 0.3, batch_size=1)
-    with Video(tmp_path / "file.mp4") as kept:
-        assert sum(1 for _ in kept) == 7
+    with Video(tmp_path / "file.mp4") as video:
+        assert sum(1 for _ in video) == 7
 
 
-def interrupting(count):
-    """Ctrl-C at the count-th drawing."""
-    seen = []
+def interrupt_at(count):
+    """Return a drawing function that raises KeyboardInterrupt at the count-th call."""
+    calls = []
 
-    def drawing(picture, *_):
-        seen.append(1)
-        if len(seen) == count:
+    def draw(image, *_):
+        calls.append(1)
+        if len(calls) == count:
             raise KeyboardInterrupt
-        return picture
+        return image
 
-    return drawing
+    return draw
