@@ -86,7 +86,7 @@ def build_dataloader(dataset: Dataset[Sample], options: LoaderOptions) -> Detect
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=_identity,
+        collate_fn=_pack,
         worker_init_fn=_defer_sigterm,
         prefetch_factor=max(2, math.ceil(2 * sampler.micro_batches(0) / workers)) if workers else None,  # two steps
         pin_memory=torch.cuda.is_available(),
@@ -155,13 +155,7 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
             generator = torch.Generator().manual_seed(mix_seeds(self.options.seed, self.epoch))
             order = torch.randperm(self.length, generator=generator)
         keys = [SampleKey(self.epoch, index, self.mosaic) for index in order.tolist()]
-        return self._batches(keys, self.start_step, self.step_stride)
-
-    def __len__(self) -> int:
-        """Return the number of batches of this process in the epoch."""
-        return sum(self.micro_batches(step) for step in range(self.start_step, self.num_steps, self.step_stride))
-
-    def _batches(self, keys: list[SampleKey], start_step: int, stride: int) -> Iterator[list[SampleKey]]:
+        start_step, stride = self.start_step, self.step_stride
         size, rank, world_size = self.options.batch_size, self.options.rank, self.options.world_size
         for step in range(start_step, self.num_steps, stride):
             if self.sample_size is not None and (step == start_step or step % POOL_STEPS == 0):
@@ -174,6 +168,10 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
             rank_keys = step_keys[start : start + share + (rank < remainder)]
             for number in range(self.micro_batches(step)):
                 yield rank_keys[number * size : (number + 1) * size]
+
+    def __len__(self) -> int:
+        """Return the number of batches of this process in the epoch."""
+        return sum(self.micro_batches(step) for step in range(self.start_step, self.num_steps, self.step_stride))
 
     def _group_by_size(self, pool: list[SampleKey], first_step: int) -> list[SampleKey]:
         """Reorder a pool into steps of similar images, in random order; an incomplete step stays last."""
@@ -201,7 +199,7 @@ def _order_by_size(log_sizes: np.ndarray, indices: np.ndarray, group_sizes: tupl
 
 
 class _SeededDataset(Dataset):
-    """Packed batches by their keys, each sample made with a random state of its own."""
+    """Samples of a batch by their keys, each made with a random state of its own."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
@@ -212,7 +210,7 @@ class _SeededDataset(Dataset):
         with _seeded(self.seed, key):
             return self.dataset.transform.final_size(int(height), int(width))
 
-    def __getitem__(self, keys: list[SampleKey]) -> Any:
+    def __getitem__(self, keys: list[SampleKey]) -> list[Sample] | UserError:
         samples = []
         for key in keys:
             with _seeded(self.seed, key):
@@ -220,7 +218,7 @@ class _SeededDataset(Dataset):
                     samples.append(self.dataset[(key.index, True) if key.mosaic else key.index])
                 except UserError as error:
                     return error  # PyTorch would wrap a raised exception in a long traceback
-        return _pack(samples)
+        return samples
 
 
 @contextmanager
@@ -237,8 +235,10 @@ def mix_seeds(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def _pack(samples: Sequence[Sample]) -> Any:
+def _pack(samples: list[Sample] | UserError) -> Any:
     """Collate, with all targets in two tensors: each tensor that leaves a worker keeps a file descriptor open."""
+    if isinstance(samples, UserError):
+        return samples
     if not samples:
         empty = ImageBatch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, 1, 1, dtype=torch.bool))
         return empty, (), (), ()
@@ -254,10 +254,6 @@ def _unpack(packed: Any) -> Batch:
     counts = [count for count, _, _ in rows]
     parts = zip(labels.split(counts), boxes.split(counts), rows, strict=True)
     return images, [Target(label, box, image_id, tuple(size)) for label, box, (_, image_id, size) in parts]
-
-
-def _identity(packed: Any) -> Any:
-    return packed
 
 
 def _defer_sigterm(worker: int) -> None:

@@ -304,17 +304,15 @@ def _is_group(records: dict[int, dict[str, Any]], annotations: Sequence[Any]) ->
 def _repeated_files(content: dict[str, Any]) -> dict[int, tuple[int, bool]]:
     """Map image records that name the file of an earlier one to that one, and to whether their objects differ."""
     first: dict[str, int] = {}
+    ids: dict[int, int] = {}
     repeated: dict[int, int] = {}
     for position, record in enumerate(content["images"]):
-        name = record.get("file_name") if isinstance(record, dict) and is_int64(record.get("id")) else None
-        if isinstance(name, str) and (other := first.setdefault(name, position)) != position:
-            repeated[position] = other
-    objects: dict[int, set[str]] = {content["images"][one]["id"]: set() for pair in repeated.items() for one in pair}
+        if isinstance(record, dict) and is_int64(record.get("id")) and isinstance(record.get("file_name"), str):
+            ids[position] = record["id"]
+            if (other := first.setdefault(record["file_name"], position)) != position:
+                repeated[position] = other
+    objects: dict[int, set[str]] = {ids[one]: set() for pair in repeated.items() for one in pair}
     for record in content["annotations"] if repeated else ():
         if isinstance(record, dict) and is_int64(image_id := record.get("image_id")) and image_id in objects:
             objects[image_id].add(repr((record.get("category_id"), record.get("bbox"))))
-
-    def objects_of(position: int) -> set[str]:
-        return objects[content["images"][position]["id"]]
-
-    return {position: (other, objects_of(position) != objects_of(other)) for position, other in repeated.items()}
+    return {position: (other, objects[ids[position]] != objects[ids[other]]) for position, other in repeated.items()}

@@ -84,8 +84,8 @@ def split_dataset(report: Report, out: Path, data: DataConfig, options: SplitOpt
     for record in content["annotations"]:
         classes[record["image_id"]].add(record["category_id"])
     counts = [Counter(label for image_id in group for label in classes[image_id]) for group in groups]
-    shares = {data.train_split: 1 - options.val - options.test, data.val_split: options.val, "test": options.test}
-    shares = {name: share for name, share in shares.items() if share}
+    shares = {data.train_split: 1 - options.val - options.test, data.val_split: options.val}
+    shares |= {"test": options.test} if options.test else {}
     names = assign_splits([len(group) for group in groups], counts, shares, options.seed)
     for name in shares:
         if name not in names:
@@ -176,12 +176,8 @@ def _balance(
             fitting = [min(candidates, key=lambda group: sizes[group])] if len(candidates) > 1 else []
         if not fitting:
             return
-
-        def gain(group: int, poor: str = poor, rich: str = rich) -> tuple[float, int]:
-            classes = counts[group].items()
-            return sum(n * (needed_of[poor][label] - needed_of[rich][label]) for label, n in classes), -group
-
-        group = max(fitting, key=gain)
+        gain = {label: need - needed_of[rich][label] for label, need in needed_of[poor].items()}
+        group = max(fitting, key=lambda group: (sum(n * gain[label] for label, n in counts[group].items()), -group))
         assigned[group] = poor
         for name, sign in ((poor, -1), (rich, 1)):
             needed[name] += sign * sizes[group]

@@ -99,17 +99,15 @@ class TrainTransform:
     def _visible_window(self, window: CropWindow, target: Target, height: int, width: int) -> CropWindow:
         """Move the window until it keeps `min_visibility` of each object; otherwise return the best one tried."""
         best, best_visibility = window, 0.0
-        for attempt in range(1, MAX_CROP_TRIES + 1):
-            if not self.data.min_visibility:
-                return window
+        _, _, h, w = window
+        for attempt in range(MAX_CROP_TRIES):
+            if attempt:
+                window = (_random_int(0, height - h), _random_int(0, width - w), h, w)
             visibility = lowest_visibility(target, window, height, width)
             if visibility >= self.data.min_visibility:
                 return window
             if visibility > best_visibility:
                 best, best_visibility = window, visibility
-            if attempt < MAX_CROP_TRIES:
-                _, _, h, w = window
-                window = (_random_int(0, height - h), _random_int(0, width - w), h, w)
         return best
 
 

@@ -130,13 +130,8 @@ class VocSource(Source):
         return {"class": name, "bbox": bbox, "where": f"{path.name} object[{index}]"}
 
 
-def find_voc(root: Path, split: str, splits: Sequence[str] = ("train", "val", "test")) -> VocSource | None:
-    """Find one split of a VOC dataset; None if the folder is not one.
-
-    Args:
-        root: The dataset's folder.
-        split: The split to find.
-        splits: All splits whose classes count.
+def find_voc(root: Path, split: str, splits: Sequence[str]) -> VocSource | None:
+    """Find one split of a VOC dataset, None if the folder is not one; the classes of all `splits` count.
 
     Raises:
         UserError: It is a VOC dataset without this split.

@@ -1,9 +1,4 @@
-"""Check a dataset before training: every issue names the file and record and suggests a fix.
-
->>> report = check_dataset("sets/cards", DataConfig(), image_size=480, long_side=800)  # doctest: +SKIP
->>> print(*report.lines(), sep="\\n")  # doctest: +SKIP
-warning leak: train/a.jpg: (of train, images[0]) holds the same bytes as valid/b.jpg …; remove it from …
-"""
+"""Check a dataset before training: every issue names the file and record and suggests a fix."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -21,8 +16,6 @@ from .annotations import Split, read_split
 from .boxes import check_boxes
 from .classes import check_classes, class_counts
 from .images import Coverage, Depth, check_images
-
-__all__ = ["ISSUE_TYPES", "Issue", "Issues", "Report", "check_dataset", "check_for_training", "find_splits"]
 
 LINES_PER_TYPE = 5  # on the terminal
 

@@ -25,13 +25,13 @@ def check_classes(splits: Sequence[Split], train: Split | None, val: Split | Non
     _check_unused(splits, issues)
     if train is None:
         return
-    train_counts, val_counts = class_counts(train), class_counts(val) if val is not None else None
+    train_counts, val_counts = class_counts(train), class_counts(val) if val is not None else {}
     for category_id, name in train.categories.items():
-        count, val_count = train_counts[category_id], None if val_counts is None else val_counts.get(category_id, 0)
-        if not count and val_count and val is not None:
+        count, val_count = train_counts[category_id], val_counts.get(category_id, 0)
+        if val is not None and val_count and not count:
             message = f"has {val_count} objects of class {name!r}, of which {train.file} has none"
             issues.add("class-only-in-val", val.file, "", message, split=val.name)
-        if count and val_count == 0:
+        if val is not None and count and not val_count:
             message = f"has {count} objects of class {name!r}, but the validation split has none"
             issues.add("class-not-in-val", train.file, "", message, split=train.name)
         if 0 < count < RARE:

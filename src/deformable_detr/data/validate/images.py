@@ -46,8 +46,7 @@ def check_images(splits: Sequence[Split], depth: Depth, issues: Issues, progress
     tasks = [(split, record) for split in splits for record in split.images if not record.missing]
     seconds = AUTO_SECONDS if depth == "auto" else math.inf
     selected = tasks if depth == "full" else _spread(tasks, AUTO_IMAGES)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about files that it can read, or that become issues
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns about files that it can read, or that become issues
         headers = _run(tasks, _read_header, seconds, progress, "headers", issues)
         readable = [task for task in selected if not task[1].broken]
         decoded = _run(readable, _decode, seconds, progress, "images", issues)

@@ -39,21 +39,7 @@ def new_copy(data: Path, out: Path, option: str) -> Iterator[None]:
 
     Raises UserError if the folder lies in the dataset, is not empty, or cannot be written.
     """
-    existed = out.exists()
-    _create_folder(data.expanduser(), out, option)
-    try:
-        yield
-    except BaseException as error:
-        for path in out.iterdir():
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        if not existed:
-            out.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"{option} {out}: cannot be written: {error.strerror or error}") from None
-        raise
-
-
-def _create_folder(root: Path, out: Path, option: str) -> None:
+    root, existed = data.expanduser(), out.exists()
     copy, original = Path(os.path.realpath(out)), Path(os.path.realpath(root if root.is_dir() else root.parent))
     if copy == original or original in copy.parents:
         raise UserError(f"{option} {out}: lies in the dataset; name a folder elsewhere")
@@ -61,6 +47,14 @@ def _create_folder(root: Path, out: Path, option: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise UserError(f"{option} {out}: is not empty; name a new folder")
+        try:
+            yield
+        except BaseException:
+            for path in out.iterdir():
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            if not existed:
+                out.rmdir()
+            raise
     except OSError as error:
         raise UserError(f"{option} {out}: cannot be written: {error.strerror or error}") from None
 
@@ -107,12 +101,11 @@ class _Repair:
         """Link the images into `folder` and return the COCO dict of the copy."""
         raw = self._raw()
         ambiguous = self._ambiguous_ids()
-        records, merged = self._merge_records(
-            [r for r in self.split.images if r.position not in self.dropped["images"] and r.id not in ambiguous]
-        )
+        dropped = self.dropped["images"]
+        kept = [record for record in self.split.images if record.position not in dropped and record.id not in ambiguous]
+        records, image_ids = self._merge_records(kept)
         names: set[str] = {ROBOFLOW}
         images = [self._image(record, raw["images"][record.position], folder, names) for record in records]
-        image_ids = {record.id: record.id for record in records} | merged
         categories = self._categories(raw["categories"])
         annotations = self._annotations(raw["annotations"], image_ids)
         return raw | {"images": images, "annotations": annotations, "categories": categories}
@@ -141,15 +134,16 @@ class _Repair:
         return ambiguous
 
     def _merge_records(self, records: list[ImageRecord]) -> tuple[list[ImageRecord], dict[int, int]]:
-        """Keep one record per file; also return the ids of the others → the id of the record that replaces them."""
+        """Keep one record per file; also return each id → the id of the record that is kept."""
         first: dict[str, ImageRecord] = {}
-        merged: dict[int, int] = {}
+        image_ids: dict[int, int] = {}
         for record in records:
-            if (other := first.setdefault(record.name, record)) is not record:
-                merged[record.id] = other.id
+            other = first.setdefault(record.name, record)
+            image_ids[record.id] = other.id
+            if other is not record:
                 change = f"merged into images[{other.position}], which also names {record.name!r}"
                 self.log("image-twice", f"images[{record.position}]", change)
-        return list(first.values()), merged
+        return list(first.values()), image_ids
 
     def _image(self, record: ImageRecord, raw: dict[str, Any], folder: Path, names: set[str]) -> dict[str, Any]:
         position = f"images[{record.position}]"
@@ -172,18 +166,15 @@ class _Repair:
 
     def _annotations(self, raw: list[Any], image_ids: dict[int, int]) -> list[dict[str, Any]]:
         split = self.split
-        kept = [
-            index
-            for index, position in enumerate(split.positions.tolist())
-            if split.images[split.image_indices[index]].id in image_ids
-            and position not in self.dropped["annotations"]
-        ]  # fmt: skip
-        boxes, reasons = self._boxes(np.array(kept, dtype=np.int64))
+        image_kept = np.array([image.id in image_ids for image in split.images], dtype=bool)[split.image_indices]
+        dropped = np.isin(split.positions, list(self.dropped["annotations"]))
+        kept = np.flatnonzero(image_kept & ~dropped)
+        boxes, reasons = self._boxes(kept)
         if split.category_shift:
             self.log("category-off-by-one", split.file.name, f"category_id {split.category_shift:+d} for all objects")
         seen: set[tuple[Any, ...]] = set()
         annotations = []
-        for index, box, reason in zip(kept, boxes, reasons, strict=True):
+        for index, box, reason in zip(kept.tolist(), boxes, reasons, strict=True):
             position = int(split.positions[index])
             name = record_name(split.content["annotations"], position)
             record = {key: value for key, value in raw[position].items() if key != "where"}

@@ -5,8 +5,10 @@ import warnings
 from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ...utils.errors import UserError
+from ...utils.images import read_image
 from ...visualize.web.html import jpeg_data_uri, read_asset
 from ..issues import ISSUE_TYPES, SEVERITIES, Issue
 from . import Report
@@ -69,8 +71,7 @@ def _with_images(group: list[Issue]) -> list[Issue]:
 def _figure(issue: Issue, boxes: dict[Path, list[Box]]) -> str:
     assert issue.image is not None
     drawings = _draw(issue.image, boxes.get(issue.image, []), issue.box)
-    if issue.other is not None:
-        drawings += _draw(issue.other, [], None)
+    drawings += _draw(issue.other, [], None) if issue.other is not None else ""
     if not drawings:
         return ""
     caption = f"<b>{escape(issue.image.name)}</b> {_breakable(f'{issue.record} {issue.message}')}"
@@ -79,8 +80,10 @@ def _figure(issue: Issue, boxes: dict[Path, list[Box]]) -> str:
 
 def _draw(path: Path, others: list[Box], suspect: Box | None) -> str:
     """Return the image as SVG with thin boxes and a thick suspect, which can lie outside the image."""
-    image = _load(path)
-    if image is None:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+    except UserError:  # an issue of its own
         return ""
     scale = min(1.0, LONGEST_SIDE / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -103,22 +106,7 @@ def _draw(path: Path, others: list[Box], suspect: Box | None) -> str:
 
 def _rectangle(box: list[float], kind: str) -> str:
     x, y, w, h = box
-    if w <= 0 or h <= 0:
-        return ""
-    return f'<rect class="box {kind}" x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}"/>'
-
-
-def _load(path: Path) -> Image.Image | None:
-    """Return the upright RGB image; None if it cannot be shown."""
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                return None
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:  # decoders raise any exception for damaged data, which is an issue of its own
-        return None
+    return f'<rect class="box {kind}" x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{max(h, 0):.1f}"/>'
 
 
 def _boxes_by_path(report: Report) -> dict[Path, list[Box]]:
