@@ -16,8 +16,6 @@ from .issues import Issue, OnIssue
 from .source import Source
 from .transforms import MIN_SIDE
 
-OBJECT_KEYS = ("id", "image_id", "category_id", "iscrowd", "bbox")
-
 
 class MaskBox(list[float]):
     """The xywh box of an object whose record has none: the extent of its mask."""
@@ -260,7 +258,7 @@ class _RecordReader:
             if not isinstance(record, dict):
                 self._report("annotation-record", "annotations", position, "is not an object")
                 continue
-            values: list[Any] = [record.get(key) for key in OBJECT_KEYS]
+            values: list[Any] = [record.get(key) for key in ("id", "image_id", "category_id", "iscrowd", "bbox")]
             own_id, image_id, category, crowd, box = values
             if is_int64(own_id) and (first := first_positions.setdefault(own_id, position)) != position:
                 message = f"has the id of annotations[{first}]"

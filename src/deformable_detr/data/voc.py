@@ -62,7 +62,7 @@ class VocSource(Source):
         return coco_dict(parsed, ids, listed)
 
     def class_names(self, cache: AnnotationCache) -> set[str]:
-        """Return the classes of the split's objects; problems are reported when the split itself is read."""
+        """Return the classes of the split's objects; issues are reported when the split itself is read."""
         try:
             return {item["class"] for item in cache.parse(self).content["objects"]}
         except UserError:

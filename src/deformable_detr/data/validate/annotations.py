@@ -45,7 +45,7 @@ class Split(Records):
 def read_split(
     source: Source, name: str, categories: Sequence[Category] | None, issues: Issues, cache: AnnotationCache
 ) -> Split | None:
-    """Read the usable records of a split and add an issue for each problem; None if the file cannot be read.
+    """Read the usable records of a split and add their issues; None if the file cannot be read.
 
     `categories` are those of the training split; see `Source.read`.
     """
