@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/ at tiny sizes: they run, and what they compare computes the same."""
+"""The scripts in benchmarks/ at tiny sizes: they run and compare equal computations."""
 
 import json
 import runpy
@@ -23,7 +23,7 @@ def run(monkeypatch, tmp_path):
     """Run a script in this process and return its JSON."""
 
     def run(name, *arguments):
-        path = tmp_path / "figures.json"
+        path = tmp_path / "benchmark.json"
         monkeypatch.syspath_prepend(str(SCRIPTS))
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments), "--repeats", "1", "--json", str(path)])
         runpy.run_path(str(SCRIPTS / name), run_name="__main__")
@@ -74,8 +74,8 @@ def test_scaling(run, tmp_path):
         ("images", 1, 20, 48), ("images", 2, 20, 48), ("queries", 1, 20, 48), ("queries", 1, 40, 48),
         ("pixels", 1, 20, 48), ("pixels", 1, 20, 96),
     ]  # fmt: skip
-    maps = 6 * 8 + 3 * 4 + 2 * 2 + 1  # strides 8, 16, 32 and 64
-    assert [row["tokens"] for row in rows[:4]] == [maps + 20, 2 * (maps + 20), maps + 20, maps + 40]
+    tokens = 6 * 8 + 3 * 4 + 2 * 2 + 1  # strides 8, 16, 32 and 64
+    assert [row["tokens"] for row in rows[:4]] == [tokens + 20, 2 * (tokens + 20), tokens + 20, tokens + 40]
     assert rows[0]["median_ms"] == rows[2]["median_ms"] == rows[4]["median_ms"]  # timed once
     assert (tmp_path / "scaling.svg").exists()
 

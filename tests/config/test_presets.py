@@ -1,4 +1,4 @@
-"""The variants: what they are made of, and the paper's sizes."""
+"""Presets: their differences and the paper's model sizes."""
 
 import numpy as np
 import pytest
@@ -6,24 +6,24 @@ import pytest
 from deformable_detr import DeformableDETR, UserError, explain
 from deformable_detr.config import presets
 
-# Millions of parameters, published (the official repository's table, 91 class slots).
+# Millions of parameters as published in the official repository, with 91 classes.
 PUBLISHED = {"single-scale": 34, "single-scale-dc5": 34, "multi-scale": 40, "refine": 41, "two-stage": 41}
 
 
 @pytest.mark.parametrize(("name", "millions"), PUBLISHED.items())
-def test_parameters_are_the_papers_to_one_percent(name, millions):
+def test_parameter_counts_match_the_paper(name, millions):
     model = DeformableDETR(presets.PRESETS[name](backbone_weights="none"))
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert count == pytest.approx(millions, rel=0.01)
 
 
-def test_every_published_variant_is_a_preset_and_small_is_smaller():
+def test_presets_cover_the_published_variants_and_small_is_smaller():
     assert set(PUBLISHED) | {"small", "small-portable"} == set(presets.PRESETS)
     small = DeformableDETR(presets.small(backbone_weights="none"))
     assert sum(parameter.numel() for parameter in small.parameters()) < 10e6
 
 
-def test_variants_differ_as_the_paper_says():
+def test_variants_differ_as_in_the_paper():
     assert presets.multi_scale().num_feature_levels == 4
     assert presets.single_scale() == presets.multi_scale(num_feature_levels=1)
     assert presets.single_scale_dc5() == presets.single_scale(dilation=True)
@@ -32,13 +32,13 @@ def test_variants_differ_as_the_paper_says():
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_a_change_wins_over_the_preset(name):
+def test_changes_override_the_preset(name):
     assert presets.PRESETS[name](num_queries=7, num_classes=3).num_queries == 7
     assert presets.config(name).model == presets.PRESETS[name]()
     assert presets.config(name).preset == name
 
 
-def test_an_unknown_setting_or_preset_is_named():
+def test_unknown_option_or_preset_is_reported():
     with pytest.raises(UserError, match=r"unknown key 'num_quries'; did you mean 'num_queries'\?"):
         presets.small(num_quries=3)
     with pytest.raises(UserError, match=r"unknown preset 'large'; choose from .*two-stage"):
@@ -46,11 +46,11 @@ def test_an_unknown_setting_or_preset_is_named():
 
 
 @pytest.mark.parametrize("name", ["small", "small-portable"])
-def test_small_presets_read_sides_that_strides_divide(name):
+def test_small_presets_resize_to_multiples_of_the_stride(name):
     model = DeformableDETR(presets.PRESETS[name](backbone_weights="none", image_size=64, num_queries=10)).eval()
-    seen = []
-    model.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    input_sizes = []
+    model.register_forward_pre_hook(lambda module, inputs: input_sizes.append(tuple(inputs[0].shape[2:])))
     image = np.zeros((75, 130, 3), dtype=np.uint8)
     model.predict(image)
     explain(model, image, threshold=0.0)
-    assert seen == [(64, 96)] * 2, "64 × 110 without it"
+    assert input_sizes == [(64, 96)] * 2, "64 × 110 without size_divisor"

@@ -1,4 +1,4 @@
-"""Preset < file < --set < option."""
+"""Precedence: preset < file < --set < option."""
 
 import pytest
 
@@ -14,11 +14,11 @@ def file(tmp_path):
     return path
 
 
-def test_nothing_given_is_the_default_preset():
+def test_default_is_the_small_preset():
     assert resolve_config() == presets.config("small")
 
 
-def test_the_later_wins(file):
+def test_later_sources_take_precedence(file):
     config = resolve_config(
         None, file, ["train.seed=3", "train.batch_size=3"], {"train.batch_size": 4, "train.lr": None}
     )
@@ -27,14 +27,14 @@ def test_the_later_wins(file):
     assert config.model == presets.refine(num_queries=2)
 
 
-def test_the_preset_of_the_command_line_wins_over_the_files(file):
+def test_preset_option_overrides_the_file(file):
     config = resolve_config("single-scale", file)
     assert config.preset == "single-scale"
     assert config.model == presets.single_scale(num_queries=2)
     assert resolve_config(None, file, ["preset=small"]).preset == "small"
 
 
-def test_sections_may_only_be_right_together():
+def test_settings_are_validated_together():
     config = resolve_config("small", None, ["model.hidden_dim=60"], {"model.num_heads": 3})
     assert (config.model.hidden_dim, config.model.num_heads) == (60, 3)
 
@@ -49,20 +49,20 @@ def test_sections_may_only_be_right_together():
         ({"overrides": ["preset=[1]"]}, r"^preset must be a name, not \[1\]"),
     ],
 )
-def test_a_mistake_is_named_by_where_it_stands(arguments, message):
+def test_errors_name_their_source(arguments, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve_config(**arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_a_mistake_in_the_file_names_the_file(file):
+def test_error_in_the_file_names_the_file(file):
     file.write_text("train: {momentum: 1}")
     with pytest.raises(UserError, match=r"^config file .*mine\.yaml: unknown key 'train\.momentum'"):
         resolve_config(None, file)
 
 
-def test_what_is_wrong_only_together_says_so():
-    # Each is right over the preset alone (64 by 4 heads; 128 by 8), not both.
+def test_conflicting_settings_are_reported():
+    # Each is valid with the preset alone, but not both.
     settings = {"overrides": ["model.hidden_dim=68"], "options": {"model.num_heads": 8}}
     assert resolve_config(overrides=settings["overrides"]).model.hidden_dim == 68
     assert resolve_config(options=settings["options"]).model.num_heads == 8
@@ -70,7 +70,7 @@ def test_what_is_wrong_only_together_says_so():
         resolve_config(**settings)
 
 
-def test_epochs_or_minutes_alone_end_the_run(file):
+def test_epochs_and_minutes(file):
     both = resolve_config(options={"train.epochs": 3, "train.minutes": 2.0}).train
     assert (both.epochs, both.minutes) == (3, 2.0)
     minutes = resolve_config(options={"train.minutes": 2.0}).train

@@ -1,4 +1,4 @@
-"""The config: one clear line for every mistake, YAML there and back."""
+"""The config: one clear line per error, and the YAML round trip."""
 
 import pytest
 import yaml
@@ -10,7 +10,7 @@ from deformable_detr.config.section import merge
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-def test_yaml_there_and_back(name):
+def test_yaml_round_trip(name):
     config = presets.config(name)
     assert Config.from_dict(yaml.safe_load(config.to_yaml())) == config
 
@@ -39,7 +39,7 @@ def test_yaml_there_and_back(name):
         ({"train": {"epochs": 0, "lr": 0}}, ["train.epochs", "(and 1 more)"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(changes, words):
+def test_invalid_values_are_reported_in_one_line(changes, words):
     with pytest.raises(UserError) as caught:
         Config().updated(changes, "here")
     message = str(caught.value)
@@ -49,24 +49,24 @@ def test_a_mistake_is_one_line_that_names_it(changes, words):
         assert word in message
 
 
-def test_the_config_cannot_be_changed_in_place():
+def test_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         TrainConfig().epochs = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_replace_checks_too():
+def test_replace_validates():
     assert ModelConfig().replace(num_queries=7).num_queries == 7
     with pytest.raises(UserError, match="num_queries"):
         ModelConfig().replace(num_queries=0)
 
 
-def test_long_side_follows_the_paper_unless_given():
+def test_long_side_defaults_to_the_ratio_of_the_paper():
     assert ModelConfig().long_side == 1333
     assert ModelConfig(image_size=480).long_side == round(480 * 1333 / 800)
     assert ModelConfig(image_size=480, max_size=500).long_side == 500
 
 
-def test_merge_changes_neither_side():
+def test_merge_does_not_modify_its_arguments():
     base, changes = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 5}, "e": 4}
     assert merge(base, changes) == {"a": {"b": 5, "c": 2}, "d": 3, "e": 4}
     assert base == {"a": {"b": 1, "c": 2}, "d": 3}
@@ -86,7 +86,7 @@ def test_overrides_are_yaml_values_at_dotted_keys():
 
 
 @pytest.mark.parametrize("text", ["lr", "=3", "train.lr=[1"])
-def test_an_override_that_is_none_is_one_line(text):
+def test_invalid_override_is_reported_in_one_line(text):
     with pytest.raises(UserError, match="--set") as caught:
         parse_overrides(text.split())
     assert "\n" not in str(caught.value)
@@ -95,7 +95,7 @@ def test_an_override_that_is_none_is_one_line(text):
 @pytest.mark.parametrize(
     ("content", "words"), [("a: [", "not valid YAML"), ("- 1", "must contain keys"), ("\x00", "YAML")]
 )
-def test_a_file_that_is_no_config_is_one_line(tmp_path, content, words):
+def test_invalid_config_file_is_reported_in_one_line(tmp_path, content, words):
     file = tmp_path / "mine.yaml"
     file.write_text(content)
     with pytest.raises(UserError, match=r"mine\.yaml") as caught:
@@ -104,7 +104,7 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path, content, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named_and_an_empty_one_is_no_change(tmp_path):
+def test_missing_and_empty_config_files(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.yaml: No such file"):
         read_config_file(tmp_path / "nothing.yaml")
     (tmp_path / "empty.yaml").touch()
@@ -112,10 +112,10 @@ def test_a_missing_file_is_named_and_an_empty_one_is_no_change(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "check"), [("off", "off"), ("'off'", "off"), ("full", "full"), ("auto", "auto")])
-def test_off_is_a_word_though_yaml_reads_it_as_false(text, check):
+def test_check_off_is_read_as_a_string(text, check):
     assert Config().updated(parse_overrides([f"data.check={text}"])).data.check == check
 
 
-def test_on_is_no_way_to_check():
+def test_check_on_is_rejected():
     with pytest.raises(UserError, match=r"data.check"):
         Config().updated(parse_overrides(["data.check=on"]))

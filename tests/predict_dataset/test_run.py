@@ -1,4 +1,4 @@
-"""A whole run: what is stopped or dies goes on, to the same results, none twice. The slow tests are on Ray."""
+"""Complete runs: interrupted or killed runs resume to the same results, without duplicates. Slow tests use Ray."""
 
 import contextlib
 import json
@@ -42,9 +42,9 @@ class RayError(Exception):
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """One worker in this process in Ray's place. `before` is called with each unit before it is done."""
-    stand_in = SimpleNamespace(before=lambda unit: None, done=[])
+def local_worker(monkeypatch):
+    """Replace Ray by one worker in this process; `before` is called with each unit before it is processed."""
+    worker = SimpleNamespace(before=lambda unit: None, done=[])
 
     @contextlib.contextmanager
     def cluster(pool, model_bytes):
@@ -53,56 +53,56 @@ def here(monkeypatch):
             True,
         )
 
-    def reports(ray, job, files, units, chosen):
+    def unit_results(ray, job, files, units, resources):
         predictor = UnitPredictor(job, files)
         for unit in units:
-            stand_in.before(unit)
+            worker.before(unit)
             images, bad, failure = predictor.predict_unit(unit)
-            stand_in.done.append(unit)
+            worker.done.append(unit)
             yield unit, ImageCounts(images, bad), failure
 
     monkeypatch.setattr(runs, "_ray_cluster", cluster)
-    monkeypatch.setattr(runs, "_unit_results", reports)
-    return stand_in
+    monkeypatch.setattr(runs, "_unit_results", unit_results)
+    return worker
 
 
-def predict(model, source, out, said=None, **options):
+def predict(model, source, out, lines=None, **options):
     options = {"threshold": 0.01, "top_k": 5, "batch_size": 2, "unit_size": 4, **options}
-    report = (lambda line: None) if said is None else said.append
+    report = (lambda line: None) if lines is None else lines.append
     return predict_dataset(model, [source], out, Options(**options), report)
 
 
-def test_stopped_and_going_on(model, tmp_path, here):
+def test_interrupted_run_resumes(model, tmp_path, local_worker):
     source = as_folder(tmp_path / "images", FILES)
-    assert predict(model, source, tmp_path / "whole") == ImageCounts(14, 3)
-    assert here.done == [0, 1, 2, 3]
-    assert (tmp_path / "whole" / "_SUCCESS").exists()
+    assert predict(model, source, tmp_path / "complete") == ImageCounts(14, 3)
+    assert local_worker.done == [0, 1, 2, 3]
+    assert (tmp_path / "complete" / "_SUCCESS").exists()
 
     def stop(unit):
         if unit == 2:
             raise KeyboardInterrupt
 
-    here.done, here.before, said = [], stop, []
-    out = tmp_path / "stopped"
+    local_worker.done, local_worker.before, lines = [], stop, []
+    out = tmp_path / "interrupted"
     with pytest.raises(KeyboardInterrupt):
-        predict(model, source, out, said)
-    assert said[-1] == "interrupted: 2 of 4 units are finished; run the same command to resume"
+        predict(model, source, out, lines)
+    assert lines[-1] == "interrupted: 2 of 4 units are finished; run the same command to resume"
     assert not (out / "_SUCCESS").exists()
-    here.done, here.before, said = [], lambda unit: None, []
-    assert predict(model, source, out, said) == ImageCounts(14, 3)
-    assert here.done == [2, 3]
-    assert said[0] == "resuming: 2 of 4 units are finished"
-    assert read_rows(out) == read_rows(tmp_path / "whole")
-    here.done, said = [], []
-    assert predict(model, source, out, said, unit_size=None) == ImageCounts(14, 3)
-    assert here.done == []
-    assert said == [f"{out}: 14 images, 3 unreadable, 4 files; nothing was left to do"]
+    local_worker.done, local_worker.before, lines = [], lambda unit: None, []
+    assert predict(model, source, out, lines) == ImageCounts(14, 3)
+    assert local_worker.done == [2, 3]
+    assert lines[0] == "resuming: 2 of 4 units are finished"
+    assert read_rows(out) == read_rows(tmp_path / "complete")
+    local_worker.done, lines = [], []
+    assert predict(model, source, out, lines, unit_size=None) == ImageCounts(14, 3)
+    assert local_worker.done == []
+    assert lines == [f"{out}: 14 images, 3 unreadable, 4 files; nothing was left to do"]
     (out / "part-000003.parquet").unlink()
     assert predict(model, source, out) == ImageCounts(14, 3)
-    assert read_rows(out) == read_rows(tmp_path / "whole")
+    assert read_rows(out) == read_rows(tmp_path / "complete")
 
 
-def test_another_run_in_the_same_folder_is_refused(model, tmp_path, here):
+def test_another_run_in_the_same_folder_is_rejected(model, tmp_path, local_worker):
     source = as_folder(tmp_path / "images", FILES)
     predict(model, source, tmp_path / "out")
     before = read_rows(tmp_path / "out")
@@ -114,11 +114,11 @@ def test_another_run_in_the_same_folder_is_refused(model, tmp_path, here):
     assert read_rows(tmp_path / "out") == before
 
 
-def test_failed_units_are_named_and_tried_again(model, tmp_path, here, monkeypatch):
+def test_failed_units_are_reported_and_retried(model, tmp_path, local_worker, monkeypatch):
     source = as_folder(tmp_path / "images", FILES)
-    honest = UnitPredictor.predict_unit
+    original = UnitPredictor.predict_unit
     monkeypatch.setattr(
-        UnitPredictor, "predict_unit", lambda self, unit: (0, 0, "OSError: gone") if unit == 1 else honest(self, unit)
+        UnitPredictor, "predict_unit", lambda self, unit: (0, 0, "OSError: gone") if unit == 1 else original(self, unit)
     )
     with pytest.raises(UserError, match="1 of 4 units failed, first unit 1: OSError: gone; run the same command"):
         predict(model, source, tmp_path / "out")
@@ -126,17 +126,17 @@ def test_failed_units_are_named_and_tried_again(model, tmp_path, here, monkeypat
     monkeypatch.setattr(UnitPredictor, "predict_unit", lambda self, unit: (0, 0, "OSError: gone"))
     with pytest.raises(UserError, match="stopped after 10 consecutive failed units: OSError: gone"):
         predict(model, source, tmp_path / "other", unit_size=1)
-    monkeypatch.setattr(UnitPredictor, "predict_unit", honest)
+    monkeypatch.setattr(UnitPredictor, "predict_unit", original)
     assert predict(model, source, tmp_path / "out") == ImageCounts(14, 3)
 
 
-def test_on_the_command_line(model, tmp_path, here, capsys):
+def test_command_line(model, tmp_path, local_worker, capsys):
     source = as_folder(tmp_path / "images", FILES)
     main(["predict-dataset", str(model), str(source), "--out", str(tmp_path / "out"), "--num-cpus", "0.5"])
     assert "14 images, 3 unreadable" in capsys.readouterr().out
-    for wrong, message in (
-        ([str(tmp_path / "gone"), str(source)], f"{tmp_path}/gone"),
-        ([str(model), str(tmp_path / "gone")], f"{tmp_path}/gone: no such file or folder"),
+    for arguments, message in (
+        ([str(tmp_path / "missing"), str(source)], f"{tmp_path}/missing"),
+        ([str(model), str(tmp_path / "missing")], f"{tmp_path}/missing: no such file or folder"),
         ([str(model), str(source), "--threshold", "2"], "--threshold 2.0: must be from 0 to 1"),
         ([str(model), str(source), "--num-gpus", "1.5"], "--num-gpus 1.5: must be 0, a fraction"),
         ([str(model), str(source), "--num-cpus", "0"], "--num-cpus 0.0: must be greater than 0"),
@@ -146,7 +146,7 @@ def test_on_the_command_line(model, tmp_path, here, capsys):
         ([str(model), str(source), "--concurrency", "9"], "9 workers with --num-cpus 2 and --num-gpus 0 do not fit"),
     ):
         with pytest.raises(SystemExit) as caught:
-            main(["predict-dataset", *wrong, "--out", str(tmp_path / "new")])
+            main(["predict-dataset", *arguments, "--out", str(tmp_path / "new")])
         error = capsys.readouterr().err.strip()
         assert caught.value.code == 2
         assert error.startswith("error: ")
@@ -154,14 +154,14 @@ def test_on_the_command_line(model, tmp_path, here, capsys):
         assert "\n" not in error
 
 
-def test_without_the_packages(model, tmp_path, monkeypatch):
+def test_missing_packages_are_reported(model, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "find_spec", lambda package: None if package == "ray" else True)
     with pytest.raises(UserError, match=re.escape("ray is not installed: pip install 'deformable-detr[dataset]'")):
         predict(model, tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("pool", "cpus", "gpus", "wanted"),
+    ("pool", "cpus", "gpus", "expected"),
     [
         (Options(), 2, 0, WorkerResources(1, 2, 0, "cpu")),
         (Options(), 64, 0, WorkerResources(16, 4, 0, "cpu")),
@@ -176,15 +176,15 @@ def test_without_the_packages(model, tmp_path, monkeypatch):
         (Options(device="mps"), 8, 0, WorkerResources(2, 4, 0, "mps")),
     ],
 )
-def test_shares_of_a_machine(pool, cpus, gpus, wanted):
-    assert worker_resources(pool, cpus, gpus, fixed_size=True) == wanted
+def test_worker_resources_of_a_machine(pool, cpus, gpus, expected):
+    assert worker_resources(pool, cpus, gpus, fixed_size=True) == expected
 
 
-@pytest.mark.parametrize(("device", "packed", "wanted"), [
+@pytest.mark.parametrize(("device", "packed", "expected"), [
     ("auto", "model.onnx", "auto"), ("auto", "model.safetensors", "cuda"), ("cuda", "model.onnx", "cuda"),
 ])  # fmt: skip
-def test_exported_files_take_the_device_that_their_runtime_has(tmp_path, monkeypatch, device, packed, wanted):
-    """A GPU of the machine is none of a runtime that was built without."""
+def test_exported_files_use_the_device_of_their_runtime(tmp_path, monkeypatch, device, packed, expected):
+    """A runtime built without CUDA cannot use the machine's GPU."""
     from deformable_detr.predict_dataset.filesystem import OutputFolder
     from deformable_detr.predict_dataset.manifest import create_manifest
     from deformable_detr.predict_dataset.sources import SourceRange
@@ -194,93 +194,93 @@ def test_exported_files_take_the_device_that_their_runtime_has(tmp_path, monkeyp
         resources = {"CPU": 2.0, "GPU": 1.0}
         yield SimpleNamespace(cluster_resources=lambda: resources, exceptions=SimpleNamespace(RayError=RayError)), True
 
-    jobs, said = [], []
+    jobs, lines = [], []
     monkeypatch.setattr(runs, "_ray_cluster", cluster)
     monkeypatch.setattr(runs, "_unit_results", lambda ray, job, *_: jobs.append(job) or iter(()))
     store = OutputFolder(str(tmp_path))
     settings = Options(format="images", top_k=9, batch_size=1)
     plan = create_manifest(store, "m", ["/set"], iter([SourceRange("/set/a.png", 0, 1, 7)]), settings)
-    runs._run_units(store, {packed: b""}, [0], Options(device=device), Progress(plan, {}, said.append))
-    assert jobs[0].device == wanted
-    assert ("if the file's runtime supports it" in said[0]) == (wanted == "auto")
+    runs._run_units(store, {packed: b""}, [0], Options(device=device), Progress(plan, {}, lines.append))
+    assert jobs[0].device == expected
+    assert ("if the file's runtime supports it" in lines[0]) == (expected == "auto")
 
 
-def test_workers_that_do_not_fit():
+def test_too_many_workers_are_rejected():
     for pool in (Options(concurrency=3, num_cpus=1), Options(num_gpus=1), Options(device="cuda"), Options(num_cpus=4)):
         with pytest.raises(UserError, match="do not fit this machine's 2 processors and 0 GPUs"):
             worker_resources(pool, 2, 0, fixed_size=True)
-        assert worker_resources(pool, 2, 0, fixed_size=False).workers >= 1  # a cluster may grow
+        assert worker_resources(pool, 2, 0, fixed_size=False).workers >= 1  # a cluster may scale up
 
 
 def test_progress(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
-    said = []
+    lines = []
     plan = Manifest("run", 10, 1000, Options(format="images", top_k=1, batch_size=1, unit_size=100))
-    progress = Progress(plan, {0: ImageCounts(100, 1)}, said.append)
+    progress = Progress(plan, {0: ImageCounts(100, 1)}, lines.append)
     for unit in range(1, 5):
         now[0] += 5
         progress.add(unit, ImageCounts(100, 2), "")
-    assert said == [
+    assert lines == [
         "300 of 1000 images, 5 unreadable, 20.0 images/s, about 0:00:35 left",
         "500 of 1000 images, 9 unreadable, 20.0 images/s, about 0:00:25 left",
     ]
-    unknown = Progress(plan.__class__("run", 10, None, plan.options), {}, said.append)
+    unknown_total = Progress(plan.__class__("run", 10, None, plan.options), {}, lines.append)
     now[0] += 10
-    unknown.add(0, ImageCounts(50, 0), "")
-    assert said[-1] == "50 images, 0 unreadable, 5.0 images/s, about 0:01:30 left"
+    unknown_total.add(0, ImageCounts(50, 0), "")
+    assert lines[-1] == "50 images, 0 unreadable, 5.0 images/s, about 0:01:30 left"
 
 
-# On Ray
+# --- on Ray
 
 
 @pytest.fixture(scope="module")
-def ray_here():
-    """One cluster of this machine for the tests that need no process of their own."""
+def ray_cluster():
+    """One local cluster for the tests that need no separate process."""
     pytest.importorskip("ray")
     from ray import cloudpickle
 
-    here = sys.modules[__name__]  # workers have no way to it
+    this_module = sys.modules[__name__]  # workers cannot import this module
     with runs._ray_cluster(Options(), 2**20):
-        cloudpickle.register_pickle_by_value(here)
+        cloudpickle.register_pickle_by_value(this_module)
         yield
-        cloudpickle.unregister_pickle_by_value(here)
+        cloudpickle.unregister_pickle_by_value(this_module)
 
 
 @pytest.mark.slow
-def test_every_kind_of_source_on_ray(model, tmp_path, ray_here):
+def test_all_source_formats_on_ray(model, tmp_path, ray_cluster):
     sources = {
         "images": as_folder(tmp_path / "images", FILES),
         "parquet": as_parquet(tmp_path / "set.parquet", FILES),
         "tar": as_tar(tmp_path / "set.tar", FILES),
     }
-    found = {}
+    results = {}
     for kind, source in sources.items():
         options = {"batch_size": 1, "concurrency": 2, "num_cpus": 0.5}
         assert predict(model, source, tmp_path / "out" / kind, **options) == ImageCounts(len(FILES), len(BAD))
-        found[kind] = read_rows(tmp_path / "out" / kind).values()
+        results[kind] = read_rows(tmp_path / "out" / kind).values()
     values = ("width", "height", "boxes", "scores", "labels", "category_ids", "names")
-    for images, parquet, tar in zip(found["images"], found["parquet"], found["tar"], strict=True):
+    for images, parquet, tar in zip(results["images"], results["parquet"], results["tar"], strict=True):
         assert [images[key] for key in values] == [parquet[key] for key in values] == [tar[key] for key in values]
 
 
-class Deadly(UnitPredictor):
-    """Dies at unit 1 as often as the file says."""
+class CrashingPredictor(UnitPredictor):
+    """Kill the worker at unit 1 as often as the file `deaths` says."""
 
     def predict_unit(self, unit):
         deaths = Path(self.out.root) / "deaths"
-        left = int(deaths.read_text())
-        if unit == 1 and left:
-            deaths.write_text(str(left - 1))
+        remaining = int(deaths.read_text())
+        if unit == 1 and remaining:
+            deaths.write_text(str(remaining - 1))
             os.kill(os.getpid(), signal.SIGKILL)
         return super().predict_unit(unit)
 
 
 @pytest.mark.slow
-def test_dying_workers(model, tmp_path, ray_here, monkeypatch):
-    """Once: the unit comes again. As often as it is tried: the others are done, and the unit is named."""
+def test_killed_workers(model, tmp_path, ray_cluster, monkeypatch):
+    """After one death the unit is retried; after too many, the other units complete and the unit is reported."""
     source = as_folder(tmp_path / "images", FILES)
-    monkeypatch.setattr(runs, "UnitPredictor", Deadly)
+    monkeypatch.setattr(runs, "UnitPredictor", CrashingPredictor)
     for deaths, out in ((1, tmp_path / "once"), (MAX_WORKER_DEATHS + 1, tmp_path / "always")):
         out.mkdir()
         (out / "deaths").write_text(str(deaths))
@@ -290,71 +290,71 @@ def test_dying_workers(model, tmp_path, ray_here, monkeypatch):
             with pytest.raises(UserError, match="1 of 4 units failed, first unit 1: its worker died 3 times"):
                 predict(model, source, out)
             assert len(read_rows(out)) == 10
-            assert predict(model, source, out) == ImageCounts(14, 3)  # the fourth time it lives
+            assert predict(model, source, out) == ImageCounts(14, 3)  # succeeds after the last death
     assert read_rows(tmp_path / "once") == read_rows(tmp_path / "always")
 
 
-def start(model, source, out):
-    """The command in a process of its own."""
+def start_command(model, source, out):
+    """Start the command in a separate process."""
     command = [sys.executable, "-m", "deformable_detr", "predict-dataset", str(model), str(source), "--out", str(out),
                "--threshold", "0.01", "--unit-size", "16", "--num-cpus", "1", "--concurrency", "1"]  # fmt: skip
-    # A shell that was started in the background has interrupts ignored, and so would all that it starts.
+    # Background shells ignore SIGINT, which child processes would inherit.
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
-def stopped(model, source, out, number, units):
-    """Exit code and output of the command that gets a signal once it has done so many units."""
-    process = start(model, source, out)
-    said = ""
-    while "1 worker on" not in said:  # until then a worker of the run before may still be writing
+def run_and_signal(model, source, out, number, units):
+    """Send a signal to the command after some units; return its exit code and output."""
+    process = start_command(model, source, out)
+    stdout = ""
+    while "1 worker on" not in stdout:  # until then a worker of the previous run may still write
         line = process.stdout.readline()
         assert line, process.communicate()
-        said += line
-    there = len(list(out.glob("part-*.parquet")))
-    until = time.monotonic() + 1800
-    while len(list(out.glob("part-*.parquet"))) < there + units:
+        stdout += line
+    existing = len(list(out.glob("part-*.parquet")))
+    deadline = time.monotonic() + 1800
+    while len(list(out.glob("part-*.parquet"))) < existing + units:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
     output, _ = process.communicate(timeout=600)
-    return process.returncode, said + output
+    return process.returncode, stdout + output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["playing_cards", "bccd", "coco_mini"])
-def test_killed_and_stopped_on_real_sets(model, tmp_path, shared, name):
-    """With bad files among them; killed, gone on, stopped, gone on: as if nothing had happened."""
+def test_killed_and_interrupted_on_real_datasets(model, tmp_path, shared, name):
+    """With invalid files; killed, resumed, interrupted and resumed, the results equal an uninterrupted run."""
     pytest.importorskip("ray")
     source = tmp_path / "images"
     source.mkdir()
     files = sorted(path for path in (shared / "data" / name).rglob("*") if path.suffix in {".jpg", ".jpeg", ".png"})
     for index, path in enumerate(files):
         shutil.copy(path, source / f"{index:04}{path.suffix}")
-    bad = {"0003x.jpg": b"", "0011x.png": b"no image", "0040x.jpg": files[40].read_bytes()[:2000]}
+    bad = {"0003x.jpg": b"", "0011x.png": b"not an image", "0040x.jpg": files[40].read_bytes()[:2000]}
     for file, data in bad.items():
         (source / file).write_bytes(data)
     (source / "0050x.jpg").symlink_to(tmp_path / "nowhere.jpg")
 
     out = tmp_path / "out"
-    code, _ = stopped(model, source, out, signal.SIGKILL, 2)
+    code, _ = run_and_signal(model, source, out, signal.SIGKILL, 2)
     assert code == -signal.SIGKILL
     killed = {path: path.stat().st_mtime_ns for path in out.glob("part-*.parquet")}
     units = json.loads((out / "_manifest.json").read_text())["units"]
     assert 2 <= len(killed) < units
-    code, said = stopped(model, source, out, signal.SIGINT, 1)
+    code, stdout = run_and_signal(model, source, out, signal.SIGINT, 1)
     assert code == 130
-    assert re.search(rf"interrupted: \d+ of {units} units are finished; run the same command to resume", said)
-    process = start(model, source, out)
-    said, complaints = process.communicate(timeout=1800)
-    assert process.returncode == 0, complaints
+    assert re.search(rf"interrupted: \d+ of {units} units are finished; run the same command to resume", stdout)
+    process = start_command(model, source, out)
+    _, errors = process.communicate(timeout=1800)
+    assert process.returncode == 0, errors
     for path, written in killed.items():
-        assert path.stat().st_mtime_ns == written  # not done again
+        assert path.stat().st_mtime_ns == written  # not rewritten
 
-    process = start(model, source, tmp_path / "whole")
+    process = start_command(model, source, tmp_path / "complete")
     assert process.wait(timeout=1800) == 0
-    found = read_rows(out)
-    assert found == read_rows(tmp_path / "whole")
-    assert len(found) == len(files) + len(bad) + 1
-    assert sum(row["error"] is not None for row in found.values()) == len(bad) + 1
+    rows = read_rows(out)
+    assert rows == read_rows(tmp_path / "complete")
+    assert len(rows) == len(files) + len(bad) + 1
+    assert sum(row["error"] is not None for row in rows.values()) == len(bad) + 1

@@ -1,4 +1,4 @@
-"""What predict-dataset reads: every kind of source in a fixed order, and damage as records."""
+"""Sources of predict-dataset: every format in a fixed order, with damage as records."""
 
 import re
 import tarfile
@@ -17,9 +17,9 @@ FILES = list(encoded_images())
 
 
 def records(source, out=None, **options):
-    kind, pieces = find_ranges([str(source)], Options(**options), out)
+    kind, ranges = find_ranges([str(source)], Options(**options), out)
     chosen = Options(**{**options, "format": kind})
-    return [record for piece in pieces for record in read_range(piece, chosen)]
+    return [record for source_range in ranges for record in read_range(source_range, chosen)]
 
 
 def outcome(record):
@@ -31,16 +31,16 @@ def outcome(record):
         return str(error)
 
 
-def check(found, names):
-    """Each image of FILES in this order, the bad ones with an error that names them."""
-    assert [record.image for record in found] == names
-    for record, (name, _) in zip(found, FILES, strict=True):
-        what = outcome(record)
+def check(actual, names):
+    """Check that the records are the images of FILES in this order, invalid ones with an error."""
+    assert [record.image for record in actual] == names
+    for record, (name, _) in zip(actual, FILES, strict=True):
+        result = outcome(record)
         if name in BAD:
-            assert what.startswith(f"{record.image}: cannot be read as an image (")
-            assert "0x" not in what  # an address would be another one each time
+            assert result.startswith(f"{record.image}: cannot be read as an image (")
+            assert "0x" not in result  # no memory address, which would not be reproducible
         else:
-            assert what[0] == 3
+            assert result[0] == 3
 
 
 def test_folder(tmp_path):
@@ -52,29 +52,29 @@ def test_folder(tmp_path):
     assert records(f"file://{folder}")[0].image == f"{folder}/a00.png"
 
 
-def test_odd_entries_of_a_folder(tmp_path):
+def test_symbolic_links_in_a_folder(tmp_path):
     folder = as_folder(tmp_path / "images", FILES[:2])
     (folder / "loop").symlink_to(folder)
-    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "missing.png").symlink_to(tmp_path / "nowhere.png")
     (folder / "linked.png").symlink_to(folder / "a00.png")
-    found = {record.image.rsplit("/", 1)[1]: outcome(record) for record in records(folder)}
-    assert found.keys() == {"a00.png", "a01.jpg", "gone.png", "linked.png"}
-    assert found["linked.png"] == found["a00.png"]
-    assert "no such image file" in found["gone.png"]
+    actual = {record.image.rsplit("/", 1)[1]: outcome(record) for record in records(folder)}
+    assert actual.keys() == {"a00.png", "a01.jpg", "missing.png", "linked.png"}
+    assert actual["linked.png"] == actual["a00.png"]
+    assert "no such image file" in actual["missing.png"]
 
 
 @pytest.mark.parametrize("struct", [False, True])
 def test_parquet(tmp_path, struct, monkeypatch):
     monkeypatch.setattr(sources, "MIN_RANGE", 2)
     path = as_parquet(tmp_path / "set.parquet", FILES, struct=struct)
-    kind, pieces = find_ranges([str(tmp_path)], Options())
+    kind, ranges = find_ranges([str(tmp_path)], Options())
     assert kind == "parquet"
-    assert [(piece.start, piece.count) for piece in pieces] == [
+    assert [(source_range.start, source_range.count) for source_range in ranges] == [
         (0, 2), (2, 2), (4, 1), (5, 2), (7, 2), (9, 1), (10, 2), (12, 2),
     ]  # fmt: skip
-    found = records(tmp_path, id_column="name")
-    check(found, [f"{path}#{row}" for row in range(len(FILES))])
-    assert [record.key for record in found] == [name for name, _ in FILES]
+    actual = records(tmp_path, id_column="name")
+    check(actual, [f"{path}#{row}" for row in range(len(FILES))])
+    assert [record.key for record in actual] == [name for name, _ in FILES]
 
 
 def test_parquet_rows_without_bytes(tmp_path):
@@ -88,33 +88,35 @@ def test_parquet_rows_without_bytes(tmp_path):
 def test_tar(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MIN_RANGE", 4)
     path = as_tar(tmp_path / "0.tar", FILES)
-    kind, pieces = find_ranges([str(tmp_path)], Options())
+    kind, ranges = find_ranges([str(tmp_path)], Options())
     assert kind == "webdataset"
-    assert [(piece.start, piece.count) for piece in pieces] == [(0, 4), (4, 4), (8, 4), (12, 2)]
-    found = records(tmp_path)
-    check(found, [f"{path}#{name}" for name, _ in FILES])
-    assert (found[0].key, found[-1].key) == ("a00", "b/c03")
+    assert [(source_range.start, source_range.count) for source_range in ranges] == [(0, 4), (4, 4), (8, 4), (12, 2)]
+    actual = records(tmp_path)
+    check(actual, [f"{path}#{name}" for name, _ in FILES])
+    assert (actual[0].key, actual[-1].key) == ("a00", "b/c03")
 
 
-def test_hidden_members_of_a_tar_are_left_out(tmp_path):
+def test_hidden_members_of_a_tar_are_skipped(tmp_path):
     names = ["./b/a.png", "b/._a.png", "./.ipynb_checkpoints/a.png"]
     as_tar(tmp_path / "0.tar", [(name, FILES[0][1]) for name in names])
     assert [record.image for record in records(tmp_path)] == [f"{tmp_path}/0.tar#{names[0]}"]
 
 
-def test_compressed_tar_is_one_piece(tmp_path):
+def test_compressed_tar_is_one_range(tmp_path):
     path = as_tar(tmp_path / "0.tar.gz", FILES, "w:gz")
-    assert [(piece.start, piece.count) for piece in find_ranges([str(path)], Options())[1]] == [(0, -1)]
+    assert [(source_range.start, source_range.count) for source_range in find_ranges([str(path)], Options())[1]] == [
+        (0, -1)
+    ]
     check(records(path), [f"{path}#{name}" for name, _ in FILES])
-    path.rename(tmp_path / "0.tar")  # in a plain one's name
+    path.rename(tmp_path / "0.tar")  # compressed despite its name
     check(records(tmp_path), [f"{tmp_path}/0.tar#{name}" for name, _ in FILES])
 
 
-@pytest.mark.parametrize("at", [0.3, 0.5, 0.7])
-def test_tar_cut_anywhere(tmp_path, at):
-    """`tarfile` alone takes a header cut in two for the end, and says nothing."""
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.7])
+def test_truncated_tar_is_reported(tmp_path, fraction):
+    """`tarfile` silently treats a truncated header as the end."""
     path = as_tar(tmp_path / "0.tar", FILES)
-    header = int(path.stat().st_size * at) // 512 * 512
+    header = int(path.stat().st_size * fraction) // 512 * 512
     data = path.read_bytes()
     for end in (header, header + 100):
         path.write_bytes(data[:end])
@@ -122,40 +124,40 @@ def test_tar_cut_anywhere(tmp_path, at):
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "parquet"])
-def test_damaged_shard_gives_what_is_whole_and_says_so(tmp_path, kind):
+def test_damaged_shard_yields_intact_images_and_an_error(tmp_path, kind):
     good = [file for file in FILES if file[0] not in BAD]
     path = tmp_path / f"0.{kind}"
     if kind == "parquet":
         as_parquet(path, good)
-        column = pq.read_metadata(path).row_group(1).column(1)  # the index at the file's end stays
+        column = pq.read_metadata(path).row_group(1).column(1)  # the footer stays intact
         data = bytearray(path.read_bytes())
         data[column.data_page_offset : column.data_page_offset + 30] = bytes(30)
     else:
         as_tar(path, good, "w:gz" if kind == "tar.gz" else "w")
         data = path.read_bytes()[: path.stat().st_size // 2]
     path.write_bytes(data)
-    found = records(path)
-    (damage,) = [record for record in found if record.error]
+    actual = records(path)
+    (damage,) = [record for record in actual if record.error]
     assert re.match(rf"{re.escape(str(path))}(#5-9)?: damaged, cannot be read to its end \(", damage.error)
-    assert all(isinstance(outcome(record), tuple) for record in found if record != damage)
-    assert 1 < len(found) < len(good)
-    assert len({record.image for record in found}) == len(found)
-    path.write_bytes(b"nothing of the kind")
+    assert all(isinstance(outcome(record), tuple) for record in actual if record != damage)
+    assert 1 < len(actual) < len(good)
+    assert len({record.image for record in actual}) == len(actual)
+    path.write_bytes(b"not a shard")
     assert [record.error is not None for record in records(path)] == [True]
 
 
-def test_stores(monkeypatch, tmp_path):
-    """A file system that is not local, by URL; its troubles are not taken for the image's."""
+def test_remote_file_systems(monkeypatch, tmp_path):
+    """Network errors are not reported as image errors."""
     import fsspec
 
     memory = fsspec.filesystem("memory")
     for name, data in FILES:
         memory.pipe_file(f"/sources/{name}", data)
     try:
-        found = records("memory://sources")
-        check(found, [f"memory:///sources/{name}" for name, _ in FILES])
+        actual = records("memory://sources")
+        check(actual, [f"memory:///sources/{name}" for name, _ in FILES])
         memory.rm_file("/sources/a00.png")
-        assert "cannot be read" in outcome(found[0])
+        assert "cannot be read" in outcome(actual[0])
         memory.put_file(str(as_parquet(tmp_path / "set.parquet", FILES)), "/sources/set.parquet")
         found_rows = records("memory://sources/*.parquet")
         check(found_rows, [f"memory:///sources/set.parquet#{row}" for row in range(len(FILES))])
@@ -165,27 +167,29 @@ def test_stores(monkeypatch, tmp_path):
 
         monkeypatch.setattr(type(memory), "cat_file", unreachable)
         with pytest.raises(ConnectionError):
-            found[1].load()
+            actual[1].load()
     finally:
         memory.rm("/sources", recursive=True)
 
 
-def test_mistakes_are_named(tmp_path):
+def test_invalid_sources_are_reported(tmp_path):
     folder = as_folder(tmp_path / "images", FILES[:2])
     (tmp_path / "empty").mkdir()
     cases = [
-        ([tmp_path / "gone"], {}, f"{tmp_path}/gone: no such file or folder"),
+        ([tmp_path / "missing"], {}, f"{tmp_path}/missing: no such file or folder"),
         ([tmp_path / "empty"], {}, "found no images, Parquet files or .tar shards"),
         ([folder], {"format": "parquet"}, "found no .parquet, .pq"),
         (["nonsense://bucket"], {}, "nonsense://bucket: Protocol not known"),
     ]
-    for wrong, options, message in cases:
+    for paths, options, message in cases:
         with pytest.raises(UserError, match=re.escape(message)):
-            list(find_ranges([str(source) for source in wrong], Options(**options))[1])
+            list(find_ranges([str(source) for source in paths], Options(**options))[1])
     as_tar(folder / "z.tar", FILES[:1])
     with pytest.raises(UserError, match=r"holds images and webdataset \(.*z\.tar\); choose with --format"):
         list(find_ranges([str(folder)], Options())[1])
-    assert [piece.file for piece in find_ranges([str(folder)], Options(format="webdataset"))[1]] == [f"{folder}/z.tar"]
+    assert [source_range.file for source_range in find_ranges([str(folder)], Options(format="webdataset"))[1]] == [
+        f"{folder}/z.tar"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,7 @@ def test_mistakes_are_named(tmp_path):
         ({}, "has no column image; name the images with --image-column (columns with bytes: one, two)"),
     ],
 )
-def test_columns_are_named(tmp_path, columns, message):
+def test_parquet_columns_are_validated(tmp_path, columns, message):
     pq.write_table(pa.table({"name": ["a"], "one": [b"1"], "two": [b"2"]}), tmp_path / "set.parquet")
     with pytest.raises(UserError, match=re.escape(message)):
         list(find_ranges([str(tmp_path)], Options(**columns))[1])
@@ -207,16 +211,16 @@ def test_columns_are_named(tmp_path, columns, message):
 def test_overlapping_sources_give_each_image_once(tmp_path):
     folder = as_folder(tmp_path / "images", FILES)
     for patterns in (["a0*.*", "*.png", "a00.png"], ["a0*.*", "*.png"]):
-        _, pieces = find_ranges([f"{folder}/{pattern}" for pattern in patterns], Options())
-        names = [piece.file.rsplit("/", 1)[1] for piece in pieces]
-        assert len(names) == len(set(names)) == 10, "and no hidden one"
+        _, ranges = find_ranges([f"{folder}/{pattern}" for pattern in patterns], Options())
+        names = [source_range.file.rsplit("/", 1)[1] for source_range in ranges]
+        assert len(names) == len(set(names)) == 10, "and no hidden file"
     for names in ([folder, folder], [folder, folder / "b"], [folder / "b", folder]):
-        _, pieces = find_ranges([str(source) for source in names], Options())
-        assert len(list(pieces)) == len(FILES)
+        _, ranges = find_ranges([str(source) for source in names], Options())
+        assert len(list(ranges)) == len(FILES)
 
 
-def test_ids_that_are_no_text(tmp_path):
-    """A column of strings whose bytes are Latin-1, as some writers make it, and one of bytes."""
+def test_ids_that_are_not_utf8(tmp_path):
+    """A string column with Latin-1 bytes, as some writers produce, and a binary column."""
     data = FILES[0][1]
     for kind in (pa.binary(), pa.string()):
         ids = pa.array([b"caf\xe9", b"plain", None], pa.binary())
@@ -231,7 +235,7 @@ def test_ids_that_are_no_text(tmp_path):
         ]
 
 
-def test_links_in_a_tar_are_told(tmp_path):
+def test_links_in_a_tar_are_reported(tmp_path):
     """Tar writes the second of two hard-linked files as a link."""
     path = as_tar(tmp_path / "set.tar", FILES[:1])
     with tarfile.open(path, "a") as tar:
@@ -239,9 +243,9 @@ def test_links_in_a_tar_are_told(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "a00.png"
             tar.addfile(info)
-    found = records(path)
-    assert [record.image for record in found] == [f"{path}#{name}" for name in ("a00.png", "hard.png", "soft.png")]
-    assert all("links in shards are not followed" in outcome(record) for record in found[1:])
+    actual = records(path)
+    assert [record.image for record in actual] == [f"{path}#{name}" for name in ("a00.png", "hard.png", "soft.png")]
+    assert all("links in shards are not followed" in outcome(record) for record in actual[1:])
 
 
 def test_patterns_leave_hidden_folders_out(tmp_path):

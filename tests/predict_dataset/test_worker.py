@@ -1,4 +1,4 @@
-"""A unit through the model: rows as `predict` finds them, bad images as rows, any form of model, any form of source."""
+"""One unit through the model: rows equal `predict`, invalid images become rows, for every model and source format."""
 
 import io
 import os
@@ -31,39 +31,41 @@ def model(tmp_path_factory):
     return folder
 
 
-def units(model, source, out, batch_size=1, unit_size=5):
-    """All units of a source, done by one worker in this process; what it reported."""
+def predict_units(model, source, out, batch_size=1, unit_size=5):
+    """Process all units of a source with one worker in this process; return the worker and its reports."""
     files, digest = pack_model(str(model))
     store = OutputFolder(str(out))
     store.system.makedirs(store.root, exist_ok=True)
     id_column = "name" if str(source).endswith(".parquet") else None
-    kind, pieces = find_ranges([str(source)], Options(id_column=id_column))
+    kind, ranges = find_ranges([str(source)], Options(id_column=id_column))
     options = Options(THRESHOLD, 7, batch_size, kind, None, id_column, unit_size)
-    plan = create_manifest(store, digest, [str(source)], pieces, options)
+    plan = create_manifest(store, digest, [str(source)], ranges, options)
     predictor = UnitPredictor(WorkerJob(str(out), plan.run_id, plan.options, "cpu", 1), files)
     return predictor, predictor({"unit": range(plan.num_units)})
 
 
 def expected(model, batch_size=1):
-    """What `predict` finds in the good images, by name."""
-    good = [(name, decode_image(data, name)) for name, data in FILES if name not in BAD]
-    found = (
-        DeformableDETR.from_pretrained(model).optimize().predict([image for _, image in good], THRESHOLD, 7, batch_size)
+    """Return what `predict` detects in the valid images, by name."""
+    valid = [(name, decode_image(data, name)) for name, data in FILES if name not in BAD]
+    results = (
+        DeformableDETR.from_pretrained(model)
+        .optimize()
+        .predict([image for _, image in valid], THRESHOLD, 7, batch_size)
     )
-    return {name: detections for (name, _), detections in zip(good, found, strict=True)}
+    return {name: detections for (name, _), detections in zip(valid, results, strict=True)}
 
 
-def check(found, names, wanted):
-    """found: rows by image. names: of the files, by image."""
-    assert sorted(names[image] for image in found) == sorted(name for name, _ in FILES)
-    assert any(len(row["boxes"] or []) > 0 for row in found.values())
-    for image, row in found.items():
+def check(rows, names, expected_detections):
+    """Compare the rows by image with the detections by file name. names: file name by image."""
+    assert sorted(names[image] for image in rows) == sorted(name for name, _ in FILES)
+    assert any(len(row["boxes"] or []) > 0 for row in rows.values())
+    for image, row in rows.items():
         if names[image] in BAD:
             assert row["error"].startswith(f"{image}: cannot be read as an image (")
             values = {key: value for key, value in row.items() if key not in ("image", "key", "error")}
             assert set(values.values()) == {None}
         else:
-            detections = wanted[names[image]]
+            detections = expected_detections[names[image]]
             assert row["error"] is None
             assert (row["height"], row["width"]) == detections.image_size
             assert row["boxes"] == detections.boxes.tolist()
@@ -73,8 +75,8 @@ def check(found, names, wanted):
             assert row["names"] == list(detections.names)
 
 
-def test_every_kind_of_source(model, tmp_path):
-    wanted = expected(model)
+def test_all_source_formats(model, tmp_path):
+    expected_detections = expected(model)
     makers = {
         "images": lambda: (as_folder(tmp_path / "images", FILES), "{source}/{name}"),
         "parquet": lambda: (as_parquet(tmp_path / "set.parquet", FILES, struct=True), "{source}#{row}"),
@@ -82,45 +84,47 @@ def test_every_kind_of_source(model, tmp_path):
     }
     for kind, make in makers.items():
         source, form = make()
-        _, reports = units(model, source, tmp_path / "out" / kind)
+        _, reports = predict_units(model, source, tmp_path / "out" / kind)
         assert sum(reports["images"]) == len(FILES)
         assert sum(reports["unreadable"]) == len(BAD)
         assert set(reports["failure"]) == {""}
-        found = read_rows(tmp_path / "out" / kind)
+        rows = read_rows(tmp_path / "out" / kind)
         names = {form.format(source=source, name=name, row=row): name for row, (name, _) in enumerate(FILES)}
-        check(found, names, wanted)
+        check(rows, names, expected_detections)
         assert [path.name for path in sorted((tmp_path / "out" / kind).iterdir()) if path.name.startswith(".")] == []
     keys = {row["key"] for row in read_rows(tmp_path / "out" / "parquet").values()}
     assert keys == {name for name, _ in FILES}
 
 
-def test_the_results_are_those_of_each_image_alone(model, tmp_path):
-    """One unit, batches of three: images of other sizes, whose padding would move scores, are not among them."""
+def test_results_equal_those_of_single_images(model, tmp_path):
+    """In batches of three; images of other sizes, whose padding changes scores, are not batched together."""
     folder = as_folder(tmp_path / "images", FILES)
-    units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
+    predict_units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
     check(read_rows(tmp_path / "out"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
 
 
-def test_batches_are_of_good_images_of_one_size(model, tmp_path, monkeypatch):
-    """Bad images take no place in them."""
+def test_batches_contain_valid_images_of_one_size(model, tmp_path, monkeypatch):
+    """Invalid images take no place in a batch."""
     batches, predict_iter = [], worker.predict_iter
     monkeypatch.setattr(
-        worker, "predict_iter", lambda model, some, *rest: batches.append(len(some)) or predict_iter(model, some, *rest)
+        worker,
+        "predict_iter",
+        lambda model, images, *rest: batches.append(len(images)) or predict_iter(model, images, *rest),
     )
-    same = [
+    files = [
         ("0.png", FILES[0][1]),
         ("1.png", b""),
         ("2.png", FILES[0][1]),
         ("3.png", FILES[2][1]),
         ("4.png", FILES[0][1]),
     ]
-    folder = as_folder(tmp_path / "images", same)
-    units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
+    folder = as_folder(tmp_path / "images", files)
+    predict_units(model, folder, tmp_path / "out", batch_size=3, unit_size=99)
     assert batches == [2, 1, 1]
-    found = read_rows(tmp_path / "out")
-    alone = expected(model)
+    rows = read_rows(tmp_path / "out")
+    single = expected(model)
     for file, name in (("0.png", "a00.png"), ("2.png", "a00.png"), ("3.png", "a02.png")):
-        assert found[f"{folder}/{file}"]["scores"] == pytest.approx(alone[name].scores.tolist(), abs=1e-5)
+        assert rows[f"{folder}/{file}"]["scores"] == pytest.approx(single[name].scores.tolist(), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -132,36 +136,36 @@ def test_exported_model(model, tmp_path):
     path = tmp_path / "tiny.onnx"
     export_model(DeformableDETR.from_pretrained(model), path, "onnx", ExportOptions(image_size=(96, 128)))
     folder = as_folder(tmp_path / "images", FILES)
-    units(path, folder, tmp_path / "out")
+    predict_units(path, folder, tmp_path / "out")
 
     exported = load_exported(path, "cpu")
-    found = read_rows(tmp_path / "out")
+    rows = read_rows(tmp_path / "out")
     for name in ("a00.png", "b/c03.png"):
         detections = exported.predict(folder / name, THRESHOLD, 7)
-        assert found[f"{folder}/{name}"]["scores"] == detections.scores.tolist()
+        assert rows[f"{folder}/{name}"]["scores"] == detections.scores.tolist()
 
 
-def test_store_that_is_not_local(model, tmp_path):
+def test_output_on_a_remote_file_system(model, tmp_path):
     import fsspec
 
     memory = fsspec.filesystem("memory")
     try:
         folder = as_folder(tmp_path / "images", FILES)
-        _, reports = units(model, folder, "memory://results/run")
+        _, reports = predict_units(model, folder, "memory://results/run")
         assert set(reports["failure"]) == {""}
-        memory.get("/results/run", str(tmp_path / "got"), recursive=True)
-        check(read_rows(tmp_path / "got"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
+        memory.get("/results/run", str(tmp_path / "downloaded"), recursive=True)
+        check(read_rows(tmp_path / "downloaded"), {f"{folder}/{name}": name for name, _ in FILES}, expected(model))
     finally:
         memory.rm("/results", recursive=True)
 
 
-def test_what_goes_wrong_is_told_and_leaves_no_file(model, tmp_path, monkeypatch):
+def test_failures_are_reported_and_leave_no_file(model, tmp_path, monkeypatch):
     folder = as_folder(tmp_path / "images", FILES)
-    predictor, _ = units(model, folder, tmp_path / "out")
+    predictor, _ = predict_units(model, folder, tmp_path / "out")
     first = tmp_path / "out" / "part-000000.parquet"
     before = first.read_bytes()
     assert predictor({"unit": [0]})["failure"] == [""]
-    assert first.read_bytes() == before  # it was there
+    assert first.read_bytes() == before  # already done
 
     first.unlink()
     for error, message in (
@@ -178,13 +182,13 @@ def test_what_goes_wrong_is_told_and_leaves_no_file(model, tmp_path, monkeypatch
 
 
 def _raise(error):
-    def raising(*_):
+    def fail(*_):
         raise error
 
-    return raising
+    return fail
 
 
-def test_models_are_known_by_what_they_hold(model, tmp_path):
+def test_model_digest_depends_on_the_contents(model, tmp_path):
     files, digest = pack_model(str(model))
     assert files == {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors")}
     assert pack_model(str(model))[1] == digest
@@ -193,29 +197,29 @@ def test_models_are_known_by_what_they_hold(model, tmp_path):
         next(other.parameters()).view(-1)[0] += 1e-3
     other.save_pretrained(tmp_path)
     assert pack_model(str(tmp_path))[1] != digest
-    again = unpack_model(files, "cpu", 1)
+    unpacked = unpack_model(files, "cpu", 1)
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted, found = DeformableDETR.from_pretrained(model)(pixels), again(pixels)
-    assert max(max_differences(wanted, found)) <= 1e-4
+        expected_outputs, outputs = DeformableDETR.from_pretrained(model)(pixels), unpacked(pixels)
+    assert max(max_differences(expected_outputs, outputs)) <= 1e-4
 
 
-def test_names_that_are_no_text(model, tmp_path):
-    """Latin-1 on a disk and in an old tar: the images are found and predicted, the results are text."""
+def test_file_names_that_are_not_utf8(model, tmp_path):
+    """Latin-1 names on disk and in an old tar are read and predicted; the results are valid text."""
     name, data = FILES[0]
     latin = os.fsdecode(b"caf\xe9.png")
-    folder = as_folder(tmp_path / "images", [(latin, data), (f"b{latin}", b"no image")])
+    folder = as_folder(tmp_path / "images", [(latin, data), (f"b{latin}", b"not an image")])
     with tarfile.open(tmp_path / "set.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
         info = tarfile.TarInfo("caf\xe9.png")
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-    wanted = expected(model)[name]
+    expected_detections = expected(model)[name]
     for source, image in (
         (folder, f"{folder}/caf\\udce9.png"),
         (tmp_path / "set.tar", f"{tmp_path}/set.tar#caf\\udce9.png"),
     ):
-        _, reports = units(model, source, tmp_path / "out" / source.name)
+        _, reports = predict_units(model, source, tmp_path / "out" / source.name)
         assert set(reports["failure"]) == {""}
-        found = read_rows(tmp_path / "out" / source.name)
-        assert found[image]["scores"] == wanted.scores.tolist()
+        rows = read_rows(tmp_path / "out" / source.name)
+        assert rows[image]["scores"] == expected_detections.scores.tolist()
     assert "cannot be read as an image" in read_rows(tmp_path / "out/images")[f"{folder}/bcaf\\udce9.png"]["error"]

@@ -1,4 +1,4 @@
-"""Output files: early checks of their paths, atomic writes."""
+"""Output files: early path checks and atomic writes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from deformable_detr.utils.errors import UserError
 from deformable_detr.utils.files import prepare_files, write_json, write_text
 
 
-def test_unwritable_path_is_named_with_its_option(tmp_path):
+def test_unwritable_path_is_reported_with_its_option(tmp_path):
     (tmp_path / "file").touch()
     long = "a" * 300
     for path, words in (
@@ -46,10 +46,10 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         write_text(path.parent, "text")
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "ä\udc80"}
-    assert [one.name for one in path.parent.iterdir()] == ["a.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["a.json"]
 
 
-def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
+def test_symbolic_link_is_kept_and_its_target_replaced(tmp_path):
     (tmp_path / "far").mkdir()
     real, link = tmp_path / "far" / "real.json", tmp_path / "link.json"
     real.write_text("before")
@@ -61,7 +61,7 @@ def test_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
     assert [path.name for path in real.parent.iterdir()] == ["real.json"]
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 def test_pipe_is_written_to(tmp_path):
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
@@ -77,14 +77,14 @@ def test_pipe_is_written_to(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no /dev/stdout here")
 @pytest.mark.parametrize("to_file", [False, True])
 def test_standard_output_is_written_to(tmp_path, to_file):
-    # A link of its own to the same place: a mistake here shall not cost the machine its /dev/stdout.
+    # Use a link, so that a bug cannot replace the machine's /dev/stdout.
     (tmp_path / "out").symlink_to("/proc/self/fd/1" if os.path.exists("/proc/self/fd/1") else "/dev/fd/1")
-    place = tmp_path / "out" if not to_file else "/proc/self/fd/1"
+    path = tmp_path / "out" if not to_file else "/proc/self/fd/1"
     code = (
         "import sys; from pathlib import Path; from deformable_detr.utils.files import prepare_files, write_json\n"
         "print('first', flush=True); prepare_files({'--json': Path(sys.argv[1])}); write_json(Path(sys.argv[1]), 7)"
     )
-    command = [sys.executable, "-c", code, str(place)]
+    command = [sys.executable, "-c", code, str(path)]
     if to_file:
         with open(tmp_path / "file", "w") as file:
             subprocess.run(command, stdout=file, check=True)

@@ -1,4 +1,4 @@
-"""read_image: orientations, color modes, kinds of source, and one clear line for unreadable images."""
+"""read_image: orientation, color modes, source types, and one clear line for unreadable images."""
 
 import io
 
@@ -13,12 +13,12 @@ from deformable_detr.utils.images import read_image, read_size
 WHITE, RED = (255, 255, 255), (200, 30, 40)
 
 
-def colors(width=6, height=4):
-    """An image in which no two pixels are alike."""
+def random_pixels(width=6, height=4):
+    """Return random pixels, so that orientations are distinguishable."""
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-# What undoes each orientation, from the EXIF standard: where row 0 and column 0 of the stored image really are.
+# The transform that undoes each orientation of the EXIF standard.
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -34,7 +34,7 @@ UPRIGHT = {
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 def test_exif_orientation(tmp_path, orientation, suffix):
-    stored = colors()
+    stored = random_pixels()
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"photo.{suffix}"
@@ -61,7 +61,7 @@ def test_color_modes():
     assert pixel(rgb.quantize(4)) == RED
 
 
-def test_transparency_is_laid_over_white(tmp_path):
+def test_transparency_is_composited_over_white(tmp_path):
     assert pixel(Image.new("RGBA", (2, 2), (*RED, 255))) == RED
     assert pixel(Image.new("RGBA", (2, 2), (*RED, 0))) == WHITE
     assert pixel(Image.new("LA", (2, 2), (40, 0))) == WHITE
@@ -81,7 +81,7 @@ def test_transparency_is_laid_over_white(tmp_path):
     assert pixel(tmp_path / "rgb.png") == WHITE
 
 
-def test_sixteen_bits_are_scaled(tmp_path):
+def test_16_bit_images_are_scaled(tmp_path):
     values = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     for source in (tmp_path / "deep.png", values, Image.fromarray(values), Image.fromarray(values.astype(np.int32))):
@@ -100,16 +100,16 @@ def test_sixteen_bits_are_scaled(tmp_path):
         ([7e5, 7e5, 7e5], [0, 0, 0]),
     ],
 )
-def test_real_numbers(values, expected):
+def test_float_images_are_scaled(values, expected):
     assert read_image(Image.fromarray(np.array([values], dtype=np.float32)))[1].tolist() == [expected]
 
 
-def test_whole_numbers_beyond_16_bits():
+def test_integers_beyond_16_bits_are_scaled():
     assert read_image(Image.fromarray(np.array([[-10, 0, 10]], dtype=np.int32)))[0].tolist() == [[0, 128, 255]]
 
 
 def test_arrays_and_tensors():
-    array = colors()
+    array = random_pixels()
     expected = torch.from_numpy(array).permute(2, 0, 1)
     assert torch.equal(read_image(array), expected)
     assert torch.equal(read_image(array[:, ::-1]), expected.flip(2))
@@ -137,7 +137,7 @@ def test_arrays_and_tensors():
         7,
     ],
 )
-def test_wrong_sources(source):
+def test_invalid_sources_are_rejected(source):
     with pytest.raises(UserError, match=r"^an image (array|tensor)? ?must be"):
         read_image(source)
 
@@ -153,7 +153,7 @@ def jpeg():
     [jpeg()[:2000], jpeg()[:100], b"", b"GIF89a", b"<html>", jpeg()[:2] + bytes(500), b"II*\x00" + bytes(20)],
     ids=["truncated", "header only", "empty", "gif head", "html", "zeros", "tiff head"],
 )
-def test_broken_files_are_named(tmp_path, content):
+def test_damaged_files_are_reported(tmp_path, content):
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -192,7 +192,7 @@ def test_too_many_pixels(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_damaged_exif_is_ignored(tmp_path, suffix, broken):
     path = tmp_path / f"photo.{suffix}"
-    image = Image.fromarray(colors(64, 48))
+    image = Image.fromarray(random_pixels(64, 48))
     image.save(path)
     expected = read_image(path)
     image.save(path, exif=b"Exif\x00\x00" + broken)

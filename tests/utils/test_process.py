@@ -1,4 +1,4 @@
-"""Allocator, oneDNN and OpenMP settings, each tested in a process of its own."""
+"""Allocator, oneDNN and OpenMP settings, each tested in a separate process."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ VARIABLES = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACI
 
 
 def environment(**settings):
-    """The environment without the variables that our settings respect, and with these."""
+    """Return the environment with these settings and without the variables that override ours."""
     return {key: value for key, value in os.environ.items() if key not in VARIABLES} | settings
 
 
@@ -44,7 +44,7 @@ def test_retained_memory_saves_page_faults():
     for mode in ("retain", "default"):
         retained, faults[mode] = map(int, run(PAGE_FAULTS, mode).split())
         if not retained:
-            pytest.skip("no glibc here")
+            pytest.skip("no glibc")
     assert faults["retain"] < faults["default"] / 10
 
 
@@ -106,14 +106,14 @@ freed = []
 loader = dataloader.build_dataloader(Images(), dataloader.LoaderOptions(2, num_workers=1))
 for _ in range(2):
     buffers = [torch.ones(20 << 20) for _ in range(5)]
-    last = torch.ones(1000)  # after the buffers: otherwise they are the end of the heap, which any free() returns
+    last = torch.ones(1000)  # keeps the buffers from the end of the heap, which any free() returns
     del buffers
     before = resident_mib()
     for _ in loader:
         pass
     freed.append(before - resident_mib())
 print(*map(int, freed))
-del loader  # stops its workers, which would delay the exit by a minute
+del loader  # stops the workers, which would delay the exit by a minute
 """
 
 
@@ -122,10 +122,10 @@ del loader  # stops its workers, which would delay the exit by a minute
 def test_free_memory_is_trimmed_before_workers_are_forked(mode):
     output = run(FORKED, mode)
     if output.startswith("no glibc"):
-        pytest.skip("no glibc here")
+        pytest.skip("no glibc")
     first, second = map(int, output.split())
     assert (first > 300) == (mode == "trimmed")
-    assert second < 100  # the workers exist already: nothing is forked
+    assert second < 100  # the workers already exist, so nothing is forked
 
 
 PRIMITIVES = """
@@ -145,7 +145,7 @@ for side in (*range(90, 390), 90):
     [
         ("limit", {}, True),
         ("default", {}, False),
-        ("limit", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1000"}, False),  # the environment decides
+        ("limit", {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1000"}, False),  # the environment takes precedence
     ],
 )
 def test_onednn_caches_fewer_primitives(mode, settings, evicted):
@@ -153,7 +153,7 @@ def test_onednn_caches_fewer_primitives(mode, settings, evicted):
     created = [line for line in lines if "create" in line and "convolution" in line]
     if not created:
         pytest.skip("this PyTorch does not use oneDNN, or does not log it")
-    assert ("cache_miss" in created[-1]) == evicted  # the first of 300 sizes again
+    assert ("cache_miss" in created[-1]) == evicted  # the first of 300 sizes, repeated
 
 
 HEAP = """
@@ -180,7 +180,7 @@ for side in range(20, 620):
 def test_pytorch_caches_fewer_primitives(capacity):
     settings = {"LRU_CACHE_CAPACITY": capacity} if capacity else {}
     before, after = map(int, run(HEAP, **settings).split())
-    assert (after - before < 1000) == (capacity == "")  # KiB, for 300 more sizes
+    assert (after - before < 1000) == (capacity == "")  # KiB for 300 more sizes
 
 
 EARLY = """

@@ -29,89 +29,89 @@ def detections(image, boxes, names=None, scores=None, labels=None):
     )
 
 
-def gray(height=400, width=600):
+def gray_image(height=400, width=600):
     return np.full((height, width, 3), 128, np.uint8)
 
 
-def labels_of(monkeypatch, found):
-    """The texts and rectangles of the labels, the best last, and the picture."""
-    texts, places = [], []
+def record_labels(monkeypatch, result):
+    """Return the texts and rectangles of the drawn labels, the best last, and the image."""
+    texts, rectangles = [], []
 
-    class Pen(drawing.ImageDraw.ImageDraw):
+    class RecordingDraw(drawing.ImageDraw.ImageDraw):
         def rectangle(self, xy, fill=None, outline=None, width=1):
             if fill is not None:
-                places.append([xy[0], xy[1], xy[2] + 1, xy[3] + 1])
+                rectangles.append([xy[0], xy[1], xy[2] + 1, xy[3] + 1])
             super().rectangle(xy, fill, outline, width)
 
         def text(self, xy, text, **options):
             left, top, right, bottom = self.textbbox(xy, text, font=options["font"], anchor=options["anchor"])
-            ground = places[-1]
-            assert ground[0] <= left
-            assert ground[1] <= top
-            assert right <= ground[2]
-            assert bottom <= ground[3]
+            background = rectangles[-1]
+            assert background[0] <= left
+            assert background[1] <= top
+            assert right <= background[2]
+            assert bottom <= background[3]
             texts.append(text)
             super().text(xy, text, **options)
 
-    monkeypatch.setattr(drawing.ImageDraw, "Draw", Pen)
-    picture = draw(found)
-    return texts, places, picture
+    monkeypatch.setattr(drawing.ImageDraw, "Draw", RecordingDraw)
+    drawn_image = draw(result)
+    return texts, rectangles, drawn_image
 
 
-def overlap(a, b):
+def intersection_area(a, b):
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 @pytest.mark.parametrize("size", [(20, 30), (400, 600)])
-def test_without_detections_the_image_is_as_it_was(tmp_path, size):
+def test_image_without_detections_is_not_changed(tmp_path, size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    save(detections(pixels, []), tmp_path / "same.png")
-    assert (np.asarray(Image.open(tmp_path / "same.png")) == pixels).all()
+    save(detections(pixels, []), tmp_path / "unchanged.png")
+    assert (np.asarray(Image.open(tmp_path / "unchanged.png")) == pixels).all()
 
 
-def test_lines_lie_on_the_box_and_the_image_is_not_touched():
-    image = gray()
-    picture = np.asarray(draw(detections(image, [[100, 100, 300, 250]])))
+def test_lines_are_on_the_box_and_the_source_is_not_modified():
+    image = gray_image()
+    drawn_image = np.asarray(draw(detections(image, [[100, 100, 300, 250]])))
     assert (image == 128).all()
     color = [int(PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
     for x, y in [(100, 180), (300, 180), (200, 100), (200, 250)]:
-        assert picture[y, x].tolist() == color
-    changed = (picture != 128).any(-1)
-    assert not changed[130:240, 110:290].any()  # inside
+        assert drawn_image[y, x].tolist() == color
+    changed = (drawn_image != 128).any(-1)
+    assert not changed[130:240, 110:290].any()  # interior
     assert not changed[260:].any()
     assert not changed[:, 310:].any()
 
 
 @pytest.mark.parametrize(
-    ("size", "drawn"), [((16, 32), (320, 160)), ((100, 200), (400, 200)), ((320, 100), (100, 320))]
+    ("size", "drawn_size"), [((16, 32), (320, 160)), ((100, 200), (400, 200)), ((320, 100), (100, 320))]
 )
-def test_small_images_are_enlarged_and_boxes_with_them(size, drawn):
+def test_small_images_and_their_boxes_are_enlarged(size, drawn_size):
     height, width = size
-    found = detections(gray(height, width), [[width / 2, height / 2, width, height]])
-    picture = draw(found)
-    assert picture.size == drawn
-    row = np.asarray(picture)[round(drawn[1] * 0.9)]
+    result = detections(gray_image(height, width), [[width / 2, height / 2, width, height]])
+    drawn_image = draw(result)
+    assert drawn_image.size == drawn_size
+    row = np.asarray(drawn_image)[round(drawn_size[1] * 0.9)]
     color = [int(PALETTE[0][i : i + 2], 16) for i in (1, 3, 5)]
     columns = (row == color).all(-1).nonzero()[0]
-    assert columns.min() == pytest.approx(drawn[0] / 2, abs=2)
-    assert columns.max() == drawn[0] - 1  # the line on the border shows
+    assert columns.min() == pytest.approx(drawn_size[0] / 2, abs=2)
+    assert columns.max() == drawn_size[0] - 1  # the line on the image border is visible
 
 
-def test_line_and_text_grow_with_the_image(monkeypatch):
+def test_line_width_and_text_scale_with_the_image(monkeypatch):
     heights, lines = [], []
     for scale in (1, 2, 4):
-        image = gray(600 * scale, 800 * scale)
+        image = gray_image(600 * scale, 800 * scale)
         box = [[100 * scale, 200 * scale, 700 * scale, 500 * scale]]
-        _, [place], picture = labels_of(monkeypatch, detections(image, box))
-        heights.append(place[3] - place[1])
-        lines.append((np.asarray(picture)[350 * scale, : 400 * scale] != 128).any(-1).sum())
+        _, [rectangle], drawn_image = record_labels(monkeypatch, detections(image, box))
+        heights.append(rectangle[3] - rectangle[1])
+        lines.append((np.asarray(drawn_image)[350 * scale, : 400 * scale] != 128).any(-1).sum())
     assert heights[1] == pytest.approx(2 * heights[0], rel=0.15)
     assert heights[2] == pytest.approx(4 * heights[0], rel=0.15)
     assert lines[0] >= 3
     assert lines[0] + 2 <= lines[1] <= lines[2] - 4
 
 
-def test_labels_keep_inside_and_apart(monkeypatch):
+def test_labels_stay_inside_and_do_not_overlap(monkeypatch):
     boxes = [
         [0, 0, 60, 60],
         [540, 0, 600, 60],
@@ -120,25 +120,27 @@ def test_labels_keep_inside_and_apart(monkeypatch):
         [0, 0, 600, 400],
         [5, 5, 65, 65],
     ]
-    texts, places, _ = labels_of(monkeypatch, detections(gray(), boxes, scores=[0.931, 0.9, 0.8, 0.7, 0.6, 0.5]))
+    texts, rectangles, _ = record_labels(
+        monkeypatch, detections(gray_image(), boxes, scores=[0.931, 0.9, 0.8, 0.7, 0.6, 0.5])
+    )
     assert texts[-1] == "cat 0.93"  # the best is drawn last
-    for left, top, right, bottom in places:
+    for left, top, right, bottom in rectangles:
         assert left >= 0
         assert top >= 0
         assert right <= 600
         assert bottom <= 400
-    assert not any(overlap(a, b) for a, b in itertools.combinations(places, 2))
+    assert not any(intersection_area(a, b) for a, b in itertools.combinations(rectangles, 2))
 
 
-def test_labels_of_one_place_find_room(monkeypatch):
-    _, places, _ = labels_of(monkeypatch, detections(gray(), [[200, 150, 400, 300]] * 6))
-    assert not any(overlap(a, b) for a, b in itertools.combinations(places, 2))
+def test_labels_of_equal_boxes_do_not_overlap(monkeypatch):
+    _, rectangles, _ = record_labels(monkeypatch, detections(gray_image(), [[200, 150, 400, 300]] * 6))
+    assert not any(intersection_area(a, b) for a, b in itertools.combinations(rectangles, 2))
 
 
 @pytest.mark.parametrize("size", [(400, 330), (2000, 40), (40, 2000)])
-def test_long_names_are_shortened_to_the_image(monkeypatch, size):
-    found = detections(gray(*size), [[0, 0, 20, 20]], names=["a name that no image has the room for " * 20])
-    [text], [(left, _, right, _)], _ = labels_of(monkeypatch, found)
+def test_long_names_are_shortened(monkeypatch, size):
+    result = detections(gray_image(*size), [[0, 0, 20, 20]], names=["a name that does not fit into the image " * 20])
+    [text], [(left, _, right, _)], _ = record_labels(monkeypatch, result)
     assert left >= 0
     assert right <= size[1]
     assert re.fullmatch(r"(a.*… )?0\.90", text)
@@ -148,58 +150,58 @@ def test_many_boxes_are_drawn():
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 300, (300, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(1, 100, (300, 2))], axis=1)
-    assert draw(detections(gray(), boxes.tolist())).size == (600, 400)
-    large = detections(gray(3000, 4000), (10 * boxes).tolist())
+    assert draw(detections(gray_image(), boxes.tolist())).size == (600, 400)
+    large = detections(gray_image(3000, 4000), (10 * boxes).tolist())
     start = time.process_time()
     assert draw(large).size == (4000, 3000)
-    assert time.process_time() - start < 3  # with lines that cost as much as the image is large it was 20
+    assert time.process_time() - start < 3  # 20 s if each line costs as much as the image size
 
 
 @pytest.mark.parametrize("text", ["cat", "собака", "γάτα", "قطة سوداء", "ñandú", "ace of ♠", "♥"])
-def test_fonts_know_the_letters(caplog, text):
+def test_fonts_have_the_glyphs(caplog, text):
     from matplotlib.ft2font import FT2Font
 
-    shown, file = legible(text, "class 7")
-    assert shown == text
+    text_drawn, file = legible(text, "class 7")
+    assert text_drawn == text
     assert set(map(ord, text)) - {32} <= FT2Font(file).get_charmap().keys()
     assert not caplog.records
 
 
-def test_letters_without_a_font_are_never_drawn_as_empty_boxes(caplog, monkeypatch):
-    """As on a server where DejaVu Sans is the only font."""
-    only = fonts._font_files()[:1]
-    monkeypatch.setattr(fonts, "_font_files", lambda: only)
+def test_missing_glyphs_are_never_drawn_as_empty_boxes(caplog, monkeypatch):
+    """On a server where DejaVu Sans is the only font."""
+    dejavu = fonts._font_files()[:1]
+    monkeypatch.setattr(fonts, "_font_files", lambda: dejavu)
     for cached in (fonts.legible, fonts._best_font):
         cached.cache_clear()
     try:
-        assert legible("\U0001f9ff bead", "class 7")[0] == "bead"  # a symbol can be left out
+        assert legible("\U0001f9ff bead", "class 7")[0] == "bead"  # a symbol may be dropped
         assert not caplog.records
-        assert legible("猫 cat", "class 7") == legible("class 7", "")  # a letter cannot
+        assert legible("猫 cat", "class 7") == legible("class 7", "")  # a letter may not
         assert legible("\U0001f9ff", "class 8")[0] == "class 8"
         assert len(caplog.records) == 2
         assert "猫 cat" in caplog.text
         assert "class 7" in caplog.text
-        found = detections(gray(), [[100, 100, 300, 250]] * 2, names=["猫", "cat"], labels=[4, 5])
-        texts, _, _ = labels_of(monkeypatch, found)
+        result = detections(gray_image(), [[100, 100, 300, 250]] * 2, names=["猫", "cat"], labels=[4, 5])
+        texts, _, _ = record_labels(monkeypatch, result)
         assert texts == ["cat 0.90", "class 4 0.90"]
     finally:
         for cached in (fonts.legible, fonts._best_font):
             cached.cache_clear()
 
 
-def test_each_name_has_a_font_of_its_own(monkeypatch):
-    chosen = {"猫": "Serif", "cat": "Sans"}
-    files = {name: font_manager.findfont(f"DejaVu {kind}") for name, kind in chosen.items()}
+def test_each_name_uses_its_own_font(monkeypatch):
+    families = {"猫": "Serif", "cat": "Sans"}
+    files = {name: font_manager.findfont(f"DejaVu {kind}") for name, kind in families.items()}
     monkeypatch.setattr(drawing, "legible", lambda name, fallback: (name, files[name]))
     fonts_used = []
     font_of = drawing._font
     monkeypatch.setattr(drawing, "_font", lambda file, size: fonts_used.append(file) or font_of(file, size))
-    draw(detections(gray(), [[0, 0, 99, 99], [200, 200, 300, 300]], names=["猫", "cat"]))
+    draw(detections(gray_image(), [[0, 0, 99, 99], [200, 200, 300, 300]], names=["猫", "cat"]))
     assert fonts_used == [files["猫"], files["cat"]]
 
 
-def test_text_reads_on_every_color():
-    """Contrast of at least 4.5 to 1, as WCAG 2 asks of text; the other ink does not reach it everywhere."""
+def test_text_contrast_on_every_color():
+    """WCAG 2 requires a contrast of 4.5 to 1; white text alone does not reach it."""
 
     def luminance(color):
         parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -215,37 +217,37 @@ def test_text_reads_on_every_color():
     assert len(set(PALETTE)) == 7
 
 
-def test_sources_of_every_kind(tmp_path):
-    Image.fromarray(gray()).save(tmp_path / "a.png")
-    tensor = torch.from_numpy(gray()).permute(2, 0, 1)
-    expected = np.asarray(draw(detections(gray(), [[10, 10, 50, 50]])))
+def test_source_types(tmp_path):
+    Image.fromarray(gray_image()).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(gray_image()).permute(2, 0, 1)
+    expected = np.asarray(draw(detections(gray_image(), [[10, 10, 50, 50]])))
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), tensor):
-        found = Detections(*vars(detections(gray(), [[10, 10, 50, 50]])).values())
-        picture = draw(Detections(**{**vars(found), "image": source}))
-        assert (np.asarray(picture) == expected).all()
+        result = Detections(*vars(detections(gray_image(), [[10, 10, 50, 50]])).values())
+        drawn_image = draw(Detections(**{**vars(result), "image": source}))
+        assert (np.asarray(drawn_image) == expected).all()
 
 
-@pytest.mark.parametrize("ending", [".png", ".jpg", ".JPEG", ".webp"])
-def test_formats(tmp_path, ending):
-    path = save(detections(gray(), [[10, 10, 50, 50]]), tmp_path / f"a{ending}")
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp"])
+def test_formats(tmp_path, suffix):
+    path = save(detections(gray_image(), [[10, 10, 50, 50]]), tmp_path / f"a{suffix}")
     assert Image.open(path).size == (600, 400)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no temporary file left
 
 
-def test_failures_are_named_and_lose_nothing(tmp_path):
-    found = detections(gray(), [[10, 10, 50, 50]])
+def test_failed_save_is_reported_and_loses_no_file(tmp_path):
+    result = detections(gray_image(), [[10, 10, 50, 50]])
     with pytest.raises(UserError, match=re.escape("'.xyz' is not an image format")):
-        save(found, tmp_path / "a.xyz")
+        save(result, tmp_path / "a.xyz")
     with pytest.raises(UserError, match="a: '' is not an image format"):
-        save(found, tmp_path / "a")
+        save(result, tmp_path / "a")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"b\.png cannot be written"):
-        save(found, tmp_path / "file" / "b.png")
+        save(result, tmp_path / "file" / "b.png")
     assert (tmp_path / "file").read_text() == "mine"
 
-    Image.fromarray(gray()).save(tmp_path / "source.png")
+    Image.fromarray(gray_image()).save(tmp_path / "source.png")
     from_file = detections(tmp_path / "source.png", [[10, 10, 50, 50]])
-    Image.fromarray(gray(50, 50)).save(tmp_path / "source.png")
+    Image.fromarray(gray_image(50, 50)).save(tmp_path / "source.png")
     with pytest.raises(UserError, match="has changed since the prediction"):
         from_file.save(tmp_path / "c.png")
     (tmp_path / "source.png").unlink()
