@@ -175,8 +175,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
     """Evaluate in one process and in all, on five images of several sizes and on one image."""
     from deformable_detr.data.dataset import open_dataset
     from deformable_detr.data.transforms import EvalTransform
-    from deformable_detr.evaluation.distributed import evaluate_distributed
-    from deformable_detr.evaluation.evaluator import evaluate_dataset
+    from deformable_detr.evaluation.evaluator import evaluate_dataset, evaluate_distributed
 
     torch.manual_seed(0)
     config = tiny_config().model.replace(class_names=("red", "green", "blue"), category_ids=(10, 20, 30))

@@ -11,7 +11,7 @@ import torch
 
 from deformable_detr.cli import main
 from deformable_detr.detector import DeformableDETR
-from deformable_detr.evaluation import distributed as evaluation
+from deformable_detr.evaluation import evaluator
 from deformable_detr.training import checkpoint
 from deformable_detr.training.checkpoint import load_checkpoint
 from deformable_detr.training.logger import TrainingLogger
@@ -184,7 +184,7 @@ def test_full_disk(data, tmp_path, monkeypatch, capsys, target):
         fail_in_epoch_2(patched, fill)
         if target == "model":  # a better AP, so that the model is written
             figures = iter([0.1, 0.2])
-            patched.setattr(evaluation, "evaluate_distributed", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
+            patched.setattr(evaluator, "evaluate_distributed", lambda *_, **__: {"AP": next(figures), "AP50": 0.6})
         with pytest.raises(UserError, match=r"No space left on device.*with --resume") as caught:
             train_model(data, out, tiny_config())
     monkeypatch.undo()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deformable_detr.detector import DeformableDETR
-from deformable_detr.evaluation import distributed as evaluation
+from deformable_detr.evaluation import evaluator
 from deformable_detr.training import trainer
 from deformable_detr.training.checkpoint import load_checkpoint
 from deformable_detr.training.run_dir import run_config
@@ -152,7 +152,7 @@ def test_run_killed_during_evaluation_evaluates_on_resume(data, tmp_path, monkey
 
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "evaluate_distributed", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        patched.setattr(evaluator, "evaluate_distributed", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(TrainingInterrupted) as caught:
             train_model(data, out, tiny_config(epochs=1))
     assert caught.value.code == 130
@@ -295,7 +295,7 @@ def test_missing_image_is_reported(tmp_path):
 def test_best_and_last_checkpoints(data, tmp_path, monkeypatch):
 
     results = iter([0.2, 0.5, 0.4])
-    monkeypatch.setattr(evaluation, "evaluate_distributed", lambda *_, **__: {"AP": next(results), "AP50": 0.6})
+    monkeypatch.setattr(evaluator, "evaluate_distributed", lambda *_, **__: {"AP": next(results), "AP50": 0.6})
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=3))
     assert (metrics["AP"], metrics["best_AP"]) == (0.4, 0.5)
     states = {name: load_checkpoint(tmp_path / "run" / "checkpoints" / name)[1] for name in ("last", "best")}
@@ -304,7 +304,7 @@ def test_best_and_last_checkpoints(data, tmp_path, monkeypatch):
 
 def test_undefined_ap_keeps_the_latest_model(data, tmp_path, monkeypatch):
 
-    monkeypatch.setattr(evaluation, "evaluate_distributed", lambda *_, **__: {"AP": None, "AP50": None})
+    monkeypatch.setattr(evaluator, "evaluate_distributed", lambda *_, **__: {"AP": None, "AP50": None})
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=2))
     assert metrics["best_AP"] is None
     best = load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]
@@ -372,7 +372,7 @@ def test_resume_with_gradient_accumulation_within_an_epoch(data, tmp_path, monke
 def test_early_stopping(data, tmp_path, monkeypatch, capsys):
 
     results = iter([0.2, 0.5, 0.4, 0.5, 0.9, 0.9])
-    monkeypatch.setattr(evaluation, "evaluate_distributed", lambda *_, **__: {"AP": next(results), "AP50": 0.6})
+    monkeypatch.setattr(evaluator, "evaluate_distributed", lambda *_, **__: {"AP": next(results), "AP50": 0.6})
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=9, patience=2))
     assert (metrics["epoch"], metrics["best_AP"]) == (4, 0.5)
     assert "no better AP in 2 evaluations" in capsys.readouterr().err
@@ -385,7 +385,7 @@ def test_early_stopping(data, tmp_path, monkeypatch, capsys):
 def test_early_stopping_with_equal_ap(data, tmp_path, monkeypatch):
 
     results = iter([0.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.9])
-    monkeypatch.setattr(evaluation, "evaluate_distributed", lambda *_, **__: {"AP": next(results), "AP50": 0.6})
+    monkeypatch.setattr(evaluator, "evaluate_distributed", lambda *_, **__: {"AP": next(results), "AP50": 0.6})
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=9, patience=2))
     assert (metrics["epoch"], metrics["best_AP"]) == (6, 0.3)
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "best")[1]["train_state"]["epoch"] == 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -19,10 +19,11 @@ from ..model.postprocess import postprocess
 from ..predict.predictor import evaluating, forward, model_categories
 from ..utils.errors import UserError
 from ..utils.failures import explain_machine_errors
-from .metrics import CocoEvaluation, Metrics, run_coco_eval, summarize
+from .metrics import CocoEvaluation, Metrics, coco_metrics, run_coco_eval, summarize
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
+    from ..distributed.context import DistributedContext
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,36 @@ def evaluate_dataset(
     paths = {int(image_id): dataset.path(index) for index, image_id in enumerate(dataset.image_ids[:count])}
     device = str(model.pixel_mean.device)  # pyright: ignore[reportAttributeAccessIssue]
     return EvaluationResult(metrics, coco, results, paths, model_seconds, device, name)
+
+
+def evaluate_distributed(
+    model: nn.Module,
+    dataset: CocoDataset,
+    batch_size: int,
+    workers: int,
+    context: DistributedContext,
+    on_results: Callable[[CocoDataset, list[dict[str, Any]]], object] = lambda dataset, results: None,
+) -> Metrics:
+    """Return the metrics of `evaluate` in every process. All processes call it with the same model.
+
+    Each process takes every n-th batch, so that images are padded as in one process. Rank 0 calls `on_results` and
+    counts the detections in the order of the dataset, which decides between equal scores.
+    """
+    start = time.perf_counter()
+    with context.sync_errors():
+        shard = (context.rank, context.world_size)
+        part = detect_images(model, dataset, len(dataset), batch_size, workers, progress=False, shard=shard)[0]
+    parts = context.all_gather_object(part)
+    seconds = time.perf_counter() - start
+
+    def metrics_of_all_parts() -> Metrics:
+        order = {int(image_id): index for index, image_id in enumerate(dataset.image_ids)}
+        results = sorted((row for rows in parts for row in rows), key=lambda row: order[row["image_id"]])
+        on_results(dataset, results)
+        metrics = coco_metrics(dataset.ground_truth, results)
+        return {**metrics, "images": len(dataset), "images_per_second": len(dataset) / seconds}
+
+    return context.on_rank_zero(metrics_of_all_parts)
 
 
 def detect_images(

@@ -336,7 +336,7 @@ class Trainer:
             self.logger.print(f"total batch size {self.total_batch_size} ({how}), learning rate {self._lr_note}")
 
     def _compute_metrics(self, model: DeformableDETR) -> dict[str, Any]:
-        from ..evaluation.distributed import evaluate_distributed
+        from ..evaluation.evaluator import evaluate_distributed
         from ..evaluation.gallery import Gallery
 
         batch_size, workers = self.config.train.batch_size, self.config.data.workers
