@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from deformable_detr.evaluation.gallery import Gallery, read_gallery
+from deformable_detr.evaluation.gallery import add_to_gallery, read_gallery
 from deformable_detr.evaluation.training_page import MAX_POINTS, write_training_page
 from deformable_detr.training import train_model
 from tests.support.training import tiny_config, write_dataset
@@ -65,7 +65,7 @@ def test_reevaluated_step_replaces_the_earlier_one(tmp_path, monkeypatch):
     dataset.__class__.__len__ = lambda self: len(self.image_ids)  # pyright: ignore[reportAttributeAccessIssue]
     box = {"image_id": 27, "category_id": 7, "bbox": [1, 2, 3, 4]}
     for step, score in ((5, 0.9), (10, 0.8), (10, 0.7), (15, 0.01)):
-        Gallery(tmp_path, step, 1)(dataset, [{**box, "score": score}])  # pyright: ignore[reportArgumentType]
+        add_to_gallery(tmp_path, step, 1, dataset, [{**box, "score": score}])  # pyright: ignore[reportArgumentType]
     with open(tmp_path / "gallery" / "predictions.jsonl", "a") as file:
         file.write('{"step": 20, "ima')  # killed while writing
     gallery_data = read_gallery(tmp_path, [10, 15, 20])

@@ -29,41 +29,31 @@ MAX_BOXES = 20  # per image, best scores first
 MIN_SCORE = 0.05
 
 
-class Gallery:
-    """Adds the detections of one evaluation to the gallery of a run, when it is called.
-
-    Args:
-        run_dir: The folder of the run.
-        step, epoch: When the evaluation took place.
-    """
-
-    def __init__(self, run_dir: Path, step: int, epoch: int) -> None:
-        self.folder, self.step, self.epoch = run_dir / FOLDER, step, epoch
-
-    def __call__(self, dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> None:
-        try:
-            self._add(dataset, results)
-        except OSError as error:  # training continues without the gallery
-            log.warning("the gallery %s cannot be written: %s", self.folder, error.strerror or error)
-
-    def _add(self, dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> None:
-        count = min(MAX_IMAGES, len(dataset))
-        indices = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
-        image_ids = [int(dataset.image_ids[index]) for index in indices]
-        index_file = self.folder / "images.json"
-        if [index["ids"] for index in read_json_lines(index_file)] != [image_ids]:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(index_file, json.dumps(_describe_images(dataset, indices, image_ids), ensure_ascii=False))
-        labels = {category.id: label for label, category in enumerate(dataset.categories)}
-        boxes: dict[int, list[list[float]]] = defaultdict(list)
-        for result in results:
-            if result["image_id"] in image_ids and result["score"] >= MIN_SCORE:
-                box = [round(value, 1) for value in result["bbox"]]
-                boxes[result["image_id"]].append([*box, labels[result["category_id"]], round(result["score"], 3)])
-        best = [sorted(boxes[image_id], key=lambda box: -box[-1])[:MAX_BOXES] for image_id in image_ids]
-        record = {"step": self.step, "epoch": self.epoch, "ids": image_ids, "images": best}
-        with open(self.folder / "predictions.jsonl", "a", encoding="utf-8") as file:
+def add_to_gallery(
+    run_dir: Path, step: int, epoch: int, dataset: CocoDataset, results: Sequence[dict[str, Any]]
+) -> None:
+    """Add the detections of one evaluation, as COCO results, to the gallery of a run; warn if it cannot be written."""
+    folder = run_dir / FOLDER
+    count = min(MAX_IMAGES, len(dataset))
+    indices = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
+    image_ids = [int(dataset.image_ids[index]) for index in indices]
+    labels = {category.id: label for label, category in enumerate(dataset.categories)}
+    boxes: dict[int, list[list[float]]] = defaultdict(list)
+    for result in results:
+        if result["image_id"] in image_ids and result["score"] >= MIN_SCORE:
+            box = [round(value, 1) for value in result["bbox"]]
+            boxes[result["image_id"]].append([*box, labels[result["category_id"]], round(result["score"], 3)])
+    best = [sorted(boxes[image_id], key=lambda box: -box[-1])[:MAX_BOXES] for image_id in image_ids]
+    record = {"step": step, "epoch": epoch, "ids": image_ids, "images": best}
+    try:
+        if [index["ids"] for index in read_json_lines(folder / "images.json")] != [image_ids]:
+            folder.mkdir(parents=True, exist_ok=True)
+            images = _describe_images(dataset, indices, image_ids)
+            replace_file(folder / "images.json", json.dumps(images, ensure_ascii=False))
+        with open(folder / "predictions.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+    except OSError as error:  # training continues without the gallery
+        log.warning("the gallery %s cannot be written: %s", folder, error.strerror or error)
 
 
 def read_gallery(run_dir: Path, steps: Sequence[int]) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -337,10 +338,10 @@ class Trainer:
 
     def _compute_metrics(self, model: DeformableDETR) -> dict[str, Any]:
         from ..evaluation.evaluator import evaluate_distributed
-        from ..evaluation.gallery import Gallery
+        from ..evaluation.gallery import add_to_gallery
 
         batch_size, workers = self.config.train.batch_size, self.config.data.workers
-        gallery = Gallery(self.run_dir.path, self.state.step, self.state.epoch)
+        gallery = partial(add_to_gallery, self.run_dir.path, self.state.step, self.state.epoch)
         try:
             self.shutdown.immediate = True  # everything is saved: a signal need not wait for the evaluation
             self.shutdown.raise_if_received()
