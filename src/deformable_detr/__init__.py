@@ -34,30 +34,25 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {
-    "Config": ".config.schema",
-    "DataConfig": ".config.schema",
-    "DeformableDETR": ".detector",
-    "Detections": ".structures",
-    "ImageBatch": ".structures",
-    "ModelConfig": ".config.schema",
-    "Target": ".structures",
-    "TrainConfig": ".config.schema",
-    "UserError": ".utils.errors",
-    "evaluate": ".evaluation",
-    "explain": ".explanation",
-    "train": ".training",
+_NAMES = {
+    ".config.schema": ("Config", "DataConfig", "ModelConfig", "TrainConfig"),
+    ".detector": ("DeformableDETR",),
+    ".evaluation": ("evaluate",),
+    ".explanation": ("explain",),
+    ".structures": ("Detections", "ImageBatch", "Target"),
+    ".training": ("train",),
+    ".utils.errors": ("UserError",),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "presets":
         return import_module(".config.presets", __name__)
-    if name not in _MODULES:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    value = getattr(import_module(_MODULES[name], __name__), name)
-    globals()[name] = value  # later lookups skip this function
-    return value
+    for module, names in _NAMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(module, __name__), name)  # later lookups skip this function
+            return value
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -62,7 +62,7 @@ def test_launch_configuration_depends_only_on_the_head_shape():
 
 
 def test_query_tile_order_is_a_permutation():
-    order = triton_backend._order((20, 17, 3, 5), torch.device("cpu"))
+    order = triton_backend._order(((20, 17), (3, 5)), torch.device("cpu"))
     assert order.dtype == torch.int32
     assert torch.equal(order.sort().values, torch.arange(355, dtype=torch.int32))
     first = order[:64]

@@ -3,7 +3,7 @@
 import pytest
 
 from deformable_detr.config import presets
-from deformable_detr.training.setup import auto_epochs, resolve_auto
+from deformable_detr.training.setup import resolve_auto
 from tests.support.training import tiny_config
 
 
@@ -11,7 +11,7 @@ from tests.support.training import tiny_config
     ("images", "epochs"), [(1, 150), (12, 150), (50, 73), (150, 42), (300, 30), (1876, 12), (118_000, 12)]
 )
 def test_smaller_datasets_train_for_more_epochs(images, epochs):
-    assert auto_epochs(images) == epochs
+    assert resolve_auto(presets.config("small"), images)[0].train.epochs == epochs
 
 
 def test_auto_options_are_resolved_and_noted():

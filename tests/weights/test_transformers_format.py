@@ -224,7 +224,6 @@ TIMM = {"model_type": "timm_backbone", "backbone": "test_resnet", "out_indices":
         ({"decoder_attention_heads": 2}, "must be equal"),
         ({"num_feature_levels": 3}, "level_embed"),
         ({"position_embedding_type": "none"}, "position_encoding"),
-        ({"num_channels": 1}, "num_channels"),
         ({"id2label": []}, "id2label must map"),
         ({"id2label": {}}, "id2label must map"),
         ({"id2label": {"0": "a"}}, "has shape"),

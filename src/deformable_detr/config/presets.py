@@ -63,11 +63,7 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
 
 
 def config(name: str) -> Config:
-    """Return the complete config of a preset: the model and its training recipe.
-
-    Raises:
-        UserError: There is no such preset.
-    """
+    """Return a preset's model with its training recipe. Raises UserError if there is no such preset."""
     if name not in PRESETS:
         raise UserError(f"unknown preset '{name}'; choose from {', '.join(PRESETS)}")
     model = PRESETS[name]()

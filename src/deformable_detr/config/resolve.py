@@ -62,11 +62,7 @@ def resolve_config(
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read the nested keys of a YAML file.
-
-    Raises:
-        UserError: The file is missing or is not a YAML mapping.
-    """
+    """Read the nested keys of a YAML file. Raises UserError if it is missing or not a YAML mapping."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -80,11 +76,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Parse `section.key=value` strings of `--set` into nested keys; values are read as YAML.
-
-    Raises:
-        UserError: A string has no key or an invalid value.
-    """
+    """Parse `section.key=value` strings, with values in YAML. Raises UserError if one has no key or is not valid."""
     nested: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -19,14 +19,9 @@ class ConfigSection(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Self:
-        """Validate nested values.
+        """Validate nested values by field name.
 
-        Args:
-            values: Values by field name.
-            source: Where the values come from; error messages start with it.
-
-        Raises:
-            UserError: A key is unknown or a value is invalid.
+        Raises UserError, which starts with `source`, if a key is unknown or a value is invalid.
         """
         try:
             return cls.model_validate(values)

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -38,12 +37,7 @@ class DistributedContext:
     """
 
     def __init__(self, device: str = "auto", world_size: int | None = None) -> None:
-        """Read torchrun's environment.
-
-        Args:
-            device: See `pick_device`; "auto" and "cuda" give each process of a machine its own GPU.
-            world_size: 1 ignores torchrun. Default: what torchrun says.
-        """
+        """Read torchrun's environment, unless `world_size` is 1. With torchrun, "auto" and "cuda" give a GPU each."""
         self.world_size = launch.world_size() if world_size is None else world_size
         self.rank = int(os.environ["RANK"]) if self.world_size > 1 else 0
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if self.world_size > 1 else 0
@@ -74,8 +68,6 @@ class DistributedContext:
             torch.cuda.set_device(device)
         return device
 
-    # --- start and end ------------------------------------------------------------------------------------------
-
     def __enter__(self) -> Self:
         if self.world_size > 1:
             try:
@@ -88,7 +80,7 @@ class DistributedContext:
                 logging.getLogger("deformable_detr").setLevel(logging.ERROR)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.world_size == 1:
             return
         if error is None or self.exit_synced:
@@ -114,8 +106,6 @@ class DistributedContext:
                 "resume from the last checkpoint with --resume"
             ) from None
 
-    # --- values -------------------------------------------------------------------------------------------------
-
     def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Return the numbers of every process, by rank. Each process passes equally many."""
         if self.world_size == 1:
@@ -139,8 +129,6 @@ class DistributedContext:
             dist.all_reduce(values)
             values /= self.world_size
         return values
-
-    # --- errors -------------------------------------------------------------------------------------------------
 
     def raise_first(self, error: UserError | None) -> None:
         """Raise the error of the lowest rank that has one. All processes must call it, and one has an error."""

@@ -91,8 +91,7 @@ class DynamicSameConv2d(nn.Module):
 def trace(graph: InferenceGraph, image_size: tuple[int, int] | None, sampling: Sampling) -> ExportedProgram:
     """Trace a graph with a dynamic batch size and a fixed or dynamic (None) image size.
 
-    Raises:
-        UserError: The model cannot be traced, such as a backbone whose code computes with the input size.
+    Raises UserError if the model cannot be traced, such as a backbone whose code computes with the input size.
     """
     batch, (height, width) = EXAMPLE[0], image_size or EXAMPLE[1:]
     pixels, mask = torch.zeros(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)

@@ -34,8 +34,7 @@ _SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules
 class CalibrationImages:
     """Pixels (1, 3, H, W) and padding mask (1, H, W) of images evenly spaced over the train split, read when iterated.
 
-    Raises:
-        UserError: The dataset has no train split, or other classes than the model.
+    Raises UserError if the dataset has no train split, or other classes than the model.
     """
 
     def __init__(self, metadata: ExportMetadata, data: str | os.PathLike[str]) -> None:

@@ -37,8 +37,7 @@ def verify(
 ) -> list[VerifiedCase]:
     """Compare a file and a model (evaluation mode, fp32, CPU) on three batches of 1 to 5 images with padding.
 
-    Raises:
-        UserError: A difference of logits or boxes exceeds its tolerance.
+    Raises UserError if a difference of logits or boxes exceeds its tolerance.
     """
     cases = []
     side = min(model.config.image_size, 480)

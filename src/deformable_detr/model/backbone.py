@@ -18,8 +18,7 @@ STRIDES = (8, 16, 32)  # of the backbone's own levels; the input projections add
 class Backbone(nn.Module):
     """Feature maps (B, channels[l], H_l, W_l) of a timm model, or of a ResNet with the config's `backbone_shape`.
 
-    Raises:
-        UserError: timm has no such model, the model has no such maps, or its weights are missing or do not fit.
+    Raises UserError if timm has no such model, the model no such maps, or its weights are missing or do not fit.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -29,14 +29,7 @@ N = TypeVar("N", bound="DeformableDETRNetwork")
 
 
 class DeformableDETRNetwork(nn.Module):
-    """The detection network.
-
-    Args:
-        config: Sizes and variant.
-
-    Raises:
-        UserError: The backbone or its weights are not available.
-    """
+    """The detection network. Raises UserError if the backbone or its weights are not available."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -96,22 +96,19 @@ def _check(inputs: OpInputs) -> None:
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"deformable attention: {name} of shape {tuple(tensor.shape)}, expected {shape}")
-    if len(shapes) != 2 * L or sum(h * w for h, w in _pairs(shapes)) != S:
+    if len(shapes) != 2 * L or sum(h * w for h, w in inputs.spatial_shapes) != S:
         raise ValueError(f"deformable attention: spatial shapes {shapes} do not add up to the {S} tokens of value")
 
 
-def _pairs(shapes: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    return tuple(zip(shapes[::2], shapes[1::2], strict=True))
-
-
 def _plain_forward(inputs: OpInputs) -> Tensor:
-    value, shapes, points, offsets, logits = inputs
+    value, _, points, offsets, logits = inputs
     if value.device.type == "cpu":
         return embedding_bag.forward(inputs)
+    shapes = inputs.spatial_shapes
     with torch.autocast(value.device.type, enabled=False):
         if points is None:
-            return reference.sample_and_sum(value, _pairs(shapes), offsets.float(), logits.float())
-        return reference.deformable_attention(value, _pairs(shapes), points.float(), offsets.float(), logits.float())
+            return reference.sample_and_sum(value, shapes, offsets.float(), logits.float())
+        return reference.deformable_attention(value, shapes, points.float(), offsets.float(), logits.float())
 
 
 def _fast_backend(device: str) -> ModuleType | None:

@@ -24,6 +24,11 @@ class OpInputs(NamedTuple):
     offsets: Tensor
     logits: Tensor
 
+    @property
+    def spatial_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) per level."""
+        return tuple(zip(self.shapes[::2], self.shapes[1::2], strict=True))
+
 
 def deformable_attention(
     value: Tensor,

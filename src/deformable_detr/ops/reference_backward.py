@@ -15,8 +15,8 @@ def backward(
     grad_output: Tensor, inputs: OpInputs, reference_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Like `native.library.backward`."""
-    value, shapes, reference_points, offsets, logits = inputs
-    spatial_shapes = tuple(zip(shapes[::2], shapes[1::2], strict=True))
+    value, _, reference_points, offsets, logits = inputs
+    spatial_shapes = inputs.spatial_shapes
     dtypes = value.dtype, offsets.dtype, logits.dtype
     value, offsets, logits, grad_output = value.float(), offsets.float(), logits.float(), grad_output.float()
     if reference_points is None:

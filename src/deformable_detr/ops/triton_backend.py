@@ -42,19 +42,19 @@ def configuration(channels: int, levels: int, points: int, fixed: bool = False) 
 
 
 @functools.lru_cache(maxsize=64)
-def _geometry(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+def _geometry(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     rows, start = [], 0
-    for height, width in zip(shapes[::2], shapes[1::2], strict=True):
+    for height, width in shapes:
         rows.append((height, width, start))
         start += height * width
     return torch.tensor(rows, dtype=torch.int32).to(device)
 
 
 @functools.lru_cache(maxsize=16)
-def _order(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+def _order(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """The encoder's queries square by square: neighbors read the same values, while these are in the cache."""
     order, start = [], 0
-    for height, width in zip(shapes[::2], shapes[1::2], strict=True):
+    for height, width in shapes:
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         tile = (y // _TILE) * (-(-width // _TILE)) + x // _TILE
         order.append(start + tile.flatten().argsort(stable=True))
@@ -64,17 +64,16 @@ def _order(shapes: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _prepare(inputs: OpInputs, fixed: bool = False) -> tuple[list[Tensor], dict[str, Any], tuple[int, int, int]]:
     """Tensor arguments, keyword arguments and grid of both kernels."""
-    value, shapes, reference_points, offsets, logits = inputs
+    value, _, reference_points, offsets, logits = inputs
     B, S, M, D = value.shape
     Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
     blocks, warps = configuration(D, L, P, fixed)
-    key = tuple(shapes)
-    geometry = _geometry(key, value.device)
+    geometry = _geometry(inputs.spatial_shapes, value.device)
     ordered = Q == S and Q > _TILE**2
     points = geometry if reference_points is None else reference_points.float().contiguous()
     tensors = [
         value.contiguous(), offsets.contiguous(), logits.contiguous(), points,
-        _order(key, value.device) if ordered else geometry, geometry,
+        _order(inputs.spatial_shapes, value.device) if ordered else geometry, geometry,
     ]  # fmt: skip
     options = {
         "Q": Q, "S": S, "M": M, "D": D, "L": L, "P": P,

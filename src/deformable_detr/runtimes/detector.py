@@ -32,11 +32,10 @@ class ExportedDetector(nn.Module):
     def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Return `pred_logits` and `pred_boxes` as `DeformableDETRNetwork.forward` does.
 
-        Raises:
-            UserError: The pixels exceed the exported size.
+        Raises UserError if the pixels exceed the exported size.
         """
         if padding_mask is None:
-            padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
+            padding_mask = torch.zeros_like(pixels[:, 0], dtype=torch.bool)
         inputs = list(pad_to_canvas(pixels, padding_mask, self.canvas))
         if self.metadata.post_processing:
             inputs.append(torch.tensor([inputs[0].shape[2:]] * len(pixels)))

@@ -28,25 +28,16 @@ class ExportMetadata:
     def to_strings(self) -> dict[str, str]:
         """Return JSON strings by key; `model` is the whole config, other keys repeat what other programs need."""
         config = self.config
-        values: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": config.model_dump(mode="json"),
-            "short_side": config.image_size,
-        }
-        for key in ("class_names", "category_ids", "pixel_mean", "pixel_std", "long_side", "size_divisor"):
-            values[key] = getattr(config, key)
-        for key in ("image_size", "precision", "sampling", "post_processing"):
-            values[key] = getattr(self, key)
+        values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": config.model_dump(mode="json")}
+        repeated = ("class_names", "category_ids", "pixel_mean", "pixel_std", "long_side", "size_divisor")
+        values |= {"short_side": config.image_size} | {key: getattr(config, key) for key in repeated}
+        options = ("image_size", "precision", "sampling", "post_processing")
+        values |= {key: getattr(self, key) for key in options}
         return {key: json.dumps(value) for key, value in values.items()}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], path: str) -> ExportMetadata:
-        """Parse the strings of the file `path`.
-
-        Raises:
-            UserError: The file was not written by this package, or its metadata is damaged.
-        """
+        """Parse the strings of the file `path`. Raises UserError if they are damaged or not from this package."""
         try:
             values = {key: json.loads(strings[key]) for key in REQUIRED_KEYS if key in strings}
             if values.get("format") != FORMAT:

@@ -4,7 +4,6 @@ Tensors go to files with new names. The state file, which names them with their 
 then the oldest generation is deleted. A crash at any time leaves a complete generation, and any changed bit is noticed.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config.schema import Config, ModelConfig
-from ..utils.errors import UserError, first_line
+from ..utils.errors import UserError
 from ..utils.files import checksum, replace_file
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by group and name
@@ -202,7 +201,6 @@ def _write_error(folder: Path, error: OSError) -> UserError:
 
 
 def _write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     seen: set[int] = set()
@@ -212,10 +210,7 @@ def _write_tensors(path: Path, values: Mapping[str, Tensor]) -> None:
         storage = value.untyped_storage().data_ptr()
         separate[name] = value.clone() if storage in seen else value  # safetensors refuses shared memory
         seen.add(storage)
-    try:
-        replace_file(path, lambda temporary: save_file(separate, temporary))
-    except SafetensorError as error:  # the disk is full
-        raise OSError(errno.EIO, first_line(error)) from None
+    replace_file(path, lambda temporary: save_file(separate, temporary))
 
 
 def _sync_folder(folder: Path) -> None:

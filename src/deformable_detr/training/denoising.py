@@ -32,14 +32,8 @@ class Denoising(nn.Module):
     ) -> tuple[DenoisingQueries | None, tuple[Matches, int] | None]:
         """Return the queries, and the (1, P) matches of the positive ones with the number of groups.
 
-        Args:
-            targets: The objects of these images.
-            num_queries: Number of the model's own queries.
-            max_objects: Most objects of an image in the whole step, which decides the number of groups.
-            rng: Random numbers of these images. Default: PyTorch's global generator.
-
-        Returns:
-            (None, None) if `max_objects` is 0.
+        Both are None if `max_objects`, the most objects of an image in the whole step, is 0. `num_queries` counts the
+        model's own queries. The noise comes from `rng`, by default PyTorch's global generator.
         """
         device = self.classes.weight.device
         if not max_objects:

@@ -89,13 +89,10 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, predictions: Sequence[Predictions], targets: PackedTargets) -> tuple[list[Matches], list[bool]]:
-        """Match every layer of every image.
+        """Match every layer of every image; an image with more objects than queries leaves objects unmatched.
 
-        The costs of all layers reach the host in one copy, which is the only wait for the device in a training step.
-
-        Returns:
-            The matches of each item of `predictions`, and for each image whether its predictions and costs are finite:
-            check it before using the loss. An image with more objects than queries leaves objects unmatched.
+        Returns the matches of each item of `predictions`, and for each image whether its predictions and costs are
+        finite: check it before using the loss. The one copy to the host is a training step's only wait for the device.
         """
         with torch.autocast(targets.boxes.device.type, enabled=False):
             costs = torch.cat([self.costs(item, targets).flatten(1) for item in predictions], dim=1)  # (N, layers·Q)

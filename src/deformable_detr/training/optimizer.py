@@ -61,13 +61,9 @@ def scaled_lr(config: TrainConfig, batch_size: int) -> tuple[float, str]:
 
 
 def lr_factor(config: TrainConfig, step: int, progress: float) -> float:
-    """Return the factor of the learning rates.
+    """Return the factor of the learning rates after `step` optimizer steps, with 0..1 of the training done.
 
-    Args:
-        config: Warm-up rises linearly over `warmup_steps`. Schedule "step" divides by 10 at `lr_drop`, "cosine" falls
-            to 0 at the end.
-        step: Optimizer steps taken before.
-        progress: Part of the training that is done, 0..1.
+    Warm-up rises linearly over `warmup_steps`. Schedule "step" divides by 10 at `lr_drop`, "cosine" falls to 0.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.lr_schedule == "step":
@@ -94,8 +90,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Restore what `optimizer_tensors` returned; entries of parameters that are no longer trained are ignored.
 
-    Raises:
-        UserError: An entry has another shape than its parameter.
+    Raises UserError if an entry has another shape than its parameter.
     """
     parameters = _named_parameters(optimizer)
     for entry, value in tensors.items():

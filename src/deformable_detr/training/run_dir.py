@@ -42,8 +42,7 @@ class RunDir:
     def claim(self, resume: bool) -> None:
         """Create the folder.
 
-        Raises:
-            UserError: It cannot be written, another run or model is in it, or (with `resume`) no run is.
+        Raises UserError if it cannot be written, another run or model is in it, or (with `resume`) no run is.
         """
         if resume and not self.started:
             raise UserError(f"nothing to resume: there is no run in {self.path}; omit --resume to start one")

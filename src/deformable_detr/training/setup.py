@@ -41,18 +41,14 @@ def resolve_auto(config: Config, images: int) -> tuple[Config, str | None]:
     train, chosen = config.train, {}
     epochs = train.epochs
     if epochs == "auto":
-        epochs = chosen["epochs"] = auto_epochs(images)
+        epochs = round(_EPOCHS * math.sqrt(_EPOCHS_IMAGES / images))
+        epochs = chosen["epochs"] = min(max(epochs, _MIN_EPOCHS), _MAX_EPOCHS)
     if train.eval_every == "auto":
         chosen["eval_every"] = max((epochs or 0) // _MAX_EVALUATIONS, math.ceil(_IMAGES_PER_EVALUATION / images))
     if not chosen:
         return config, None
     settings = ", ".join(f"train.{name}={value}" for name, value in chosen.items())
     return config.updated({"train": chosen}), f"for {images} training images: {settings}"
-
-
-def auto_epochs(images: int) -> int:
-    """Return the epochs for a training set: 42 for 150 images, 30 for 300, 12 from 1876 on."""
-    return min(max(round(_EPOCHS * math.sqrt(_EPOCHS_IMAGES / images)), _MIN_EPOCHS), _MAX_EPOCHS)
 
 
 def fix_batch_size(config: Config, total: int) -> Config:

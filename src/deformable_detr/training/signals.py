@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from ..utils.errors import UserError
@@ -51,7 +51,7 @@ class GracefulShutdown:
                 self._handlers[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *exception: object) -> None:
         self._restore_handlers()
 
     def raise_if_received(self) -> None:

@@ -127,11 +127,8 @@ class TrainStep:
             stats: Of the whole step, if other processes take part. Each then has equally many micro-batches, some
                 perhaps without images. Default: computed from `micro_batches`.
 
-        Returns:
-            The metrics of the step before, if not read yet.
-
-        Raises:
-            NonFiniteLoss: For this step's predictions or the previous step's loss.
+        Returns the metrics of the step before, if not read yet. Raises NonFiniteLoss for this step's predictions or the
+        loss of the step before.
         """
         set_learning_rate(self.optimizer, self.config, global_step, progress)
         previous, pending = self.backward(micro_batches, global_step, stats)

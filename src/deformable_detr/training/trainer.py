@@ -203,11 +203,15 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate the model on the validation set, and save it if it is the best one so far."""
+        from ..weights.model_card import ModelCardData
+
         state, model = self.state, self.train_step.ema_or_model
         is_best = state.record_evaluation(self._compute_metrics(model))
         self.logger.log_evaluation(state)  # before it is saved: a run killed in between evaluates again
         if is_best:
-            self._export(model)
+            metrics = {name: value for name, value in (state.metrics or {}).items() if name.startswith(("AP", "AR"))}
+            card = ModelCardData(self.data_name, metrics, self.config)
+            self.context.on_rank_zero(lambda: self.run_dir.export(model, card))
             self.save(best=True)
         state_dict = self.state_dict()
         self.context.on_rank_zero(lambda: update_state(self.run_dir.checkpoints.last, state_dict))
@@ -282,13 +286,6 @@ class Trainer:
             restore_random_state(states[rank])
         else:
             torch.manual_seed(mix_seeds(self.config.train.seed, rank, state.step))
-
-    def _export(self, model: DeformableDETR) -> None:
-        from ..weights.model_card import ModelCardData
-
-        metrics = {name: value for name, value in (self.state.metrics or {}).items() if name.startswith(("AP", "AR"))}
-        card = ModelCardData(self.data_name, metrics, self.config)
-        self.context.on_rank_zero(lambda: self.run_dir.export(model, card))
 
     def _next_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], BatchStats | None]:
         """Return this process's micro-batches of the next step; and their stats, if there are several in all."""

@@ -1,5 +1,6 @@
 """Read and write files: atomic replacement, early checks of output paths, checksums."""
 
+import errno
 import hashlib
 import json
 import os
@@ -46,15 +47,10 @@ def checksum(path: Path) -> str:
 
 
 def replace_file(path: Path, content: FileContent) -> None:
-    """Replace a file atomically: its temporary file is flushed to the disk, then renamed.
+    """Replace a file atomically by a text, or by what a function writes at the temporary path that it is given.
 
-    A symbolic link stays and its target is replaced. Devices and pipes are written to.
-
-    Args:
-        path: The file; its folder must exist.
-        content: The text, or a function that writes the file at the path it is given.
-
-    Raises OSError if this fails; the old file is then unchanged.
+    A symbolic link stays and its target is replaced. Devices and pipes are written to. Raises OSError if this fails;
+    the old file is then unchanged.
     """
     if is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
@@ -87,10 +83,6 @@ def write_files(folder: Path, files: Mapping[str, FileContent]) -> None:
             replace_file(path, content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # raised by safetensors if the disk is full
-            raise
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,10 +101,7 @@ def json_text(value: Any) -> str:
 
 
 def prepare_files(outputs: Mapping[str, Path | None]) -> None:
-    """Create the folders of output files, and check before long work that each file can be written.
-
-    Args:
-        outputs: The path of each option; None if the option is not given.
+    """Create the folders of each option's output file, if given, and check before long work that it can be written.
 
     Raises UserError if a file cannot be written, or two options name the same file.
     """
@@ -159,8 +148,13 @@ def is_stream(path: Path) -> bool:
 def _write(path: Path, content: FileContent) -> None:
     if isinstance(content, str):
         path.write_bytes(content.encode("utf-8", errors="backslashreplace"))  # file names can hold undecodable bytes
-    else:
+        return
+    try:
         content(path)
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # raised by safetensors if the disk is full
+            raise
+        raise OSError(errno.EIO, first_line(error)) from None
 
 
 def _create_writable(folder: Path) -> None:

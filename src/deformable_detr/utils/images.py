@@ -152,16 +152,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image).astype(np.float64)
-        values = _scale_float(values) if image.mode == "F" else _scale_integer(values)
+        if image.mode == "F":
+            values = _scale_float(values)
+        else:
+            values = values / 257 if values.min() >= 0 and values.max() <= 65535 else _stretch(values)
         return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _scale_integer(values: np.ndarray) -> np.ndarray:
-    return values / 257 if values.min() >= 0 and values.max() <= 65535 else _stretch(values)
 
 
 def _scale_float(values: np.ndarray) -> np.ndarray:

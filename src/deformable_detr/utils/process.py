@@ -17,14 +17,11 @@ _log = logging.getLogger(__name__)
 def retain_freed_memory() -> bool:
     """Let glibc keep large freed buffers, which saves page faults at every step. Returns whether it accepted that."""
     mallopt = _libc_function("mallopt")
-    if mallopt is None:
-        _log.info("allocator: unchanged, this is not glibc")
-        return False
-    for threshold in _MMAP_THRESHOLDS:
+    for threshold in _MMAP_THRESHOLDS if mallopt else ():
         if mallopt(_M_MMAP_THRESHOLD, threshold) and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1):
             _log.info("allocator: keeps freed buffers up to %d MiB", threshold >> 20)
             return True
-    _log.info("allocator: unchanged, glibc refused the setting")
+    _log.info("allocator: unchanged, this is not glibc or it refused the setting")
     return False
 
 

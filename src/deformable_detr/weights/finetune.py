@@ -93,9 +93,7 @@ def transfer_weights(model: DeformableDETRNetwork, checkpoint: Checkpoint) -> Tr
 
     If the classes differ, class heads start at the focal prior; rows of classes with the same name are copied. Queries
     and feature levels that the checkpoint lacks keep their initial values.
-
-    Raises:
-        UserError: The checkpoint is damaged, or nothing of it fits.
+    Raises UserError if the checkpoint is damaged or nothing of it fits.
     """
     config, target = checkpoint.config, model.config
     state = _assign_heads(checkpoint.build(DeformableDETRNetwork)[1], config, target)

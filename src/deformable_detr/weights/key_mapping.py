@@ -82,7 +82,6 @@ _TRANSFORMERS_SYNONYMS = {
 # Batch-norm step counters, which no network here reads, and a profiler's leftovers in published files.
 _IGNORED = re.compile(r"(^|\.)(num_batches_tracked|total_ops|total_params)$")
 
-
 Placements = dict[str, list[tuple[str, ...]]]
 """Our key → equal copies of the tensor in another format; each copy is split along dimension 0 over its keys."""
 

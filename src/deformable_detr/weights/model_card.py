@@ -53,14 +53,10 @@ class ModelCardData:
 
 
 def card_file(folder: Path, config: ModelConfig, data: ModelCardData) -> dict[str, str]:
-    """Return the card's name and text for `write_files`, or nothing if the folder has a user's own card."""
-    return {} if is_user_card(folder) else {FILE: model_card(config, data)}
-
-
-def is_user_card(folder: Path) -> bool:
-    """Return whether the folder has a card that must not be overwritten: one without our marker."""
+    """Return the card's name and text for `write_files`, or nothing if the folder has a user's own, unmarked card."""
     path = folder / FILE
-    return path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace")
+    is_users = path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace")
+    return {} if is_users else {FILE: model_card(config, data)}
 
 
 def model_card(config: ModelConfig, data: ModelCardData) -> str:

@@ -51,8 +51,6 @@ def read(path: Path) -> Checkpoint:
     if not isinstance(values, Mapping):
         raise UserError(f"{path} has no dict of tensors")
     tensors = strip_prefixes(check_tensors(find_state_dict(values), path))
-    if "transformer.level_embed" not in tensors:
-        raise UserError(f"{path} is not a checkpoint of Deformable DETR: it has no transformer.level_embed")
     config = read_config(tensors, values.get("args"), path)
     saved = values.get(OWN_CONFIG)
     config = restore_own_fields(config, saved.get("model") if isinstance(saved, Mapping) else None, _OWN_FIELDS)

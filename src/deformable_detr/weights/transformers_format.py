@@ -85,8 +85,6 @@ def read_config(described: Mapping[str, Any], processor_fields: Mapping[str, Any
     for name, default in (("attention_heads", 8), ("ffn_dim", 1024)):
         if values.get(f"encoder_{name}", default) != values.get(f"decoder_{name}", default):
             raise UserError(f"{path}: encoder_{name} and decoder_{name} must be equal")
-    if values.get("num_channels", 3) != 3:
-        raise UserError(f"{path}: num_channels is {values['num_channels']}; only 3 is supported")
     if values.get("two_stage"):
         values["num_queries"] = values.get("two_stage_num_proposals", 300)
     if values.get("activation_function") == "swish":

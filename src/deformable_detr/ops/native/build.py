@@ -53,17 +53,12 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} failed: {lines[0]}")
 
 
-def build(folder: Path, machine: str | None = None, extra_flags: tuple[str, ...] = ()) -> Path:
-    """Compile the library into `folder` and return its path.
-
-    Raises:
-        BuildError: There is no compiler, it fails, or the platform is not supported.
-    """
+def build(folder: Path, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Compile the library into `folder` and return its path. Raises BuildError if that is not possible."""
     if sys.platform != "linux":
         raise BuildError(f"the CPU library supports only Linux, not {sys.platform}")
-    machine = machine or platform.machine()
     c, cpp = _compiler("CC", "gcc", "clang", "cc"), _compiler("CXX", "g++", "clang++", "c++")
-    x86 = machine in ("x86_64", "AMD64")
+    x86 = platform.machine() in ("x86_64", "AMD64")
     sets = X86_SETS if x86 else {"msda_base": []}
     with tempfile.TemporaryDirectory() as temporary:
         objects = []
