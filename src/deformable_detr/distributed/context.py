@@ -37,7 +37,7 @@ class DistributedContext:
     """
 
     def __init__(self, device: str = "auto", world_size: int | None = None) -> None:
-        """Read torchrun's environment, unless `world_size` is 1. With torchrun, "auto" and "cuda" give a GPU each."""
+        """Read torchrun's environment, unless `world_size` is 1. "auto" and "cuda" give each process its own GPU."""
         self.world_size = launch.world_size() if world_size is None else world_size
         self.rank = int(os.environ["RANK"]) if self.world_size > 1 else 0
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if self.world_size > 1 else 0
