@@ -398,7 +398,7 @@ def test_page_is_self_contained(client):
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for path in ("/", "/page.css", "/page.js", "/viewer.css", "/viewer.js", "/elements.js"):
+    for path in ("/", "/page.css", "/page.js", "/style.css", "/viewer.css", "/viewer.js", "/elements.js"):
         text = client.get(path).text.replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text
         assert "https:" not in text

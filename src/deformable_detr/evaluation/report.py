@@ -53,8 +53,7 @@ def render_report(results: Sequence[EvaluationResult], data: str, split: str) ->
         "models": models,
         "worst": _worst_images(results, models),
     }
-    scripts = ("elements.js", "charts.js", "report.js")
-    return render_page("report.html", f"Evaluation of {content['title']}", content, scripts=scripts)
+    return render_page("report", f"Evaluation of {content['title']}", content)
 
 
 def _speed(result: EvaluationResult) -> dict[str, Any]:

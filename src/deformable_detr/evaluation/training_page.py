@@ -37,8 +37,7 @@ def write_training_page(run_dir: Path) -> Path:
         },
         "gallery": read_gallery(run_dir, [record["step"] for record in evaluations]),
     }
-    scripts = ("elements.js", "charts.js", "training.js")
-    write_text(run_dir / PAGE, render_page("training.html", f"Training of {content['name']}", content, scripts=scripts))
+    write_text(run_dir / PAGE, render_page("training", f"Training of {content['name']}", content))
     return run_dir / PAGE
 
 

@@ -12,7 +12,7 @@ from .trace import Trace
 
 MAX_DETECTIONS = 50
 MAX_IMAGE_SIDE = 1600  # pixels of the embedded image
-SCALE = (10, 10, 10000)  # x and y are stored in tenths of a pixel, weights in ten-thousandths, as page.js expects
+SCALE = (10, 10, 10000)  # x and y are stored in tenths of a pixel, weights in ten-thousandths, as explain.js expects
 
 
 def page(traced: Trace, selected: Explanation, layer: int | None = None) -> str:
@@ -30,9 +30,7 @@ def page(traced: Trace, selected: Explanation, layer: int | None = None) -> str:
         indices = sorted({*range(min(len(traced.detections), MAX_DETECTIONS)), selected.index})
         explanations = [selected if index == selected.index else traced.detection(index) for index in indices]
     path, (height, width) = traced.detections.path, traced.image_size
-    title = f"Explanation of {Path(path).name}" if path else "Explanation"
     content = {
-        "title": title,
         "image": jpeg_data_uri(Image.fromarray(traced.pixels.permute(1, 2, 0).numpy()), MAX_IMAGE_SIDE, quality=88),
         "width": width,
         "height": height,
@@ -42,8 +40,8 @@ def page(traced: Trace, selected: Explanation, layer: int | None = None) -> str:
         "layer": layer,
         "items": [_item(explanation) for explanation in explanations],
     }
-    assets = ["viewer.css", "explain/page.css"], ["elements.js", "viewer.js", "explain/page.js"]
-    return render_page("explain/page.html", title, content, *assets)
+    title = f"Explanation of {Path(path).name}" if path else "Explanation"
+    return render_page("explain", title, content, ["viewer.css", "explain.css"], "viewer.js")
 
 
 def _item(explanation: Explanation) -> dict[str, Any]:

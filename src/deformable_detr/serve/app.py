@@ -40,6 +40,7 @@ _PAGES = {
     "/": ("deformable_detr.serve", "page.html", "text/html"),
     "/page.css": ("deformable_detr.serve", "page.css", "text/css"),
     "/page.js": ("deformable_detr.serve", "page.js", "text/javascript"),
+    "/style.css": ("deformable_detr.visualize.web", "style.css", "text/css"),
     "/viewer.css": ("deformable_detr.visualize.web", "viewer.css", "text/css"),
     "/viewer.js": ("deformable_detr.visualize.web", "viewer.js", "text/javascript"),
     "/elements.js": ("deformable_detr.visualize.web", "elements.js", "text/javascript"),

@@ -29,17 +29,14 @@ const short = (value) => {
   return size < 1e-3 ? value.toExponential(0) : String(+value.toPrecision(3));
 };
 
-function legend(series) {
-  return el("div", { class: "legend" }, ...series.map((one) => el("span", {},
-    svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
-      svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: one.color, "stroke-width": 2.5, "stroke-dasharray": one.dash })),
-    one.name)));
-}
+const legendEntry = (name, { color, dash }) => el("span", {},
+  svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
+    svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: color, "stroke-width": 3, "stroke-dasharray": dash })), name);
 
 // series: [{name, color, dash, points: [[x, y or null], …]}]; x, y: {low, high, label}. The values under the pointer show below.
 function lineChart(host, { series, x, y, height = 280, extra = null, wording = null }) {
   host.replaceChildren();
-  if (series.length > 1) host.append(legend(series));
+  if (series.length > 1) host.append(el("div", { class: "legend" }, ...series.map((one) => legendEntry(one.name, one))));
   const place = el("div"), readout = el("div", { class: "readout" });
   host.append(place, readout);
   return onWidth(host, (width) => {

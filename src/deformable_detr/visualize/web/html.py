@@ -1,4 +1,4 @@
-"""Self-contained web pages: a template with its styles, scripts and data embedded; they load no other files."""
+"""Self-contained web pages, with styles, scripts and data embedded; they load no other files."""
 
 import base64
 import html
@@ -12,26 +12,27 @@ from typing import Any
 from PIL import Image
 
 
-def render_page(
-    template: str, title: str, data: Any, styles: Sequence[str] = ("style.css",), scripts: Sequence[str] = ()
-) -> str:
-    """Return a template with __TITLE__, __STYLE__, __SCRIPT__ and __DATA__ filled in.
+def render_page(name: str, title: str, data: Any, styles: Sequence[str] = (), library: str = "charts.js") -> str:
+    """Return a page: page.html with a title, styles, scripts and data.
 
     Args:
-        template, styles, scripts: Files in this folder, such as "report.html".
+        name: Page whose main part is NAME.html and whose script is NAME.js in this folder.
         title: The title as plain text.
         data: Values for the page's script, as JSON can hold them.
+        styles: Files in this folder, in addition to style.css.
+        library: Script in this folder that the page's script uses, in addition to elements.js.
     """
     # JSON without "<" cannot end the script element, whatever the class names are.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {
         "TITLE": html.escape(title),
-        "STYLE": "\n".join(read_asset(name) for name in styles),
-        "SCRIPT": "\n".join(read_asset(name) for name in scripts),
+        "STYLE": "\n".join(map(read_asset, ("style.css", *styles))),
+        "BODY": read_asset(f"{name}.html"),
+        "SCRIPT": "\n".join(map(read_asset, ("elements.js", library, f"{name}.js"))),
         "DATA": text,
     }
     # One pass, so that inserted text cannot contain placeholders.
-    return re.sub("__(TITLE|STYLE|SCRIPT|DATA)__", lambda name: parts[name[1]], read_asset(template))
+    return re.sub("__(TITLE|STYLE|BODY|SCRIPT|DATA)__", lambda match: parts[match[1]], read_asset("page.html"))
 
 
 def jpeg_data_uri(image: Image.Image, longest_side: int, quality: int = 85) -> str:

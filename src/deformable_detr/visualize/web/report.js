@@ -1,4 +1,3 @@
-const data = JSON.parse(byId("data").textContent);
 const { models, names } = data, [first, second] = models;
 const DASH = [null, "6 4"];
 const NAMES = { AP: "IoU 0.50 to 0.95", AP50: "IoU 0.50", AP75: "IoU 0.75", AP_small: "small objects", AP_medium: "medium objects", AP_large: "large objects",
@@ -135,8 +134,7 @@ models.forEach((model, m) => {
   choice.append(...models.map((model, m) => el("option", { value: m }, `${label(m)}: ${model.name}`)));
   byId("confusion-choice").hidden = !second;
   const called = (k, background) => (k === count - 1 ? background : names[k]);
-  let redraw = null;
-  function render() {
+  const render = (width) => {
     const { matrix, threshold } = models[+choice.value].confusion;
     byId("confusion-note").textContent = `Rows: ground truth; columns: detections with ${threshold ? `scores of ${threshold.toFixed(3)} (best F1) or more` : "any score"}, matched at IoU 0.5 regardless of class. `
       + "Last row: detections on background. Last column: missed objects. Color: share of the row.";
@@ -146,40 +144,36 @@ models.forEach((model, m) => {
       if (r === count - 1) return `${share} detections on background were labeled “${names[c]}”`;
       return c === count - 1 ? `${share} “${names[r]}” were missed` : `${share} “${names[r]}” were detected as “${names[c]}”`;
     };
-    const draw = (width) => {
-      const side = Math.min(width, 620), labeled = (side - 70) / count >= 13;
-      const left = labeled ? Math.min(96, side * 0.24) : 18, top = left, cell = (side - left - 2) / count;
-      const chart = svg("svg", { width: side, height: side, role: "img", "aria-label": "Confusion matrix" });
-      if (labeled) for (let k = 0; k < count; k++) {
-        const middle = (k + 0.5) * cell;
-        chart.append(svg("text", { x: left - 5, y: top + middle + 4, "text-anchor": "end" }, fitted(called(k, "background"), left - 8), svg("title", {}, called(k, "background"))),
-          svg("text", { transform: `translate(${left + middle + 4} ${top - 5}) rotate(-90)` }, fitted(called(k, "missed"), top - 8), svg("title", {}, called(k, "missed"))));
-      } else chart.append(svg("text", { x: left, y: 13 }, "detected"), svg("text", { transform: `translate(13 ${top + 34}) rotate(-90)` }, "truth"));
-      chart.append(svg("rect", { x: left, y: top, width: cell * count, height: cell * count, fill: "var(--soft)", stroke: "var(--line)" }));
-      matrix.forEach((row, r) => row.forEach((value, c) => {
-        if (!value) return;
-        const share = value / totals[r], place = { x: left + c * cell, y: top + r * cell };
-        chart.append(svg("rect", { ...place, width: cell, height: cell, fill: r === c ? "var(--c0)" : "var(--c1)", "fill-opacity": 0.12 + 0.88 * share, "data-cell": `${r},${c}` }));
-        if (cell >= 11 + 7 * String(value).length && cell >= 18) chart.append(svg("text", { x: place.x + cell / 2, y: place.y + cell / 2 + 4, "text-anchor": "middle", "pointer-events": "none",
-          style: `fill:${share > 0.5 ? "var(--paper)" : "var(--ink)"}` }, String(value)));
-      }));
-      const show = (event) => {
-        const c = Math.floor((event.offsetX - left) / cell), r = Math.floor((event.offsetY - top) / cell);
-        byId("matrix-readout").textContent = r >= 0 && c >= 0 && r < count && c < count ? words(r, c) : "";
-      };
-      chart.addEventListener("pointermove", show);
-      chart.addEventListener("pointerdown", show);
-      byId("matrix").replaceChildren(chart);
+    const side = Math.min(width, 620), labeled = (side - 70) / count >= 13;
+    const left = labeled ? Math.min(96, side * 0.24) : 18, top = left, cell = (side - left - 2) / count;
+    const chart = svg("svg", { width: side, height: side, role: "img", "aria-label": "Confusion matrix" });
+    if (labeled) for (let k = 0; k < count; k++) {
+      const middle = (k + 0.5) * cell;
+      chart.append(svg("text", { x: left - 5, y: top + middle + 4, "text-anchor": "end" }, fitted(called(k, "background"), left - 8), svg("title", {}, called(k, "background"))),
+        svg("text", { transform: `translate(${left + middle + 4} ${top - 5}) rotate(-90)` }, fitted(called(k, "missed"), top - 8), svg("title", {}, called(k, "missed"))));
+    } else chart.append(svg("text", { x: left, y: 13 }, "detected"), svg("text", { transform: `translate(13 ${top + 34}) rotate(-90)` }, "truth"));
+    chart.append(svg("rect", { x: left, y: top, width: cell * count, height: cell * count, fill: "var(--soft)", stroke: "var(--line)" }));
+    matrix.forEach((row, r) => row.forEach((value, c) => {
+      if (!value) return;
+      const share = value / totals[r], place = { x: left + c * cell, y: top + r * cell };
+      chart.append(svg("rect", { ...place, width: cell, height: cell, fill: r === c ? "var(--c0)" : "var(--c1)", "fill-opacity": 0.12 + 0.88 * share, "data-cell": `${r},${c}` }));
+      if (cell >= 11 + 7 * String(value).length && cell >= 18) chart.append(svg("text", { x: place.x + cell / 2, y: place.y + cell / 2 + 4, "text-anchor": "middle", "pointer-events": "none",
+        style: `fill:${share > 0.5 ? "var(--paper)" : "var(--ink)"}` }, String(value)));
+    }));
+    const show = (event) => {
+      const c = Math.floor((event.offsetX - left) / cell), r = Math.floor((event.offsetY - top) / cell);
+      byId("matrix-readout").textContent = r >= 0 && c >= 0 && r < count && c < count ? words(r, c) : "";
     };
-    if (redraw) { draw(byId("matrix").clientWidth); redraw.draw = draw; } else { redraw = { draw }; onWidth(byId("matrix"), (width) => redraw.draw(width)); }
+    chart.addEventListener("pointermove", show);
+    chart.addEventListener("pointerdown", show);
+    byId("matrix").replaceChildren(chart);
     const pairs = [];
     matrix.forEach((row, r) => row.forEach((value, c) => { if (value && r !== c && r < count - 1 && c < count - 1) pairs.push([r, c, value]); }));
     pairs.sort((a, b) => b[2] - a[2]);
     if (pairs.length) table(byId("mix-ups"), ["Class", "Detected as", "Count", "Objects"], pairs.slice(0, 10).map(([r, c, value]) => [names[r], names[c], whole(value), whole(totals[r])]));
     else byId("mix-ups").replaceChildren(el("caption", {}, "No classes were confused."));
-  }
-  choice.addEventListener("change", render);
-  render();
+  };
+  choice.addEventListener("change", onWidth(byId("matrix"), render));
 }
 
 // --- worst images ---
@@ -191,10 +185,9 @@ models.forEach((model, m) => {
   byId("images-note").textContent = data.worst.length
     ? `The ${data.worst.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores of at least ${thresholds.join(" and ")}. Hover over a box, or tap it, to see its name.`
     : "No image has an error at the best threshold.";
-  const key = (style, text) => el("span", {}, svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" },
-    svg("line", { x1: 0, y1: 5, x2: 26, y2: 5, stroke: style.color, "stroke-width": 3, "stroke-dasharray": style.dash })), text);
   byId("gallery").classList.toggle("three", Boolean(second));
-  if (data.worst.length) byId("images-legend").append(key(TRUTH, "detected object"), key(WRONG, "missed object or wrong detection"), key(RIGHT, "correct detection"), key(CROWD, "crowd"));
+  if (data.worst.length) byId("images-legend").append(legendEntry("detected object", TRUTH),
+    legendEntry("missed object or wrong detection", WRONG), legendEntry("correct detection", RIGHT), legendEntry("crowd", CROWD));
   for (const image of data.worst) {
     const [one] = image.models;
     const objects = image.objects.map(([x, y, w, h, k, crowd], place) => ({ x, y, w, h, label: names[k], ...(crowd ? CROWD : one.found[place] ? TRUTH : WRONG),

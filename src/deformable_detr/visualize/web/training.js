@@ -1,4 +1,3 @@
-const data = JSON.parse(byId("data").textContent);
 {
   const minutes = Math.floor(data.seconds / 60), duration = minutes >= 60 ? `${Math.floor(minutes / 60)} h ${minutes % 60} min` : `${minutes} min`;
   byId("facts").textContent = `Step ${data.step}, epoch ${data.epoch}, ${duration} of training. Updated ${data.written}.`;

@@ -1,5 +1,4 @@
 // The page of an explanation. `data` is written by explanation/html.py.
-const data = JSON.parse(byId("data").textContent);
 const state = {
   item: data.first, pinned: data.first, layer: 0, zoom: false, others: true, timer: 0,
   levels: new Set(data.levels.keys()), heads: new Set(Array(data.heads).keys()), tokens: new Set(data.levels.keys()),
@@ -82,8 +81,7 @@ function addToggles(id, labels, icon = () => null) {
 const isPoint = data.items[0].kind === "point";
 const allLayers = data.items.flatMap(({ layers }) => layers);
 const maxWeight = allLayers.reduce((most, { points }) => points.reduce((max, value, i) => i % 3 === 2 && value > max ? value : max, most), 1) / 10000;
-byId("title").textContent = data.title;
-byId("hint").textContent = isPoint ? "The points that the encoder sampled for one point of the image."
+byId("facts").textContent = isPoint ? "The points that the encoder sampled for one point of the image."
   : "Hover over a box to see the points that the decoder sampled for it. Click to keep it selected.";
 viewer.view.prepend(svg("image", { href: data.image, width: data.width, height: data.height, preserveAspectRatio: "none" }));
 const detections = isPoint ? [] : data.items.map((one, index) => ({ ...one, index, color: "#56b4e9" }));
