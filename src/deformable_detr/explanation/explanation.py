@@ -234,9 +234,8 @@ class DetectionExplanation(Explanation):
         share = self.attention_inside_box()[layer]
         caption = f"layer {layer + 1}: score {scores[self.label]:.2f}, {share:.0%} inside the box"
         reference = None if reference_box is None else reference_box.numpy()
-        return [
-            plot.Panel(caption, locations.numpy(), weights.numpy(), reference_point.numpy(), reference, box.numpy())
-        ]
+        points = locations.numpy(), weights.numpy(), reference_point.numpy()
+        return [plot.Panel(caption, *points, reference, box.numpy())]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

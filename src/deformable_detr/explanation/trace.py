@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,6 @@ from ..structures import Detections
 from ..utils.errors import UserError
 from ..utils.images import read_image
 from .explanation import DecoderLayerSampling, DetectionExplanation, EncoderLayerSampling, PointExplanation
-
-
-@overload
-def explain(
-    model: DeformableDETRNetwork, image: Any, detection: int | None = ..., *, threshold: float = ..., top_k: int = ...
-) -> DetectionExplanation: ...
-
-
-@overload
-def explain(
-    model: DeformableDETRNetwork, image: Any, *, point: tuple[float, float], threshold: float = ..., top_k: int = ...
-) -> PointExplanation: ...
 
 
 def explain(
@@ -158,14 +146,7 @@ class Trace:
 def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_k: int = 100) -> Trace:
     """Run a model on one image as `predict` does and keep the sampling points of every layer.
 
-    Args:
-        model: A `DeformableDETR`.
-        image: A path, PIL image, array or tensor, as for `predict`.
-        threshold: Minimum score of a detection, 0..1.
-        top_k: Maximum number of detections.
-
-    Raises:
-        UserError: The image cannot be read, or a setting is out of range.
+    The arguments are those of `explain`. Raises UserError if the image cannot be read or a setting is out of range.
     """
     if not isinstance(model, DeformableDETRNetwork):
         raise UserError("optimized models and exported files have no sampling points; use the original model")

@@ -94,8 +94,7 @@ def write_part(out: OutputFolder, unit: int, run_id: str, rows: Iterable[Mapping
 def read_part(out: OutputFolder, unit: int) -> tuple[str, ImageCounts] | None:
     """Return the run id and the counts of a part; None: it is missing or damaged.
 
-    Raises:
-        UserError: The storage fails, so the file may be intact.
+    Raises UserError if the storage fails, so that the file may be intact.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

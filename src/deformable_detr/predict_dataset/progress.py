@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 from ..utils.errors import UserError
 from .manifest import Manifest
@@ -13,13 +14,7 @@ REPORT_INTERVAL = 10.0  # seconds
 
 
 class Progress:
-    """Count the finished units and report every few seconds.
-
-    Args:
-        manifest: The run.
-        finished: Counts of the units that are already finished.
-        report: Called with progress lines.
-    """
+    """Count the finished units of a run and call `report` with a line every few seconds."""
 
     def __init__(self, manifest: Manifest, finished: dict[int, ImageCounts], report: Callable[[str], None]) -> None:
         self.manifest, self.finished, self.report = manifest, finished, report
@@ -64,13 +59,11 @@ class Progress:
         total = "" if manifest.num_images is None else f" of {manifest.num_images}"
         remaining = ""
         if new:
-            if manifest.num_images is None:
-                fraction = len(self.finished) / manifest.num_units
-            else:
-                fraction = counts.images / manifest.num_images
-            fraction_new = fraction * new / max(counts.images, 1)
-            seconds = int((1 - fraction) * elapsed / max(fraction_new, 1e-9))
-            remaining = f", about {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+            done, goal = counts.images, manifest.num_images
+            if goal is None:
+                done, goal = len(self.finished), manifest.num_units
+            seconds = elapsed * (goal - done) / done * counts.images / new
+            remaining = f", about {timedelta(seconds=round(seconds))} left"
         return f"{counts.images}{total} images, {counts.unreadable} unreadable, {new / elapsed:.1f} images/s{remaining}"
 
     def raise_if_failed(self) -> None:

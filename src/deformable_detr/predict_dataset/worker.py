@@ -25,32 +25,19 @@ from .sources import SourceImage, read_range
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What every worker of a run needs.
+    """What every worker of a run needs."""
 
-    Attributes:
-        out: Output folder, path or URL.
-        run_id: See `Manifest`.
-        threads: CPU threads of the model.
-    """
-
-    out: str
+    out: str  # path or URL
     run_id: str
     options: PredictDatasetOptions
     device: str
-    threads: int
+    threads: int  # of the model, on the CPU
 
 
 def pack_model(source: str) -> tuple[dict[str, bytes], str]:
-    """Read a detector into memory, so that all workers use the same weights and need no access to its files.
+    """Return the content of a detector's files by name, and their hash.
 
-    Args:
-        source: As for `load_detector`.
-
-    Returns:
-        The content of its files by name, and their hash.
-
-    Raises:
-        UserError: The detector cannot be loaded.
+    All workers then use the same weights and need no access to the files. Raises UserError if it cannot be loaded.
     """
     from ..detector import load_detector
     from ..utils.files import is_exported, read_json
@@ -93,9 +80,7 @@ def unpack_model(files: Mapping[str, bytes], device: str, threads: int) -> Any:
 class UnitPredictor:
     """Predict units for Ray Data: called with {"unit": numbers}, write their files and report the results.
 
-    Args:
-        job: The run.
-        model: The files of `pack_model`, or Ray's reference to them.
+    `model` is the files of `pack_model`, or Ray's reference to them.
     """
 
     def __init__(self, job: WorkerJob, model: Any) -> None:

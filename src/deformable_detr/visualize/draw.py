@@ -4,19 +4,23 @@ Line width and font size scale with the image. Labels stay inside the image and 
 colors are those of Okabe and Ito, which are distinct for people with any color vision.
 """
 
+from __future__ import annotations
+
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from ..utils.errors import UserError
 from ..utils.files import write_files
 from ..utils.images import read_image
 from .fonts import legible
+
+if TYPE_CHECKING:
+    from ..structures import Detections
 
 HALO = "#1A1A1A"
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -27,28 +31,7 @@ CROWDED, CROWDED_WIDTH = 8, 0.4  # from 8 boxes on, labels take at most this sha
 Rectangle = tuple[int, int, int, int]
 
 
-class Drawable(Protocol):
-    """The fields of `structures.Detections` that `draw` uses."""
-
-    @property
-    def boxes(self) -> Tensor: ...
-    @property
-    def scores(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def category_ids(self) -> Tensor: ...
-    @property
-    def names(self) -> tuple[str, ...]: ...
-    @property
-    def image_size(self) -> tuple[int, int]: ...
-    @property
-    def image(self) -> Any: ...
-    @property
-    def path(self) -> str | None: ...
-
-
-def draw(detections: Drawable) -> Image.Image:
+def draw(detections: Detections) -> Image.Image:
     """Return an RGB image with the detections drawn on it.
 
     Images with a long side under 320 pixels are enlarged by an integer factor; images without detections are returned
@@ -70,7 +53,7 @@ def enlargement(size: tuple[int, int]) -> int:
     return math.ceil(MIN_LONG_SIDE / max(size))
 
 
-def draw_on(image: Image.Image, detections: Drawable, factor: int = 1) -> Image.Image:
+def draw_on(image: Image.Image, detections: Detections, factor: int = 1) -> Image.Image:
     """Draw on an RGB image in place and return it; the boxes are multiplied by `factor`."""
     boxes = detections.boxes.numpy() * factor
     _draw_boxes(image, boxes, detections.labels.tolist())
@@ -78,7 +61,7 @@ def draw_on(image: Image.Image, detections: Drawable, factor: int = 1) -> Image.
     return image
 
 
-def save(detections: Drawable, path: Path) -> Path:
+def save(detections: Detections, path: Path) -> Path:
     """Draw the detections and write the image in the format of the file extension. Raises UserError if that fails."""
     image_format(path)
     return save_image(draw(detections), path)
@@ -114,7 +97,7 @@ def _draw_boxes(image: Image.Image, boxes: np.ndarray, labels: list[int]) -> Non
             pen.rectangle((x1 - offset, y1 - offset, x2 + offset, y2 + offset), outline=color, width=width + 2 * rim)
 
 
-def _draw_labels(image: Image.Image, boxes: np.ndarray, detections: Drawable) -> None:
+def _draw_labels(image: Image.Image, boxes: np.ndarray, detections: Detections) -> None:
     """Draw a label "name 0.93" per detection; the best is placed first and drawn last."""
     size = _font_size(image, len(boxes))
     padding = max(1, size // 5)

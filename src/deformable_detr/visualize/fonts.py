@@ -52,7 +52,7 @@ def _best_font(needed: frozenset[int]) -> tuple[str | None, frozenset[int]]:
     count = -1
     for path in _font_files():
         available = _characters(path) & needed
-        if len(available) > count and _is_usable(path):
+        if len(available) > count:
             best, count = (path, available), len(available)
         if count == len(needed):
             break
@@ -65,15 +65,14 @@ def _font_files() -> tuple[str, ...]:
     from matplotlib import font_manager
 
     # matplotlib's cached font list misses fonts that were installed later.
-    installed = sorted(
-        set(font_manager.findSystemFonts()), key=lambda path: ("sans" not in Path(path).name.lower(), path)
-    )
-    return (font_manager.findfont("DejaVu Sans"), *installed)
+    installed = set(font_manager.findSystemFonts())
+    sans_first = sorted(installed, key=lambda path: ("sans" not in Path(path).name.lower(), path))
+    return (font_manager.findfont("DejaVu Sans"), *sans_first)
 
 
 @cache
 def _characters(path: str) -> frozenset[int]:
-    """Return the characters of an upright font of normal weight; none for other fonts."""
+    """Return the characters of an upright font of normal weight that Pillow can draw; none for other fonts."""
     from matplotlib.ft2font import FT2Font
 
     try:
@@ -81,16 +80,7 @@ def _characters(path: str) -> frozenset[int]:
         # The Last Resort font draws a box for every character.
         if font.style_name.lower() not in UPRIGHT_STYLES or font.family_name.startswith("Last Resort"):
             return frozenset()
+        ImageFont.truetype(path, 12).getmask("0")
         return frozenset(font.get_charmap())
     except (OSError, RuntimeError):  # deleted meanwhile, or a bitmap font
         return frozenset()
-
-
-@cache
-def _is_usable(path: str) -> bool:
-    """Return whether Pillow can draw with the font; it cannot use bitmap fonts."""
-    try:
-        ImageFont.truetype(path, 12).getmask("0")
-    except (OSError, RuntimeError):
-        return False
-    return True
