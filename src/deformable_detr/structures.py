@@ -160,6 +160,6 @@ class Detections:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Draw the detections on their image, write it in the format of the path's suffix and return the path."""
-        from .visualize.draw import save
+        from .visualize.draw import draw, save_image
 
-        return save(self, Path(path))
+        return save_image(draw(self), Path(path))

@@ -14,7 +14,7 @@ from deformable_detr.structures import Detections
 from deformable_detr.utils.errors import UserError
 from deformable_detr.visualize import draw as drawing
 from deformable_detr.visualize import fonts
-from deformable_detr.visualize.draw import PALETTE, draw, save
+from deformable_detr.visualize.draw import PALETTE, draw
 from deformable_detr.visualize.fonts import legible
 
 
@@ -65,7 +65,7 @@ def intersection_area(a, b):
 @pytest.mark.parametrize("size", [(20, 30), (400, 600)])
 def test_image_without_detections_is_not_changed(tmp_path, size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    save(detections(pixels, []), tmp_path / "unchanged.png")
+    detections(pixels, []).save(tmp_path / "unchanged.png")
     assert (np.asarray(Image.open(tmp_path / "unchanged.png")) == pixels).all()
 
 
@@ -229,7 +229,7 @@ def test_source_types(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp"])
 def test_formats(tmp_path, suffix):
-    path = save(detections(gray_image(), [[10, 10, 50, 50]]), tmp_path / f"a{suffix}")
+    path = detections(gray_image(), [[10, 10, 50, 50]]).save(tmp_path / f"a{suffix}")
     assert Image.open(path).size == (600, 400)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no temporary file left
 
@@ -237,12 +237,12 @@ def test_formats(tmp_path, suffix):
 def test_failed_save_is_reported_and_loses_no_file(tmp_path):
     result = detections(gray_image(), [[10, 10, 50, 50]])
     with pytest.raises(UserError, match=re.escape("'.xyz' is not an image format")):
-        save(result, tmp_path / "a.xyz")
+        result.save(tmp_path / "a.xyz")
     with pytest.raises(UserError, match="a: '' is not an image format"):
-        save(result, tmp_path / "a")
+        result.save(tmp_path / "a")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"b\.png cannot be written"):
-        save(result, tmp_path / "file" / "b.png")
+        result.save(tmp_path / "file" / "b.png")
     assert (tmp_path / "file").read_text() == "mine"
 
     Image.fromarray(gray_image()).save(tmp_path / "source.png")

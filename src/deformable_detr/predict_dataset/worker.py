@@ -95,9 +95,8 @@ class UnitPredictor:
 
     def __call__(self, batch: Mapping[str, Iterable[int]]) -> dict[str, list[Any]]:
         reports = [(int(unit), *self.predict_unit(int(unit))) for unit in batch["unit"]]
-        return dict(
-            zip(("unit", "images", "unreadable", "failure"), map(list, zip(*reports, strict=True)), strict=True)
-        )
+        names = ("unit", "images", "unreadable", "failure")
+        return dict(zip(names, map(list, zip(*reports, strict=True)), strict=True))
 
     def predict_unit(self, unit: int) -> tuple[int, int, str]:
         """Return the numbers of images and of unreadable ones, and why the unit failed, or ""."""

@@ -61,12 +61,6 @@ def draw_on(image: Image.Image, detections: Detections, factor: int = 1) -> Imag
     return image
 
 
-def save(detections: Detections, path: Path) -> Path:
-    """Draw the detections and write the image in the format of the file extension. Raises UserError if that fails."""
-    image_format(path)
-    return save_image(draw(detections), path)
-
-
 def image_format(path: Path) -> str:
     """Return Pillow's name of the format of a file extension. Raises UserError if Pillow cannot write it."""
     kind = Image.registered_extensions().get(path.suffix.lower())
