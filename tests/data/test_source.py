@@ -21,9 +21,10 @@ def reads(monkeypatch):
 
     def counted(function):
         def wrapper(path, *args, **options):
+            content = function(path, *args, **options)  # raises for an image without a label file
             if Path(path).suffix in (".json", ".xml", ".txt") and "ImageSets" not in str(path):
                 counts[str(path)] += 1
-            return function(path, *args, **options)
+            return content
 
         return wrapper
 
