@@ -19,7 +19,6 @@ from .validate.annotations import ImageRecord
 from .validate.repair import write_annotations
 
 ROBOFLOW_COPY = re.compile(r"(.+)\.rf\.[^./\\]+\.[^./\\]+")  # augmented copies of one image: NAME.rf.HASH.jpg
-
 SPLIT_ISSUES = ("split-missing", "splits-same")  # the issues that a new split fixes
 
 
@@ -41,9 +40,8 @@ class SplitOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.val < 1 or not 0 <= self.test < 1 - self.val:
-            raise UserError(
-                f"--val {self.val:g} --test {self.test:g}: give shares such as 0.2, and leave images for training"
-            )
+            shares = f"--val {self.val:g} --test {self.test:g}"
+            raise UserError(f"{shares}: give shares such as 0.2, and leave images for training")
         try:
             re.compile(self.group or "")
         except re.error as error:
