@@ -40,10 +40,8 @@ class ExportMetadata:
         """Parse the strings of the file `path`. Raises UserError if they are damaged or not from this package."""
         try:
             values = {key: json.loads(strings[key]) for key in REQUIRED_KEYS if key in strings}
-            if values.get("format") != FORMAT:
-                raise UserError(f"{path} was not written by `deformable-detr export`: it has no metadata of ours")
-            if values["version"] != VERSION:
-                raise UserError(f"{path} has metadata version {values['version']!r}; this release reads {VERSION}")
+            if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
+                raise UserError(f"{path} was not written by `deformable-detr export` of this release: export it again")
             size = values["image_size"]
             return cls(
                 config=ModelConfig.from_dict(values["model"], path),
