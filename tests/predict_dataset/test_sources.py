@@ -162,12 +162,17 @@ def test_remote_file_systems(monkeypatch, tmp_path):
         found_rows = records("memory://sources/*.parquet")
         check(found_rows, [f"memory:///sources/set.parquet#{row}" for row in range(len(FILES))])
 
+        attempts = []
+
         def unreachable(self, path, **_):
+            attempts.append(path)
             raise ConnectionError("no route")
 
         monkeypatch.setattr(type(memory), "cat_file", unreachable)
+        monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
         with pytest.raises(ConnectionError):
             actual[1].load()
+        assert len(attempts) == sources.READ_ATTEMPTS
     finally:
         memory.rm("/sources", recursive=True)
 

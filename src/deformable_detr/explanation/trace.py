@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ from ..structures import Detections
 from ..utils.errors import UserError
 from ..utils.images import read_image
 from .explanation import DecoderLayerSampling, DetectionExplanation, EncoderLayerSampling, PointExplanation
+
+
+@overload
+def explain(
+    model: DeformableDETRNetwork, image: Any, detection: int | None = ..., *, threshold: float = ..., top_k: int = ...
+) -> DetectionExplanation: ...
+
+
+@overload
+def explain(
+    model: DeformableDETRNetwork, image: Any, *, point: tuple[float, float], threshold: float = ..., top_k: int = ...
+) -> PointExplanation: ...
 
 
 def explain(

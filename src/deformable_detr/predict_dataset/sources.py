@@ -2,6 +2,7 @@
 
 import itertools
 import tarfile
+import time
 import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 MIN_RANGE = 256  # images of a shard that are read as one range
 MAX_RANGES = 8  # per Parquet row group, whose earlier rows are read again for each range
 MAX_IMAGE_BYTES = 512 * 2**20  # of one image in a shard
+READ_ATTEMPTS = 3  # per image in a remote store
 
 
 class SourceRange(NamedTuple):
@@ -173,12 +175,20 @@ def _is_damage(error: Exception, local: bool) -> bool:
 
 
 def _read_remote(url: str) -> Tensor:
+    """Read the image at a URL; retry if the store fails, and raise its exception after the last attempt."""
     system, path = resolve_url(url)
-    try:
-        content = system.cat_file(path)
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{url}: cannot be read ({first_line(error)})") from None
-    return decode_image(content, url)
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            return decode_image(system.cat_file(path), url)
+        except (UserError, NotImplementedError):
+            raise
+        except (FileNotFoundError, PermissionError) as error:
+            raise UserError(f"{url}: cannot be read ({first_line(error)})") from None
+        except Exception:  # each store has its own exceptions
+            if attempt == READ_ATTEMPTS - 1:
+                raise
+            time.sleep(2**attempt)
+    raise AssertionError("unreachable")
 
 
 def _tar_ranges(file: str) -> Iterator[tuple[int, int]]:
