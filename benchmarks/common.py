@@ -1,4 +1,4 @@
-"""Shared by the benchmark scripts: options, random models, transformers' model with the same weights, and output."""
+"""Shared by the benchmark scripts: options, random models, transformers' model with equal weights, and output."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=json.loads, default={}, help="config fields as a JSON object")
 
 
+def add_comparison_options(parser: argparse.ArgumentParser, default_size: Any, **size_options: Any) -> None:
+    """Add the model, input size and precisions of a comparison with transformers."""
+    add_model_options(parser)
+    parser.add_argument("--image-size", type=image_size, default=default_size, metavar="H,W", **size_options)
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+
+
 def image_size(text: str) -> tuple[int, int]:
     """Parse "H,W"."""
     height, width = map(int, text.split(","))
@@ -77,12 +84,12 @@ def finish(options: argparse.Namespace, rows: Sequence[Any], columns: dict[str, 
         print("| " + " | ".join(cells) + " |")
     if options.json is not None:
         command = " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv[1:])
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         report = {
             "machine": describe_machine(options.device),
             "allocator": options.allocator,
             "repeats": options.repeats,
-            "commit": found.stdout.strip() or None,
+            "commit": revision.stdout.strip() or None,
             "command": f"python benchmarks/{Path(sys.argv[0]).name} {command}",
             **results,
             "rows": [asdict(row) for row in rows],
@@ -93,8 +100,7 @@ def finish(options: argparse.Namespace, rows: Sequence[Any], columns: dict[str, 
 def random_model(options: argparse.Namespace, **config: Any) -> DeformableDETR:
     """Return a preset's model in evaluation mode with the same random weights each time.
 
-    Layers that training would start from zero are random too. Otherwise all tokens would sample the same points, and a
-    comparison of boxes would show nothing.
+    Zero-initialized layers are random too; otherwise all tokens would sample the same points.
     """
     torch.manual_seed(0)
     base = {"backbone_weights": "none", "backbone_norm": "frozen", **options.config, **config}
@@ -107,7 +113,7 @@ def random_model(options: argparse.Namespace, **config: Any) -> DeformableDETR:
 
 
 def transformers_twin(model: DeformableDETR) -> nn.Module | None:
-    """Return transformers' model with the same weights. None: not installed, or it has no such network."""
+    """Return transformers' model with the same weights, or None if not installed or not supported."""
     try:
         from transformers import AutoModelForObjectDetection
     except ImportError:

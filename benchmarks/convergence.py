@@ -1,13 +1,13 @@
-"""AP against images seen: our default, our paper-faithful model, and transformers' Deformable DETR on the same data.
+"""Compare AP over images seen: our default, our model of the paper, and transformers' Deformable DETR on the same data.
 
-All get the same backbone weights, image size, numbers of layers and queries, width, batch size, number of training
-images and the same augmented images (ours). transformers' model is trained as its documentation has it: AdamW with
-the paper's learning rates, the model's own loss, its own image processor's box decoding.
+All use the same backbone weights, image size, layers, queries, width, batch size, training images and augmentation.
+transformers' model is trained as in its documentation: AdamW with the paper's learning rates, its own loss and its own
+image processor.
 
     python benchmarks/convergence.py DATA --backbone-weights WEIGHTS --epochs 12 --out benchmarks/results/cards.json
 
-What each part of the default recipe brings alone: `--methods default without-denoising …` (all of ABLATION).
-`--table` prints what the file holds as Markdown, mean and range over the seeds, and trains nothing.
+`--methods default without-denoising …` measures each part of the default recipe (see ABLATION).
+`--table` prints the results of the file as Markdown, with mean and range over the seeds, without training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from deformable_detr.evaluation.metrics import coco_metrics
 from deformable_detr.ops import accelerate
 
 Curve = list[dict[str, Any]]
-# The default with one thing as the paper has it.
+# The default recipe with one change.
 ABLATION: dict[str, dict[str, Any]] = {
     "without-denoising": {"num_denoising": 0},
     "without-overlap-classes": {"class_loss": "focal"},
@@ -67,8 +67,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["default", "transformers-refine"])
-    parser.add_argument("--out", type=Path, required=True, help="JSON; runs that it already holds are kept")
-    parser.add_argument("--table", action="store_true", help="only print what the file holds")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; its existing runs are kept")
+    parser.add_argument("--table", action="store_true", help="only print the results of the file")
     options = parser.parse_args()
 
     runs = json.loads(options.out.read_text()) if options.out.exists() else []
@@ -77,17 +77,17 @@ def main() -> None:
         return
     for seed in options.seeds:
         for method in options.methods:
-            run = {"method": method, "seed": seed, **described(options)}
+            run = {"method": method, "seed": seed, **run_settings(options)}
             if any({**run, "curve": old["curve"]} == old for old in runs):
                 continue
-            curve = ours(options, method, seed) if method in OURS else theirs(options, method, seed)
+            curve = train_ours(options, method, seed) if method in OURS else train_transformers(options, method, seed)
             runs.append({**run, "curve": curve})
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(runs, indent=1) + "\n")
             print(row(runs[-1]), flush=True)
 
 
-def described(options: argparse.Namespace) -> dict[str, Any]:
+def run_settings(options: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     return {
@@ -107,18 +107,20 @@ def row(run: dict[str, Any]) -> str:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: the last figures of each method, mean and range over its seeds."""
-    lines = ["| set | pixels | method | images seen | seeds | AP | AP50 |", "|---|---|---|---|---|---|---|"]
+    """Return the last metrics of each method as Markdown, with mean and range over its seeds."""
+    lines = ["| dataset | image size | method | images seen | seeds | AP | AP50 |", "|---|---|---|---|---|---|---|"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         last = run["curve"][-1]
         groups.setdefault((run["data"], run["image_size"], run["method"], last["images_seen"]), []).append(last)
-    for (data, size, method, images), lasts in groups.items():
-        cells = [f"{sum(x[k] for x in lasts) / len(lasts):.3f}" for k in ("AP", "AP50")]
-        if len(lasts) > 1:
-            spans = [f" ({min(x[k] for x in lasts):.3f}–{max(x[k] for x in lasts):.3f})" for k in ("AP", "AP50")]
-            cells = [cell + span for cell, span in zip(cells, spans, strict=True)]
-        lines.append(f"| {data} | {size} | {method} | {images} | {len(lasts)} | {cells[0]} | {cells[1]} |")
+    for (data, size, method, images), evaluations in groups.items():
+        cells = [f"{sum(x[k] for x in evaluations) / len(evaluations):.3f}" for k in ("AP", "AP50")]
+        if len(evaluations) > 1:
+            ranges = [
+                f" ({min(x[k] for x in evaluations):.3f}–{max(x[k] for x in evaluations):.3f})" for k in ("AP", "AP50")
+            ]
+            cells = [cell + range_ for cell, range_ in zip(cells, ranges, strict=True)]
+        lines.append(f"| {data} | {size} | {method} | {images} | {len(evaluations)} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
@@ -129,11 +131,11 @@ def model_config(options: argparse.Namespace, method: str) -> ModelConfig:
     if method != "paper" and method in OURS:
         return presets.small(**common)
     small = presets.small()
-    same = ("hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers", "num_queries")
-    return presets.two_stage(**common, **{name: getattr(small, name) for name in same})
+    shared_fields = ("hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers", "num_queries")
+    return presets.two_stage(**common, **{name: getattr(small, name) for name in shared_fields})
 
 
-def ours(options: argparse.Namespace, method: str, seed: int) -> Curve:
+def train_ours(options: argparse.Namespace, method: str, seed: int) -> Curve:
     preset = "two-stage" if method == "paper" else "small"
     model = model_config(options, method).model_dump(exclude={"class_names", "category_ids", "num_classes"})
     changes = dict(ABLATION.get(method, {}))
@@ -151,15 +153,15 @@ def ours(options: argparse.Namespace, method: str, seed: int) -> Curve:
             **changes,
         )
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [point(x, x["images_seen"], x["seconds"]) for x in lines if x["kind"] == "evaluation"]
+    return [curve_point(x, x["images_seen"], x["seconds"]) for x in lines if x["kind"] == "evaluation"]
 
 
-def point(metrics: dict[str, Any], images: int, seconds: float) -> dict[str, Any]:
+def curve_point(metrics: dict[str, Any], images: int, seconds: float) -> dict[str, Any]:
     return {"images_seen": images, "minutes": round(seconds / 60, 2), "AP": metrics["AP"], "AP50": metrics["AP50"]}
 
 
-def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
-    """The same number of steps on the same batches for transformers' model."""
+def train_transformers(options: argparse.Namespace, method: str, seed: int) -> Curve:
+    """Train transformers' model for the same number of steps on the same batches."""
     torch.manual_seed(seed)
     config = Config(data=DataConfig(), model=model_config(options, "paper"))
     sizes = config.model.image_size, config.model.long_side
@@ -177,30 +179,30 @@ def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
         transform=EvalTransform(*sizes, size_divisor=config.model.size_divisor),
     )
     model = transformers_model(config.model, len(train_set.categories), method)
-    mean, std = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)  # what timm states for the backbone
+    mean, std = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)  # timm's values for the backbone
 
-    slow = ("backbone", "sampling_offsets", "reference_points")
+    reduced_lr = ("backbone", "sampling_offsets", "reference_points")
     groups = [
-        {"params": [p for n, p in model.named_parameters() if p.requires_grad and any(s in n for s in slow)]},
-        {"params": [p for n, p in model.named_parameters() if p.requires_grad and not any(s in n for s in slow)]},
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and any(s in n for s in reduced_lr)]},
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and not any(s in n for s in reduced_lr)]},
     ]
     groups[0]["lr"], groups[1]["lr"] = 2e-5, 2e-4
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     batches = build_dataloader(train_set, LoaderOptions(options.batch_size, 2, shuffle=True, seed=seed))
-    drop = round(0.8 * options.epochs)
+    lr_drop_epoch = round(0.8 * options.epochs)
     seconds, images, curve = 0.0, 0, []
     for epoch in range(options.epochs):
-        if epoch == drop:
+        if epoch == lr_drop_epoch:
             for group in optimizer.param_groups:
                 group["lr"] /= 10
         batches.sampler.set_epoch(epoch)
         model.train()
-        mark = time.perf_counter()
+        start = time.perf_counter()
         for batch, targets in batches:
             batch = batch.normalize(mean, std)
             canvas = batch.pixels.shape[-2:]
             labels = [
-                {"class_labels": t.labels, "boxes": on_canvas(t.boxes, ~mask, canvas)}
+                {"class_labels": t.labels, "boxes": boxes_on_canvas(t.boxes, ~mask, canvas)}
                 for t, mask in zip(targets, batch.padding_mask, strict=True)
             ]
             loss = model(batch.pixels, (~batch.padding_mask).long(), labels=labels).loss
@@ -209,15 +211,15 @@ def theirs(options: argparse.Namespace, method: str, seed: int) -> Curve:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
             images += len(targets)
-        seconds += time.perf_counter() - mark
+        seconds += time.perf_counter() - start
         if (epoch + 1) % options.eval_every == 0 or epoch + 1 == options.epochs:
-            curve.append(point(evaluate_theirs(model, val_set, mean, std), images, seconds))
+            curve.append(curve_point(evaluate_transformers(model, val_set, mean, std), images, seconds))
             print(curve[-1], flush=True)
     return curve
 
 
-def on_canvas(boxes: torch.Tensor, valid: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
-    """Boxes relative to the padded canvas, as transformers' loss has them, from boxes relative to the image."""
+def boxes_on_canvas(boxes: torch.Tensor, valid: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
+    """Convert boxes relative to the image to boxes relative to the padded canvas, as transformers' loss needs."""
     scale = torch.tensor([valid[0].sum() / canvas[1], valid[:, 0].sum() / canvas[0]])
     return boxes * scale.repeat(2)
 
@@ -236,26 +238,27 @@ def transformers_model(config: ModelConfig, classes: int, method: str) -> torch.
             with_box_refine=method != "transformers", two_stage=method == "transformers-two-stage",
         )
     )  # fmt: skip
-    # Its own loading would hurt it: freezing goes by ResNet's names and stops every other backbone, and the frozen
-    # norms lose the activation that EfficientNet's carry. It gets our backbone with the same weights instead.
+    # transformers freezes other backbones completely and drops the activations in EfficientNet's norms, so use ours.
     model.model.backbone.model = DeformableDETR(config).backbone.body
-    accelerate(model)  # our attention op in its layers: the same outputs in less time
+    accelerate(model)  # same outputs in less time
     return model
 
 
 @torch.no_grad()
-def evaluate_theirs(model: torch.nn.Module, dataset: Any, mean: torch.Tensor, std: torch.Tensor) -> dict[str, Any]:
+def evaluate_transformers(
+    model: torch.nn.Module, dataset: Any, mean: torch.Tensor, std: torch.Tensor
+) -> dict[str, Any]:
     from transformers import DeformableDetrImageProcessor
 
     processor = DeformableDetrImageProcessor()
     ids = [category.id for category in dataset.categories]
     model.eval()
     results = []
-    for batch, targets in build_dataloader(dataset, LoaderOptions(1, 2)):  # one by one: no padding at all
+    for batch, targets in build_dataloader(dataset, LoaderOptions(1, 2)):  # single images need no padding
         out = model(batch.normalize(mean, std).pixels, (~batch.padding_mask).long())
         sizes = torch.tensor([target.original_size for target in targets])
-        found = processor.post_process_object_detection(out, threshold=0.0, target_sizes=sizes, top_k=100)
-        for target, item in zip(targets, found, strict=True):
+        detections = processor.post_process_object_detection(out, threshold=0.0, target_sizes=sizes, top_k=100)
+        for target, item in zip(targets, detections, strict=True):
             item["boxes"][:, 2:] -= item["boxes"][:, :2]
             rows = zip(item["boxes"].tolist(), item["scores"].tolist(), item["labels"].tolist(), strict=True)
             results += [{"image_id": target.image_id, "category_id": ids[k], "bbox": b, "score": s} for b, s, k in rows]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import BASELINE, add_model_options, apply_options, finish, image_size, option_parser, random_model
+from common import BASELINE, add_comparison_options, apply_options, finish, option_parser, random_model
 from common import transformers_twin as make_twin
 from deformable_detr import DeformableDETR
 from deformable_detr.benchmark import peak_memory_mib, time_interleaved
@@ -189,10 +189,8 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = option_parser(__doc__, repeats=5)
-    add_model_options(parser)
-    parser.add_argument("--image-size", type=image_size, nargs="+", default=[(480, 640), (800, 1333)], metavar="H,W")
+    add_comparison_options(parser, [(480, 640), (800, 1333)], nargs="+")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="images per batch")
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--also", nargs="+", choices=("compiled", *RUNTIMES), default=[], help="further forms")
     parser.add_argument("--figure", type=Path, help="SVG or PNG file: time by part at the largest size")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""How long the report of a large evaluation takes beside the model, and how large its page is.
+"""Measure the time and size of the report of a large evaluation, without the model.
 
     python benchmarks/report.py --images 5000
 
-Makes a COCO data set with real image files of many sizes and the detections of two models that do not exist: right
-ones, every kind of error, and low scores up to 100 an image. Timed is what `evaluate --report` does besides running the
-model: opening the set, matching, COCO's figures, the analysis, the pictures and writing the page.
+Creates a COCO dataset with image files of many sizes and 100 synthetic detections per image of two models, with every
+type of error. Times what `evaluate --report` does besides running the model: opening the dataset, matching, COCO
+metrics, the analysis, the images and writing the page.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from deformable_detr.evaluation.metrics import run_coco_eval, summarize
 from deformable_detr.evaluation.report import write_report
 
 SIDES = ((640, 480), (480, 640), (640, 427), (500, 375), (333, 500), (1280, 960), (96, 64))  # width, height
-LARGE = (4000, 3000)  # one image in a hundred
-FOUND = 100  # detections an image
+LARGE = (4000, 3000)  # one image in 100
+DETECTIONS = 100  # per image
 
 
 def make_images(folder, number, random):
-    """COCO's records of the images; neighbors of one size share their pixels, which nothing here looks at."""
+    """Write the images and return their COCO records; images of one size share their pixels."""
     folder.mkdir(parents=True)
     files = {}
     for size in (*SIDES, LARGE):
@@ -47,8 +47,8 @@ def make_images(folder, number, random):
 
 
 def make_objects(images, classes, random):
-    """COCO's annotations: about seven an image, classes as unequal as in COCO, one in fifty a crowd."""
-    share = 1 / np.arange(1, classes + 1)
+    """Return COCO annotations: about seven per image, class frequencies as in COCO, one in 50 a crowd."""
+    frequency = 1 / np.arange(1, classes + 1)
     annotations = []
     for image in images:
         sides = np.array([image["width"], image["height"]])
@@ -57,34 +57,34 @@ def make_objects(images, classes, random):
             corner = random.uniform(0, 1, 2) * (sides - extent)
             annotations.append(
                 {"id": len(annotations) + 1, "image_id": image["id"], "bbox": [*corner.tolist(), *extent.tolist()],
-                 "category_id": int(random.choice(classes, p=share / share.sum())) + 1,
+                 "category_id": int(random.choice(classes, p=frequency / frequency.sum())) + 1,
                  "area": float(extent.prod()), "iscrowd": int(random.random() < 0.02)}
             )  # fmt: skip
     return annotations
 
 
 def make_results(images, annotations, classes, random):
-    """COCO's results: most objects found once or twice, some badly or as another class; the rest is background."""
+    """Return COCO results: most objects detected once or twice, some badly or misclassified, the rest background."""
     by_image = {image["id"]: [] for image in images}
-    for one in annotations:
-        by_image[one["image_id"]].append(one)
+    for annotation in annotations:
+        by_image[annotation["image_id"]].append(annotation)
     results = []
     for image in images:
         sides = np.array([image["width"], image["height"]])
-        found = []
-        for one in by_image[image["id"]]:
+        detections = []
+        for annotation in by_image[image["id"]]:
             for _ in range(int(random.choice([0, 1, 1, 1, 2]))):
-                box = np.array(one["bbox"])
+                box = np.array(annotation["bbox"])
                 box += random.normal(0, random.choice([0.03, 0.2]), 4) * [*box[2:], *box[2:]]
-                label = one["category_id"] if random.random() < 0.85 else int(random.integers(classes)) + 1
-                found.append(([*box[:2], *np.abs(box[2:])], label, random.beta(4, 2)))
-        while len(found) < FOUND:
+                label = annotation["category_id"] if random.random() < 0.85 else int(random.integers(classes)) + 1
+                detections.append(([*box[:2], *np.abs(box[2:])], label, random.beta(4, 2)))
+        while len(detections) < DETECTIONS:
             extent = sides * random.uniform(0.02, 0.5, 2)
             box = [*(random.uniform(0, 1, 2) * (sides - extent)), *extent]
-            found.append((box, int(random.integers(classes)) + 1, random.beta(1, 12)))
+            detections.append((box, int(random.integers(classes)) + 1, random.beta(1, 12)))
         results.extend(
             {"image_id": image["id"], "category_id": label, "bbox": [float(v) for v in box], "score": float(score)}
-            for box, label, score in found[:FOUND]
+            for box, label, score in detections[:DETECTIONS]
         )
     return results
 
@@ -93,50 +93,50 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--out", type=Path, help="folder for the pages, which are not kept without one")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--out", type=Path, help="folder for the pages; by default they are not kept")
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     random = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as place:
-        data = Path(place) / "data"
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
         images = make_images(data / "valid", options.images, random)
         annotations = make_objects(images, options.classes, random)
         categories = [{"id": k + 1, "name": f"class {k + 1}"} for k in range(options.classes)]
         truth = {"images": images, "annotations": annotations, "categories": categories}
         (data / "valid" / "_annotations.coco.json").write_text(json.dumps(truth))
         models = [make_results(images, annotations, options.classes, random) for _ in range(2)]
-        told = measure(data, models, options.out or Path(place))
-    told |= {"images": options.images, "classes": options.classes, "objects": len(annotations)}
-    told["detections of a model"] = len(models[0])
-    print(json.dumps(told, indent=1))
+        report = measure(data, models, options.out or Path(folder))
+    report |= {"images": options.images, "classes": options.classes, "objects": len(annotations)}
+    report["detections_per_model"] = len(models[0])
+    print(json.dumps(report, indent=1))
     if options.json:
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def measure(data, models, out):
-    """Seconds by step and bytes, of one model and of two side by side."""
-    told = {}
+    """Return seconds per step and sizes in MB, for one model and for two side by side."""
+    report = {}
     start = time.perf_counter()
     dataset = open_dataset(data, split="val")
-    told["open the set, s"] = opened = time.perf_counter() - start
-    evaluated = []
-    counting = []
+    report["open_dataset_s"] = open_seconds = time.perf_counter() - start
+    evaluations = []
+    seconds_per_model = []
     for number, results in enumerate(models):
         start = time.perf_counter()
         coco = run_coco_eval(dataset.ground_truth, results)
         metrics = {**summarize(coco), "images": len(dataset), "images_per_second": 1.0}
-        paths = {int(identity): dataset.path(index) for index, identity in enumerate(dataset.image_ids)}
-        evaluated.append(EvaluationResult(metrics, coco, results, paths, 1.0, "none", f"model {number + 1}"))
-        counting.append(time.perf_counter() - start)
-    told["count one model, s"] = counting[0]
-    for name, chosen in (("one model", evaluated[:1]), ("two models", evaluated)):
+        paths = {int(image_id): dataset.path(index) for index, image_id in enumerate(dataset.image_ids)}
+        evaluations.append(EvaluationResult(metrics, coco, results, paths, 1.0, "none", f"model {number + 1}"))
+        seconds_per_model.append(time.perf_counter() - start)
+    report["coco_eval_one_model_s"] = seconds_per_model[0]
+    for name, selected in (("one_model", evaluations[:1]), ("two_models", evaluations)):
         start = time.perf_counter()
-        page = write_report(out / f"{name.replace(' ', '-')}.html", chosen, "made up", "val")
+        page = write_report(out / f"{name.replace('_', '-')}.html", selected, "synthetic", "val")
         seconds = time.perf_counter() - start
-        told[f"page of {name}, s"] = seconds
-        told[f"all of {name}, s"] = opened + sum(counting[: len(chosen)]) + seconds
-        told[f"page of {name}, MB"] = page.stat().st_size / 1e6
-    return {name: round(value, 2) for name, value in told.items()}
+        report[f"page_{name}_s"] = seconds
+        report[f"total_{name}_s"] = open_seconds + sum(seconds_per_model[: len(selected)]) + seconds
+        report[f"page_{name}_mb"] = page.stat().st_size / 1e6
+    return {name: round(value, 2) for name, value in report.items()}
 
 
 if __name__ == "__main__":

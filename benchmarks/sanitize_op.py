@@ -1,9 +1,9 @@
-"""Runs the op's tests with the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer:
+"""Run the op's tests with the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer.
 
     python benchmarks/sanitize_op.py
 
-A copy of the package with an instrumented library, for each instruction set that this machine has; then a control that
-must be caught. Needs GCC with libasan.
+Tests a copy of the package with an instrumented library for each instruction set of this machine, then verifies that an
+out-of-bounds read is detected. Needs GCC with libasan.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["tests/ops/test_backends.py", "tests/ops/test_operators.py"]
-LEFT_OUT = "opcheck or compiles or exports or embedding_bag or refused"  # torch's machinery, not the library
+EXCLUDED = "opcheck or compile or export or embedding_bag or rejected"  # tests of PyTorch rather than of the library
 PLUGIN = "from deformable_detr.ops.native import library\nlibrary.KEEP = 0  # fresh scratch for every call\n"
 CONTROL = """
 import torch
@@ -32,7 +32,7 @@ call.output, short = output.data_ptr(), torch.zeros(900, 2, 32)
 call.value = short.data_ptr()
 for _ in range(100):
     compiled.msda_forward(call)
-print("not caught")
+print("not detected")
 """
 
 
@@ -41,7 +41,7 @@ def run(arguments: list[str], environment: dict[str, str]) -> subprocess.Complet
 
 
 def main() -> int:
-    # libstdc++ beside it: AddressSanitizer looks for its exceptions before torch loads it.
+    # AddressSanitizer looks up exceptions of libstdc++ before torch loads it.
     preload = ":".join(
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
@@ -60,7 +60,7 @@ def main() -> int:
         }  # fmt: skip
         failed = False
         for instruction_set in ("avx512", "avx2", "base"):
-            done = run(
+            result = run(
                 [
                     "-m",
                     "pytest",
@@ -71,19 +71,19 @@ def main() -> int:
                     "-p",
                     "no:cacheprovider",
                     "-k",
-                    f"not ({LEFT_OUT})",
+                    f"not ({EXCLUDED})",
                     *TESTS,
                 ],
                 {**environment, "MSDA_ISA": instruction_set},
             )
-            print(f"{instruction_set}: exit {done.returncode}, {(done.stdout.strip().splitlines() or ['?'])[-1]}")
-            if done.returncode:
+            print(f"{instruction_set}: exit {result.returncode}, {(result.stdout.strip().splitlines() or ['?'])[-1]}")
+            if result.returncode:
                 failed = True
-                print(done.stdout[-3000:], done.stderr[-3000:])
+                print(result.stdout[-3000:], result.stderr[-3000:])
         control = run(["-c", CONTROL], environment)
-        caught = "AddressSanitizer: heap-buffer-overflow" in control.stderr
-        print(f"control, a value tensor shorter than its shapes say: {'caught' if caught else 'NOT CAUGHT'}")
-        return int(failed or not caught)
+        detected = "AddressSanitizer: heap-buffer-overflow" in control.stderr
+        print(f"control with a too short value tensor: {'detected' if detected else 'NOT DETECTED'}")
+        return int(failed or not detected)
 
 
 if __name__ == "__main__":

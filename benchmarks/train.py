@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from common import BASELINE, add_model_options, apply_options, finish, image_size, option_parser, random_model
+from common import BASELINE, add_comparison_options, apply_options, finish, option_parser, random_model
 from common import transformers_twin as make_twin
 from deformable_detr import DeformableDETR
 from deformable_detr.benchmark import peak_memory_mib, time_interleaved
@@ -81,10 +81,8 @@ def transformers_step(
 
 def main() -> None:
     parser = option_parser(__doc__, repeats=3)
-    add_model_options(parser)
-    parser.add_argument("--image-size", type=image_size, default=(480, 640), metavar="H,W")
+    add_comparison_options(parser, (480, 640))
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     options = parser.parse_args()
     apply_options(options)
     images, targets = make_batch(options.batch_size, options.image_size, options.device)

@@ -152,7 +152,7 @@ def test_mismatched_shapes_are_rejected():
         call(value, shapes, reference[..., :1], offsets, logits)
 
 
-def test_fallback_beyond_the_limits_of_the_compiled_library():
+def test_fallback_beyond_the_limits_of_the_library():
     shapes = ((4, 5),) * 5
     many = case(shapes, Q=3, P=13, D=4)
     wide = case(shapes[:1], Q=3, D=300)

@@ -49,10 +49,10 @@ def test_responses_conform_to_the_description(client, schema, path):
 
         @SHORT
         @given(operation.as_strategy(generation_mode=mode))
-        def conforms(case):
+        def holds(case):
             case.call_and_validate(base_url=str(client.base_url), headers={"Authorization": f"Bearer {TOKEN}"})
 
-        conforms()
+        holds()
 
 
 def test_wrong_description_is_detected(client):
