@@ -118,11 +118,10 @@ def transformers_twin(model: DeformableDETR) -> nn.Module | None:
         from transformers import AutoModelForObjectDetection
     except ImportError:
         return None
-    try:
-        transformers_format.check_parts(model.config)
-    except UserError:
-        return None
     with tempfile.TemporaryDirectory() as folder:
-        transformers_format.save(model, Path(folder))
+        try:
+            transformers_format.save(model, Path(folder))
+        except UserError:
+            return None
         twin = AutoModelForObjectDetection.from_pretrained(folder)
     return twin.eval().to(model.get_buffer("pixel_mean").device)

@@ -182,7 +182,7 @@ def train_transformers(options: argparse.Namespace, method: str, seed: int) -> C
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)  # timm's values for the backbone
 
     reduced_lr = ("backbone", "sampling_offsets", "reference_points")
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for n, p in model.named_parameters() if p.requires_grad and any(s in n for s in reduced_lr)]},
         {"params": [p for n, p in model.named_parameters() if p.requires_grad and not any(s in n for s in reduced_lr)]},
     ]
@@ -200,7 +200,7 @@ def train_transformers(options: argparse.Namespace, method: str, seed: int) -> C
         start = time.perf_counter()
         for batch, targets in batches:
             batch = batch.normalize(mean, std)
-            canvas = batch.pixels.shape[-2:]
+            canvas = batch.pixels.shape[2], batch.pixels.shape[3]
             labels = [
                 {"class_labels": t.labels, "boxes": boxes_on_canvas(t.boxes, ~mask, canvas)}
                 for t, mask in zip(targets, batch.padding_mask, strict=True)
@@ -225,11 +225,13 @@ def boxes_on_canvas(boxes: torch.Tensor, valid: torch.Tensor, canvas: tuple[int,
 
 
 def transformers_model(config: ModelConfig, classes: int, method: str) -> torch.nn.Module:
-    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, TimmBackboneConfig
+    import transformers
 
-    backbone = TimmBackboneConfig(backbone=config.backbone, use_pretrained_backbone=False, out_indices=[2, 3, 4])
-    model = DeformableDetrForObjectDetection(
-        DeformableDetrConfig(
+    backbone_class: Any = transformers.TimmBackboneConfig  # pyright does not see the keyword arguments of configs
+    config_class: Any = transformers.DeformableDetrConfig
+    backbone = backbone_class(backbone=config.backbone, use_pretrained_backbone=False, out_indices=[2, 3, 4])
+    model = transformers.DeformableDetrForObjectDetection(
+        config_class(
             backbone_config=backbone, num_labels=classes, d_model=config.hidden_dim,
             encoder_layers=config.encoder_layers, decoder_layers=config.decoder_layers,
             encoder_attention_heads=config.num_heads, decoder_attention_heads=config.num_heads,
@@ -250,7 +252,7 @@ def evaluate_transformers(
 ) -> dict[str, Any]:
     from transformers import DeformableDetrImageProcessor
 
-    processor = DeformableDetrImageProcessor()
+    processor: Any = DeformableDetrImageProcessor()
     ids = [category.id for category in dataset.categories]
     model.eval()
     results = []

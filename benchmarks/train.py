@@ -52,7 +52,7 @@ def make_batch(batch: int, size: tuple[int, int], device: str) -> tuple[ImageBat
         centers, sides = torch.rand(2, OBJECTS, 2, generator=generator)
         boxes = torch.cat((centers * 0.6 + 0.2, sides * 0.3 + 0.05), dim=1)
         labels = torch.randint(0, CLASSES, (OBJECTS,), generator=generator)
-        targets.append(Target(labels, boxes, index, size).to(device))
+        targets.append(Target(labels.to(device), boxes.to(device), index, size))
     return images, targets
 
 
@@ -96,19 +96,17 @@ def main() -> None:
         steps["ours", precision] = partial(train_step.step, [(images, targets)], 1, 0.5)
     timings = time_interleaved(steps, options.repeats)
     baseline = timings.get((BASELINE, "fp32"))
-    rows = [
-        Row(
-            *key,
-            options.batch_size,
-            *options.image_size,
-            timings[key].median_ms,
-            timings[key].p95_ms,
-            options.batch_size / timings[key].median_ms * 1e3,
-            None if baseline is None else baseline.median_ms / timings[key].median_ms,
+    height, width = options.image_size
+    rows = []
+    for (implementation, precision), step in steps.items():
+        timing = timings[implementation, precision]
+        row = Row(
+            implementation, precision, options.batch_size, height, width, timing.median_ms, timing.p95_ms,
+            options.batch_size / timing.median_ms * 1e3,
+            None if baseline is None else baseline.median_ms / timing.median_ms,
             peak_memory_mib(step, options.device),
-        )
-        for key, step in steps.items()
-    ]
+        )  # fmt: skip
+        rows.append(row)
     columns = {
         "implementation": "", "precision": "", "batch": "", "height": "", "width": "", "median_ms": ".0f",
         "p95_ms": ".0f", "images_per_second": ".2f", "speedup": ".2f", "peak_mib": ".0f",
