@@ -72,13 +72,13 @@ class DeformableDETR(DeformableDETRNetwork):
         """Detect objects.
 
         Args:
-            source: An image as a path, PIL image, HWC array or CHW tensor, or a list of images.
-            threshold: Lowest score, 0 to 1.
-            top_k: Most detections per image.
+            source: An image as a path, PIL image, HWC array or CHW tensor; a list of images, or the path of a folder.
+            threshold: Minimum score, 0 to 1.
+            top_k: Maximum number of detections per image.
             batch_size: Images per forward pass.
 
         Returns:
-            `Detections` for an image, a list of them for a list.
+            `Detections` for an image, a list of them for a list or a folder.
         """
         from .predict.predictor import predict
 

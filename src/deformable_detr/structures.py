@@ -148,7 +148,7 @@ class Detections:
         """Return `supervision.Detections`: class_id is the label; data has "class_name" and "category_id"."""
         import numpy as np
 
-        with warnings.catch_warnings():  # it suggests to install OpenCV, which is not needed here
+        with warnings.catch_warnings():  # it suggests installing OpenCV, which is not needed here
             warnings.filterwarnings("ignore", message=".*OpenCV.*", category=UserWarning)
             sv = need("supervision", "supervision")
         return sv.Detections(

@@ -116,7 +116,7 @@ class ModelConfig(ConfigSection):
     query_init: Literal["box", "learned", "encoder"] = "box"
     """Two-stage: initialize queries from proposal boxes (paper), learned vectors (DINO) or encoder tokens (RT-DETR)."""
     iterative_query_pos: bool = False
-    """Refine: compute query positions from the refined boxes in each layer (DAB-DETR)."""
+    """Two-stage: compute query positions from the refined boxes in each layer (DAB-DETR)."""
     look_forward_twice: bool = False
     """Refine: the box loss of a layer also trains the previous layer (DINO)."""
     gradient_checkpointing: bool = False
@@ -211,7 +211,10 @@ class DataConfig(ConfigSection):
 
 
 class TrainConfig(ConfigSection):
-    """The optimization. Defaults: the paper's (section 5 and its published configurations)."""
+    """The optimization. Defaults: the paper's (section 5, published configurations), except for the batch size.
+
+    The recipe of the small presets is in `presets.config`.
+    """
 
     weights: str | None = None
     """Model to fine-tune: a run or model folder, a transformers folder or hub id, an official .pth."""
@@ -248,7 +251,7 @@ class TrainConfig(ConfigSection):
     seed: NonNegativeInt = 0
     """Random seed."""
     eval_every: PositiveInt | Literal["auto"] = 1
-    """Epochs between evaluations; auto: 1, more for small datasets."""
+    """Epochs between evaluations; auto: 1, or more for very small datasets or many epochs."""
     patience: PositiveInt | None = None
     """Stop after this many evaluations without an improvement of AP."""
     log_every: PositiveInt = 20
@@ -278,11 +281,11 @@ class TrainConfig(ConfigSection):
     class_loss: Literal["focal", "mal"] = "focal"
     """Classification loss: focal (paper), or mal with IoU-aware targets (DEIM)."""
     num_denoising: NonNegativeInt = 0
-    """Approximate number of denoising queries; 0: none (DINO: 100)."""
+    """Two-stage: approximate number of denoising queries; 0: none (DINO: 100)."""
     box_noise: NonNegativeFloat = 1.0
     """Denoising: maximum shift of box sides, relative to half the box size."""
     label_noise: Fraction = 0.5
-    """Denoising: twice the fraction of replaced labels."""
+    """Denoising: half this fraction of the labels is redrawn."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per step of the weight average that is evaluated and saved; 0: no average."""
 

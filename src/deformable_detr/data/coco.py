@@ -86,5 +86,5 @@ def _clean(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_polygon(points: Any) -> bool:
-    """Whether it is [x, y, x, y, …] of at least three points."""
+    """Return whether it is [x, y, x, y, …] of at least three points."""
     return isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 and all(map(is_finite, points))

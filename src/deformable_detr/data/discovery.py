@@ -48,12 +48,12 @@ class ImageFolder:
 
 
 def is_hidden(path: str | PurePath) -> bool:
-    """Whether a part of a path relative to the dataset starts with a dot, as files of editors and systems do."""
+    """Return whether a part of a path relative to the dataset starts with a dot, as files of editors and systems do."""
     return any(part.startswith(".") and part != ".." for part in PurePath(path).parts)
 
 
 def is_image(path: str | PurePath) -> bool:
-    """Whether a path relative to the dataset has the suffix of an image and is not hidden."""
+    """Return whether a path relative to the dataset has the suffix of an image and is not hidden."""
     return PurePath(path).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path)
 
 
@@ -241,7 +241,7 @@ def split_aliases(split: str) -> tuple[str, ...]:
 
 
 def _contains_word(text: str, names: Iterable[str]) -> bool:
-    """Whether a file name such as 'instances_val2017' contains one of the words; 'trainval' contains none."""
+    """Return whether a file name such as 'instances_val2017' contains one of the words; 'trainval' contains none."""
     for name in names:
         end = "(?![a-z0-9])" if name[-1:].isdigit() else "(?![a-z])"
         if re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}{end}", text.lower()):
@@ -263,7 +263,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def names_other_split(path: Path, split: str) -> bool:
-    """Whether a word of the file name, or otherwise the name of its folder, is that of another split."""
+    """Return whether a word of the file name, or otherwise the name of its folder, is that of another split."""
     folder = re.sub(r"\d+$", "", os.path.basename(os.path.dirname(os.path.realpath(path))))
     for text, matches in ((path.stem, _contains_word), (folder.lower(), lambda text, names: text in names)):
         if matches(text, split_aliases(split)):

@@ -55,7 +55,9 @@ _ERRORS = {
     # categories
     "category-record": ("A category lacks its id or name, or there are no categories", "Complete the record"),
     "category-id-duplicate": ("Two categories share an id", "Give each category its own id"),
-    "category-off-by-one": ("Categories count from 0 and objects from 1, or vice versa", "Count alike in both lists"),
+    "category-off-by-one": (
+        "Categories count from 0 and objects from 1, or vice versa", "Start both at the same number",
+    ),
     "category-unknown": ("The category of an object is not listed", "List the category or correct the object"),
     "class-not-in-train": ("Objects have a class that the training split lacks", "List it there or remove the objects"),
     # objects

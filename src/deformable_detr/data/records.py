@@ -93,12 +93,12 @@ class Records:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a finite number; booleans are not."""
+    """Return whether it is a finite number; booleans are not."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # math.isfinite raises for 10**400
 
 
 def is_int64(value: Any) -> bool:
-    """Whether it is an integer of 64 bits; booleans are not."""
+    """Return whether it is an integer of 64 bits; booleans are not."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
@@ -291,7 +291,7 @@ class _RecordReader:
 
 
 def _is_group(records: dict[int, dict[str, Any]], annotations: Sequence[Any]) -> bool:
-    """Whether category 0 has no objects and only names the group of all others, as in Roboflow's exports."""
+    """Return whether category 0 has no objects and only names the group of all others, as in Roboflow's exports."""
     group = records.get(0)
     others = [record for record in records.values() if record is not group]
     if not group or not others or any(record.get("supercategory") != group["name"] for record in others):

@@ -91,7 +91,7 @@ class AnnotationCache:
 
 
 def same_split(first: Source, second: Source) -> bool:
-    """Whether two splits are the same files."""
+    """Return whether two splits are the same files."""
     return os.path.realpath(first.file) == os.path.realpath(second.file)
 
 

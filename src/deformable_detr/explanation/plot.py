@@ -1,7 +1,7 @@
 """Figures of explanations: an overview of the image, then a close-up with sampling points for each layer.
 
 Sampling points have the color (viridis, readable with any color vision) and size of their attention weight and a shape
-per level. All panels show the same part of the image.
+per level. All close-ups show the same part of the image.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def example_inputs(
 
 
 def _is_ambiguous(model: DeformableDETR, out: dict[str, Tensor], gap: float = 1e-4) -> bool:
-    """Whether rounding could select other proposals: the last selected and the first rejected score are too close."""
+    """Return whether rounding could select other proposals: the last selected and first rejected score are close."""
     if not model.config.two_stage:
         return False
     logits = out["encoder_logits"]

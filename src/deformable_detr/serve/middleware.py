@@ -35,7 +35,7 @@ class AccessMiddleware:
 
     Args:
         app: The ASGI application.
-        engine: Has the limits, the metrics and whether the server is about to shut down.
+        engine: Provides the limits, the metrics and whether the server is about to shut down.
         token: Required for /v1 and /metrics as `Authorization: Bearer TOKEN`. If None, only requests to localhost are
             served, so that no web page can reach the server through a host name of its own (DNS rebinding).
     """

@@ -38,7 +38,7 @@ def train(
         minutes: Maximum minutes of training steps.
         image_size: Short side of the input in pixels.
         weights: Model to fine-tune: a run or model folder, a transformers folder or hub id, or an official `.pth`.
-        resume: Continue the run in `out` with its own config and these options; `preset` is ignored.
+        resume: Resume the run in `out` with its own config and these options; `preset` is ignored.
         options: Any other field of `ModelConfig`, `DataConfig` and `TrainConfig` by its own name.
 
     Returns:

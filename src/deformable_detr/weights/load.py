@@ -93,7 +93,7 @@ def _locate_in_folder(folder: Path) -> Path:
     if len(checkpoints) == 1:
         return checkpoints[0]
     if (folder / "config.yaml").is_file():
-        raise UserError(f"model {folder}: this run has no model yet; continue it with train --resume")
+        raise UserError(f"model {folder}: this run has no model yet; resume it with train --resume")
     several = " and several .pth files; name one of them" if checkpoints else ""
     raise UserError(f"model {folder} has no config.json{several}")
 

@@ -121,7 +121,7 @@ class _Repair:
         return raw | {"images": checked["images"], "categories": checked["categories"], "annotations": annotations}
 
     def _ambiguous_ids(self) -> set[int]:
-        """Return the ids that images of different files share: nobody knows whose objects are whose."""
+        """Return the ids that images of different files share, so that their objects cannot be told apart."""
         records = self.split.content["images"]
         ambiguous = set()
         for issue in self.issues:

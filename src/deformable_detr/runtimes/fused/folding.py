@@ -15,7 +15,7 @@ from .onednn import is_convolution
 
 
 def inference_copy(model: N) -> N:
-    """Copy a model for inference: evaluation mode, fp32, no gradients, batch norms and intermediate class heads."""
+    """Copy a model for inference: evaluation mode, fp32, without gradients, batch norms or intermediate class heads."""
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     body = model.backbone.body
     with torch.no_grad():

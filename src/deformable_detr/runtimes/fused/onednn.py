@@ -44,7 +44,7 @@ def fusable_activation(module: nn.Module) -> Activation | None:
 
 @functools.cache
 def is_available(dtype: torch.dtype) -> bool:
-    """Whether PyTorch and the processor have oneDNN's fused operators in `dtype`, and they return correct values."""
+    """Return whether PyTorch and the processor have oneDNN's fused operators in `dtype`, with correct results."""
     if not torch.backends.mkldnn.is_available() or (dtype == torch.bfloat16 and not has_bf16()):
         return False
     try:
@@ -75,12 +75,12 @@ def _fused_and_public_results(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]
 
 @functools.cache
 def has_bf16() -> bool:
-    """Whether the processor has bf16 instructions (AVX512-BF16 or AMX)."""
+    """Return whether the processor has bf16 instructions (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def is_convolution(module: object) -> bool:
-    """Whether a module is PyTorch's convolution, or timm's with "same" padding, and no subclass with other weights."""
+    """Return whether a module is PyTorch's convolution, or timm's with "same" padding, but no subclass of them."""
     return type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
 
 
@@ -151,7 +151,7 @@ class PackedConv2d(nn.Module):
 
     @staticmethod
     def supports(module: Any) -> bool:
-        """Whether a module is a convolution that can be packed."""
+        """Return whether a module is a convolution that can be packed."""
         return is_convolution(module) and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -207,7 +207,7 @@ class PackedConv2d(nn.Module):
 
 
 def _allows_shifted_kernel(convolution: nn.Conv2d) -> bool:
-    """Whether asymmetric "same" padding can be replaced by a row and a column of zeros in front of the kernel.
+    """Return whether asymmetric "same" padding can be replaced by a row and a column of zeros in front of the kernel.
 
     This reads the same pixels without a padded copy of the map, which took most of the time of a strided depthwise
     convolution; the additional products are nearly free there.
