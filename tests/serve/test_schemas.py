@@ -8,7 +8,7 @@ from tests.support.models import NAMES
 from tests.support.server import encode_image, post_image, running_server, small_model
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis")
-from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 TOKEN = "a-token-of-enough-letters"
@@ -16,9 +16,7 @@ IMAGES = {
     f"image/{kind.lower()}": [encode_image(kind, 8, 12), encode_image(kind, 20, 9)]
     for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 }
-SHORT = settings(
-    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+SHORT = settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 ANY = [image for images in IMAGES.values() for image in images]
 
 
@@ -47,6 +45,7 @@ def test_responses_conform_to_the_description(client, schema, path):
     modes = list(schemathesis.GenerationMode) if path.startswith("/v1/") else [schemathesis.GenerationMode.POSITIVE]
     for mode in modes:
 
+        @seed(1)  # schemathesis takes a few valid requests for invalid ones; derandomize would depend on this source
         @SHORT
         @given(operation.as_strategy(generation_mode=mode))
         def holds(case):
