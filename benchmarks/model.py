@@ -1,8 +1,8 @@
-"""Time the detector: the model and its optimized forms against transformers' model with the same weights.
+"""Time the detector: the model and its optimized variants against transformers' model with the same weights.
 
     python benchmarks/model.py --image-size 480,640 800,1333 --json model.json --figure parts.svg
 
-All forms run interleaved in one process. `error` is the maximum difference of boxes (0 to 1) from the model's.
+All variants run interleaved in one process. `error` is the maximum difference of boxes (0 to 1) from the model's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from deformable_detr.benchmark import peak_memory_mib, time_interleaved
 from deformable_detr.runtimes.fused.onednn import has_bf16
 
 RUNTIMES = {"onnxruntime": ("onnx", "model.onnx"), "openvino": ("openvino", "model.xml")}
-PARTS = {  # module names in our model, its optimized form and transformers'
+PARTS = {  # module names in our model, its optimized variant and transformers'
     "backbone": ("backbone", "model.backbone"),
     "projections": ("projections", "input_proj", "model.input_proj"),
     "encoder": ("encoder", "model.encoder"),
@@ -38,9 +38,9 @@ PARTS = {  # module names in our model, its optimized form and transformers'
 
 @dataclass(frozen=True)
 class Row:
-    """One form on one input. Speedup is relative to transformers' fp32 median."""
+    """One variant on one input. Speedup is relative to transformers' fp32 median."""
 
-    form: str
+    variant: str
     precision: str
     batch: int
     height: int
@@ -107,63 +107,65 @@ def _callable_modules(module: nn.Module) -> list[nn.Module]:
     return list(module.children()) if isinstance(module, nn.ModuleList) else [module]
 
 
-def make_forms(model: DeformableDETR, options: Any, folder: Path) -> dict[tuple[str, str], Any]:
-    """Return the modules to measure by form and precision."""
-    forms: dict[tuple[str, str], Any] = {("model", "fp32"): model}
+def make_variants(model: DeformableDETR, options: Any, folder: Path) -> dict[tuple[str, str], Any]:
+    """Return the modules to measure by variant and precision."""
+    variants: dict[tuple[str, str], Any] = {("model", "fp32"): model}
     twin = make_twin(model)
     if twin is not None:
-        forms = {(BASELINE, "fp32"): twin, **forms}
+        variants = {(BASELINE, "fp32"): twin, **variants}
     for precision in options.precision:
         if precision == "bf16" and not (has_bf16() or options.device == "cuda"):
             continue
-        forms["optimized", precision] = model.optimize(precision)
+        variants["optimized", precision] = model.optimize(precision)
         if "compiled" in options.also:
-            forms["compiled", precision] = model.optimize(precision, compile=True)
+            variants["compiled", precision] = model.optimize(precision, compile=True)
     for runtime in options.also:
         if runtime in RUNTIMES:
             from deformable_detr.export import export_model, load_exported
 
             to, name = RUNTIMES[runtime]
             export_model(model, folder / name, to)  # type: ignore[arg-type]
-            forms[runtime, "fp32"] = load_exported(folder / name, "cpu", threads=torch.get_num_threads())
-    return forms
+            variants[runtime, "fp32"] = load_exported(folder / name, "cpu", threads=torch.get_num_threads())
+    return variants
 
 
-def boxes_of(form: tuple[str, str], module: Any, pixels: Tensor, mask: Tensor) -> Tensor:
-    if form[0] == BASELINE:
+def boxes_of(variant: tuple[str, str], module: Any, pixels: Tensor, mask: Tensor) -> Tensor:
+    if variant[0] == BASELINE:
         return module(pixels, pixel_mask=(~mask).long()).pred_boxes
     return module(pixels, mask)["pred_boxes"]
 
 
-def measure(forms: dict[tuple[str, str], Any], batch: int, size: tuple[int, int], options: Any) -> list[Row]:
+def measure(variants: dict[tuple[str, str], Any], batch: int, size: tuple[int, int], options: Any) -> list[Row]:
     pixels = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(options.device)
     mask = torch.zeros(batch, *size, dtype=torch.bool, device=options.device)
-    calls = {form: partial(boxes_of, form, module, pixels, mask) for form, module in forms.items()}
+    calls = {variant: partial(boxes_of, variant, module, pixels, mask) for variant, module in variants.items()}
     timings = time_interleaved(calls, options.repeats)
     timers = {
-        form: PartTimer(calls[form], forms[form]) for form in forms if form[0] in (BASELINE, "model", "optimized")
+        variant: PartTimer(calls[variant], variants[variant])
+        for variant in variants
+        if variant[0] in (BASELINE, "model", "optimized")
     }
     time_interleaved(timers, options.repeats)
     expected = calls["model", "fp32"]().cpu()
     baseline = timings.get((BASELINE, "fp32"))
     rows = []
-    for form, call in calls.items():
-        median_ms = timings[form].median_ms
+    for variant, call in calls.items():
+        median_ms = timings[variant].median_ms
         rows.append(
             Row(
-                form=form[0],
-                precision=form[1],
+                variant=variant[0],
+                precision=variant[1],
                 batch=batch,
                 height=size[0],
                 width=size[1],
                 median_ms=median_ms,
-                p95_ms=timings[form].p95_ms,
+                p95_ms=timings[variant].p95_ms,
                 images_per_second=batch / median_ms * 1e3,
                 speedup=None if baseline is None else baseline.median_ms / median_ms,
                 # Other runtimes keep their buffers.
-                peak_mib=None if form[0] in RUNTIMES else peak_memory_mib(call, options.device),
+                peak_mib=None if variant[0] in RUNTIMES else peak_memory_mib(call, options.device),
                 error=float((call().cpu() - expected).abs().max()),
-                parts_ms=timers[form].medians(options.repeats) if form in timers else {},
+                parts_ms=timers[variant].medians(options.repeats) if variant in timers else {},
             )
         )
     return rows
@@ -179,7 +181,7 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     left = [0.0] * len(rows)
     for part in (*PARTS, "rest"):
         widths = [row.parts_ms.get(part, 0.0) for row in rows]
-        axes.barh([f"{row.form} {row.precision}" for row in rows], widths, left=left, label=part)
+        axes.barh([f"{row.variant} {row.precision}" for row in rows], widths, left=left, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_xlabel("median ms")
     axes.set_title(title, fontsize=11)
@@ -191,21 +193,21 @@ def main() -> None:
     parser = option_parser(__doc__, repeats=5)
     add_comparison_options(parser, [(480, 640), (800, 1333)], nargs="+")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="images per batch")
-    parser.add_argument("--also", nargs="+", choices=("compiled", *RUNTIMES), default=[], help="further forms")
+    parser.add_argument("--also", nargs="+", choices=("compiled", *RUNTIMES), default=[], help="further variants")
     parser.add_argument("--figure", type=Path, help="SVG or PNG file: time by part at the largest size")
     options = parser.parse_args()
     apply_options(options)
     model = random_model(options)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        forms = make_forms(model, options, Path(folder))
+        variants = make_variants(model, options, Path(folder))
         with torch.inference_mode():
             for size in options.image_size:
                 for batch in options.batch:
-                    rows += measure(forms, batch, size, options)
-        forms.clear()
+                    rows += measure(variants, batch, size, options)
+        variants.clear()
     columns = {
-        "form": "", "precision": "", "batch": "", "height": "", "width": "", "median_ms": ".0f", "p95_ms": ".0f",
+        "variant": "", "precision": "", "batch": "", "height": "", "width": "", "median_ms": ".0f", "p95_ms": ".0f",
         "images_per_second": ".2f", "speedup": ".2f", "peak_mib": ".0f", "error": ".0e",
     }  # fmt: skip
     finish(options, rows, columns, preset=options.preset, parameters=sum(p.numel() for p in model.parameters()))

@@ -1,4 +1,4 @@
-"""Measure one model in every form that runs on this machine: latency, throughput, peak memory and AP."""
+"""Measure one model in every variant that runs on this machine: latency, throughput, peak memory and AP."""
 
 import gc
 import importlib.metadata
@@ -38,7 +38,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One form of the model."""
+    """One variant of the model."""
 
     runtime: str  # "eager", "optimized", "onnx" or "openvino"
     precision: str  # "fp32", "bf16" or "int8"
@@ -63,7 +63,7 @@ def benchmark(
 ) -> list[BenchmarkRow]:
     """Measure a model as eager, optimized, bf16, ONNX Runtime, OpenVINO and int8, as far as they are available.
 
-    All forms run in this process, interleaved, on the same random input with as many threads as PyTorch uses.
+    All variants run in this process, interleaved, on the same random input with as many threads as PyTorch uses.
 
     Args:
         model: On the CPU or a GPU. Exported files are measured on the CPU only.
@@ -80,42 +80,45 @@ def benchmark(
     device = model.get_buffer("pixel_mean").device
     height, width = image_size or (model.config.image_size, model.config.image_size * 4 // 3)
     with tempfile.TemporaryDirectory() as folder:
-        forms: dict[tuple[str, str], Any] = {("eager", "fp32"): model.eval(), ("optimized", "fp32"): model.optimize()}
+        variants: dict[tuple[str, str], Any] = {
+            ("eager", "fp32"): model.eval(),
+            ("optimized", "fp32"): model.optimize(),
+        }
         if has_bf16() or device.type == "cuda":
-            forms["optimized", "bf16"] = model.optimize("bf16")
+            variants["optimized", "bf16"] = model.optimize("bf16")
         if device.type == "cpu":
-            forms |= _exported_forms(model, Path(folder), data, split, limit, report)
+            variants |= _exported_variants(model, Path(folder), data, split, limit, report)
         pixels = torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
         mask = torch.zeros(batch_size, height, width, dtype=torch.bool, device=device)
-        calls = {form: partial(detector, pixels, mask) for form, detector in forms.items()}
+        calls = {variant: partial(detector, pixels, mask) for variant, detector in variants.items()}
         with torch.inference_mode():
             timings = time_interleaved(calls, repeats)
-            measurable = {form: call for form, call in calls.items() if form[0] in ("eager", "optimized")}
-            peaks = {form: peak_memory_mib(call, device.type) for form, call in measurable.items()}
+            measurable = {variant: call for variant, call in calls.items() if variant[0] in ("eager", "optimized")}
+            peaks = {variant: peak_memory_mib(call, device.type) for variant, call in measurable.items()}
         report("timed")
         aps = {
-            form: None if data is None else evaluate(detector, data, split=split, batch_size=1, limit=limit)["AP"]
-            for form, detector in forms.items()
+            variant: None if data is None else evaluate(detector, data, split=split, batch_size=1, limit=limit)["AP"]
+            for variant, detector in variants.items()
         }
-        calls.clear()  # with `forms`, closes the files, which Windows cannot delete while they are open
-        forms.clear()
+        calls.clear()  # with `variants`, closes the files, which Windows cannot delete while they are open
+        variants.clear()
     eager_ms = timings["eager", "fp32"].median_ms
     return [
         BenchmarkRow(
-            *form, timing.median_ms, timing.p95_ms, batch_size / timing.median_ms * 1e3, eager_ms / timing.median_ms,
-            peaks.get(form), aps[form],
+            *variant, timing.median_ms, timing.p95_ms, batch_size / timing.median_ms * 1e3, eager_ms / timing.median_ms,
+            peaks.get(variant), aps[variant],
         )
-        for form, timing in timings.items()
+        for variant, timing in timings.items()
     ]  # fmt: skip
 
 
-def _exported_forms(
+def _exported_variants(
     model: DeformableDETR, folder: Path, data: Any, split: str, limit: int | None, report: Callable[[str], None]
 ) -> dict[tuple[str, str], Any]:
     """Export the model to each installed runtime and open the files."""
     from .export import ExportOptions, export_model, load_exported
 
-    forms: dict[tuple[str, str], Any] = {}
+    variants: dict[tuple[str, str], Any] = {}
     packages: dict[Literal["onnx", "openvino"], str] = {"onnx": "onnxruntime", "openvino": "openvino"}
     for to, package in packages.items():
         if not all(map(find_spec, ("onnx", "onnxscript", package))):
@@ -129,9 +132,9 @@ def _exported_forms(
             except UserError as error:
                 report(f"{to} {precision} is not measured: {error}")
                 continue
-            forms[to, precision] = load_exported(path, "cpu", threads=torch.get_num_threads())
+            variants[to, precision] = load_exported(path, "cpu", threads=torch.get_num_threads())
             report(f"exported to {to}, {precision}")
-    return forms
+    return variants
 
 
 def table(rows: Sequence[BenchmarkRow]) -> str:
