@@ -1,4 +1,4 @@
-"""Measure the AP of a model, of its optimized form, and of that in bf16, on the same images.
+"""Measure the AP of a model, of its optimized variant, and of that in bf16, on the same images.
 
 python benchmarks/precision.py runs/cards DATA --json precision.json
 """
@@ -14,7 +14,7 @@ from deformable_detr import DeformableDETR, evaluate
 
 @dataclass(frozen=True)
 class Row:
-    form: str
+    variant: str
     precision: str
     images: int
     AP: float
@@ -30,16 +30,16 @@ def main() -> None:
     options = parser.parse_args()
     apply_options(options)
     model = DeformableDETR.from_pretrained(options.model).to(options.device)
-    forms = {
+    variants = {
         ("model", "fp32"): model,
         ("optimized", "fp32"): model.optimize(),
         ("optimized", "bf16"): model.optimize("bf16"),
     }
     rows = []
-    for form, detector in forms.items():
+    for variant, detector in variants.items():
         metrics = evaluate(detector, options.data, batch_size=options.batch_size, workers=0, progress=False)
-        rows.append(Row(*form, *(metrics[name] for name in ("images", "AP", "AP50", "AP75"))))
-    columns = {"form": "", "precision": "", "images": "", "AP": ".4f", "AP50": ".4f", "AP75": ".4f"}
+        rows.append(Row(*variant, *(metrics[name] for name in ("images", "AP", "AP50", "AP75"))))
+    columns = {"variant": "", "precision": "", "images": "", "AP": ".4f", "AP50": ".4f", "AP75": ".4f"}
     finish(options, rows, columns)
 
 

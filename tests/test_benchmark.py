@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture
 def without_exports(monkeypatch):
-    monkeypatch.setattr(module, "_exported_forms", lambda *_: {})
+    monkeypatch.setattr(module, "_exported_variants", lambda *_: {})
 
 
 def test_rows_and_speedups(model, without_exports):

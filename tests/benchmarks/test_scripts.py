@@ -49,7 +49,7 @@ def test_model(run, tmp_path):
     pytest.importorskip("transformers")
     arguments = ["--image-size", "64,96", "--config", CONFIG, "--precision", "fp32"]
     rows = run("model.py", *arguments, "--figure", tmp_path / "parts.svg")["rows"]
-    assert [row["form"] for row in rows] == ["transformers", "model", "optimized"]
+    assert [row["variant"] for row in rows] == ["transformers", "model", "optimized"]
     for row in rows:
         assert row["error"] < 1e-4
         assert row["speedup"] == pytest.approx(rows[0]["median_ms"] / row["median_ms"])
