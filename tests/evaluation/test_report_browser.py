@@ -41,7 +41,7 @@ def run(folder):
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(10, 310, 10):
             train = {"kind": "train", "step": step, "epoch": step // 100, "seconds": 7.0 * step, "loss": 900 / step,
-                     "loss_class": 90 / step, "loss_boxes": 9 / step, "loss_giou": 30 / step, "lr": 1e-4,
+                     "loss_class": 90 / step, "loss_bbox": 9 / step, "loss_giou": 30 / step, "lr": 1e-4,
                      "images_per_second": 12.0}  # fmt: skip
             file.write(json.dumps(train) + "\n")
             if step % 100 == 0:

@@ -42,5 +42,5 @@ def test_dropout_applies_to_attention_probabilities():
     attention.eval()
     assert torch.equal(attention(x, position), attention(x, position))
     probabilities = torch.full((1, 3, 9, 9), 1 / 9)
-    assert int((attention.train().drop(probabilities) == 0).sum()) > 50
+    assert int((attention.train().attn_dropout(probabilities) == 0).sum()) > 50
     assert F.dropout(probabilities, 0.0).min() > 0

@@ -21,11 +21,11 @@ def test_refine_boxes_accepts_points_and_boxes():
 def test_proposal_anchors_double_per_level_and_skip_border_and_padding():
     mask = torch.zeros(1, 16 + 4, dtype=torch.bool)
     mask[0, 3] = True
-    anchors, usable = proposal_anchors(((4, 4), (2, 2)), torch.ones(1, 2, 2), mask)
+    anchors, valid = proposal_anchors(((4, 4), (2, 2)), torch.ones(1, 2, 2), mask)
     boxes = anchors.sigmoid()
     assert boxes[0, 0].tolist() == pytest.approx([0.125, 0.125, 0.05, 0.05])
     assert boxes[0, 16].tolist() == pytest.approx([0.25, 0.25, 0.1, 0.1])
-    assert usable[0].tolist() == [True] * 3 + [False] + [True] * 16
+    assert valid[0].tolist() == [True] * 3 + [False] + [True] * 16
     assert anchors[0, 3].isinf().all()
     _, on_border = proposal_anchors(((1, 200),), torch.ones(1, 1, 2), None)
     assert on_border[0, 1].item() is False

@@ -25,7 +25,7 @@ def reference_losses(outputs, targets, num_boxes):
     for suffix, logits, boxes, layer_targets in layers:
         predictions = Predictions(logits[None], boxes[None])
         matches = HungarianMatcher(CONFIG)([predictions], PackedTargets.pack(layer_targets))[0][0]
-        parts |= {f"loss_{kind}{suffix}": torch.zeros(()) for kind in ("class", "boxes", "giou")}
+        parts |= {f"loss_{kind}{suffix}": torch.zeros(()) for kind in ("class", "bbox", "giou")}
         first = 0
         for image, target in enumerate(layer_targets):
             matched = matches.image[0] == image
@@ -37,11 +37,11 @@ def reference_losses(outputs, targets, num_boxes):
                 logits[image], one_hot, alpha=0.25, gamma=2, reduction="sum"
             )
             pair = boxes[image][queries], target.boxes[objects]
-            parts[f"loss_boxes{suffix}"] = parts[f"loss_boxes{suffix}"] + (pair[0] - pair[1]).abs().sum()
+            parts[f"loss_bbox{suffix}"] = parts[f"loss_bbox{suffix}"] + (pair[0] - pair[1]).abs().sum()
             giou = generalized_box_iou(*(box_convert(item, "cxcywh", "xyxy") for item in pair)).diagonal()
             parts[f"loss_giou{suffix}"] = parts[f"loss_giou{suffix}"] + (1 - giou).sum()
     parts = {name: value / num_boxes for name, value in parts.items()}
-    weights = {"class": 2.0, "boxes": 5.0, "giou": 2.0}
+    weights = {"class": 2.0, "bbox": 5.0, "giou": 2.0}
     return parts, sum(weights[name.split("_")[1]] * value for name, value in parts.items())
 
 
@@ -84,7 +84,7 @@ def test_batch_without_objects_has_finite_gradients():
     result = SetCriterion(CONFIG)(outputs, PackedTargets.pack(random_targets([0, 0, 0], 5, torch.Generator())))
     result.total.backward()
     assert result.parts["loss_class"] > 0
-    assert result.parts["loss_boxes"] == result.parts["loss_giou"] == 0
+    assert result.parts["loss_bbox"] == result.parts["loss_giou"] == 0
     for name, value in outputs.items():  # zeros, not None: DDP needs every parameter on every rank
         assert value.grad is not None, name
         assert value.grad.isfinite().all(), name
@@ -130,12 +130,12 @@ def test_auxiliary_losses_can_be_disabled():
     generator = torch.Generator().manual_seed(7)
     outputs, targets = random_outputs(3, 1, 4, 5, generator, tokens=9), random_targets([2], 5, generator)
     parts = SetCriterion(CONFIG.replace(auxiliary_loss=False))(outputs, PackedTargets.pack(targets)).parts
-    kinds = ("loss_class", "loss_boxes", "loss_giou")
+    kinds = ("loss_class", "loss_bbox", "loss_giou")
     assert parts.keys() == {*kinds, *(f"{kind}_encoder" for kind in kinds), "cardinality_error"}
     full = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets)).parts
-    torch.testing.assert_close(parts["loss_boxes"], full["loss_boxes"])
-    assert "loss_boxes_1" in full
-    assert "loss_boxes_2" not in full
+    torch.testing.assert_close(parts["loss_bbox"], full["loss_bbox"])
+    assert "loss_bbox_1" in full
+    assert "loss_bbox_2" not in full
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

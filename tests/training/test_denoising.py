@@ -22,14 +22,14 @@ def test_positive_queries_match_their_objects():
     targets = [target(2, 1), target(0, 2), target(5, 3)]
     denoising_queries, (matches, groups) = denoising(PackedTargets.pack(targets), num_queries=4, max_objects=5)
     assert groups == 3
-    assert denoising_queries.queries.shape == (3, 3 * 2 * 5, 8)
+    assert denoising_queries.content.shape == (3, 3 * 2 * 5, 8)
     assert matches.image.shape == (1, 7 * 3)
     boxes, labels = torch.cat([t.boxes for t in targets]), torch.cat([t.labels for t in targets])
     for image, query, target_index in zip(matches.image[0], matches.query[0], matches.target[0], strict=True):
-        assert torch.allclose(denoising_queries.boxes[image, query], boxes[target_index], atol=1e-6)
-        assert torch.equal(denoising_queries.queries[image, query], denoising.classes.weight[labels[target_index]])
+        assert torch.allclose(denoising_queries.reference_points[image, query], boxes[target_index], atol=1e-6)
+        assert torch.equal(denoising_queries.content[image, query], denoising.classes.weight[labels[target_index]])
     assert len(set(zip(matches.image[0].tolist(), matches.query[0].tolist(), strict=True))) == 21
-    assert not denoising_queries.queries[1].any()  # the image without objects
+    assert not denoising_queries.content[1].any()  # the image without objects
 
 
 def test_no_objects_give_no_queries():

@@ -79,7 +79,7 @@ def test_batch_without_objects(tmp_path):
     train_step.step([collate([dataset[0], dataset[1]])], global_step=0, progress=0.0)
     stats = train_step.flush_pending_metrics()
     assert stats is not None
-    assert stats.values["loss_boxes"] == 0
+    assert stats.values["loss_bbox"] == 0
     assert stats.values["grad_norm"] > 0
 
 

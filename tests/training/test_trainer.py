@@ -72,7 +72,7 @@ def test_metrics_log_has_steps_and_evaluations(finished):
     train, evaluations = lines(out, "train"), lines(out, "evaluation")
     assert [record["step"] for record in train] == [1, 2, 3, 4]
     assert [record["images_seen"] for record in train] == [4, 8, 12, 16]
-    assert {"epoch", "lr", "grad_norm", "seconds", "images_per_second", "loss", "loss_class", "loss_boxes_0",
+    assert {"epoch", "lr", "grad_norm", "seconds", "images_per_second", "loss", "loss_class", "loss_bbox_0",
             "loss_giou_encoder", "cardinality_error"} <= train[0].keys()  # fmt: skip
     assert [(record["step"], record["epoch"]) for record in evaluations] == [(2, 1), (4, 2)]
     assert evaluations[-1]["AP"] == metrics["AP"]

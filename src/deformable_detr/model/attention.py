@@ -61,7 +61,7 @@ class DeformableAttention(nn.Module):
         memory: Tensor,
         spatial_shapes: ops.Shapes,
         padding_mask: Tensor | None = None,
-        return_details: bool = False,
+        return_attention: bool = False,
     ) -> tuple[Tensor, SamplingDetails | None]:
         """Attend to the memory.
 
@@ -71,7 +71,7 @@ class DeformableAttention(nn.Module):
             memory: (B, S, C).
             spatial_shapes: (height, width) per level.
             padding_mask: (B, S) bool; padding reads as zero. Default: no padding.
-            return_details: Also return the sampling locations and weights.
+            return_attention: Also return the sampling locations and weights.
 
         Returns:
             (B, Q, C), and `SamplingDetails` or None.
@@ -86,7 +86,7 @@ class DeformableAttention(nn.Module):
         logits = self.attention_weights(queries).view(B, Q, M, L, P).to(reference_points.dtype)
         out = ops.deformable_attention(value, spatial_shapes, reference_points, offsets, logits)
         details = None
-        if return_details:
+        if return_attention:
             locations = ops.sampling_locations(spatial_shapes, reference_points, offsets)
             details = SamplingDetails(locations, logits.flatten(-2).softmax(-1).view_as(logits))
         return self.output_proj(out), details

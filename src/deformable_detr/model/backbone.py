@@ -18,7 +18,8 @@ STRIDES = (8, 16, 32)  # of the backbone's own levels; the input projections add
 class Backbone(nn.Module):
     """Feature maps (B, channels[l], H_l, W_l) of a timm model, or of a ResNet with the config's `backbone_shape`.
 
-    Raises UserError if timm has no such model, the model no such maps, or its weights are missing or do not fit.
+    Raises UserError if timm has no such model, the model lacks maps at these strides, or its weights are missing or do
+    not fit.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -48,7 +49,10 @@ class Backbone(nn.Module):
 
 
 class InputProjection(nn.Module):
-    """Project backbone maps to `num_feature_levels` maps of C channels; 3×3 stride-2 convolutions add the coarser."""
+    """Project backbone maps to `num_feature_levels` maps of C channels.
+
+    3×3 convolutions of stride 2 add the coarser ones.
+    """
 
     def __init__(self, config: ModelConfig, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -119,8 +123,8 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
     options |= {"features_only": True, "out_indices": tuple(by_stride[stride] for stride in strides)}
     if source == "none":
         return timm.create_model(name, **options), stages
-    # timm ignores missing keys of feature extractors: look for tensors of a file that keep their random values.
-    fresh = {} if source == "hub" else timm.create_model(name, **options).state_dict()
+    # timm ignores missing keys of feature extractors, so compare with a second, randomly initialized model.
+    random_state = {} if source == "hub" else timm.create_model(name, **options).state_dict()
     if source != "hub":
         options["pretrained_cfg_overlay"] = {"file": source}
     try:
@@ -132,7 +136,7 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
             "set --backbone-weights to a safetensors file with timm's names, or to none"
         ) from None
     loaded = body.state_dict()
-    for key, value in fresh.items():
+    for key, value in random_state.items():
         if value.ndim > 1 and torch.equal(value, loaded[key]):
             raise UserError(f"backbone weights {source} do not fit timm's '{name}': no values for {key}")
     return body, stages

@@ -32,13 +32,13 @@ class Queries(NamedTuple):
 class DenoisingQueries(NamedTuple):
     """X queries that only training adds, before the model's own (DN-DETR, section 4).
 
-    queries: (B, X, C).
-    boxes: (B, X, 4), their reference boxes.
+    content: (B, X, C).
+    reference_points: (B, X, 4) boxes.
     attn_mask: (X + Q, X + Q) bool, True = the row's query does not attend to the column's.
     """
 
-    queries: Tensor
-    boxes: Tensor
+    content: Tensor
+    reference_points: Tensor
     attn_mask: Tensor
 
 
@@ -47,7 +47,7 @@ class SelfAttention(nn.MultiheadAttention):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__(dim, heads, dropout, batch_first=True)
-        self.drop = Dropout(dropout)
+        self.attn_dropout = Dropout(dropout)  # `dropout` is the base class's float
 
     def forward(self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """x, position: (B, Q, C). attn_mask: (Q, Q) bool, True = not attended to. Positions are not in the values."""
@@ -58,10 +58,11 @@ class SelfAttention(nn.MultiheadAttention):
         q, k = qk.permute(2, 0, 3, 1, 4)  # (B, M, Q, D) each
         v = F.linear(x, weight[1], bias[1]).view(B, Q, self.num_heads, -1).transpose(1, 2)
         if self.training and self.dropout:
+            # scaled_dot_product_attention would draw PyTorch's own dropout mask, which is slower on CPUs.
             logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, M, Q, Q)
             if attn_mask is not None:
                 logits = logits.masked_fill(attn_mask, -torch.inf)
-            out = self.drop(logits.softmax(-1)) @ v
+            out = self.attn_dropout(logits.softmax(-1)) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, None if attn_mask is None else ~attn_mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -91,7 +92,7 @@ class DecoderLayer(nn.Module):
         spatial_shapes: ops.Shapes,
         padding_mask: Tensor | None,
         attn_mask: Tensor | None = None,
-        return_details: bool = False,
+        return_attention: bool = False,
     ) -> tuple[Tensor, SamplingDetails | None]:
         pre = self.pre_norm
         x = self.norm1(queries) if pre else queries
@@ -100,7 +101,7 @@ class DecoderLayer(nn.Module):
 
         x = self.norm2(queries) if pre else queries
         x, details = self.cross_attn(
-            x + query_position, reference_points, memory, spatial_shapes, padding_mask, return_details
+            x + query_position, reference_points, memory, spatial_shapes, padding_mask, return_attention
         )
         queries = queries + self.dropout(x)
         queries = queries if pre else self.norm2(queries)
@@ -128,23 +129,24 @@ class Decoder(nn.Module):
         memory: Tensor,
         features: FlattenedFeatures,
         attn_mask: Tensor | None = None,
-        return_details: bool = False,
+        return_attention: bool = False,
     ) -> tuple[Tensor, Tensor, list[Tensor], list[SamplingDetails]]:
-        """Predict with every layer.
+        """Run all layers; predict after each.
 
         Args:
             queries: The initial queries.
-            memory: (B, S, C), with the geometry of `features`.
+            memory: (B, S, C), the encoder's output for `features`.
             features: The encoder's input.
             attn_mask: (Q, Q) bool, True = not attended to.
-            return_details: Also return where each layer sampled.
+            return_attention: Also return where each layer sampled.
 
         Returns:
-            Logits (N, B, Q, K), boxes (N, B, Q, 4), each layer's input reference points, and its `SamplingDetails`.
+            Logits (layers, B, Q, K), boxes (layers, B, Q, 4), each layer's input reference points, and each layer's
+            `SamplingDetails`.
         """
         content, position, reference_points = queries
         all_logits, all_boxes, all_references, all_details = [], [], [], []
-        start = reference_points  # the base of the box deltas; with look_forward_twice it carries a gradient
+        base_boxes = reference_points  # deltas are added to them; with look_forward_twice they carry a gradient
         for index, layer in enumerate(self.layers):
             if self.position_head is not None:
                 encoding = box_encoding(reference_points, content.shape[-1] // 2)
@@ -152,20 +154,20 @@ class Decoder(nn.Module):
             scale = features.valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)[:, None]
             inputs = (
                 content, position, reference_points[:, :, None] * scale, memory,
-                features.spatial_shapes, features.padding_mask, attn_mask, return_details,
+                features.spatial_shapes, features.padding_mask, attn_mask, return_attention,
             )  # fmt: skip
             if self.gradient_checkpointing and self.training:
                 content, details = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 content, details = layer(*inputs)
             logits, deltas = self.heads(self.norm(content), index)
-            boxes = refine_boxes(deltas, start)
+            boxes = refine_boxes(deltas, base_boxes)
             all_logits.append(logits)
             all_boxes.append(boxes)
             all_references.append(reference_points)
             all_details.append(details)
             if self.refine:  # gradients stay in a layer (appendix A.4) or reach the one before (DINO, section 3.5)
-                twice = self.look_forward_twice and torch.is_grad_enabled()
-                start = refine_boxes(deltas, reference_points) if twice else boxes.detach()
+                keep_gradient = self.look_forward_twice and torch.is_grad_enabled()
+                base_boxes = refine_boxes(deltas, reference_points) if keep_gradient else boxes.detach()
                 reference_points = boxes.detach()
-        return torch.stack(all_logits), torch.stack(all_boxes), all_references, all_details if return_details else []
+        return torch.stack(all_logits), torch.stack(all_boxes), all_references, all_details if return_attention else []

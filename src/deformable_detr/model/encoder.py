@@ -30,10 +30,10 @@ class EncoderLayer(nn.Module):
         reference_points: Tensor,
         spatial_shapes: ops.Shapes,
         padding_mask: Tensor | None,
-        return_details: bool = False,
+        return_attention: bool = False,
     ) -> tuple[Tensor, SamplingDetails | None]:
         x = self.norm1(tokens) if self.pre_norm else tokens
-        x, details = self.self_attn(x + position, reference_points, x, spatial_shapes, padding_mask, return_details)
+        x, details = self.self_attn(x + position, reference_points, x, spatial_shapes, padding_mask, return_attention)
         tokens = tokens + self.dropout(x)
         if self.pre_norm:
             return tokens + self.dropout(self.ffn(self.norm2(tokens))), details
@@ -51,18 +51,18 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = config.gradient_checkpointing
 
     def forward(
-        self, features: FlattenedFeatures, return_details: bool = False
+        self, features: FlattenedFeatures, return_attention: bool = False
     ) -> tuple[Tensor, list[SamplingDetails]]:
         """Return the memory (B, S, C) and, if asked for, the sampling of each layer."""
         tokens, position, padding_mask, spatial_shapes, valid_ratios = features
         centers = pixel_centers(spatial_shapes, valid_ratios)
-        reference_points = centers[:, :, None] * valid_ratios[:, None]  # (B, S, L, 2), of the padded maps
+        reference_points = centers[:, :, None] * valid_ratios[:, None]  # (B, S, L, 2) in 0..1 of the padded maps
         all_details = []
         for layer in self.layers:
-            inputs = (tokens, position, reference_points, spatial_shapes, padding_mask, return_details)
+            inputs = (tokens, position, reference_points, spatial_shapes, padding_mask, return_attention)
             if self.gradient_checkpointing and self.training:
                 tokens, details = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 tokens, details = layer(*inputs)
             all_details.append(details)
-        return self.norm(tokens), all_details if return_details else []
+        return self.norm(tokens), all_details if return_attention else []

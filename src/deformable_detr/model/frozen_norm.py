@@ -51,6 +51,7 @@ class _Affine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         var, weight = ctx.saved_tensors
+        # The gradient of x is grad · weight / sqrt(var + eps): the same norm with mean and bias zero.
         zeros = torch.zeros_like(var)
         scaled = F.batch_norm(grad, zeros, var, weight, zeros, eps=ctx.eps)
         return scaled, None, None, None, None, None

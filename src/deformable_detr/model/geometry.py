@@ -57,7 +57,8 @@ def proposal_anchors(
 ) -> tuple[Tensor, Tensor]:
     """Return an anchor box per token in logit space (B, S, 4), and which tokens are valid proposals (B, S).
 
-    Tokens in the padding or within 1% of the image's border are not valid; their anchors are +inf.
+    Not valid are tokens in the padding, tokens within 1% of the image's border, and tokens whose anchor's side is at
+    least 99% of the image's: all tokens from level index 5 on. Their anchors are +inf.
     """
     centers = pixel_centers(spatial_shapes, valid_ratios)  # (B, S, 2)
     sizes = [centers.new_full((h * w,), ANCHOR_SIZE * 2**level) for level, (h, w) in enumerate(spatial_shapes)]
@@ -73,7 +74,7 @@ def refine_boxes(deltas: Tensor, reference_points: Tensor) -> Tensor:
 
     For points, the last two deltas are the size itself.
     """
-    start = inverse_sigmoid(reference_points)
-    if start.shape[-1] == 2:
-        return torch.cat((deltas[..., :2] + start, deltas[..., 2:]), dim=-1).sigmoid()
-    return (deltas + start).sigmoid()
+    logits = inverse_sigmoid(reference_points)
+    if logits.shape[-1] == 2:
+        return torch.cat((deltas[..., :2] + logits, deltas[..., 2:]), dim=-1).sigmoid()
+    return (deltas + logits).sigmoid()

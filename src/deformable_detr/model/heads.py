@@ -10,6 +10,8 @@ from ..config.schema import ModelConfig
 from .box_ops import upcast
 from .layers import MLP
 
+PRIOR_LOGIT = -math.log(99)  # class bias for an initial probability of 1% (focal prior; RetinaNet, section 4.1)
+
 
 class DetectionHeads(nn.Module):
     """A class head and a box head, shared by all layers, or one pair per layer with iterative refinement.
@@ -19,10 +21,9 @@ class DetectionHeads(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        pairs = config.decoder_layers + config.two_stage if config.refine else 1
+        pairs = config.decoder_layers + int(config.two_stage) if config.refine else 1
         class_head = nn.Linear(config.hidden_dim, config.num_classes)
-        # Focal prior: every class starts with probability 1% (RetinaNet, section 4.1).
-        nn.init.constant_(class_head.bias, -math.log(99))
+        nn.init.constant_(class_head.bias, PRIOR_LOGIT)
         box_head = MLP(config.hidden_dim, config.hidden_dim, 4, layers=3)
         last = box_head.layers[-1]
         assert isinstance(last, nn.Linear)

@@ -4,7 +4,7 @@
         ─ encoder ─► memory (B, S, C) ─ initial queries (B, Q, C) ─ decoder, heads ─► logits (B, Q, K), boxes (B, Q, 4)
 
 Dimensions in `model` and `ops`: B images, S memory tokens (the pixels of all levels), Q queries, M heads, D channels
-per head, C = M·D, L levels, P points per head and level, N decoder layers, K classes.
+per head, C = M·D, L levels, P points per head and level, K classes. "layers" is the number of decoder layers.
 Boxes are (cx, cy, w, h) in 0..1 of the unpadded image; `padding_mask` is True at padding.
 """
 
@@ -25,7 +25,7 @@ from .layers import resize_mask
 from .position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from .two_stage import TwoStageProposals
 
-N = TypeVar("N", bound="DeformableDETRNetwork")
+NetworkT = TypeVar("NetworkT", bound="DeformableDETRNetwork")
 
 
 class DeformableDETRNetwork(nn.Module):
@@ -85,7 +85,7 @@ class DeformableDETRNetwork(nn.Module):
         Returns:
             A dict with
             pred_logits (B, Q, K) and pred_boxes (B, Q, 4): the last decoder layer's predictions;
-            layer_logits (N, B, Q, K) and layer_boxes (N, B, Q, 4): those of all decoder layers;
+            layer_logits (layers, B, Q, K) and layer_boxes (layers, B, Q, 4): those of all decoder layers;
             encoder_logits (B, S, K) and encoder_boxes (B, S, 4), two-stage only: the proposals. Column 0 of the logits
             means "object"; with class_aware_proposals, each column is its class;
             denoising_logits and denoising_boxes, with denoising_queries: like layer_logits and layer_boxes;
@@ -98,7 +98,7 @@ class DeformableDETRNetwork(nn.Module):
         attn_mask, extra = None, 0
         if denoising_queries is not None:
             queries, attn_mask = self._prepend(denoising_queries, queries, memory)
-            extra = denoising_queries.queries.shape[1]
+            extra = denoising_queries.content.shape[1]
         logits, boxes, reference_points, decoder_attention = self.decoder(
             queries, memory, features, attn_mask, return_attention
         )
@@ -141,10 +141,11 @@ class DeformableDETRNetwork(nn.Module):
 
     def _prepend(self, denoising: DenoisingQueries, queries: Queries, memory: Tensor) -> tuple[Queries, Tensor]:
         """Put denoising queries before the model's own; also return the attention mask of all."""
-        content = torch.cat((denoising.queries.to(queries.content.dtype), queries.content), dim=1)
-        position, _ = self.proposals.embed_boxes(denoising.boxes, memory)
-        if position is not None and queries.position is not None:
-            position = torch.cat((position, queries.position), dim=1)
-        boxes = torch.cat((denoising.boxes.to(queries.reference_points.dtype), queries.reference_points), dim=1)
+        content, position, reference_points = queries
+        content = torch.cat((denoising.content.to(content.dtype), content), dim=1)
+        denoising_position, _ = self.proposals.embed_boxes(denoising.reference_points, memory)
+        if denoising_position is not None and position is not None:
+            position = torch.cat((denoising_position, position), dim=1)
+        boxes = torch.cat((denoising.reference_points.to(reference_points.dtype), reference_points), dim=1)
         count = content.shape[1]  # less than the mask's size if there are fewer tokens than queries
         return Queries(content, position, boxes), denoising.attn_mask[:count, :count]

@@ -36,8 +36,8 @@ class PositionEmbeddingSine(nn.Module):
         half = self.dim // 2
         return torch.cat((sine_encoding(y, half), sine_encoding(x, half)), dim=-1).permute(0, 3, 1, 2).to(dtype)
 
-    def halves(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Return the two halves of the channels of an unpadded map: rows (H, 1, C / 2) and columns (1, W, C / 2)."""
+    def axis_encodings(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return, for an unpadded map and in channel order, rows (H, 1, C / 2) and columns (1, W, C / 2)."""
         y, x = ((torch.arange(length) + 0.5) / (length + 1e-6) for length in (height, width))
         return sine_encoding(y, self.dim // 2)[:, None], sine_encoding(x, self.dim // 2)[None]
 
@@ -53,12 +53,12 @@ class PositionEmbeddingLearned(nn.Module):
     def forward(self, padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
         """Return (B, C, H, W) for a mask (B, H, W)."""
         B, H, W = padding_mask.shape
-        columns, rows = self.halves(H, W)
+        columns, rows = self.axis_encodings(H, W)
         encoding = torch.cat((columns.expand(H, -1, -1), rows.expand(-1, W, -1)), dim=-1)
         return encoding.permute(2, 0, 1).expand(B, -1, -1, -1).to(dtype)
 
-    def halves(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Return the two halves of the channels: columns (1, W, C / 2) and rows (H, 1, C / 2)."""
+    def axis_encodings(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return, in channel order (not the sine encoding's), columns (1, W, C / 2) and rows (H, 1, C / 2)."""
         return _resize_table(self.columns, width)[None], _resize_table(self.rows, height)[:, None]
 
 

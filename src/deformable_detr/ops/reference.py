@@ -13,9 +13,14 @@ Shapes = Sequence[tuple[int, int]]  # (height, width) per level
 class OpInputs(NamedTuple):
     """The arguments of every faster backend, in shapes that `operators` has checked.
 
-    value: (B, S, M, D). offsets: (B, Q, M, L, P, 2). logits: (B, Q, M, L, P).
+    For `deformable_attention`, `offsets` and `logits` are sampling offsets and attention logits. For `sample_and_sum`,
+    they are sampling locations in 0..1 and attention weights, and `reference_points` is None.
+
+    value: (B, S, M, D).
     shapes: height, width, height, width, … of all levels.
-    reference_points: (B, Q, L, 2 or 4). None: offsets are locations in 0..1 and logits are weights.
+    reference_points: (B, Q, L, 2 or 4), or None.
+    offsets: (B, Q, M, L, P, 2).
+    logits: (B, Q, M, L, P).
     """
 
     value: Tensor
@@ -82,7 +87,10 @@ def sample_and_sum(value: Tensor, spatial_shapes: Shapes, locations: Tensor, wei
 
 
 def sampling_grid(locations: Tensor) -> Tensor:
-    """Convert locations to `grid_sample`'s −1..1; far and NaN locations become ones just outside the map."""
+    """Convert locations in 0..1 to `grid_sample`'s −1..1.
+
+    NaN becomes −1; other locations are clamped to −1..2. Samples at −1 and at 2 are zero for any map size.
+    """
     return locations.nan_to_num(-1.0).clamp(-1.0, 2.0) * 2 - 1
 
 

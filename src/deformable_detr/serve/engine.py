@@ -59,7 +59,7 @@ class Engine:
     Args:
         model: A detector from `load_detector`. The engine sets it to evaluation mode.
         limits: The limits of the server.
-        fast: A detector with the same outputs, such as `model.optimize()`, used for detection. Default: the model.
+        detector: Detects instead of the model, with the same outputs, such as `model.optimize()`. Default: the model.
 
     Attributes:
         readers, writer: Threads that parse requests and decode images, and a thread that builds responses.
@@ -67,13 +67,13 @@ class Engine:
             connection.
     """
 
-    def __init__(self, model: nn.Module, limits: Limits, fast: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, limits: Limits, detector: nn.Module | None = None) -> None:
         self.model: Any = model.eval()
         self.limits, self.metrics = limits, Metrics()
         self.draining = False
         self.config: ModelConfig = self.model.config
         self.explains = isinstance(model, DeformableDETR)
-        self.fast = model if fast is None else fast
+        self.detector = model if detector is None else detector
         self.categories = model_categories(self.config)
         self._canvas: tuple[int, int] | None = getattr(model, "canvas", None)
         self._batcher = Batcher(self._run, limits.max_batch_size, limits.batch_wait, self._warm_up)
@@ -191,8 +191,8 @@ class Engine:
         return results
 
     def _detect(self, jobs: Sequence[_DetectJob]) -> list[ScoredBoxes]:
-        with evaluating(self.fast):
-            outputs = forward(self.fast, pad_images([job.pixels for job in jobs]))
+        with evaluating(self.detector):
+            outputs = forward(self.detector, pad_images([job.pixels for job in jobs]))
             results = postprocess(outputs, [job.image_size for job in jobs], max(job.top_k for job in jobs))
         # Results are sorted by score, so the first ones are those of a smaller top_k.
         return [ScoredBoxes(*(part[: job.top_k] for part in boxes)) for job, boxes in zip(jobs, results, strict=True)]

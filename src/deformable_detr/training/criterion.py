@@ -1,6 +1,6 @@
-"""The set criterion: focal, L1 and GIoU loss of the matched pairs, for all layers at once (appendix A.4).
+"""The set criterion: class loss (focal or matchability-aware), L1 and GIoU loss, for all layers at once (appendix A.4).
 
-Dimensions: B images, Q queries, K classes, N objects of the whole batch, P matched pairs per layer.
+Dimensions as in `matcher`: B images, Q queries, K classes, N objects of the whole batch, "pairs" matched per layer.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from ..config.schema import TrainConfig
 from ..model.box_ops import box_iou, generalized_box_iou, upcast
 from .matcher import HungarianMatcher, Matches, PackedTargets, Predictions, focal_terms
 
-LOSS_NAMES = ("loss_class", "loss_boxes", "loss_giou")
+LOSS_NAMES = ("loss_class", "loss_bbox", "loss_giou")
+MAL_GAMMA = 1.5  # γ of the matchability-aware loss (DEIM, equation 4)
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LossOutput:
     """The loss of a batch.
 
     total: Scalar to differentiate, the weighted sum of all losses.
-    parts: Unweighted scalars without gradient: "loss_class", "loss_boxes", "loss_giou" of the last decoder layer; the
+    parts: Unweighted scalars without gradient: "loss_class", "loss_bbox", "loss_giou" of the last decoder layer; the
         same with "_0", "_1", … of the earlier layers, "_encoder" of the proposals, "_denoising" of the denoising
         queries of all layers; and the metric "cardinality_error".
     finite: For each image, whether its predictions and matching costs are finite.
@@ -55,7 +56,7 @@ class SetCriterion:
                 "denoising_logits" and "denoising_boxes".
             targets: The objects of the batch, on the device of the outputs.
             num_boxes: Divisor of the sums. Default: the number of objects in the batch, at least 1.
-            denoising_matches: The (1, P) matches of the denoising queries and the number of their groups.
+            denoising_matches: The (1, pairs) matches of the denoising queries and the number of their groups.
         """
         config = self.config
         layers = slice(None) if config.auxiliary_loss else slice(-1, None)
@@ -65,7 +66,7 @@ class SetCriterion:
             logits, boxes = outputs["encoder_logits"][None], outputs["encoder_boxes"][None]
             predictions.append(Predictions(logits, boxes, class_agnostic=not self.class_aware_proposals))
         if num_boxes is None:
-            num_boxes = float(max(sum(targets.sizes), 1))
+            num_boxes = float(max(sum(targets.host_counts), 1))
         matches_of_each, finite = self.matcher(predictions, targets)
 
         with torch.autocast(decoder.logits.device.type, enabled=False):
@@ -99,35 +100,41 @@ def layer_losses(predictions: Predictions, targets: PackedTargets, matches: Matc
     logits, boxes = upcast(predictions.logits), upcast(predictions.boxes)
     layer = torch.arange(len(logits), device=logits.device)[:, None]
     matched = (layer, matches.image, matches.query)
-    matched_boxes, target_boxes = boxes[matched], targets.boxes[matches.target]  # (layers, P, 4)
-    matched_logits = logits[(*matched, predictions.labels(targets)[matches.target])]  # (layers, P)
+    matched_boxes, target_boxes = boxes[matched], targets.boxes[matches.target]  # (layers, pairs, 4)
+    matched_logits = logits[(*matched, predictions.labels(targets)[matches.target])]  # (layers, pairs)
 
     l1_loss = (matched_boxes - target_boxes).abs().sum(dim=(1, 2))
     giou_loss = (1 - generalized_box_iou(matched_boxes, target_boxes)).sum(1)
 
     # All logits with target 0, then the matched ones corrected: no (layers, B, Q, K) table of one-hot targets.
     iou = None if config.class_loss == "focal" else box_iou(matched_boxes.detach(), target_boxes)
-    positive, _ = classification_terms(matched_logits, iou, config)
-    _, negative = classification_terms(matched_logits, None, config)
-    _, background = classification_terms(logits, None, config)
-    class_loss = background.flatten(1).sum(1) + (positive - negative).sum(1)
+    positive = positive_class_loss(matched_logits, iou, config)
+    negative = negative_class_loss(matched_logits, config)
+    class_loss = negative_class_loss(logits, config).flatten(1).sum(1) + (positive - negative).sum(1)
     return torch.stack([class_loss, l1_loss, giou_loss])
 
 
-def classification_terms(logits: Tensor, iou: Tensor | None, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Return the class loss of each logit as a matched class, and with target 0.
+def positive_class_loss(logits: Tensor, iou: Tensor | None, config: TrainConfig) -> Tensor:
+    """Return the class loss of each matched logit, in the shape of `logits`.
 
-    `class_loss` "focal" has target 1 for matched classes; "mal" (matchability-aware loss, DEIM, equation 4) has
-    target iou^1.5, with `iou` (0..1) of the matched boxes in the shape of `logits`.
+    The target is 1 with `class_loss` "focal", and iou^MAL_GAMMA with "mal".
+
+    iou: 0..1, of the matched boxes, in the shape of `logits`. Only "mal" needs it.
     """
     if config.class_loss == "focal":
-        return focal_terms(logits, config.focal_alpha, config.focal_gamma)
+        return focal_terms(logits, config.focal_alpha, config.focal_gamma)[0]
+    assert iou is not None
     log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
-    negative = -torch.exp(1.5 * log_p) * log_not_p
-    if iou is None:
-        return negative, negative
-    target = iou**1.5
-    return -(target * log_p + (1 - target) * log_not_p), negative
+    target = iou**MAL_GAMMA
+    return -(target * log_p + (1 - target) * log_not_p)
+
+
+def negative_class_loss(logits: Tensor, config: TrainConfig) -> Tensor:
+    """Return the class loss of each logit with target 0, in the shape of `logits`."""
+    if config.class_loss == "focal":
+        return focal_terms(logits, config.focal_alpha, config.focal_gamma)[1]
+    log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
+    return -torch.exp(MAL_GAMMA * log_p) * log_not_p
 
 
 def cardinality_error(logits: Tensor, counts: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Contrastive denoising: noisy copies of the objects as additional queries (DN-DETR, section 4; DINO, section 3.3)."""
+"""Contrastive denoising: noisy copies of the objects as additional queries (DN-DETR, section 4; DINO, section 3.3).
+
+Dimensions: B images, N objects of the whole batch, X denoising queries per image, Q queries of the model.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Denoising(nn.Module):
     def forward(
         self, targets: PackedTargets, num_queries: int, max_objects: int, rng: BatchConsistentRng | None = None
     ) -> tuple[DenoisingQueries | None, tuple[Matches, int] | None]:
-        """Return the queries, and the (1, P) matches of the positive ones with the number of groups.
+        """Return the queries, and the (1, pairs) matches of the positive ones with the number of groups.
 
         Both are None if `max_objects`, the most objects of an image in the whole step, is 0. `num_queries` counts the
         model's own queries. The noise comes from `rng`, by default PyTorch's global generator.
@@ -41,7 +44,7 @@ class Denoising(nn.Module):
         groups = max(1, self.num_denoising // (2 * max_objects))
         # On the host: its generator is the one that a resumed run restores.
         targets, rng = targets.to("cpu"), rng or BatchConsistentRng()
-        image, batch_size = targets.image, len(targets.sizes)
+        image, batch_size = targets.image, len(targets.host_counts)
         position = torch.arange(len(image)) - (targets.counts.cumsum(0) - targets.counts)[image]  # inside its image
         labels = torch.zeros(batch_size, max_objects, dtype=torch.long)
         boxes = torch.full((batch_size, max_objects, 4), 0.5)
@@ -90,7 +93,7 @@ class BatchConsistentRng:
 
 
 def noisy_labels(labels: Tensor, num_classes: int, noise: float, rng: BatchConsistentRng) -> Tensor:
-    """Redraw the fraction noise / 2 of the labels (B, N) from all classes (DN-DETR, section 4.2)."""
+    """Redraw the fraction noise / 2 of the labels (B, X) from all classes (DN-DETR, section 4.2)."""
     redrawn = rng.uniform(labels.shape) < noise / 2
     return torch.where(redrawn, rng.integers(num_classes, labels.shape), labels)
 
@@ -98,7 +101,7 @@ def noisy_labels(labels: Tensor, num_classes: int, noise: float, rng: BatchConsi
 def noisy_boxes(boxes: Tensor, negative: Tensor, noise: float, rng: BatchConsistentRng) -> Tensor:
     """Move each side of the boxes by up to noise × half its length; by 1 to 2 times that for negative ones.
 
-    boxes: (B, N, 4) cxcywh in 0..1; negative: (N,) bool. Returns boxes inside the image.
+    boxes: (B, X, 4) cxcywh in 0..1; negative: (X,) bool. Returns boxes inside the image.
     """
     from torchvision.ops import box_convert
 
@@ -111,7 +114,7 @@ def noisy_boxes(boxes: Tensor, negative: Tensor, noise: float, rng: BatchConsist
 
 
 def group_attn_mask(groups: int, size: int, num_queries: int) -> Tensor:
-    """Return the (N + Q, N + Q) bool self-attention mask, True = blocked; the N = groups × size come first."""
+    """Return the (X + Q, X + Q) bool self-attention mask, True = blocked; the X = groups × size come first."""
     num_denoising = groups * size
     group = torch.arange(num_denoising + num_queries) // size
     group[num_denoising:] = groups

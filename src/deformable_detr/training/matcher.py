@@ -1,6 +1,6 @@
 """Bipartite matching between predictions and objects (DETR, section 3.1).
 
-Dimensions: B images, Q queries, K classes, N objects of the whole batch, P matched pairs per layer.
+Dimensions: B images, Q queries, K classes, N objects of the whole batch, "pairs" matched per layer.
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ class PackedTargets:
     """All N objects of a batch in one row, image by image.
 
     labels: (N,) int64; boxes: (N, 4) float32 cxcywh in 0..1; image: (N,) int64, position of the object's image in the
-    batch; counts: (B,) int64, objects per image; sizes: the same counts on the host.
+    batch; counts: (B,) int64, objects per image; host_counts: the same on the host.
     """
 
     labels: Tensor
     boxes: Tensor
     image: Tensor
     counts: Tensor
-    sizes: tuple[int, ...]
+    host_counts: tuple[int, ...]
 
     @classmethod
     def pack(cls, targets: Sequence[Target]) -> PackedTargets:
         """Concatenate the targets of a batch of at least one image."""
-        sizes = tuple(len(target.labels) for target in targets)
-        counts = torch.tensor(sizes, dtype=torch.int64)
+        host_counts = tuple(len(target.labels) for target in targets)
+        counts = torch.tensor(host_counts, dtype=torch.int64)
         labels = torch.cat([target.labels for target in targets])
         boxes = torch.cat([target.boxes for target in targets]).float()
-        return cls(labels, boxes, torch.arange(len(sizes)).repeat_interleave(counts), counts, sizes)
+        image = torch.arange(len(counts)).repeat_interleave(counts)
+        return cls(labels, boxes, image, counts, host_counts)
 
     def to(self, device: torch.device | str) -> PackedTargets:
         """Return the targets on another device."""
@@ -68,9 +69,10 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Matches:
-    """The matched pairs of each layer; P = sum over images of min(objects, queries).
+    """The matched pairs of each layer, as many as the sum over images of min(objects, queries).
 
-    image, query: (layers, P) int64, indices of the prediction; target: (layers, P) int64, index into `PackedTargets`.
+    image, query: (layers, pairs) int64, indices of the prediction.
+    target: (layers, pairs) int64, index into `PackedTargets`.
     """
 
     image: Tensor
@@ -92,18 +94,19 @@ class HungarianMatcher:
         """Match every layer of every image; an image with more objects than queries leaves objects unmatched.
 
         Returns the matches of each item of `predictions`, and for each image whether its predictions and costs are
-        finite: check it before using the loss. The one copy to the host is a training step's only wait for the device.
+        finite: check it before using the loss. The copy to the host is the only point where a training step waits for
+        the device.
         """
         with torch.autocast(targets.boxes.device.type, enabled=False):
             costs = torch.cat([self.costs(item, targets).flatten(1) for item in predictions], dim=1)  # (N, layers·Q)
-            checksums = torch.stack([_sum_per_image(item) for item in predictions]).sum(0)  # (B,)
-            host = torch.cat([costs.flatten(), checksums]).cpu().numpy()
+            sums = torch.stack([_sum_per_image(item) for item in predictions]).sum(0)  # (B,)
+            host = torch.cat([costs.flatten(), sums]).cpu().numpy()
         table, finite = host[: costs.numel()].reshape(costs.shape), np.isfinite(host[costs.numel() :])
 
         non_finite = ~np.isfinite(table)
         if non_finite.any():
             images = np.arange(len(finite))
-            finite &= ~np.isin(images, np.repeat(images, targets.sizes)[non_finite.any(axis=1)])
+            finite &= ~np.isin(images, np.repeat(images, targets.host_counts)[non_finite.any(axis=1)])
             table = np.where(non_finite, _NON_FINITE_COST, table)
 
         matches, column = [], 0
@@ -111,7 +114,7 @@ class HungarianMatcher:
             layers, _, queries, _ = item.logits.shape
             pairs = []
             for _ in range(layers):
-                pairs.append(_assign(table[:, column : column + queries], targets.sizes))
+                pairs.append(_assign(table[:, column : column + queries], targets.host_counts))
                 column += queries
             matches.append(Matches(*torch.from_numpy(np.stack(pairs, axis=1)).to(costs.device, non_blocking=True)))
         return matches, finite.tolist()
@@ -148,14 +151,14 @@ def _sum_per_image(predictions: Predictions) -> Tensor:
     return sums[0] + sums[1]
 
 
-def _assign(costs: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """Return (3, P) image, query and target of the cheapest pairs, from the (N, Q) costs of one layer."""
+def _assign(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Return (3, pairs) image, query and target of the cheapest pairs, from the (N, Q) costs of one layer."""
     from scipy.optimize import linear_sum_assignment
 
     pairs, first = [np.zeros((3, 0), dtype=np.int64)], 0
-    for image, size in enumerate(sizes):
-        if size:
-            rows, columns = linear_sum_assignment(costs[first : first + size])
+    for image, count in enumerate(counts):
+        if count:
+            rows, columns = linear_sum_assignment(costs[first : first + count])
             pairs.append(np.stack([np.full_like(rows, image), columns, rows + first]))
-        first += size
+        first += count
     return np.concatenate(pairs, axis=1)

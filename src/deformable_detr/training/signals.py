@@ -16,7 +16,7 @@ class NonFiniteLoss(UserError):
 
     def __init__(self, step: int, losses: Mapping[str, float], image_ids: Sequence[int], what: str = "loss") -> None:
         self.step, self.losses, self.image_ids = step, dict(losses), list(image_ids)
-        main = ("loss", "loss_class", "loss_boxes", "loss_giou")
+        main = ("loss", "loss_class", "loss_bbox", "loss_giou")
         shown = [f"{name} {value:.4g}" for name, value in losses.items() if name in main or not math.isfinite(value)]
         super().__init__(
             f"the {what} is not finite at step {step}: {', '.join(shown)}; images {', '.join(map(str, image_ids))}; "

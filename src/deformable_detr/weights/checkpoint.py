@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config.schema import ModelConfig
-from ..model.network import DeformableDETRNetwork, N
+from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError
 from .key_mapping import Placements, from_reference_keys
 
@@ -38,7 +38,7 @@ class Checkpoint:
     }
     check_network: Callable[[DeformableDETRNetwork], None] = lambda network: None
 
-    def build(self, network_class: type[N]) -> tuple[N, dict[str, Tensor]]:
+    def build(self, network_class: type[NetworkT]) -> tuple[NetworkT, dict[str, Tensor]]:
         """Build the network; return it and its state dict to load. Raises UserError if the tensors do not fit it."""
         self._check_sizes()
         network = network_class(self.config)

@@ -1,6 +1,5 @@
 """Fine-tuning: start a new model from the weights of another, as far as they fit."""
 
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -11,14 +10,14 @@ from torch import Tensor
 
 from ..config import presets
 from ..config.schema import Config, ModelConfig
-from ..model.network import DeformableDETRNetwork, N
+from ..model.heads import PRIOR_LOGIT
+from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError
 from .checkpoint import Checkpoint
 from .load import read_checkpoint
 from .resize import resize_state
 
 _HEAD = re.compile(r"decoder\.heads\.(classes|boxes)\.(\d+)\.(.+)")
-_CLASS_PRIOR = -math.log(99)  # the bias at which a class has probability 1% (focal loss; see model/heads.py)
 _COUNTER = "num_batches_tracked"  # of batch norms; nothing reads it
 _PLACEHOLDER_NAME = re.compile(r"n/a|label_\d+|class \d+")
 # Fields that the dataset and the run decide.
@@ -74,8 +73,8 @@ def load_for_finetuning(
     config: ModelConfig,
     source: str | os.PathLike[str],
     log: Callable[[str], object] = print,
-    network_class: type[N] = DeformableDETRNetwork,
-) -> N:
+    network_class: type[NetworkT] = DeformableDETRNetwork,
+) -> NetworkT:
     """Build a network with `config` and initialize it with `transfer_weights`, whose report is logged.
 
     Pretrained backbone weights are downloaded only if the source has another backbone.
@@ -180,7 +179,7 @@ def _class_heads(
         rows = [(0, 0)] if objectness else matches
         if rescored or source is None or source.shape[1:] != value.shape[1:]:
             rows = []
-        heads[name] = value.clone().fill_(_CLASS_PRIOR) if match[3] == "bias" else value.clone()
+        heads[name] = value.clone().fill_(PRIOR_LOGIT) if match[3] == "bias" else value.clone()
         for row, source_row in rows:
             heads[name][row] = source[source_row].to(value.dtype)  # type: ignore[index]  # no source, no rows
         classes = f"{len(value)} classes, the source has {config.num_classes}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..model.network import DeformableDETRNetwork, N
+from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError, first_line
 from ..utils.files import is_exported, read_json
 from . import native, official_format, transformers_format
@@ -25,8 +25,8 @@ OVERRIDABLE = (
 
 
 def load_pretrained(
-    source: str | os.PathLike[str], network_class: type[N] = DeformableDETRNetwork, **overrides: Any
-) -> N:
+    source: str | os.PathLike[str], network_class: type[NetworkT] = DeformableDETRNetwork, **overrides: Any
+) -> NetworkT:
     """Load a model in evaluation mode, in float32, or in float64 if all its weights are.
 
     Args:

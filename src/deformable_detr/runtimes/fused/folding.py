@@ -10,11 +10,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ...config.image_size import typical_input_size
 from ...config.schema import ModelConfig
-from ...model.network import N
+from ...model.network import NetworkT
 from .onednn import is_convolution
 
 
-def inference_copy(model: N) -> N:
+def inference_copy(model: NetworkT) -> NetworkT:
     """Copy a model for inference: evaluation mode, fp32, without gradients, batch norms or intermediate class heads."""
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     body = model.backbone.body

@@ -22,7 +22,7 @@ class PositionalInputs:
         valid_ratios: (B, L, 2).
         padding_mask: (B, S), True = padding. None: no padding.
         anchors: (B, S, 4) in logit space, two-stage models only.
-        usable: (B, S), tokens that may become proposals, two-stage models only.
+        valid: (B, S), tokens that are valid proposals, two-stage models only.
     """
 
     spatial_shapes: tuple[tuple[int, int], ...]
@@ -31,7 +31,7 @@ class PositionalInputs:
     valid_ratios: Tensor
     padding_mask: Tensor | None
     anchors: Tensor | None
-    usable: Tensor | None
+    valid: Tensor | None
 
     @property
     def nbytes(self) -> int:
@@ -76,11 +76,11 @@ class PositionalInputCache(nn.Module):
         encode = self._encode_padded if padded else self._encode_unpadded
         position = torch.cat(list(map(encode, masks, self.level_embedding)), dim=1)
         token_mask = torch.cat([mask.flatten(1) for mask in masks], dim=1) if padded else None
-        anchors = usable = None
+        anchors = valid = None
         if self.two_stage:
-            anchors, usable = proposal_anchors(shapes, ratios, token_mask)
+            anchors, valid = proposal_anchors(shapes, ratios, token_mask)
         reference_points = pixel_centers(shapes, ratios)[:, :, None] * ratios[:, None]
-        return PositionalInputs(shapes, position, reference_points, ratios, token_mask, anchors, usable)
+        return PositionalInputs(shapes, position, reference_points, ratios, token_mask, anchors, valid)
 
     def _encode_padded(self, mask: Tensor, level: Tensor) -> Tensor:
         """Position encoding plus level embedding of one map: mask (B, H, W) → (B, H·W, C)."""
@@ -88,8 +88,8 @@ class PositionalInputCache(nn.Module):
 
     def _encode_unpadded(self, mask: Tensor, level: Tensor) -> Tensor:
         """The same for a map without padding, from one encoding per row and one per column."""
-        halves = self.position.halves(*mask.shape[1:])
-        parts = [(half.to(level) + part).to(self.dtype) for half, part in zip(halves, level.chunk(2), strict=True)]
+        axes = self.position.axis_encodings(*mask.shape[1:])
+        parts = [(axis.to(level) + part).to(self.dtype) for axis, part in zip(axes, level.chunk(2), strict=True)]
         return torch.cat(torch.broadcast_tensors(*parts), dim=-1).flatten(0, 1)[None]
 
 

@@ -216,10 +216,10 @@ class FusedProposals(nn.Module):
         assert positional.anchors is not None
         B, S, C = memory.shape
         anchors = positional.anchors.expand(B, -1, -1)
-        (scores,) = run_in_chunks(self._scores, self.chunk_rows, (memory, positional.usable), [])
+        (scores,) = run_in_chunks(self._scores, self.chunk_rows, (memory, positional.valid), [])
         top = scores.topk(min(self.stage.num_queries, S), dim=1).indices[..., None]  # (B, Q, 1)
-        usable = positional.usable.expand(B, -1)[..., None].gather(1, top)  # type: ignore[union-attr]
-        tokens = self._tokens(memory.gather(1, top.expand(-1, -1, C)), usable[..., 0])
+        valid = positional.valid.expand(B, -1)[..., None].gather(1, top)  # type: ignore[union-attr]
+        tokens = self._tokens(memory.gather(1, top.expand(-1, -1, C)), valid[..., 0])
         boxes = (self.boxes(tokens) + anchors.gather(1, top.expand(-1, -1, 4))).sigmoid()
         position, queries = self.stage.embed_boxes(boxes, tokens)
         if self.stage.query_init == "encoder":
@@ -229,11 +229,11 @@ class FusedProposals(nn.Module):
         assert queries is not None
         return queries, position, boxes
 
-    def _tokens(self, memory: Tensor, usable: Tensor) -> Tensor:
-        return self.norm(self.project(memory.masked_fill(~usable[..., None], 0.0)).float())
+    def _tokens(self, memory: Tensor, valid: Tensor) -> Tensor:
+        return self.norm(self.project(memory.masked_fill(~valid[..., None], 0.0)).float())
 
-    def _scores(self, memory: Tensor, usable: Tensor) -> Sequence[Tensor]:
-        logits = F.linear(self._tokens(memory, usable), self.weight, self.bias)  # type: ignore[arg-type]
+    def _scores(self, memory: Tensor, valid: Tensor) -> Sequence[Tensor]:
+        logits = F.linear(self._tokens(memory, valid), self.weight, self.bias)  # type: ignore[arg-type]
         return (logits.amax(-1),)
 
 
