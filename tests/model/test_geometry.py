@@ -30,3 +30,9 @@ def test_proposal_anchors_double_per_level_and_skip_border_and_padding():
     _, on_border = proposal_anchors(((1, 200),), torch.ones(1, 1, 2), None)
     assert on_border[0, 1].item() is False
     assert on_border[0, 2].item() is True
+
+
+def test_anchors_as_large_as_the_image_are_not_valid():
+    anchors, valid = proposal_anchors(((1, 1),) * 6, torch.ones(1, 6, 2), None)
+    assert valid[0].tolist() == [True] * 5 + [False]
+    assert anchors[0, 5].isinf().all()

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from torchvision.ops import box_convert, generalized_box_iou, sigmoid_focal_loss
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchvision.ops import box_convert, box_iou, generalized_box_iou, sigmoid_focal_loss
 
 from deformable_detr.config.schema import TrainConfig
 from deformable_detr.structures import Target
@@ -61,6 +62,26 @@ def test_losses_and_gradients_match_the_reference(sizes, tokens):
         torch.testing.assert_close(result.parts[name], value.detach(), msg=name)
     for gradient, expected_gradient in zip(gradients, torch.autograd.grad(total, list(outputs.values())), strict=True):
         torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_matchability_aware_loss_has_powers_of_the_iou_as_targets():
+    generator = torch.Generator().manual_seed(2)
+    outputs, (target,) = random_outputs(1, 1, 8, 5, generator), random_targets([3], 5, generator)
+    with torch.no_grad():
+        outputs["layer_boxes"][0, 0, :3] = target.boxes * torch.tensor([1, 1, 0.8, 1.1])
+    targets, config = PackedTargets.pack([target]), CONFIG.replace(class_loss="mal")
+    parts = SetCriterion(config)(outputs, targets).parts
+    logits, boxes = (outputs[name][0, 0].detach() for name in ("layer_logits", "layer_boxes"))
+    (matches,), _ = HungarianMatcher(config)([Predictions(logits[None, None], boxes[None, None])], targets)
+    query, matched = matches.query[0], matches.target[0]
+    iou = box_iou(*(box_convert(item, "cxcywh", "xyxy") for item in (boxes[query], target.boxes[matched]))).diagonal()
+    assert iou.max() > 0.5
+
+    soft_targets, weights = torch.zeros_like(logits), logits.sigmoid() ** 1.5
+    soft_targets[query, target.labels[matched]] = iou**1.5
+    weights[query, target.labels[matched]] = 1
+    expected = binary_cross_entropy_with_logits(logits, soft_targets, weights, reduction="sum") / 3
+    torch.testing.assert_close(parts["loss_class"], expected)
 
 
 def test_comparison_detects_a_wrong_weight():
