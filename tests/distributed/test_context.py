@@ -1,9 +1,12 @@
 """The distributed context without a second process: launcher variables and a world size of one."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+import torch.distributed as dist
 
 from deformable_detr.distributed import launch
-from deformable_detr.distributed.context import DistributedContext
+from deformable_detr.distributed.context import DistributedContext, _store_of_attempt
 from deformable_detr.utils.errors import UserError
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -38,3 +41,15 @@ def test_unsupported_distributed_device_is_rejected(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="cpu or cuda"):
         DistributedContext("meta")
+
+
+def test_restarted_processes_do_not_see_the_keys_of_earlier_attempts():
+    store = dist.HashStore()
+    seen = []
+    for attempt in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            stores = list(pool.map(lambda rank: _store_of_attempt(store, rank, 3), range(3)))
+        seen.append([each.check(["address"]) for each in stores])
+        stores[0].set("address", str(attempt))
+        assert [each.get("address").decode() for each in stores] == [str(attempt)] * 3
+    assert seen == [[False] * 3] * 3

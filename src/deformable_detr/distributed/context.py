@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -71,7 +73,8 @@ class DistributedContext:
     def __enter__(self) -> Self:
         if self.world_size > 1:
             try:
-                self._store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+                store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+                self._store = _store_of_attempt(store, rank, size)
                 backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=_TIMEOUT)
             except (RuntimeError, ValueError, OSError) as error:
@@ -168,6 +171,32 @@ class DistributedContext:
                 if (self.local_rank == 0) is turn:
                     result = action()
         return result
+
+
+def _store_of_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """Return the part of torchrun's store that belongs to this attempt.
+
+    torchrun keeps its store when it restarts processes (seen in PyTorch 2.15), and the addresses of the killed ones
+    would be used again. Rank 0 numbers the attempts and tells the number to every process that asks by a new name.
+    """
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"attempt/name/{rank}", name)
+        store.wait([f"attempt/number/{name}"], _TIMEOUT)
+        attempt = store.get(f"attempt/number/{name}").decode()
+        store.set(f"attempt/joined/{attempt}/{rank}", "1")
+        return dist.PrefixStore(attempt, store)
+    attempt = str(store.add("attempt/count", 1))
+    missing, deadline = set(range(1, world_size)), time.monotonic() + _TIMEOUT.total_seconds()
+    while missing:
+        for other in missing:
+            if store.check([f"attempt/name/{other}"]):  # perhaps of an earlier attempt, then replaced soon
+                store.set(f"attempt/number/{store.get(f'attempt/name/{other}').decode()}", attempt)
+        missing = {other for other in missing if not store.check([f"attempt/joined/{attempt}/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"no sign of rank {min(missing)} in {_TIMEOUT}")
+        time.sleep(0.02)
+    return dist.PrefixStore(attempt, store)
 
 
 def _is_lost_peer(error: BaseException) -> bool:
