@@ -96,6 +96,14 @@ def test_sources_are_not_overwritten(tmp_path):
             predict_files(Finder(), find_sources([tmp_path]), PredictOptions(out, table))
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert predict_files(Finder(), find_sources([tmp_path]), PredictOptions()) == 0, "nothing is drawn"
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.png").hardlink_to(tmp_path / "a.png")
+    with pytest.raises(UserError, match="would overwrite the source"):
+        predict_files(Finder(), [tmp_path / "a.png"], PredictOptions(out))
+    (out / "a.png").unlink()
+    (out / "a.png").symlink_to("a.png")  # a loop
+    assert predict_files(Finder(), [tmp_path / "a.png"], PredictOptions(out)) == 0
 
 
 def test_file_names_that_are_not_utf8(tmp_path):

@@ -68,6 +68,8 @@ def test_conflicting_settings_are_reported():
     assert resolve_config(options=settings["options"]).model.num_heads == 8
     with pytest.raises(UserError, match=r"^combined settings: model: hidden_dim 68 is not divisible by num_heads 8"):
         resolve_config(**settings)
+    with pytest.raises(UserError, match=r"^--set train\.lr=1: 'train' already has a value"):
+        resolve_config(overrides=["train=5", "train.lr=1"])
 
 
 def test_epochs_and_minutes(file):

@@ -260,10 +260,27 @@ def test_patterns_leave_hidden_folders_out(tmp_path):
     assert len(records(f"{folder}/*/*.png")) == 4
 
 
+def test_colons_in_a_path_are_no_chain(tmp_path):
+    folder = as_folder(tmp_path / "a::b", [("c::d.png", FILES[0][1])])
+    for source in (folder, folder / "c::d.png"):
+        (record,) = records(source)
+        assert record.image == f"{folder}/c::d.png"
+        assert outcome(record)[0] == 3
+
+
 def test_results_are_never_a_source(tmp_path):
     folder = as_folder(tmp_path / "images", FILES)
     assert len(records(f"{folder}/**/*.png", out=str(folder / "b"))) < len(records(f"{folder}/**/*.png"))
-    for source in (folder, f"{folder}/*.png", folder / "a00.png"):
+    (tmp_path / "link").symlink_to(folder)
+    below = len(records(folder, out=str(folder / "b")))
+    for source, out in (
+        (folder, tmp_path / "link/b"),
+        (tmp_path / "link", folder / "b"),
+        (folder, f"{folder}/../images/b"),
+    ):
+        assert len(records(source, out=str(out))) == below < len(FILES)
+    assert len(records(folder / "a00.png", out=str(folder))) == 1
+    for source in (folder, f"{folder}/*.png", tmp_path / "link"):
         message = f"--out {folder} is the folder of the source {source}; choose a separate folder for the results"
         with pytest.raises(UserError, match=re.escape(message)):
             records(source, out=str(folder))

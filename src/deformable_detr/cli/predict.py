@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -204,8 +205,14 @@ def _output_paths(sources: Sequence[Source], videos: Set[Source], out: Path | No
 
 def _reject_overwriting(files: Sequence[Path], outputs: Sequence[Path], json: Path | None) -> None:
     """Raise UserError if an output is the same file as a source."""
-    inputs = {file.resolve(): file for file in files}
+    inputs: dict[tuple[int, int], Path] = {}
+    for file in files:
+        with suppress(OSError):  # reported when it is read
+            status = os.stat(file)
+            inputs[status.st_dev, status.st_ino] = file
     for option, paths in {"--out": outputs, "--json": [json] if json else []}.items():
         for path in paths:
-            if source := inputs.get(path.resolve()):
-                raise UserError(f"{option}: {path} would overwrite the source {source}; choose another path")
+            with suppress(OSError):
+                status = os.stat(path)
+                if source := inputs.get((status.st_dev, status.st_ino)):
+                    raise UserError(f"{option}: {path} would overwrite the source {source}; choose another path")

@@ -86,9 +86,13 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"--set {override}: the value is not valid YAML") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        nested = merge(nested, value)
+        *sections, name = key.split(".")
+        parent = nested
+        for section in sections:
+            parent = parent.setdefault(section, {})
+            if not isinstance(parent, dict):
+                raise UserError(f"--set {override}: '{section}' already has a value")
+        parent[name] = value
     return nested
 
 

@@ -1,5 +1,6 @@
 """Folders and files on disk and in object stores, by the paths and URLs that fsspec accepts."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,10 @@ def resolve_url(url: str) -> tuple[Any, str]:
         UserError: The protocol is unknown or its package is not installed.
     """
     from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
 
+    if "::" in url and os.path.exists(url):  # not a chain of protocols
+        return LocalFileSystem(), os.path.abspath(url)
     try:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:

@@ -139,8 +139,9 @@ def lock_output(out: OutputFolder) -> Iterator[None]:
         yield
         return
     try:
-        for file in root.glob(".part-*.parquet.*.tmp"):  # of a run that was killed
-            file.unlink(missing_ok=True)
+        for pattern in (".part-*.parquet.*.tmp", "._*.tmp"):  # of a run that was killed
+            for file in root.glob(pattern):
+                file.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

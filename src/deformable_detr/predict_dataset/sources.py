@@ -1,6 +1,7 @@
 """The sources: folders of images, Parquet files with image bytes, WebDataset shards."""
 
 import itertools
+import os
 import tarfile
 import time
 import zlib
@@ -127,13 +128,12 @@ def _list_files(sources: Sequence[str], format: str, out: str | None) -> Iterato
 
 def _matching_files(system: Any, root: str, source: str, out: str | None) -> Iterator[tuple[str, int]]:
     """Yield path and size of the files of a source, sorted, without hidden files and the results."""
-    is_folder = system.isdir(root)
-    if to_url(system, root if is_folder else root.rpartition("/")[0]) == out:
-        raise UserError(f"--out {out} is the folder of the source {source}; choose a separate folder for the results")
-    if is_folder:
+    folder = root
+    if system.isdir(root):
         files = walk_files(system, root)
     elif system.exists(root):
-        files = iter([(root, system.size(root) or 0)])
+        yield root, system.size(root) or 0
+        return
     elif wildcards := set(root) & set("*?["):
         folder = root[: min(map(root.index, wildcards))].rpartition("/")[0]
         matches = sorted(system.glob(root, detail=True).items())
@@ -144,7 +144,21 @@ def _matching_files(system: Any, root: str, source: str, out: str | None) -> Ite
         )
     else:
         raise UserError(f"{source}: no such file or folder")
-    yield from (file for file in files if out is None or not to_url(system, file[0]).startswith(f"{out}/"))
+    results = _folder_below(system, folder, out)
+    if results == folder:
+        raise UserError(f"--out {out} is the folder of the source {source}; choose a separate folder for the results")
+    yield from (file for file in files if results is None or not file[0].startswith(f"{results}/"))
+
+
+def _folder_below(system: Any, folder: str, other: str | None) -> str | None:
+    """Return the path of another folder as it appears below `folder`, or None if it is elsewhere."""
+    if other is None:
+        return None
+    if is_local(system):
+        folder_name, other = os.path.realpath(folder), os.path.realpath(other)
+    else:
+        folder_name = to_url(system, folder)
+    return folder + other[len(folder_name) :] if f"{other}/".startswith(f"{folder_name}/") else None
 
 
 def _split_files(files: Iterator[SourceFile], options: PredictDatasetOptions) -> Iterator[SourceRange]:

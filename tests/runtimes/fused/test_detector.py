@@ -1,5 +1,7 @@
 """The optimized model: outputs equal those of the original model, which is not changed."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -184,6 +186,8 @@ def test_invalid_uses_are_rejected():
     with pytest.raises(UserError, match="cannot change its device or dtype"):
         optimized.double()
     assert optimized.to("cpu") is optimized
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        copy.deepcopy(optimized)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The detector for inference: the model's outputs, faster and in less memory."""
 
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,9 @@ class OptimizedDetector(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+
+    def __reduce__(self) -> NoReturn:  # oneDNN's packed weights have no storage to copy
+        raise TypeError("an optimized model cannot be copied or pickled; copy the model and optimize the copy")
 
     def __init__(self, model: DeformableDETRNetwork, precision: str = "fp32", compile: bool = False) -> None:
         super().__init__()
