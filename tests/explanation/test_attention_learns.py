@@ -16,7 +16,7 @@ IMAGES = 12
 
 @pytest.fixture(scope="module")
 def cards_model(shared, tmp_path_factory):
-    """The model of DEFORMABLE_DETR_CARDS_RUN, or the small preset trained for some minutes."""
+    """The model of DEFORMABLE_DETR_CARDS_RUN, or the small preset trained for some epochs."""
     if run_folder := os.environ.get("DEFORMABLE_DETR_CARDS_RUN"):
         return DeformableDETR.from_pretrained(run_folder)
     out = tmp_path_factory.mktemp("cards") / "run"
@@ -24,8 +24,7 @@ def cards_model(shared, tmp_path_factory):
     if not weights.is_file():
         pytest.skip(f"no weights of the small preset's backbone at {weights}")
     changes = {"backbone_weights": str(weights), "image_size": 192, "eval_every": 100}
-    minutes = float(os.environ.get("DEFORMABLE_DETR_CARDS_MINUTES", "8"))  # on two slow cores
-    train(shared / "data" / "playing_cards", out, preset="small", minutes=minutes, **changes)
+    train(shared / "data" / "playing_cards", out, preset="small", epochs=16, **changes)
     return DeformableDETR.from_pretrained(out)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..utils.device import pick_device
@@ -173,7 +174,7 @@ class DistributedContext:
         return result
 
 
-def _store_of_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+def _store_of_attempt(store: Store, rank: int, world_size: int) -> Store:
     """Return the part of torchrun's store that belongs to this attempt.
 
     torchrun keeps its store when it restarts processes (seen in PyTorch 2.15), and the addresses of the killed ones
@@ -185,7 +186,7 @@ def _store_of_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Sto
         store.wait([f"attempt/number/{name}"], _TIMEOUT)
         attempt = store.get(f"attempt/number/{name}").decode()
         store.set(f"attempt/joined/{attempt}/{rank}", "1")
-        return dist.PrefixStore(attempt, store)
+        return PrefixStore(attempt, store)
     attempt = str(store.add("attempt/count", 1))
     missing, deadline = set(range(1, world_size)), time.monotonic() + _TIMEOUT.total_seconds()
     while missing:
@@ -196,7 +197,7 @@ def _store_of_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Sto
         if missing and time.monotonic() > deadline:
             raise RuntimeError(f"no sign of rank {min(missing)} in {_TIMEOUT}")
         time.sleep(0.02)
-    return dist.PrefixStore(attempt, store)
+    return PrefixStore(attempt, store)
 
 
 def _is_lost_peer(error: BaseException) -> bool:
