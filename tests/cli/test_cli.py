@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -280,7 +281,7 @@ def test_trained_run_can_be_loaded_and_resumed(run, data, trained, tmp_path):
     assert "--resume" in err
     code, out, _ = run("train", data, "--out", trained, "--resume", "--epochs", 2)
     assert code == 0
-    assert f"the model is in {trained}" in out
+    assert re.search(rf"at the end; the model with the best AP, [\d.]+, is in {re.escape(str(trained))}\n", out)
     steps = [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 4
 

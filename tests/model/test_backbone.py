@@ -74,8 +74,11 @@ def test_backbone_weights_from_a_file(tmp_path):
     assert torch.equal(body.body.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
     with pytest.raises(UserError, match=r"resnet10t\.safetensors for timm's 'resnet18'"):
         backbone(backbone="resnet18", backbone_weights=str(tmp_path / "resnet10t.safetensors"))
-    with pytest.raises(UserError, match=r"resnet10t\.safetensors (do not fit|for)"):
+    with pytest.raises(UserError, match=r"resnet10t\.safetensors for .*size mismatch for bn1"):
         backbone(backbone="tf_efficientnet_lite0", backbone_weights=str(tmp_path / "resnet10t.safetensors"))
+    save_file({"conv.weight": torch.ones(3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other\.safetensors do not fit timm's 'resnet10t': no values for conv1"):
+        backbone(backbone_weights=str(tmp_path / "other.safetensors"))
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"broken\.safetensors"):
         backbone(backbone_weights=str(tmp_path / "broken.safetensors"))

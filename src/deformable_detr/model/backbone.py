@@ -123,9 +123,11 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
     options |= {"features_only": True, "out_indices": tuple(by_stride[stride] for stride in strides)}
     if source == "none":
         return timm.create_model(name, **options), stages
-    # timm ignores missing keys of feature extractors, so compare with a second, randomly initialized model.
-    random_state = {} if source == "hub" else timm.create_model(name, **options).state_dict()
+    random_state = {}
     if source != "hub":
+        # timm ignores missing keys of feature extractors, so compare with a model of the same random values.
+        with torch.random.fork_rng(devices=[]):
+            random_state = timm.create_model(name, **options).state_dict()
         options["pretrained_cfg_overlay"] = {"file": source}
     try:
         with quiet_loggers("timm", "huggingface_hub"):

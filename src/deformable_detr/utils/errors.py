@@ -10,5 +10,9 @@ class UserError(Exception):
 
 
 def first_line(error: object, limit: int = 200) -> str:
-    """Return the first line of an error's message, cut to `limit` characters; its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+    """Return the first line of an error's message, cut to `limit` characters; its type if it has no message.
+
+    If it ends with a colon, the second line follows it.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])[:limit]

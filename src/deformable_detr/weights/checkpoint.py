@@ -68,7 +68,8 @@ def check_supported(config: ModelConfig, supported: Mapping[str, object], target
     values = config.model_dump(include=set(supported))
     other = [f"{name}: {value}" for name, value in values.items() if value != supported[name]]
     if other:
-        raise UserError(f"{target} does not support {', '.join(other)}; fine-tune as --preset two-stage")
+        preset = "small-portable" if target == "transformers" else "two-stage"
+        raise UserError(f"{target} does not support {', '.join(other)}; fine-tune as --preset {preset}")
 
 
 def restore_own_fields(config: ModelConfig, saved: Any, fields: tuple[str, ...]) -> ModelConfig:
