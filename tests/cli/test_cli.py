@@ -16,7 +16,7 @@ from deformable_detr.cli import main
 from deformable_detr.config import presets
 from deformable_detr.demo import make_data
 from deformable_detr.utils.errors import UserError
-from tests.support.commands import run_command
+from tests.support.commands import is_one_line_error, run_command
 
 TINY = ["--backbone", "test_resnet", "--backbone-weights", "none", "--image-size", "64", "--workers", "0"]
 TINY += ["--set", "model.hidden_dim=64", "--set", "model.ffn_dim=32", "--set", "model.num_queries=5"]
@@ -40,10 +40,6 @@ def trained(data):
     out = data.parent / "run"
     main(["train", str(data), "--out", str(out), "--epochs", "1", "--batch-size", "2", "--device", "cpu", *TINY])
     return out
-
-
-def is_one_line_error(text):
-    return text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n") and "╭" not in text
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

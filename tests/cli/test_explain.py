@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from deformable_detr.explanation import trace
-from tests.support.commands import run_command
+from tests.support.commands import is_one_line_error, run_command
 from tests.support.explanations import random_image, random_model
 
 
@@ -84,8 +84,7 @@ def test_errors_are_one_line_and_exit_code_2(run, folder, arguments, words):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, out, err = run(arguments)
     assert code == 2
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
+    assert is_one_line_error(err)
     assert out == ""
     for word in words:
         assert word in err

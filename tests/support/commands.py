@@ -13,3 +13,8 @@ def run_command(capsys, *arguments):
         code = error.code or 0
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def is_one_line_error(text):
+    """Return whether standard error is a single error line, not a box."""
+    return text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n") and "╭" not in text

@@ -172,7 +172,7 @@ def _predict_video(model: DeformableDETR, source: Source, out: Path, options: Pr
     if not summary.frames:
         return None, None, summary.problem
     record = {"video": str(source), "frames": summary.frames, "annotated": str(out), "lines": str(lines)}
-    problem = None if summary.problem is None else f"{summary.problem}; the frames before that are in {out}"
+    problem = None if summary.problem is None else f"{summary.problem}; the readable frames are in {out}"
     counts = _first_entries([f"{name} {count}×" for name, count in summary.counts.most_common()]) or "no objects"
     return record, f"{summary.frames} frames, {counts}; {out}, {lines.name}", problem
 

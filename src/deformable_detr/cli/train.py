@@ -76,5 +76,6 @@ def train(
     if not is_rank_zero():
         return
     summary = ", ".join(f"{name} {format_metric(metrics[name])}" for name in ("AP", "AP50") if name in metrics)
-    print(f"{summary} at the end; the model with the best AP, {format_metric(metrics['best_AP'])}, is in {out}")
+    best = format_metric(metrics["best_AP"]).strip()
+    print(f"{summary} at the end; the model with the best AP, {best}, is in {out}")
     print(f"Next: deformable-detr predict {shlex.quote(str(out))} IMAGE --out pictures")

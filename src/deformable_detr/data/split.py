@@ -14,8 +14,8 @@ from ..config.schema import DataConfig
 from ..utils.errors import UserError
 from .discovery import ROBOFLOW
 from .issues import Issues
+from .records import ImageRecord
 from .validate import Report, find_splits
-from .validate.annotations import ImageRecord
 from .validate.repair import write_annotations
 
 ROBOFLOW_COPY = re.compile(r"(.+)\.rf\.[^./\\]+\.[^./\\]+")  # augmented copies of one image: NAME.rf.HASH.jpg

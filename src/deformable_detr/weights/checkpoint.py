@@ -63,12 +63,14 @@ class Checkpoint:
                 raise UserError(f"{self.path}: no tensor is as large as {name} {size} of {self.config_name}")
 
 
-def check_supported(config: ModelConfig, supported: Mapping[str, object], target: str) -> None:
-    """Raise UserError, naming the fields, if a config has other values than the only ones that a format supports."""
+def check_supported(config: ModelConfig, supported: Mapping[str, object], target: str, preset: str) -> None:
+    """Raise UserError, naming the fields, if a config has other values than the only ones that a format supports.
+
+    preset: One that the format supports, for the hint.
+    """
     values = config.model_dump(include=set(supported))
     other = [f"{name}: {value}" for name, value in values.items() if value != supported[name]]
     if other:
-        preset = "small-portable" if target == "transformers" else "two-stage"
         raise UserError(f"{target} does not support {', '.join(other)}; fine-tune as --preset {preset}")
 
 

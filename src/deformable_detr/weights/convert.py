@@ -81,7 +81,7 @@ def write(model: DeformableDETRNetwork, to: Format, folder: Path, card_data: Mod
 def portability_note(config: ModelConfig) -> str | None:
     """Return a warning for a network that cannot be converted to transformers, or None."""
     try:
-        check_supported(config, SUPPORTED, "transformers")
+        check_supported(config, SUPPORTED, "transformers", "small-portable")
     except UserError:
         return "note: this network cannot be converted to transformers; one trained with --preset small-portable can"
     return None

@@ -118,7 +118,8 @@ def _coco_names() -> tuple[str, ...]:
 
 def write_args(config: ModelConfig) -> argparse.Namespace:
     """Return the official code's settings for a network. Raises UserError if it cannot express the network."""
-    check_supported(config, {**SUPPORTED, "activation": "relu", "backbone_shape": None}, "the official code")
+    supported = {**SUPPORTED, "activation": "relu", "backbone_shape": None}
+    check_supported(config, supported, "the official code", "two-stage")
     if config.num_feature_levels == 2:
         raise UserError("the official code does not support num_feature_levels: 2")
     backbone = config.backbone.split(".")[0]

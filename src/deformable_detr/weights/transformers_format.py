@@ -110,7 +110,7 @@ def read_config(described: Mapping[str, Any], processor_fields: Mapping[str, Any
 def write_config(model: DeformableDETRNetwork) -> dict[str, Any]:
     """Return the transformers config of a model. Raises UserError if transformers lacks a part of it."""
     config = model.config
-    check_supported(config, SUPPORTED, "transformers")
+    check_supported(config, SUPPORTED, "transformers", "small-portable")
     names = config.class_names or default_class_names(config.num_classes)
     return {
         "architectures": ["DeformableDetrForObjectDetection"],

@@ -16,9 +16,9 @@ from ...utils.files import write_text
 from ...utils.images import TRANSPOSED_ORIENTATIONS
 from ..discovery import ROBOFLOW
 from ..issues import OVERHANG
-from ..records import MaskBox, is_int64, record_name
+from ..records import ImageRecord, MaskBox, is_int64, record_name
 from . import Report
-from .annotations import ImageRecord, Split
+from .annotations import Split
 from .boxes import box_overhang, clip_boxes, object_limits, wrong_unit
 
 # Issue types whose record is dropped. The objects of a dropped image are dropped too.
