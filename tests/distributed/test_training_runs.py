@@ -43,8 +43,12 @@ def test_two_processes_train_like_one(runs):
     assert processes[0].results["ddp"]["result"]["images_seen"] == 14
     single, distributed = ([record["loss"] for record in lines(folder / name, "train")] for name in ("single", "ddp"))
     assert distributed == pytest.approx(single, rel=1e-3)
-    first, second = weights(folder / "single"), weights(folder / "ddp")
-    assert all(torch.allclose(value, second[name], atol=1e-3) for name, value in first.items())
+    # A group norm of one channel per group follows these biases: their gradient is 0 but for rounding.
+    noise = {f"projections.levels.{level}.0.bias" for level in range(2)}
+    first, second = (
+        {name: value for name, value in weights(folder / run).items() if name not in noise} for run in ("single", "ddp")
+    )
+    torch.testing.assert_close(second, first, atol=1e-3, rtol=0)
 
 
 def test_only_rank_zero_logs_and_writes(runs):
