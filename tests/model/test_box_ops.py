@@ -3,7 +3,7 @@ import torch
 import torchvision
 from torchvision.ops import box_convert
 
-from deformable_detr.model.box_ops import generalized_box_iou, upcast
+from deformable_detr.model.box_ops import generalized_box_iou
 from tests.support.training import random_boxes
 
 
@@ -33,8 +33,3 @@ def test_giou_of_zero_area_boxes_is_finite(other):
 def test_torchvision_giou_of_zero_area_boxes_is_nan():
     point = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
     assert torchvision.ops.generalized_box_iou(point, point).isnan().all()
-
-
-def test_upcast_widens_half_precision_only():
-    assert upcast(torch.ones(1, dtype=torch.bfloat16)).dtype == torch.float32
-    assert upcast(torch.ones(1, dtype=torch.float64)).dtype == torch.float64

@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..utils.dtype import upcast
+
 _MIN_AREA = 1e-8  # far below any real box, far above where float32 divisions overflow
-
-
-def upcast(values: Tensor) -> Tensor:
-    """Return the values in at least float32, for arithmetic that half precision rounds away or overflows."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def generalized_box_iou(boxes: Tensor, others: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import ModelConfig
-from .box_ops import upcast
+from ..utils.dtype import upcast
 from .layers import MLP
 
 PRIOR_LOGIT = -math.log(99)  # class bias for an initial probability of 1% (focal prior; RetinaNet, section 4.1)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import ModelConfig
+from ..utils.dtype import upcast
 from .attention import DeformableAttention
 from .backbone import Backbone, InputProjection, pixel_statistics
-from .box_ops import upcast
 from .decoder import Decoder, DenoisingQueries, Queries
 from .encoder import Encoder
 from .geometry import FlattenedFeatures, get_valid_ratios

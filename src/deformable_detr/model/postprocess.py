@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..structures import Category, Detections
-from .box_ops import upcast
+from ..utils.dtype import upcast
 
 
 class ScoredBoxes(NamedTuple):

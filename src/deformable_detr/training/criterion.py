@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config.schema import TrainConfig
-from ..model.box_ops import box_iou, generalized_box_iou, upcast
+from ..model.box_ops import box_iou, generalized_box_iou
+from ..utils.dtype import upcast
 from .matcher import HungarianMatcher, Matches, PackedTargets, Predictions, focal_terms
 
 LOSS_NAMES = ("loss_class", "loss_bbox", "loss_giou")

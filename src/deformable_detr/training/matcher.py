@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config.schema import TrainConfig
-from ..model.box_ops import generalized_box_iou, upcast
+from ..model.box_ops import generalized_box_iou
 from ..structures import Target
+from ..utils.dtype import upcast
 
 _NON_FINITE_COST = 1e6  # replaces NaN and infinity, which scipy refuses; the loss of such a pair is not finite either
 
