@@ -58,7 +58,7 @@ class DeformableDETR(DeformableDETRNetwork):
         return push(self, repo_id, **options)
 
     def optimize(self, precision: str = "fp32", compile: bool = False) -> OptimizedDetector:
-        """Return a copy for inference that is faster, needs less memory and has the same outputs.
+        """Return a faster copy for inference that needs less memory. `pred_logits` and `pred_boxes` stay the same.
 
         Args:
             precision: "fp32", or "bf16" if the processor supports it.

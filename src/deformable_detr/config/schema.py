@@ -276,7 +276,7 @@ class TrainConfig(ConfigSection):
     focal_gamma: NonNegativeFloat = 2.0
     """Gamma of the focal loss."""
     auxiliary_loss: bool = True
-    """Also apply the losses to each intermediate decoder layer."""
+    """Also apply the losses to each intermediate decoder layer. The denoising loss always applies to all layers."""
 
     class_loss: Literal["focal", "mal"] = "focal"
     """Classification loss: focal (paper), or mal with IoU-aware targets (DEIM)."""

@@ -1,4 +1,4 @@
-"""Image and box transforms of training and evaluation (paper, appendix A.4).
+"""Image and box transforms of training and evaluation (DETR, section 4).
 
 Images are uint8 (3, H, W). Boxes are (cx, cy, w, h) in 0..1 of the image, so a resize does not change them.
 Random choices come from PyTorch's global CPU generator.

@@ -37,6 +37,7 @@ class Backbone(nn.Module):
         self.body = body.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Return the maps (B, channels[l], H_l, W_l) of pixels (B, 3, H, W), finest first."""
         if not torch.compiler.is_exporting():  # the runtime of an exported graph chooses its own layout
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         if not self.body.training or len(pixels) > 1 or max(pixels.shape[2:]) > STRIDES[-1]:
@@ -70,6 +71,7 @@ class InputProjection(nn.Module):
         self.levels.to(memory_format=torch.channels_last)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Return L maps (B, C, H_l, W_l) from the backbone's maps, finest first."""
         maps = [_project(level, x) for level, x in zip(self.levels, features, strict=False)]
         x = features[-1]
         for level in self.levels[len(features) :]:

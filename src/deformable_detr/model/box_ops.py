@@ -11,6 +11,8 @@ _MIN_AREA = 1e-8  # far below any real box, far above where float32 divisions ov
 def generalized_box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Return the generalized IoU of each pair of boxes (Rezatofighi et al. 2019, equation 1), in −1..1.
 
+    Unlike torchvision's: cxcywh, elementwise with broadcasting, not all pairs.
+
     Args:
         boxes: (..., 4) cxcywh in 0..1.
         others: (..., 4), of a shape that broadcasts with `boxes`.
@@ -22,7 +24,7 @@ def generalized_box_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Return the IoU of each pair of boxes, in 0..1; arguments as in `generalized_box_iou`."""
+    """Return the IoU of each pair of boxes, in 0..1. Unlike torchvision's: arguments as in `generalized_box_iou`."""
     intersection, union, _ = _areas(boxes, others)
     return intersection / union.clamp(min=_MIN_AREA)
 

@@ -94,6 +94,7 @@ class DecoderLayer(nn.Module):
         attn_mask: Tensor | None = None,
         return_attention: bool = False,
     ) -> tuple[Tensor, SamplingDetails | None]:
+        """Update queries (B, Q, C) from the memory (B, S, C) around reference points (B, Q, L, 2 or 4)."""
         pre = self.pre_norm
         x = self.norm1(queries) if pre else queries
         queries = queries + self.dropout(self.self_attn(x, query_position, attn_mask))
@@ -146,7 +147,7 @@ class Decoder(nn.Module):
         """
         content, position, reference_points = queries
         all_logits, all_boxes, all_references, all_details = [], [], [], []
-        base_boxes = reference_points  # deltas are added to them; with look_forward_twice they carry a gradient
+        base_references = reference_points  # deltas are added to them; with look_forward_twice they carry a gradient
         for index, layer in enumerate(self.layers):
             if self.position_head is not None:
                 encoding = box_encoding(reference_points, content.shape[-1] // 2)
@@ -161,13 +162,13 @@ class Decoder(nn.Module):
             else:
                 content, details = layer(*inputs)
             logits, deltas = self.heads(self.norm(content), index)
-            boxes = refine_boxes(deltas, base_boxes)
+            boxes = refine_boxes(deltas, base_references)
             all_logits.append(logits)
             all_boxes.append(boxes)
             all_references.append(reference_points)
             all_details.append(details)
             if self.refine:  # gradients stay in a layer (appendix A.4) or reach the one before (DINO, section 3.5)
                 keep_gradient = self.look_forward_twice and torch.is_grad_enabled()
-                base_boxes = refine_boxes(deltas, reference_points) if keep_gradient else boxes.detach()
+                base_references = refine_boxes(deltas, reference_points) if keep_gradient else boxes.detach()
                 reference_points = boxes.detach()
         return torch.stack(all_logits), torch.stack(all_boxes), all_references, all_details if return_attention else []

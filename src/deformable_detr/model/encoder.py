@@ -32,6 +32,7 @@ class EncoderLayer(nn.Module):
         padding_mask: Tensor | None,
         return_attention: bool = False,
     ) -> tuple[Tensor, SamplingDetails | None]:
+        """Update tokens (B, S, C) from each other around reference points (B, S, L, 2)."""
         x = self.norm1(tokens) if self.pre_norm else tokens
         x, details = self.self_attn(x + position, reference_points, x, spatial_shapes, padding_mask, return_attention)
         tokens = tokens + self.dropout(x)

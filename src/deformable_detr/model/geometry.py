@@ -70,9 +70,9 @@ def proposal_anchors(
 
 
 def refine_boxes(deltas: Tensor, reference_points: Tensor) -> Tensor:
-    """Add deltas (…, 4) in logit space to points (…, 2) or boxes (…, 4): boxes (…, 4) (appendix A.4).
+    """Add deltas (…, 4) in logit space to points (…, 2) or boxes (…, 4): boxes (…, 4).
 
-    For points, the last two deltas are the size itself.
+    For points, the last two deltas are the size itself (appendix A.3). Boxes are refined as in appendix A.4.
     """
     logits = inverse_sigmoid(reference_points)
     if logits.shape[-1] == 2:

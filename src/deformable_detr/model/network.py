@@ -53,7 +53,7 @@ class DeformableDETRNetwork(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
 
     def _reset_parameters(self) -> None:
-        """Initialize all matrices of the transformer by Xavier; parts with their own initialization come last."""
+        """Initialize the matrices of encoder, decoder layers and query part by Xavier, then parts with other rules."""
         query_part = self.proposals if self.config.two_stage else self.reference_points
         for part in (self.encoder, self.decoder.layers, query_part):
             for parameter in part.parameters():

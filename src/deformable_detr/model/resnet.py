@@ -1,4 +1,4 @@
-"""ResNets of any depth and width (He et al. 2015), for weights of shapes that timm has no name for."""
+"""ResNets of any depth and width (He et al. 2015), for checkpoints whose ResNet has no timm name."""
 
 from torch import Tensor, nn
 

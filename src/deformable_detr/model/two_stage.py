@@ -33,7 +33,7 @@ class TwoStageProposals(nn.Module):
     def embed_boxes(self, boxes: Tensor, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return position and content (B, Q, C) of boxes (B, Q, 4); None for a part that does not come from the box.
 
-        like: A tensor (…, C) of the result's dtype.
+        like: A tensor (…, C) that gives C and the result's dtype.
         """
         if not (self.position_from_box or self.content_from_box):
             return None, None

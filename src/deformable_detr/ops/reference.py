@@ -11,7 +11,7 @@ Shapes = Sequence[tuple[int, int]]  # (height, width) per level
 
 
 class OpInputs(NamedTuple):
-    """The arguments of every faster backend, in shapes that `operators` has checked.
+    """The arguments of every faster backend. `operators._check` has validated their shapes.
 
     For `deformable_attention`, `offsets` and `logits` are sampling offsets and attention logits. For `sample_and_sum`,
     they are sampling locations in 0..1 and attention weights, and `reference_points` is None.
@@ -58,7 +58,7 @@ def sampling_locations(spatial_shapes: Shapes, reference_points: Tensor, samplin
     Args:
         spatial_shapes: (height, width) per level.
         reference_points: (B, Q, L, 2) points; offsets are then in pixels of the level (equation 3). Or (B, Q, L, 4)
-            boxes (cx, cy, w, h); offsets are then in units of half the box divided by P (appendix A.4).
+            boxes (cx, cy, w, h); the location is center + offset / P · size / 2 (appendix A.4).
         sampling_offsets: (B, Q, M, L, P, 2).
     """
     P = sampling_offsets.shape[-2]

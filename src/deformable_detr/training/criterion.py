@@ -1,4 +1,6 @@
-"""The set criterion: class loss (focal or matchability-aware), L1 and GIoU loss, for all layers at once (appendix A.4).
+"""The set criterion: class loss (focal or matchability-aware), L1 and GIoU loss, for all layers at once.
+
+Sources: section 5 (focal loss) and DETR, sections 3.1 (box losses) and 3.2 (losses of each layer).
 
 Dimensions as in `matcher`: B images, Q queries, K classes, N objects of the whole batch, "pairs" matched per layer.
 """
@@ -135,6 +137,7 @@ def negative_class_loss(logits: Tensor, config: TrainConfig) -> Tensor:
     if config.class_loss == "focal":
         return focal_terms(logits, config.focal_alpha, config.focal_gamma)[1]
     log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
+    # Unlike the reference code, p^γ is differentiated.
     return -torch.exp(MAL_GAMMA * log_p) * log_not_p
 
 
