@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deformable_detr.export import ExportOptions, export, export_model, load_exported
+from deformable_detr.export.formats import write_file
 from deformable_detr.export.verify import example_inputs, max_differences
 from deformable_detr.runtimes.metadata import ExportMetadata
 from deformable_detr.utils.errors import UserError
@@ -58,6 +59,11 @@ def test_report(exported, file):
 
 def test_any_batch_and_size(model, file):
     assert_outputs_match(model, load_exported(file), SIZES)
+
+
+def test_unknown_target_is_refused(file, tmp_path):
+    with pytest.raises(ValueError, match="unknown export target 'tflite'"):
+        write_file("tflite", None, tmp_path / "tiny.tflite", load_exported(file).metadata)
 
 
 def test_openvino(model, converted, tmp_path):

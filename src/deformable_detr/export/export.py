@@ -70,7 +70,7 @@ def export_model(
     options: ExportOptions | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> ExportResult:
-    """Write a model as a file for another runtime. Nothing is written if the file's outputs differ from the model's.
+    """Write a model as a file for another runtime, unless its outputs (fp32) or AP (fp16, int8) differ too much.
 
     Args:
         model: Not changed.

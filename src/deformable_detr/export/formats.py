@@ -22,6 +22,8 @@ def write_file(to: str, graph: Any, path: Path, metadata: ExportMetadata) -> Non
     if to == "onnx":
         need("onnx").save(graph, path)
         return
+    if to != "openvino":
+        raise ValueError(f"unknown export target {to!r}")
     openvino = need("openvino")
     converted = openvino.Core().read_model(graph.SerializeToString())  # `convert_model` would send telemetry
     for key, text in strings.items():
