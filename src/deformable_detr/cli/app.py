@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit.
 
     Exit codes: 0 success, 1 the demo's AP50 is too low, 2 user error, 130 interrupted (Ctrl-C), 141 the reader of
-    standard output is gone, as after `| head`.
+    standard output is gone, as after `| head`, 143 terminated (SIGTERM).
 
     Args:
         arguments: Command-line arguments. Default: those of the process.

@@ -17,7 +17,7 @@ def check(
     json: JsonFile = None,
     settings: dict[str, Any],
 ) -> None:
-    """Find the errors of a dataset. The exit code is 2 if training could not use it.
+    """Find the errors of a dataset. The exit code is 2 if training would fail or the test split is unusable.
 
     Args:
         fix: Empty folder for a repaired copy; the dataset itself is not changed.

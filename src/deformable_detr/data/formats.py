@@ -13,7 +13,10 @@ from .yolo import find_yaml, find_yolo, find_yolo_without_yaml
 
 
 def find_source(root: Path, split: str, data: DataConfig) -> Source:
-    """Find one split of the dataset at `root`: COCO JSON, otherwise YOLO, otherwise Pascal VOC.
+    """Find one split of the dataset at `root`.
+
+    Tried in this order: COCO JSON whose name or setting is certain, YOLO with a data.yaml, Pascal VOC, YOLO without
+    one, and any other file that `find_annotations` finds.
 
     Raises:
         UserError: There is no such split.
