@@ -19,7 +19,7 @@ def check_dataset(data: Path, config: Config, fix: Path | None, report: Path | N
     """Print the issues of a dataset, and write a repaired copy and reports where asked for.
 
     Returns:
-        Whether training can use the dataset, or its repaired copy.
+        Whether the dataset, or its repaired copy, has no errors.
 
     Raises:
         UserError: The dataset cannot be read at all, or an output cannot be written.
@@ -41,7 +41,7 @@ def split_dataset(data: Path, out: Path, config: Config, options: SplitOptions) 
     """Write a repaired copy of a dataset with a validation split.
 
     Returns:
-        Whether training can use the copy.
+        Whether the copy has no errors.
 
     Raises:
         UserError: The dataset already has the split or too few images, or `out` cannot be written.
@@ -88,7 +88,7 @@ def _write_reports(issues: Report, report: Path | None, json: Path | None) -> No
 
 
 def _check_copy(kind: str, issues: Report, copy: Path, changes: list[Change], config: Config) -> bool:
-    """Validate a copy and print what remains; return whether training can use it."""
+    """Validate a copy and print what remains; return whether it has no errors."""
     data = config.data.replace(images=None, annotations=None, val_images=None, val_annotations=None)
     remaining = validate(copy, data, config.model.image_size, config.model.long_side, progress=True)
     (images, objects), (images_left, objects_left) = _counts(issues), _counts(remaining)
