@@ -301,7 +301,7 @@ def test_all_formats_at_any_size(kind, tmp_path):
 @pytest.mark.parametrize("sampling", ["grid_sample", "gather"])
 @pytest.mark.parametrize("preset", ["small", "two-stage", "multi-scale"])
 def test_full_size(kind, sampling, preset, tmp_path):
-    """Batches of 1 and 5 at three sizes."""
+    """Batches 1, 2, 5 and 8 at three sizes."""
     from deformable_detr.config import presets
     from deformable_detr.detector import DeformableDETR
     from tests.support.models import randomized
@@ -315,7 +315,7 @@ def test_full_size(kind, sampling, preset, tmp_path):
     export_model(model, path, kind, ExportOptions(sampling=sampling))
     exported = load_exported(path, "cpu")
     for height, width in ((256, 320), (203, 331), (319, 161)):
-        for count in (1, 5):
+        for count in (1, 2, 5, 8):
             pixels, mask, expected = example_inputs(model, count, height, width)
             logits, boxes = max_differences(expected, exported(pixels, mask))
             assert logits <= 1e-3, (count, height, width)
