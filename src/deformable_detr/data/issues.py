@@ -139,6 +139,7 @@ class Issue:
         box: xywh in pixels of that image.
         split: Name of the split, if known.
         other: The second image of a pair.
+        objects: Objects in the files that are left out because of it and that the split does not count.
     """
 
     code: str
@@ -152,6 +153,7 @@ class Issue:
     box: tuple[float, ...] | None = None
     split: str = ""
     other: Path | None = None
+    objects: int = 0
 
     def __post_init__(self) -> None:
         default = ISSUE_TYPES[self.code].hint
@@ -183,6 +185,7 @@ class Issue:
         if self.position >= 0:
             values |= {"section": self.section, "position": self.position}
         values |= {key: str(path) for key, path in (("image", self.image), ("other", self.other)) if path is not None}
+        values |= {"objects": self.objects} if self.objects else {}
         return values | ({"box": list(self.box)} if self.box is not None else {})
 
 

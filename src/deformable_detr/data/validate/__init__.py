@@ -45,6 +45,11 @@ class Report:
                 yield f"{severity} {code}: {len(group) - limit} more"
 
     @property
+    def left_out(self) -> int:
+        """Number of objects in the files that no split counts, because their records cannot be read."""
+        return sum(issue.objects for issue in self.issues)
+
+    @property
     def summary(self) -> str:
         """One line with the numbers of images, objects and issues."""
         sizes = [f"{s.name} {len(s.images)} images, {len(s.positions)} objects" for s in self.splits]
@@ -52,7 +57,8 @@ class Report:
         counts = [f"{total} {severity}{'s' * (total != 1)}" for severity, total in totals.items()]
         decoded, images = self.coverage.decoded, self.coverage.images
         partial = "" if decoded == images else f" ({decoded} of {images} images decoded)"
-        return f"{'; '.join(sizes) or self.root}{partial}: {', '.join(counts)}"
+        lost = f"; {self.left_out} objects left out" if self.left_out else ""
+        return f"{'; '.join(sizes) or self.root}{lost}{partial}: {', '.join(counts)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole report as a dict for JSON."""
