@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image, features
 
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.dataset import ensure_distinct_splits, open_dataset
-from deformable_detr.data.discovery import IMAGE_SUFFIXES, is_image
+from deformable_detr.data.discovery import is_image
+from deformable_detr.data.matching import IMAGE_SUFFIXES
 from deformable_detr.predict.predictor import folder_images
 from deformable_detr.utils.errors import UserError
 from deformable_detr.utils.images import read_image, read_size
@@ -179,10 +181,6 @@ def test_explicit_files(tmp_path, monkeypatch):
         ({"annotations": "a.json", "images": "x"}, r"data\.images: x is neither in .* nor in the working directory"),
         ({"annotations": "a.json", "images": "a.json"}, r"data\.images: .*a\.json is not a folder"),
         ({"annotations": "photos", "images": "photos"}, "photos: Is a directory"),
-        (
-            {"annotations": "a.json"},
-            r"names the image 'a\.png', which is missing in .*; put the images there or set data\.images",
-        ),
     ],
 )
 def test_invalid_explicit_files(tmp_path, data, message):
@@ -190,6 +188,15 @@ def test_invalid_explicit_files(tmp_path, data, message):
     with pytest.raises(UserError, match=message):
         read_split(tmp_path, "train", **data)
     assert read_split(tmp_path, "train", annotations="a.json", images="photos") == ["a.png"]
+
+
+def test_images_in_another_folder(tmp_path):
+    write_coco(tmp_path / "a.json", tmp_path / "photos/2024", ["a.png", "b.png"])
+    assert open_dataset(tmp_path, data=DataConfig(annotations="a.json")).image_folder == tmp_path / "photos/2024"
+    shutil.rmtree(tmp_path / "photos")
+    message = r"names the image 'a\.png', which is missing in .*; put the images there or set data\.images"
+    with pytest.raises(UserError, match=message):
+        read_split(tmp_path, "train", annotations="a.json")
 
 
 def test_no_validation_split(tmp_path):

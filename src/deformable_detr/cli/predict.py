@@ -74,7 +74,8 @@ def find_sources(sources: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: A source does not exist, or a folder has no images or videos.
     """
-    from ..predict.predictor import IMAGE_SUFFIXES, folder_images
+    from ..data.matching import IMAGE_SUFFIXES
+    from ..predict.predictor import folder_images
     from ..predict.video import VIDEO_SUFFIXES
 
     files: list[Path] = []

@@ -5,27 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
 from typing import NoReturn
-from urllib.parse import unquote
 
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
+from .matching import IMAGE_SUFFIXES, match_names
 
-IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png"}
-    | {".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
-)
 SPLIT_ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 ROBOFLOW = "_annotations.coco.json"
 DEFAULT = "instances_default.json"  # CVAT's and Datumaro's name for a dataset without splits
-
-Listing = Callable[[Path], frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -161,53 +153,26 @@ def find_image_folder(annotations: Path, root: Path, split: str, data: DataConfi
     best = max(folders, key=counts.__getitem__)
     missing: dict[str, str] = {}
     if counts[best] < len(unique):
-        if not counts[best]:
-            best = max(folders, key=lambda folder: len(_likely_files(names, names, folder, listing)))
-        missing = _missing_files(names, best, listing)
+        likely = _likely_files(unique, best)
+        for folder in folders if not counts[best] else ():
+            if len(other := _likely_files(unique, folder)) > len(likely):
+                best, likely = folder, other
+        # All images may be in one more folder.
+        heads = {file.removesuffix(name) if file.endswith(f"/{name}") else "" for name, file in likely.items()}
+        if len(likely) == len(unique) and len(heads) == 1 and (head := heads.pop()):
+            best, likely = best / head, {}
+        # A file system that ignores case or normalizes accents opens files that its listing does not show.
+        absent = [name for name in unique if not os.path.isfile(best / name)]
+        missing = {name: likely.get(name, "") for name in absent}
     used = {os.path.basename(missing.get(name) or name) for name in names}
     unlisted = sorted(name for name in listing(best) if is_image(name) and name not in used)
     return ImageFolder(best, missing, unlisted, tuple(folders), option)
 
 
-def _missing_files(names: Sequence[str], folder: Path, listing: Listing) -> dict[str, str]:
-    missing = [name for name in names if os.path.basename(name) not in listing(folder / os.path.dirname(name))]
-    # A file system that ignores case or normalizes accents opens files that its listing does not show.
-    missing = [name for name in missing if not os.path.isfile(folder / name)]
-    return dict.fromkeys(missing, "") | _likely_files(missing, names, folder, listing)
-
-
-def _likely_files(missing: Sequence[str], names: Sequence[str], folder: Path, listing: Listing) -> dict[str, str]:
-    """Map file names to existing files that they likely mean.
-
-    Tried: / for \\, a space for %20, the name without its path, other case or accents, any suffix. A file counts only
-    if no other record names it and no other file is as likely.
-    """
-
-    @cache
-    def files_by_folded_name(head: str) -> dict[str, list[str]]:
-        files: dict[str, list[str]] = {}
-        for file in filter(is_image, listing(folder / head)):
-            for key in (file, os.path.splitext(file)[0]):
-                files.setdefault(_folded(key), []).append(file)
-        return files
-
-    likely: dict[str, str] = {}
-    for name in dict.fromkeys(missing):
-        path = name.replace("\\", "/")
-        variants = (path, unquote(path), os.path.basename(path), os.path.basename(unquote(path)))
-        matches = [v for v in variants if v != name and os.path.basename(v) in listing(folder / os.path.dirname(v))]
-        for variant in () if matches else dict.fromkeys(variants):
-            head, tail = os.path.split(variant)
-            files = files_by_folded_name(head).get(_folded(tail), [])
-            matches += [os.path.join(head, file) for file in files] if len(files) == 1 else []
-        if matches:
-            likely[name] = matches[0]
-    uses = Counter([*names, *likely.values()])
-    return {name: file for name, file in likely.items() if uses[file] == 1}
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
+def _likely_files(names: set[str], folder: Path) -> dict[str, str]:
+    """Map names without a file to images below the folder that no name means exactly; see `match_names`."""
+    files = {str(file) for path in walk_folder(folder) if is_image(file := path.relative_to(folder))}
+    return match_names(names - files, files - names)
 
 
 def configured_annotations(split: str, data: DataConfig) -> str | None:

@@ -42,10 +42,6 @@ _ERRORS = {
     "image-record": ("An image record lacks its id or file name", "Complete or remove the record"),
     "image-id-duplicate": ("Two images share an id, so their boxes are mixed up", "Give each image its own id"),
     "image-missing": ("The file of a listed image is missing", "Add the file or remove the record"),
-    "image-name": (
-        "A file name has \\ for /, %20 for a space, a path of another machine, other capitals or accents, or no suffix",
-        "Write the name of the file",
-    ),
     "image-unreadable": (
         "A file is truncated, empty, not an image, or exceeds 89 megapixels", "Replace it or remove its record",
     ),
@@ -70,6 +66,10 @@ _ERRORS = {
     "no-training-objects": ("The training split has no usable objects", "Label its images"),
 }  # fmt: skip
 _WARNINGS = {
+    "image-name": (
+        "A file name differs in case, accents, suffix, folder or separators; the only similar file is used",
+        "Rename the file or its record, for example with deformable-detr check --fix",
+    ),
     "image-size": (
         "The size in a record differs from the file; boxes are read as pixels of the file",
         "Correct the record, or scale the boxes if the image was resized after labeling",

@@ -222,8 +222,7 @@ class _RecordReader:
             likely = folder.missing.get(image.name)
             message = f"names the image {image.name!r}, which is missing in {folder.path}"
             if likely:
-                self._report("image-name", "images", image.position, f"{message}, where {likely!r} is",
-                             "write the name of the file, for example with deformable-detr check --fix")  # fmt: skip
+                self._report("image-name", "images", image.position, f"{message}: {likely!r} is read instead")
                 image.name = likely
             elif likely is not None:
                 self._report("image-missing", "images", image.position, message, hint)

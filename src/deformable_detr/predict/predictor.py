@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..config.schema import ModelConfig
 from ..data.dataloader import pad_images
-from ..data.discovery import IMAGE_SUFFIXES, is_hidden
+from ..data.discovery import is_hidden
+from ..data.matching import IMAGE_SUFFIXES
 from ..data.transforms import resize
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..structures import Category, Detections

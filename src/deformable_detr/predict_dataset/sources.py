@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..data.discovery import IMAGE_SUFFIXES, is_hidden, is_image
+from ..data.discovery import is_hidden, is_image
+from ..data.matching import IMAGE_SUFFIXES
 from ..utils.errors import UserError, first_line
 from ..utils.images import decode_image, read_image
 from .filesystem import is_local, resolve_url, to_url, walk_files

@@ -41,7 +41,7 @@ def test_replaced_image_files(tmp_path):
         root = write_coco_dataset(tmp_path / str(number))
         make(root / "train/a.png")
         message = assert_issues(root, expected, "a.png")
-        assert number != 4 or "where 'A.PNG' is" in message
+        assert number != 4 or "'A.PNG' is read instead" in message
 
 
 def test_copied_images(tmp_path):

@@ -177,8 +177,7 @@ def test_file_names_of_other_systems_are_fixed(tmp_path, capsys):
         (root / "annotations").mkdir(exist_ok=True)
         (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
     assert issue_codes(root) == {"image-name"}
-    with pytest.raises(UserError, match=r"'my%20a\.png', which is missing in .*, where 'my a\.png' is"):
-        open_dataset(root)
+    assert len(list(open_dataset(root))) == len(OBJECTS["train"])
     code, out_text, _ = run_check(capsys, root, "--fix", tmp_path / "copy")
     assert code == 0
     assert "remaining: error" not in out_text
