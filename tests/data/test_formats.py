@@ -289,7 +289,7 @@ def test_voc_dataset_without_objects_is_rejected(tmp_path):
     write_voc_dataset(tmp_path)
     for path in (tmp_path / "Annotations").glob("*.xml"):
         path.write_text("<annotation/>")
-    with pytest.raises(UserError, match="none of its XML files has an object, so there is no class"):
+    with pytest.raises(UserError, match="none of its files has an object, so there is no class"):
         open_dataset(tmp_path)
 
 

@@ -300,6 +300,16 @@ VOC = {
     "corners swapped": (xml(XML.replace("<xmin>5<", "<xmin>39<")), {"box-degenerate"}, ""),
     "no size": (xml(XML.replace("<width>40</width>", "<width>0</width>")), set(), ""),
     "wrong size": (xml(XML.replace("<width>40</width>", "<width>50</width>")), {"image-size"}, ""),
+    "published dataset with a corner at 0": (
+        xml(XML.replace("<size>", "<source><database>The VOC2007 Database</database></source><size>", 1)
+            .replace("<xmin>5<", "<xmin>0<")),
+        {"pixel-origin-unclear"}, "",
+    ),
+    "rotated box": (
+        xml(XML.replace("</bndbox>", "</bndbox><attributes><attribute><name>rotation</name><value>10</value>"
+                        "</attribute></attributes>")),
+        {"box-rotated"}, "",
+    ),
     "no XML": (lambda root: (root / "Annotations/a.xml").unlink(), {"label-unreadable"} | LOST, "Annotations/a.xml"),
     "no image": (lambda root: (root / "JPEGImages/a.jpg").unlink(), {"image-missing"} | LOST, "line 1"),
     "no list": (lambda root: (root / "ImageSets/Main/val.txt").unlink(), {"split-missing"}, "val.txt"),

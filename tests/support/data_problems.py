@@ -15,7 +15,7 @@ from tests.support.datasets import SIZE, write_coco_dataset, write_image
 SIZES = {"image_size": 64, "long_side": 107}
 TRAIN = "train/_annotations.coco.json"
 VAL = "valid/_annotations.coco.json"
-ALWAYS_REPORTED = {"class-rare", "image-empty"}  # every small test dataset has these
+ALWAYS_REPORTED = {"class-rare", "image-empty", "pixel-origin"}  # every small test dataset has these
 
 
 def check_report(root, depth="full", **data):

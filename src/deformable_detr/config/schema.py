@@ -185,6 +185,8 @@ class DataConfig(ConfigSection):
     """Folder of the validation images, as for images."""
     val_annotations: str | None = None
     """COCO JSON of the validation images, as for annotations."""
+    voc_origin: Literal[0, 1] | None = None
+    """Pascal VOC: number of the first pixel. If omitted, the files decide."""
     min_visibility: Fraction = 0.0
     """Redraw a crop that leaves less than this fraction of any object's area."""
     color_jitter_prob: Fraction = 0.0

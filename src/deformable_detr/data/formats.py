@@ -37,7 +37,7 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
         file, error = root, coco_error
     if (yaml := find_yaml(root)) is not None:
         return find_yolo(yaml, split)
-    if (voc := find_voc(root, split, (data.train_split, data.val_split, "test"))) is not None:
+    if (voc := find_voc(root, split, (data.train_split, data.val_split, "test"), data.voc_origin)) is not None:
         return voc
     if (yolo := find_yolo_without_yaml(root, split)) is not None:
         return yolo

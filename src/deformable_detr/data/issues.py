@@ -78,6 +78,9 @@ _WARNINGS = {
         "A record has the size before the EXIF rotation; images are read upright, so its boxes may be rotated",
         "Rotate the boxes, or store the image upright and label it again",
     ),
+    "pixel-origin-unclear": (
+        "The XML files conflict on whether pixels count from 0 or from 1", "Set data.voc_origin to 0 or 1",
+    ),
     "image-dim": (
         "A 16-bit gray image uses at most 12 bits and is almost black",
         "Scale its values to 0..65535, or save it with 8 bits",
@@ -99,6 +102,7 @@ _WARNINGS = {
     "box-from-mask": (
         "Objects have a mask but no box; the extent of the mask is used", "None needed if the masks are complete",
     ),
+    "box-rotated": ("Boxes are rotated; the upright box around each is used", "None needed"),
     "box-degenerate": ("A box has no width or height; training skips it", "Correct or remove it"),
     "box-outside": ("A box lies outside its image; training skips it", "Correct or remove it"),
     "box-overhang": (f"A box exceeds its image by over {OVERHANG:g} pixels; training clips it", "Correct it"),
@@ -112,6 +116,7 @@ _WARNINGS = {
 _NOTES = {
     "image-copy": ("Two files of a split hold the same image", "Keep one"),
     "image-empty": ("An image has no objects and is used as background", "None needed if this is correct"),
+    "pixel-origin": ("Whether the pixels of Pascal VOC files count from 0 or 1", "None needed if this is correct"),
     "images-unlisted": ("The folder has images without a record", "Label them, or leave them"),
     "class-not-in-val": ("A training class has no validation objects, so it gets no AP", "Add validation images"),
     "class-unused": ("A category has no objects in any split", "Remove it, or leave it"),

@@ -56,6 +56,10 @@ class Source(ABC):
     ) -> dict[str, Any]:
         """Build the COCO dict. Formats without category ids take those of `categories` by name."""
 
+    def issues(self, parsed: ParsedAnnotations, cache: AnnotationCache) -> Sequence[Issue]:
+        """Return the issues of the files. Default: those of parsing."""
+        return parsed.issues
+
     def find_images(self, names: Sequence[str]) -> ImageFolder:
         """Find the images by their file names. Default: in `image_root`."""
         return ImageFolder(self.image_root, {name: "" for name in names if not (self.image_root / name).is_file()})
@@ -69,7 +73,7 @@ class Source(ABC):
         """Return the COCO dict and report all issues of the files; see `to_coco`."""
         cache = cache or AnnotationCache()
         parsed = cache.parse(self)
-        for issue in parsed.issues:
+        for issue in self.issues(parsed, cache):
             on_issue(issue)
         return self.to_coco(parsed, categories, cache)
 
@@ -104,7 +108,8 @@ def distinct_val_hint(source: Source, root: Path | str) -> str:
     """Return the hint for a validation split that is also the training split."""
     if source.format == "yolo":
         return f"{split_command_hint(root)}, or name another folder under val in data.yaml"
-    return f"{split_command_hint(root)}, or set data.val_images and data.val_annotations"
+    option = ", or set data.val_images and data.val_annotations" if source.format == "coco" else ""
+    return f"{split_command_hint(root)}{option}"
 
 
 def read_lines(path: Path) -> list[str]:

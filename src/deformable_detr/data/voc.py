@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,32 +16,36 @@ from ..structures import Category
 from ..utils.errors import UserError
 from .discovery import SPLIT_ALIASES, ensure_readable, is_hidden, is_image, label_file, names_other_split, split_aliases
 from .issues import Issue
-from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict, read_lines
+from .named import NamedSource, rotated_boxes, rotated_extent, with_others
+from .source import AnnotationCache, ParsedAnnotations, read_lines
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 
+FRACTIONS = 0.05  # share of boxes with fractional corners; the published VOC2011 and later have a few
+
+
 @dataclass(frozen=True)
-class VocSource(Source):
-    """One split of a Pascal VOC dataset; see `Source`.
+class VocSource(NamedSource):
+    """One split of a Pascal VOC dataset; see `NamedSource`.
 
     Layouts: `JPEGImages/` (or `images/`), `Annotations/` and the list `ImageSets/Main/<split>.txt`; or both folders
-    without a list; or one folder with everything. With a list, pixels are counted from 1 and a box includes both ends,
-    as in the published datasets; otherwise coordinates are used as they are. Difficult objects count like others.
-    Category ids are numbers from 1 in the order of the names, or those of the model's classes with these names.
+    without a list; or one folder with everything. In the published datasets, pixels are counted from 1 and a box
+    includes both ends; most tools write coordinates that can be used as they are. See `pixel_origin`. Difficult objects
+    count like others.
 
     Attributes:
         file: The list, or the folder of the images.
         image_root: Folder of the images.
         annotations: Folder of the XML files.
-        others: The dataset's other splits; the format has no list of classes, so theirs are listed too.
+        origin: Number of the first pixel, 0 or 1. If omitted, the files decide.
     """
 
     file: Path
     image_root: Path
     annotations: Path
-    others: tuple[VocSource, ...] = field(default=(), compare=False)
+    origin: int | None = field(default=None, kw_only=True)
     format: ClassVar[str] = "voc"
 
     @property
@@ -49,30 +56,42 @@ class VocSource(Source):
     def to_coco(
         self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
     ) -> dict[str, Any]:
-        """Return the COCO dict; without `categories`, it lists the classes of all splits."""
-        names = {item["class"] for item in parsed.content["objects"]}
-        if categories is None:
-            names.update(*(source.class_names(cache) for source in self.others))
-        if not names and categories is None:
-            raise UserError(f"{self.file}: none of its XML files has an object, so there is no class; label some first")
-        ordered = sorted(names)
-        ids = dict(zip(ordered, category_ids_by_name(ordered, categories, first=1), strict=True))
-        listed = [{"id": ids[name], "name": name} for name in ordered]
-        listed += [{"id": c.id, "name": c.name} for c in categories or () if c.name not in ids]
-        return coco_dict(parsed, ids, listed)
+        """Return the COCO dict, with pixels counted from 0."""
+        if self._choose_origin(parsed, cache)[0]:
+            shifted = [
+                item | {"bbox": [x - 1, y - 1, w + 1, h + 1]}
+                for item in parsed.content["objects"]
+                for x, y, w, h in (item["bbox"],)
+            ]
+            parsed = replace(parsed, content=parsed.content | {"objects": shifted})
+        return super().to_coco(parsed, categories, cache)
 
-    def class_names(self, cache: AnnotationCache) -> set[str]:
-        """Return the classes of the split's objects; issues are reported when the split itself is read."""
-        try:
-            return {item["class"] for item in cache.parse(self).content["objects"]}
-        except UserError:
-            return set()
+    def issues(self, parsed: ParsedAnnotations, cache: AnnotationCache) -> Sequence[Issue]:
+        """Return the issues of the files, and which pixel origin was chosen."""
+        if not parsed.content["objects"]:
+            return parsed.issues
+        origin, reason, conflict = self._choose_origin(parsed, cache)
+        message = f"counts pixels from {origin}: {reason}"
+        hint = f"check some boxes; if they are off by a pixel, set data.voc_origin={1 - origin}" if conflict else ""
+        code = "pixel-origin-unclear" if conflict else "pixel-origin"
+        return [*parsed.issues, Issue(code, self.file, "", message, hint)]
+
+    def _choose_origin(self, parsed: ParsedAnnotations, cache: AnnotationCache) -> tuple[int, str, bool]:
+        """Return the pixel origin of the whole dataset; see `pixel_origin`."""
+        if self.origin is not None:
+            return self.origin, "data.voc_origin is set", False
+        evidence = Counter(parsed.content["evidence"])
+        for source in self.others:
+            with suppress(UserError):  # reported when that split itself is read
+                evidence.update(cache.parse(source).content["evidence"])
+        return pixel_origin(evidence, self.has_list)
 
     def parse(self) -> ParsedAnnotations:
         """Read the list and the XML files."""
         issues: list[Issue] = []
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
+        evidence: Counter[str] = Counter()
         for path, name in self._files(issues):
             record: dict[str, Any] = {"id": len(images) + 1, "file_name": name}
             images.append(record)
@@ -82,10 +101,17 @@ class VocSource(Source):
             height, width = (_number(root, f"size/{side}") or 0 for side in ("height", "width"))
             if height > 0 and width > 0:
                 record |= {"height": int(height), "width": int(width)}
+            evidence[_tag(root)] += 1
             for index, element in enumerate(root.iter("object")):
                 if (item := self._object(path, index, element, issues)) is not None:
+                    evidence.update(_box_evidence(item["bbox"]))
+                    if degrees := _rotation(element):
+                        item["bbox"] = rotated_extent(item["bbox"], degrees)
+                        evidence["rotated"] += 1
                     objects.append({"image_id": record["id"], **item})
-        return ParsedAnnotations({"images": images, "objects": objects}, issues)
+        if count := evidence["rotated"]:
+            issues.append(rotated_boxes(count, self.file))
+        return ParsedAnnotations({"images": images, "objects": objects, "evidence": evidence}, issues)
 
     def _files(self, issues: list[Issue]) -> list[tuple[Path, str]]:
         """Return the XML file and the image of each record."""
@@ -122,32 +148,58 @@ class VocSource(Source):
         if not name or any(value is None for value in corners):
             record = f"object[{index}]" + (f" ({name!r})" if name else "")
             message = "has no bndbox of four numbers (xmin, ymin, xmax, ymax)" if name else "has no name"
-            issues.append(Issue("label-row", path, record, message, "correct or remove the object"))
+            issues.append(Issue("label-row", path, record, message, "correct or remove the object", objects=1))
             return None
         x0, y0, x1, y1 = (value for value in corners if value is not None)
-        offset = 1 if self.has_list else 0
-        bbox = [x0 - offset, y0 - offset, x1 - x0 + offset, y1 - y0 + offset]
+        bbox = [x0, y0, x1 - x0, y1 - y0]
         return {"class": name, "bbox": bbox, "where": f"{path.name} object[{index}]"}
 
 
-def find_voc(root: Path, split: str, splits: Sequence[str]) -> VocSource | None:
+def pixel_origin(evidence: Mapping[str, int], has_list: bool) -> tuple[int, str, bool]:
+    """Decide whether pixels count from 1, as in the published datasets, or coordinates are used as they are.
+
+    CVAT, Datumaro, LabelImg, FiftyOne and others write Pascal VOC files whose corners need no change. Their
+    `<source><database>` does not name VOC. A corner at 0 or between pixels contradicts a count from 1.
+
+    Args:
+        evidence: Numbers of files whose `<database>` is 'voc', 'other' or 'none', and of 'boxes' and of those with a
+            corner at 'zero' or a 'fraction'.
+        has_list: Whether a list in `ImageSets` names the images.
+
+    Returns:
+        The origin, the reason, and whether the evidence conflicts.
+    """
+    zeros, fractions, boxes = (evidence.get(key, 0) for key in ("zero", "fraction", "boxes"))
+    voc, other = (evidence.get(tag, 0) for tag in ("voc", "other"))
+    corners = f"{zeros} of {boxes} boxes start at 0" if zeros else f"{fractions} of {boxes} boxes have fractions"
+    if voc > other:
+        reason = "<database> names Pascal VOC"
+        if zeros or fractions:
+            return int(not zeros and fractions <= FRACTIONS * boxes), f"{reason}, but {corners}", True
+        return 1, f"{reason}{f' in {voc} of {voc + other} files' if other else ''}", other > 0
+    if zeros or fractions:
+        return 0, corners, False
+    if other:
+        reason = "<database> does not name Pascal VOC"
+        return 0, f"{reason}{f' in {other} of {voc + other} files' if voc else ''}", voc > 0
+    return (
+        int(has_list),
+        f"no file has a <source>, and the dataset has {'a' if has_list else 'no'} list of images",
+        False,
+    )
+
+
+def find_voc(root: Path, split: str, splits: Sequence[str], origin: int | None = None) -> NamedSource | None:
     """Find one split of a VOC dataset, None if the folder is not one; the classes of all `splits` count.
 
     Raises:
         UserError: It is a VOC dataset without this split.
     """
-    source = _find_split(root, split)
-    if source is None:
-        return None
-    others: dict[Path, VocSource] = {}
+    sources: list[VocSource | None] = [_find_split(root, split)]
     for name in splits:
-        try:
-            other = _find_split(root, name)
-        except UserError:  # no such split
-            continue
-        if other is not None and other.file != source.file:
-            others[other.file] = other
-    return replace(source, others=tuple(others.values()))
+        with suppress(UserError):  # no such split
+            sources.append(_find_split(root, name))
+    return with_others([source and replace(source, origin=origin) for source in sources])
 
 
 def _find_split(root: Path, split: str) -> VocSource | None:
@@ -159,12 +211,12 @@ def _find_split(root: Path, split: str) -> VocSource | None:
     pair = _image_and_xml_folders(root)
     lists = root / "ImageSets" / "Main"
     if pair and (lists.is_dir() or (pair[0].name == "JPEGImages" and not _has_xml(pair[1]))):
-        stems = {file.stem for file in lists.glob("*.txt") if file.is_file()}
+        stems = {file.stem.lower(): file for file in sorted(lists.glob("*.txt")) if file.is_file()}
         names = aliases
-        if stems.isdisjoint(name for names in SPLIT_ALIASES for name in names):
+        if stems.keys().isdisjoint(name for names in SPLIT_ALIASES for name in names):
             names = (*aliases, "default", "trainval")  # CVAT's and VOC's names of a dataset without splits
         if name := next((name for name in names if name in stems), None):
-            return VocSource(lists / f"{name}.txt", *pair)
+            return VocSource(stems[name], *pair)
         raise UserError(f"{root}: no '{split}' split; write {lists / f'{aliases[0]}.txt'}, one image name per line")
     folders = [root / name for name in aliases]
     if not names_other_split(root / "x", split):
@@ -212,6 +264,28 @@ def _parse_xml(path: Path, issues: list[Issue]) -> Element | None:
         message = f"cannot be read ({error.strerror or error})"
     issues.append(Issue("label-unreadable", path, "", message))
     return None
+
+
+def _tag(root: Element) -> str:
+    """Return what `<source>` says about the origin of a file: 'voc', 'other' or 'none'."""
+    if root.find("source") is None:
+        return "none"
+    text = f"{root.findtext('source/database')} {root.findtext('source/annotation')}"
+    return "voc" if re.search(r"pascal|\bVOC|VOC\d", text, re.IGNORECASE) else "other"
+
+
+def _rotation(element: Element) -> float:
+    """Return the degrees in CVAT's attribute 'rotation' of an object; its box is the one before the rotation."""
+    for attribute in element.iterfind("attributes/attribute"):
+        if attribute.findtext("name") == "rotation":
+            return _number(attribute, "value") or 0
+    return 0
+
+
+def _box_evidence(bbox: Sequence[float]) -> dict[str, bool]:
+    """Tell whether an xywh box, with corners as in the file, has a corner at 0 or between pixels."""
+    x, y, w, h = bbox
+    return {"boxes": True, "zero": min(x, y, x + w, y + h) <= 0, "fraction": not all(v % 1 == 0 for v in bbox)}
 
 
 def _number(element: Element, key: str) -> float | None:
