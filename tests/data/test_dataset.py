@@ -186,7 +186,7 @@ def test_categories_are_matched_by_name_if_only_ids_differ(tmp_path, caplog):
 
 
 def test_zero_area_boxes_are_skipped_and_counted(tmp_path, caplog):
-    bad = [[5, 5, 0, 4], [5, 5, 4, -1], [41, 0, 5, 5], [-9, 0, 9, 5], [0, 20, 40, 5], [1e300, 0, 1e300, 4]]
+    bad = [[5, 5, 0, 4], [5, 5, 4, -0.0], [41, 0, 5, 5], [-9, 0, 9, 5], [0, 20, 40, 5], [1e300, 0, 1e300, 4]]
     content = copy.deepcopy(VALID)
     content["annotations"] += [
         {"id": 100 + n, "image_id": 11, "category_id": 3, "bbox": box} for n, box in enumerate(bad)

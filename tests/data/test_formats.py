@@ -12,7 +12,7 @@ from PIL import Image
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.dataset import ensure_distinct_splits, open_dataset
 from deformable_detr.data.formats import find_source
-from deformable_detr.data.yolo import label_folder, read_row
+from deformable_detr.data.yolo import label_trees, read_row
 from deformable_detr.structures import Category
 from deformable_detr.utils.errors import UserError
 from tests.support.datasets import (
@@ -113,9 +113,10 @@ def test_yolo_rows():
     assert read_row("1 0.5 0.5 0.5 0.25", 2) == (1, (0.25, 0.375, 0.75, 0.625))
     assert read_row("0.0 0.1 0.2 0.9 0.2 0.5 0.8", 2) == (0, (0.1, 0.2, 0.9, 0.8)), "box of a polygon"
     assert read_row("0 0 0 0 0", 1)[1] == (0, 0, 0, 0)
+    assert read_row("1 0.5 0.5 0.5 0.25 0.9", 2) == read_row("1 0.5 0.5 0.5 0.25", 2), "confidence"
     assert read_row("0 1.005 0.5 0.1 0.1", 1)[0] == 0, "tolerates rounding by labeling tools"
     for row, message in {
-        "0 0.5 0.5 0.5": "has 4 values", "0 0.1 0.1 0.2 0.2 0.3": "has 6 values", "0 a b c d": "instead of numbers",
+        "0 0.5 0.5 0.5": "has 4 values", "0 0.1 0.1 0.2 0.2 3": "has 6 values", "0 a b c d": "instead of numbers",
         "2 0.5 0.5 0.1 0.1": "has class 2, but the classes are 0 to 1", "-1 0 0 0 0": "has class -1",
         "0.5 0 0 0 0": "has class 0.5", "0 20 10 5 5": "outside 0..1", "0 nan 0 0 0": "not a finite number",
         "0 -0.2 0.5 0.1 0.1": "outside 0..1",
@@ -153,14 +154,18 @@ def test_invalid_row_is_reported(tmp_path):
 
 
 def test_label_folder_of_an_image_folder(tmp_path):
-    for folder in ("images/x/labels/train", "labels/x/images/train", "images/y", "capital/Labels", "images/z/LABELS"):
+    for folder in ("images/x/labels/train", "flat/labels", "capital/Labels", "images/z/LABELS", "labelimg/images"):
         (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.txt").touch()
+    (tmp_path / "labelimg/labels").mkdir()
+    (tmp_path / "labelimg/labels/classes.txt").touch()
     for images, labels in {
         "images/x/images/train": "images/x/labels/train", "pictures": "pictures", "images/y": "images/y",
         "capital/Images": "capital/Labels", "images/z/images": "images/z/LABELS",
-        "images/x/images/val": "images/x/images/val",
+        "images/x/images/val": "images/x/labels", "flat/images/train": "flat/labels",
+        "labelimg/images": "labelimg/images",
     }.items():  # fmt: skip
-        assert label_folder(tmp_path / images) == tmp_path / labels
+        assert label_trees(tmp_path / images)[1] == tmp_path / labels
 
 
 @pytest.mark.parametrize(
@@ -416,7 +421,7 @@ def test_unreadable_yolo_folder_is_reported(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"images/train: Permission denied; make the folder readable"):
         open_dataset(root)
     forbid(root / "labels" / "train")
-    with pytest.raises(UserError, match=r"labels/train/a.txt: cannot be read as UTF-8 text \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"labels/train: Permission denied; make the folder readable"):
         open_dataset(root)
     forbid(root / "labels")
     with pytest.raises(UserError, match=r"labels: Permission denied; make the folder readable"):

@@ -344,10 +344,10 @@ def test_unreadable_files_are_reported_and_listed(tmp_path, capsys):
     (root / "annotations/more0.xml").write_text(voc_xml("more0.jpg", OBJECTS["train"]["a"]))
     out = split(capsys, root, "--out", tmp_path / "new")
     assert "error label-unreadable: " in out
-    assert "error image-missing: " in out
+    assert "error label-unmatched: " in out
     assert "split-same" not in out
     assert {json.loads(line)["code"] for line in (tmp_path / "new/changes.jsonl").read_text().splitlines()} == {
-        "label-unreadable", "image-missing"
+        "label-unreadable", "label-unmatched"
     }  # fmt: skip
 
     broken = write_unsplit(tmp_path / "broken")

@@ -184,7 +184,7 @@ COCO = {
     "duplicate annotation id": (patch("annotations", 1, id=1), {"annotation-id-duplicate"}, ""),
     "annotation id missing": (patch("annotations", 1, id=None), set(), ""),
     "zero width": (box(4, 2, 0, 10), {"box-degenerate"}, ""),
-    "negative height": (box(4, 12, 16, -10), {"box-degenerate"}, ""),
+    "negative height": (box(4, 12, 16, -10), {"box-swapped"}, "the box between its corners is used"),
     "outside the image": (box(41, 2, 5, 5), {"box-outside"}, ""),
     "far outside the image": (box(1e300, 2, 1e300, 5), {"box-outside"}, ""),
     "crosses the border": (box(30, 2, 16, 10), {"box-overhang"}, ""),
@@ -273,7 +273,7 @@ YOLO = {
     ),
     "no images": (
         lambda root: [path.unlink() for path in (root / "images/train").iterdir()],
-        {"image-record", "no-training-objects", "class-only-in-val"}, "images/train",
+        {"image-record", "label-unmatched", "no-training-objects", "class-only-in-val"}, "a.txt: belongs to no image",
     ),
 }  # fmt: skip
 
@@ -297,7 +297,7 @@ VOC = {
     "no name": (xml(XML.replace("<name>cat</name>", "")), {"label-row"} | LOST, "object[0]"),
     "no box": (xml(XML.replace("<xmin>5</xmin>", "")), {"label-row"} | LOST, "object[0] ('cat')"),
     "word in box": (xml(XML.replace("<xmin>5<", "<xmin>five<")), {"label-row"} | LOST, "object[0] ('cat')"),
-    "corners swapped": (xml(XML.replace("<xmin>5<", "<xmin>39<")), {"box-degenerate"}, ""),
+    "corners swapped": (xml(XML.replace("<xmin>5<", "<xmin>39<")), {"box-swapped"}, "corners in another order"),
     "no size": (xml(XML.replace("<width>40</width>", "<width>0</width>")), set(), ""),
     "wrong size": (xml(XML.replace("<width>40</width>", "<width>50</width>")), {"image-size"}, ""),
     "published dataset with a corner at 0": (

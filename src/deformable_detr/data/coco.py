@@ -13,7 +13,7 @@ from ..config.schema import DataConfig
 from ..structures import Category
 from ..utils.errors import UserError
 from .discovery import ImageFolder, find_image_folder
-from .records import MaskBox, is_finite
+from .records import MaskBox, SwappedBox, is_finite
 from .source import AnnotationCache, ParsedAnnotations, Source
 
 _DIGITS = re.compile("[0-9]{1,18}")
@@ -72,7 +72,11 @@ def _clean(record: dict[str, Any]) -> dict[str, Any]:
     if type(name := record.get("name")) is int:  # a class named 3
         record["name"] = str(name)
     mask = record.pop("segmentation", None)
-    if record.get("bbox") not in (None, [], [0, 0, 0, 0]):
+    box: Any = record.get("bbox")
+    if box not in (None, [], [0, 0, 0, 0]):
+        if isinstance(box, list) and len(box) == 4 and all(map(is_finite, box)) and min(box[2:]) < 0:
+            x, y, w, h = box
+            record["bbox"] = SwappedBox([min(x, x + w), min(y, y + h), abs(w), abs(h)])
         return record
     if isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
         x, y = ([value for polygon in mask for value in polygon[axis::2]] for axis in (0, 1))

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
-from .matching import IMAGE_SUFFIXES, match_names
+from .matching import IMAGE_SUFFIXES, UNREAD_SUFFIXES, match_names
 
 SPLIT_ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 ROBOFLOW = "_annotations.coco.json"
@@ -47,6 +47,11 @@ def is_hidden(path: str | PurePath) -> bool:
 def is_image(path: str | PurePath) -> bool:
     """Return whether a path relative to the dataset has the suffix of an image and is not hidden."""
     return PurePath(path).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path)
+
+
+def is_unread_image(path: str | PurePath) -> bool:
+    """Return whether a path relative to the dataset has the suffix of an image format that is not read."""
+    return PurePath(path).suffix.lower() in UNREAD_SUFFIXES and not is_hidden(path)
 
 
 def find_annotations(root: Path, split: str, data: DataConfig) -> Path:

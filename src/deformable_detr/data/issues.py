@@ -37,6 +37,9 @@ _ERRORS = {
     "file-unreadable": ("The annotation file is missing, or not of a known format", "Export it again"),
     "dataset-rejected": ("The dataset cannot be opened for the given reason", "See the message"),
     "label-unreadable": ("The label file of an image is missing or unreadable", "Export it again"),
+    "label-unmatched": (
+        "A label file with objects belongs to no image", "Rename it like its image, or remove it",
+    ),
     "label-row": ("A row of a label file is not a valid object", "Correct or remove the row"),
     # images
     "image-record": ("An image record lacks its id or file name", "Complete or remove the record"),
@@ -70,6 +73,13 @@ _WARNINGS = {
         "A file name differs in case, accents, suffix, folder or separators; the only similar file is used",
         "Rename the file or its record, for example with deformable-detr check --fix",
     ),
+    "label-name": (
+        "A label file has objects, but no image of its name; they are read for the only image with a similar name",
+        "Rename it, for example with deformable-detr check --fix",
+    ),
+    "label-confidence": ("Rows of a label file have a sixth value, which is ignored", "Remove the sixth column"),
+    "path-moved": ("A path of another machine is read by its end", "Correct the path"),
+    "image-format": ("Images have a format that is not read, such as HEIC", "Convert them to JPEG or PNG"),
     "image-size": (
         "The size in a record differs from the file; boxes are read as pixels of the file",
         "Correct the record, or scale the boxes if the image was resized after labeling",
@@ -103,6 +113,10 @@ _WARNINGS = {
         "Objects have a mask but no box; the extent of the mask is used", "None needed if the masks are complete",
     ),
     "box-rotated": ("Boxes are rotated; the upright box around each is used", "None needed"),
+    "box-swapped": (
+        "The corners of a box are in another order, or its width or height is negative; the box between them is used",
+        "Check some of these boxes",
+    ),
     "box-degenerate": ("A box has no width or height; training skips it", "Correct or remove it"),
     "box-outside": ("A box lies outside its image; training skips it", "Correct or remove it"),
     "box-overhang": (f"A box exceeds its image by over {OVERHANG:g} pixels; training clips it", "Correct it"),

@@ -13,10 +13,14 @@ IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png"}
     | {".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 )
+UNREAD_SUFFIXES = frozenset(
+    {".arw", ".cr2", ".cr3", ".dcm", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jxl", ".nef", ".nii", ".orf", ".psd"}
+    | {".raf", ".rw2", ".svg"}
+)
 MAX_DEPTH = 3  # folders above the file that paths are compared by
 MAX_COMPARED = 2000  # names that the nearest one is searched among
 
-_FILE_SUFFIXES = IMAGE_SUFFIXES | {".txt", ".xml", ".json"}
+_FILE_SUFFIXES = IMAGE_SUFFIXES | UNREAD_SUFFIXES | {".txt", ".xml", ".json"}
 # Blocks of hexadecimal digits, one with a decimal digit, that tools add: 3fa81c02-photo, photo_7436, photo.rf.1c02af.
 _HASH = r"(?=[0-9a-f-]*[0-9])[0-9a-f]{4,}(?:-[0-9a-f]{4,})*"
 _PREFIX = re.compile(rf"^{_HASH}[-_]+(?=.)")

@@ -1,11 +1,12 @@
 """The records of a COCO dict as arrays; every record that cannot be used is reported."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,9 +17,15 @@ from .issues import Issue, OnIssue
 from .source import Source
 from .transforms import MIN_SIDE
 
+Relation = Literal["same", "parts", "clash"]
+
 
 class MaskBox(list[float]):
     """The xywh box of an object whose record has none: the extent of its mask."""
+
+
+class SwappedBox(list[float]):
+    """The xywh box of an object whose record has a negative width or height: the box between its corners."""
 
 
 @dataclass
@@ -174,7 +181,8 @@ class _RecordReader:
     def images(self) -> list[ImageRecord]:
         images: list[ImageRecord] = []
         positions: dict[int, int] = {}
-        same_file = _repeated_files(self.content)
+        same_file = repeated_files(self.content)
+        objects = Counter(str(r.get("image_id")) for r in self.content["annotations"] if isinstance(r, dict))
         for position, record in enumerate(self.content["images"]):
             if not isinstance(record, dict) or not is_int64(record.get("id")):
                 self._report("image-record", "images", position, "needs an integer 'id'")
@@ -182,7 +190,7 @@ class _RecordReader:
             image_id, name = record["id"], record.get("file_name")
             if not isinstance(name, str) or not name:
                 message = f"(id {image_id}) needs the 'file_name' of its image"
-                self._report("image-record", "images", position, message)
+                self._report("image-record", "images", position, message, objects=objects.pop(str(image_id), 0))
                 continue
             if image_id in positions:
                 first = positions[image_id]
@@ -191,14 +199,18 @@ class _RecordReader:
                 self._report("image-id-duplicate", "images", position, message)
                 continue
             if position in same_file:
-                first, objects_differ = same_file[position]
+                first, relation = same_file[position]
                 message = f"(id {image_id}) names the file {name!r} of images[{first}]"
-                if objects_differ:  # each record would teach that the other's objects are background
+                if relation == "same":
+                    self._report("image-twice", "images", position, message)
+                elif relation == "parts":  # each record would teach that the other's objects are background
                     message += ", and their objects differ"
                     merge = "merge the records, for example with deformable-detr check --fix"
                     self._report("image-in-parts", "images", position, message, merge)
                 else:
-                    self._report("image-twice", "images", position, message)
+                    message += ", and their objects differ: they may be of two pictures with one name"
+                    export = "export again with a name per picture, or merge the records if they are of one picture"
+                    self._report("image-in-parts", "images", position, message, export)
             positions[image_id] = position
             sides: tuple[Any, Any] = record.get("height"), record.get("width")
             declared = sides if all(is_int64(side) and side > 0 for side in sides) else None
@@ -255,7 +267,7 @@ class _RecordReader:
         boxes: list[list[float]] = []
         for position, record in enumerate(self.content["annotations"]):
             if not isinstance(record, dict):
-                self._report("annotation-record", "annotations", position, "is not an object")
+                self._report("annotation-record", "annotations", position, "is not an object", objects=1)
                 continue
             values: list[Any] = [record.get(key) for key in ("id", "image_id", "category_id", "iscrowd", "bbox")]
             own_id, image_id, category, crowd, box = values
@@ -264,21 +276,25 @@ class _RecordReader:
                 self._report("annotation-id-duplicate", "annotations", position, message)
             if not is_int64(image_id) or image_id not in listed:
                 message = f"has image_id {brief(image_id)}, which is not among the images"
-                self._report("image-unknown", "annotations", position, message)
+                self._report("image-unknown", "annotations", position, message, objects=1)
                 continue
             if (index := index_of.get(image_id)) is None:
                 continue
             image = images[index].path
             if crowd not in (None, 0, 1):
                 message = f"has iscrowd {brief(crowd)} instead of 0 or 1"
-                self._report("annotation-record", "annotations", position, message, image=image)
+                self._report("annotation-record", "annotations", position, message, image=image, objects=1)
             elif not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
                 message = f"has bbox {brief(box)} instead of four finite numbers [x, y, width, height] in pixels"
-                self._report("annotation-record", "annotations", position, message, image=image)
+                self._report("annotation-record", "annotations", position, message, image=image, objects=1)
             elif not is_int64(category) or category + shift not in categories:
                 message = f"has category_id {brief(category)}, which is not among the categories"
-                self._report("category-unknown", "annotations", position, message, image=image, box=tuple(box))
+                details: dict[str, Any] = {"image": image, "box": tuple(box), "objects": 1}
+                self._report("category-unknown", "annotations", position, message, **details)
             else:
+                if isinstance(box, SwappedBox):
+                    message = "has a negative width or height; the box between its corners is used"
+                    self._report("box-swapped", "annotations", position, message, image=image, box=tuple(box))
                 rows.append((position, index, category + shift, bool(crowd)))
                 boxes.append(box)
         if count := sum(isinstance(box, MaskBox) for box in boxes):
@@ -298,18 +314,35 @@ def _is_group(records: dict[int, dict[str, Any]], annotations: Sequence[Any]) ->
     return not any(isinstance(record, dict) and record.get("category_id") == 0 for record in annotations)
 
 
-def _repeated_files(content: dict[str, Any]) -> dict[int, tuple[int, bool]]:
-    """Map image records that name the file of an earlier one to that one, and to whether their objects differ."""
+def repeated_files(content: dict[str, Any]) -> dict[int, tuple[int, Relation]]:
+    """Map image records that name the file of an earlier one to that one, and to what their objects say.
+
+    'same': equal objects. 'parts': they complete each other. 'clash': they may be two pictures with one name, because
+    each has objects of a class that the other has too, or the sizes differ, or because that holds for another name.
+    """
     first: dict[str, int] = {}
-    ids: dict[int, int] = {}
+    records: dict[int, dict[str, Any]] = {}
     repeated: dict[int, int] = {}
     for position, record in enumerate(content["images"]):
         if isinstance(record, dict) and is_int64(record.get("id")) and isinstance(record.get("file_name"), str):
-            ids[position] = record["id"]
+            records[position] = record
             if (other := first.setdefault(record["file_name"], position)) != position:
                 repeated[position] = other
-    objects: dict[int, set[str]] = {ids[one]: set() for pair in repeated.items() for one in pair}
+    objects: dict[int, set[tuple[str, str]]] = {records[one]["id"]: set() for pair in repeated.items() for one in pair}
     for record in content["annotations"] if repeated else ():
         if isinstance(record, dict) and is_int64(image_id := record.get("image_id")) and image_id in objects:
-            objects[image_id].add(repr((record.get("category_id"), record.get("bbox"))))
-    return {position: (other, objects[ids[position]] != objects[ids[other]]) for position, other in repeated.items()}
+            objects[image_id].add((repr(record.get("category_id")), repr(record.get("bbox"))))
+
+    def relation(record: dict[str, Any], other: dict[str, Any]) -> Relation:
+        mine, theirs = objects[record["id"]], objects[other["id"]]
+        new, old = mine - theirs, theirs - mine
+        sizes_differ = any(record.get(side, 0) != other.get(side, 0) for side in ("height", "width"))
+        if (new or old) and sizes_differ and {"height", "width"} <= record.keys() & other.keys():
+            return "clash"
+        shared = {label for label, _ in new} & {label for label, _ in old}
+        return "clash" if shared else "parts" if new or old else "same"
+
+    relations = {position: relation(records[position], records[other]) for position, other in repeated.items()}
+    if "clash" in relations.values():  # the same export wrote the others
+        relations |= {position: "clash" for position, kind in relations.items() if kind == "parts"}
+    return {position: (other, relations[position]) for position, other in repeated.items()}

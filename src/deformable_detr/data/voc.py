@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..structures import Category
 from ..utils.errors import UserError
-from .discovery import SPLIT_ALIASES, ensure_readable, is_hidden, is_image, label_file, names_other_split, split_aliases
+from .discovery import SPLIT_ALIASES, ensure_readable, is_hidden, label_file, names_other_split, split_aliases
 from .issues import Issue
+from .labels import LabelTree
+from .matching import match_names
 from .named import NamedSource, rotated_boxes, rotated_extent, with_others
 from .source import AnnotationCache, ParsedAnnotations, read_lines
 
@@ -115,32 +117,45 @@ class VocSource(NamedSource):
 
     def _files(self, issues: list[Issue]) -> list[tuple[Path, str]]:
         """Return the XML file and the image of each record."""
-        names: dict[str, str] = {}
-        for name in sorted(filter(is_image, os.listdir(self.image_root))):
-            if (first := names.setdefault(Path(name).stem, name)) != name:
+        tree = LabelTree.scan(self.image_root, self.annotations, ".xml", self._xml_of, without=self._other_splits())
+        names: dict[str, Path] = {}
+        stems: dict[str, str] = {}
+        for path, name in sorted((path, str(path.relative_to(self.image_root))) for path in tree.images):
+            if (first := stems.setdefault(os.path.splitext(name)[0], name)) != name:
                 message = f"has the name of {first} but another suffix; both would have one XML file"
-                issues.append(Issue("image-record", self.image_root / name, "", message, "rename or remove it"))
-        files: dict[str, tuple[Path, str]] = {}
-        for record, text in self._entries(names):
-            stem = text if text in names else Path(text).stem
-            if stem not in names or text not in (stem, names[stem]):
-                message = f"names {text!r}, but {self.image_root} has no such image"
-                issues.append(Issue("image-missing", self.file, record, message))
-                continue
-            path = label_file(self.annotations, stem, "xml")
-            if self.has_list and not path.is_file() and stem not in files:
-                hint = f"add it or remove {stem} from {self.file.name}"
-                issues.append(Issue("label-unreadable", path, "", "is missing", hint))
-            files.setdefault(stem, (path, names[stem]))
-        return list(files.values())
+                issues.append(Issue("image-record", path, "", message, "rename or remove it"))
+            else:
+                names[name] = path
+        listed = self._listed(names, stems, issues) if self.has_list else list(names)
+        labels = tree.assign([names[name] for name in listed], _count_objects, issues, listed=self.has_list)
+        for name in listed:
+            if self.has_list and not (xml := labels[names[name]]).is_file():
+                hint = f"add it or remove {os.path.splitext(name)[0]} from {self.file.name}"
+                issues.append(Issue("label-unreadable", xml, "", "is missing", hint))
+        return [(labels[names[name]], name) for name in listed]
 
-    def _entries(self, names: Iterable[str]) -> list[tuple[str, str]]:
-        """Return (place, text) of the split's images: lines of its list, or names without suffix."""
-        if not self.has_list:
-            stems = {Path(name).stem for name in os.listdir(self.annotations) if _is_xml(name)}
-            return [(f"{stem}.xml", stem) for stem in sorted(stems.union(names))]
-        lines = enumerate(read_lines(self.file), start=1)
-        return [(f"line {number}", line.strip()) for number, line in lines if line.strip()]
+    def _xml_of(self, image: Path) -> Path:
+        return label_file(self.annotations / image.parent.relative_to(self.image_root), image.stem, "xml")
+
+    def _other_splits(self) -> Collection[str]:
+        """Return the names of folders to leave out: with everything in one folder, its split folders are apart."""
+        return {name for names in SPLIT_ALIASES for name in names} if self.image_root == self.annotations else ()
+
+    def _listed(self, names: Mapping[str, Path], stems: Mapping[str, str], issues: list[Issue]) -> list[str]:
+        """Return the images that the list names, with or without suffix; see `match_names` for other spellings."""
+        lines: dict[str, int] = {}
+        for number, line in enumerate(read_lines(self.file), start=1):
+            if text := line.strip():
+                lines.setdefault(text, number)
+        exact = {text: text if text in names else stems[text] for text in lines if text in names or text in stems}
+        similar = match_names(lines.keys() - exact, names.keys() - set(exact.values()))
+        for text, number in lines.items():
+            if text not in exact:
+                message, code = f"names {text!r}, but {self.image_root} has no such image", "image-missing"
+                if text in similar:
+                    message, code = f"{message}: {similar[text]!r} is read instead", "image-name"
+                issues.append(Issue(code, self.file, f"line {number}", message))
+        return list(dict.fromkeys(name for text in lines if (name := exact.get(text) or similar.get(text))))
 
     def _object(self, path: Path, index: int, element: Element, issues: list[Issue]) -> dict[str, Any] | None:
         name = (element.findtext("name") or "").strip()
@@ -151,6 +166,10 @@ class VocSource(NamedSource):
             issues.append(Issue("label-row", path, record, message, "correct or remove the object", objects=1))
             return None
         x0, y0, x1, y1 = (value for value in corners if value is not None)
+        if x0 > x1 or y0 > y1:
+            message = f"has corners in another order ({x0:g}, {y0:g}, {x1:g}, {y1:g}); the box between them is used"
+            issues.append(Issue("box-swapped", path, f"object[{index}] ({name!r})", message))
+            (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
         bbox = [x0, y0, x1 - x0, y1 - y0]
         return {"class": name, "bbox": bbox, "where": f"{path.name} object[{index}]"}
 
@@ -264,6 +283,13 @@ def _parse_xml(path: Path, issues: list[Issue]) -> Element | None:
         message = f"cannot be read ({error.strerror or error})"
     issues.append(Issue("label-unreadable", path, "", message))
     return None
+
+
+def _count_objects(path: Path) -> int:
+    """Return the number of objects in an XML file, valid or not."""
+    with suppress(OSError):
+        return path.read_bytes().count(b"<object>")
+    return 0
 
 
 def _tag(root: Element) -> str:

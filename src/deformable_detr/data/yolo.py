@@ -4,8 +4,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,8 @@ from .discovery import (
     walk_folder,
 )
 from .issues import Issue
+from .labels import LabelTree
+from .matching import existing_tail, match_names
 from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict, read_lines
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
@@ -33,6 +35,7 @@ CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")  # Label Studio
 LABEL_FOLDERS = ("labels", "Labels", "LABELS")
 ROUNDING = 0.01  # how far outside 0..1 a value may be
 
+_ROW = re.compile(r"\S+(\s+[-+]?[0-9.]+([eE][-+]?[0-9]+)?){4,}")
 Box = tuple[float, float, float, float]
 
 
@@ -56,6 +59,7 @@ class YoloSource(Source):
         places: Folders, and text files with lists of images.
         names: Class names.
         keypoints: Number of keypoint values per row after the box, from `kpt_shape` in data.yaml.
+        moved: Messages about paths of another machine in data.yaml.
     """
 
     file: Path
@@ -63,6 +67,7 @@ class YoloSource(Source):
     places: tuple[Path, ...]
     names: tuple[str, ...]
     keypoints: int = 0
+    moved: tuple[str, ...] = field(default=(), compare=False)
     format: ClassVar[str] = "yolo"
 
     def to_coco(
@@ -75,25 +80,45 @@ class YoloSource(Source):
 
     def parse(self) -> ParsedAnnotations:
         """Read the lists, the label files and the size of every image."""
-        issues: list[Issue] = []
+        issues = [Issue("path-moved", self.image_root, "", message) for message in self.moved]
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
-        label_folder_of = cache(label_folder)
-        for path in self._images(issues):
+        paths = self._images(issues)
+        label_of = self._label_files(paths, issues)
+        for path in paths:
             record: dict[str, Any] = {"id": len(images) + 1, "file_name": _relative_name(path, self.image_root)}
             images.append(record)
+            labels = label_of[path]
             try:
                 height, width = read_size(path)
             except UserError as error:
-                issues.append(Issue.from_error("image-unreadable", path, error))
+                issues.append(Issue.from_error("image-unreadable", path, error, objects=_count_rows(labels) or 0))
                 continue
             record |= {"height": height, "width": width}
-            labels = label_file(label_folder_of(path.parent), path.stem, "txt")
             for line, label, (x0, y0, x1, y1) in self._rows(labels, issues):
                 bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
                 where = f"{labels.name} line {line}"
                 objects.append({"image_id": record["id"], "class": label, "bbox": bbox, "where": where})
         return ParsedAnnotations({"images": images, "objects": objects}, issues)
+
+    def _label_files(self, images: Sequence[Path], issues: list[Issue]) -> dict[Path, Path]:
+        """Return the label file of each image; see `LabelTree.assign`."""
+        trees_of = cache(label_trees)
+
+        def label_of(image: Path) -> Path:
+            image_root, label_root = trees_of(image.parent)
+            return label_file(label_root / image.parent.relative_to(image_root), image.stem, "txt")
+
+        assigned = {image: label_of(image) for image in images}
+        trees = {trees_of(place) for place in self.places if place.is_dir()}
+        trees |= {trees_of(image.parent) for image in images}
+        roots = {image_root for image_root, _ in trees}
+        for image_root, label_root in sorted(trees):
+            if roots.isdisjoint(image_root.parents):
+                listed = [image for image in images if image.is_relative_to(image_root)]
+                tree = LabelTree.scan(image_root, label_root, ".txt", label_of, listed)
+                assigned |= tree.assign(images, _count_rows, issues, listed=not any(map(Path.is_dir, self.places)))
+        return assigned
 
     def _images(self, issues: list[Issue]) -> list[Path]:
         images: list[Path] = []
@@ -101,6 +126,7 @@ class YoloSource(Source):
             if place.is_dir():
                 images += sorted(path for path in walk_folder(place) if is_image(path.relative_to(place)))
                 continue
+            unknown: dict[str, int] = {}  # line numbers
             for number, line in enumerate(read_lines(place), start=1):
                 if not (text := line.strip()):
                     continue
@@ -110,10 +136,26 @@ class YoloSource(Source):
                 image = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
                 if image is not None:
                     images.append(image)
-                    continue
-                message = f"names the image {text!r}, which is missing"
-                issues.append(Issue("image-missing", place, f"line {number}", message))
+                else:
+                    unknown[text] = number
+            images += self._similar_images(place, unknown, images, issues)
         return images
+
+    def _similar_images(
+        self, place: Path, lines: Mapping[str, int], images: Sequence[Path], issues: list[Issue]
+    ) -> list[Path]:
+        """Find the images of the lines of a list that name no file; see `match_names`."""
+        files: dict[str, Path] = {}
+        for path in walk_folder(self.image_root) if lines else ():
+            if is_image(relative := path.relative_to(self.image_root)):
+                files[str(relative)] = path
+        matches = match_names(lines, files.keys() - {_relative_name(image, self.image_root) for image in images})
+        for text, number in lines.items():
+            message, code = f"names the image {text!r}, which is missing", "image-missing"
+            if text in matches:
+                message, code = f"{message}: {matches[text]!r} is read instead", "image-name"
+            issues.append(Issue(code, place, f"line {number}", message))
+        return [files[matches[text]] for text in lines if text in matches]
 
     def _rows(self, path: Path, issues: list[Issue]) -> Iterator[tuple[int, int, Box]]:
         """Yield (line number, class, xyxy box in 0..1) of the valid rows of a label file."""
@@ -124,15 +166,26 @@ class YoloSource(Source):
             if not missing:  # an image without a label file has no objects
                 issues.append(Issue.from_error("label-unreadable", path, error))
             return
+        extra: list[int] = []
+        swapped: list[int] = []
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 label, box = read_row(line, len(self.names), self.keypoints)
             except ValueError as error:
-                issues.append(Issue("label-row", path, f"line {number}", str(error)))
-            else:
-                yield number, label, box
+                issues.append(Issue("label-row", path, f"line {number}", str(error), objects=1))
+                continue
+            extra += [number] if has_confidence(line, self.keypoints) else []
+            swapped += [number] if box[0] > box[2] or box[1] > box[3] else []
+            (x0, x1), (y0, y1) = sorted(box[::2]), sorted(box[1::2])
+            yield number, label, (x0, y0, x1, y1)
+        if extra:
+            message = f"and {len(extra) - 1} more rows have a sixth value, such as a confidence, which is ignored"
+            issues.append(Issue("label-confidence", path, f"line {extra[0]}", message))
+        if swapped:
+            message = f"and {len(swapped) - 1} more rows have a negative width or height; its sign is ignored"
+            issues.append(Issue("box-swapped", path, f"line {swapped[0]}", message))
 
 
 def _relative_name(path: Path, folder: Path) -> str:
@@ -156,7 +209,7 @@ def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]
     Raises:
         ValueError: Says what is wrong with the row.
     """
-    parts = line.split()
+    parts = line.split()[:5] if has_confidence(line, keypoints) else line.split()
     if keypoints and len(parts) != 5 + keypoints:
         raise ValueError(f"has {len(parts)} values instead of class cx cy w h and {keypoints} keypoint values")
     if not keypoints and len(parts) != 5 and (len(parts) < 7 or len(parts) % 2 == 0):
@@ -170,7 +223,8 @@ def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]
     label, *numbers = values[: len(values) - keypoints]
     if label != int(label) or not 0 <= label < num_classes:
         raise ValueError(f"has class {parts[0]}, but the classes are 0 to {num_classes - 1}")
-    if min(numbers) < -ROUNDING or max(numbers) > 1 + ROUNDING:
+    signed = [*numbers[:2], *map(abs, numbers[2:])] if len(numbers) == 4 else numbers  # a width may be negative
+    if min(signed) < -ROUNDING or max(signed) > 1 + ROUNDING:
         raise ValueError("has values outside 0..1 (divide them by the image's width and height)")
     if len(numbers) > 4:
         return int(label), (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2]))
@@ -178,18 +232,50 @@ def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]
     return int(label), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
 
 
-def label_folder(images: Path) -> Path:
-    """Return the folder of the label files: the last `images` in the path becomes `labels`, in any case.
+def has_confidence(line: str, keypoints: int = 0) -> bool:
+    """Return whether a row has a sixth value in 0..1: predictions have a confidence after the box."""
+    parts = line.split()
+    try:
+        return not keypoints and len(parts) == 6 and 0 <= float(parts[5]) <= 1
+    except ValueError:
+        return False
 
-    If that is not a folder, an earlier `images` is replaced, or the labels are beside the images.
+
+def _count_rows(path: Path) -> int | None:
+    """Return the number of rows of a label file, valid or not: a class and at least 4 numbers. None for other text."""
+    try:
+        lines = [line for line in map(str.strip, read_lines(path)) if line]
+    except UserError:
+        return None
+    rows = sum(_ROW.fullmatch(line) is not None for line in lines)
+    return rows if rows or not lines else None
+
+
+def label_trees(images: Path) -> tuple[Path, Path]:
+    """Return a folder of images and that of its labels, which has the same sub-folders.
+
+    The last `images` in the path becomes `labels`, in any case. If that is not a folder, the labels may be in another
+    folder of `labels`; if there is none either, they are beside the images.
     """
     for index, part in reversed(list(enumerate(images.parts))):
         for name in LABEL_FOLDERS if part.lower() == "images" else ():
-            folder = Path(*images.parts[:index], name, *images.parts[index + 1 :])
+            root = Path(*images.parts[:index], name)
+            folder = root.joinpath(*images.parts[index + 1 :])
             ensure_readable(folder.parent, os.X_OK)
-            if os.path.isdir(folder):
-                return folder
-    return images
+            if _may_have_labels(folder):
+                return images, folder
+            if _may_have_labels(root):
+                return Path(*images.parts[: index + 1]), root
+    return images, images
+
+
+def _may_have_labels(folder: Path) -> bool:
+    """Return whether a folder has folders or label files. LabelImg leaves a folder with only the classes."""
+    ensure_readable(folder)
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return any(name.endswith((".txt", ".TXT")) and name != "classes.txt" for name in names) or any(
+        os.path.isdir(folder / name) for name in names
+    )
 
 
 def find_yaml(root: Path) -> Path | None:
@@ -221,7 +307,9 @@ def find_yolo(file: Path, split: str) -> YoloSource:
     if not all(isinstance(entry, str) for entry in values):
         raise UserError(f"{file}: '{key}' must be a folder, a text file, or a list of these")
     places = tuple(_resolve(file, content.get("path"), entry, key) for entry in values)
-    return YoloSource(places[0], file.parent, places, names, _num_keypoint_values(content.get("kpt_shape"), file))
+    moved = tuple(message for _, message in places if message)
+    folders, keypoints = tuple(path for path, _ in places), _num_keypoint_values(content.get("kpt_shape"), file)
+    return YoloSource(folders[0], file.parent, folders, names, keypoints, moved)
 
 
 def find_yolo_without_yaml(root: Path, split: str) -> YoloSource | None:
@@ -282,8 +370,11 @@ def _is_digits(text: Any) -> bool:
     return isinstance(text, str) and re.fullmatch(r"[0-9]{1,9}", text) is not None
 
 
-def _resolve(file: Path, base: Any, value: str, key: str) -> Path:
-    """Resolve a split's path, which is relative to `path` or to data.yaml; Roboflow writes ../train/images."""
+def _resolve(file: Path, base: Any, value: str, key: str) -> tuple[Path, str]:
+    """Resolve a split's path, which is relative to `path` or to data.yaml; Roboflow writes ../train/images.
+
+    Returns the path, and a message if only the end of the path exists here.
+    """
     parent = file.parent
     roots = [parent / base, Path(base)] if isinstance(base, str) and base else []
     candidates = []
@@ -293,6 +384,8 @@ def _resolve(file: Path, base: Any, value: str, key: str) -> Path:
             candidates += [root / text.removeprefix("../") for root in (*roots, parent)]
     for path in candidates:
         if os.path.exists(path):  # unlike Path.exists, it takes any text
-            return path
+            return path, ""
+    if tail := existing_tail(value, (parent,)):
+        return Path(tail), f"{file.name}: '{key}' is {value[:200]}, which is missing: {tail} is read instead"
     first = str(candidates[0])[:300]
     raise UserError(f"{file}: '{key}' is {value[:200]}, which is neither folder nor file ({first}); correct the path")

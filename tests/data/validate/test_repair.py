@@ -263,3 +263,19 @@ def test_invalid_output_folders(tmp_path, capsys):
         assert message in err
         assert err.count("\n") == 1
     assert snapshot(tmp_path) == before
+
+
+def test_pictures_with_one_name_are_not_merged(tmp_path, capsys):
+    """Label Studio exports 'a/1.jpg' and 'b/1.jpg' as '1.jpg': the file may be either picture."""
+    root, out = write_coco_dataset(tmp_path / "set"), tmp_path / "copy"
+    content = json.loads((root / TRAIN).read_text())
+    content["images"].append({**content["images"][0], "id": 50})
+    content["annotations"].append({**content["annotations"][0], "id": 60, "image_id": 50, "bbox": [1, 1, 9, 9]})
+    (root / TRAIN).write_text(json.dumps(content))
+    message = r"images\[3\] .* the file 'a.png' of images\[0\], and .* two pictures with one name; export again"
+    with pytest.raises(UserError, match=message):
+        open_dataset(root)
+    code, _, _ = run_check(capsys, root, "--fix", out)
+    assert code == 0
+    assert [record["file_name"] for record in json.loads((out / TRAIN).read_text())["images"]] == ["b.png", "empty.png"]
+    assert "images[0] and images[3]" in (out / "changes.jsonl").read_text()

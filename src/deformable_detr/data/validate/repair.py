@@ -16,7 +16,7 @@ from ...utils.files import write_text
 from ...utils.images import TRANSPOSED_ORIENTATIONS
 from ..discovery import ROBOFLOW
 from ..issues import OVERHANG
-from ..records import ImageRecord, MaskBox, is_int64, record_name
+from ..records import ImageRecord, MaskBox, SwappedBox, is_int64, record_name, repeated_files
 from . import Report
 from .annotations import Split
 from .boxes import box_overhang, clip_boxes, object_limits, wrong_unit
@@ -26,7 +26,11 @@ DROPPED = {
     "image-record", "image-id-duplicate", "image-missing", "image-unreadable", "leak", "category-record",
     "category-id-duplicate", "category-unknown", "annotation-record", "image-unknown",
 }  # fmt: skip
-SKIPPED_BY_READERS = {"label-row", "label-unreadable", "image-record", "image-missing"}  # of YOLO and VOC
+# Issue types of label files, which readers have left out or corrected before the check.
+SKIPPED_BY_READERS = {
+    "label-row", "label-unreadable", "label-unmatched", "image-record", "image-missing", "image-format",
+}  # fmt: skip
+CORRECTED_BY_READERS = {"label-name", "label-confidence", "image-name", "box-swapped", "box-rotated", "path-moved"}
 CHANGES = "changes.jsonl"  # not .json, because the only JSON file of a folder can be read as its annotations
 MAX_ASPECT_CHANGE = 0.02  # above it, an image is not a resized version of the labeled one
 
@@ -91,8 +95,9 @@ class _Repair:
                 if issue.position not in self.dropped[issue.section]:
                     self.log(issue.code, f"{issue.section}[{issue.position}]", f"dropped: {issue.message}")
                 self.dropped[issue.section].add(issue.position)
-            elif issue.code in SKIPPED_BY_READERS and issue.position < 0:
-                self.log(issue.code, f"{issue.file} {issue.record}".strip(), f"dropped: {issue.message}")
+            elif issue.code in SKIPPED_BY_READERS | CORRECTED_BY_READERS and issue.position < 0:
+                change = f"dropped: {issue.message}" if issue.code in SKIPPED_BY_READERS else issue.message
+                self.log(issue.code, f"{issue.file} {issue.record}".strip(), change)
 
     def log(self, code: str, record: str, change: str) -> None:
         self.changes.append({"split": self.split.name, "code": code, "record": record, "change": change})
@@ -121,7 +126,7 @@ class _Repair:
         return raw | {"images": checked["images"], "categories": checked["categories"], "annotations": annotations}
 
     def _ambiguous_ids(self) -> set[int]:
-        """Return the ids that images of different files share, so that their objects cannot be told apart."""
+        """Return the ids of images whose objects may be those of another picture with their id or file name."""
         records = self.split.content["images"]
         ambiguous = set()
         for issue in self.issues:
@@ -131,6 +136,11 @@ class _Repair:
                 if first.get("file_name") != record["file_name"]:
                     ambiguous.add(record["id"])
                     self.log(issue.code, f"images with id {record['id']}", "dropped with their objects")
+        for position, (first, relation) in repeated_files(self.split.content).items():
+            if relation == "clash":
+                ambiguous |= {records[position]["id"], records[first]["id"]}
+                change = f"dropped with their objects: {records[first]['file_name']!r} may be either picture"
+                self.log("image-in-parts", f"images[{first}] and images[{position}]", change)
         return ambiguous
 
     def _merge_records(self, records: list[ImageRecord]) -> tuple[list[ImageRecord], dict[int, int]]:
@@ -187,6 +197,8 @@ class _Repair:
                 self.log("box-duplicate", name, "dropped: another object has its box and class")
                 continue
             seen.add(key)
+            if isinstance(record["bbox"], SwappedBox):
+                self.log("box-swapped", name, f"bbox {record['bbox']}, without its negative size")
             if isinstance(record["bbox"], MaskBox):
                 self.log("box-from-mask", name, f"bbox {record['bbox']}, the extent of its mask")
             if reason:
