@@ -375,7 +375,14 @@ def test_coco_json_takes_precedence(tmp_path):
     assert find_source(tmp_path, "train", DataConfig()).format == "yolo", "an unrelated JSON file is ignored"
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(
-        UserError, match=r"no 'train' split; classes\.json has no list 'images'; add COCO JSON, a data\.yaml, or"
+        UserError, match=r"looks like YOLO rows without class names, .* add a data\.yaml or classes\.txt"
+    ):
+        find_source(tmp_path, "train", DataConfig())
+    for labels in tmp_path.rglob("*.txt"):
+        labels.unlink()
+    with pytest.raises(
+        UserError,
+        match=r"no 'train' split; classes\.json has no list 'images'; add .* \(the folder has images/, ",
     ):
         find_source(tmp_path, "train", DataConfig())
 

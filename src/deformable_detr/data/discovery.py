@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
@@ -18,6 +18,9 @@ from .matching import IMAGE_SUFFIXES, UNREAD_SUFFIXES, match_names
 SPLIT_ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 ROBOFLOW = "_annotations.coco.json"
 DEFAULT = "instances_default.json"  # CVAT's and Datumaro's name for a dataset without splits
+LABEL_FOLDERS = ("annotations", "annotation", "labels", "label", "json", "jsons", "xml")
+
+Listing = Callable[[Path], frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _named_annotations(root: Path, split: str, hint: str) -> Path | None:
         if path := _annotations_in(root / name):
             return path
     for folder in (root / "annotations", root):
-        matches = sorted(path for path in folder.glob("instances_*.json") if _contains_word(path.stem, names))
+        matches = sorted(path for path in folder.glob("instances_*.json") if names_split(path.stem, names))
         matches = matches or [path for name in names if (path := folder / f"{name}.json").is_file()]
         if len(matches) > 1:
             files = ", ".join(path.name for path in matches)
@@ -140,15 +143,15 @@ def find_image_folder(annotations: Path, root: Path, split: str, data: DataConfi
     opened.
     """
     _, option = _options(split, data)
+    listing = cache(_listing)
     configured = getattr(data, option) if option else None
     if configured is None:
-        folders = _candidate_folders(annotations, split)
+        folders = _candidate_folders(annotations, split, listing)
     else:
         folders = [_configured_path(root, configured, f"data.{option}")]
         if not folders[0].is_dir():
             raise UserError(f"data.{option}: {folders[0]} is not a folder; give the folder of the images")
 
-    listing = cache(_listing)
     unique = set(names)
     heads = {os.path.dirname(name) for name in names}
     counts = {
@@ -210,7 +213,7 @@ def split_aliases(split: str) -> tuple[str, ...]:
     return (split,)
 
 
-def _contains_word(text: str, names: Iterable[str]) -> bool:
+def names_split(text: str, names: Iterable[str]) -> bool:
     """Return whether a file name such as 'instances_val2017' contains one of the words; 'trainval' contains none."""
     for name in names:
         end = "(?![a-z0-9])" if name[-1:].isdigit() else "(?![a-z])"
@@ -235,7 +238,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 def names_other_split(path: Path, split: str) -> bool:
     """Return whether a word of the file name, or otherwise the name of its folder, is that of another split."""
     folder = re.sub(r"\d+$", "", os.path.basename(os.path.dirname(os.path.realpath(path))))
-    for text, matches in ((path.stem, _contains_word), (folder.lower(), lambda text, names: text in names)):
+    for text, matches in ((path.stem, names_split), (folder.lower(), lambda text, names: text in names)):
         if matches(text, split_aliases(split)):
             return False
         if any(matches(text, names) for names in SPLIT_ALIASES if split not in names):
@@ -255,15 +258,28 @@ def _single_file(paths: Iterable[Path]) -> Path | None:
     return visible[0] if len(visible) == 1 else None
 
 
-def _candidate_folders(annotations: Path, split: str) -> list[Path]:
+def _candidate_folders(annotations: Path, split: str, listing: Listing) -> list[Path]:
     parent = annotations.parent
-    base = parent.parent if parent.name == "annotations" else parent
-    stem = annotations.stem.removeprefix("instances_")
+    named = parent.name.lower() in split_aliases(split)
+    folder = parent.parent if named else parent
+    base = folder.parent if folder.name.lower() in LABEL_FOLDERS else parent
+    stem = annotations.stem.removeprefix("instances_").lower()
     splits = (stem, *(name for name in split_aliases(split) if name != stem))
-    folders = [parent, parent / "images"]
-    folders += [base / "images" / name for name in splits] + [base / name for name in splits]
+    folders = [
+        parent,
+        parent / "images",
+        *(child for top in (base / "images", base) for child in child_folders(top, splits, listing)),
+    ]
     folders += [base / "images", base / "data", base]
     return [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]  # Path.is_dir may raise
+
+
+def child_folders(folder: Path, names: Sequence[str], listing: Listing | None = None) -> list[Path]:
+    """Return the folders in a folder with one of these names, in any case, in the order of the names."""
+    found = [
+        name for name in sorted((listing or _listing)(folder)) if name.lower() in names and (folder / name).is_dir()
+    ]
+    return [folder / name for name in sorted(found, key=lambda name: names.index(name.lower()))]
 
 
 def ensure_readable(folder: Path, mode: int = os.R_OK | os.X_OK) -> None:

@@ -1,48 +1,100 @@
-"""Detect the format of a dataset: COCO JSON, YOLO or Pascal VOC."""
+"""Detect the format of a dataset: the first reader that finds the split in it."""
 
 import os
 from pathlib import Path
 
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
+from .annotation_files import FileSource, find_annotation_files
 from .coco import CocoSource
+from .createml import CreateMlSource
+from .csv_table import CsvSource
+from .cvat import CvatSource
 from .discovery import ROBOFLOW, configured_annotations, ensure_readable, find_annotations
+from .imagefolder import ImageFolderSource
+from .labelme import LabelmeSource
 from .source import Source
+from .unread_formats import content_summary, unread_format
 from .voc import find_voc
 from .yolo import find_yaml, find_yolo, find_yolo_without_yaml
+
+READERS: tuple[type[FileSource], ...] = (CvatSource, CreateMlSource, ImageFolderSource)
+LATE_READERS: tuple[type[FileSource], ...] = (CsvSource, LabelmeSource)  # these files may lie beside other formats
+
+
+class _NoFormatError(UserError):
+    """No format matches; only then other files are looked at."""
 
 
 def find_source(root: Path, split: str, data: DataConfig) -> Source:
     """Find one split of the dataset at `root`.
 
-    Tried in this order: COCO JSON whose name or setting is certain, YOLO with a data.yaml, Pascal VOC, YOLO without
-    one, and any other file that `find_annotations` finds.
+    The formats are tried in this order: COCO JSON with a name that says so, YOLO with a data.yaml, CVAT, Create ML,
+    Hugging Face ImageFolder, Pascal VOC, YOLO without a data.yaml, CSV, labelme, other COCO JSON.
 
     Raises:
         UserError: There is no such split.
     """
+    try:
+        return _find(root, split, data)
+    except _NoFormatError as error:
+        if any(_has(root, name, data) for name in {data.train_split, data.val_split, "test"} - {split}):
+            raise
+        if (unread := unread_format(root)) is not None:
+            raise unread from None
+        raise UserError(f"{error} (the folder has {content_summary(root)})") from None
+
+
+def _has(root: Path, split: str, data: DataConfig) -> bool:
+    try:
+        return _find(root, split, data) is not None
+    except UserError:
+        return False
+
+
+def _find(root: Path, split: str, data: DataConfig) -> Source:
     ensure_readable(root)
-    if root.is_file() and (yaml := find_yaml(root)):
-        return find_yolo(yaml, split)
+    if root.is_file():
+        if (yaml := find_yaml(root)) is not None:
+            return find_yolo(yaml, split)
+        if (source := _find_other(root, split, data)) is not None:
+            return source
     error: UserError | None = None
     try:
         file = find_annotations(root, split, data)
         # The only JSON file of a folder may be anything if the dataset is clearly in another format.
-        certain = configured_annotations(split, data) or file == root or file.name == ROBOFLOW
+        certain = configured_annotations(split, data) or file.name == ROBOFLOW
         if certain or file.stem.startswith("instances_"):
             return CocoSource(file, root, split, data)
     except UserError as coco_error:
         if configured_annotations(split, data) or not root.is_dir():
             raise
         file, error = root, coco_error
-    if (yaml := find_yaml(root)) is not None:
-        return find_yolo(yaml, split)
-    if (voc := find_voc(root, split, (data.train_split, data.val_split, "test"), data.voc_origin)) is not None:
-        return voc
-    if (yolo := find_yolo_without_yaml(root, split)) is not None:
-        return yolo
+    yaml = find_yaml(root)
+    source = find_yolo(yaml, split) if yaml else _find_other(root, split, data)
+    if source is not None:
+        return source
     readable = file.is_file() and os.access(file, os.R_OK)
-    if error is None and (not readable or b'"images"' in file.read_bytes()):
+    if error is None and (not readable or (file.suffix.lower() == ".json" and b'"images"' in file.read_bytes())):
         return CocoSource(file, root, split, data)
+    if error is None and file == root:
+        raise unread_format(file) or UserError(
+            f"{root}: is in no known format; give COCO JSON, or the dataset's folder"
+        )
     reason = f"{file.name} has no list 'images'; add COCO JSON, a data.yaml, or classes.txt and images/{split}"
-    raise error or UserError(f"{root}: no '{split}' split; {reason}")
+    if error is None or "; searched " in str(error):
+        raise _NoFormatError(str(error or f"{root}: no '{split}' split; {reason}"))
+    raise error
+
+
+def _find_other(root: Path, split: str, data: DataConfig) -> Source | None:
+    """Find one split in a format other than COCO JSON and YOLO with a data.yaml."""
+    splits = (data.train_split, data.val_split, "test")
+    for reader in READERS:
+        if (source := find_annotation_files(reader, root, split, data)) is not None:
+            return source
+    source = find_voc(root, split, splits, data.voc_origin) or find_yolo_without_yaml(root, split)
+    for reader in () if source is not None else LATE_READERS:
+        if (source := find_annotation_files(reader, root, split, data)) is not None:
+            return source
+    return source

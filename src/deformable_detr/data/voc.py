@@ -97,7 +97,7 @@ class VocSource(NamedSource):
         for path, name in self._files(issues):
             record: dict[str, Any] = {"id": len(images) + 1, "file_name": name}
             images.append(record)
-            root = _parse_xml(path, issues)
+            root = parse_xml(path, issues, "annotation")
             if root is None:
                 continue
             height, width = (_number(root, f"size/{side}") or 0 for side in ("height", "width"))
@@ -261,8 +261,8 @@ def _image_and_xml_folders(folder: Path) -> tuple[Path, Path] | None:
     return (images, folders["annotations"]) if images and "annotations" in folders else None
 
 
-def _parse_xml(path: Path, issues: list[Issue]) -> Element | None:
-    """Parse an XML file. Entities are rejected: they can fill the memory or read other files."""
+def parse_xml(path: Path, issues: list[Issue], tag: str) -> Element | None:
+    """Parse an XML file whose root has this tag. Entities are rejected: they could fill the memory."""
     from xml.etree.ElementTree import ParseError
 
     from defusedxml import DefusedXmlException
@@ -272,7 +272,7 @@ def _parse_xml(path: Path, issues: list[Issue]) -> Element | None:
         return None  # an image without objects
     try:
         root = parse(path, forbid_dtd=True).getroot()
-        if root is not None and root.tag == "annotation":
+        if root is not None and root.tag == tag:
             return root
         message = f"is not a Pascal VOC annotation (its root is <{root.tag[:40] if root is not None else ''}>)"
     except DefusedXmlException:
