@@ -100,3 +100,35 @@ def test_labels_beside_images_with_empty_label_folder(tmp_path):
     for path in sorted((root / "labels").rglob("*.txt")):
         path.rename(root / "images" / path.relative_to(root / "labels"))
     assert objects_of(root) == EXPECTED
+
+
+def test_class_names_beside_the_labels(tmp_path):
+    root = write_yolo_dataset(tmp_path)
+    (root / "data.yaml").unlink()
+    for split in SPLITS:
+        (root / f"labels/{split}/classes.txt").write_text("cat\ndog\n")
+    assert objects_of(root) == EXPECTED
+    (root / "labels/val/classes.txt").write_text("dog\ncat\n")
+    with pytest.raises(UserError, match=r"val/classes\.txt: lists other classes than .*train/classes\.txt"):
+        open_dataset(root)
+
+
+def test_fiftyone_voc(tmp_path):
+    write_voc_dataset(tmp_path / "x")
+    (tmp_path / "y").mkdir()
+    (tmp_path / "x/JPEGImages").rename(tmp_path / "y/data")
+    (tmp_path / "x/Annotations").rename(tmp_path / "y/labels")
+    assert len(open_dataset(tmp_path / "y")) == 4
+
+
+def test_voc_images_in_sub_folders(tmp_path):
+    root = write_voc_dataset(tmp_path)
+    shutil.rmtree(root / "ImageSets")
+    for folder in ("JPEGImages", "Annotations"):
+        (root / folder / "day1").mkdir()
+        for path in sorted((root / folder).glob("[ab].*")):
+            path.rename(path.parent / "day1" / path.name)
+    (root / "ImageSets/Main").mkdir(parents=True)
+    (root / "ImageSets/Main/train.txt").write_text("day1/a\nday1/b.jpg\nempty\n")
+    (root / "ImageSets/Main/val.txt").write_text("c\n")
+    assert objects_of(root) == EXPECTED

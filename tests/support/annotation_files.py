@@ -219,8 +219,14 @@ COCO = {
     ),
     "class imbalance": (
         edit()(lambda c: c["annotations"].extend(
-            {**NEW, "id": 100 + n, "category_id": 2, "bbox": [n / 10, 2, 8, 8]} for n in range(100)
+            {**NEW, "id": 100 + n, "image_id": 1 + n % 2, "category_id": 2, "bbox": [n / 10, 2, 8, 8]}
+            for n in range(100)
         )), {"class-imbalance"}, "",
+    ),
+    "many objects": (
+        edit()(lambda c: c["annotations"].extend(
+            {**NEW, "id": 100 + n, "category_id": 1 + n % 2, "bbox": [n / 10, 2, 8, 8]} for n in range(100)
+        )), {"crowded-images"}, "",
     ),
     "crowds": (append("annotations", {**NEW, "iscrowd": 1}), set(), ""),
     "byte order mark": (
@@ -253,6 +259,19 @@ YOLO = {
     "no label files": (
         lambda root: [path.unlink() for path in (root / "labels/train").iterdir()],
         {"no-training-objects", "class-only-in-val"}, "labels/…/NAME.txt",
+    ),
+    "label file with a hash": (
+        lambda root: (root / "labels/train/b.txt").rename(root / "labels/train/3fa81c02-b.txt"), {"label-name"},
+        "its objects are read for 'b.png'",
+    ),
+    "image of a format that is not read": (
+        lambda root: (root / "images/train/b.png").rename(root / "images/train/b.heic"), {"image-format"}, "b.heic",
+    ),
+    "path of another machine": (
+        lambda root: (root / "data.yaml").write_text(
+            "train: H:\\set\\images\\train\nval: images/val\nnames: [cat, dog]\n"
+        ),
+        {"path-moved"}, "images/train is read instead",
     ),
     "no label file": (lambda root: (root / "labels/train/b.txt").unlink(), set(), ""),
     "bad image": (

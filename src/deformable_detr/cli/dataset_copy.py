@@ -67,9 +67,14 @@ def split_dataset(data: Path, out: Path, config: Config, options: SplitOptions) 
     return usable
 
 
+def _validate(root: Path, data: DataConfig, config: Config) -> Report:
+    model = config.model
+    return validate(root, data, model.image_size, model.long_side, progress=True, num_queries=model.num_queries)
+
+
 def _print_issues(data: Path, config: Config, hidden: Sequence[str] = ()) -> Report:
     """Validate a dataset and print its issues except those with `hidden` codes."""
-    report = validate(data, config.data, config.model.image_size, config.model.long_side, progress=True)
+    report = _validate(data, config.data, config)
     if not report.errors:
         check_opening(report, config.data)
     for line in report.lines(without=hidden):
@@ -90,7 +95,7 @@ def _write_reports(issues: Report, report: Path | None, json: Path | None) -> No
 def _check_copy(kind: str, issues: Report, copy: Path, changes: list[Change], config: Config) -> bool:
     """Validate a copy and print what remains; return whether it has no errors."""
     data = config.data.replace(images=None, annotations=None, val_images=None, val_annotations=None)
-    remaining = validate(copy, data, config.model.image_size, config.model.long_side, progress=True)
+    remaining = _validate(copy, data, config)
     (images, objects), (images_left, objects_left) = _counts(issues), _counts(remaining)
     print(
         f"{copy}: {kind} copy with {images_left} of {images} images and {objects_left} of {objects} objects; "

@@ -121,6 +121,9 @@ _WARNINGS = {
     "box-outside": ("A box lies outside its image; training skips it", "Correct or remove it"),
     "box-overhang": (f"A box exceeds its image by over {OVERHANG:g} pixels; training clips it", "Correct it"),
     "box-duplicate": ("A box appears twice with the same class", "Keep one"),
+    "too-many-objects": (
+        "Images have more objects than the model has queries", "Train with more queries: --set model.num_queries=N",
+    ),
     "tiny-objects": (
         f"Objects have a side under {TINY_SIDE:g} pixels after the resize, half a cell of the finest feature map",
         "Use a larger --image-size, or cut the images into tiles",
@@ -128,6 +131,7 @@ _WARNINGS = {
     "no-objects": ("A split other than the training split has no usable objects", "Label its images"),
 }  # fmt: skip
 _NOTES = {
+    "crowded-images": ("Images have more objects than predict lists by default", "Predict with --top-k"),
     "image-copy": ("Two files of a split hold the same image", "Keep one"),
     "image-empty": ("An image has no objects and is used as background", "None needed if this is correct"),
     "pixel-origin": ("Whether the pixels of Pascal VOC files count from 0 or 1", "None needed if this is correct"),

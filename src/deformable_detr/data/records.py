@@ -216,7 +216,8 @@ class _RecordReader:
             declared = sides if all(is_int64(side) and side > 0 for side in sides) else None
             images.append(ImageRecord(position, image_id, name, Path(name), declared))
         if not self.content["images"]:
-            self._report_file("image-record", "has no images", "add at least one image")
+            hint = "add some, or create a validation split with deformable-detr split"
+            self._report_file("image-record", "has no images", hint)
         return images
 
     def locate(self, images: list[ImageRecord]) -> ImageFolder:
@@ -342,7 +343,9 @@ def repeated_files(content: dict[str, Any]) -> dict[int, tuple[int, Relation]]:
         shared = {label for label, _ in new} & {label for label, _ in old}
         return "clash" if shared else "parts" if new or old else "same"
 
-    relations = {position: relation(records[position], records[other]) for position, other in repeated.items()}
+    relations: dict[int, Relation] = {}
+    for position, other in repeated.items():
+        relations[position] = relation(records[position], records[other])
     if "clash" in relations.values():  # the same export wrote the others
         relations |= {position: "clash" for position, kind in relations.items() if kind == "parts"}
     return {position: (other, relations[position]) for position, other in repeated.items()}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 
+FOLDERS = ("jpegimages", "images", "data", "annotations", "labels")
 FRACTIONS = 0.05  # share of boxes with fractional corners; the published VOC2011 and later have a few
 
 
@@ -248,17 +249,18 @@ def _find_split(root: Path, split: str) -> VocSource | None:
 
 
 def _image_and_xml_folders(folder: Path) -> tuple[Path, Path] | None:
-    """Find the folders of images and XML files in a folder, in any case."""
+    """Find the folders of images and XML files in a folder, with names in any case."""
     if not folder.is_dir():
         return None
     ensure_readable(folder)
-    folders: dict[str, Path] = {}
     with os.scandir(folder) as entries:
-        for entry in entries:
-            if (name := entry.name.lower()) in ("jpegimages", "images", "annotations") and entry.is_dir():
-                folders[name] = folder / entry.name
-    images = folders.get("jpegimages") or folders.get("images")
-    return (images, folders["annotations"]) if images and "annotations" in folders else None
+        named = [entry for entry in entries if entry.name.lower() in FOLDERS and entry.is_dir()]
+    folders = {entry.name.lower(): folder / entry.name for entry in named}
+    images = next((folders[name] for name in ("jpegimages", "images", "data") if name in folders), None)
+    labels = folders.get("annotations")
+    if labels is None and "labels" in folders and _has_xml(folders["labels"]):  # FiftyOne: data and labels
+        labels = folders["labels"]
+    return (images, labels) if images and labels else None
 
 
 def parse_xml(path: Path, issues: list[Issue], tag: str) -> Element | None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from .matching import existing_tail, match_names
 from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict, read_lines
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-CLASS_FILES = ("classes.txt", "labels/classes.txt", "obj.names")  # Label Studio, LabelImg, CVAT: one name per line
+CLASS_FILES = ("classes.txt", "obj.names", "*/classes.txt", "*/*/classes.txt")  # Label Studio, CVAT, LabelImg
 LABEL_FOLDERS = ("labels", "Labels", "LABELS")
 ROUNDING = 0.01  # how far outside 0..1 a value may be
 
@@ -317,8 +318,7 @@ def find_yolo_without_yaml(root: Path, split: str) -> YoloSource | None:
 
     Images outside all split folders match any split.
     """
-    file = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
-    if file is None:
+    if (file := _find_class_file(root)) is None:
         return None
     folders = split_folders(root)
     folder = next((folders[name] for name in split_aliases(split) if name in folders), None)
@@ -330,6 +330,19 @@ def find_yolo_without_yaml(root: Path, split: str) -> YoloSource | None:
         return None
     lines = "\n".join(read_lines(file)).strip().splitlines()
     return YoloSource(folder, root, (folder,), _class_names([line.strip() for line in lines], None, file))
+
+
+def _find_class_file(root: Path) -> Path | None:
+    """Find the class names of a dataset; LabelImg writes a copy into each folder of labels."""
+    for pattern in CLASS_FILES if root.is_dir() else ():
+        names = sorted(glob(pattern, root_dir=root))  # unlike Path.glob, it ignores links in a loop
+        files = [root / name for name in names if not is_hidden(name) and os.path.isfile(root / name)]
+        for other in files[1:]:
+            if read_lines(other) != read_lines(files[0]):
+                raise UserError(f"{other}: lists other classes than {files[0]}; use one list of classes for all splits")
+        if files:
+            return files[0]
+    return None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

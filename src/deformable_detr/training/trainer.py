@@ -102,7 +102,8 @@ def _open_datasets(
     size, divisor = (config.model.image_size, config.model.long_side), config.model.size_divisor
     cache = AnnotationCache()  # each annotation file is parsed once
     if not resume:
-        for line in context.on_rank_zero(lambda: list(check_for_training(data, config.data, *size, cache))):
+        queries = config.model.num_queries
+        for line in context.on_rank_zero(lambda: list(check_for_training(data, config.data, *size, cache, queries))):
             log.warning(line)
     with context.sync_errors():
         transform = TrainTransform(*size, divisor, config.data)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from deformable_detr.config.schema import DataConfig
-from deformable_detr.data.validate import check_for_training, images
+from deformable_detr.data.validate import check_dataset, check_for_training, images
 from deformable_detr.utils.errors import UserError
 from tests.support.data_problems import SIZES, TRAIN, check_report, run_check
 from tests.support.datasets import OBJECTS, write_coco_dataset
@@ -87,3 +87,17 @@ def test_auto_checks_a_sample_and_full_checks_all_images(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "AUTO_SECONDS", -1.0)
     monkeypatch.setattr(images, "CHUNK", 4)
     assert vars(check_report(root, "auto").coverage) == {"images": 41, "headers": 4, "decoded": 4}
+
+
+def test_more_objects_than_queries(tmp_path):
+    boxes = [(0, (x, y, 4, 4)) for x in range(0, 36, 3) for y in range(0, 16, 2)]
+    root = write_coco_dataset(tmp_path, {"train": {"a": boxes, "b": boxes[:2]}, "val": {"c": boxes[:50]}})
+    report = check_dataset(root, DataConfig(), **SIZES, num_queries=50)
+    [issue] = [issue for issue in report.issues if issue.code == "too-many-objects"]
+    assert (
+        f"has 1 images with more objects than the model's 50 queries, at most {len(boxes)} ('a.png')" in issue.message
+    )
+    assert issue.hint == "train with --set model.num_queries=200"
+    lines = check_for_training(root, DataConfig(), **SIZES, num_queries=50)
+    assert any(line.startswith("warning too-many-objects") for line in lines)
+    assert not any("too-many" in line for line in check_for_training(root, DataConfig(), **SIZES, num_queries=96))

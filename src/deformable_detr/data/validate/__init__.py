@@ -13,7 +13,7 @@ from ..formats import find_source
 from ..issues import ISSUE_TYPES, SEVERITIES, Issue, Issues
 from ..source import AnnotationCache, Source, distinct_val_hint, same_split, split_command_hint
 from .annotations import Split, read_split
-from .boxes import check_boxes
+from .boxes import check_boxes, check_crowded
 from .classes import check_classes, class_counts
 from .images import Coverage, Depth, check_images
 
@@ -92,6 +92,7 @@ def check_dataset(
     depth: Depth = "full",
     progress: bool = False,
     cache: AnnotationCache | None = None,
+    num_queries: int | None = None,
 ) -> Report:
     """Check the training, validation and, if there is one, test split of a dataset.
 
@@ -102,6 +103,7 @@ def check_dataset(
         depth: "full" decodes every image; "auto" decodes at most `AUTO_IMAGES` in `AUTO_SECONDS`.
         progress: Show a progress bar if standard error is a terminal.
         cache: Keeps the parsed annotations for other readers.
+        num_queries: Queries of the model, the most objects per image that it can find. If omitted, not checked.
 
     Raises:
         UserError: There is no dataset. Everything that is wrong in a dataset becomes an issue.
@@ -115,6 +117,7 @@ def check_dataset(
     coverage = check_images(list(splits.values()), depth, issues, progress)
     for split in splits.values():
         check_boxes(split, image_size, long_side, issues)
+        check_crowded(split, num_queries, issues)
     check_classes(list(splits.values()), splits.get(data.train_split), splits.get(data.val_split), issues)
     return Report(base, tuple(splits.values()), issues, coverage, image_size)
 
@@ -125,6 +128,7 @@ def check_for_training(
     image_size: int,
     long_side: int,
     cache: AnnotationCache | None = None,
+    num_queries: int | None = None,
 ) -> tuple[str, ...]:
     """Check a dataset as deep as `data.check` says, and return the lines that training prints: one per type of warning.
 
@@ -132,7 +136,7 @@ def check_for_training(
     """
     if data.check == "off":
         return ()
-    report = check_dataset(root, data, image_size, long_side, depth=data.check, cache=cache)
+    report = check_dataset(root, data, image_size, long_side, data.check, cache=cache, num_queries=num_queries)
     used = [issue for issue in report.issues if issue.split in (data.train_split, data.val_split)]
     report = replace(report, issues=Issues(used))
     if errors := report.errors:

@@ -10,6 +10,8 @@ from ..records import clip_corners
 from ..transforms import MIN_SIDE
 from .annotations import Split
 
+LISTED = 100  # detections per image that `predict` and COCO metrics keep by default
+
 
 def check_boxes(split: Split, image_size: int, long_side: int, issues: Issues) -> None:
     """Add the issues of a split's boxes; image sizes are those of the files, if these were read."""
@@ -39,6 +41,29 @@ def check_boxes(split: Split, image_size: int, long_side: int, issues: Issues) -
         message = f"has the box and class of {split.object_name(first)}"
         issues.add("box-duplicate", split.file, split.object_name(index), message, **split.locate(index))
     _check_tiny(split, kept[inside], corners[inside], limits[inside], (image_size, long_side), issues)
+
+
+def check_crowded(split: Split, num_queries: int | None, issues: Issues) -> None:
+    """Add an issue if images have more objects than the model has queries, or than are listed by default."""
+    counts = np.bincount(split.image_indices[~split.crowds], minlength=len(split.images))
+    highest = int(counts.max(initial=0))
+    if not highest > min(num_queries or highest, LISTED):
+        return
+    name = split.images[int(counts.argmax())].name
+    if num_queries is not None and highest > num_queries:
+        message = (
+            f"has {np.count_nonzero(counts > num_queries)} images with more objects than the model's {num_queries} "
+            f"queries, at most {highest} ({name!r}); it cannot find all of them"
+        )
+        hint = f"train with --set model.num_queries={-(-highest * 3 // 200) * 100}"
+        issues.add("too-many-objects", split.file, "", message, hint, split=split.name)
+    if highest > LISTED:
+        message = (
+            f"has {np.count_nonzero(counts > LISTED)} images with more than {LISTED} objects, at most {highest} "
+            f"({name!r}); predict lists the {LISTED} best detections, and COCO metrics count as many"
+        )
+        hint = f"predict with --top-k {-(-highest // 100) * 100}"
+        issues.add("crowded-images", split.file, "", message, hint, split=split.name)
 
 
 def object_limits(split: Split) -> np.ndarray:
