@@ -442,3 +442,15 @@ def test_unreadable_voc_folder_is_reported(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != root / folder and access(path, mode))
     with pytest.raises(UserError, match=r"Permission denied; make the folder readable"):
         open_dataset(root)
+
+
+@pytest.mark.parametrize("write", [write_coco_dataset, write_yolo_dataset, write_voc_dataset])
+def test_dataset_in_one_more_folder(tmp_path, write):
+    write(tmp_path / "export-2024" / "dataset")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "notes.txt").write_text("exported")
+    for split in ("train", "val"):
+        assert read_objects(tmp_path, split) == expected_objects(split)
+    (tmp_path / "more").mkdir()
+    with pytest.raises(UserError, match="no 'train' split"):
+        open_dataset(tmp_path)

@@ -10,7 +10,7 @@ from .coco import CocoSource
 from .createml import CreateMlSource
 from .csv_table import CsvSource
 from .cvat import CvatSource
-from .discovery import ROBOFLOW, configured_annotations, ensure_readable, find_annotations
+from .discovery import ROBOFLOW, configured_annotations, ensure_readable, find_annotations, is_hidden
 from .imagefolder import ImageFolderSource
 from .labelme import LabelmeSource
 from .source import Source
@@ -29,20 +29,35 @@ class _NoFormatError(UserError):
 def find_source(root: Path, split: str, data: DataConfig) -> Source:
     """Find one split of the dataset at `root`.
 
-    The formats are tried in this order: COCO JSON with a name that says so, YOLO with a data.yaml, CVAT, Create ML,
-    Hugging Face ImageFolder, Pascal VOC, YOLO without a data.yaml, CSV, labelme, other COCO JSON.
+    The dataset may be in another folder, if that is the only one. The formats are tried in this order: COCO JSON with
+    a name that says so, YOLO with a data.yaml, CVAT, Create ML, Hugging Face ImageFolder, Pascal VOC, YOLO without a
+    data.yaml, CSV, labelme, other COCO JSON.
 
     Raises:
         UserError: There is no such split.
     """
+    splits = {data.train_split, data.val_split, "test"}
     try:
         return _find(root, split, data)
     except _NoFormatError as error:
-        if any(_has(root, name, data) for name in {data.train_split, data.val_split, "test"} - {split}):
+        if any(_has(root, name, data) for name in splits - {split}):
             raise
+        inner = _only_folder(root)
+        while inner is not None and not any(_has(inner, name, data) for name in splits):
+            inner = _only_folder(inner)
+        if inner is not None:
+            return find_source(inner, split, data)
         if (unread := unread_format(root)) is not None:
             raise unread from None
         raise UserError(f"{error} (the folder has {content_summary(root)})") from None
+
+
+def _only_folder(root: Path) -> Path | None:
+    """Return the only folder in a folder; macOS adds __MACOSX to archives."""
+    folders = [
+        path for path in root.iterdir() if path.is_dir() and path.name != "__MACOSX" and not is_hidden(path.name)
+    ]
+    return folders[0] if len(folders) == 1 else None
 
 
 def _has(root: Path, split: str, data: DataConfig) -> bool:
