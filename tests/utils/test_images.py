@@ -1,14 +1,22 @@
 """read_image: orientation, color modes, source types, and one clear line for unreadable images."""
 
+import functools
 import io
+import struct
+import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from deformable_detr.utils.errors import UserError
-from deformable_detr.utils.images import read_image, read_size
+from deformable_detr.utils.images import decode_image, read_image, read_size
+from deformable_detr.utils.png import MAX_TEXT, without_texts
 
 WHITE, RED = (255, 255, 255), (200, 30, 40)
 
@@ -198,3 +206,233 @@ def test_damaged_exif_is_ignored(tmp_path, suffix, broken):
     image.save(path, exif=b"Exif\x00\x00" + broken)
     assert read_size(path) == (48, 64)
     assert torch.equal(read_image(path), expected)
+
+
+def png_with(pixels, chunk, after):
+    """Return a PNG with one more chunk, before or after the pixels."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    content, (kind, body) = file.getvalue(), chunk
+    start = content.index(b"IEND" if after else b"IDAT") - 4
+    added = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return content[:start] + added + content[start:]
+
+
+def mark(orientation, padding=0):
+    """Return EXIF and XMP with an orientation; `padding` bytes of XMP come first."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    xmp = f'<x:xmpmeta>{" " * padding}<rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+    return exif.tobytes()[6:], xmp
+
+
+def png_chunk(kind, orientation, padding=0):
+    exif, xmp = mark(orientation, padding)
+    profile = b"\nexif\n%8d\n" % (len(exif) + 6) + (b"Exif\0\0" + exif).hex().encode() + b"\n"
+    head = b"XML:com.adobe.xmp\0"
+    return {
+        "eXIf": (b"eXIf", exif),
+        "profile": (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile)),
+        "profile, plain": (b"tEXt", b"Raw profile type exif\0" + profile),
+        "XMP": (b"iTXt", head + b"\0\0\0\0" + xmp),
+        "XMP, compressed": (b"iTXt", head + b"\1\0en\0t\0" + zlib.compress(xmp)),
+    }[kind]
+
+
+MARKS = ["eXIf", "profile", "profile, plain", "XMP", "XMP, compressed"]
+PLACES = [("PNG", kind, after) for kind in MARKS for after in (False, True)]
+PLACES += [(suffix, kind, False) for suffix in ("JPEG", "WEBP", "TIFF", "TIFF, LZW") for kind in ("EXIF", "XMP")]
+
+
+def marked_image(place, orientation, pixels):
+    """Return the bytes of an image with an orientation mark."""
+    suffix, kind, after = place
+    if suffix == "PNG":
+        return png_with(pixels, png_chunk(kind, orientation), after)
+    exif, xmp = mark(orientation)
+    file, options = io.BytesIO(), {"quality": 95}
+    if suffix.startswith("TIFF"):
+        options = {"compression": "tiff_lzw"} if "LZW" in suffix else {}
+        options["tiffinfo"] = {274: orientation} if kind == "EXIF" else {700: xmp}
+    else:
+        options |= {"exif": b"Exif\0\0" + exif} if kind == "EXIF" else {"xmp": xmp}
+    Image.fromarray(pixels).save(file, suffix.partition(",")[0], **options)
+    return file.getvalue()
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(PLACES), st.sampled_from([*range(10)]), st.integers(8, 40), st.integers(8, 40))
+def test_size_and_pixels_follow_the_same_orientation(tmp_path_factory, place, orientation, width, height):
+    assume(place[:2] != ("TIFF, LZW", "EXIF") or orientation in UPRIGHT)  # libtiff writes no others
+    stored = np.full((height, width, 3), 255, np.uint8)
+    stored[: height // 2, : width // 2] = (0, 0, 255)  # the mark: top left as stored
+    path = tmp_path_factory.getbasetemp() / "marked"
+    path.write_bytes(marked_image(place, orientation, stored))
+    expected = UPRIGHT.get(orientation, UPRIGHT[1])(stored).transpose(2, 0, 1)
+    image = read_image(path)
+    assert read_size(path) == tuple(image.shape[1:]) == expected.shape[1:]
+    assert np.abs(image.numpy().astype(int) - expected).mean() < (1 if place[0] in ("PNG", "TIFF", "TIFF, LZW") else 30)
+    assert torch.equal(decode_image(path.read_bytes(), "bytes"), image)
+    with Image.open(path) as opened:
+        assert torch.equal(read_image(opened), image)
+
+
+def test_an_orientation_that_is_no_number_counts_as_1(tmp_path):
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<rdf:Description tiff:Orientation="x"/>'
+    (tmp_path / "a.png").write_bytes(png_with(random_pixels(), (b"iTXt", xmp), False))
+    assert read_size(tmp_path / "a.png") == (4, 6) == tuple(read_image(tmp_path / "a.png").shape[1:])
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("kind", ["XMP", "XMP, compressed"])
+def test_large_texts_of_png_are_left_out(tmp_path, kind, after):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_with(random_pixels(), png_chunk(kind, 6, padding=3_000_000), after))
+    assert read_size(path) == (6, 4)
+    np.testing.assert_array_equal(read_image(path).numpy(), UPRIGHT[6](random_pixels()).transpose(2, 0, 1))
+
+
+def test_a_decompression_bomb_in_a_text_is_harmless(tmp_path):
+    bomb = zlib.compress(bytes(200_000_000), 9)
+    for head in (b"XML:com.adobe.xmp\0\0", b"Comment\0\0"):
+        (tmp_path / "a.png").write_bytes(png_with(random_pixels(), (b"zTXt", head + bomb), False))
+        _, info = without_texts(io.BytesIO((tmp_path / "a.png").read_bytes()), pixels=True)
+        assert len(info.get("xmp", b"")) <= MAX_TEXT
+        assert read_image(tmp_path / "a.png").shape == (3, 4, 6)
+
+
+_COLUMNS, _ROWS = np.meshgrid(np.arange(0, 250, 5), np.arange(0, 240, 6))
+PICTURE = np.stack([_COLUMNS, _ROWS, np.full((40, 50), 90)], -1).astype(np.uint8)
+GRAY = PICTURE[..., 0]
+TIFFS = {  # name: pixels, options of tifffile, whether it is gray
+    "rgb16 planar": ((PICTURE.astype(np.uint16) * 257).transpose(2, 0, 1), {"planarconfig": "separate"}),
+    "rgb8 planar": (PICTURE.transpose(2, 0, 1), {"planarconfig": "separate"}),
+    "rgb16": (PICTURE.astype(np.uint16) * 257, {}),
+    "rgb16 big-endian LZW": (PICTURE.astype(np.uint16) * 257, {"byteorder": ">", "compression": "lzw"}),
+    "rgb float32": (PICTURE / np.float32(255), {}),
+    "rgb float32 planar": ((PICTURE / np.float32(255)).transpose(2, 0, 1), {"planarconfig": "separate"}),
+    "rgb float64": (PICTURE.astype(np.float64), {}),
+    "rgb16 zstd": (PICTURE.astype(np.uint16) * 257, {"compression": "zstd"}),
+    "bands": (np.dstack([PICTURE, PICTURE, GRAY]), {"photometric": "minisblack", "planarconfig": "contig"}),
+    "7 planes": (np.dstack([PICTURE, PICTURE, GRAY]).transpose(2, 0, 1),
+                 {"photometric": "minisblack", "planarconfig": "separate"}),
+    "4 bands of 16 bits": (np.dstack([PICTURE, GRAY]).astype(np.uint16) * 257,
+                           {"photometric": "minisblack", "planarconfig": "contig"}),
+    "tiled": (PICTURE, {"tile": (16, 16)}),
+    "tiled rgb16 deflate": (PICTURE.astype(np.uint16) * 257, {"tile": (16, 16), "compression": "zlib"}),
+    "JPEG in YCbCr": (PICTURE, {"compression": "jpeg"}),
+    "BigTIFF": (PICTURE, {"bigtiff": True}),
+    "BigTIFF float": (PICTURE / np.float32(255), {"bigtiff": True}),
+    "gray uint32": (GRAY.astype(np.uint32) * 16843009, {}),
+    "gray uint32 big-endian": (GRAY.astype(np.uint32) * 16843009, {"byteorder": ">"}),
+    "gray float16": ((GRAY / 255).astype(np.float16), {}),
+    "gray float32": (GRAY / np.float32(255), {}),
+    "gray uint16": (GRAY.astype(np.uint16) * 257, {}),
+    "inverted uint16": (65535 - GRAY.astype(np.uint16) * 257, {"photometric": "miniswhite"}),
+    "inverted uint8": (255 - GRAY, {"photometric": "miniswhite"}),
+}  # fmt: skip
+
+
+@functools.cache
+def tiff_bytes(name):
+    tifffile = pytest.importorskip("tifffile")
+    pixels, options = TIFFS[name]
+    file = io.BytesIO()
+    keys = ("bigtiff", "byteorder")
+    with tifffile.TiffWriter(file, **{key: options[key] for key in keys if key in options}) as writer:
+        rest = {key: value for key, value in options.items() if key not in keys}
+        color = "minisblack" if pixels.ndim == 2 else "rgb"
+        writer.write(pixels, **({"photometric": color, "metadata": None} | rest))
+    return file.getvalue()
+
+
+def assert_is_picture(image, name, tolerance=2):
+    gray = "gray" in name or "inverted" in name
+    expected = np.repeat(GRAY[..., None], 3, 2) if gray else PICTURE
+    assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("name", TIFFS)
+def test_tiff_layouts_show_the_same_picture(tmp_path, name):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff_bytes(name))
+    tolerance = 12 if "JPEG" in name else 2
+    assert_is_picture(read_image(path), name, tolerance)
+    assert read_size(path) == (40, 50)
+    assert_is_picture(decode_image(path.read_bytes(), "bytes"), name, tolerance)
+
+
+@pytest.mark.parametrize("name", ["rgb16 planar", "rgb float32", "gray float16", "bands"])
+def test_without_tifffile_one_line_says_what_to_install(tmp_path, monkeypatch, name):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff_bytes(name))
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(UserError, match=r"a TIFF of \d × \d+-bit .*pip install 'deformable-detr\[tiff\]', or convert"):
+        read_image(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(TIFFS)), st.floats(0, 1), st.integers(0, 255))
+def test_cut_off_tiffs_raise_one_line(name, fraction, damage):
+    content = bytearray(tiff_bytes(name))
+    content = content[: int(len(content) * fraction)]
+    if damage % 2 and content:
+        content[damage % len(content)] ^= damage
+    try:
+        result = decode_image(bytes(content), "a.tif")
+    except UserError as error:
+        result = str(error)
+    assert "\n" not in result if isinstance(result, str) else result.shape[0] == 3
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("missing", [-9999.0, -3.4028234663852886e38, float("nan")])
+def test_missing_values_are_black_and_do_not_count_as_brightness(tmp_path, declared, missing):
+    tifffile = pytest.importorskip("tifffile")
+    values = GRAY.astype(np.float32) * 8
+    values[:20, :20] = missing
+    tags = [(42113, "s", 0, str(missing), True)] if declared else []
+    tifffile.imwrite(tmp_path / "a.tif", values, extratags=tags, metadata=None)
+    image = read_image(tmp_path / "a.tif")[0].numpy().astype(int)
+    assert not image[:20, :20].any()
+    assert np.abs(image - GRAY)[20:].max() <= 10
+
+
+def test_of_several_pages_the_first_is_read(tmp_path):
+    pages = [Image.fromarray(PICTURE), Image.new("RGB", (10, 10))]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    assert_is_picture(read_image(tmp_path / "a.tif"), "rgb")
+    assert read_size(tmp_path / "a.tif") == (40, 50)
+
+
+CONTENT = {
+    "HEIC image": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "a PDF": b"%PDF-1.7\n",
+    "an HTML page": b"\n<!DOCTYPE html><html>",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+    "an SVG drawing": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+}
+
+
+@pytest.mark.parametrize("content", CONTENT)
+def test_other_content_in_a_jpg_is_named(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(CONTENT[content] + bytes(600))
+    for read in (read_image, read_size):
+        with pytest.raises(UserError, match=rf"a\.jpg: cannot be read as an image \(it is .*{content[2:]}"):
+            read(tmp_path / "a.jpg")
+
+
+CASES = Path(__file__).parents[3] / "shared" / "cases"
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="needs the shared cases")
+def test_shared_cases():
+    folder = CASES / "31-tiff-kinds"
+    expected = read_image(folder / "rgb8.tif").int()
+    for name in ("rgb16_planar", "rgb_float32", "grey_uint32", "grey_float16"):
+        image = read_image(folder / f"{name}.tif").int()
+        assert (image - (expected if "rgb" in name else expected[:1])).abs().max() <= 2
+    for path in (
+        path for case in ("27-png-xmp-orientation", "32-png-large-text") for path in (CASES / case).rglob("*.png")
+    ):
+        assert read_size(path) == tuple(read_image(path).shape[1:])

@@ -2,17 +2,36 @@
 
 import io
 import os
+import re
 import stat
-import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import UserError
+from .png import without_texts
+from .tiff import TiffLayout, read_layout, read_page, require_reader, to_uint8
 
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_TRANSPOSE = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # to `Image.Transpose`
+# What files with the name of an image hold instead: signature, what it is, what to do.
+_OTHER_CONTENT = (
+    (rb"(?s)....ftyp(?:hei|hev|mif1|msf1)", "a HEIC image", "convert it to JPEG"),
+    (rb"(?s)....ftyp", "a video", "extract its frames"),
+    (rb"%PDF", "a PDF", "export its pages as PNG"),
+    (rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype )?html", "an HTML page, as failed downloads leave", "download it again"),
+    (rb"version https://git-lfs", "a Git LFS pointer", "run `git lfs pull`"),
+    (rb"(?s)(?:\xef\xbb\xbf)?\s*(?:<\?xml.{0,400}?)?<svg", "an SVG drawing", "convert it to PNG"),
+    (rb"(?s)\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL image", "convert it to JPEG"),
+    (rb"v/1\x01", "an OpenEXR image", "convert it to PNG or TIFF"),
+    (rb"(?s).{128}DICM", "a DICOM image", "convert it to PNG"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive", "unpack it"),
+)
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
@@ -20,11 +39,11 @@ ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 def read_image(source: ImageSource) -> Tensor:
     """Read an image as uint8 RGB, (3, H, W), on the CPU; the result shares no memory with the source.
 
-    - EXIF orientation is applied.
+    - The orientation of EXIF is applied, otherwise that of XMP (`tiff:Orientation`).
     - Transparent pixels are blended with white.
-    - 16-bit gray is divided by 257, so 65535 becomes 255.
-    - Integers (mode I) in 0..65535 are read as 16-bit. Floats (mode F) in 0..1 or 0..255 are read in that range. Other
-      values are stretched from their minimum and maximum to 0..255; NaN becomes 0.
+    - 16-bit gray is divided by 257, so 65535 becomes 255. 12-bit TIFF is scaled likewise.
+    - Other integers and floats are scaled as `tiff.to_uint8` describes; missing values (NaN, GDAL's nodata) are black.
+    - TIFF layouts that Pillow misreads (16-bit planes, float colors, more bands, …) need the extra `tiff`.
 
     Args:
         source: A path, a PIL image, a uint8 array (H, W, 3), (H, W, 4) RGBA, (H, W) or (H, W, 1) gray, a uint16 array
@@ -44,12 +63,13 @@ def read_image(source: ImageSource) -> Tensor:
         raise UserError(f"an image must be a path, PIL image, array or tensor, not {type(source).__name__}")
     name = os.fspath(source)
     _require_file(name)
-    return _open(name, name)
+    with _open_file(name) as file:
+        return _read(file, name)
 
 
 def decode_image(data: bytes, name: str) -> Tensor:
     """Decode the bytes of an image file as `read_image` does; errors call it `name`."""
-    return _open(io.BytesIO(data), name)
+    return _read(io.BytesIO(data), name)
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -58,16 +78,16 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int]:
-    """Return the size as `read_size` does, and the EXIF orientation, 1 to 8."""
+    """Return the size as `read_size` does, and the orientation, 1 to 8."""
     name = os.fspath(path)
     _require_file(name)
-    try:
-        with Image.open(name) as image:
-            _refuse_vector_graphics(image)
-            width, height = image.size
-            orientation = _orientation(image) if _may_have_exif(image, name) else 1
-    except Exception as error:
-        raise _unreadable(name, error) from error
+    with _open_file(name) as file, _one_line_errors(name, file):
+        if layout := read_layout(file):
+            require_reader(layout, name)
+            (width, height), orientation = layout.size, _valid(layout.orientation)
+        else:
+            with _open_image(file, pixels=False) as image:
+                (width, height), orientation = image.size, _orientation(image)
     _check_size(name, width, height)
     return ((width, height) if orientation in TRANSPOSED_ORIENTATIONS else (height, width)), orientation
 
@@ -82,24 +102,23 @@ def _require_file(name: str) -> None:
         raise UserError(f"{name}: cannot be read as an image (not a regular file); replace it or remove its entry")
 
 
-def _may_have_exif(image: Image.Image, name: str) -> bool:
-    """Return False for a PNG without an EXIF chunk, because `getexif` would decode all of it."""
-    if image.format != "PNG" or image.info.keys() & {"exif", "Raw profile type exif"}:
-        return True
-    with open(name, "rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:  # length and type of a chunk, before its data and a 4-byte checksum
-            if head[4:] == b"eXIf":
-                return True
-            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
-    return False
+def _open_file(name: str) -> IO[bytes]:
+    try:
+        return open(name, "rb")
+    except OSError as error:
+        raise _unreadable(name, error) from error
 
 
 def _orientation(image: Image.Image) -> int:
+    """Return the orientation of EXIF, or of XMP if EXIF has none: Pillow's rule. Invalid ones count as 1."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):  # damaged EXIF; the pixels may be intact
+        return _valid(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF raises any exception; the pixels may be intact
         return 1
+
+
+def _valid(orientation: Any) -> int:
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _check_size(name: str, width: int, height: int) -> None:
@@ -113,33 +132,81 @@ def _check_size(name: str, width: int, height: int) -> None:
         raise UserError(f"{name}: an image without pixels ({width} × {height}); replace or remove it")
 
 
+def _open_image(file: IO[bytes], pixels: bool = True) -> Image.Image:
+    stream, info = without_texts(file, pixels)
+    image = Image.open(stream)
+    if image.format == "PNG":
+        image.info |= info
+    _refuse_vector_graphics(image)
+    return image
+
+
 def _refuse_vector_graphics(image: Image.Image) -> None:
     if image.format in ("EPS", "WMF"):  # Pillow would run Ghostscript on a PostScript program
         raise ValueError(f"{image.format} is a vector format, which is not supported")
 
 
-def _open(file: str | io.BytesIO, name: str) -> Tensor:
-    try:
-        image = Image.open(file)
-    except Exception as error:  # decoders raise any exception for damaged data
-        raise _unreadable(name, error) from error
-    with image:
-        return _decode(image, name)
+def _read(file: IO[bytes], name: str) -> Tensor:
+    with _one_line_errors(name, file):
+        layout = read_layout(file)
+        if layout:
+            _check_size(name, *layout.size)
+        try:
+            if layout and not layout.pillow_reads:
+                return _read_tiff(file, layout, name)
+            image = _open_image(file)
+        except (UnidentifiedImageError, KeyError):  # an unknown layout or compression
+            if layout is None:
+                raise
+            return _read_tiff(file, layout, name)
+        with image:
+            return _decode(image, name)
 
 
 def _decode(image: Image.Image, name: str) -> Tensor:
-    _check_size(name, *image.size)
-    try:
+    with _one_line_errors(name):
+        _check_size(name, *image.size)
         _refuse_vector_graphics(image)
-        image.load()
-        return _to_tensor(_to_rgb(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image))
+        tags, file = getattr(image, "tag_v2", None), getattr(image, "fp", None)
+        layout = TiffLayout.from_tags(tags) if image.format == "TIFF" and tags and file else None
+        if layout and file and not layout.pillow_reads:
+            return _read_tiff(file, layout, name, image.tell())
+        image.load()  # rotates TIFF
+        upright = image if image.format == "TIFF" else _rotate(image, _orientation(image))
+        return _to_tensor(_to_rgb(upright, layout))
+
+
+def _read_tiff(file: IO[bytes], layout: TiffLayout, name: str, page: int = 0) -> Tensor:
+    pixels = read_page(file, layout, page, name)
+    levels = to_uint8(pixels, layout.bits, layout.nodata, invert=layout.photometric == 0)
+    return _to_tensor(_to_rgb(_rotate(Image.fromarray(levels), _valid(layout.orientation))))
+
+
+def _rotate(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(Image.Transpose(_TRANSPOSE[orientation])) if orientation != 1 else image
+
+
+@contextmanager
+def _one_line_errors(name: str, file: IO[bytes] | None = None) -> Iterator[None]:
+    """Raise UserError for any exception; decoders raise any for damaged data."""
+    try:
+        yield
+    except UserError:
+        raise
     except Exception as error:
-        raise _unreadable(name, error) from error
+        head = b""
+        if file is not None:
+            file.seek(0)
+            head = file.read(512)
+        raise _unreadable(name, error, head) from error
 
 
-def _unreadable(name: str, error: Exception) -> UserError:
+def _unreadable(name: str, error: Exception, head: bytes = b"") -> UserError:
     if isinstance(error, Image.DecompressionBombError):
         return UserError(f"{name}: too many pixels to be safe ({error}); cut it into tiles or downscale it first")
+    for signature, content, hint in _OTHER_CONTENT:
+        if re.match(signature, head):
+            return UserError(f"{name}: cannot be read as an image (it is {content}); {hint}")
     if isinstance(error, UnidentifiedImageError):  # its message can contain a memory address
         reason = "unknown image format"
     else:
@@ -147,32 +214,19 @@ def _unreadable(name: str, error: Exception) -> UserError:
     return UserError(f"{name}: cannot be read as an image ({' '.join(reason.split())}); replace or remove it")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, layout: TiffLayout | None = None) -> Image.Image:
+    nodata = layout.nodata if layout else None
+    if image.mode.startswith("I;16") or image.mode in ("I", "F") or (nodata is not None and image.mode in ("L", "RGB")):
+        values = np.asarray(image)
+        if layout and layout.bits == 32 and layout.sample_format == 1:
+            values = values.view(np.uint32)
+        return Image.fromarray(to_uint8(values, layout.bits if layout else 16, nodata)).convert("RGB")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image).astype(np.float64)
-        if image.mode == "F":
-            values = _scale_float(values)
-        else:
-            values = values / 257 if values.min() >= 0 and values.max() <= 65535 else _stretch(values)
-        return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def _scale_float(values: np.ndarray) -> np.ndarray:
-    values = np.where(np.isfinite(values), values, 0.0)
-    if values.min() < 0 or values.max() > 255:
-        return _stretch(values)
-    return values * 255 if values.max() <= 1 else values
-
-
-def _stretch(values: np.ndarray) -> np.ndarray:
-    low, high = values.min(), values.max()
-    return (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
