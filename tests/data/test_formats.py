@@ -451,6 +451,6 @@ def test_dataset_in_one_more_folder(tmp_path, write):
     (tmp_path / "notes.txt").write_text("exported")
     for split in ("train", "val"):
         assert read_objects(tmp_path, split) == expected_objects(split)
-    (tmp_path / "more").mkdir()
-    with pytest.raises(UserError, match="no 'train' split"):
+    write(tmp_path / "other")
+    with pytest.raises(UserError, match=r"has several datasets, such as .*dataset and .*other; give one"):
         open_dataset(tmp_path)

@@ -1,6 +1,8 @@
 """Detect the format of a dataset: the first reader that finds the split in it."""
 
 import os
+from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 
 from ..config.schema import DataConfig
@@ -18,6 +20,8 @@ from .unread_formats import content_summary, unread_format
 from .voc import find_voc
 from .yolo import find_yaml, find_yolo, find_yolo_without_yaml
 
+MAX_FOLDERS = 20  # that are searched for a dataset
+LAYOUT_FOLDERS = {"annotations", "images", "labels", "jpegimages", "imagesets"}  # parts of one dataset
 READERS: tuple[type[FileSource], ...] = (CvatSource, CreateMlSource, ImageFolderSource)
 LATE_READERS: tuple[type[FileSource], ...] = (CsvSource, LabelmeSource)  # these files may lie beside other formats
 
@@ -29,9 +33,9 @@ class _NoFormatError(UserError):
 def find_source(root: Path, split: str, data: DataConfig) -> Source:
     """Find one split of the dataset at `root`.
 
-    The dataset may be in another folder, if that is the only one. The formats are tried in this order: COCO JSON with
-    a name that says so, YOLO with a data.yaml, CVAT, Create ML, Hugging Face ImageFolder, Pascal VOC, YOLO without a
-    data.yaml, CSV, labelme, other COCO JSON.
+    The dataset may be in another folder, if it is the only one there. The formats are tried in this order: COCO JSON
+    with a name that says so, YOLO with a data.yaml, CVAT, Create ML, Hugging Face ImageFolder, Pascal VOC, YOLO without
+    a data.yaml, CSV, labelme, other COCO JSON.
 
     Raises:
         UserError: There is no such split.
@@ -42,22 +46,27 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
     except _NoFormatError as error:
         if any(_has(root, name, data) for name in splits - {split}):
             raise
-        inner = _only_folder(root)
-        while inner is not None and not any(_has(inner, name, data) for name in splits):
-            inner = _only_folder(inner)
-        if inner is not None:
-            return find_source(inner, split, data)
+        inner = list(islice(_inner_datasets(root, splits, data), 2))
+        if len(inner) == 2:
+            raise UserError(f"{root}: has several datasets, such as {inner[0]} and {inner[1]}; give one") from None
+        if inner:
+            return find_source(inner[0], split, data)
         if (unread := unread_format(root)) is not None:
             raise unread from None
         raise UserError(f"{error} (the folder has {content_summary(root)})") from None
 
 
-def _only_folder(root: Path) -> Path | None:
-    """Return the only folder in a folder; macOS adds __MACOSX to archives."""
-    folders = [
-        path for path in root.iterdir() if path.is_dir() and path.name != "__MACOSX" and not is_hidden(path.name)
-    ]
-    return folders[0] if len(folders) == 1 else None
+def _inner_datasets(root: Path, splits: Collection[str], data: DataConfig, depth: int = 2) -> Iterator[Path]:
+    """Yield the folders in a folder, and in these, that are datasets."""
+    names = sorted(os.listdir(root)) if root.is_dir() else []
+    folders = [root / name for name in names if not is_hidden(name) and os.path.isdir(root / name)]
+    if len(folders) > MAX_FOLDERS or LAYOUT_FOLDERS & {folder.name.lower() for folder in folders}:
+        return
+    for folder in folders:
+        if any(_has(folder, name, data) for name in splits):
+            yield folder
+        elif depth > 1:
+            yield from _inner_datasets(folder, splits, data, depth - 1)
 
 
 def _has(root: Path, split: str, data: DataConfig) -> bool:
