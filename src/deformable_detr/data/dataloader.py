@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import multiprocessing
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +26,8 @@ from ..utils.process import malloc_trim
 Sample = tuple[Tensor, Target]
 Batch = tuple[ImageBatch, list[Target]]
 
+log = logging.getLogger(__name__)
+
 POOL_STEPS = 16  # steps whose images are grouped by size together
 _SIGTERM_GRACE_SECONDS = 60
 
@@ -31,7 +38,8 @@ class LoaderOptions:
 
     Attributes:
         batch_size: Images per batch, at most.
-        num_workers: Processes that load images; 0 loads in the calling process.
+        num_workers: Processes that load images; 0 loads in the calling process, as daemonic processes and threads other
+            than the main one always do.
         shuffle: Draw a new order per epoch. Otherwise, keep the dataset's order.
         seed: Seed of the order and of each sample's augmentation.
         total_batch_size: Images per optimizer step over all processes. Default: `batch_size` × `world_size`.
@@ -79,7 +87,7 @@ def build_dataloader(dataset: Dataset[Sample], options: LoaderOptions) -> Detect
     seeded = _SeededDataset(dataset, options.seed)
     sample_size = seeded.final_size if options.aspect_ratio_grouping else None
     sampler = DistributedBatchSampler(len(dataset), options, sample_size)
-    workers = options.num_workers
+    workers = _possible_workers(options.num_workers)
     return DetectionLoader(
         seeded,
         batch_size=None,  # the sampler makes the batches
@@ -105,10 +113,22 @@ class DetectionLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.num_workers and self._iterator is None:
             malloc_trim()  # forked workers would keep a copy of every freed page that this process writes again
-        for batch in super().__iter__():
+        with _hide_script(self.dataset.dataset):  # pyright: ignore[reportAttributeAccessIssue]
+            batches = super().__iter__()
+        while (batch := self._next(batches)) is not None:
             if isinstance(batch, UserError):
                 raise batch
             yield _unpack(batch)
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch, or None at the end. If a worker was killed, say so in PyTorch's words."""
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            workers = getattr(self._iterator, "_workers", ())
+            if "exited unexpectedly" in str(error) and any(worker.exitcode == -9 for worker in workers):
+                raise RuntimeError("DataLoader worker (pid unknown) was killed by signal: Killed") from error
+            raise
 
 
 class SampleKey(NamedTuple):
@@ -254,6 +274,45 @@ def _unpack(packed: Any) -> Batch:
     counts = [count for count, _, _ in rows]
     parts = zip(labels.split(counts), boxes.split(counts), rows, strict=True)
     return images, [Target(label, box, image_id, tuple(size)) for label, box, (_, image_id, size) in parts]
+
+
+def _possible_workers(requested: int) -> int:
+    """Return 0 where no worker processes can be started, and warn once; else `requested`."""
+    process = multiprocessing.current_process()
+    reason = None
+    if getattr(process, "_inheriting", False):
+        reason = 'a child process runs the script again; put its calls under `if __name__ == "__main__":`'
+    elif process.daemon:
+        reason = "a daemonic process cannot start other processes"
+    elif threading.current_thread() is not threading.main_thread():
+        reason = "this thread is not the main one"
+    if reason is None or not requested:
+        return requested
+    _warn_once(f"images are loaded without worker processes: {reason}")
+    return 0
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
+@contextmanager
+def _hide_script(dataset: Any) -> Iterator[None]:
+    """Start processes that do not import the script again: without a `__main__` guard it would start over in them.
+
+    The start methods spawn and forkserver read these attributes. A dataset defined in the script needs the import.
+    """
+    main = sys.modules["__main__"]
+    names = [] if type(dataset).__module__ == "__main__" else [n for n in ("__file__", "__spec__") if hasattr(main, n)]
+    saved = {name: getattr(main, name) for name in names}
+    try:
+        for name in names:
+            setattr(main, name, None)
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(main, name, value)
 
 
 def _defer_sigterm(worker: int) -> None:
