@@ -191,5 +191,7 @@ def test_killed_loader_process_is_reported_in_one_line(tmp_path, monkeypatch):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
     monkeypatch.setattr(evaluator, "detect_images", killed)
-    with pytest.raises(UserError, match=r"was killed \(Killed\), .* fewer --workers \(now 3;.*--batch-size \(now 2\)$"):
+    with pytest.raises(
+        UserError, match=r"was killed \(SIGKILL\), .* fewer --workers \(now 3;.*--batch-size \(now 2\)$"
+    ):
         evaluate(red_box_finder(), write_red_boxes(tmp_path), batch_size=2, workers=3)

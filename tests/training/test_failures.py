@@ -64,13 +64,13 @@ WORKER = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (mo
         (MemoryError(WORKER + "MemoryError"), ["this machine is out of memory"]),
         (
             RuntimeError("DataLoader worker (pid 71) is killed by signal: Killed. "),
-            ["was killed (Killed)", "--workers (now 2; 0 loads in the main process)", "--batch-size (now 4)"],
+            ["was killed (SIGKILL)", "--workers (now 2; 0 loads in the main process)", "--batch-size (now 4)"],
         ),
         (
             RuntimeError("DataLoader worker (pid 71) is killed by signal: Segmentation fault. Details are lost."),
-            ["was killed (Segmentation fault)"],
+            ["crashed (Segmentation fault): use --workers 0"],
         ),
-        (RuntimeError("DataLoader worker (pid(s) 71, 72) exited unexpectedly"), ["was killed", "--workers (now 2"]),
+        (RuntimeError("DataLoader worker (pid(s) 71, 72) exited unexpectedly"), ["ended unexpectedly", "(now 2)"]),
         (
             RuntimeError(
                 "DataLoader worker (pid 71) is killed by signal: Bus error. It is possible that dataloader's workers "

@@ -48,7 +48,7 @@ def _explain(error: Exception, memory_fix: str, batch_size: int, workers: int) -
         return f"this machine is out of memory: {memory_fix}{', or use fewer --workers' if workers else ''}"
     ending = r"DataLoader worker \(pid.*?(?:\) (?:is|was) killed by signal: ([\w ]+)|exited unexpectedly)"
     if killed := re.search(ending, text):
-        return _explain_killed_worker((killed[1] or "").strip(), batch_size, workers)
+        return _explain_ended_worker((killed[1] or "").strip(), batch_size, workers)
     if isinstance(error, OSError) and error.errno is not None:
         prefix = f"{error.filename}: " if error.filename else ""
         return f"{prefix}{error.strerror or first_line(error)}: {_FIXES.get(error.errno, _OTHER_FIX)}"
@@ -57,12 +57,14 @@ def _explain(error: Exception, memory_fix: str, batch_size: int, workers: int) -
     return None
 
 
-def _explain_killed_worker(signal: str, batch_size: int, workers: int) -> str:
+def _explain_ended_worker(signal: str, batch_size: int, workers: int) -> str:
     fewer = f"use fewer --workers (now {workers}; 0 loads in the main process)"
     if signal == "Bus error":
-        return f"shared memory (/dev/shm) is full: {fewer}, or increase it (docker run --shm-size)"
-    name = f" ({signal})" if signal else ""
-    return (
-        f"a data loader process was killed{name}, probably because memory is full: {fewer} "
-        f"or a smaller --batch-size (now {batch_size})"
-    )
+        return f"shared memory (/dev/shm) is probably full: {fewer}, or increase it (docker run --shm-size)"
+    if signal == "Killed":
+        return (
+            f"a data loader process was killed (SIGKILL), probably because memory is full: {fewer} "
+            f"or a smaller --batch-size (now {batch_size})"
+        )
+    ending = f"crashed ({signal})" if signal else "ended unexpectedly; see above for its error, if it printed one"
+    return f"a data loader process {ending}: use --workers 0 (now {workers}), which loads in the main process"
