@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -371,3 +374,38 @@ def test_predict_continues_after_invalid_images(run, data, trained, tmp_path):
 
     (folder / "b.jpg").unlink()
     assert run("predict", *arguments)[0] == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.parametrize("command", ["train", "predict", "check"])
+def test_early_ctrl_c_has_no_traceback(data, trained, tmp_path, command):
+    arguments = {
+        "train": ["train", data, "--out", tmp_path / "run", *TINY],
+        "predict": ["predict", trained, data / "valid"],
+        "check": ["check", data],
+    }[command]
+    words = [sys.executable, "-m", "deformable_detr", *map(str, arguments)]
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    python_start = 2 * (time.monotonic() - start)  # before it, Python itself would print a traceback
+    for delay in (0.1, 0.25, 0.5, 1.0, 1.5, 2.0):
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(python_start + delay)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=120)
+        assert "Traceback" not in errors, (delay, errors)
+        finished = process.returncode == 0 and command != "train" and out
+        assert process.returncode == 130 or finished, (delay, process.returncode, errors)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+@pytest.mark.parametrize("option", [["--set", "train.lrr=1"], ["--nope", "3"], ["--device", "cuda:0"]])
+def test_torchrun_prints_an_error_of_all_processes_once(run, data, tmp_path, monkeypatch, option):
+    for rank in range(2):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+        code, _, errors = run("train", data, "--out", tmp_path / "run", *TINY, *option)
+        assert code == 2
+        assert is_one_line_error(errors) if rank == 0 else errors == ""

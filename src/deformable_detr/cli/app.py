@@ -13,6 +13,7 @@ from itertools import pairwise
 from cyclopts import App, CycloptsError
 
 from .. import __version__
+from ..distributed.launch import is_local_rank_zero
 from ..utils.errors import UserError
 from ..utils.process import limit_primitive_caches, retain_freed_memory, shorten_omp_spin
 from .benchmark import benchmark
@@ -86,12 +87,11 @@ def _run(arguments: list[str]) -> None:
     try:
         _reject_empty(arguments)
         app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
-    except UserError as error:
-        print_error(str(error))
-        sys.exit(2)
-    except CycloptsError as error:
-        error.verbose = False
-        print_error(str(error))
+    except (UserError, CycloptsError) as error:
+        if isinstance(error, CycloptsError):
+            error.verbose = False
+        if is_local_rank_zero() or getattr(error, "one_process", False):  # torchrun: all processes have the others
+            print_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

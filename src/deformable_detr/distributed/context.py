@@ -62,7 +62,7 @@ class DistributedContext:
         if device.type == "cuda":
             if device.index is not None:
                 raise UserError(f"--device {name} names one GPU: with torchrun pass --device cuda")
-            if self.local_rank >= torch.cuda.device_count():
+            if int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1)) > torch.cuda.device_count():
                 raise UserError(
                     f"torchrun started more processes on {socket.gethostname()} than it has GPUs "
                     f"({torch.cuda.device_count()}): lower --nproc-per-node"
@@ -98,6 +98,8 @@ class DistributedContext:
         """Tell the other processes that this one fails, or exit silently because another one failed first."""
         code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, UserError) else 1
         own = {"rank": self.rank, "code": code}
+        if isinstance(error, UserError):
+            error.one_process = True
         try:  # `compare_set` returns the value that an earlier process set
             first = json.loads(self._store.compare_set(_FAILURE_KEY, "", json.dumps(own)))
         except RuntimeError:  # the store ended with the process that held it
@@ -105,10 +107,12 @@ class DistributedContext:
         if _is_lost_peer(error):
             if first != own:
                 raise SystemExit(first["code"]) from None
-            raise UserError(
-                "a process of the run ended unexpectedly: see its error above, or the system killed it; "
+            lost = UserError(
+                "another process of the run ended unexpectedly: see above for its error, if it printed one; "
                 "resume from the last checkpoint with --resume"
-            ) from None
+            )
+            lost.one_process = True
+            raise lost from None
 
     def all_gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Return the numbers of every process, by rank. Each process passes equally many."""

@@ -13,6 +13,11 @@ def is_rank_zero() -> bool:
     return world_size() == 1 or os.environ["RANK"] == "0"
 
 
+def is_local_rank_zero() -> bool:
+    """Return whether this process prints errors that every process of its machine has, such as a wrong option."""
+    return world_size() == 1 or os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0"
+
+
 def restarted() -> bool:
     """Return whether torchrun restarted this process after a failure, so that the run must be resumed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

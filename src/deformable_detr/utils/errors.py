@@ -6,7 +6,12 @@ class UserError(Exception):
 
     The message is one line: the file, record or option, what is wrong, and how to fix it. The command line prints it
     without a traceback and exits with code 2.
+
+    Attributes:
+        one_process: Set if only this process of several has the error, so that it must print it itself.
     """
+
+    one_process = False
 
 
 def first_line(error: object, limit: int = 200) -> str:
