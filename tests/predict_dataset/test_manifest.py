@@ -16,7 +16,15 @@ from deformable_detr.predict_dataset.manifest import (
     read_unit,
 )
 from deformable_detr.predict_dataset.options import PredictDatasetOptions as Options
-from deformable_detr.predict_dataset.parquet import ImageCounts, part_name, read_part, result_row, write_part
+from deformable_detr.predict_dataset.parquet import (
+    ImageCounts,
+    part_name,
+    read_note,
+    read_part,
+    result_row,
+    write_note,
+    write_part,
+)
 from deformable_detr.predict_dataset.sources import SourceRange
 from deformable_detr.utils.errors import UserError
 from tests.support.image_sources import duplicates, read_rows
@@ -63,7 +71,7 @@ def test_units(tmp_path, url):
         assert finished_units(store, plan) == {}
         write_unit(store, plan, 1)
         assert finished_units(store, plan) == {1: ImageCounts(4, 4)}
-        assert store.list_files() == ["_manifest.json", "_units.parquet", "part-000001.parquet"]
+        assert store.list_files() == [".manifest.parquet", ".units", "part-000001.parquet"]
     finally:
         fsspec.filesystem("memory").rm("/out", recursive=True)
 
@@ -186,7 +194,7 @@ def test_interrupted_results_leave_no_file(tmp_path):
 def test_foreign_folders_are_rejected(tmp_path):
     store = OutputFolder(str(tmp_path))
     (tmp_path / part_name(0)).write_bytes(b"")
-    with pytest.raises(UserError, match="holds results without _manifest"):
+    with pytest.raises(UserError, match=r"holds results without \.manifest"):
         create(store, source_ranges(10))
     for text in ("", "{}", '{"format": "x", "version": 1}', "[]"):
         (tmp_path / "_manifest.json").write_text(text)
@@ -195,9 +203,11 @@ def test_foreign_folders_are_rejected(tmp_path):
     (tmp_path / part_name(0)).unlink()
     (tmp_path / "_manifest.json").unlink()
     create(store, source_ranges(10))
-    manifest = json.loads((tmp_path / "_manifest.json").read_text())
-    manifest["version"] = 2
-    (tmp_path / "_manifest.json").write_text(json.dumps(manifest))
+    for content in (b"", b"PAR1", (tmp_path / ".units").read_bytes()):
+        (tmp_path / ".manifest.parquet").write_bytes(content)
+        with pytest.raises(UserError, match=r"\.manifest\.parquet is not valid"):
+            create(store, source_ranges(10))
+    write_note(store, ".manifest.parquet", json.dumps({"format": plans.FORMAT, "version": 2}))
     with pytest.raises(UserError, match="version 2"):
         create(store, source_ranges(10))
 
@@ -205,9 +215,25 @@ def test_foreign_folders_are_rejected(tmp_path):
 def test_missing_plan_is_recreated(tmp_path):
     store = OutputFolder(str(tmp_path))
     plan = create(store, source_ranges(10), 4)
-    (tmp_path / "_units.parquet").unlink()
+    (tmp_path / ".units").unlink()
     assert create(store, source_ranges(10), 4) == plan
     assert len(read_unit(store, 1)) == 4
+
+
+def test_files_of_version_0_1_are_replaced(tmp_path):
+    store = OutputFolder(str(tmp_path))
+    plan = create(store, source_ranges(10), 4)
+    write_unit(store, plan, 1)
+    manifest = (tmp_path / ".manifest.parquet").read_bytes()
+    (tmp_path / "_manifest.json").write_bytes(read_note(tmp_path / ".manifest.parquet"))
+    (tmp_path / ".units").rename(tmp_path / "_units.parquet")
+    (tmp_path / ".manifest.parquet").unlink()
+    with pytest.raises(UserError, match="another model"):
+        create(store, source_ranges(10), 4, model="other")
+    assert create(store, source_ranges(10), 4) == plan
+    assert finished_units(store, plan) == {1: ImageCounts(4, 4)}
+    assert store.list_files() == [".manifest.parquet", ".units", "part-000001.parquet"]
+    assert (tmp_path / ".manifest.parquet").read_bytes() == manifest
 
 
 def test_only_temporary_files_of_a_killed_run_are_removed(tmp_path):

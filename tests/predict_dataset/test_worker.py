@@ -91,7 +91,7 @@ def test_all_source_formats(model, tmp_path):
         rows = read_rows(tmp_path / "out" / kind)
         names = {form.format(source=source, name=name, row=row): name for row, (name, _) in enumerate(FILES)}
         check(rows, names, expected_detections)
-        assert [path.name for path in sorted((tmp_path / "out" / kind).iterdir()) if path.name.startswith(".")] == []
+        assert [path.name for path in sorted((tmp_path / "out" / kind).iterdir()) if path.suffix == ".tmp"] == []
     keys = {row["key"] for row in read_rows(tmp_path / "out" / "parquet").values()}
     assert keys == {name for name, _ in FILES}
 
@@ -175,7 +175,7 @@ def test_failures_are_reported_and_leave_no_file(model, tmp_path, monkeypatch):
         monkeypatch.setattr(worker, "predict_iter", _raise(error))
         (failure,) = predictor({"unit": [0]})["failure"]
         assert failure.startswith(message)
-        assert sorted(path.name[:5] for path in (tmp_path / "out").iterdir()) == ["_mani", "_unit", "part-", "part-"]
+        assert sorted(path.name[:5] for path in (tmp_path / "out").iterdir()) == [".mani", ".unit", "part-", "part-"]
     monkeypatch.undo()
     assert predictor({"unit": [0]})["failure"] == [""]
     assert read_part(predictor.out, 0) is not None

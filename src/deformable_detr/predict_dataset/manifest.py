@@ -16,11 +16,14 @@ from ..utils.errors import UserError, first_line
 from ..utils.files import prepare_folder
 from .filesystem import OutputFolder
 from .options import RESULT_OPTIONS, PredictDatasetOptions
-from .parquet import ImageCounts, part_name, read_part, unit_of_part
+from .parquet import ImageCounts, part_name, read_note, read_part, unit_of_part, write_note
 from .sources import SourceRange
 
 FORMAT, VERSION = "deformable-detr predict-dataset", 1
-MANIFEST, UNITS, SUCCESS, LOCK = "_manifest.json", "_units.parquet", "_SUCCESS", ".lock"
+# Every reader of the folder must see one table. Some read hidden files too, and refuse others than Parquet unless they
+# are empty: the manifest is in the footer of a table of the same columns without rows, and the units are temporary.
+MANIFEST, UNITS, SUCCESS, LOCK = ".manifest.parquet", ".units", "_SUCCESS", ".lock"
+OLD_MANIFEST, OLD_UNITS = "_manifest.json", "_units.parquet"  # of version 0.1
 MIN_UNIT_SIZE, MAX_UNIT_SIZE = 8, 256  # images
 MIN_UNITS = 32  # small datasets get smaller units, to occupy several workers
 _ROW_GROUP_SIZE = 16384  # what a worker reads to find its unit
@@ -59,7 +62,8 @@ def create_manifest(
         UserError: The folder holds results of a different run; the message names the differences.
     """
     previous = _read_manifest(out)
-    if previous is None and any(unit_of_part(name) is not None for name in out.list_files()):
+    files = out.list_files()
+    if previous is None and any(unit_of_part(name) is not None for name in files):
         raise UserError(f"--out {out.root} holds results without {MANIFEST}; choose another folder")
     unit_size = options.unit_size or (int(previous["settings"]["unit_size"]) if previous else None)
     if unit_size is None:
@@ -78,12 +82,14 @@ def create_manifest(
         }
         if previous is not None:
             _reject_different_run(out, previous, manifest)
-        if previous is None or UNITS not in out.list_files():
+        if previous is None or UNITS not in files:
             out.write(UNITS, lambda target: target.write_bytes(path.read_bytes()))
-        if previous is None:
-            manifest["sources"] = list(sources)  # for readers; the listing decides
-            text = json.dumps(manifest, indent=2) + "\n"
-            out.write(MANIFEST, lambda target: target.write_text(text, encoding="utf-8"))
+        if MANIFEST not in files:
+            # For readers; the listing decides.
+            manifest["sources"] = list(sources) if previous is None else previous.get("sources")
+            write_note(out, MANIFEST, json.dumps(manifest, indent=2))
+        for name in {OLD_MANIFEST, OLD_UNITS}.intersection(files):
+            out.delete(name)
     return Manifest(_hash(manifest), num_units, num_images, options)
 
 
@@ -139,7 +145,7 @@ def lock_output(out: OutputFolder) -> Iterator[None]:
         yield
         return
     try:
-        for pattern in (".part-*.parquet.*.tmp", "._*.tmp"):  # of a run that was killed
+        for pattern in (".part-*.parquet.*.tmp", "._*.tmp", "..*.tmp"):  # of a run that was killed
             for file in root.glob(pattern):
                 file.unlink(missing_ok=True)
         yield
@@ -187,17 +193,19 @@ def _number_units(ranges: Iterable[SourceRange], unit_size: int) -> Iterator[tup
 
 
 def _read_manifest(out: OutputFolder) -> dict[str, Any] | None:
-    if MANIFEST not in out.list_files():
+    files = out.list_files()
+    name = next((name for name in (MANIFEST, OLD_MANIFEST) if name in files), None)
+    if name is None:
         return None
     try:
-        with out.open(MANIFEST) as file:
-            manifest = json.loads(file.read())
+        with out.open(name) as file:
+            manifest = json.loads(file.read() if name == OLD_MANIFEST else read_note(file))
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             raise ValueError(f"version {manifest['version']}")
         _ = [manifest["settings"][name] for name in RESULT_OPTIONS]
         _ = manifest["model"], manifest["units"], manifest["source"]["files"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{out.path(MANIFEST)} is not valid ({first_line(error)}); choose another --out") from None
+        raise UserError(f"{out.path(name)} is not valid ({first_line(error)}); choose another --out") from None
     return manifest
 
 

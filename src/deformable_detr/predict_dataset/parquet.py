@@ -12,6 +12,7 @@ from .filesystem import OutputFolder
 
 ROW_GROUP_SIZE = 256
 _RUN, _IMAGES, _UNREADABLE = (f"deformable_detr.{key}".encode() for key in ("run", "images", "unreadable"))
+_NOTE = b"deformable_detr.manifest"
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -110,3 +111,18 @@ def read_part(out: OutputFolder, unit: int) -> tuple[str, ImageCounts] | None:
             return None
         problem = f"{out.path(part_name(unit))} cannot be read: {error.strerror or error}"
         raise UserError(f"{problem}; run again when the storage works") from None
+
+
+def write_note(out: OutputFolder, name: str, text: str) -> None:
+    """Write a table of the same columns without rows that has a text in its footer."""
+    import pyarrow.parquet as pq
+
+    table = schema().with_metadata({_NOTE: text}).empty_table()
+    out.write(name, lambda path: pq.write_table(table, path))
+
+
+def read_note(file: Any) -> bytes:
+    """Return the text that `write_note` wrote. Raises ValueError, KeyError or TypeError if the file is damaged."""
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(file).metadata[_NOTE]

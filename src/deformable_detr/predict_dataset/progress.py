@@ -69,7 +69,7 @@ class Progress:
     def raise_if_failed(self) -> None:
         """Raise UserError if units are missing."""
         if missing := self.missing:
-            reason = self.failures.get(missing[0], f"its worker died {MAX_WORKER_DEATHS + 1} times")
+            reason = self.failures.get(missing[0], f"no worker finished it in {MAX_WORKER_DEATHS + 1} attempts")
             raise UserError(
                 f"{len(missing)} of {self.manifest.num_units} units failed, first unit {missing[0]}: {reason}; "
                 "run the same command to retry them"

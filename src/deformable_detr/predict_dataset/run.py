@@ -15,7 +15,7 @@ from ..utils.device import pick_device
 from ..utils.errors import UserError, first_line
 from ..utils.files import is_exported
 from .filesystem import OutputFolder
-from .manifest import SUCCESS, create_manifest, finished_units, lock_output
+from .manifest import SUCCESS, UNITS, create_manifest, finished_units, lock_output
 from .options import PredictDatasetOptions
 from .parquet import ImageCounts
 from .progress import MAX_WORKER_DEATHS, Progress
@@ -77,6 +77,7 @@ def predict_dataset(
                 folder.delete(SUCCESS)
             _run_units(folder, files, missing, options, progress)
             progress.raise_if_failed()
+        folder.delete(UNITS)
         folder.write(SUCCESS, lambda path: path.touch())
     counts = progress.counts
     suffix = "" if missing else "; nothing was left to do"
