@@ -28,11 +28,11 @@ def small_model(**changes):
 
 
 @contextmanager
-def running_server(model=None, token=None, **limits):
+def running_server(model=None, token=None, origins=(), **limits):
     """Yield an httpx client of a running server, with attributes `server`, `engine` and `port`."""
     limits = Limits(**{"shutdown_delay": 0.0, **limits})
     engine = Engine(small_model() if model is None else model, limits)
-    server = Server(create_app(engine, token, "tiny"), engine, "serving")
+    server = Server(create_app(engine, token, "tiny", origins), engine, "serving")
     listener = listen("127.0.0.1", 0, token)
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],))

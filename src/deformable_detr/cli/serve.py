@@ -23,6 +23,7 @@ def serve(
     max_queue: Positive = 64,
     timeout: Seconds = 30.0,
     shutdown_delay: Seconds = 1.0,
+    allow_origin: Annotated[list[str] | None, Parameter(negative=())] = None,
 ) -> None:
     """Serve a model over HTTP, with a web page. Only this machine can reach it unless --host is set.
 
@@ -35,6 +36,8 @@ def serve(
         max_queue: Maximum images accepted and not answered yet; further requests get 503.
         timeout: Seconds from the end of a request to its response; then the request gets 504.
         shutdown_delay: Seconds after SIGTERM during which requests are still accepted while /readyz answers 503.
+        allow_origin: Site whose pages may use the API (CORS), such as https://example.org, or * for all. May be
+            repeated. Default: only the server's own page.
     """
     for package in ("fastapi", "uvicorn", "python_multipart", "prometheus_client"):
         need(package, "serve")
@@ -45,4 +48,4 @@ def serve(
         images=min(Limits.images, max_queue), max_queue=max_queue, max_batch_size=max_batch_size, timeout=timeout,
         shutdown_delay=shutdown_delay,
     )  # fmt: skip
-    run(model, host, port, token, device, limits)
+    run(model, host, port, token, device, limits, allow_origin or ())

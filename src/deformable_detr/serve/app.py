@@ -1,7 +1,7 @@
 """The web application: routes, error responses and the web page."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from .. import __version__
@@ -47,13 +48,14 @@ _PAGES = {
 }
 
 
-def create_app(engine: Engine, token: str | None = None, name: str = "model") -> FastAPI:
+def create_app(engine: Engine, token: str | None = None, name: str = "model", origins: Sequence[str] = ()) -> FastAPI:
     """Create the application, which starts and stops the engine.
 
     Args:
         engine: The model. Set `engine.draining` before a shutdown.
         token: See `AccessMiddleware`.
         name: Name of the model for clients.
+        origins: Sites whose pages may use the API (CORS), such as "https://example.org", or "*" for all.
     """
 
     @asynccontextmanager
@@ -71,7 +73,12 @@ def create_app(engine: Engine, token: str | None = None, name: str = "model") ->
         docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
     )
-    app.add_middleware(AccessMiddleware, engine=engine, token=token)
+    app.add_middleware(AccessMiddleware, engine=engine, token=token, origins=frozenset(origins))
+    if origins:  # outermost: the browser's preflight request has no token, and pages may read refusals
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"], expose_headers=["retry-after"],
+        )  # fmt: skip
     # The middleware checks the token; the dependency only describes it in OpenAPI.
     security = [] if token is None else [Depends(HTTPBearer(scheme_name="token", auto_error=False))]
     app.include_router(_api_routes(engine, name), dependencies=security)

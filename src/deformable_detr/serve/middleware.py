@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import re
 import time
+from collections.abc import Set
 from contextlib import suppress
 from typing import Any
 
@@ -38,10 +39,11 @@ class AccessMiddleware:
         engine: Provides the limits, the metrics and whether the server is about to shut down.
         token: Required for /v1 and /metrics as `Authorization: Bearer TOKEN`. If None, only requests to localhost are
             served, so that no web page can reach the server through a host name of its own (DNS rebinding).
+        origins: Sites whose pages may send requests without a token; "*": all.
     """
 
-    def __init__(self, app: Any, engine: Engine, token: str | None) -> None:
-        self.app, self.engine = app, engine
+    def __init__(self, app: Any, engine: Engine, token: str | None, origins: Set[str] = frozenset()) -> None:
+        self.app, self.engine, self.origins = app, engine, origins
         self._token = None if token is None else token.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -62,7 +64,7 @@ class AccessMiddleware:
         host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
         if not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
             return 421, "this server answers only to localhost; start it with a token to use other host names"
-        cross_site = bool(origin) and origin.partition("://")[2] != host
+        cross_site = bool(origin) and origin.partition("://")[2] != host and not self.origins & {origin, "*"}
         if cross_site and scope["method"] not in ("GET", "HEAD"):
             return 403, "pages of other sites may not use this server"
         return None

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from .engine import Engine
 from .limits import Limits
 from .middleware import is_loopback
 from .protocol import protocol_class
+
+log = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "DEFORMABLE_DETR_TOKEN"
 _MAX_HEAD_BYTES = 32_768
@@ -111,19 +114,37 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
     return listener
 
 
-def serve(source: Path, host: str, port: int, token: str | None, device: str, limits: Limits) -> None:
+def check_origins(origins: Sequence[str], token: str | None) -> None:
+    """Warn if pages of all sites may use the server.
+
+    Raises:
+        UserError: An origin is not in the form in which browsers send it.
+    """
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"https?://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]+)?", origin):
+            raise UserError(f"--allow-origin {origin}: write it as https://example.org, in lower case, without a path")
+    if "*" in origins:
+        who = "that has the token" if token else "that a browser on this machine opens"
+        log.warning("--allow-origin *: any web page %s can use this server; name the origins to restrict it", who)
+
+
+def serve(
+    source: Path, host: str, port: int, token: str | None, device: str, limits: Limits, origins: Sequence[str] = ()
+) -> None:
     """Serve a model until a signal arrives and print one line when it accepts requests.
 
     Args:
         source: A model folder or an exported file.
         port: Port to listen on. 0: any free port.
         token: Required from clients, and by hosts other than localhost. Default: `TOKEN_VARIABLE`, if it is set.
+        origins: See `create_app`.
 
     Raises:
         UserError: An argument is wrong, or the model cannot be loaded or run.
         KeyboardInterrupt: After Ctrl-C.
     """
     token, name = check_token(token), source.resolve().name
+    check_origins(origins, token)
     with listen(host, port, token) as listener:
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
@@ -134,7 +155,9 @@ def serve(source: Path, host: str, port: int, token: str | None, device: str, li
             engine.start()
         except Exception as error:  # runtimes and devices raise many types of errors
             raise UserError(f"{source} fails on its first image, so it is not served: {first_line(error)}") from None
-        server = Server(create_app(engine, token, name), engine, f"serving {name} at {url} - press Ctrl-C to stop")
+        server = Server(
+            create_app(engine, token, name, origins), engine, f"serving {name} at {url} - press Ctrl-C to stop"
+        )
         server.run([listener])
     if server.interrupted:
         raise KeyboardInterrupt
