@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -15,11 +16,13 @@ from cyclopts import Parameter
 from ..utils.errors import UserError
 from ..utils.files import prepare_files, prepare_folder, write_json
 from ..utils.packages import need
-from .options import Device, JsonFile, Model, NonNegative, Positive, Precision, Threshold, print_error
+from .options import Device, JsonFile, Model, NonNegative, Positive, Precision, Split, Threshold, print_error
 
 if TYPE_CHECKING:
     from ..detector import DeformableDETR
     from ..structures import Detections
+
+log = logging.getLogger(__name__)
 
 Source = Path | int  # an image or video file, or the number of a camera
 
@@ -34,13 +37,25 @@ class PredictOptions:
         json: JSON file for the detections of all sources.
         batch_size: Video frames per batch.
         camera: Number of a camera, from 0. Press Ctrl-C to stop.
+        top_k: Maximum number of detections per image. Default: the model's number of queries, at least 100.
+        coco: JSON file for COCO results, which pycocotools reads with `loadRes`. If SOURCES is one dataset (folder or
+            COCO JSON), the images are those of --split with their ids; else they are numbered and named in the file.
+        split: Split of a dataset, for --coco.
     """
 
     out: Path | None = None
     json: JsonFile = None
-    threshold: Threshold = 0.5
+    threshold: Threshold | None = None
     batch_size: Positive = 4
     camera: NonNegative | None = None
+    top_k: Positive | None = None
+    coco: Annotated[Path | None, Parameter(name="--coco")] = None
+    split: Split = "val"
+
+    @property
+    def min_score(self) -> float:
+        """`threshold`. Default: 0.5, or 0 for COCO results, because AP needs the low scores too."""
+        return self.threshold if self.threshold is not None else 0.0 if self.coco else 0.5
 
 
 def predict(
@@ -63,9 +78,57 @@ def predict(
     options = options or PredictOptions()
     if not sources and options.camera is None:
         raise UserError("nothing to predict: name images, videos or folders, or a camera with --camera")
+    if options.coco is not None and sources and len(sources) == 1 and find_dataset(sources[0], options.split):
+        predict_split(load_detector(model, device, precision), sources[0], options)
+        return
     files = find_sources(sources or [])
     if predict_files(load_detector(model, device, precision), files, options):
         sys.exit(2)
+
+
+def find_dataset(source: Path, split: str) -> bool:
+    """Return whether a source is a dataset with the split. Other folders and images are not.
+
+    Raises:
+        UserError: It is a JSON or YAML file that is not one, or a folder without images directly in it.
+    """
+    from ..config.schema import DataConfig
+    from ..data.formats import find_source
+    from ..predict.predictor import folder_images
+
+    described = source.suffix.lower() in {".json", ".yaml", ".yml"}
+    if not described and not source.is_dir():
+        return False
+    try:
+        find_source(source, split, DataConfig())
+    except UserError:
+        if described:
+            raise
+        with suppress(UserError):
+            folder_images(source)
+            return False
+        raise
+    return True
+
+
+def predict_split(model: DeformableDETR, data: Path, options: PredictOptions) -> None:
+    """Write COCO results for one split of a dataset: the detections that `evaluate` counts.
+
+    Raises:
+        UserError: An option is for other sources, or the dataset or the file cannot be used.
+    """
+    from ..evaluation.evaluator import BATCH_SIZE, TOP_K, WORKERS, detect_images, open_eval_dataset
+
+    if option := next((name for name in ("out", "json", "camera") if getattr(options, name) is not None), None):
+        raise UserError(f"--{option} is not for a dataset: name image files or folders, or leave it out")
+    assert options.coco is not None
+    prepare_files({"--coco": options.coco})
+    dataset = open_eval_dataset(model, data, options.split)
+    top_k, count = options.top_k or TOP_K, len(dataset)
+    results = detect_images(model, dataset, count, BATCH_SIZE, WORKERS, progress=True, top_k=top_k)[0]
+    results = [result for result in results if result["score"] >= options.min_score]
+    write_json(options.coco, results)
+    print(f"{options.coco}: {len(results)} detections in {count} images of {dataset.annotation_file}")
 
 
 def find_sources(sources: Sequence[Path]) -> list[Path]:
@@ -111,7 +174,7 @@ def predict_files(
         UserError: An output cannot be written or would overwrite a source, or PyAV is missing. Raised before the
             first source.
     """
-    from ..predict.predictor import predict_each
+    from ..predict.predictor import default_top_k, predict_each
     from ..predict.video import is_video
 
     sources: list[Source] = [*files, *([] if options.camera is None else [options.camera])]
@@ -121,31 +184,56 @@ def predict_files(
     folder = None if options.out is None else prepare_folder(options.out, "--out")
     outputs = _output_paths([source for source in sources if folder or source in videos], videos, folder)
     _reject_overwriting(files, [*outputs.values(), *(_lines_path(outputs[video]) for video in videos)], options.json)
-    prepare_files({"--json": options.json})
+    prepare_files({"--json": options.json, "--coco": options.coco})
+    top_k = options.top_k or default_top_k(model)
     images = [source for source in sources if source not in videos]
-    results = predict_each(model, images, options.threshold, keep_pixels=folder is not None)
+    if options.coco and videos:
+        raise UserError("--coco is for images: leave out videos and --camera")
+    results = predict_each(model, images, options.min_score, top_k, keep_pixels=folder is not None)
     records: list[dict[str, Any]] = []
     failures = 0
+    full: list[Source] = []  # with the maximum of detections, so that some may be missing
     for source in sources:
         try:
             if source in videos:
-                record, line, problem = _predict_video(model, source, outputs[source], options)
+                record, line, problem, most = _predict_video(model, source, outputs[source], options, top_k)
             else:
-                record, line, problem = _predict_image(results, source, outputs.get(source))
+                record, line, problem, most = _predict_image(results, source, outputs.get(source))
         except UserError as error:
-            record, line, problem = None, None, str(error)
+            record, line, problem, most = None, None, str(error), 0
         if problem is not None:
             failures += 1
             report_error(problem)
         if record is not None:
             records.append(record)
             report(f"{source}: {line}")
+        if most == top_k:
+            full.append(source)
+    if full and options.coco is None and top_k < model.config.num_queries * model.config.num_classes:
+        others = f" and {len(full) - 1} more" if full[1:] else ""
+        log.warning("%s%s: %d detections, the maximum; allow more with --top-k", full[0], others, top_k)
     if options.json is not None:
         write_json(options.json, records)
+    if options.coco is not None:
+        write_json(options.coco, _coco_results(records))
+        report(f"{options.coco}: images are numbered from 1 in this order; each detection has its file_name")
     return failures
 
 
-Outcome = tuple[dict[str, Any] | None, str | None, str | None]  # JSON record, summary, problem
+def _coco_results(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "image_id": number, "file_name": record["image"], "category_id": detection["category_id"],
+            "bbox": [x1, y1, x2 - x1, y2 - y1], "score": detection["score"],
+        }
+        for number, record in enumerate(records, start=1)
+        for detection in record["detections"]
+        for x1, y1, x2, y2 in [detection["box"]]
+    ]  # fmt: skip
+
+
+# JSON record, summary, problem, largest number of detections in an image
+Outcome = tuple[dict[str, Any] | None, str | None, str | None, int]
 
 
 def _predict_image(results: Iterator[Detections | UserError], source: Source, out: Path | None) -> Outcome:
@@ -162,20 +250,20 @@ def _predict_image(results: Iterator[Detections | UserError], source: Source, ou
     scores = zip(detections.names, detections.scores.tolist(), strict=True)
     best = _first_entries([f"{name} {score:.2f}" for name, score in scores])
     line = f"{len(detections)} objects: {best}" if len(detections) else "no objects"
-    return replace(detections, image=source).to_dict(), line, problem
+    return replace(detections, image=source).to_dict(), line, problem, len(detections)
 
 
-def _predict_video(model: DeformableDETR, source: Source, out: Path, options: PredictOptions) -> Outcome:
+def _predict_video(model: DeformableDETR, source: Source, out: Path, options: PredictOptions, top_k: int) -> Outcome:
     from ..predict.video import predict_video
 
     lines = _lines_path(out)
-    summary = predict_video(model, source, out, lines, options.threshold, options.batch_size)
+    summary = predict_video(model, source, out, lines, options.min_score, options.batch_size, top_k)
     if not summary.frames:
-        return None, None, summary.problem
+        return None, None, summary.problem, 0
     record = {"video": str(source), "frames": summary.frames, "annotated": str(out), "lines": str(lines)}
     problem = None if summary.problem is None else f"{summary.problem}; the readable frames are in {out}"
     counts = _first_entries([f"{name} {count}×" for name, count in summary.counts.most_common()]) or "no objects"
-    return record, f"{summary.frames} frames, {counts}; {out}, {lines.name}", problem
+    return record, f"{summary.frames} frames, {counts}; {out}, {lines.name}", problem, summary.most
 
 
 def _first_entries(entries: list[str], limit: int = 5) -> str:

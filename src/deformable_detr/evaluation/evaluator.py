@@ -178,6 +178,7 @@ def detect_images(
     workers: int,
     progress: bool,
     shard: tuple[int, int] = (0, 1),
+    top_k: int = TOP_K,
 ) -> tuple[list[dict[str, Any]], set[Any], float]:
     """Detect objects in the first `count` images; the model's modules keep their train or eval mode.
 
@@ -199,7 +200,7 @@ def detect_images(
     with evaluating(model), tqdm(total=count, unit="image", desc="evaluate", disable=None if progress else True) as bar:
         for batch, targets in batches:
             start = time.perf_counter()
-            detections = postprocess(forward(model, batch), [target.original_size for target in targets], TOP_K)
+            detections = postprocess(forward(model, batch), [target.original_size for target in targets], top_k)
             model_seconds += time.perf_counter() - start  # `postprocess` waits for the device
             for target, (boxes, scores, labels) in zip(targets, detections, strict=True):
                 image_ids.add(target.image_id)

@@ -51,6 +51,12 @@ def predict(
     return results if many else results[0]
 
 
+def default_top_k(model: nn.Module) -> int:
+    """Return a maximum of detections per image that cuts no image off: each object is found by its own query."""
+    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
+    return max(100, config.num_queries)
+
+
 def predict_iter(
     model: nn.Module, sources: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
 ) -> Iterator[Detections]:

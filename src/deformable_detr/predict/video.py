@@ -182,10 +182,17 @@ class VideoSummary(NamedTuple):
     frames: int
     counts: Counter[str]  # drawn objects per class, over all frames
     problem: str | None  # one line about damage to the source
+    most: int = 0  # largest number of objects in a frame
 
 
 def predict_video(
-    model: Any, source: Path | int, video: Path, lines: Path, threshold: float = 0.5, batch_size: int = 4
+    model: Any,
+    source: Path | int,
+    video: Path,
+    lines: Path,
+    threshold: float = 0.5,
+    batch_size: int = 4,
+    top_k: int = 100,
 ) -> VideoSummary:
     """Detect objects in every frame; write an annotated video and one JSON line per frame.
 
@@ -198,6 +205,7 @@ def predict_video(
         lines: Path of the JSON lines.
         threshold: Minimum score, 0..1.
         batch_size: Frames per batch.
+        top_k: Maximum number of detections per frame.
 
     Raises:
         UserError: The source cannot be opened or an output cannot be written.
@@ -205,7 +213,7 @@ def predict_video(
     from tqdm import tqdm
 
     counts: Counter[str] = Counter()
-    num_frames = 0
+    num_frames = most = 0
     with (
         Video(source) as reader,
         _output_files(video, lines) as (temporary_video, temporary_lines),
@@ -221,7 +229,7 @@ def predict_video(
                 yield frame.pixels
 
         try:
-            for detections in predict_iter(model, images(), threshold, batch_size=batch_size):
+            for detections in predict_iter(model, images(), threshold, top_k, batch_size):
                 frame = pending.popleft()
                 writer.add(_draw(frame.pixels, detections), frame.seconds)
                 record = {"video": reader.name, "frame": frame.number, "time": round(frame.seconds, 4)}
@@ -229,13 +237,14 @@ def predict_video(
                 del record["image"]
                 file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
                 counts.update(detections.names)
+                most = max(most, len(detections))
                 num_frames += 1
                 progress.update()
         except KeyboardInterrupt:
             if isinstance(source, Path):
                 raise
         problem = reader.problem if num_frames else reader.problem or f"{reader.name}: contains no frames"
-    return VideoSummary(num_frames, counts, problem)
+    return VideoSummary(num_frames, counts, problem, most)
 
 
 @contextmanager

@@ -1,0 +1,107 @@
+"""`predict --coco` and `predict --top-k`."""
+
+import json
+import logging
+
+import pytest
+
+from deformable_detr import evaluate
+from tests.support.commands import is_one_line_error, run_command
+from tests.support.datasets import write_image
+from tests.support.models import NAMES, tiny, write_pseudo_labeled_dataset
+
+
+def save(folder, **changes):
+    tiny(**changes).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pseudo_labeled_dataset(tmp_path_factory.mktemp("coco") / "set", tiny(), images=4)
+
+
+def pycocotools_ap(annotations, results):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truth = COCO(str(annotations))
+    evaluation = COCOeval(truth, truth.loadRes(str(results)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats
+
+
+@pytest.mark.parametrize("source", ["", "valid/_annotations.coco.json"])
+def test_dataset(model, data, tmp_path, capsys, source):
+    annotations = data / "valid" / "_annotations.coco.json"
+    results = tmp_path / "results.json"
+    code, out, errors = run_command(capsys, "predict", model, data / source, "--coco", results)
+    assert (code, errors) == (0, "")
+    assert f"in 4 images of {annotations}" in out
+    stats, metrics = pycocotools_ap(annotations, results), evaluate(model, data)
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+    assert metrics["AP"] > 0
+    assert [max(stat, 0) for stat in stats[:6]] == pytest.approx([metrics[name] or 0 for name in names], abs=1e-9)
+    split = [] if source else ["--split", "train"]
+    assert run_command(capsys, "predict", model, data / source, "--coco", results, "--top-k", 3, *split)[0] == 0
+    assert len(json.loads(results.read_text())) == 12
+
+
+def test_images_are_numbered_and_named(model, tmp_path, capsys):
+    names = [str(write_image(tmp_path / "images" / f"{name}.png", (100, 60))) for name in "ba"]
+    results = tmp_path / "results.json"
+    code, out, _ = run_command(capsys, "predict", model, tmp_path / "images", "--coco", results)
+    assert code == 0
+    assert "numbered from 1" in out
+    rows = json.loads(results.read_text())
+    assert {(row["image_id"], row["file_name"]) for row in rows} == set(enumerate(sorted(names), 1))
+    assert {row["category_id"] for row in rows} <= {7, 3, 90}
+    assert all(len(row["bbox"]) == 4 and row["bbox"][2] >= 0 for row in rows)
+    assert len(rows) == 2 * 12 * len(NAMES)  # all scores
+    run_command(capsys, "predict", model, tmp_path / "images", "--coco", results, "--threshold", 0.5)
+    assert {row["score"] >= 0.5 for row in json.loads(results.read_text())} <= {True}
+
+
+def test_errors(model, data, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.json").write_text("{}")
+    cases = {
+        "--out": [data, "--coco", tmp_path / "r.json", "--out", tmp_path / "drawn"],
+        "x.json": [tmp_path / "x.json", "--coco", tmp_path / "r.json"],
+        "empty": [tmp_path / "empty", "--coco", tmp_path / "r.json"],
+        "missing": [data, "--coco", tmp_path / "missing" / "file" / "r.json", "--split", "missing"],
+    }
+    for word, arguments in cases.items():
+        code, _, errors = run_command(capsys, "predict", model, *arguments)
+        assert code == 2, word
+        assert is_one_line_error(errors)
+        assert word in errors
+        assert not (tmp_path / "r.json").exists()
+
+
+def test_top_k(model, tmp_path, capsys, caplog):
+    images = [write_image(tmp_path / f"{name}.png", (100, 60)) for name in "ab"]
+    for options, count in ((["--top-k", 5], 5), ([], 36)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            command = ["predict", model, *images, "--threshold", 0, "--json", tmp_path / "out.json", *options]
+            assert run_command(capsys, *command)[0] == 0
+        assert [len(entry["detections"]) for entry in json.loads((tmp_path / "out.json").read_text())] == [count] * 2
+        limit = f"{images[0]} and 1 more: 5 detections, the maximum; allow more with --top-k"
+        assert caplog.messages == ([limit] if options else [])  # 36 is all that the model has
+
+
+def test_default_top_k_follows_the_queries(tmp_path, capsys):
+    model = save(tmp_path / "few", num_queries=60, image_size=480)
+    more = save(tmp_path / "many", num_queries=130, image_size=480)
+    image = write_image(tmp_path / "a.png", (200, 200))
+    for source, count in ((model, 100), (more, 130)):
+        run_command(capsys, "predict", source, image, "--threshold", 0, "--json", tmp_path / "out.json")
+        assert len(json.loads((tmp_path / "out.json").read_text())[0]["detections"]) == count
