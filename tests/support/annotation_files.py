@@ -135,7 +135,14 @@ COCO = {
     ),
     "image not an object": (append("images", 5), {"image-record"}, "images[3]"),
     "image without id": (patch("images", 2, id=None), {"image-record", "images-unlisted"}, "images[2]"),
-    "image id a string": (patch("images", 2, id="c"), {"image-record", "images-unlisted"}, "images[2]"),
+    "image id a text": (patch("images", 2, id="c"), set(), ""),
+    "duplicate image id, a text": (
+        lambda root: [patch("images", number, id="9f2c-1")(root) for number in (1, 2)],
+        {"image-id-duplicate", "images-unlisted", "image-unknown"},
+        "has the id '9f2c-1' of images[1]",
+    ),
+    "rotated box of CVAT": (patch("annotations", 0, attributes={"rotation": 30.0}), {"box-rotated"}, ""),
+    "rotated by half a turn": (patch("annotations", 0, attributes={"rotation": 180.0}), set(), ""),
     "no file name": (patch("images", 2, file_name=None), {"image-record", "images-unlisted"}, "images[2] (id 3)"),
     "duplicate image id": (
         patch("images", 2, id=1), {"image-id-duplicate", "images-unlisted"}, "images[2] ('empty.png') has the id 1",

@@ -1,6 +1,7 @@
 """COCO JSON files: parse them without their masks."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from ..config.schema import DataConfig
 from ..structures import Category
 from ..utils.errors import UserError
 from .discovery import ImageFolder, find_image_folder
-from .records import MaskBox, SwappedBox, is_finite
+from .named import rotated_extent
+from .records import MaskBox, RotatedBox, SwappedBox, TextId, is_finite, is_int64
 from .source import AnnotationCache, ParsedAnnotations, Source
 
 _DIGITS = re.compile("[0-9]{1,18}")
@@ -48,6 +50,7 @@ class CocoSource(Source):
         for key in ("images", "annotations", "categories"):
             if not isinstance(content, dict) or not isinstance(content.get(key), list):
                 raise UserError(f"{self.file}: not COCO JSON: it has no list '{key}'; export it as COCO detection")
+        _number_text_ids(content)
         return ParsedAnnotations(content, digest=hashlib.sha256(data).hexdigest())
 
     def to_coco(
@@ -77,7 +80,7 @@ def _clean(record: dict[str, Any]) -> dict[str, Any]:
         if isinstance(box, list) and len(box) == 4 and all(map(is_finite, box)) and min(box[2:]) < 0:
             x, y, w, h = box
             record["bbox"] = SwappedBox([min(x, x + w), min(y, y + h), abs(w), abs(h)])
-        return record
+        return _without_rotation(record)
     if isinstance(mask, list) and mask and all(map(_is_polygon, mask)):
         x, y = ([value for polygon in mask for value in polygon[axis::2]] for axis in (0, 1))
         record["bbox"] = MaskBox([min(x), min(y), max(x) - min(x), max(y) - min(y)])
@@ -87,6 +90,36 @@ def _clean(record: dict[str, Any]) -> dict[str, Any]:
         with suppress(ValueError, TypeError, KeyError, OverflowError):  # invalid RLE: the record has no box
             record["bbox"] = MaskBox(hotcoco.mask.to_bbox(mask).tolist())
     return record
+
+
+def _without_rotation(record: dict[str, Any]) -> dict[str, Any]:
+    """Replace a box before CVAT's rotation by the extent after it."""
+    box, attributes = record["bbox"], record.get("attributes")
+    degrees: Any = attributes.get("rotation") if isinstance(attributes, dict) else None
+    if is_finite(degrees) and degrees % 180 and isinstance(box, list) and len(box) == 4 and all(map(is_finite, box)):
+        record["bbox"] = RotatedBox(rotated_extent(box, degrees))
+        record["attributes"] = dict(attributes or {}, rotation=0)  # a repaired copy is read again
+    return record
+
+
+def _number_text_ids(content: dict[str, Any]) -> None:
+    """Give images with text ids a `TextId` in their order, and categories an integer in the order of their texts."""
+    for section, key in (("images", "image_id"), ("categories", "category_id")):
+        records = [record for record in content[section] if isinstance(record, dict)]
+        texts = list(dict.fromkeys(record["id"] for record in records if isinstance(record.get("id"), str)))
+        if not texts:
+            continue
+        objects = [record for record in content["annotations"] if isinstance(record, dict)]
+        used = [record.get("id") for record in records] + [record.get(key) for record in objects]
+        taken = set(filter(is_int64, used))
+        free = (number for number in itertools.count(1) if number not in taken)
+        ids: dict[Any, int] = {text: TextId(next(free), text) for text in texts}
+        if section == "categories":
+            ids = dict(zip(sorted(texts), map(int, ids.values()), strict=True))
+        for field_name, owners in (("id", records), (key, objects)):
+            for record in owners:
+                if isinstance(text := record.get(field_name), str):
+                    record[field_name] = ids.get(text, text)
 
 
 def _is_polygon(points: Any) -> bool:

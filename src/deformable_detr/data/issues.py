@@ -112,7 +112,7 @@ _WARNINGS = {
     "box-from-mask": (
         "Objects have a mask but no box; the extent of the mask is used", "None needed if the masks are complete",
     ),
-    "box-rotated": ("Boxes are rotated; the upright box around each is used", "None needed"),
+    "box-rotated": ("Boxes are rotated; the upright box around each is used", "Draw upright boxes if too large"),
     "box-swapped": (
         "The corners of a box are in another order, or its width or height is negative; the box between them is used",
         "Check some of these boxes",

@@ -77,4 +77,6 @@ def rotated_extent(bbox: Sequence[float], degrees: float) -> list[float]:
 
 def rotated_boxes(count: int, file: Path) -> Issue:
     """Return the issue of a file with rotated boxes."""
-    return Issue("box-rotated", file, "", f"has {count} rotated box{'es' * (count > 1)}: the extent is used")
+    return Issue(
+        "box-rotated", file, "", f"has {count} rotated box{'es' * (count > 1)}: the upright box around each is used"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as brief
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from ..structures import Category
 from ..utils.errors import UserError
 from .discovery import ImageFolder
 from .issues import Issue, OnIssue
+from .named import rotated_boxes
 from .source import Source
 from .transforms import MIN_SIDE
 
@@ -22,6 +23,27 @@ Relation = Literal["same", "parts", "clash"]
 
 class MaskBox(list[float]):
     """The xywh box of an object whose record has none: the extent of its mask."""
+
+
+class RotatedBox(list[float]):
+    """The xywh extent of an object whose record has a rotated box."""
+
+
+class TextId(int):
+    """The number of a record whose id is a text; messages show the text."""
+
+    text: str
+
+    def __new__(cls, number: int, text: str) -> Self:
+        self = super().__new__(cls, number)
+        self.text = text
+        return self
+
+    def __repr__(self) -> str:
+        return repr(self.text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextId, (int(self), self.text)
 
 
 class SwappedBox(list[float]):
@@ -106,7 +128,7 @@ def is_finite(value: Any) -> bool:
 
 def is_int64(value: Any) -> bool:
     """Return whether it is an integer of 64 bits; booleans are not."""
-    return type(value) is int and -(2**63) <= value < 2**63
+    return type(value) in (int, TextId) and -(2**63) <= value < 2**63
 
 
 def record_name(records: Sequence[Any], position: int) -> str:
@@ -301,6 +323,8 @@ class _RecordReader:
         if count := sum(isinstance(box, MaskBox) for box in boxes):
             message = f"has {count} object{'s' * (count > 1)} with a mask but no bbox: the box of the mask is used"
             self._report_file("box-from-mask", message)
+        if count := sum(isinstance(box, RotatedBox) for box in boxes):
+            self.on_issue(rotated_boxes(count, self.file))
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
         xywh = np.clip(np.array(boxes, dtype=np.float64).reshape(-1, 4), -1e9, 1e9)
         return table[:, 0], table[:, 1], table[:, 2], table[:, 3].astype(bool), xywh

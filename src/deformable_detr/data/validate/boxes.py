@@ -17,7 +17,7 @@ def check_boxes(split: Split, image_size: int, long_side: int, issues: Issues) -
     """Add the issues of a split's boxes; image sizes are those of the files, if these were read."""
     kept = np.flatnonzero(~split.crowds)
     boxes, limits = split.boxes[kept], object_limits(split)[kept]
-    if split.source.format == "coco" and (unit := wrong_unit(boxes, limits)):
+    if split.source.format != "yolo" and (unit := wrong_unit(boxes, limits)):
         _report_unit(split, unit, int(kept[0]), issues)
         return
 

@@ -16,7 +16,7 @@ from ...utils.files import write_text
 from ...utils.images import TRANSPOSED_ORIENTATIONS
 from ..discovery import ROBOFLOW
 from ..issues import OVERHANG
-from ..records import ImageRecord, MaskBox, SwappedBox, is_int64, record_name, repeated_files
+from ..records import ImageRecord, MaskBox, RotatedBox, SwappedBox, is_int64, record_name, repeated_files
 from . import Report
 from .annotations import Split
 from .boxes import box_overhang, clip_boxes, object_limits, wrong_unit
@@ -199,6 +199,8 @@ class _Repair:
             seen.add(key)
             if isinstance(record["bbox"], SwappedBox):
                 self.log("box-swapped", name, f"bbox {record['bbox']}, without its negative size")
+            if isinstance(record["bbox"], RotatedBox):
+                self.log("box-rotated", name, f"bbox {record['bbox']}, the extent of its rotated box")
             if isinstance(record["bbox"], MaskBox):
                 self.log("box-from-mask", name, f"bbox {record['bbox']}, the extent of its mask")
             if reason:
@@ -227,7 +229,7 @@ class _Repair:
         boxes, crowds, images = split.boxes[kept].copy(), split.crowds[kept], split.image_indices[kept]
         reasons = np.full(len(kept), "", dtype=object)
         limits = object_limits(split)[kept]
-        unit = wrong_unit(boxes[~crowds], limits[~crowds]) if split.source.format == "coco" else ""
+        unit = wrong_unit(boxes[~crowds], limits[~crowds]) if split.source.format != "yolo" else ""
         if unit == "normalized":
             boxes *= np.concatenate([limits, limits], axis=1)
             reasons[:] = "boxes-normalized"
