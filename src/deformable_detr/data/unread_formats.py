@@ -48,7 +48,7 @@ _CONTENTS = [
         ".txt", rf"\A\d+(?: {_FLOAT}){{4,}}\s*$", "YOLO rows without class names",
         "add a data.yaml or classes.txt with the names",
     ),
-    (".xml", r"<annotation[\s>]", "Pascal VOC", "put the files beside the images or in annotations/ beside images/"),
+    (".xml", r"<annotation[\s>]", "Pascal VOC without its images", "put the files beside the images"),
 ]  # fmt: skip
 
 
@@ -93,4 +93,4 @@ def _samples(root: Path) -> Iterator[Path]:
 
 def _error(root: Path, path: Path, name: str, hint: str) -> UserError:
     place = f"{path.relative_to(root)} looks" if path != root else "looks"
-    return UserError(f"{root}: {place} like {name}, which is not read; {hint}")
+    return UserError(f"{root}: {place} like {name}, which cannot be read; {hint}")
