@@ -11,7 +11,7 @@ from tests.support.training import write_dataset
 
 OPTIONS = """preset="small", epochs=1, image_size=64, backbone="test_resnet", backbone_weights="none",
     num_feature_levels=2, hidden_dim=32, num_heads=4, encoder_layers=1, decoder_layers=1, ffn_dim=32, num_queries=12,
-    workers=2, device="cpu", batch_size=4"""
+    workers=1, device="cpu", batch_size=4"""
 README = (Path(__file__).parents[1] / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
 
 
@@ -36,7 +36,12 @@ def short_readme():
     return lines.replace('"table.jpg"', '"DATA/valid/0.png"') + "\n"
 
 
-@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+SLOW = {"spawn", "forkserver"}  # each worker imports PyTorch
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in multiprocessing.get_all_start_methods()]
+)
 def test_readme_without_a_guard(data, tmp_path, method):
     text = f"import multiprocessing\nmultiprocessing.set_start_method({method!r})\nprint('started')\n{short_readme()}"
     code, output = run_script(data, tmp_path, text + "print('finished')\n")
@@ -47,6 +52,7 @@ def test_readme_without_a_guard(data, tmp_path, method):
     assert (tmp_path / "table.png").exists()
 
 
+@pytest.mark.slow
 def test_datasets_of_the_script_are_found(data, tmp_path):
     """A dataset class of the script itself needs the import of the script, behind a guard."""
     text = """
@@ -67,6 +73,7 @@ if __name__ == "__main__":
     assert (code, output) == (0, "4 images\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "reason"),
     [
@@ -96,6 +103,7 @@ if __name__ == "__main__":
     assert output.count("images are loaded without worker processes") == output.count(reason) == 1
 
 
+@pytest.mark.slow
 def test_script_that_a_child_process_runs_again(data, tmp_path):
     """The script itself starts a process without a guard: what the child runs again needs no processes of its own."""
     text = f"""

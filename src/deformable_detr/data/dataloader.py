@@ -113,7 +113,9 @@ class DetectionLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.num_workers and self._iterator is None:
             malloc_trim()  # forked workers would keep a copy of every freed page that this process writes again
-        with _hide_script(self.dataset.dataset):  # pyright: ignore[reportAttributeAccessIssue]
+            with _hide_script(self.dataset.dataset):  # pyright: ignore[reportAttributeAccessIssue]
+                batches = super().__iter__()
+        else:
             batches = super().__iter__()
         while (batch := self._next(batches)) is not None:
             if isinstance(batch, UserError):
@@ -304,15 +306,15 @@ def _hide_script(dataset: Any) -> Iterator[None]:
     The start methods spawn and forkserver read these attributes. A dataset defined in the script needs the import.
     """
     main = sys.modules["__main__"]
-    names = [] if type(dataset).__module__ == "__main__" else [n for n in ("__file__", "__spec__") if hasattr(main, n)]
-    saved = {name: getattr(main, name) for name in names}
+    if type(dataset).__module__ == "__main__" or multiprocessing.get_start_method() == "fork":
+        yield
+        return
+    saved = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
     try:
-        for name in names:
-            setattr(main, name, None)
+        main.__spec__ = None
         yield
     finally:
-        for name, value in saved.items():
-            setattr(main, name, value)
+        vars(main).update(saved)
 
 
 def _defer_sigterm(worker: int) -> None:
