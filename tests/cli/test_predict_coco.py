@@ -8,7 +8,9 @@ import pytest
 from deformable_detr import evaluate
 from tests.support.commands import is_one_line_error, run_command
 from tests.support.datasets import write_image
-from tests.support.models import NAMES, tiny, write_pseudo_labeled_dataset
+from tests.support.models import NAMES, tiny
+from tests.support.red_box import RedBoxFinder
+from tests.support.training import write_dataset
 
 
 def save(folder, **changes):
@@ -23,7 +25,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_pseudo_labeled_dataset(tmp_path_factory.mktemp("coco") / "set", tiny(), images=4)
+    """Red, green and blue boxes; image ids from 100, category ids 10, 20 and 30."""
+    return write_dataset(tmp_path_factory.mktemp("coco") / "set", val=6)
 
 
 def pycocotools_ap(annotations, results):
@@ -39,19 +42,26 @@ def pycocotools_ap(annotations, results):
 
 
 @pytest.mark.parametrize("source", ["", "valid/_annotations.coco.json"])
-def test_dataset(model, data, tmp_path, capsys, source):
-    annotations = data / "valid" / "_annotations.coco.json"
-    results = tmp_path / "results.json"
-    code, out, errors = run_command(capsys, "predict", model, data / source, "--coco", results)
+def test_dataset(data, tmp_path, capsys, monkeypatch, source):
+    model = RedBoxFinder(num_classes=3, class_names=("green", "red", "blue"), category_ids=(20, 10, 30))
+    monkeypatch.setattr("deformable_detr.detector.load_detector", lambda *_: model)
+    annotations, results = data / "valid" / "_annotations.coco.json", tmp_path / "results.json"
+    code, out, errors = run_command(capsys, "predict", "model", data / source, "--coco", results)
     assert (code, errors) == (0, "")
-    assert f"in 4 images of {annotations}" in out
+    assert f"in 6 images of {annotations}" in out
     stats, metrics = pycocotools_ap(annotations, results), evaluate(model, data)
     names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-    assert metrics["AP"] > 0
+    assert metrics["AP"] > 0.02
     assert [max(stat, 0) for stat in stats[:6]] == pytest.approx([metrics[name] or 0 for name in names], abs=1e-9)
+    rows = json.loads(results.read_text())
+    assert {row["image_id"] for row in rows} == set(range(100, 106))
+    assert {row["category_id"] for row in rows} == {10, 20, 30}
     split = [] if source else ["--split", "train"]
-    assert run_command(capsys, "predict", model, data / source, "--coco", results, "--top-k", 3, *split)[0] == 0
-    assert len(json.loads(results.read_text())) == 12
+    command = ["predict", "model", data / source, "--coco", results, "--top-k", 3, "--threshold", 0.2, *split]
+    assert run_command(capsys, *command)[0] == 0
+    rows = json.loads(results.read_text())
+    assert len(rows) <= 3 * 8
+    assert all(row["score"] >= 0.2 for row in rows)
 
 
 def test_images_are_numbered_and_named(model, tmp_path, capsys):

@@ -177,22 +177,21 @@ def predict_files(
     from ..predict.predictor import default_top_k, predict_each
     from ..predict.video import is_video
 
-    sources: list[Source] = [*files, *([] if options.camera is None else [options.camera])]
+    sources: list[Source] = [*files] if options.camera is None else [*files, options.camera]
     videos = {source for source in sources if is_video(source)}
     if videos:
+        if options.coco is not None:
+            raise UserError("--coco is for images: leave out videos and --camera")
         need("av", "video")
     folder = None if options.out is None else prepare_folder(options.out, "--out")
     outputs = _output_paths([source for source in sources if folder or source in videos], videos, folder)
-    _reject_overwriting(files, [*outputs.values(), *(_lines_path(outputs[video]) for video in videos)], options.json)
+    _reject_overwriting(files, [*outputs.values(), *(_lines_path(outputs[video]) for video in videos)], options)
     prepare_files({"--json": options.json, "--coco": options.coco})
     top_k = options.top_k or default_top_k(model)
     images = [source for source in sources if source not in videos]
-    if options.coco and videos:
-        raise UserError("--coco is for images: leave out videos and --camera")
     results = predict_each(model, images, options.min_score, top_k, keep_pixels=folder is not None)
     records: list[dict[str, Any]] = []
-    failures = 0
-    full: list[Source] = []  # with the maximum of detections, so that some may be missing
+    failures, full = 0, []  # full: sources with the maximum of detections, so that some may be missing
     for source in sources:
         try:
             if source in videos:
@@ -207,17 +206,24 @@ def predict_files(
         if record is not None:
             records.append(record)
             report(f"{source}: {line}")
-        if most == top_k:
-            full.append(source)
-    if full and options.coco is None and top_k < model.config.num_queries * model.config.num_classes:
-        others = f" and {len(full) - 1} more" if full[1:] else ""
-        log.warning("%s%s: %d detections, the maximum; allow more with --top-k", full[0], others, top_k)
+        full += [source] * (most == top_k)
+    _write_results(options, records, report)
+    _warn_of_limit(model, [] if options.coco else full, top_k)
+    return failures
+
+
+def _write_results(options: PredictOptions, records: list[dict[str, Any]], report: Callable[[str], None]) -> None:
     if options.json is not None:
         write_json(options.json, records)
     if options.coco is not None:
         write_json(options.coco, _coco_results(records))
         report(f"{options.coco}: images are numbered from 1 in this order; each detection has its file_name")
-    return failures
+
+
+def _warn_of_limit(model: DeformableDETR, full: Sequence[Source], top_k: int) -> None:
+    if full and top_k < model.config.num_queries * model.config.num_classes:
+        others = f" and {len(full) - 1} more" if full[1:] else ""
+        log.warning("%s%s: %d detections, the maximum; allow more with --top-k", full[0], others, top_k)
 
 
 def _coco_results(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -292,15 +298,15 @@ def _output_paths(sources: Sequence[Source], videos: Set[Source], out: Path | No
     return paths
 
 
-def _reject_overwriting(files: Sequence[Path], outputs: Sequence[Path], json: Path | None) -> None:
+def _reject_overwriting(files: Sequence[Path], outputs: Sequence[Path], options: PredictOptions) -> None:
     """Raise UserError if an output is the same file as a source."""
     inputs: dict[tuple[int, int], Path] = {}
     for file in files:
         with suppress(OSError):  # reported when it is read
             status = os.stat(file)
             inputs[status.st_dev, status.st_ino] = file
-    for option, paths in {"--out": outputs, "--json": [json] if json else []}.items():
-        for path in paths:
+    for option, paths in {"--out": outputs, "--json": [options.json], "--coco": [options.coco]}.items():
+        for path in filter(None, paths):
             with suppress(OSError):
                 status = os.stat(path)
                 if source := inputs.get((status.st_dev, status.st_ino)):
