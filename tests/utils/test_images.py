@@ -150,6 +150,29 @@ def test_invalid_sources_are_rejected(source):
         read_image(source)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "gif", "bmp"])
+def test_closed_pil_images_are_named(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(random_pixels()).save(path)
+    with Image.open(path) as left, Image.open(path) as loaded:
+        loaded.load()
+    assert read_image(loaded).shape == (3, 4, 6)
+    closed = Image.open(path)
+    closed.close()
+    for image in (left, closed):
+        with pytest.raises(UserError) as caught:
+            read_image(image)
+        assert str(caught.value) == f"the PIL image {path} is closed; open it again, or pass its path"
+    with open(path, "rb") as file:
+        left = Image.open(file)
+    closed = loaded.copy()
+    closed.close()
+    for image in (left, closed):
+        with pytest.raises(UserError) as caught:
+            read_image(image)
+        assert str(caught.value) == "the PIL image is closed; open it again"
+
+
 def jpeg():
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
@@ -369,6 +392,19 @@ def test_without_tifffile_one_line_says_what_to_install(tmp_path, monkeypatch, n
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(UserError, match=r"a TIFF of \d × \d+-bit .*pip install 'deformable-detr\[tiff\]', or convert"):
         read_image(path)
+
+
+def test_loaded_pil_images_of_tiffs(tmp_path):
+    """Pillow keeps no file of an image that it has loaded."""
+    for name in ("rgb16 planar", "gray uint32", "rgb16"):
+        (tmp_path / "a.tif").write_bytes(tiff_bytes(name))
+        image = Image.open(tmp_path / "a.tif")
+        image.load()
+        if name == "rgb16 planar":
+            with pytest.raises(UserError, match=r"a\.tif: Pillow misreads a TIFF of .* in planes\); pass the path"):
+                read_image(image)
+        else:
+            assert_is_picture(read_image(image), name)
 
 
 @settings(max_examples=200, deadline=None)

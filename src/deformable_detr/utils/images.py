@@ -58,7 +58,7 @@ def read_image(source: ImageSource) -> Tensor:
     if isinstance(source, np.ndarray):
         return _to_tensor(_to_rgb(_from_array(source)))
     if isinstance(source, Image.Image):
-        return _decode(source, getattr(source, "filename", "") or "the PIL image")
+        return _from_image(source, getattr(source, "filename", "") or "")
     if not isinstance(source, str | os.PathLike):
         raise UserError(f"an image must be a path, PIL image, array or tensor, not {type(source).__name__}")
     name = os.fspath(source)
@@ -168,8 +168,10 @@ def _decode(image: Image.Image, name: str) -> Tensor:
         _check_size(name, *image.size)
         _refuse_vector_graphics(image)
         tags, file = getattr(image, "tag_v2", None), getattr(image, "fp", None)
-        layout = TiffLayout.from_tags(tags) if image.format == "TIFF" and tags and file else None
-        if layout and file and not layout.pillow_reads:
+        layout = TiffLayout.from_tags(tags) if image.format == "TIFF" and tags else None
+        if layout and not layout.pillow_reads:
+            if file is None:  # closed, or loaded
+                raise UserError(f"{name}: Pillow misreads {layout}; pass the path instead of the PIL image")
             return _read_tiff(file, layout, name, image.tell())
         image.load()  # rotates TIFF
         upright = image if image.format == "TIFF" else _rotate(image, _orientation(image))
@@ -227,6 +229,19 @@ def _to_rgb(image: Image.Image, layout: TiffLayout | None = None) -> Image.Image
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_image(image: Image.Image, filename: str | bytes) -> Tensor:
+    path = os.fsdecode(filename)
+    try:
+        return _decode(image, path or "the PIL image")
+    except UserError as error:
+        cause = error.__cause__
+        unloaded = getattr(image, "tile", None) and getattr(image, "fp", None) is None
+        if unloaded or (isinstance(cause, ValueError) and "closed" in str(cause)):
+            name, hint = (f"the PIL image {path}", ", or pass its path") if path else ("the PIL image", "")
+            raise UserError(f"{name} is closed; open it again{hint}") from error
+        raise
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
