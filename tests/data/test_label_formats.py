@@ -155,6 +155,13 @@ def test_csv_columns(tmp_path, text):
     assert_same(objects_of(tmp_path), {"a": [("x", 1, 2, 29, 48)]})
 
 
+def test_swapped_corners_are_exchanged(tmp_path):
+    write_image(tmp_path / "a.jpg", (160, 120))
+    (tmp_path / "boxes.csv").write_text("filename,class,xmin,ymin,xmax,ymax\na.jpg,x,30,2,1,50\n")
+    assert_same(objects_of(tmp_path), {"a": [("x", 1, 2, 29, 48)]})
+    assert "box-swapped" in issue_codes(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("objects", "name"),
     [

@@ -57,8 +57,13 @@ class Collector:
             message = f"({name!r}) has no box that can be read" if name else "has no class name"
             self.skip(path, record, message)
             return
+        x, y, w, h = bbox
+        if min(w, h) < 0:
+            x, y, w, h = min(x, x + w), min(y, y + h), abs(w), abs(h)
+            message = "has its corners in another order; the box between them is used"
+            self.issues.append(Issue("box-swapped", path, record, message))
         where = f"{path.name} {record}"
-        self.objects.append({"image_id": image_id, "class": name, "bbox": list(bbox), "where": where})
+        self.objects.append({"image_id": image_id, "class": name, "bbox": [x, y, w, h], "where": where})
 
     def skip(self, path: Path, record: str, message: str, hint: str = "", objects: int = 1) -> None:
         """Add an issue about objects that are left out."""
