@@ -54,7 +54,7 @@ def read_split(
         issues.append(replace(issue, split=name))
 
     def collect_from_reader(issue: Issue) -> None:
-        if issue.code != "image-unreadable":  # all images are checked later
+        if issue.code != "image-unreadable" or issue.objects:  # all images are checked later
             collect(issue)
 
     try:

@@ -74,6 +74,7 @@ def _run(
             return error
         return None
 
+    reported = {issue.file for issue in issues if issue.code == "image-unreadable"}  # by the reader of the labels
     end = time.monotonic() + seconds
     bar = tqdm(total=len(tasks), unit="image", desc=f"check {unit}", disable=None if progress else True, leave=False)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool, bar:
@@ -82,6 +83,8 @@ def _run(
             for (split, record), error in zip(chunk, pool.map(attempt, chunk), strict=True):
                 if error is not None:
                     record.broken = True
+                    if record.path in reported:
+                        continue
                     location = split.locate_image(record)
                     issues.append(Issue.from_error("image-unreadable", record.path, error, **location))
             bar.update(len(chunk))
