@@ -31,7 +31,7 @@ def test_each_image_is_decoded_once(tmp_path, monkeypatch, image):
     source = tmp_path / image
     Image.new("RGB", (64, 48), (200, 0, 0)).save(source)
     opened, open_image = Counter(), Image.open
-    monkeypatch.setattr(Image, "open", lambda file, *rest: opened.update([str(file)]) or open_image(file, *rest))
+    monkeypatch.setattr(Image, "open", lambda file, *rest: opened.update([file.name]) or open_image(file, *rest))
     out, table = tmp_path / "out", tmp_path / "all.json"
     assert predict_files(Finder(), [source], PredictOptions(out, table, 0.3), report=lambda line: None) == 0
     assert opened == {str(source): 1}

@@ -92,6 +92,18 @@ def test_hidden_files_of_folders_are_ignored(tmp_path):
     assert [path.name for path in predictor.folder_images(tmp_path)] == ["a.png"]
 
 
+def test_files_of_folders_in_unread_formats_are_named(tmp_path, caplog):
+    for name in ("d.heic", "a.HEIC", "c.dng", ".hidden.heic", "b.avif.psd"):
+        (tmp_path / name).write_bytes(b"")
+    words = "left out 4 files in formats that are not read (a.HEIC, b.avif.psd, c.dng, …); convert to JPEG or PNG"
+    with pytest.raises(UserError) as caught:
+        predictor.folder_images(tmp_path)
+    assert str(caught.value) == f"folder {tmp_path} contains no images ({words})"
+    Image.new("RGB", (8, 6)).save(tmp_path / "e.png")
+    assert len(predict(RedBoxFinder(), tmp_path)) == 1
+    assert caplog.messages == [f"folder {tmp_path}: {words}"]
+
+
 def test_empty_input_and_no_detections(tmp_path):
     model = RedBoxFinder()
     assert predict(model, []) == []

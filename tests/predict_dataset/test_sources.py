@@ -52,6 +52,15 @@ def test_folder(tmp_path):
     assert records(f"file://{folder}")[0].image == f"{folder}/a00.png"
 
 
+def test_unread_formats_in_a_folder_are_named(tmp_path, caplog):
+    folder = as_folder(tmp_path / "images", FILES[:2])
+    (folder / "b").mkdir()
+    (folder / "b" / "x.heic").write_bytes(b"")
+    assert len(records(folder)) == 2
+    words = "left out 1 file in formats that are not read (x.heic); convert to JPEG or PNG"
+    assert caplog.messages == [f"{folder}: {words}"]
+
+
 def test_symbolic_links_in_a_folder(tmp_path):
     folder = as_folder(tmp_path / "images", FILES[:2])
     (folder / "loop").symlink_to(folder)

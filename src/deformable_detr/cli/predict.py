@@ -93,8 +93,8 @@ def find_dataset(source: Path, split: str) -> bool:
         UserError: It is a JSON or YAML file that is not one, or a folder without images directly in it.
     """
     from ..config.schema import DataConfig
+    from ..data.discovery import is_image
     from ..data.formats import find_source
-    from ..predict.predictor import folder_images
 
     described = source.suffix.lower() in {".json", ".yaml", ".yml"}
     if not described and not source.is_dir():
@@ -104,9 +104,9 @@ def find_dataset(source: Path, split: str) -> bool:
     except UserError:
         if described:
             raise
-        with suppress(UserError):
-            folder_images(source)
-            return False
+        with suppress(OSError):
+            if any(is_image(name) for name in os.listdir(source)):
+                return False
         raise
     return True
 

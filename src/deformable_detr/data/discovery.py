@@ -57,6 +57,13 @@ def is_unread_image(path: str | PurePath) -> bool:
     return PurePath(path).suffix.lower() in UNREAD_SUFFIXES and not is_hidden(path)
 
 
+def describe_unread(names: Sequence[str]) -> str:
+    """Return one line about files in formats that are not read."""
+    text = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+    files = "1 file" if len(names) == 1 else f"{len(names)} files"
+    return f"left out {files} in formats that are not read ({text}); convert to JPEG or PNG"
+
+
 def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
     """Find the COCO JSON file of one split.
 

@@ -1,5 +1,6 @@
 """Prediction: images from files or memory in, `Detections` out."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 
 from ..config.schema import ModelConfig
 from ..data.dataloader import pad_images
-from ..data.discovery import is_hidden
+from ..data.discovery import describe_unread, is_hidden, is_unread_image
 from ..data.matching import IMAGE_SUFFIXES
 from ..data.transforms import resize
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..structures import Category, Detections
 from ..utils.errors import UserError
 from ..utils.images import read_image
+
+log = logging.getLogger(__name__)
 
 
 def predict(
@@ -211,17 +214,23 @@ def model_categories(config: ModelConfig) -> tuple[Category, ...]:
 def folder_images(folder: Path, suffixes: AbstractSet[str] = IMAGE_SUFFIXES, kind: str = "images") -> list[Path]:
     """Return the files with these suffixes directly in a folder, sorted by name, without hidden ones.
 
+    Logs a warning about images in formats that are not read.
+
     Raises:
         UserError: The folder cannot be read or has no such file.
     """
     try:
         with os.scandir(folder) as entries:
-            files = (entry.name for entry in entries if not is_hidden(entry.name) and entry.is_file())
-            names = sorted(name for name in files if Path(name).suffix.lower() in suffixes)
+            files = sorted(entry.name for entry in entries if not is_hidden(entry.name) and entry.is_file())
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read: {error.strerror or error}") from None
+    names = [name for name in files if Path(name).suffix.lower() in suffixes]
+    unread = [name for name in files if is_unread_image(name)]
     if not names:
-        raise UserError(f"folder {folder} contains no {kind} ({', '.join(sorted(suffixes))})")
+        reason = describe_unread(unread) if unread else ", ".join(sorted(suffixes))
+        raise UserError(f"folder {folder} contains no {kind} ({reason})")
+    if unread:
+        log.warning("folder %s: %s", folder, describe_unread(unread))
     return [folder / name for name in names]
 
 

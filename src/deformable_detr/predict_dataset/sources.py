@@ -1,6 +1,7 @@
 """The sources: folders of images, Parquet files with image bytes, WebDataset shards."""
 
 import itertools
+import logging
 import os
 import tarfile
 import time
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..data.discovery import is_hidden, is_image
+from ..data.discovery import describe_unread, is_hidden, is_image, is_unread_image
 from ..data.matching import IMAGE_SUFFIXES
 from ..utils.errors import UserError, first_line
 from ..utils.images import decode_image, read_image
 from .filesystem import is_local, resolve_url, to_url, walk_files
 from .options import PredictDatasetOptions
+
+log = logging.getLogger(__name__)
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "images": tuple(sorted(IMAGE_SUFFIXES)),
@@ -107,12 +110,15 @@ def _list_files(sources: Sequence[str], format: str, out: str | None) -> Iterato
     seen: set[str] = set()
     for source in sources:
         system, root = resolve_url(source)
+        unread: list[str] = []
         try:
             for path, size in _matching_files(system, root, source, out):
                 file_format = next((name for name, ends in FORMATS.items() if path.lower().endswith(ends)), None)
                 if path == root and format != "auto":
                     file_format = format  # the user named this file and its format
                 url = to_url(system, path)
+                if file_format is None and is_unread_image(name := PurePosixPath(path).name):
+                    unread.append(name)
                 if file_format is None or (format != "auto" and file_format != format) or url in seen:
                     continue
                 if common_format is not None and file_format != common_format:
@@ -125,6 +131,8 @@ def _list_files(sources: Sequence[str], format: str, out: str | None) -> Iterato
             raise
         except Exception as error:  # each store has its own exceptions
             raise UserError(f"{source}: cannot be listed: {first_line(error)}") from None
+        if unread:
+            log.warning("%s: %s", source, describe_unread(unread))
 
 
 def _matching_files(system: Any, root: str, source: str, out: str | None) -> Iterator[tuple[str, int]]:
