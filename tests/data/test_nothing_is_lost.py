@@ -37,7 +37,7 @@ RENAMES = {
     "hash at the end": lambda path: move(path, f"{path.stem}_7f3c9e{path.suffix}"),
     "accents": lambda path: move(path, unicodedata.normalize("NFD", path.name)),
     "sub-folder": lambda path: move(path, f"day 1/{path.name}"),
-    "other name": lambda path: move(path, f"unlike{path.suffix}"),
+    "other name": lambda path: move(path, f"other{path.stem[::-1]}{path.suffix}"),
 }
 IMAGE_CHANGES = RENAMES | {
     "bmp": lambda path: encode(path, ".bmp"),

@@ -100,7 +100,7 @@ FILES = {
     **{
         f"mode {mode}": (
             encode("TIFF" if mode in ("LAB", "CMYK", "F", "YCbCr", "I") else "PNG", image),
-            {"image-dim"} if mode == "I" else set(),
+            set(),
         )
         for mode, image in (
             (mode, Image.new(mode, SIZE) if mode in ("LAB", "I;16") else IMAGE.convert(mode)) for mode in MODES
