@@ -12,7 +12,8 @@ from PIL import Image
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.dataset import ensure_distinct_splits, open_dataset
 from deformable_detr.data.formats import find_source
-from deformable_detr.data.yolo import label_trees, read_row
+from deformable_detr.data.labels import label_trees
+from deformable_detr.data.yolo import read_row
 from deformable_detr.structures import Category
 from deformable_detr.utils.errors import UserError
 from tests.support.datasets import (

@@ -1,14 +1,16 @@
 """Label files without an image of their name, in formats with one label file per image."""
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .discovery import is_hidden, is_image, is_unread_image, walk_folder
+from .discovery import ensure_readable, is_hidden, is_image, is_unread_image, walk_folder
 from .issues import Issue
 from .matching import match_names, nearest_name
 
 Counter = Callable[[Path], int | None]
+LABEL_FOLDERS = ("labels", "Labels", "LABELS")
 SHOWN = 3  # names of files in a message
 
 
@@ -100,3 +102,30 @@ class LabelTree:
         text = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
         message = f"is one of {len(names)} images in formats that are not read ({text}), {len(labels)} of them labeled"
         yield Issue("image-format", min(self.unread), "", message, objects=sum(count(label) or 0 for label in labels))
+
+
+def label_trees(images: Path) -> tuple[Path, Path]:
+    """Return a folder of images and that of its labels, which has the same sub-folders.
+
+    The last `images` in the path becomes `labels`, in any case. If that is not a folder, the labels may be in another
+    folder of `labels`; if there is none either, they are beside the images.
+    """
+    for index, part in reversed(list(enumerate(images.parts))):
+        for name in LABEL_FOLDERS if part.lower() == "images" else ():
+            root = Path(*images.parts[:index], name)
+            folder = root.joinpath(*images.parts[index + 1 :])
+            ensure_readable(folder.parent, os.X_OK)
+            if _may_have_labels(folder):
+                return images, folder
+            if _may_have_labels(root):
+                return Path(*images.parts[: index + 1]), root
+    return images, images
+
+
+def _may_have_labels(folder: Path) -> bool:
+    """Return whether a folder has folders or label files. LabelImg leaves a folder with only the classes."""
+    ensure_readable(folder)
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return any(name.endswith((".txt", ".TXT")) and name != "classes.txt" for name in names) or any(
+        os.path.isdir(folder / name) for name in names
+    )

@@ -17,7 +17,6 @@ from ..structures import Category
 from ..utils.errors import UserError
 from ..utils.images import read_size
 from .discovery import (
-    ensure_readable,
     is_hidden,
     is_image,
     label_file,
@@ -27,13 +26,12 @@ from .discovery import (
     walk_folder,
 )
 from .issues import Issue
-from .labels import LabelTree
+from .labels import LabelTree, label_trees
 from .matching import existing_tail, match_names
 from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict, read_lines
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_FILES = ("classes.txt", "obj.names", "*/classes.txt", "*/*/classes.txt")  # Label Studio, CVAT, LabelImg
-LABEL_FOLDERS = ("labels", "Labels", "LABELS")
 ROUNDING = 0.01  # how far outside 0..1 a value may be
 
 _ROW = re.compile(r"\S+(\s+[-+]?[0-9.]+([eE][-+]?[0-9]+)?){4,}")
@@ -250,33 +248,6 @@ def _count_rows(path: Path) -> int | None:
         return None
     rows = sum(_ROW.fullmatch(line) is not None for line in lines)
     return rows if rows or not lines else None
-
-
-def label_trees(images: Path) -> tuple[Path, Path]:
-    """Return a folder of images and that of its labels, which has the same sub-folders.
-
-    The last `images` in the path becomes `labels`, in any case. If that is not a folder, the labels may be in another
-    folder of `labels`; if there is none either, they are beside the images.
-    """
-    for index, part in reversed(list(enumerate(images.parts))):
-        for name in LABEL_FOLDERS if part.lower() == "images" else ():
-            root = Path(*images.parts[:index], name)
-            folder = root.joinpath(*images.parts[index + 1 :])
-            ensure_readable(folder.parent, os.X_OK)
-            if _may_have_labels(folder):
-                return images, folder
-            if _may_have_labels(root):
-                return Path(*images.parts[: index + 1]), root
-    return images, images
-
-
-def _may_have_labels(folder: Path) -> bool:
-    """Return whether a folder has folders or label files. LabelImg leaves a folder with only the classes."""
-    ensure_readable(folder)
-    names = os.listdir(folder) if os.path.isdir(folder) else ()
-    return any(name.endswith((".txt", ".TXT")) and name != "classes.txt" for name in names) or any(
-        os.path.isdir(folder / name) for name in names
-    )
 
 
 def find_yaml(root: Path) -> Path | None:
