@@ -60,6 +60,8 @@ class DeformableDETR(DeformableDETRNetwork):
     def optimize(self, precision: str = "fp32", compile: bool = False) -> OptimizedDetector:
         """Return a faster copy for inference that needs less memory. `pred_logits` and `pred_boxes` stay the same.
 
+        It cannot be copied, pickled or sent to another process; send the model and optimize it there.
+
         Args:
             precision: "fp32", or "bf16" if the processor supports it.
             compile: Also compile with `torch.compile`. On CPUs this needs a C++ compiler.

@@ -1,6 +1,8 @@
 """The optimized model: outputs equal those of the original model, which is not changed."""
 
 import copy
+import multiprocessing
+import pickle
 
 import pytest
 import torch
@@ -186,8 +188,13 @@ def test_invalid_uses_are_rejected():
     with pytest.raises(UserError, match="cannot change its device or dtype"):
         optimized.double()
     assert optimized.to("cpu") is optimized
-    with pytest.raises(TypeError, match="cannot be copied or pickled"):
-        copy.deepcopy(optimized)
+    process = multiprocessing.get_context("spawn").Process(target=print, args=(optimized,))
+    for transfer in (copy.copy, copy.deepcopy, pickle.dumps, lambda _: process.start()):
+        with pytest.raises(TypeError, match=r"pickled or sent to a process; .* call optimize\(\) there"):
+            transfer(optimized)
+    reference = model()
+    for transferred in (copy.deepcopy(reference), pickle.loads(pickle.dumps(reference))):
+        assert max(max_differences(reference(batch(1, False)[0]), transferred.optimize()(batch(1, False)[0]))) <= 1e-4
 
 
 @torch.no_grad()

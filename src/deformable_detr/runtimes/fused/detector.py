@@ -40,7 +40,8 @@ class OptimizedDetector(nn.Module):
     pixel_std: Tensor
 
     def __reduce__(self) -> NoReturn:  # oneDNN's packed weights have no storage to copy
-        raise TypeError("an optimized model cannot be copied or pickled; copy the model and optimize the copy")
+        hint = "copy or send the model, or its folder from save_pretrained, and call optimize() there"
+        raise TypeError(f"an optimized model cannot be copied, pickled or sent to a process; {hint}")
 
     def __init__(self, model: DeformableDETRNetwork, precision: str = "fp32", compile: bool = False) -> None:
         super().__init__()
