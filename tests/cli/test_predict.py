@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -111,6 +112,16 @@ def test_file_names_that_are_not_utf8(tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / name)
     assert predict_files(Finder(), find_sources([tmp_path]), PredictOptions(json=tmp_path / "all.json")) == 0
     assert json.loads((tmp_path / "all.json").read_text())[0]["image"].endswith(name)
+
+
+@pytest.mark.parametrize("address", ["rtsp://user:secret@camera:554/live", "https://example.org/a.jpg", "udp://@:1234"])
+def test_addresses_are_refused(address):
+    for read in (lambda: find_sources([Path(address)]), lambda: Finder().predict(address)):
+        with pytest.raises(UserError) as caught:
+            read()
+        shown = address.replace("user:secret@", "").replace("//@", "//")
+        hint = "download the file, or record the stream with FFmpeg"
+        assert str(caught.value) == f"{shown}: addresses are not read; {hint}"
 
 
 def test_too_long_file_name(tmp_path):

@@ -1,14 +1,16 @@
 """Videos: every frame once and at its time, damage reported in one line, constant memory."""
 
 import errno
+import struct
 import tracemalloc
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from deformable_detr.predict import video as module
-from deformable_detr.predict.video import Video, VideoWriter, _output_files, predict_video
+from deformable_detr.predict.video import Video, VideoWriter, _output_files, is_video, predict_video
 from deformable_detr.utils.errors import UserError
 from tests.support.videos import Finder, read_lines, write_video
 
@@ -36,6 +38,38 @@ def test_every_frame_is_predicted_once_at_its_time(tmp_path):
     assert [frame.seconds for frame in frames] == pytest.approx([n / 10 for n in range(FRAMES)], abs=2e-3)
     assert frames[0].pixels.shape == (256, 384, 3)  # enlarged four times to fit labels
     assert not list(tmp_path.glob(".*"))
+
+
+# The display matrix (a, b, c, d: x' = ax + cy, y' = bx + dy), and what it does to an image.
+DISPLAY = {
+    "as stored": ((1, 0, 0, 1), lambda a: a),
+    "clockwise": ((0, 1, -1, 0), lambda a: np.rot90(a, -1)),
+    "half turn": ((-1, 0, 0, -1), lambda a: np.rot90(a, 2)),
+    "counterclockwise": ((0, -1, 1, 0), lambda a: np.rot90(a)),
+    "mirrored": ((-1, 0, 0, 1), np.fliplr),
+    "upside down": ((1, 0, 0, -1), np.flipud),
+    "transposed": ((0, 1, 1, 0), lambda a: a.transpose(1, 0, 2)),
+    "anti-transposed": ((0, -1, -1, 0), lambda a: np.rot90(a, 2).transpose(1, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "3gp"])
+@pytest.mark.parametrize("kind", DISPLAY)
+def test_frames_are_upright(tmp_path, kind, suffix):
+    source = write_video(tmp_path / f"film.{suffix}", frames=2)
+    assert is_video(source)
+    with Video(source) as video:
+        stored = next(iter(video)).pixels
+    (a, b, c, d), transform = DISPLAY[kind]
+    content, identity = source.read_bytes(), display_matrix(1, 0, 0, 1)
+    position = content.index(identity, content.index(b"tkhd"))
+    source.write_bytes(content[:position] + display_matrix(a, b, c, d) + content[position + len(identity) :])
+    with Video(source) as video:
+        np.testing.assert_array_equal(next(iter(video)).pixels, transform(stored))
+
+
+def display_matrix(a, b, c, d):
+    return struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
 
 
 def test_invalid_videos_are_reported(tmp_path):

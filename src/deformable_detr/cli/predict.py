@@ -140,10 +140,12 @@ def find_sources(sources: Sequence[Path]) -> list[Path]:
     from ..data.matching import IMAGE_SUFFIXES
     from ..predict.predictor import folder_images
     from ..predict.video import VIDEO_SUFFIXES
+    from ..utils.images import refuse_address
 
     files: list[Path] = []
     for source in sources:
         if not os.path.exists(source):  # Path.exists raises for a name that is too long
+            refuse_address(os.fspath(source))
             raise UserError(f"{source}: no such image, video or folder")
         is_folder = source.is_dir()
         files += folder_images(source, IMAGE_SUFFIXES | VIDEO_SUFFIXES, "images or videos") if is_folder else [source]

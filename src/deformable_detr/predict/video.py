@@ -21,7 +21,8 @@ from ..visualize.draw import draw_on, enlargement
 from .predictor import predict_iter
 
 VIDEO_SUFFIXES = frozenset(
-    {".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"}
+    {".3g2", ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
+    | {".webm", ".wmv"}
 )
 ENCODERS = {"libx264": {"crf": "20", "preset": "veryfast"}, "libopenh264": {}, "mpeg4": {"qscale": "3"}}
 TICKS_PER_SECOND = 60000  # of written videos; MPEG-4 allows at most 65535
@@ -105,8 +106,7 @@ class Video:
                 time = number / float(self.rate) if frame.time is None else frame.time
                 start = time if start is None else start
                 seconds = time - start
-                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-                yield Frame(number, seconds, np.ascontiguousarray(pixels))
+                yield Frame(number, seconds, _upright(frame))
                 number += 1
         self.problem = self._describe_damage(number, damaged, seconds, read_error)
 
@@ -130,6 +130,17 @@ class Video:
         if container.duration is not None and len(container.streams) == 1:
             return container.duration / self._av.time_base
         return None
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """Return the RGB pixels of a PyAV frame, rotated and mirrored by its display matrix."""
+    pixels, side_data = frame.to_ndarray(format="rgb24"), frame.side_data.get("DISPLAYMATRIX")
+    if side_data is not None:
+        a, b, _, c, d = np.frombuffer(bytes(side_data), np.int32, 5).astype(int)  # x' = ax + cy, y' = bx + dy
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            pixels, a, d = pixels.transpose(1, 0, 2), c, b
+        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(pixels)
 
 
 class VideoWriter:

@@ -97,9 +97,17 @@ def _require_file(name: str) -> None:
     try:
         mode = os.stat(name).st_mode
     except (OSError, ValueError):
+        refuse_address(name)
         raise UserError(f"{name}: no such image file; add the file or remove its entry") from None
     if not stat.S_ISREG(mode):
         raise UserError(f"{name}: cannot be read as an image (not a regular file); replace it or remove its entry")
+
+
+def refuse_address(name: str) -> None:
+    """Raise UserError for a URL, which paths write with one slash. The message leaves out user and password."""
+    if address := re.fullmatch(r"(?s)([A-Za-z][\w+.-]+:)/+(?:[^/]*@)?(.*)", name):
+        hint = "download the file, or record the stream with FFmpeg"
+        raise UserError(f"{address[1]}//{address[2]}: addresses are not read; {hint}")
 
 
 def _open_file(name: str) -> IO[bytes]:
