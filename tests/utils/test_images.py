@@ -385,13 +385,52 @@ def test_tiff_layouts_show_the_same_picture(tmp_path, name):
     assert_is_picture(decode_image(path.read_bytes(), "bytes"), name, tolerance)
 
 
-@pytest.mark.parametrize("name", ["rgb16 planar", "rgb float32", "gray float16", "bands"])
+@pytest.mark.parametrize("name", ["rgb16 planar", "rgb float32", "gray float16", "bands", "gray uint32 big-endian"])
 def test_without_tifffile_one_line_says_what_to_install(tmp_path, monkeypatch, name):
     path = tmp_path / "a.tif"
     path.write_bytes(tiff_bytes(name))
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(UserError, match=r"a TIFF of \d × \d+-bit .*pip install 'deformable-detr\[tiff\]', or convert"):
-        read_image(path)
+    lines = set()
+    for read in (read_image, read_size):
+        with pytest.raises(UserError, match=r"TIFF of \d × \d+-bit .*pip install 'deformable-detr\[tiff\]'") as caught:
+            read(path)
+        lines.add(str(caught.value))
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["CMYK", "P", "1", "LA", "RGBA"])
+def test_tiffs_of_other_modes(tmp_path, monkeypatch, mode, compression):
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    picture = np.where(PICTURE < 128, np.uint8(0), np.uint8(255)) if mode == "1" else PICTURE
+    image = Image.fromarray(picture).quantize(64, kmeans=8) if mode == "P" else Image.fromarray(picture).convert(mode)
+    image.save(tmp_path / "a.tif", compression=compression)
+    assert read_size(tmp_path / "a.tif") == (40, 50)
+    assert torch.equal(read_image(tmp_path / "a.tif"), read_image(image))
+    assert (read_image(image).permute(1, 2, 0).int() - torch.from_numpy(picture)).abs().float().mean() < (
+        6 if mode in ("CMYK", "P", "RGBA") else 128
+    )
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_tiff_of_12_bits(tmp_path, byteorder):
+    """Two values share three bytes, the high bits first in either byte order."""
+    values = GRAY.astype(int) * 4095 // 255
+    first, second = values[:, ::2], values[:, 1::2]
+    pixels = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8).tobytes()
+    entries = [(256, 4, 50), (257, 4, 40), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 134), (277, 3, 1),
+               (278, 4, 40), (279, 4, len(pixels))]  # fmt: skip
+    packed = [
+        struct.pack(byteorder + ("HHIHxx" if kind == 3 else "HHII"), tag, kind, 1, value)
+        for tag, kind, value in entries
+    ]
+    head = struct.pack(byteorder + "2sHIH", b"II" if byteorder == "<" else b"MM", 42, 8, len(entries))
+    (tmp_path / "a.tif").write_bytes((head + b"".join(packed) + bytes(4)).ljust(134, b"\0") + pixels)
+    if byteorder == ">":
+        pytest.importorskip("tifffile")
+        pytest.importorskip("imagecodecs")
+    assert read_size(tmp_path / "a.tif") == (40, 50)
+    assert_is_picture(read_image(tmp_path / "a.tif"), "gray")
 
 
 def test_loaded_pil_images_of_tiffs(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .png import without_texts
-from .tiff import TiffLayout, read_layout, read_page, require_reader, to_uint8
+from .tiff import TiffLayout, read_layout, read_page, require_tifffile, to_uint8
 
 TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _TRANSPOSE = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # to `Image.Transpose`
@@ -83,7 +83,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int]:
     _require_file(name)
     with _open_file(name) as file, _one_line_errors(name, file):
         if layout := read_layout(file):
-            require_reader(layout, name)
+            if not _pillow_opens(file, layout):
+                require_tifffile(layout, name)
             (width, height), orientation = layout.size, _valid(layout.orientation)
         else:
             with _open_image(file, pixels=False) as image:
@@ -140,6 +141,14 @@ def _check_size(name: str, width: int, height: int) -> None:
         raise UserError(f"{name}: an image without pixels ({width} × {height}); replace or remove it")
 
 
+def _pillow_opens(file: IO[bytes], layout: TiffLayout) -> bool:
+    """Return whether Pillow knows the layout and compression of a TIFF, and reads it right."""
+    try:
+        return layout.pillow_reads and bool(Image.open(file))
+    except (UnidentifiedImageError, KeyError):
+        return False
+
+
 def _open_image(file: IO[bytes], pixels: bool = True) -> Image.Image:
     stream, info = without_texts(file, pixels)
     image = Image.open(stream)
@@ -159,15 +168,9 @@ def _read(file: IO[bytes], name: str) -> Tensor:
         layout = read_layout(file)
         if layout:
             _check_size(name, *layout.size)
-        try:
-            if layout and not layout.pillow_reads:
+            if not _pillow_opens(file, layout):
                 return _read_tiff(file, layout, name)
-            image = _open_image(file)
-        except (UnidentifiedImageError, KeyError):  # an unknown layout or compression
-            if layout is None:
-                raise
-            return _read_tiff(file, layout, name)
-        with image:
+        with _open_image(file) as image:
             return _decode(image, name)
 
 

@@ -99,7 +99,7 @@ def read_page(file: IO[bytes], layout: TiffLayout, page: int, name: str) -> np.n
     Raises:
         UserError: tifffile is not installed, or the layout is not supported.
     """
-    tifffile = _tifffile(layout, name)
+    tifffile = require_tifffile(layout, name)
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
         part = tiff.pages[page]
@@ -119,7 +119,8 @@ def read_page(file: IO[bytes], layout: TiffLayout, page: int, name: str) -> np.n
     return pixels[..., : 4 if layout.alpha and layout.samples == 4 else 3]
 
 
-def _tifffile(layout: TiffLayout, name: str) -> Any:
+def require_tifffile(layout: TiffLayout, name: str) -> Any:
+    """Return tifffile. Raise UserError if it is not installed or does not read the layout."""
     supported = layout.photometric in (0, 1, 2, 5) and layout.sample_format in (1, 2, 3) and layout.bits
     if not supported:
         raise UserError(f"{name}: {layout} is not supported; convert it to 8-bit RGB")
@@ -130,12 +131,6 @@ def _tifffile(layout: TiffLayout, name: str) -> Any:
             f"{name}: {layout} needs tifffile: pip install 'deformable-detr[tiff]', or convert it to 8-bit RGB"
         ) from None
     return tifffile
-
-
-def require_reader(layout: TiffLayout, name: str) -> None:
-    """Raise UserError if neither Pillow nor tifffile reads the layout."""
-    if not layout.pillow_reads:
-        _tifffile(layout, name)
 
 
 def to_uint8(values: np.ndarray, bits: int = 16, nodata: float | None = None, invert: bool = False) -> np.ndarray:
