@@ -23,6 +23,9 @@ def without_texts(file: IO[bytes], pixels: bool) -> tuple[IO[bytes], dict[str, A
     if file.read(8) != SIGNATURE:
         file.seek(0)
         return file, {}
+    if not pixels:
+        file = getattr(file, "raw", file)  # a buffer would read all pixels
+        file.seek(len(SIGNATURE))
     kept, info, budget, in_header, left_out = [SIGNATURE], {}, MAX_TEXT, True, False
     while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
