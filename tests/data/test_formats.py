@@ -375,9 +375,7 @@ def test_coco_json_takes_precedence(tmp_path):
     (tmp_path / "train/classes.json").write_text("{}")
     assert find_source(tmp_path, "train", DataConfig()).format == "yolo", "an unrelated JSON file is ignored"
     (tmp_path / "data.yaml").unlink()
-    with pytest.raises(
-        UserError, match=r"looks like YOLO rows without class names, .* add a data\.yaml or classes\.txt"
-    ):
+    with pytest.raises(UserError, match=r"looks like YOLO rows without class names; add a data\.yaml or classes\.txt"):
         find_source(tmp_path, "train", DataConfig())
     for labels in tmp_path.rglob("*.txt"):
         labels.unlink()

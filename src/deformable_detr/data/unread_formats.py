@@ -93,4 +93,4 @@ def _samples(root: Path) -> Iterator[Path]:
 
 def _error(root: Path, path: Path, name: str, hint: str) -> UserError:
     place = f"{path.relative_to(root)} looks" if path != root else "looks"
-    return UserError(f"{root}: {place} like {name}, which cannot be read; {hint}")
+    return UserError(f"{root}: {place} like {name}; {hint}")
