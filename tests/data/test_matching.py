@@ -24,6 +24,16 @@ NFC, NFD = unicodedata.normalize("NFC", "Möwe"), unicodedata.normalize("NFD", "
         ("photo.txt", "3fa81c02-1111-4a5b-9c00-0123456789ab-photo.jpg"),
         ("0003.txt", "0003_743c.jpeg"),
         ("a.txt", "a_jpg.rf.1c02afee99.jpg"),
+        ("defacade-photo.txt", "photo.jpg"),  # Label Studio: eight digits, by chance all letters
+        ("3fa81c02-my_photo_1.txt", "my photo (1).jpg"),
+        ("my-photo-1_jpg.rf.1c02afee99.txt", "my photo (1).jpg"),
+        ("my+photo.jpg", "my photo.jpg"),
+        ("cam1_7.txt", "images/cam1/7.jpg"),
+        ("photo .txt", "photo.jpg"),
+        (" photo.jpg\n", "photo.jpg"),
+        ('"images/a b.jpg"', "images/a b.jpg"),
+        ("https://host/set/photo.jpg?X-Amz-Credential=A%2F2020%2Fs3&X=1", "photo.jpg"),
+        ("https://host/o/set%2Fphoto.jpg?alt=media", "photo.jpg"),
     ],
 )
 def test_names_that_mean_one_file(name, file):
@@ -39,6 +49,10 @@ def test_names_that_mean_one_file(name, file):
         (["frame.txt"], ["frame_0001.jpg"]),  # a counter
         (["frame.txt"], ["frame_beef.jpg"]),  # a word
         (["1.txt"], ["11.jpg"]),
+        (["my frame.txt"], ["my_frame_0001.jpg"]),
+        (["tile_-5.txt"], ["tile_5.jpg"]),
+        (["का.txt"], ["कि.jpg"]),
+        (["(.txt"], [").jpg"]),
     ],
 )
 def test_ambiguous_names_are_not_matched(names, files):
