@@ -10,7 +10,7 @@ from ..records import clip_corners
 from ..transforms import MIN_SIDE
 from .annotations import Split
 
-LISTED = 100  # detections per image that `predict` and COCO metrics keep by default
+LISTED = 100  # detections per image that COCO metrics and `model.predict` keep by default
 
 
 def check_boxes(split: Split, image_size: int, long_side: int, issues: Issues) -> None:
@@ -60,9 +60,9 @@ def check_crowded(split: Split, num_queries: int | None, issues: Issues) -> None
     if highest > LISTED:
         message = (
             f"has {np.count_nonzero(counts > LISTED)} images with more than {LISTED} objects, at most {highest} "
-            f"({name!r}); predict lists the {LISTED} best detections, and COCO metrics count as many"
+            f"({name!r}); COCO metrics, model.predict, predict-dataset and serve keep the {LISTED} best by default"
         )
-        hint = f"predict with --top-k {-(-highest // 100) * 100}"
+        hint = f"set their top_k to {-(-highest // 100) * 100}; the metrics have no such option"
         issues.add("crowded-images", split.file, "", message, hint, split=split.name)
 
 
