@@ -90,7 +90,7 @@ def test_images_of_unread_formats_are_counted(tmp_path):
     (root / "images/train/raw.DNG").touch()
     report = check_report(root)
     [issue] = [issue for issue in report.issues if issue.code == "image-format"]
-    assert "2 images in formats that are not read (a.heic, raw.DNG), 1 of them labeled" in issue.message
+    assert "2 files in formats that are not read (a.heic, raw.DNG), 1 of them labeled" in issue.message
     assert report.left_out == issue.objects == len(expected_objects("train")["a"])
 
 

@@ -12,9 +12,8 @@ from PIL import Image
 
 from deformable_detr.utils.errors import UserError
 from tests.support.data_problems import check_report
-from tests.support.label_formats import TASK, WRITERS, write_task
+from tests.support.label_formats import OBJECTS, WRITERS, write_task
 
-OBJECTS = sum(len(boxes) for images in TASK.values() for boxes in images.values())
 LABEL_SUFFIXES = {".txt", ".xml"}  # of formats with one label file per image
 
 

@@ -63,6 +63,16 @@ def list_image_twice(content):
     ]  # fmt: skip
 
 
+def move_image_to_second_file(root):
+    """Leave the objects of the first image to another file, as exports in parts do."""
+    path = root / TRAIN
+    (path.parent / "part_2.json").write_text(path.read_text())
+    content = json.loads(path.read_text())
+    content["images"] = [image for image in content["images"] if image["id"] != 1]
+    content["annotations"] = [record for record in content["annotations"] if record["image_id"] != 1]
+    path.write_text(json.dumps(content))
+
+
 @edit()
 def boxes_as_corners(content):
     boxes = [[14, 4, 35, 19], [4, 2, 20, 12], [10, 5, 30, 15]]
@@ -150,6 +160,9 @@ COCO = {
     "one file in two records": (
         append("images", {"id": 8, "file_name": "a.png"}), {"image-in-parts"},
         "images[3] (id 8) names the file 'a.png' of images[0], and their objects differ",
+    ),
+    "objects in a second file": (
+        move_image_to_second_file, {"annotations-unread", "images-unlisted", "class-only-in-val"}, "part_2.json",
     ),
     "one file in two records with equal objects": (list_image_twice, {"image-twice"}, ""),
     "only zero-area boxes": (
@@ -337,7 +350,9 @@ VOC = {
         {"box-rotated"}, "",
     ),
     "no XML": (lambda root: (root / "Annotations/a.xml").unlink(), {"label-unreadable"} | LOST, "Annotations/a.xml"),
-    "no image": (lambda root: (root / "JPEGImages/a.jpg").unlink(), {"image-missing"} | LOST, "line 1"),
+    "no image": (
+        lambda root: (root / "JPEGImages/a.jpg").unlink(), {"image-missing", "label-unmatched"} | LOST, "line 1",
+    ),
     "no list": (lambda root: (root / "ImageSets/Main/val.txt").unlink(), {"split-missing"}, "val.txt"),
     "class only in val": (
         lambda root: (root / "Annotations/c.xml").write_text(XML.replace("cat", "bird").replace("a.jpg", "c.jpg")),

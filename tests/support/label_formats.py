@@ -17,6 +17,7 @@ TASK = {
     },
     "val": {"q0": [("square", 44.0, 90.0, 72.0, 118.0), ("disc", 64.25, 14.0, 111.0, 61.0)]},
 }
+OBJECTS = sum(len(boxes) for images in TASK.values() for boxes in images.values())
 FOLDERS = {"train": "train", "val": "valid"}
 
 

@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
 from .discovery import (
+    HEAD,
     LABEL_FOLDERS,
     SPLIT_ALIASES,
     ImageFolder,
     child_folders,
     ensure_readable,
     find_image_folder,
+    has_inner_splits,
     is_hidden,
     names_other_split,
     names_split,
@@ -29,7 +31,6 @@ from .issues import Issue
 from .named import NamedSource, rotated_boxes, with_others
 from .source import ParsedAnnotations
 
-HEAD = 4096  # bytes of a file that decide its format
 MAX_OTHERS = 20  # files with the suffix of a format that are looked at
 
 
@@ -159,7 +160,7 @@ def _find_split(reader: type[FileSource], root: Path, split: str, data: DataConf
         if files := reader.files_in(folder):
             return _source(reader, files, root, split, data, folder)
     all_aliases = tuple(name for names in SPLIT_ALIASES for name in names)
-    if reader.per_image and any(child_folders(top, all_aliases) for top in tops):
+    if reader.per_image and (any(child_folders(top, all_aliases) for top in tops) or has_inner_splits(root)):
         return None
     for folder in (*tops, *child_folders(root, ("images",))):
         files = reader.files_in(folder)

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
@@ -18,6 +19,8 @@ from .matching import IMAGE_SUFFIXES, UNREAD_SUFFIXES, match_names
 SPLIT_ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 ROBOFLOW = "_annotations.coco.json"
 DEFAULT = "instances_default.json"  # CVAT's and Datumaro's name for a dataset without splits
+HEAD = 4096  # bytes of a file that decide its format
+SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin"}
 LABEL_FOLDERS = ("annotations", "annotation", "labels", "label", "json", "jsons", "xml")
 
 Listing = Callable[[Path], frozenset[str]]
@@ -43,8 +46,9 @@ class ImageFolder:
 
 
 def is_hidden(path: str | PurePath) -> bool:
-    """Return whether a part of a path relative to the dataset starts with a dot, as files of editors and systems do."""
-    return any(part.startswith(".") and part != ".." for part in PurePath(path).parts)
+    """Return whether a path relative to the dataset is one of editors and systems: with a dot, or __MACOSX."""
+    parts = PurePath(path).parts
+    return any((part.startswith(".") and part != "..") or part.lower() in SYSTEM_FOLDERS for part in parts)
 
 
 def is_image(path: str | PurePath) -> bool:
@@ -107,15 +111,15 @@ def find_annotations(root: Path, split: str, data: DataConfig) -> Path:
 def _named_annotations(root: Path, split: str, hint: str) -> Path | None:
     """Find the annotation file whose path names the split."""
     names = split_aliases(split)
-    for name in names:
-        if path := _annotations_in(root / name):
+    for folder in (root / name / inside for name in names for inside in ("", "annotations")):
+        if path := _annotations_in(folder):
             return path
     for folder in (root / "annotations", root):
         matches = sorted(path for path in folder.glob("instances_*.json") if names_split(path.stem, names))
         matches = matches or [path for name in names if (path := folder / f"{name}.json").is_file()]
         if len(matches) > 1:
             files = ", ".join(path.name for path in matches)
-            raise UserError(f"{folder}: several files may be the '{split}' split: {files}; keep one{hint}")
+            raise UserError(f"{folder}: several files may be the '{split}' split: {files}; merge or keep one{hint}")
         if matches:
             return matches[0]
     return None
@@ -242,6 +246,14 @@ def split_folders(root: Path) -> dict[str, Path]:
     return folders
 
 
+def has_inner_splits(root: Path, depth: int = 3) -> bool:
+    """Return whether a folder in a folder has folders with the names of two splits: a dataset of its own."""
+    ensure_readable(root)
+    with os.scandir(root) as entries:
+        inner = [Path(entry.path) for entry in entries if not is_hidden(entry.name) and entry.is_dir()]
+    return any(len(split_folders(path)) > 1 or (depth > 1 and has_inner_splits(path, depth - 1)) for path in inner)
+
+
 def names_other_split(path: Path, split: str) -> bool:
     """Return whether a word of the file name, or otherwise the name of its folder, is that of another split."""
     folder = re.sub(r"\d+$", "", os.path.basename(os.path.dirname(os.path.realpath(path))))
@@ -255,9 +267,32 @@ def names_other_split(path: Path, split: str) -> bool:
 
 def _annotations_in(folder: Path) -> Path | None:
     ensure_readable(folder)
-    if (folder / ROBOFLOW).is_file():
-        return folder / ROBOFLOW
-    return _single_file(folder.glob("*.json"))
+    for name in (ROBOFLOW, DEFAULT):
+        if (folder / name).is_file():
+            return folder / name
+    if (path := _single_file(folder.glob("*.json"))) is None:
+        anonymous = [
+            path for path in folder.glob("*.json") if not any(names_split(path.stem, n) for n in SPLIT_ALIASES)
+        ]
+        several = sorted(path.name for path in anonymous if not is_hidden(path.name) and _is_coco(path))
+        if len(several) > 1:
+            raise UserError(f"{folder}: has several annotation files: {', '.join(several[:5])}; merge them or keep one")
+    return path
+
+
+def _is_coco(path: Path) -> bool:
+    with suppress(OSError), open(path, "rb") as file:
+        return (
+            re.match(rb'\s*\{.*"(images|annotations|categories|licenses)"\s*:\s*\[', file.read(4096), re.DOTALL)
+            is not None
+        )
+    return False
+
+
+def other_annotations(file: Path, split: str) -> list[Path]:
+    """Return the JSON files beside one that do not have the name of another split."""
+    paths = sorted(path for path in file.parent.glob("*.json") if path != file and not is_hidden(path.name))
+    return [path for path in paths if path.is_file() and not names_other_split(path, split)]
 
 
 def _single_file(paths: Iterable[Path]) -> Path | None:
@@ -296,7 +331,7 @@ def ensure_readable(folder: Path, mode: int = os.R_OK | os.X_OK) -> None:
 
 
 def walk_folder(folder: Path) -> Iterator[Path]:
-    """Yield everything below a folder. Raise `UserError` for an unreadable folder, which would look empty."""
+    """Yield all files below a folder. Raise `UserError` for an unreadable folder, which would look empty."""
 
     def fail(error: OSError) -> NoReturn:
         raise _unreadable_folder(error.filename, error.strerror)
@@ -307,7 +342,7 @@ def walk_folder(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(real)
-        yield from (Path(head, name) for name in (*folders, *names))
+        yield from (Path(head, name) for name in names)
 
 
 def _unreadable_folder(folder: Path | str, reason: str | None) -> UserError:

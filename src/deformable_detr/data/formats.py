@@ -48,7 +48,9 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
             raise
         inner = list(islice(_inner_datasets(root, splits, data), 2))
         if len(inner) == 2:
-            raise UserError(f"{root}: has several datasets, such as {inner[0]} and {inner[1]}; give one") from None
+            raise UserError(
+                f"{root}: has several datasets, such as {inner[0]} and {inner[1]}; give one, or merge them"
+            ) from None
         if inner:
             return find_source(inner[0], split, data)
         if (unread := unread_format(root)) is not None:
@@ -56,7 +58,7 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
         raise UserError(f"{error} (the folder has {content_summary(root)})") from None
 
 
-def _inner_datasets(root: Path, splits: Collection[str], data: DataConfig, depth: int = 2) -> Iterator[Path]:
+def _inner_datasets(root: Path, splits: Collection[str], data: DataConfig, depth: int = 3) -> Iterator[Path]:
     """Yield the folders in a folder, and in these, that are datasets."""
     names = sorted(os.listdir(root)) if root.is_dir() else []
     folders = [root / name for name in names if not is_hidden(name) and os.path.isdir(root / name)]

@@ -37,14 +37,14 @@ _ERRORS = {
     "file-unreadable": ("The annotation file is missing, or not of a known format", "Export it again"),
     "dataset-rejected": ("The dataset cannot be opened for the given reason", "See the message"),
     "label-unreadable": ("The label file of an image is missing or unreadable", "Export it again"),
+    "label-row": ("A row of a label file is not a valid object", "Correct or remove the row"),
+    # images
+    "image-missing": ("The file of a listed image is missing", "Add the file or remove the record"),
     "label-unmatched": (
         "A label file with objects belongs to no image", "Rename it like its image, or remove it",
     ),
-    "label-row": ("A row of a label file is not a valid object", "Correct or remove the row"),
-    # images
     "image-record": ("An image record lacks its id or file name", "Complete or remove the record"),
     "image-id-duplicate": ("Two images share an id, so their boxes are mixed up", "Give each image its own id"),
-    "image-missing": ("The file of a listed image is missing", "Add the file or remove the record"),
     "image-unreadable": (
         "A file is truncated, empty, not an image, or exceeds 89 megapixels", "Replace it or remove its record",
     ),
@@ -80,6 +80,9 @@ _WARNINGS = {
     "label-confidence": ("Rows of a label file have a sixth value, which is ignored", "Remove the sixth column"),
     "path-moved": ("A path of another machine is read by its end", "Correct the path"),
     "image-format": ("Images have a format that is not read, such as HEIC", "Convert them to JPEG or PNG"),
+    "annotations-unread": (
+        "Another COCO file beside the one that is read has objects of more images", "Merge the files",
+    ),
     "image-size": (
         "The size in a record differs from the file; boxes are read as pixels of the file",
         "Correct the record, or scale the boxes if the image was resized after labeling",
@@ -131,7 +134,7 @@ _WARNINGS = {
     "no-objects": ("A split other than the training split has no usable objects", "Label its images"),
 }  # fmt: skip
 _NOTES = {
-    "crowded-images": ("Images have more objects than predict lists by default", "Predict with --top-k"),
+    "crowded-images": ("Images have more objects than metrics count and model.predict lists by default", "Set top_k"),
     "image-copy": ("Two files of a split hold the same image", "Keep one"),
     "image-empty": ("An image has no objects and is used as background", "None needed if this is correct"),
     "pixel-origin": ("Whether the pixels of Pascal VOC files count from 0 or 1", "None needed if this is correct"),

@@ -11,6 +11,8 @@ from .matching import match_names, nearest_name
 
 Counter = Callable[[Path], int | None]
 LABEL_FOLDERS = ("labels", "Labels", "LABELS")
+# Files beside an image that are none.
+OTHER_SUFFIXES = {".txt", ".xml", ".json", ".csv", ".yaml", ".yml", ".npy", ".npz", ".pkl", ".cache", ".bak", ".md"}
 SHOWN = 3  # names of files in a message
 
 
@@ -20,7 +22,8 @@ class LabelTree:
 
     Attributes:
         images: Images of readable formats → the label file with their name, which may be missing.
-        unread: Images of other formats → likewise.
+        unread: Images of other formats, and labeled files that may be such → likewise; without those that are also
+            there in a readable format.
         labels: All label files.
     """
 
@@ -48,18 +51,28 @@ class LabelTree:
             listed: More images.
             without: Names of folders in `images` to leave out, in lower case.
         """
-        files = [(images, path) for path in walk_folder(images)]
-        files += [(labels, path) for path in walk_folder(labels)] if labels != images else []
-        names = [(path, path.relative_to(root)) for root, path in files]
-        names = [(path, name) for path, name in names if name.parts[0].lower() not in without]
-        return cls(
-            {path: label_of(path) for path in (*(path for path, name in names if is_image(name)), *listed)},
-            {path: label_of(path) for path, name in names if is_unread_image(name)},
-            {path for path, name in names if name.suffix.lower() == suffix and not is_hidden(name)},
-        )
+        trees = [(root, path, path.relative_to(root)) for root in {images, labels} for path in walk_folder(root)]
+        kept = [(root, path, name) for root, path, name in trees if name.parts[0].lower() not in without]
+        label_files = {path for _, path, name in kept if name.suffix.lower() == suffix and not is_hidden(name)}
+        beside = {path: name for root, path, name in kept if root == images and not is_hidden(name)}
+        readable = {path: label_of(path) for path in (*(path for path in beside if is_image(beside[path])), *listed)}
+        others = {path: label_of(path) for path, name in beside.items() if path not in readable}
+        exact = set(readable.values())
+
+        def may_be_image(path: Path, label: Path) -> bool:
+            labeled = label in label_files and path.suffix.lower() not in OTHER_SUFFIXES
+            return label not in exact and (labeled or is_unread_image(path.name))
+
+        unread = {path: label for path, label in others.items() if may_be_image(path, label)}
+        return cls(readable, unread, label_files)
 
     def assign(
-        self, used: Iterable[Path], count: Counter, issues: list[Issue], listed: bool = False
+        self,
+        used: Iterable[Path],
+        count: Counter,
+        issues: list[Issue],
+        listed: bool = False,
+        title: Callable[[Path], str] = lambda path: "",
     ) -> dict[Path, Path]:
         """Return the label file of each image, found by a similar name if none has the name of the image.
 
@@ -69,8 +82,9 @@ class LabelTree:
             used: Images of the split; the other images only tell which label files are not the split's.
             count: Counts the objects of a label file; None for other files.
             issues: Issues of the split.
-            listed: Whether a list names the images. Label files without an image are then no issue if every image of
-                the list has its own.
+            listed: Whether a list names the images. Label files without an image are then no issue if all images of
+                the list exist and have their own.
+            title: Returns the image that a label file names, if the format has such.
         """
         assigned, used = dict(self.images), set(used)
         exact = set(self.images.values())
@@ -78,7 +92,16 @@ class LabelTree:
         strays = {str(path): path for path in others if count(path) is not None}
         free = {str(path): path for path, label in self.images.items() if label not in self.labels} if strays else {}
         matches = match_names(strays, free)
-        complete = listed and used.isdisjoint(set(free.values()) - {free[image] for image in matches.values()})
+        names: dict[str, str | None] = {}
+        for name in strays.keys() - matches:
+            text = title(strays[name])
+            names[text] = None if text in names else name  # ambiguous
+        unique = {text: name for text, name in names.items() if name is not None}
+        pairs = match_names(unique, free.keys() - set(matches.values()))
+        matches |= {unique[text]: image for text, image in pairs.items()}
+        missing = any(issue.code == "image-missing" for issue in issues)
+        unlabeled = set(free.values()) - {free[image] for image in matches.values()}
+        complete = listed and not missing and used.isdisjoint(unlabeled)
         for name, path in strays.items():
             image = free[matches[name]] if name in matches else None
             if image is None and not complete and count(path):
@@ -90,35 +113,36 @@ class LabelTree:
                 if image in used and count(path):
                     message = f"has no image of its name; its objects are read for {image.name!r}"
                     issues.append(Issue("label-name", path, "", message))
-        issues += self._unread_images(count, exact)
+        issues += self._unread_images(count, listed)
         return assigned
 
-    def _unread_images(self, count: Counter, exact: Collection[Path]) -> Iterator[Issue]:
-        """Report the images of unread formats, with the objects of their label files."""
+    def _unread_images(self, count: Counter, listed: bool) -> Iterator[Issue]:
+        """Report the images of unread formats, with the objects of their label files unless a list leaves them out."""
         if not self.unread:
             return
-        labels = [label for label in self.unread.values() if label in self.labels and label not in exact]
+        labels = [label for label in self.unread.values() if label in self.labels]
         names = sorted(path.name for path in self.unread)
         text = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-        message = f"is one of {len(names)} images in formats that are not read ({text}), {len(labels)} of them labeled"
-        yield Issue("image-format", min(self.unread), "", message, objects=sum(count(label) or 0 for label in labels))
+        message = f"is one of {len(names)} files in formats that are not read ({text}), {len(labels)} of them labeled"
+        if len(names) == 1:
+            message = f"has a format that is not read; it is {'labeled' if labels else 'not labeled'}"
+        objects = 0 if listed else sum(count(label) or 0 for label in labels)
+        yield Issue("image-format", min(self.unread), "", message, objects=objects)
 
 
 def label_trees(images: Path) -> tuple[Path, Path]:
     """Return a folder of images and that of its labels, which has the same sub-folders.
 
-    The last `images` in the path becomes `labels`, in any case. If that is not a folder, the labels may be in another
-    folder of `labels`; if there is none either, they are beside the images.
+    The last `images` in the path becomes `labels`, in any case. If that is not a folder, the labels are in the nearest
+    folder above it; if there is none up to `labels`, they are beside the images.
     """
     for index, part in reversed(list(enumerate(images.parts))):
         for name in LABEL_FOLDERS if part.lower() == "images" else ():
             root = Path(*images.parts[:index], name)
-            folder = root.joinpath(*images.parts[index + 1 :])
-            ensure_readable(folder.parent, os.X_OK)
-            if _may_have_labels(folder):
-                return images, folder
-            if _may_have_labels(root):
-                return Path(*images.parts[: index + 1]), root
+            ensure_readable(root.joinpath(*images.parts[index + 1 :]).parent, os.X_OK)
+            for end in range(len(images.parts), index, -1):
+                if _may_have_labels(folder := root.joinpath(*images.parts[index + 1 : end])):
+                    return Path(*images.parts[:end]), folder
     return images, images
 
 

@@ -238,7 +238,7 @@ class _RecordReader:
             declared = sides if all(is_int64(side) and side > 0 for side in sides) else None
             images.append(ImageRecord(position, image_id, name, Path(name), declared))
         if not self.content["images"]:
-            hint = "add some, or create a validation split with deformable-detr split"
+            hint = "add some, or move some of another split here with deformable-detr split"
             self._report_file("image-record", "has no images", hint)
         return images
 

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +114,13 @@ def distinct_val_hint(source: Source, root: Path | str) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 text file."""
+    """Return the lines of a text file in UTF-8, or in UTF-16 as PowerShell writes it."""
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        data = path.read_bytes()
+        return data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        hint = "make it readable or export it again"
+        hint = "make it readable" if isinstance(error, OSError) else "save it as UTF-8"
         raise UserError(f"{path}: cannot be read as UTF-8 text ({reason}); {hint}") from error
 
 

@@ -48,7 +48,11 @@ _CONTENTS = [
         ".txt", rf"\A\d+(?: {_FLOAT}){{4,}}\s*$", "YOLO rows without class names",
         "add a data.yaml or classes.txt with the names",
     ),
-    (".xml", r"<annotation[\s>]", "Pascal VOC without its images", "put the files beside the images"),
+    (".json", r'"bounding_box"\s*:', "FiftyOne's own JSON", "export it as fiftyone.types.COCODetectionDataset"),
+    (
+        ".xml", r"<annotation[\s>]", "Pascal VOC in another layout",
+        "put the XML files beside their images, in a folder per split",
+    ),
 ]  # fmt: skip
 
 

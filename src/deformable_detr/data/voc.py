@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from xml.sax.saxutils import unescape
 
 from ..structures import Category
 from ..utils.errors import UserError
@@ -127,8 +128,8 @@ class VocSource(NamedSource):
                 issues.append(Issue("image-record", path, "", message, "rename or remove it"))
             else:
                 names[name] = path
-        listed = self._listed(names, stems, issues) if self.has_list else list(names)
-        labels = tree.assign([names[name] for name in listed], _count_objects, issues, listed=self.has_list)
+        listed = self._listed(names, stems, tree.unread, issues) if self.has_list else list(names)
+        labels = tree.assign([names[name] for name in listed], _count_objects, issues, self.has_list, _filename)
         for name in listed:
             if self.has_list and not (xml := labels[names[name]]).is_file():
                 hint = f"add it or remove {os.path.splitext(name)[0]} from {self.file.name}"
@@ -142,7 +143,9 @@ class VocSource(NamedSource):
         """Return the names of folders to leave out: with everything in one folder, its split folders are apart."""
         return {name for names in SPLIT_ALIASES for name in names} if self.image_root == self.annotations else ()
 
-    def _listed(self, names: Mapping[str, Path], stems: Mapping[str, str], issues: list[Issue]) -> list[str]:
+    def _listed(
+        self, names: Mapping[str, Path], stems: Mapping[str, str], unread: Mapping[Path, Path], issues: list[Issue]
+    ) -> list[str]:
         """Return the images that the list names, with or without suffix; see `match_names` for other spellings."""
         lines: dict[str, int] = {}
         for number, line in enumerate(read_lines(self.file), start=1):
@@ -150,12 +153,18 @@ class VocSource(NamedSource):
                 lines.setdefault(text, number)
         exact = {text: text if text in names else stems[text] for text in lines if text in names or text in stems}
         similar = match_names(lines.keys() - exact, names.keys() - set(exact.values()))
+        other_formats = {os.path.splitext(path.relative_to(self.image_root))[0]: path for path in unread}
         for text, number in lines.items():
-            if text not in exact:
-                message, code = f"names {text!r}, but {self.image_root} has no such image", "image-missing"
-                if text in similar:
-                    message, code = f"{message}: {similar[text]!r} is read instead", "image-name"
-                issues.append(Issue(code, self.file, f"line {number}", message))
+            if text in exact:
+                continue
+            message, code, hint, objects = f"{self.image_root} has no such image", "image-missing", "", 0
+            if text in similar:
+                message, code = f"{message}: {similar[text]!r} is read instead", "image-name"
+            elif path := other_formats.get(text) or other_formats.get(os.path.splitext(text)[0]):
+                message, hint = f"{path.name} has a format that is not read", "convert it to JPEG or PNG"
+                objects = _count_objects(unread[path])
+            message = f"names {text!r}, but {message}"
+            issues.append(Issue(code, self.file, f"line {number}", message, hint, objects=objects))
         return list(dict.fromkeys(name for text in lines if (name := exact.get(text) or similar.get(text))))
 
     def _object(self, path: Path, index: int, element: Element, issues: list[Issue]) -> dict[str, Any] | None:
@@ -241,15 +250,17 @@ def _find_split(root: Path, split: str) -> VocSource | None:
     folders = [root / name for name in aliases]
     if not names_other_split(root / "x", split):
         folders.append(root)
+    top = _image_and_xml_folders(root, aliases)
+    pairs = [(top[0] / name, top[1] / name) for name in aliases if top and (top[0] / name).is_dir()]
     for folder in folders:
-        for images, labels in filter(None, (_image_and_xml_folders(folder), (folder, folder))):
+        for images, labels in (*pairs, *filter(None, (_image_and_xml_folders(folder), (folder, folder)))):
             if _has_xml(labels):
                 return VocSource(images, images, labels)
     return None
 
 
-def _image_and_xml_folders(folder: Path) -> tuple[Path, Path] | None:
-    """Find the folders of images and XML files in a folder, with names in any case."""
+def _image_and_xml_folders(folder: Path, inside: Sequence[str] = ()) -> tuple[Path, Path] | None:
+    """Find the folders of images and XML files, or of folders with such, in a folder; names in any case."""
     if not folder.is_dir():
         return None
     ensure_readable(folder)
@@ -258,8 +269,8 @@ def _image_and_xml_folders(folder: Path) -> tuple[Path, Path] | None:
     folders = {entry.name.lower(): folder / entry.name for entry in named}
     images = next((folders[name] for name in ("jpegimages", "images", "data") if name in folders), None)
     labels = folders.get("annotations")
-    if labels is None and "labels" in folders and _has_xml(folders["labels"]):  # FiftyOne: data and labels
-        labels = folders["labels"]
+    if labels is None and (other := folders.get("labels")) and any(_has_xml(other / name) for name in ("", *inside)):
+        labels = other  # FiftyOne: data and labels
     return (images, labels) if images and labels else None
 
 
@@ -292,6 +303,14 @@ def _count_objects(path: Path) -> int:
     with suppress(OSError):
         return path.read_bytes().count(b"<object>")
     return 0
+
+
+def _filename(path: Path) -> str:
+    """Return the name of the image in an XML file."""
+    with suppress(OSError):
+        match = re.search(rb"<filename>([^<]*)</filename>", path.read_bytes())
+        return unescape(match[1].decode(errors="replace")) if match else ""
+    return ""
 
 
 def _tag(root: Element) -> str:

@@ -17,6 +17,8 @@ from ..structures import Category
 from ..utils.errors import UserError
 from ..utils.images import read_size
 from .discovery import (
+    SPLIT_ALIASES,
+    has_inner_splits,
     is_hidden,
     is_image,
     label_file,
@@ -31,7 +33,8 @@ from .matching import existing_tail, match_names
 from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict, read_lines
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-CLASS_FILES = ("classes.txt", "obj.names", "*/classes.txt", "*/*/classes.txt")  # Label Studio, CVAT, LabelImg
+# Label Studio, CVAT, darknet, LabelImg
+CLASS_FILES = ("[Cc]lasses.txt", "*.names", "*/*.names", "*/classes.txt", "*/*/classes.txt")
 ROUNDING = 0.01  # how far outside 0..1 a value may be
 
 _ROW = re.compile(r"\S+(\s+[-+]?[0-9.]+([eE][-+]?[0-9]+)?){4,}")
@@ -287,33 +290,45 @@ def find_yolo(file: Path, split: str) -> YoloSource:
 def find_yolo_without_yaml(root: Path, split: str) -> YoloSource | None:
     """Find one split of a dataset with one of `CLASS_FILES` instead of a data.yaml.
 
-    Images outside all split folders match any split.
+    Without split folders, lists such as train.txt name the images. Images outside all of these match any split.
     """
-    if (file := _find_class_file(root)) is None:
+    if (found := _find_classes(root)) is None:
         return None
-    folders = split_folders(root)
+    folders = split_folders(root) or _lists(root)
     folder = next((folders[name] for name in split_aliases(split) if name in folders), None)
     if folder is None:
-        if folders or names_other_split(root / "x", split):
+        if folders or names_other_split(root / "x", split) or has_inner_splits(root):
             return None
         folder = root / "images" if (root / "images").is_dir() else root
-    if not any(is_image(path.relative_to(folder)) for path in walk_folder(folder)):
+    if folder.is_dir() and not any(is_image(path.relative_to(folder)) for path in walk_folder(folder)):
         return None
-    lines = "\n".join(read_lines(file)).strip().splitlines()
-    return YoloSource(folder, root, (folder,), _class_names([line.strip() for line in lines], None, file))
+    file, names = found
+    return YoloSource(folder, root, (folder,), _class_names(names, None, file))
 
 
-def _find_class_file(root: Path) -> Path | None:
-    """Find the class names of a dataset; LabelImg writes a copy into each folder of labels."""
-    for pattern in CLASS_FILES if root.is_dir() else ():
-        names = sorted(glob(pattern, root_dir=root))  # unlike Path.glob, it ignores links in a loop
-        files = [root / name for name in names if not is_hidden(name) and os.path.isfile(root / name)]
-        for other in files[1:]:
-            if read_lines(other) != read_lines(files[0]):
-                raise UserError(f"{other}: lists other classes than {files[0]}; use one list of classes for all splits")
-        if files:
-            return files[0]
-    return None
+def _lists(root: Path) -> dict[str, Path]:
+    """Find the text files that are named after splits and list images, in a folder or its data."""
+    paths = [root / place / f"{name}.txt" for place in ("", "data") for names in SPLIT_ALIASES for name in names]
+    files = [path for path in reversed(paths) if path.is_file()]
+    return {path.stem: path for path in files if is_image(next(iter(read_lines(path)), "").strip())}
+
+
+def _find_classes(root: Path) -> tuple[Path, list[str]] | None:
+    """Find the class names of a dataset; LabelImg writes a copy into each folder of labels, and may extend one."""
+    patterns = CLASS_FILES if root.is_dir() else ()
+    paths = [path for pattern in patterns for path in sorted(glob(pattern, root_dir=root))]  # ignores loops of links
+    lists: dict[Path, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        if not is_hidden(path) and os.path.isfile(root / path):
+            lines = "\n".join(read_lines(root / path)).strip().splitlines()
+            lists[root / path] = [line.strip() for line in lines]
+    longest = max(lists, key=lambda file: len(lists[file]), default=None)
+    if longest is None:
+        return None
+    for file, names in lists.items():
+        if names != lists[longest][: len(names)]:
+            raise UserError(f"{file}: lists other classes than {longest}; use one list of classes for all splits")
+    return longest, lists[longest]
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -324,7 +339,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]}); correct it") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: lacks the keys 'names', 'train' and 'val' of a YOLO dataset; add them")
-    return content
+    lower = {str(key).lower(): value for key, value in content.items()}  # CVAT writes Train and Validation
+    return lower | content
 
 
 def _class_names(names: Any, count: Any, file: Path) -> tuple[str, ...]:

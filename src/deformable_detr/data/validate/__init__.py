@@ -47,7 +47,8 @@ class Report:
     @property
     def left_out(self) -> int:
         """Number of objects in the files that no split counts, because their records cannot be read."""
-        return sum(issue.objects for issue in self.issues)
+        counts = {(issue.code, issue.file, issue.record): issue.objects for issue in self.issues}  # once per file
+        return sum(counts.values())
 
     @property
     def summary(self) -> str:

@@ -1,6 +1,7 @@
 """Checks of the image files: present, readable, of the declared size, and in one split only."""
 
 import hashlib
+import json
 import math
 import os
 import time
@@ -18,6 +19,7 @@ from PIL import Image
 
 from ...utils.errors import UserError
 from ...utils.images import TRANSPOSED_ORIENTATIONS, read_header, read_image
+from ..discovery import other_annotations
 from ..issues import Issue, Issues
 from ..records import ImageRecord
 from .annotations import Split
@@ -58,7 +60,20 @@ def check_images(splits: Sequence[Split], depth: Depth, issues: Issues, progress
             names = ", ".join(unlisted[:3]) + (", …" if len(unlisted) > 3 else "")
             message = f"has no record of {len(unlisted)} images in {split.folder.path}: {names}"
             issues.add("images-unlisted", split.file, "", message, split=split.name)
+            _check_other_annotations(split, set(unlisted), issues)
     return Coverage(sum(len(split.images) for split in splits), headers, decoded)
+
+
+def _check_other_annotations(split: Split, unlisted: set[str], issues: Issues) -> None:
+    """Find COCO JSON files beside the one that is read, with objects of images that it does not list."""
+    for path in other_annotations(split.file, split.name) if split.source.format == "coco" else ():
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            content = json.loads(path.read_bytes())
+            ids = {record["id"] for record in content["images"] if os.path.basename(record["file_name"]) in unlisted}
+            count = sum(record["image_id"] in ids for record in content["annotations"])
+            if count:
+                message = f"is not read, but has {count} objects of {len(ids)} images that {split.file.name} lacks"
+                issues.add("annotations-unread", path, "", message, split=split.name, objects=count)
 
 
 def _run(
