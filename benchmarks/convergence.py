@@ -27,7 +27,7 @@ from deformable_detr.config import presets
 from deformable_detr.config.schema import Config, DataConfig, ModelConfig
 from deformable_detr.data.dataloader import LoaderOptions, build_dataloader
 from deformable_detr.data.dataset import open_dataset
-from deformable_detr.data.transforms import EvalTransform, TrainTransform
+from deformable_detr.data.transforms import EvalTransform, train_transform
 from deformable_detr.evaluation.metrics import coco_metrics
 from deformable_detr.ops import accelerate
 
@@ -164,19 +164,19 @@ def train_transformers(options: argparse.Namespace, method: str, seed: int) -> C
     """Train transformers' model for the same number of steps on the same batches."""
     torch.manual_seed(seed)
     config = Config(data=DataConfig(), model=model_config(options, "paper"))
-    sizes = config.model.image_size, config.model.long_side
+    rule = config.model.resize_rule
     train_set = open_dataset(
         options.data,
         "train",
         config.data,
-        transform=TrainTransform(*sizes, config.model.size_divisor, config.data),
+        transform=train_transform(rule, config.data),
     )
     val_set = open_dataset(
         options.data,
         "val",
         config.data,
         train_set.categories,
-        transform=EvalTransform(*sizes, size_divisor=config.model.size_divisor),
+        transform=EvalTransform(rule),
     )
     model = transformers_model(config.model, len(train_set.categories), method)
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)  # timm's values for the backbone

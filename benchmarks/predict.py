@@ -37,13 +37,12 @@ class Row:
 
 def model_seconds(model: Any, paths: Sequence[Path], batch_size: int) -> float:
     """Return the time of the model on batches that are already in memory."""
-    config, seconds = model.config, 0.0
+    seconds = 0.0
     with evaluating(model):
         for first in range(0, len(paths), batch_size):
             samples = []
             for path in paths[first : first + batch_size]:
-                canvas = getattr(model, "canvas", None)
-                image = resize(read_image(path), config.image_size, config.long_side, canvas, config.size_divisor)
+                image = resize(read_image(path), model.resize_rule)
                 samples.append((image, Target.empty(0, (image.shape[1], image.shape[2]))))
             batch = collate(samples)[0]
             start = time.perf_counter()

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from .config.image_size import typical_input_size
 from .detector import DeformableDETR
 from .ops.native import library
 from .runtimes.fused.onednn import has_bf16
@@ -78,7 +79,7 @@ def benchmark(
     from .evaluation import evaluate
 
     device = model.get_buffer("pixel_mean").device
-    height, width = image_size or (model.config.image_size, model.config.image_size * 4 // 3)
+    height, width = image_size or typical_input_size(model.resize_rule)
     with tempfile.TemporaryDirectory() as folder:
         variants: dict[tuple[str, str], Any] = {
             ("eager", "fp32"): model.eval(),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .model.network import DeformableDETRNetwork
+from .predict.predictor import Detector
 from .utils.errors import UserError
 from .utils.files import is_exported
 
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from .weights.model_card import ModelCardData
 
 
-class DeformableDETR(DeformableDETRNetwork):
+class DeformableDETR(DeformableDETRNetwork, Detector):
     """Deformable DETR (Zhu et al., 2021). Build it from a `ModelConfig`; `presets` has the paper's variants."""
+
+    explains = True
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> Self:
@@ -70,24 +73,8 @@ class DeformableDETR(DeformableDETRNetwork):
 
         return OptimizedDetector(self, precision, compile=compile)
 
-    def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
-        """Detect objects.
 
-        Args:
-            source: An image as a path, PIL image, HWC array or CHW tensor; a list of images, or the path of a folder.
-            threshold: Minimum score, 0 to 1.
-            top_k: Maximum number of detections per image.
-            batch_size: Images per forward pass.
-
-        Returns:
-            `Detections` for an image, a list of them for a list or a folder.
-        """
-        from .predict.predictor import predict
-
-        return predict(self, source, threshold, top_k, batch_size)
-
-
-def load_detector(source: str | os.PathLike[str], device: str = "auto", precision: str | None = None) -> Any:
+def load_detector(source: str | os.PathLike[str], device: str = "auto", precision: str | None = None) -> Detector:
     """Load a model or an exported file.
 
     Args:
@@ -96,7 +83,7 @@ def load_detector(source: str | os.PathLike[str], device: str = "auto", precisio
         precision: "fp32" or "bf16" returns the model after `optimize`. Default: the model itself.
 
     Returns:
-        A detector with `config`, `pixel_mean`, `pixel_std` and `predict`.
+        A `DeformableDETR`, its optimized copy, or an `ExportedDetector`.
 
     Raises:
         UserError: The source cannot be loaded, or it is an exported file and `precision` is "bf16".

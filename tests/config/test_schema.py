@@ -5,6 +5,7 @@ import yaml
 
 from deformable_detr import Config, ModelConfig, TrainConfig, UserError
 from deformable_detr.config import presets
+from deformable_detr.config.image_size import FixedSize
 from deformable_detr.config.resolve import parse_overrides, read_config_file
 from deformable_detr.config.section import merge
 
@@ -64,6 +65,23 @@ def test_long_side_defaults_to_the_ratio_of_the_paper():
     assert ModelConfig().long_side == 1333
     assert ModelConfig(image_size=480).long_side == round(480 * 1333 / 800)
     assert ModelConfig(image_size=480, max_size=500).long_side == 500
+
+
+def test_fixed_resize():
+    rule = ModelConfig(resize="fixed", image_size=640, size_divisor=32).resize_rule
+    assert rule == FixedSize(640, 640)
+    assert rule(100, 333) == (640, 640)
+    config = ModelConfig(resize="fixed", image_size=320, image_width=512)
+    assert config.resize_rule(7, 7) == (320, 512)
+    assert (config.resize_rule.short, config.long_side) == (320, 512)
+    for changes, message in (
+        ({"resize": "fixed", "max_size": 900}, "resize: fixed has no max_size; set image_width"),
+        ({"image_width": 640}, "image_width requires resize: fixed"),
+        ({"resize": "fixed", "image_size": 650, "size_divisor": 32}, "image_size 650 .* multiples of 32"),
+        ({"resize": "fixed", "image_size": 640, "image_width": 650, "size_divisor": 32}, "must be multiples of 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ModelConfig().replace(**changes)
 
 
 def test_merge_does_not_modify_its_arguments():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.data.dataloader import (
     POOL_STEPS,
     DistributedBatchSampler,
@@ -223,7 +224,7 @@ def padding(batches):
 
 
 def test_aspect_ratio_grouping_reduces_padding_and_keeps_all_images():
-    data = PlainImages(transform=TrainTransform(64, 128))
+    data = PlainImages(transform=TrainTransform(ShortestEdge(64, 128)))
     ungrouped, grouped = (
         list(load(data, 4, shuffle=True, aspect_ratio_grouping=grouping)) for grouping in (False, True)
     )
@@ -234,7 +235,7 @@ def test_aspect_ratio_grouping_reduces_padding_and_keeps_all_images():
 
 
 def test_sample_size_is_known_before_reading():
-    data = PlainImages(40, transform=TrainTransform(64, 128))
+    data = PlainImages(40, transform=TrainTransform(ShortestEdge(64, 128)))
     batches = load(data, 1, shuffle=True, aspect_ratio_grouping=True)
     sample_size = batches.sampler.sample_size
     for keys, (images, _) in zip(batches.sampler, batches, strict=True):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.data import transforms
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.structures import Category
@@ -420,7 +421,7 @@ def test_truncated_image_is_reported_on_reading(tmp_path):
 
 
 def test_pickled_dataset_has_arrays_and_no_ground_truth(tmp_path):
-    data = open_dataset(write(tmp_path), transform=transforms.EvalTransform(10, 100))
+    data = open_dataset(write(tmp_path), transform=transforms.EvalTransform(ShortestEdge(10, 100)))
     before = len(pickle.dumps(data))
     assert data.ground_truth is data.ground_truth
     copied = pickle.loads(pickle.dumps(data))

@@ -2,6 +2,7 @@
 
 import torch
 
+from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.data.dataloader import LoaderOptions, build_dataloader
 from deformable_detr.data.mosaic import MosaicDataset, mosaic
 from deformable_detr.data.transforms import TrainTransform
@@ -40,7 +41,7 @@ def test_mosaic_probability():
 
 
 def test_mosaic_keeps_sample_sizes():
-    data = PlainImages(24, transform=TrainTransform(64, 128))
+    data = PlainImages(24, transform=TrainTransform(ShortestEdge(64, 128)))
     for mosaics in (False, True):
         batches = build_dataloader(MosaicDataset(data, 0.5), LoaderOptions(1, shuffle=True, aspect_ratio_grouping=True))
         batches.sampler.set_epoch(1, mosaic=mosaics)

@@ -6,6 +6,7 @@ from pathlib import Path
 import defusedxml.ElementTree
 import pytest
 
+from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.source import AnnotationCache, remap_category_ids
@@ -39,7 +40,7 @@ def test_training_reads_each_annotation_file_once(tmp_path, reads, make, files):
     root = make(tmp_path)
     cache, data = AnnotationCache(), DataConfig(check="full")
     reads.clear()
-    check_for_training(root, data, 64, 107, cache)
+    check_for_training(root, data, ShortestEdge(64, 107), cache)
     train = open_dataset(root, "train", data, cache=cache)
     val = open_dataset(root, "val", data, train.categories, cache=cache)
     truth = val.load_ground_truth(cache)

@@ -360,7 +360,8 @@ def test_unreadable_files_are_reported_and_listed(tmp_path, capsys):
 
 
 def test_evaluation_on_training_images_warns(tmp_path, caplog):
-    model = SimpleNamespace(config=presets.small(num_classes=2, backbone_weights="none"))
+    config = presets.small(num_classes=2, backbone_weights="none")
+    model = SimpleNamespace(config=config, resize_rule=config.resize_rule)
     UNSPLIT["Label Studio's YOLO"](tmp_path / "unsplit")
     warning = "is not split: the evaluation includes the training images"
     open_eval_dataset(model, tmp_path / "unsplit")

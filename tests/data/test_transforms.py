@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from deformable_detr.config.image_size import FixedSize, ShortestEdge
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data import transforms
 from deformable_detr.structures import Target
@@ -77,7 +78,7 @@ def test_crop_drops_objects_outside():
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("image_size", [50, 128, 200])
 def test_resize_keeps_relative_boxes(height, width, image_size):
-    image, target = transforms.EvalTransform(image_size, 400)(*scene(height, width))
+    image, target = transforms.EvalTransform(ShortestEdge(image_size, 400))(*scene(height, width))
     assert image.dtype == torch.uint8
     assert matches_pixels(image, target, 1.0)
     assert matches_pixels(*transforms.hflip(image, target), 1.0)
@@ -99,9 +100,9 @@ def test_resize_keeps_relative_boxes(height, width, image_size):
     ],
 )
 def test_resized_size(size, expected):
-    assert transforms.resized_size(*size, 800, 1333) == expected
+    assert ShortestEdge(800, 1333)(*size) == expected
     image = torch.zeros(3, *size, dtype=torch.uint8)
-    assert transforms.resize(image, 800, 1333).shape == (3, *expected)
+    assert transforms.resize(image, ShortestEdge(800, 1333)).shape == (3, *expected)
 
 
 @pytest.mark.parametrize(
@@ -109,16 +110,16 @@ def test_resized_size(size, expected):
     [((336, 448), (256, 352)), ((448, 252), (416, 256)), ((100, 9000), (32, 416)), ((3, 3), (256, 256))],
 )
 def test_size_divisor(size, expected):
-    assert transforms.resized_size(*size, 256, 427, 32) == expected
+    assert ShortestEdge(256, 427, 32)(*size) == expected
     image = torch.zeros(3, *size, dtype=torch.uint8)
-    assert transforms.resize(image, 256, 427, size_divisor=32).shape == (3, *expected)
+    assert transforms.resize(image, ShortestEdge(256, 427, 32)).shape == (3, *expected)
     target = scene(100, 160)[1]
-    assert transforms.EvalTransform(256, 427, size_divisor=32)(image, target)[0].shape == (3, *expected)
-    assert transforms.EvalTransform(256, 427)(image, target)[0].shape != (3, *expected) or size == (3, 3)
+    assert transforms.EvalTransform(ShortestEdge(256, 427, 32))(image, target)[0].shape == (3, *expected)
+    assert transforms.EvalTransform(ShortestEdge(256, 427))(image, target)[0].shape != (3, *expected) or size == (3, 3)
 
 
 def test_size_divisor_in_training():
-    transform = transforms.TrainTransform(200, 333, size_divisor=32)
+    transform = transforms.TrainTransform(ShortestEdge(200, 333, 32))
     for seed in range(40):
         torch.manual_seed(seed)
         image, _ = transform(*scene(*SIZES[seed % len(SIZES)]))
@@ -131,14 +132,14 @@ def test_size_divisor_in_training():
 def test_resize_is_antialiased():
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::4] = 255  # a quarter of the columns
-    small = transforms.resize(stripes, 16, 16).float()
+    small = transforms.resize(stripes, ShortestEdge(16, 16)).float()
     assert ((small - 255 / 4).abs() < 24).all(), "thin stripes must turn gray"
     plain = torch.nn.functional.interpolate(stripes[None].float(), scale_factor=0.25, mode="bilinear")
     assert not plain.any(), "control: lost without antialiasing"
 
 
 def test_training_boxes_match_the_pixels():
-    transform = transforms.TrainTransform(200, 333)
+    transform = transforms.TrainTransform(ShortestEdge(200, 333))
     torch.manual_seed(0)
     seen, dropped, sizes = 0, 0, set()
     for number in range(300):
@@ -166,16 +167,16 @@ def test_training_boxes_match_the_pixels():
 def test_training_without_augmentation_is_a_resize():
     data = DataConfig(train_scales=(1.0, 1.0), hflip_prob=0.0, crop_prob=0.0)
     image, target = scene(100, 160)
-    trained, same = transforms.TrainTransform(80, 200, data=data)(image, target)
-    assert torch.equal(trained, transforms.resize(image, 80, 200))
+    trained, same = transforms.TrainTransform(ShortestEdge(80, 200), data=data)(image, target)
+    assert torch.equal(trained, transforms.resize(image, ShortestEdge(80, 200)))
     assert torch.equal(same.boxes, target.boxes)
-    certain = transforms.TrainTransform(80, 200, data=data.replace(hflip_prob=1.0))(image, target)
-    assert torch.equal(certain[0], transforms.resize(image.flip(2), 80, 200))
+    certain = transforms.TrainTransform(ShortestEdge(80, 200), data=data.replace(hflip_prob=1.0))(image, target)
+    assert torch.equal(certain[0], transforms.resize(image.flip(2), ShortestEdge(80, 200)))
 
 
 def test_crop_sizes_match_the_paper():
     data = DataConfig(train_scales=(1.0, 1.0), hflip_prob=0.0, crop_prob=1.0)
-    transform = transforms.TrainTransform(800, 10_000, data=data)
+    transform = transforms.TrainTransform(ShortestEdge(800, 10_000), data=data)
     torch.manual_seed(1)
     ratios = []
     for _ in range(40):
@@ -189,7 +190,7 @@ def test_crop_sizes_match_the_paper():
 def test_transforms_are_seeded_and_not_in_place():
     image, target = scene(100, 160)
     before, boxes = image.clone(), target.boxes.clone()
-    transform = transforms.TrainTransform(96, 160)
+    transform = transforms.TrainTransform(ShortestEdge(96, 160))
     results = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
@@ -204,7 +205,7 @@ def test_transforms_are_seeded_and_not_in_place():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
 def test_images_of_one_pixel(size):
-    transform = transforms.TrainTransform(64, 100, data=DataConfig(crop_prob=1.0))
+    transform = transforms.TrainTransform(ShortestEdge(64, 100), data=DataConfig(crop_prob=1.0))
     for seed in range(10):
         torch.manual_seed(seed)
         image, target = transform(
@@ -226,7 +227,7 @@ def test_min_visibility_of_crops():
     for min_visibility in (0.0, 0.7):
         torch.manual_seed(0)
         data = DataConfig(crop_prob=1.0, hflip_prob=0.0, min_visibility=min_visibility)
-        crops = transforms.TrainTransform(100, 200, data=data)
+        crops = transforms.TrainTransform(ShortestEdge(100, 200), data=data)
         cut = []
         for _ in range(60):
             sampled = crops.sample(100, 100)
@@ -237,3 +238,40 @@ def test_min_visibility_of_crops():
         areas[min_visibility] = sum(cut)
         assert crops(image, corner)[0].shape[0] == 3
     assert areas[0.7] < areas[0.0] / 4
+
+
+@pytest.mark.parametrize("name", ["zoom_out", "iou_crop"])
+def test_ssd_augmentations(name):
+    shapes = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, target = scene(97, 160)
+        image, target = getattr(transforms, name)(image, target)
+        shapes.add(image.shape)
+        assert image.dtype == torch.uint8
+        if len(target.labels):
+            assert target.labels.tolist() == [3]
+            assert matches_pixels(image, target, 1.0)
+    assert len(shapes) > 10, "control: images do change"
+    assert all((height >= 97) == (name == "zoom_out") or height == 97 for _, height, _ in shapes)
+    empty = target.empty(5, (97, 160))
+    assert len(getattr(transforms, name)(scene(97, 160)[0], empty)[1].labels) == 0
+
+
+def test_fixed_size_training():
+    data = DataConfig(zoom_out_prob=0.5, crop_prob=0.5, color_jitter_prob=0.5)
+    transform = transforms.train_transform(FixedSize(96, 128), data)
+    flips = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, target = transform(*scene(61, 203, 20, 10, 90, 50))
+        assert image.shape == (3, 96, 128) == (3, *transform.final_size(61, 203))
+        if len(target.labels):
+            assert matches_pixels(image, target, 3.0)
+            flips.add(bool(target.boxes[0, 0] > 0.5))
+    assert flips == {True, False}
+    plain = DataConfig(crop_prob=0.0, hflip_prob=0.0)
+    image, target = scene(61, 203)
+    same = transforms.train_transform(FixedSize(96, 128), plain)(image, target)
+    assert torch.equal(same[0], transforms.EvalTransform(FixedSize(96, 128))(image, target)[0])
+    assert isinstance(transforms.train_transform(ShortestEdge(96, 128), plain), transforms.TrainTransform)

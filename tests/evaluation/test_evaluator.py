@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from deformable_detr import evaluate
+from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.config.schema import DataConfig, ModelConfig
 from deformable_detr.evaluation import coco_metrics, evaluate_dataset, evaluator
 from deformable_detr.utils.errors import UserError
@@ -174,7 +175,7 @@ def test_progress_bar_counts_images(tmp_path, monkeypatch, capsys):
     from deformable_detr.data.dataset import open_dataset
     from deformable_detr.data.transforms import EvalTransform
 
-    dataset = open_dataset(write_red_boxes(tmp_path), split="val", transform=EvalTransform(120, 200))
+    dataset = open_dataset(write_red_boxes(tmp_path), split="val", transform=EvalTransform(ShortestEdge(120, 200)))
     evaluate_dataset(red_box_finder(), dataset, workers=0, progress=True)
     assert capsys.readouterr().err == ""  # no bar without a terminal
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)

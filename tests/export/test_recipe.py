@@ -1,5 +1,6 @@
 """The program in docs/export.md that needs only ONNX Runtime, NumPy and Pillow."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 
 from deformable_detr.export import ExportOptions, export_model
 from deformable_detr.runtimes.detector import load_exported
+from deformable_detr.utils.errors import UserError
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 SIZES = [(64, 48), (97, 131), (300, 40), (40, 300), (96, 96), (640, 427), (33, 35)]  # width, height
@@ -25,12 +27,19 @@ def run_recipe(model_file, image, threshold, capsys):
     return scope["detect"](image), capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["any size", "fixed size"])
+@pytest.mark.parametrize("kind", ["any size", "fixed size", "stretched"])
 def test_recipe_equals_predict(model, exported, tmp_path, capsys, kind):
     file = exported.path
     if kind == "fixed size":
         file = tmp_path / "fixed.onnx"
         export_model(model, file, "onnx", ExportOptions(image_size=(96, 128)))
+    elif kind == "stretched":
+        model = copy.deepcopy(model)
+        model.config = model.config.replace(resize="fixed", image_size=96, image_width=128, max_size=None)
+        file = tmp_path / "stretched.onnx"
+        with pytest.raises(UserError, match="--image-size 96,96: the model takes 96,128"):
+            export_model(model, file, "onnx", ExportOptions(image_size=(96, 96)))
+        export_model(model, file, "onnx")
     detector = load_exported(file)
     for number, (width, height) in enumerate(SIZES):
         coarse = np.random.default_rng(number).integers(0, 256, (9, 11, 3), dtype=np.uint8)

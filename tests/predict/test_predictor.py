@@ -29,6 +29,14 @@ def make_image(height=120, width=160, box=BOX):
     return array
 
 
+def test_fixed_input_size():
+    model = RedBoxFinder(resize="fixed", image_size=64, image_width=96)
+    images = [make_image(), make_image(120, 320, [200, 20, 260, 80])]
+    for detections, box in zip(predict(model, images, batch_size=2), (BOX, [200, 20, 260, 80]), strict=True):
+        check(detections, box, 4)
+    assert model.input_shapes == [(2, 3, 64, 96)]
+
+
 def check(detections, box=BOX, pixels=2.6):
     assert isinstance(detections, Detections)
     assert detections.names == ("red",)

@@ -34,7 +34,12 @@ def schema(client):
     schemathesis.openapi.media_type("application/octet-stream", st.sampled_from(ANY))
     schemathesis.openapi.format("binary", st.sampled_from(ANY))
     logging.getLogger("schemathesis").setLevel(logging.WARNING)
-    return schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+    description = client.get("/openapi.json").json()
+    description["components"].pop("securitySchemes")  # every request below has the token, also the invalid ones
+    for operations in description["paths"].values():
+        for operation in operations.values():
+            operation.pop("security", None)
+    return schemathesis.openapi.from_dict(description)
 
 
 @pytest.mark.parametrize("path", ["/v1/detect", "/v1/explain", "/v1/model", "/healthz", "/readyz"])
@@ -42,7 +47,7 @@ def test_responses_conform_to_the_description(client, schema, path):
     method = "POST" if path in ("/v1/detect", "/v1/explain") else "GET"
     operation = schema[path][method]
     # Routes without parameters have no invalid requests.
-    modes = list(schemathesis.GenerationMode) if path.startswith("/v1/") else [schemathesis.GenerationMode.POSITIVE]
+    modes = list(schemathesis.GenerationMode) if method == "POST" else [schemathesis.GenerationMode.POSITIVE]
     for mode in modes:
 
         @seed(1)  # schemathesis takes a few valid requests for invalid ones; derandomize would depend on this source

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.dataset import ensure_distinct_splits, open_dataset
 from deformable_detr.data.validate import ISSUE_TYPES, check_dataset, check_for_training
@@ -12,14 +13,14 @@ from deformable_detr.utils.errors import UserError
 from tests.support.commands import run_command
 from tests.support.datasets import SIZE, write_coco_dataset, write_image
 
-SIZES = {"image_size": 64, "long_side": 107}
+RULE = ShortestEdge(64, 107)
 TRAIN = "train/_annotations.coco.json"
 VAL = "valid/_annotations.coco.json"
 ALWAYS_REPORTED = {"class-rare", "image-empty", "pixel-origin"}  # every small test dataset has these
 
 
 def check_report(root, depth="full", **data):
-    return check_dataset(root, DataConfig(**data), **SIZES, depth=depth)
+    return check_dataset(root, DataConfig(**data), RULE, depth=depth)
 
 
 def issue_codes(root, **data):
@@ -29,7 +30,7 @@ def issue_codes(root, **data):
 def load_for_training(root, check="full", **data):
     """Check and load the data as training does."""
     config = DataConfig(check=check, **data)
-    lines = check_for_training(root, config, **SIZES)
+    lines = check_for_training(root, config, RULE)
     train = open_dataset(root, config.train_split, config)
     val = open_dataset(root, config.val_split, config, categories=train.categories)
     ensure_distinct_splits(train, val, root)

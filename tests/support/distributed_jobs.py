@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.data.dataloader import DistributedBatchSampler, LoaderOptions, collate
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.distributed.context import DistributedContext
@@ -184,7 +185,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
     results = {}
     with DistributedContext("cpu") as context:
         for name in ("five", "one"):
-            dataset = open_dataset(folder / name, "val", transform=EvalTransform(64, 128))
+            dataset = open_dataset(folder / name, "val", transform=EvalTransform(ShortestEdge(64, 128)))
             distributed = evaluate_distributed(model, dataset, 2, 0, context)
             single = evaluate_dataset(model, dataset, 2, 0, progress=False).metrics
             results[name] = {"distributed": distributed, "single": single, "images": len(dataset)}

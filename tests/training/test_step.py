@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.data.dataloader import collate
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.transforms import EvalTransform
@@ -14,7 +15,9 @@ from tests.support.training import tiny_config, write_dataset
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    dataset = open_dataset(write_dataset(tmp_path_factory.mktemp("set")), transform=EvalTransform(64, 128))
+    dataset = open_dataset(
+        write_dataset(tmp_path_factory.mktemp("set")), transform=EvalTransform(ShortestEdge(64, 128))
+    )
     return [dataset[index] for index in range(8)]
 
 
@@ -74,7 +77,7 @@ def test_gradients_are_freed_before_the_forward_pass(samples):
 
 
 def test_batch_without_objects(tmp_path):
-    dataset = open_dataset(write_dataset(tmp_path, train=2, empty=2), transform=EvalTransform(64, 128))
+    dataset = open_dataset(write_dataset(tmp_path, train=2, empty=2), transform=EvalTransform(ShortestEdge(64, 128)))
     train_step = make()
     train_step.step([collate([dataset[0], dataset[1]])], global_step=0, progress=0.0)
     stats = train_step.flush_pending_metrics()

@@ -69,7 +69,7 @@ def split_dataset(data: Path, out: Path, config: Config, options: SplitOptions) 
 
 def _validate(root: Path, data: DataConfig, config: Config) -> Report:
     model = config.model
-    return validate(root, data, model.image_size, model.long_side, progress=True, num_queries=model.num_queries)
+    return validate(root, data, model.resize_rule, progress=True, num_queries=model.num_queries)
 
 
 def _print_issues(data: Path, config: Config, hidden: Sequence[str] = ()) -> Report:

@@ -19,7 +19,7 @@ from ..utils.packages import need
 from .options import Device, JsonFile, Model, NonNegative, Positive, Precision, Split, Threshold, print_error
 
 if TYPE_CHECKING:
-    from ..detector import DeformableDETR
+    from ..predict.predictor import Detector
     from ..structures import Detections
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def find_dataset(source: Path, split: str) -> bool:
     return True
 
 
-def predict_split(model: DeformableDETR, data: Path, options: PredictOptions) -> None:
+def predict_split(model: Detector, data: Path, options: PredictOptions) -> None:
     """Write COCO results for one split of a dataset: the detections that `evaluate` counts.
 
     Raises:
@@ -153,7 +153,7 @@ def find_sources(sources: Sequence[Path]) -> list[Path]:
 
 
 def predict_files(
-    model: DeformableDETR,
+    model: Detector,
     files: Sequence[Path],
     options: PredictOptions,
     report: Callable[[str], None] = print,
@@ -222,7 +222,7 @@ def _write_results(options: PredictOptions, records: list[dict[str, Any]], repor
         report(f"{options.coco}: images are numbered from 1 in this order; each detection has its file_name")
 
 
-def _warn_of_limit(model: DeformableDETR, full: Sequence[Source], top_k: int) -> None:
+def _warn_of_limit(model: Detector, full: Sequence[Source], top_k: int) -> None:
     if full and top_k < model.config.num_queries * model.config.num_classes:
         others = f" and {len(full) - 1} more" if full[1:] else ""
         log.warning("%s%s: %d detections, the maximum; allow more with --top-k", full[0], others, top_k)
@@ -261,7 +261,7 @@ def _predict_image(results: Iterator[Detections | UserError], source: Source, ou
     return replace(detections, image=source).to_dict(), line, problem, len(detections)
 
 
-def _predict_video(model: DeformableDETR, source: Source, out: Path, options: PredictOptions, top_k: int) -> Outcome:
+def _predict_video(model: Detector, source: Source, out: Path, options: PredictOptions, top_k: int) -> Outcome:
     from ..predict.video import predict_video
 
     lines = _lines_path(out)

@@ -1,27 +1,70 @@
-"""Image size after the resize."""
+"""Resize rules: the size of an image to the size that the model sees. Call a rule with (height, width) in pixels."""
 
-from .schema import ModelConfig
+from dataclasses import dataclass
 
 
-def resized_size(height: int, width: int, image_size: int, long_side: int, size_divisor: int = 1) -> tuple[int, int]:
-    """Return the (height, width) of an image after `data.transforms.resize`.
+@dataclass(frozen=True)
+class ShortestEdge:
+    """The short side becomes `short`; if the long side would exceed `long`, it becomes `long` instead.
 
-    The short side becomes `image_size`; if the long side would exceed `long_side`, it becomes `long_side` instead.
-    The aspect ratio is kept. Both sides are then rounded to the nearest positive multiple of `size_divisor`.
+    The aspect ratio is kept. Both sides are then rounded to the nearest positive multiple of `divisor`.
     """
-    short, long = min(height, width), max(height, width)
-    if long * image_size > long_side * short:
-        new_short = max(1, round(long_side * short / long))
-        new_long = min(long_side, max(1, new_short * long // short))
-    else:
-        new_short, new_long = image_size, image_size * long // short
-    if size_divisor > 1:
-        sides = (new_short, new_long)
-        new_short, new_long = (max(1, (side + size_divisor // 2) // size_divisor) * size_divisor for side in sides)
-    return (new_short, new_long) if height <= width else (new_long, new_short)
+
+    short: int
+    long: int
+    divisor: int = 1
+
+    def __str__(self) -> str:
+        return f"resized to a short side of {self.short} and a long side of at most {self.long} pixels"
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        short, long = min(height, width), max(height, width)
+        if long * self.short > self.long * short:
+            new_short = max(1, round(self.long * short / long))
+            new_long = min(self.long, max(1, new_short * long // short))
+        else:
+            new_short, new_long = self.short, self.short * long // short
+        if self.divisor > 1:
+            sides = (new_short, new_long)
+            new_short, new_long = (max(1, (side + self.divisor // 2) // self.divisor) * self.divisor for side in sides)
+        return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
-def typical_input_size(config: ModelConfig) -> tuple[int, int]:
+@dataclass(frozen=True)
+class FixedSize:
+    """Every image is stretched to `height` × `width` (RT-DETR, D-FINE, RF-DETR)."""
+
+    height: int
+    width: int
+
+    @property
+    def short(self) -> int:
+        """Short side in pixels."""
+        return min(self.height, self.width)
+
+    def __str__(self) -> str:
+        return f"stretched to {self.height}×{self.width} pixels (height × width)"
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class FitInside:
+    """The image becomes as large as fits into `height` × `width`; the aspect ratio is kept."""
+
+    height: int
+    width: int
+
+    def __call__(self, height: int, width: int) -> tuple[int, int]:
+        scale = min(self.height / height, self.width / width)
+        return max(1, min(self.height, round(height * scale))), max(1, min(self.width, round(width * scale)))
+
+
+ModelResize = ShortestEdge | FixedSize  # what a config can ask for
+ResizeRule = ModelResize | FitInside
+
+
+def typical_input_size(rule: ResizeRule) -> tuple[int, int]:
     """Return the (height, width) of a 4:3 image after the resize."""
-    side = config.image_size
-    return resized_size(side, side * 4 // 3, side, config.long_side, config.size_divisor)
+    return rule(480, 640)

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from .image_size import FixedSize, ModelResize, ShortestEdge
 from .section import ConfigSection, merge
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -72,8 +73,12 @@ class ModelConfig(ConfigSection):
     """DC5: dilate the last backbone stage, which keeps stride 16."""
     num_feature_levels: PositiveInt = 4
     """1: only the last feature map; more: strides 8, 16, 32, 64, …"""
+    resize: Literal["shortest_edge", "fixed"] = "shortest_edge"
+    """shortest_edge: keep the aspect ratio; fixed: stretch images to image_size × image_width."""
     image_size: PositiveInt = 800
-    """Short side of the input in pixels."""
+    """Short side of the input in pixels; with resize fixed, its height."""
+    image_width: PositiveInt | None = None
+    """Resize fixed: width of the input in pixels. If omitted: image_size."""
     max_size: PositiveInt | None = None
     """Maximum long side of the input in pixels. If omitted: image_size × 1333 / 800."""
     size_divisor: PositiveInt = 1
@@ -142,6 +147,12 @@ class ModelConfig(ConfigSection):
             (self.dilation and self.num_feature_levels != 1, "dilation (DC5) requires num_feature_levels: 1"),
             (len(set(self.category_ids)) != len(self.category_ids), "category_ids has duplicates"),
             (self.pixel_std and min(self.pixel_std) <= 0, "pixel_std must be greater than 0"),
+            (self.resize == "fixed" and self.max_size, "resize: fixed has no max_size; set image_width"),
+            (self.resize != "fixed" and self.image_width, "image_width requires resize: fixed"),
+            (
+                self.resize == "fixed" and (self.image_size % self.size_divisor or self.long_side % self.size_divisor),
+                f"image_size {self.image_size} and image_width must be multiples of {self.size_divisor}",
+            ),
             (self.long_side < self.image_size, f"max_size {self.max_size} is less than image_size {self.image_size}"),
         )
         for violated, message in violations:
@@ -152,7 +163,16 @@ class ModelConfig(ConfigSection):
     @property
     def long_side(self) -> int:
         """Maximum long side of the input in pixels."""
+        if self.resize == "fixed":
+            return max(self.image_size, self.image_width or self.image_size)
         return self.max_size or round(self.image_size * 1333 / 800)
+
+    @property
+    def resize_rule(self) -> ModelResize:
+        """Size of the input for the size of an image."""
+        if self.resize == "fixed":
+            return FixedSize(self.image_size, self.image_width or self.image_size)
+        return ShortestEdge(self.image_size, self.long_side, self.size_divisor)
 
     def without_pretrained_backbone(self) -> ModelConfig:
         """Return a config that downloads no backbone weights; what they froze stays frozen."""
@@ -172,7 +192,9 @@ class DataConfig(ConfigSection):
     hflip_prob: Fraction = 0.5
     """Training: probability of a horizontal flip."""
     crop_prob: Fraction = 0.5
-    """Training: probability of a random crop before the resize."""
+    """Training: probability of a random crop before the resize; with resize fixed, a crop with a minimum IoU."""
+    zoom_out_prob: Fraction = 0.0
+    """Resize fixed, training: probability of shrinking the image on a larger black canvas (SSD)."""
     train_split: str = "train"
     """Name of the training split."""
     val_split: str = "val"

@@ -5,17 +5,18 @@ Random choices come from PyTorch's global CPU generator.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config.image_size import resized_size
+from ..config.image_size import FixedSize, ModelResize, ResizeRule, ShortestEdge
 from ..config.schema import DataConfig
 from ..structures import Target
 
 NUM_SCALES = 11  # short sides in training: 480, 512, … 800 for the paper's range
-CROP_SHORT_SIDES = (400 / 800, 500 / 800, 600 / 800)  # short sides before a crop, relative to image_size
-CROP_SIDE_RANGE = (384 / 800, 600 / 800)  # smallest and largest side of a crop, relative to image_size
+CROP_SHORT_SIDES = (400 / 800, 500 / 800, 600 / 800)  # short sides before a crop, relative to the short side
+CROP_SIDE_RANGE = (384 / 800, 600 / 800)  # smallest and largest side of a crop, relative to the short side
 MAX_CROP_TRIES = 10
 # Smallest side of a box in pixels. Float32 boxes cannot tell a shorter side from zero on a large image.
 MIN_SIDE = 1e-3
@@ -25,15 +26,12 @@ CropWindow = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the image; leave the target as it is. Takes the arguments of `resize`."""
+    """Resize the image by the model's rule; leave the target as it is."""
 
-    image_size: int
-    long_side: int
-    canvas: tuple[int, int] | None = None
-    size_divisor: int = 1
+    rule: ResizeRule
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        return resize(image, self.image_size, self.long_side, self.canvas, self.size_divisor), target
+        return resize(image, self.rule), target
 
 
 @dataclass(frozen=True)
@@ -50,15 +48,13 @@ class SampledAugmentation:
 class TrainTransform:
     """Random flip, random crop, multi-scale resize and color jitter.
 
-    The final short side is one of 11 sizes in `train_scales` × `image_size`. Before a crop, the image is resized to a
-    short side of 1/2, 5/8 or 3/4 `image_size`; the sides of the crop are 0.48 to 0.75 `image_size`, at most the
+    The final short side is one of 11 sizes in `train_scales` × `rule.short`. Before a crop, the image is resized to a
+    short side of 1/2, 5/8 or 3/4 `rule.short`; the sides of the crop are 0.48 to 0.75 `rule.short`, at most the
     image's own. Boxes without a visible part are dropped. A crop that leaves less than `min_visibility` of an
     object's area is drawn again (after SSD, section 2.2).
     """
 
-    image_size: int
-    long_side: int
-    size_divisor: int = 1
+    rule: ShortestEdge
     data: DataConfig = field(default_factory=DataConfig)
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
@@ -66,10 +62,10 @@ class TrainTransform:
         if sampled.hflip:
             image, target = hflip(image, target)
         if sampled.crop_window is not None:
-            image = resize(image, sampled.crop_short_side, 8 * self.long_side)
+            image = resize(image, self._crop_rule(sampled.crop_short_side))
             window = self._visible_window(sampled.crop_window, target, *image.shape[-2:])
             image, target = crop(image, target, *window)
-        image = resize(image, sampled.short_side, self.long_side, size_divisor=self.size_divisor)
+        image = resize(image, replace(self.rule, short=sampled.short_side))
         return color_jitter(image) if _random_bool(self.data.color_jitter_prob) else image, target
 
     def sample(self, height: int, width: int) -> SampledAugmentation:
@@ -77,24 +73,27 @@ class TrainTransform:
         flipped, window, crop_short_side = _random_bool(self.data.hflip_prob), None, 0
         if _random_bool(self.data.crop_prob):
             scale = CROP_SHORT_SIDES[_random_int(0, len(CROP_SHORT_SIDES) - 1)]
-            crop_short_side = max(1, round(scale * self.image_size))
-            # The paper sets no limit on the long side; this one bounds the memory of a very long image.
-            height, width = resized_size(height, width, crop_short_side, 8 * self.long_side)
-            low, high = (max(1, round(side * self.image_size)) for side in CROP_SIDE_RANGE)
+            crop_short_side = max(1, round(scale * self.rule.short))
+            height, width = self._crop_rule(crop_short_side)(height, width)
+            low, high = (max(1, round(side * self.rule.short)) for side in CROP_SIDE_RANGE)
             crop_height = _random_int(min(low, height), min(high, height))
             crop_width = _random_int(min(low, width), min(high, width))
             top, left = _random_int(0, height - crop_height), _random_int(0, width - crop_width)
             window = (top, left, crop_height, crop_width)
         smallest, largest = self.data.train_scales
         scale = smallest + (largest - smallest) * _random_int(0, NUM_SCALES - 1) / (NUM_SCALES - 1)
-        return SampledAugmentation(flipped, crop_short_side, window, max(1, round(scale * self.image_size)))
+        return SampledAugmentation(flipped, crop_short_side, window, max(1, round(scale * self.rule.short)))
 
     def final_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that an image of this size gets with the current random state."""
         sampled = self.sample(height, width)
         if sampled.crop_window is not None:
             height, width = sampled.crop_window[2:]
-        return resized_size(height, width, sampled.short_side, self.long_side, self.size_divisor)
+        return replace(self.rule, short=sampled.short_side)(height, width)
+
+    def _crop_rule(self, short: int) -> ShortestEdge:
+        # The paper sets no limit on the long side; this one bounds the memory of a very long image.
+        return ShortestEdge(short, 8 * self.rule.long)
 
     def _visible_window(self, window: CropWindow, target: Target, height: int, width: int) -> CropWindow:
         """Move the window until it keeps `min_visibility` of each object; otherwise return the best one tried."""
@@ -109,6 +108,33 @@ class TrainTransform:
             if visibility > best_visibility:
                 best, best_visibility = window, visibility
         return best
+
+
+@dataclass(frozen=True)
+class FixedSizeTrainTransform:
+    """Zoom out, crop with a minimum IoU, flip, color jitter, and stretch (RT-DETR, section 5.1; SSD, section 2.2)."""
+
+    rule: FixedSize
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        if _random_bool(self.data.zoom_out_prob):
+            image, target = zoom_out(image, target)
+        if _random_bool(self.data.crop_prob):
+            image, target = iou_crop(image, target)
+        if _random_bool(self.data.hflip_prob):
+            image, target = hflip(image, target)
+        image = resize(image, self.rule)
+        return color_jitter(image) if _random_bool(self.data.color_jitter_prob) else image, target
+
+    def final_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that an image of this size gets."""
+        return self.rule(height, width)
+
+
+def train_transform(rule: ModelResize, data: DataConfig) -> TrainTransform | FixedSizeTrainTransform:
+    """Return the training augmentation that fits a resize rule."""
+    return TrainTransform(rule, data) if isinstance(rule, ShortestEdge) else FixedSizeTrainTransform(rule, data)
 
 
 def lowest_visibility(target: Target, window: CropWindow, height: int, width: int) -> float:
@@ -129,26 +155,12 @@ def lowest_visibility(target: Target, window: CropWindow, height: int, width: in
     return float(shares[visible_areas > 0].min()) if (visible_areas > 0).any() else 1.0
 
 
-def resize(
-    image: Tensor, image_size: int, long_side: int, canvas: tuple[int, int] | None = None, size_divisor: int = 1
-) -> Tensor:
-    """Resize a uint8 image (3, H, W) to the size that `resized_size` gives: bilinear, antialiased.
-
-    Args:
-        image: uint8 (3, H, W).
-        image_size: Short side in pixels.
-        long_side: Upper limit of the long side in pixels.
-        canvas: (height, width) to fit the image into instead; the aspect ratio is kept.
-        size_divisor: Round both sides to a multiple of this.
-    """
+def resize(image: Tensor, rule: ResizeRule) -> Tensor:
+    """Resize a uint8 image (3, H, W) by a rule: bilinear, antialiased."""
     from torchvision.transforms.v2 import functional
 
     height, width = image.shape[-2:]
-    if canvas is None:
-        size = resized_size(height, width, image_size, long_side, size_divisor)
-    else:
-        scale = min(canvas[0] / height, canvas[1] / width)
-        size = tuple(max(1, min(side, round(old * scale))) for side, old in zip(canvas, (height, width), strict=True))
+    size = rule(height, width)
     return image if size == (height, width) else functional.resize(image, list(size), antialias=True)
 
 
@@ -171,6 +183,36 @@ def crop(image: Tensor, target: Target, top: int, left: int, height: int, width:
     visible = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) >= MIN_SIDE).all(dim=1)
     boxes = box_convert(boxes_xyxy[visible] / torch.tensor([width, height] * 2), "xyxy", "cxcywh")
     return functional.crop(image, top, left, height, width), replace(target, labels=target.labels[visible], boxes=boxes)
+
+
+def zoom_out(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Place the image on a black canvas with sides 1 to 4 times as long (SSD, section 2.2)."""
+    from torchvision.transforms.v2 import RandomZoomOut
+
+    return _apply_v2(RandomZoomOut(p=1.0), image, target)
+
+
+def iou_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Crop so that the overlap with an object exceeds a random minimum; drop objects whose center is outside (SSD)."""
+    from torchvision.transforms.v2 import RandomIoUCrop
+
+    return _apply_v2(RandomIoUCrop(), image, target) if len(target.labels) else (image, target)
+
+
+def _apply_v2(transform: Any, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Apply a transform of torchvision.transforms.v2 to an image with its boxes and labels."""
+    from torchvision.ops import box_convert
+    from torchvision.transforms.v2 import SanitizeBoundingBoxes
+    from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
+
+    height, width = image.shape[-2:]
+    corners = box_convert(target.boxes * torch.tensor([width, height] * 2), "cxcywh", "xyxy")
+    boxes = BoundingBoxes(corners, format=BoundingBoxFormat.XYXY, canvas_size=(height, width))  # type: ignore[call-arg]
+    sanitize = SanitizeBoundingBoxes(min_size=1)
+    image, kept = sanitize(*transform(image, {"boxes": boxes, "labels": target.labels}))
+    sides = torch.tensor([image.shape[-1], image.shape[-2]] * 2)
+    boxes = box_convert(kept["boxes"].as_subclass(Tensor), "xyxy", "cxcywh") / sides
+    return image, replace(target, labels=kept["labels"], boxes=boxes)
 
 
 def color_jitter(image: Tensor) -> Tensor:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from torch import nn
-
-from ..config.schema import DataConfig, ModelConfig
+from ..config.schema import DataConfig
 from ..data.discovery import split_aliases
 from ..detector import load_detector
 from ..model.postprocess import postprocess
-from ..predict.predictor import evaluating, forward, model_categories
+from ..predict.predictor import Detector, evaluating, forward, model_categories
 from ..utils.errors import UserError
 from ..utils.failures import explain_machine_errors
 from .metrics import CocoEvaluation, Metrics, coco_metrics, run_coco_eval, summarize
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ModelSource = nn.Module | str | os.PathLike[str]
+ModelSource = Detector | str | os.PathLike[str]
 
 BATCH_SIZE, WORKERS = 4, 2
 TOP_K = 100  # detections per image, as COCO counts
@@ -95,9 +93,9 @@ def evaluate_models(
 
     All models and datasets are opened first, so that an error shows before the first evaluation.
     """
-    detectors = [model if isinstance(model, nn.Module) else load_detector(model, device, precision) for model in models]
+    detectors = [model if isinstance(model, Detector) else load_detector(model, device, precision) for model in models]
     datasets = [open_eval_dataset(detector, data, split, data_config) for detector in detectors]
-    names = [type(model).__name__ if isinstance(model, nn.Module) else os.fspath(model) for model in models]
+    names = [type(model).__name__ if isinstance(model, Detector) else os.fspath(model) for model in models]
     with explain_machine_errors(options.get("batch_size", BATCH_SIZE), options.get("workers", WORKERS)):
         return [
             evaluate_dataset(detector, dataset, name=name, **options)
@@ -112,7 +110,7 @@ def compare_metrics(results: Sequence[EvaluationResult]) -> dict[str, Any]:
 
 
 def evaluate_dataset(
-    model: nn.Module,
+    model: Detector,
     dataset: CocoDataset,
     batch_size: int = BATCH_SIZE,
     workers: int = WORKERS,
@@ -136,12 +134,12 @@ def evaluate_dataset(
     coco = run_coco_eval(ground_truth, results)
     metrics = {**summarize(coco), "images": count, "images_per_second": count / seconds}
     paths = {int(image_id): dataset.path(index) for index, image_id in enumerate(dataset.image_ids[:count])}
-    device = str(model.pixel_mean.device)  # pyright: ignore[reportAttributeAccessIssue]
+    device = str(model.pixel_mean.device)
     return EvaluationResult(metrics, coco, results, paths, model_seconds, device, name)
 
 
 def evaluate_distributed(
-    model: nn.Module,
+    model: Detector,
     dataset: CocoDataset,
     batch_size: int,
     workers: int,
@@ -171,7 +169,7 @@ def evaluate_distributed(
 
 
 def detect_images(
-    model: nn.Module,
+    model: Detector,
     dataset: CocoDataset,
     count: int,
     batch_size: int,
@@ -215,23 +213,20 @@ def detect_images(
 
 
 def open_eval_dataset(
-    model: nn.Module, data: str | os.PathLike[str], split: str = "val", data_config: DataConfig | None = None
+    model: Detector, data: str | os.PathLike[str], split: str = "val", data_config: DataConfig | None = None
 ) -> CocoDataset:
     """Open a split with the model's evaluation transform; arguments and errors as in `evaluate`."""
     from ..data.dataset import open_dataset
     from ..data.source import AnnotationCache
     from ..data.transforms import EvalTransform
 
-    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
-    data_config, cache = data_config or DataConfig(), AnnotationCache()
+    config, data_config, cache = model.config, data_config or DataConfig(), AnnotationCache()
     dataset = open_dataset(
         data,
         split=split,
         data=data_config,
         categories=model_categories(config) if config.category_ids else None,
-        transform=EvalTransform(
-            config.image_size, config.long_side, getattr(model, "canvas", None), config.size_divisor
-        ),
+        transform=EvalTransform(model.resize_rule),
         cache=cache,
     )
     dataset.load_ground_truth(cache)

@@ -13,9 +13,8 @@ from ..data.dataloader import pad_images
 from ..data.transforms import resize
 from ..model.geometry import get_valid_ratios
 from ..model.layers import resize_mask
-from ..model.network import DeformableDETRNetwork
 from ..model.postprocess import postprocess, to_detections
-from ..predict.predictor import evaluating, model_categories
+from ..predict.predictor import Detector, evaluating, model_categories
 from ..structures import Detections
 from ..utils.errors import UserError
 from ..utils.images import read_image
@@ -24,18 +23,18 @@ from .explanation import DecoderLayerSampling, DetectionExplanation, EncoderLaye
 
 @overload
 def explain(
-    model: DeformableDETRNetwork, image: Any, detection: int | None = ..., *, threshold: float = ..., top_k: int = ...
+    model: Detector, image: Any, detection: int | None = ..., *, threshold: float = ..., top_k: int = ...
 ) -> DetectionExplanation: ...
 
 
 @overload
 def explain(
-    model: DeformableDETRNetwork, image: Any, *, point: tuple[float, float], threshold: float = ..., top_k: int = ...
+    model: Detector, image: Any, *, point: tuple[float, float], threshold: float = ..., top_k: int = ...
 ) -> PointExplanation: ...
 
 
 def explain(
-    model: DeformableDETRNetwork,
+    model: Detector,
     image: Any,
     detection: int | None = None,
     *,
@@ -155,12 +154,12 @@ class Trace:
         )
 
 
-def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_k: int = 100) -> Trace:
+def trace(model: Detector, image: Any, threshold: float = 0.5, top_k: int = 100) -> Trace:
     """Run a model on one image as `predict` does and keep the sampling points of every layer.
 
     The arguments are those of `explain`. Raises UserError if the image cannot be read or a setting is out of range.
     """
-    if not isinstance(model, DeformableDETRNetwork):
+    if not model.explains:
         raise UserError("optimized models and exported files have no sampling points; use the original model")
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold} is not in 0..1")
@@ -169,10 +168,10 @@ def trace(model: DeformableDETRNetwork, image: Any, threshold: float = 0.5, top_
     config: ModelConfig = model.config
     pixels = read_image(image)
     image_size = pixels.shape[1], pixels.shape[2]
-    resized = resize(pixels, config.image_size, config.long_side, size_divisor=config.size_divisor)
+    resized = resize(pixels, model.resize_rule)
     batch = pad_images([resized])
     with evaluating(model):
-        mean, std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
+        mean, std = model.pixel_mean, model.pixel_std
         inputs = batch.to(mean.device).normalize(mean, std)
         outputs = model(inputs.pixels, inputs.padding_mask, return_attention=True)
         selection = postprocess(outputs, [image_size], top_k)[0]

@@ -4,12 +4,13 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
+from ..config.image_size import FixedSize
 from ..detector import DeformableDETR
 from ..runtimes.detector import ExportedDetector, load_exported
 from ..runtimes.metadata import ExportMetadata
@@ -37,7 +38,8 @@ class ExportOptions:
 
     Attributes:
         precision: "fp16" halves the file; "int8" (not for "torch") also quantizes activations. Both need `data`.
-        image_size: (height, width) of all inputs, at least 32 pixels each. None: any size. The batch size is dynamic.
+        image_size: (height, width) of all inputs, at least 32 pixels each. None: any size, or the model's own if it
+            stretches all images to one size. The batch size is dynamic.
         post_processing: Also return boxes in pixels, scores and labels; see `graph.InferenceGraph`.
         sampling: "gather" for runtimes that lack GridSample or compute it incorrectly.
         data: Dataset that AP is measured on. int8 is calibrated on its train split.
@@ -104,6 +106,14 @@ class _Exporter:
         self, model: DeformableDETR, name: str, to: Format, options: ExportOptions, report: Callable[[str], None]
     ) -> None:
         self.model = copy.deepcopy(model).cpu().float().eval()
+        rule = self.model.resize_rule
+        if isinstance(rule, FixedSize):
+            size = (rule.height, rule.width)
+            if options.image_size not in (None, size):
+                raise UserError(
+                    f"--image-size {options.image_size[0]},{options.image_size[1]}: the model takes {size[0]},{size[1]}"
+                )
+            options = replace(options, image_size=size)
         self.name, self.to, self.options, self.report = name, to, options, report
         self.metadata = ExportMetadata(
             self_contained_config(self.model), options.image_size, options.precision, options.sampling,

@@ -43,7 +43,7 @@ class CalibrationImages:
 
         config = metadata.config
         self.canvas = metadata.image_size
-        transform = EvalTransform(config.image_size, config.long_side, self.canvas, config.size_divisor)
+        transform = EvalTransform(metadata.resize_rule)
         categories = model_categories(config) if config.category_ids else None
         self.dataset = open_dataset(data, DataConfig().train_split, categories=categories, transform=transform)
         self.mean, self.std = torch.tensor(config.pixel_mean), torch.tensor(config.pixel_std)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config.image_size import ResizeRule
 from ..config.schema import ModelConfig
 from ..data.dataloader import pad_images
 from ..data.discovery import describe_unread, is_hidden, is_unread_image
@@ -28,8 +29,45 @@ from ..utils.images import read_image
 log = logging.getLogger(__name__)
 
 
+class Detector(nn.Module):
+    """What models, optimized models and exported files have in common; all that predict, evaluate and serve use.
+
+    `forward(pixels, padding_mask)` takes normalized RGB (B, 3, H, W) and a bool mask (B, H, W) or None, and returns a
+    dict with `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4), (cx, cy, w, h) in 0..1 of the unpadded image.
+
+    Attributes:
+        config: Classes and resize rule, and what describes the network.
+        pixel_mean, pixel_std: (3,) statistics of RGB pixels in 0..1, on the detector's device.
+        explains: Whether `forward(…, return_attention=True)` also returns where every layer sampled.
+    """
+
+    explains = False
+    config: ModelConfig
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    @property
+    def resize_rule(self) -> ResizeRule:
+        """The size that an image is resized to."""
+        return self.config.resize_rule
+
+    def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
+        """Detect objects.
+
+        Args:
+            source: An image as a path, PIL image, HWC array or CHW tensor; a list of images, or the path of a folder.
+            threshold: Minimum score, 0 to 1.
+            top_k: Maximum number of detections per image.
+            batch_size: Images per forward pass.
+
+        Returns:
+            `Detections` for an image, a list of them for a list or a folder.
+        """
+        return predict(self, source, threshold, top_k, batch_size)
+
+
 def predict(
-    model: nn.Module, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
+    model: Detector, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
 ) -> Detections | list[Detections]:
     """Detect the objects in one or more images.
 
@@ -54,14 +92,13 @@ def predict(
     return results if many else results[0]
 
 
-def default_top_k(model: nn.Module) -> int:
+def default_top_k(model: Detector) -> int:
     """Return a maximum of detections per image that cuts no image off: each object is found by its own query."""
-    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
-    return max(100, config.num_queries)
+    return max(100, model.config.num_queries)
 
 
 def predict_iter(
-    model: nn.Module, sources: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
+    model: Detector, sources: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
 ) -> Iterator[Detections]:
     """Detect the objects in any number of images in constant memory; see `predict`.
 
@@ -83,7 +120,7 @@ def _raise_errors(results: Generator[Detections | UserError, None, None]) -> Ite
 
 
 def predict_each(
-    model: nn.Module,
+    model: Detector,
     sources: Any,
     threshold: float = 0.5,
     top_k: int = 100,
@@ -114,10 +151,9 @@ class _InputImage(NamedTuple):
 
 
 def _predictions(
-    model: nn.Module, inputs: Generator[_InputImage, None, None], threshold: float, top_k: int, batch_size: int
+    model: Detector, inputs: Generator[_InputImage, None, None], threshold: float, top_k: int, batch_size: int
 ) -> Generator[Detections | UserError, None, None]:
-    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
-    categories = model_categories(config)
+    categories = model_categories(model.config)
     with closing(inputs):
         while batch := list(islice(inputs, batch_size)):
             readable = [(item.pixels, item.size) for item in batch if isinstance(item.pixels, Tensor)]
@@ -131,18 +167,17 @@ def _predictions(
 
 
 def _read_ahead(
-    model: nn.Module, sources: Iterator[Any], batch_size: int, keep_pixels: bool
+    model: Detector, sources: Iterator[Any], batch_size: int, keep_pixels: bool
 ) -> Generator[_InputImage, None, None]:
     """Read and resize the images in order: files in threads, a bounded number ahead; others only when requested."""
-    config: ModelConfig = model.config  # pyright: ignore[reportAssignmentType]
-    canvas = getattr(model, "canvas", None)
+    rule = model.resize_rule
 
     def read(source: Any) -> _InputImage:
         try:
             image = read_image(source)
         except UserError as error:
             return _InputImage(source, (0, 0), error)
-        resized = resize(image, config.image_size, config.long_side, canvas, config.size_divisor)
+        resized = resize(image, rule)
         return _InputImage(image if keep_pixels else source, (image.shape[1], image.shape[2]), resized)
 
     threads = min(8, max(1, (os.cpu_count() or 1) // 2))
@@ -165,14 +200,14 @@ def _read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _detect(model: nn.Module, images: Sequence[tuple[Tensor, tuple[int, int]]], top_k: int) -> list[ScoredBoxes]:
+def _detect(model: Detector, images: Sequence[tuple[Tensor, tuple[int, int]]], top_k: int) -> list[ScoredBoxes]:
     """Run the model on a batch of resized images with their original sizes."""
     pixels, sizes = zip(*images, strict=True)
     with evaluating(model):
         return postprocess(forward(model, pad_images(pixels)), sizes, top_k)
 
 
-def forward(model: nn.Module, batch: Any) -> dict[str, Any]:
+def forward(model: Detector, batch: Any) -> dict[str, Any]:
     """Normalize a uint8 `ImageBatch` on the model's device and return the model's outputs."""
     mean, std = model.pixel_mean, model.pixel_std
     batch = batch.to(mean.device, non_blocking=True).normalize(mean, std)

@@ -43,7 +43,7 @@ def pack_model(source: str) -> tuple[dict[str, bytes], str]:
     from ..utils.files import is_exported, read_json
     from ..weights.native import CONFIG, FORMAT, WEIGHTS
 
-    detector = load_detector(source, "cpu")
+    detector: Any = load_detector(source, "cpu")
     path = Path(source)
     if is_exported(source):
         paths = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]

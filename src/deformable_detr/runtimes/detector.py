@@ -2,22 +2,20 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..config.image_size import ResizeRule
+from ..predict.predictor import Detector
 from ..utils.errors import UserError
 from .files import RUNTIMES, Runtime
 from .metadata import ExportMetadata
 
 
-class ExportedDetector(nn.Module):
+class ExportedDetector(Detector):
     """An exported file that takes the model's place in `predict` and `evaluate`; `path` is for error messages."""
-
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(self, runtime: Runtime, path: str) -> None:
         super().__init__()
@@ -42,11 +40,10 @@ class ExportedDetector(nn.Module):
         logits, boxes = self.runtime(inputs)[:2]
         return {"pred_logits": logits, "pred_boxes": boxes}
 
-    def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
-        """Return `Detections`. See `DeformableDETR.predict`."""
-        from ..predict.predictor import predict
-
-        return predict(self, source, threshold, top_k, batch_size)
+    @property
+    def resize_rule(self) -> ResizeRule:
+        """The size that an image is resized to, at most the exported size."""
+        return self.metadata.resize_rule
 
 
 def pad_to_canvas(pixels: Tensor, padding_mask: Tensor, canvas: tuple[int, int] | None) -> tuple[Tensor, Tensor]:

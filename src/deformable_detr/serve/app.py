@@ -115,7 +115,7 @@ def _api_routes(engine: Engine, name: str) -> APIRouter:
 
         return await _process(request, engine, budget, 1, work)
 
-    if engine.explains:
+    if engine.model.explains:
         router.post("/explain", response_model=schemas.Explained, openapi_extra=_describe_body(1))(explain)
 
     @router.get("/model")
@@ -128,9 +128,10 @@ def _api_routes(engine: Engine, name: str) -> APIRouter:
                 schemas.Class(label=label, category_id=category.id, name=category.name)
                 for label, category in enumerate(engine.categories)
             ],
-            short_side=engine.config.image_size,
+            resize=engine.config.resize,
+            short_side=engine.config.resize_rule.short,
             long_side=engine.config.long_side,
-            explains=engine.explains,
+            explains=engine.model.explains,
             formats=list(FORMATS.values()),
             limits=schemas.RequestLimits.model_validate(limits, from_attributes=True),
         )

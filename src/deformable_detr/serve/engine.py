@@ -13,16 +13,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from starlette.exceptions import HTTPException
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config.image_size import typical_input_size
+from ..config.image_size import FitInside, typical_input_size
 from ..config.schema import ModelConfig
 from ..data.dataloader import pad_images
 from ..data.transforms import resize
-from ..detector import DeformableDETR
 from ..explanation import Trace, trace
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
-from ..predict.predictor import evaluating, forward, model_categories
+from ..predict.predictor import Detector, evaluating, forward, model_categories
 from ..structures import Detections
 from ..utils.process import malloc_trim
 from .batching import Batcher
@@ -67,15 +66,14 @@ class Engine:
             connection.
     """
 
-    def __init__(self, model: nn.Module, limits: Limits, detector: nn.Module | None = None) -> None:
-        self.model: Any = model.eval()
+    def __init__(self, model: Detector, limits: Limits, detector: Detector | None = None) -> None:
+        self.model = model.eval()
         self.limits, self.metrics = limits, Metrics()
         self.draining = False
         self.config: ModelConfig = self.model.config
-        self.explains = isinstance(model, DeformableDETR)
         self.detector = model if detector is None else detector
         self.categories = model_categories(self.config)
-        self._canvas: tuple[int, int] | None = getattr(model, "canvas", None)
+        self._resize = self.model.resize_rule
         self._batcher = Batcher(self._run, limits.max_batch_size, limits.batch_wait, self._warm_up)
         self._accepted, self._explaining = 0, asyncio.Semaphore(limits.max_explanations)
         self._seconds_per_image = 0.1  # moving average
@@ -109,15 +107,14 @@ class Engine:
 
     async def detect(self, uploads: Sequence[Upload], threshold: float, top_k: int) -> list[Detections]:
         """Return the detections of each image. Raises HTTPException if one cannot be read."""
-        config = self.config
 
         def resized(pixels: Tensor) -> _DetectJob:
-            small = resize(pixels, config.image_size, config.long_side, self._canvas, config.size_divisor)
+            small = resize(pixels, self._resize)
             return _DetectJob(small, (pixels.shape[1], pixels.shape[2]), top_k)
 
         with self._reserve(len(uploads)):
             jobs = await _gather([self._decode(upload, resized) for upload in uploads])
-            results = await _gather([self._submit(job, self._canvas or job.pixels.shape) for job in jobs])
+            results = await _gather([self._submit(job, self._batch_key(job)) for job in jobs])
         return [
             to_detections(boxes, job.image_size, threshold, self.categories)
             for boxes, job in zip(results, jobs, strict=True)
@@ -166,10 +163,14 @@ class Engine:
         self.metrics.read_seconds.observe(time.perf_counter() - start)
         return result
 
+    def _batch_key(self, job: "_DetectJob") -> Hashable:
+        """Images with equal keys share batches: all if the model pads them to one size anyway."""
+        return None if isinstance(self._resize, FitInside) else job.pixels.shape
+
     def _warm_up(self) -> None:
-        pixels = torch.zeros(3, *(self._canvas or typical_input_size(self.config)), dtype=torch.uint8)
+        pixels = torch.zeros(3, *typical_input_size(self._resize), dtype=torch.uint8)
         start = time.perf_counter()
-        self._detect([_DetectJob(pixels, (self.config.image_size, self.config.image_size), 100)])
+        self._detect([_DetectJob(pixels, (pixels.shape[1], pixels.shape[2]), 100)])
         self._seconds_per_image = time.perf_counter() - start
 
     def _run(self, jobs: Sequence[Any]) -> Sequence[Any]:

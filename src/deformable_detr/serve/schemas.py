@@ -88,6 +88,7 @@ class Model(BaseModel):
     name: str
     version: Annotated[str, Field(description="version of deformable-detr")]
     classes: list[Class]
+    resize: Annotated[str, Field(description="shortest_edge keeps the aspect ratio; fixed stretches images")]
     short_side: Annotated[int, Field(description="pixels that images are resized to")]
     long_side: int
     explains: Annotated[bool, Field(description="whether /v1/explain is available")]

@@ -20,7 +20,7 @@ from ..data.dataloader import Batch, LoaderOptions, build_dataloader, mix_seeds
 from ..data.dataset import CocoDataset, ensure_distinct_splits, open_dataset
 from ..data.mosaic import MosaicDataset
 from ..data.source import AnnotationCache
-from ..data.transforms import EvalTransform, TrainTransform
+from ..data.transforms import EvalTransform, train_transform
 from ..data.validate import check_for_training
 from ..distributed.context import DistributedContext
 from ..distributed.launch import restarted
@@ -99,16 +99,16 @@ def _open_datasets(
     data: str | os.PathLike[str], config: Config, resume: bool, context: DistributedContext
 ) -> tuple[CocoDataset, CocoDataset]:
     """Open and validate the training and the validation split. A resumed run was validated when it started."""
-    size, divisor = (config.model.image_size, config.model.long_side), config.model.size_divisor
+    rule = config.model.resize_rule
     cache = AnnotationCache()  # each annotation file is parsed once
     if not resume:
         queries = config.model.num_queries
-        for line in context.on_rank_zero(lambda: list(check_for_training(data, config.data, *size, cache, queries))):
+        for line in context.on_rank_zero(lambda: list(check_for_training(data, config.data, rule, cache, queries))):
             log.warning(line)
     with context.sync_errors():
-        transform = TrainTransform(*size, divisor, config.data)
+        transform = train_transform(rule, config.data)
         train_set = open_dataset(data, config.data.train_split, config.data, transform=transform, cache=cache)
-        transform = EvalTransform(*size, size_divisor=divisor)
+        transform = EvalTransform(rule)
         val_set = open_dataset(data, config.data.val_split, config.data, train_set.categories, transform, cache)
         ensure_distinct_splits(train_set, val_set, data)
         if context.is_rank_zero:

@@ -95,8 +95,7 @@ def _summary(config: ModelConfig) -> str:
     variant = ", two-stage" if config.two_stage else ", iterative box refinement" if config.refine else ""
     return (
         f"Detects {config.num_classes} classes of objects. Backbone {_inline(config.backbone)}, feature levels: "
-        f"{config.num_feature_levels}, queries: {config.num_queries}{variant}. Images are resized to a short side of "
-        f"{config.image_size} and a long side of at most {config.long_side} pixels."
+        f"{config.num_feature_levels}, queries: {config.num_queries}{variant}. Images are {config.resize_rule}."
     )
 
 

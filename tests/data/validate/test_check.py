@@ -7,7 +7,7 @@ import pytest
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.validate import check_dataset, check_for_training, images
 from deformable_detr.utils.errors import UserError
-from tests.support.data_problems import SIZES, TRAIN, check_report, run_check
+from tests.support.data_problems import RULE, TRAIN, check_report, run_check
 from tests.support.datasets import OBJECTS, write_coco_dataset
 
 
@@ -53,24 +53,24 @@ def test_warnings_before_training_are_summarized(tmp_path):
     content = json.loads((root / TRAIN).read_text())
     content["annotations"] += [{"id": 9 + n, "image_id": 1, "category_id": 1, "bbox": [n, 2, 0, 5]} for n in range(7)]
     (root / TRAIN).write_text(json.dumps(content))
-    lines = check_for_training(root, DataConfig(), **SIZES)
+    lines = check_for_training(root, DataConfig(), RULE)
     assert [line.split(":")[0] for line in lines] == [
         "warning class-rare", "warning class-rare", "warning box-degenerate", "warning box-degenerate",
         "to list all issues",
     ]  # fmt: skip
     assert lines[3].endswith("6 more")
-    assert check_for_training(root, DataConfig(check="off"), **SIZES) == ()
+    assert check_for_training(root, DataConfig(check="off"), RULE) == ()
 
 
 def test_first_error_stops_training(tmp_path):
     root = write_coco_dataset(tmp_path)
     (root / "train/a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"train/a\.png: cannot be read as an image .*; replace or remove it$"):
-        check_for_training(root, DataConfig(), **SIZES)
+        check_for_training(root, DataConfig(), RULE)
     (root / "train/b.png").unlink()
     with pytest.raises(UserError, match=rf"'b\.png'.*\(the first of 2 errors; to list all: .* check {root}\)$"):
-        check_for_training(root, DataConfig(), **SIZES)
-    check_for_training(root, DataConfig(check="off"), **SIZES)
+        check_for_training(root, DataConfig(), RULE)
+    check_for_training(root, DataConfig(check="off"), RULE)
 
 
 def test_auto_checks_a_sample_and_full_checks_all_images(tmp_path, monkeypatch):
@@ -92,12 +92,12 @@ def test_auto_checks_a_sample_and_full_checks_all_images(tmp_path, monkeypatch):
 def test_more_objects_than_queries(tmp_path):
     boxes = [(0, (x, y, 4, 4)) for x in range(0, 36, 3) for y in range(0, 16, 2)]
     root = write_coco_dataset(tmp_path, {"train": {"a": boxes, "b": boxes[:2]}, "val": {"c": boxes[:50]}})
-    report = check_dataset(root, DataConfig(), **SIZES, num_queries=50)
+    report = check_dataset(root, DataConfig(), RULE, num_queries=50)
     [issue] = [issue for issue in report.issues if issue.code == "too-many-objects"]
     assert (
         f"has 1 images with more objects than the model's 50 queries, at most {len(boxes)} ('a.png')" in issue.message
     )
     assert issue.hint == "train with --set model.num_queries=200"
-    lines = check_for_training(root, DataConfig(), **SIZES, num_queries=50)
+    lines = check_for_training(root, DataConfig(), RULE, num_queries=50)
     assert any(line.startswith("warning too-many-objects") for line in lines)
-    assert not any("too-many" in line for line in check_for_training(root, DataConfig(), **SIZES, num_queries=96))
+    assert not any("too-many" in line for line in check_for_training(root, DataConfig(), RULE, num_queries=96))

@@ -3,6 +3,7 @@
 import pytest
 
 from deformable_detr.cli import main
+from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data import coco
 from deformable_detr.data.validate import ISSUE_TYPES, check_for_training
@@ -93,7 +94,7 @@ def test_faults_in_the_validation_split_stop_training(tmp_path):
     (root / "valid/c.png").write_bytes(b"")
     assert [finding.split for finding in check_report(root).errors] == ["val"]
     with pytest.raises(UserError, match=r"valid/c\.png"):
-        check_for_training(root, DataConfig(), 64, 107)
+        check_for_training(root, DataConfig(), ShortestEdge(64, 107))
 
 
 def test_faults_in_the_test_split_do_not_stop_training(tmp_path):
@@ -101,10 +102,12 @@ def test_faults_in_the_test_split_do_not_stop_training(tmp_path):
     write_coco_dataset(root, {"test": {"d": [(0, (4, 2, 16, 10))]}}, folders=("test",))
     (root / "test/d.png").unlink()
     assert [(finding.code, finding.split) for finding in check_report(root).errors] == [("image-missing", "test")]
-    lines = check_for_training(root, DataConfig(), 64, 107)
+    lines = check_for_training(root, DataConfig(), ShortestEdge(64, 107))
     assert not [line for line in lines if "/test/" in line]
     (root / "test/d.png").write_bytes((root / "train/a.png").read_bytes())
-    assert any(line.startswith("warning leak: ") for line in check_for_training(root, DataConfig(), 64, 107))
+    assert any(
+        line.startswith("warning leak: ") for line in check_for_training(root, DataConfig(), ShortestEdge(64, 107))
+    )
     (root / "test/d.png").unlink()
     with pytest.raises(UserError, match="d\\.png"):
-        check_for_training(root, DataConfig(val_split="test"), 64, 107)
+        check_for_training(root, DataConfig(val_split="test"), ShortestEdge(64, 107))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...config.image_size import ModelResize
 from ...config.schema import DataConfig
 from ...structures import Category
 from ...utils.errors import UserError
@@ -88,8 +89,7 @@ class Report:
 def check_dataset(
     root: str | os.PathLike[str],
     data: DataConfig,
-    image_size: int,
-    long_side: int,
+    rule: ModelResize,
     depth: Depth = "full",
     progress: bool = False,
     cache: AnnotationCache | None = None,
@@ -100,7 +100,7 @@ def check_dataset(
     Args:
         root: Folder or annotation file of the dataset.
         data: Data settings.
-        image_size, long_side: Resize of the model in pixels, for the tiny objects.
+        rule: Resize of the model; it decides which objects are tiny.
         depth: "full" decodes every image; "auto" decodes at most `AUTO_IMAGES` in `AUTO_SECONDS`.
         progress: Show a progress bar if standard error is a terminal.
         cache: Keeps the parsed annotations for other readers.
@@ -117,17 +117,16 @@ def check_dataset(
             splits[name] = split
     coverage = check_images(list(splits.values()), depth, issues, progress)
     for split in splits.values():
-        check_boxes(split, image_size, long_side, issues)
+        check_boxes(split, rule, issues)
         check_crowded(split, num_queries, issues)
     check_classes(list(splits.values()), splits.get(data.train_split), splits.get(data.val_split), issues)
-    return Report(base, tuple(splits.values()), issues, coverage, image_size)
+    return Report(base, tuple(splits.values()), issues, coverage, rule.short)
 
 
 def check_for_training(
     root: str | os.PathLike[str],
     data: DataConfig,
-    image_size: int,
-    long_side: int,
+    rule: ModelResize,
     cache: AnnotationCache | None = None,
     num_queries: int | None = None,
 ) -> tuple[str, ...]:
@@ -137,7 +136,7 @@ def check_for_training(
     """
     if data.check == "off":
         return ()
-    report = check_dataset(root, data, image_size, long_side, data.check, cache=cache, num_queries=num_queries)
+    report = check_dataset(root, data, rule, data.check, cache=cache, num_queries=num_queries)
     used = [issue for issue in report.issues if issue.split in (data.train_split, data.val_split)]
     report = replace(report, issues=Issues(used))
     if errors := report.errors:

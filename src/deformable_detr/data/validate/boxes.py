@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ...config.image_size import resized_size
+from ...config.image_size import ModelResize
 from ..issues import CORNERS_SHARE, OVERHANG, TINY_SIDE, Issues
 from ..records import clip_corners
 from ..transforms import MIN_SIDE
@@ -13,7 +13,7 @@ from .annotations import Split
 LISTED = 100  # detections per image that COCO metrics and `model.predict` keep by default
 
 
-def check_boxes(split: Split, image_size: int, long_side: int, issues: Issues) -> None:
+def check_boxes(split: Split, rule: ModelResize, issues: Issues) -> None:
     """Add the issues of a split's boxes; image sizes are those of the files, if these were read."""
     kept = np.flatnonzero(~split.crowds)
     boxes, limits = split.boxes[kept], object_limits(split)[kept]
@@ -40,7 +40,7 @@ def check_boxes(split: Split, image_size: int, long_side: int, issues: Issues) -
     for first, index in _duplicates(split, kept):
         message = f"has the box and class of {split.object_name(first)}"
         issues.add("box-duplicate", split.file, split.object_name(index), message, **split.locate(index))
-    _check_tiny(split, kept[inside], corners[inside], limits[inside], (image_size, long_side), issues)
+    _check_tiny(split, kept[inside], corners[inside], limits[inside], rule, issues)
 
 
 def check_crowded(split: Split, num_queries: int | None, issues: Issues) -> None:
@@ -118,13 +118,13 @@ def _report_unit(split: Split, unit: str, example: int, issues: Issues) -> None:
 
 
 def _check_tiny(
-    split: Split, indices: np.ndarray, corners: np.ndarray, limits: np.ndarray, resize: tuple[int, int], issues: Issues
+    split: Split, indices: np.ndarray, corners: np.ndarray, limits: np.ndarray, rule: ModelResize, issues: Issues
 ) -> None:
-    """Add an issue per image with objects that are tiny after the resize to (image size, long side)."""
+    """Add an issue per image with objects that are tiny after the resize."""
     known = np.isfinite(limits).all(axis=1)
     indices, corners = indices[known], corners[known]
     sizes, groups = np.unique(limits[known].astype(np.int64), axis=0, return_inverse=True)
-    resized = [resized_size(height, width, *resize)[::-1] for width, height in sizes.tolist()]
+    resized = [rule(height, width)[::-1] for width, height in sizes.tolist()]
     scales = (np.array(resized, dtype=np.float64).reshape(-1, 2) / sizes)[groups.reshape(-1)]
     sides = np.min((corners[:, 2:] - corners[:, :2]) * scales, axis=1, initial=np.inf)
     images = split.image_indices[indices]
@@ -135,7 +135,7 @@ def _check_tiny(
         smallest, record = tiny[first], split.images[image]
         message = (
             f"({record.name!r}) has {count} of {totals[image]} objects under {TINY_SIDE:g} pixels at image size "
-            f"{resize[0]}, the smallest {sides[smallest]:.1f}"
+            f"{rule.short}, the smallest {sides[smallest]:.1f}"
         )
         location = split.locate(int(indices[smallest])) | split.locate_image(record)
         issues.add("tiny-objects", split.file, f"images[{record.position}]", message, **location)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config.schema import ModelConfig
 from ...model.backbone import InputProjection
 from ...model.network import DeformableDETRNetwork
+from ...predict.predictor import Detector
 from ...utils.errors import UserError
 from .folding import example_pixels, inference_copy
 from .fusion import fuse_backbone
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class OptimizedDetector(nn.Module):
+class OptimizedDetector(Detector):
     """The result of `DeformableDETR.optimize`. It takes the model's place in `predict` and `evaluate`.
 
     It cannot be trained, and stays on the device that the model is on. In bf16 the backbone, the encoder and the
@@ -36,9 +36,6 @@ class OptimizedDetector(nn.Module):
         UserError: The precision is unknown, or the processor lacks it.
     """
 
-    pixel_mean: Tensor
-    pixel_std: Tensor
-
     def __reduce__(self) -> NoReturn:  # oneDNN's packed weights have no storage to copy
         hint = "copy or send the model, or its folder from save_pretrained, and call optimize() there"
         raise TypeError(f"an optimized model cannot be copied, pickled or sent to a process; {hint}")
@@ -49,7 +46,7 @@ class OptimizedDetector(nn.Module):
         dtype = _checked_dtype(precision, device)
         packed = not compile and device.type == "cpu" and is_available(dtype) and is_available(torch.float32)
         source = inference_copy(model)
-        self.config: ModelConfig = model.config
+        self.config = model.config
         self.dtype = dtype
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, source.get_buffer(name).clone(), persistent=False)
@@ -113,12 +110,6 @@ class OptimizedDetector(nn.Module):
             )
         del memory
         return self.decoder(queries, position, reference_points, values, positional)
-
-    def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
-        """Return `Detections`. See `DeformableDETR.predict`."""
-        from ...predict.predictor import predict
-
-        return predict(self, source, threshold, top_k, batch_size)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         probe = fn(self.pixel_mean)

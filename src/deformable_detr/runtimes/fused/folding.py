@@ -29,7 +29,7 @@ def inference_copy(model: NetworkT) -> NetworkT:
 
 def example_pixels(body: nn.Module, config: ModelConfig, like: Tensor, size: tuple[int, int]) -> Tensor:
     """Return noise (1, 3, height, width) of `size`, or of the config's typical size if the backbone rejects that."""
-    usual = typical_input_size(config)
+    usual = typical_input_size(config.resize_rule)
     generator = torch.Generator().manual_seed(0)
     for height, width in (size, usual):
         pixels = torch.randn(1, 3, height, width, generator=generator).to(like)
