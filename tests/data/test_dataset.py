@@ -356,7 +356,11 @@ FAULTS = {
         list(range(999)),
         r"annotations\[3\] \(id 6\) has bbox \[0, 1, .*\.\.\.\]",
     ),
-    "text in box": (("annotations", 3, "bbox"), [1, 2, 3, "4"], r"annotations\[3\] \(id 6\) has bbox \[1, 2, 3, '4'\]"),
+    "text in box": (
+        ("annotations", 3, "bbox"),
+        [1, 2, 3, "4 px"],
+        r"annotations\[3\] \(id 6\) has bbox \[1, 2, 3, '4 px'\]",
+    ),
     "NaN in box": (
         ("annotations", 3, "bbox"),
         [1, 2, float("nan"), 4],

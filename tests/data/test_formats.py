@@ -16,6 +16,7 @@ from deformable_detr.data.labels import label_trees
 from deformable_detr.data.yolo import read_row
 from deformable_detr.structures import Category
 from deformable_detr.utils.errors import UserError
+from tests.support.data_problems import check_report
 from tests.support.datasets import (
     SIZE,
     expected_objects,
@@ -117,13 +118,32 @@ def test_yolo_rows():
     assert read_row("1 0.5 0.5 0.5 0.25 0.9", 2) == read_row("1 0.5 0.5 0.5 0.25", 2), "confidence"
     assert read_row("0 1.005 0.5 0.1 0.1", 1)[0] == 0, "tolerates rounding by labeling tools"
     for row, message in {
-        "0 0.5 0.5 0.5": "has 4 values", "0 0.1 0.1 0.2 0.2 3": "has 6 values", "0 a b c d": "instead of numbers",
+        "0 0.5 0.5 0.5": "has 4 values", "0 0.1 0.1 0.2 0.2 -0.7": "has 6 values", "0 a b c d": "instead of numbers",
         "2 0.5 0.5 0.1 0.1": "has class 2, but the classes are 0 to 1", "-1 0 0 0 0": "has class -1",
         "0.5 0 0 0 0": "has class 0.5", "0 20 10 5 5": "outside 0..1", "0 nan 0 0 0": "not a finite number",
-        "0 -0.2 0.5 0.1 0.1": "outside 0..1",
+        "0 -0.2 0.5 0.1 0.1": "outside 0..1", "0 .5 .5 .2 .2 .5 .5 2 .4 .4 0": r"set kpt_shape: \[2, 3\] in data.yaml",
+        "0 .5 .5 .2 .2 .9 -1": "outside 0..1", "0;.5;.5;.2": "has 4 values", "0 .5 .5 .2 .2 .9 0.5 1": "has 8 values",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=message):
             read_row(row, 2)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "1,0.5,0.5,0.5,0.25", "1, 0.5, 0.5, 0.5, 0.25", "1;0.5;0.5;0.5;0.25;", "1\t0.5\t0.5\t0.5\t0.25",
+        "1 0,5 0,5 0,5 0,25", "1;0,5;0,5;0,5;0,25", "1.0 5e-1 0.5 0.5 .25", "1 0.5 0.5 0.5 0.25 1",
+        "1 0.5 0.5 0.5 0.25 17", "1 0.5 0.5 0.5 0.25 0.9 17", "1 0.5 0.5 0.5 0.25 0.9 1", "1 0.5 0.5 0.5 0.25 1 2",
+    ],
+)  # fmt: skip
+def test_separators_and_values_after_the_box(tmp_path, row):
+    assert read_row(row, 2) == read_row("1 0.5 0.5 0.5 0.25", 2)
+    write_yolo_dataset(tmp_path)
+    labels = next((tmp_path / "labels/train").glob("*.txt"))
+    labels.write_text(f"{row}\n")
+    labels.rename(labels.with_name("other.txt"))
+    (issue,) = (issue for issue in check_report(tmp_path).issues if issue.code == "label-unmatched")
+    assert issue.objects == 1, "rows of a label file without an image are counted"
 
 
 def test_yolo_rows_with_keypoints(tmp_path):

@@ -1,6 +1,7 @@
 """Every format that is read gives the same boxes; formats that are not read are named."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.formats import find_source
+from deformable_detr.data.named import rotated_extent
 from deformable_detr.data.voc import pixel_origin
 from deformable_detr.utils.errors import UserError
 from tests.support.data_problems import check_report, issue_codes, run_check
@@ -155,6 +157,34 @@ def test_csv_columns(tmp_path, text):
     assert_same(objects_of(tmp_path), {"a": [("x", 1, 2, 29, 48)]})
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_csv_with_decimal_commas(tmp_path, delimiter):
+    root = write_task(tmp_path, WRITERS["csv_table"])
+    for path in root.rglob("*.csv"):
+        path.write_text(re.sub(r"([0-9])\.([0-9])", r"\1,\2", path.read_text().replace(",", delimiter)))
+    assert_same(objects_of(root), expected("train"))
+    assert issue_codes(root) <= {"class-rare", "tiny-objects"}
+
+
+@pytest.mark.parametrize("write", [str, "{} ".format, lambda box: [f"{value}" for value in box]])
+def test_coco_boxes_and_sizes_as_texts(tmp_path, write):
+    root = write_task(tmp_path, WRITERS["coco"])
+    for path in root.rglob("*.json"):
+        content = json.loads(path.read_text())
+        for record in content["annotations"]:
+            record["bbox"] = write(record["bbox"])
+        for record in content["images"]:
+            record |= {"width": "160", "height": 120.0}
+        path.write_text(json.dumps(content))
+    assert_same(objects_of(root), expected("train"))
+    assert open_dataset(root).sizes.tolist() == [[120, 160]] * 3
+
+
+def test_swapped_corners_of_a_rotated_cvat_box():
+    assert rotated_extent([30, 10, -20, 10], 30) == pytest.approx(rotated_extent([10, 10, 20, 10], 30))
+    assert rotated_extent([30, 10, -20, 10], 0) == [30, 10, -20, 10]
+
+
 def test_swapped_corners_are_exchanged(tmp_path):
     write_image(tmp_path / "a.jpg", (160, 120))
     (tmp_path / "boxes.csv").write_text("filename,class,xmin,ymin,xmax,ymax\na.jpg,x,30,2,1,50\n")
@@ -238,6 +268,32 @@ def test_unknown_folder_is_summed_up(tmp_path):
 )
 def test_pixel_origin_of_voc(evidence, has_list, origin, conflict):
     assert pixel_origin(evidence, has_list)[::2] == (origin, conflict)
+
+
+@pytest.mark.parametrize(
+    ("source", "origin"),
+    [
+        ("<source><database>Supervisely Project ID:12</database><annotation>PASCAL VOC</annotation></source>", 0),
+        ("<source><database>My Database</database><annotation>VOC2007</annotation></source>", 0),
+        ("<database></database><annotation></annotation><image></image>", 0),  # labelme2voc
+        ("<source><database>The VOC2007 Database</database><annotation>PASCAL VOC2007</annotation></source>", 1),
+        ("", 1),
+    ],
+)
+def test_only_the_database_names_pascal_voc(tmp_path, source, origin):
+    root = write_task(tmp_path, WRITERS["voc"])
+    for path in root.rglob("*.xml"):
+        text = re.sub(r"([0-9]+)\.[0-9]+<", r"\1<", path.read_text()).replace(">0<", ">1<")
+        path.write_text(re.sub("<source>.*</source>", source, text))
+    for split, folder, names in (("train", "train", ("p0", "p1", "p2")), ("val", "valid", ("q0",))):
+        for name in names:
+            for kind, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+                (root / kind).mkdir(exist_ok=True)
+                (root / folder / f"{name}.{suffix}").rename(root / kind / f"{name}.{suffix}")
+        (root / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        (root / f"ImageSets/Main/{split}.txt").write_text("\n".join(names))
+        (root / folder).rmdir()
+    assert objects_of(root)["p1"] == [("disc", 16 - origin, 32 - origin, 144 + origin, 24 + origin)]
 
 
 def test_cvat_voc_equals_its_coco_export(cases):

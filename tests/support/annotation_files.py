@@ -195,7 +195,7 @@ COCO = {
     "unknown image": (patch("annotations", 0, image_id=77), {"image-unknown", "class-only-in-val"}, RECORD),
     "no box": (patch("annotations", 0, bbox=None), {BAD, "class-only-in-val"}, RECORD),
     "box of three numbers": (box(1, 2, 3), {BAD, "class-only-in-val"}, RECORD),
-    "string in box": (box(1, 2, 3, "4"), {BAD, "class-only-in-val"}, RECORD),
+    "string in box": (box(1, 2, 3, "four"), {BAD, "class-only-in-val"}, RECORD),
     "NaN in box": (box(1, 2, float("nan"), 4), {BAD, "class-only-in-val"}, RECORD),
     "infinity in box": (box(float("inf"), 2, 3, 4), {BAD, "class-only-in-val"}, RECORD),
     "huge number in box": (box(10**400, 2, 3, 4), {BAD, "class-only-in-val"}, RECORD),

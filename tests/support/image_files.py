@@ -35,6 +35,15 @@ def png_16bit(highest):
     return encode("PNG", Image.fromarray(values.astype(np.uint16)))
 
 
+def rgb_png_16bit(highest):
+    """Return a PNG with 16 bits per channel, which Pillow cannot write."""
+    width, height = SIZE
+    values = np.linspace(0, highest, width * height * 3).astype(">u2").reshape(height, -1)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in values))
+    return PNG[:8] + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
 def exif(orientation):
     found = Image.Exif()
     found[0x0112] = orientation
@@ -96,11 +105,13 @@ FILES = {
     "13 bits": (png_16bit(8191), set()),
     "12 bits of 16": (png_16bit(4095), {"image-dim"}),
     "12 bits of 16, very dark": (png_16bit(100), {"image-dim"}),
+    "12 bits of 16, RGB": (rgb_png_16bit(4095), {"image-dim"}),
+    "16 bits, RGB": (rgb_png_16bit(65535), set()),
     "8 bits, almost black": (encode("PNG", IMAGE.point(lambda value: value // 32)), set()),
     **{
         f"mode {mode}": (
             encode("TIFF" if mode in ("LAB", "CMYK", "F", "YCbCr", "I") else "PNG", image),
-            set(),
+            {"image-dim"} if mode == "I;16" else set(),  # black
         )
         for mode, image in (
             (mode, Image.new(mode, SIZE) if mode in ("LAB", "I;16") else IMAGE.convert(mode)) for mode in MODES

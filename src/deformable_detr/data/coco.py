@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from ..config.schema import DataConfig
 from ..structures import Category
 from ..utils.errors import UserError
+from .annotation_files import to_numbers
 from .discovery import ImageFolder, find_image_folder
 from .named import rotated_extent
 from .records import MaskBox, RotatedBox, SwappedBox, TextId, is_finite, is_int64
@@ -65,8 +66,8 @@ class CocoSource(Source):
 
 
 def _clean(record: dict[str, Any]) -> dict[str, Any]:
-    """Drop the mask, after taking a missing box from it, and accept 7.0 (pandas) and "7" as ids."""
-    for key in ("id", "image_id", "category_id"):
+    """Drop the mask, after taking a missing box from it, and accept 7.0 (pandas) and "7" as ids and numbers."""
+    for key in ("id", "image_id", "category_id", "width", "height"):
         value = record.get(key)
         if (type(value) is float and value.is_integer()) or (isinstance(value, str) and _DIGITS.fullmatch(value)):
             record[key] = int(value)
@@ -76,6 +77,9 @@ def _clean(record: dict[str, Any]) -> dict[str, Any]:
         record["name"] = str(name)
     mask = record.pop("segmentation", None)
     box: Any = record.get("bbox")
+    if isinstance(box, str) or (isinstance(box, list) and any(isinstance(value, str) for value in box)):
+        texts = box.strip("[]() ").replace(",", " ").split() if isinstance(box, str) else box
+        box = record["bbox"] = to_numbers(texts) or box
     if box not in (None, [], [0, 0, 0, 0]):
         if isinstance(box, list) and len(box) == 4 and all(map(is_finite, box)) and min(box[2:]) < 0:
             x, y, w, h = box

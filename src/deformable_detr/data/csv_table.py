@@ -57,7 +57,10 @@ class CsvSource(FileSource):
                 ids[name] = split.image(name, record.get("height"), record.get("width"))
             if not any(record.get(key) for key in RETINANET[1:]):
                 continue  # an image without objects
-            corners = to_numbers([record.get(key) for key in RETINANET[1:5]])
+            values = [record.get(key) or "" for key in RETINANET[1:5]]
+            if _delimiter(lines) != ",":  # such tables may have decimal commas
+                values = [value.replace(",", ".") for value in values]
+            corners = to_numbers(values)
             box = corners and [*corners[:2], corners[2] - corners[0], corners[3] - corners[1]]
             split.add(ids[name], record.get("class"), box, path, f"line {number}")
 
@@ -83,5 +86,8 @@ def _is_retinanet(row: list[str]) -> bool:
 
 
 def _rows(lines: list[str]) -> Iterator[list[str]]:
-    delimiter = max(",;\t", key=lines[0].count) if lines else ","
-    return csv.reader(lines, delimiter=delimiter)
+    return csv.reader(lines, delimiter=_delimiter(lines))
+
+
+def _delimiter(lines: list[str]) -> str:
+    return max(",;\t", key=lines[0].count) if lines else ","

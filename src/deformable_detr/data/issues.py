@@ -77,7 +77,7 @@ _WARNINGS = {
         "A label file has objects, but no image of its name; they are read for the only image with a similar name",
         "Rename it, for example with deformable-detr check --fix",
     ),
-    "label-confidence": ("Rows of a label file have a sixth value, which is ignored", "Remove the sixth column"),
+    "label-confidence": ("Rows of a label file have values after the box, which are ignored", "Remove these columns"),
     "path-moved": ("A path of another machine is read by its end", "Correct the path"),
     "image-format": ("Images have a format that is not read, such as HEIC", "Convert them to JPEG or PNG"),
     "annotations-unread": (
@@ -95,7 +95,7 @@ _WARNINGS = {
         "The XML files conflict on whether pixels count from 0 or from 1", "Set data.voc_origin to 0 or 1",
     ),
     "image-dim": (
-        "A 16-bit gray image uses at most 12 bits and is almost black",
+        "A 16-bit image uses at most 12 bits and is almost black",
         "Scale its values to 0..65535, or save it with 8 bits",
     ),
     "image-twice": ("Two records of a split name one file, with the same objects", "Merge the records"),

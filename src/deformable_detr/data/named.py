@@ -70,8 +70,10 @@ def _by_number(name: str) -> tuple[bool, int, str]:
 def rotated_extent(bbox: Sequence[float], degrees: float) -> list[float]:
     """Return the xywh extent of an xywh box that is rotated about its center."""
     x, y, w, h = bbox
+    if not degrees:
+        return list(bbox)  # corners in another order keep their sign
     cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    width, height = w * cos + h * sin, w * sin + h * cos
+    width, height = abs(w) * cos + abs(h) * sin, abs(w) * sin + abs(h) * cos
     return [x + (w - width) / 2, y + (h - height) / 2, width, height]
 
 

@@ -64,7 +64,8 @@ class ImageRecord:
         size: (height, width) of the upright image, from the file.
         orientation: EXIF orientation; 1 if there is none.
         digest: Hash of the pixels.
-        dim: Highest value of a 16-bit gray image that uses at most 12 bits, otherwise 0.
+        bits: Bits per sample; see `read_header`.
+        brightest: Highest level, 0..255, if the image was decoded.
     """
 
     position: int
@@ -77,7 +78,8 @@ class ImageRecord:
     size: tuple[int, int] | None = None
     orientation: int = 1
     digest: bytes | None = None
-    dim: int = 0
+    bits: int = 8
+    brightest: int | None = None
 
 
 @dataclass

@@ -301,7 +301,7 @@ def parse_xml(path: Path, issues: list[Issue], tag: str) -> Element | None:
 def _count_objects(path: Path) -> int:
     """Return the number of objects in an XML file, valid or not."""
     with suppress(OSError):
-        return path.read_bytes().count(b"<object>")
+        return len(re.findall(rb"<object[\s>]", path.read_bytes()))
     return 0
 
 
@@ -314,10 +314,11 @@ def _filename(path: Path) -> str:
 
 
 def _tag(root: Element) -> str:
-    """Return what `<source>` says about the origin of a file: 'voc', 'other' or 'none'."""
-    if root.find("source") is None:
+    """Return what `<database>` says about the origin of a file: 'voc', 'other' or 'none'."""
+    if root.find("source") is None and root.find("database") is None:  # labelme2voc writes no <source> around it
         return "none"
-    text = f"{root.findtext('source/database')} {root.findtext('source/annotation')}"
+    # <annotation> in <source> does not count: Supervisely writes "PASCAL VOC" there, and pixels from 0.
+    text = f"{root.findtext('source/database')} {root.findtext('database')}"
     return "voc" if re.search(r"pascal|\bVOC|VOC\d", text, re.IGNORECASE) else "other"
 
 

@@ -16,6 +16,7 @@ import yaml
 from ..structures import Category
 from ..utils.errors import UserError
 from ..utils.images import read_size
+from .annotation_files import to_number, to_numbers
 from .discovery import (
     SPLIT_ALIASES,
     has_inner_splits,
@@ -37,7 +38,6 @@ YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_FILES = ("[Cc]lasses.txt", "*.names", "*/*.names", "*/classes.txt", "*/*/classes.txt")
 ROUNDING = 0.01  # how far outside 0..1 a value may be
 
-_ROW = re.compile(r"\S+(\s+[-+]?[0-9.]+([eE][-+]?[0-9]+)?){4,}")
 Box = tuple[float, float, float, float]
 
 
@@ -178,15 +178,15 @@ class YoloSource(Source):
             except ValueError as error:
                 issues.append(Issue("label-row", path, f"line {number}", str(error), objects=1))
                 continue
-            extra += [number] if has_confidence(line, self.keypoints) else []
+            extra += [number] if count_extra(split_row(line), self.keypoints) else []
             swapped += [number] if box[0] > box[2] or box[1] > box[3] else []
             (x0, x1), (y0, y1) = sorted(box[::2]), sorted(box[1::2])
             yield number, label, (x0, y0, x1, y1)
         if extra:
-            message = f"and {len(extra) - 1} more rows have a sixth value, such as a confidence, which is ignored"
+            message = f"{_have(extra)} values after the box, such as a confidence or track id, which are ignored"
             issues.append(Issue("label-confidence", path, f"line {extra[0]}", message))
         if swapped:
-            message = f"and {len(swapped) - 1} more rows have a negative width or height; its sign is ignored"
+            message = f"{_have(swapped)} a negative width or height; its sign is ignored"
             issues.append(Issue("box-swapped", path, f"line {swapped[0]}", message))
 
 
@@ -211,9 +211,13 @@ def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]
     Raises:
         ValueError: Says what is wrong with the row.
     """
-    parts = line.split()[:5] if has_confidence(line, keypoints) else line.split()
+    parts = split_row(line)
+    parts = parts[: len(parts) - count_extra(parts, keypoints)]
     if keypoints and len(parts) != 5 + keypoints:
         raise ValueError(f"has {len(parts)} values instead of class cx cy w h and {keypoints} keypoint values")
+    points, rest = divmod(len(parts) - 5, 3)
+    if not keypoints and not rest and (points > 2 or "2" in parts[7::3]) and set(parts[7::3]) <= {"0", "1", "2"}:
+        raise ValueError(f"has {points} keypoints after its box; set kpt_shape: [{points}, 3] in data.yaml")
     if not keypoints and len(parts) != 5 and (len(parts) < 7 or len(parts) % 2 == 0):
         raise ValueError(f"has {len(parts)} values instead of class cx cy w h (or class and a polygon's x y …)")
     try:
@@ -227,29 +231,41 @@ def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]
         raise ValueError(f"has class {parts[0]}, but the classes are 0 to {num_classes - 1}")
     signed = [*numbers[:2], *map(abs, numbers[2:])] if len(numbers) == 4 else numbers  # a width may be negative
     if min(signed) < -ROUNDING or max(signed) > 1 + ROUNDING:
-        raise ValueError("has values outside 0..1 (divide them by the image's width and height)")
+        raise ValueError("has values outside 0..1 (divide pixels by the image's width and height, or percent by 100)")
     if len(numbers) > 4:
         return int(label), (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2]))
     cx, cy, w, h = numbers
     return int(label), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
 
 
-def has_confidence(line: str, keypoints: int = 0) -> bool:
-    """Return whether a row has a sixth value in 0..1: predictions have a confidence after the box."""
-    parts = line.split()
-    try:
-        return not keypoints and len(parts) == 6 and 0 <= float(parts[5]) <= 1
-    except ValueError:
-        return False
+def split_row(line: str) -> list[str]:
+    """Split a row at blanks, tabs, commas and semicolons. Numbers may have decimal commas, then none has a point."""
+    if "." not in line and re.search(r"\d,\d", line) and re.search(r"[;\s]", line.strip()):
+        line = line.replace(",", ".")
+    return re.split(r"[\s,;]+", line.strip(" \t,;"))
+
+
+def count_extra(parts: Sequence[str], keypoints: int = 0) -> int:
+    """Count the values after a box in predictions: a confidence in 0..1, a track id from 1, or both in this order."""
+    more = parts[5:] if not keypoints and len(parts) <= 7 else []
+    is_id = bool(more) and more[-1].isdecimal() and more[-1] != "0"
+    confidence = to_number(more[0]) if len(more) == 1 + is_id else None
+    if confidence is not None and 0 <= confidence <= 1:
+        return len(more)
+    return int(is_id and len(more) == 1)
+
+
+def _have(lines: Sequence[int]) -> str:
+    return f"and {len(lines) - 1} more rows have" if len(lines) > 1 else "has"
 
 
 def _count_rows(path: Path) -> int | None:
     """Return the number of rows of a label file, valid or not: a class and at least 4 numbers. None for other text."""
     try:
-        lines = [line for line in map(str.strip, read_lines(path)) if line]
+        lines = [split_row(line) for line in read_lines(path) if line.strip()]
     except UserError:
         return None
-    rows = sum(_ROW.fullmatch(line) is not None for line in lines)
+    rows = sum(len(parts) > 4 and to_numbers(parts[1:]) is not None for parts in lines)
     return rows if rows or not lines else None
 
 

@@ -24,7 +24,7 @@ def test_dark_16bit_image_is_reported_with_a_hint(tmp_path):
     (root / "train/a.png").write_bytes(png_16bit(4095))
     (issue,) = (issue for issue in check_report(root).issues if issue.code == "image-dim")
     assert issue.line == (
-        f"{root / 'train/a.png'}: has 16 bits, but its values are at most 4095 of 65535, so it is almost black; "
+        f"{root / 'train/a.png'}: has 16 bits, but its brightest pixel has the level 16 of 255, so it is almost black; "
         "scale its values to 0..65535, or save it with 8 bits"
     )
 

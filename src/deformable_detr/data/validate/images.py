@@ -11,11 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-import numpy as np
-from PIL import Image
 
 from ...utils.errors import UserError
 from ...utils.images import TRANSPOSED_ORIENTATIONS, read_header, read_image
@@ -28,7 +24,7 @@ Depth = Literal["auto", "full"]
 # With depth "auto": the most images to decode, and the most seconds for the headers and for decoding.
 AUTO_IMAGES = 2000
 AUTO_SECONDS = 20.0
-DIM_VALUE = 4096  # medical and industrial cameras write 12-bit values into 16 bits
+DIM_LEVEL = 16  # of 255: medical and industrial cameras, and satellites, write 12-bit values into 16 bits
 CHUNK = 64  # images between two checks of the time
 
 Task = tuple[Split, ImageRecord]
@@ -109,28 +105,20 @@ def _run(
 
 
 def _read_header(record: ImageRecord) -> None:
-    record.size, record.orientation = read_header(record.path)
+    record.size, record.orientation, record.bits = read_header(record.path)
 
 
 def _decode(record: ImageRecord) -> None:
     pixels = read_image(record.path)
-    if int(pixels.max()) <= DIM_VALUE // 256:
-        record.dim = _dim_value(record.path)
+    record.brightest = int(pixels.max())
     digest = hashlib.blake2b(repr(tuple(pixels.shape)).encode(), digest_size=16)
     digest.update(pixels.numpy().data)
     record.digest = digest.digest()
 
 
-def _dim_value(path: Path) -> int:
-    """Return the highest value of a 16-bit gray image that uses at most 12 bits; 0 for other images."""
-    with Image.open(path) as image:
-        highest = int(np.asarray(image).max()) if image.mode.startswith("I") else 0
-    return highest if 0 < highest < DIM_VALUE else 0
-
-
 def _check_pixels(split: Split, record: ImageRecord, issues: Issues) -> None:
-    if record.dim:
-        message = f"has 16 bits, but its values are at most {record.dim} of 65535, so it is almost black"
+    if record.bits == 16 and record.brightest is not None and record.brightest <= DIM_LEVEL:
+        message = f"has 16 bits, but its brightest pixel has the level {record.brightest} of 255, so it is almost black"
         issues.add("image-dim", record.path, "", message, **split.locate_image(record))
     if record.size is None or record.declared is None or record.size == record.declared:
         return
