@@ -352,6 +352,13 @@ TIFFS = {  # name: pixels, options of tifffile, whether it is gray
     "gray float32": (GRAY / np.float32(255), {}),
     "gray uint16": (GRAY.astype(np.uint16) * 257, {}),
     "inverted uint16": (65535 - GRAY.astype(np.uint16) * 257, {"photometric": "miniswhite"}),
+    "BigTIFF big-endian": (PICTURE, {"bigtiff": True, "byteorder": ">"}),
+    "gray int16": ((GRAY.astype(int) * 32767 // 255).astype(np.int16), {}),
+    "gray int8": ((GRAY // 2).astype(np.int8), {}),
+    "gray planes with opacity": (np.stack([GRAY, np.full_like(GRAY, 255)]),
+                                 {"photometric": "minisblack", "planarconfig": "separate", "extrasamples": (2,)}),
+    "gray16 with opacity": (np.dstack([GRAY.astype(np.uint16) * 257, np.full_like(GRAY, 65535, np.uint16)]),
+                            {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": (2,)}),
     "inverted uint8": (255 - GRAY, {"photometric": "miniswhite"}),
 }  # fmt: skip
 
@@ -473,6 +480,36 @@ def test_missing_values_are_black_and_do_not_count_as_brightness(tmp_path, decla
     assert np.abs(image - GRAY)[20:].max() <= 10
 
 
+def test_transparent_gray_is_white(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.dstack([GRAY.astype(np.uint16) * 257, np.where(GRAY < 100, 0, 65535).astype(np.uint16)])
+    options = {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": (2,), "metadata": None}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif")[1].numpy(), np.where(GRAY < 100, 255, GRAY))
+    values = GRAY.astype(np.uint16) * 257
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=int(values[0, 9]))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png")[1].numpy(), np.where(GRAY[0, 9] == GRAY, 255, GRAY))
+
+
+def test_a_palette_written_for_8_bits(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    colors = np.random.default_rng(0).integers(0, 256, (3, 256), dtype=np.uint16)
+    for factor in (1, 257):
+        tifffile.imwrite(tmp_path / "a.tif", GRAY, photometric="palette", colormap=colors * factor, metadata=None)
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tif").numpy(), colors[:, GRAY])
+
+
+@pytest.mark.parametrize("tags", [{"extratags": [(50706, "B", 4, (1, 4, 0, 0), True)]}, {"subifds": 1}, {}])
+def test_thumbnails_of_camera_raw_are_refused(tmp_path, tags):
+    tifffile = pytest.importorskip("tifffile")
+    with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+        writer.write(PICTURE[::4, ::4], photometric="rgb", subfiletype=1, metadata=None, **tags)
+        writer.write(GRAY.astype(np.uint16), photometric="cfa", metadata=None)
+    for read in (read_image, read_size, lambda path: read_image(Image.open(path))):
+        with pytest.raises(UserError, match=r"a\.tif: a TIFF .*camera raw, or a thumbnail.* is not supported; convert"):
+            read(tmp_path / "a.tif")
+
+
 def test_of_several_pages_the_first_is_read(tmp_path):
     pages = [Image.fromarray(PICTURE), Image.new("RGB", (10, 10))]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
@@ -482,6 +519,9 @@ def test_of_several_pages_the_first_is_read(tmp_path):
 
 CONTENT = {
     "HEIC image": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "a camera raw image": b"\0\0\0\x18ftypcrx \0\0\0\1crx isom",
+    "a camera raw image of Canon": b"II*\0\x10\0\0\0CR\2\0",
+    "a video": b"\0\0\0\x18ftypisom\0\0\2\0isomavc1",
     "a PDF": b"%PDF-1.7\n",
     "an HTML page": b"\n<!DOCTYPE html><html>",
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
@@ -493,8 +533,17 @@ CONTENT = {
 def test_other_content_in_a_jpg_is_named(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(CONTENT[content] + bytes(600))
     for read in (read_image, read_size):
-        with pytest.raises(UserError, match=rf"a\.jpg: cannot be read as an image \(it is .*{content[2:]}"):
+        with pytest.raises(
+            UserError, match=rf"a\.jpg: cannot be read as an image \(it is .*{content[2:].removesuffix(' of Canon')}"
+        ):
             read(tmp_path / "a.jpg")
+
+
+def test_a_cut_off_avif_is_no_video(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.avif")
+    (tmp_path / "a.avif").write_bytes((tmp_path / "a.avif").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"a\.avif: cannot be read as an image \((?!it is)"):
+        read_image(tmp_path / "a.avif")
 
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"

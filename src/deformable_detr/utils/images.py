@@ -21,8 +21,9 @@ TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap width and 
 _TRANSPOSE = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # to `Image.Transpose`
 # What files with the name of an image hold instead: signature, what it is, what to do.
 _OTHER_CONTENT = (
-    (rb"(?s)....ftyp(?:hei|hev|mif1|msf1)", "a HEIC image", "convert it to JPEG"),
-    (rb"(?s)....ftyp", "a video", "extract its frames"),
+    (rb"(?s)....ftyp(?!.{,40}avi[fs])(?:hei|hev|mif1|msf1)", "a HEIC image", "convert it to JPEG"),
+    (rb"(?s)....ftypcrx|II\*\0....CR|FUJIFILMCCD-RAW|II(?:RO|U\0)", "a camera raw image", "convert it to JPEG"),
+    (rb"(?s)....ftyp(?!.{,40}avi[fs])", "a video", "extract its frames"),
     (rb"%PDF", "a PDF", "export its pages as PNG"),
     (rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype )?html", "an HTML page, as failed downloads leave", "download it again"),
     (rb"version https://git-lfs", "a Git LFS pointer", "run `git lfs pull`"),
@@ -77,20 +78,21 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return read_header(path)[0]
 
 
-def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int]:
-    """Return the size as `read_size` does, and the orientation, 1 to 8."""
+def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int, int]:
+    """Return the size as `read_size` does, the orientation, 1 to 8, and the bits per sample; 8 stands for fewer too."""
     name = os.fspath(path)
     _require_file(name)
     with _open_file(name) as file, _one_line_errors(name, file):
         if layout := read_layout(file):
             if not _pillow_opens(file, layout):
                 require_tifffile(layout, name)
-            (width, height), orientation = layout.size, _valid(layout.orientation)
+            (width, height), orientation, bits = layout.size, _valid(layout.orientation), max(8, layout.bits)
         else:
             with _open_image(file, pixels=False) as image:
                 (width, height), orientation = image.size, _orientation(image)
+                bits = 16 if image.mode == "I" or ";16" in f"{image.mode} {getattr(image, 'tile', [])}" else 8
     _check_size(name, width, height)
-    return ((width, height) if orientation in TRANSPOSED_ORIENTATIONS else (height, width)), orientation
+    return ((width, height) if orientation in TRANSPOSED_ORIENTATIONS else (height, width)), orientation, bits
 
 
 def _require_file(name: str) -> None:
@@ -186,12 +188,15 @@ def _decode(image: Image.Image, name: str) -> Tensor:
             return _read_tiff(file, layout, name, image.tell())
         image.load()  # rotates TIFF
         upright = image if image.format == "TIFF" else _rotate(image, _orientation(image))
+        if layout and tags and upright.mode == "P" and max(tags.get(320, (256,))) < 256:  # libtiff's rule
+            upright = upright.copy()
+            upright.putpalette(np.reshape(tags[320], (3, -1)).T.astype(np.uint8).tobytes())
         return _to_tensor(_to_rgb(upright, layout))
 
 
 def _read_tiff(file: IO[bytes], layout: TiffLayout, name: str, page: int = 0) -> Tensor:
     pixels = read_page(file, layout, page, name)
-    levels = to_uint8(pixels, layout.bits, layout.nodata, invert=layout.photometric == 0)
+    levels = to_uint8(pixels, layout.value_bits, layout.nodata, invert=layout.photometric == 0)
     return _to_tensor(_to_rgb(_rotate(Image.fromarray(levels), _valid(layout.orientation))))
 
 
@@ -233,7 +238,10 @@ def _to_rgb(image: Image.Image, layout: TiffLayout | None = None) -> Image.Image
         values = np.asarray(image)
         if layout and layout.bits == 32 and layout.sample_format == 1:
             values = values.view(np.uint32)
-        return Image.fromarray(to_uint8(values, layout.bits if layout else 16, nodata)).convert("RGB")
+        levels = to_uint8(values, layout.value_bits if layout else 16, nodata)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            levels = np.where(values == transparent, np.uint8(255), levels)
+        return Image.fromarray(levels).convert("RGB")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.has_transparency_data:

@@ -11,6 +11,8 @@ from PIL.TiffImagePlugin import PREFIXES, ImageFileDirectory_v2
 from .errors import UserError
 
 _PHOTOMETRIC = {0: "inverted gray", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
+_THUMBNAIL = -1
+_PHOTOMETRIC[_THUMBNAIL] = "camera raw, or a thumbnail of another page"
 _SAMPLE_FORMATS = {1: "integer", 2: "signed integer", 3: "float"}
 # Written by GIS tools for missing values, also without the tag that declares it.
 _SENTINELS = (-9999, -99999, -32768, -32767, -3.4028234663852886e38, 3.4028234663852886e38, -1e30, -1e10, 1e20)
@@ -48,15 +50,20 @@ class TiffLayout(NamedTuple):
         colors = {2: 3, 5: 4}.get(first(262, 1), 1)
         extra = tags.get(338) or ()
         alpha = bool(extra) and extra[0] in (1, 2) and first(277, 1) > colors
+        # NEF, ARW and others are TIFF files that begin with a thumbnail; 50706 is the version of DNG.
+        is_thumbnail = 50706 in tags or (first(254, 0) & 1 and (330 in tags or bool(tags.next)))
         return cls(
             (int(first(256, 0)), int(first(257, 0))), bits.pop() if len(bits) == 1 else 0,
-            1 if first(339, 1) == 4 else first(339, 1), first(277, 1), first(284, 1) == 2, first(262, 1),
+            1 if first(339, 1) == 4 else first(339, 1), first(277, 1), first(284, 1) == 2,
+            _THUMBNAIL if is_thumbnail else first(262, 1),
             first(259, 1) != 1, alpha, nodata, first(274, None) if 274 in tags else _xmp_orientation(tags.get(700)),
         )  # fmt: skip
 
     @property
     def pillow_reads(self) -> bool:
         """Return whether Pillow reads the pixels right, if it opens the file at all."""
+        if self.photometric == _THUMBNAIL or (self.planar and self.samples == 2):
+            return False
         gray = self.samples == 1 and self.photometric == 1
         if self.sample_format == 3:
             return gray and self.bits == 32
@@ -65,6 +72,11 @@ class TiffLayout(NamedTuple):
         if self.bits == 16:
             return gray or (not self.planar and self.photometric in (2, 5))
         return (self.bits <= 8 and self.bits > 0) or (gray and self.bits in (12, 32))
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of a value without its sign."""
+        return self.bits - (self.sample_format == 2)
 
     def __str__(self) -> str:
         kind = f"{self.bits}-bit {_SAMPLE_FORMATS.get(self.sample_format, 'complex')}" if self.bits else "mixed bits"
@@ -84,15 +96,20 @@ def read_layout(file: IO[bytes]) -> TiffLayout | None:
     header = file.read(8)
     if not header.startswith(tuple(PREFIXES)):
         return None
-    header += file.read(8) if 43 in header[2:4] else b""
+    if header[2] == 43:
+        header += file.read(8)
     directory = ImageFileDirectory_v2(header)
+    if header[3] == 43:  # Pillow takes a big-endian BigTIFF for a TIFF
+        directory._bigtiff, directory.next = True, int.from_bytes(file.read(8), "big")
+    elif file.read(2) == b"CR":
+        raise ValueError("a camera raw image of Canon")
     file.seek(directory.next)
     directory.load(file)
     return TiffLayout.from_tags(directory)
 
 
 def read_page(file: IO[bytes], layout: TiffLayout, page: int, name: str) -> np.ndarray:
-    """Read what Pillow does not, as stored: (H, W), (H, W, 3), or (H, W, 4) with opacity.
+    """Read what Pillow does not, as stored: (H, W) or (H, W, 3); with opacity, (H, W, 2) or (H, W, 4).
 
     Of more bands, the first three are red, green and blue.
 
@@ -114,9 +131,9 @@ def read_page(file: IO[bytes], layout: TiffLayout, page: int, name: str) -> np.n
         full = 1 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max
         ink = pixels[..., :4].astype(np.float64) / full
         return np.rint((1 - ink[..., :3]) * (1 - ink[..., 3:]) * 255).clip(0, 255).astype(np.uint8)
-    if pixels.shape[2] < 3:
-        return pixels[..., 0]
-    return pixels[..., : 4 if layout.alpha and layout.samples == 4 else 3]
+    colors = 3 if pixels.shape[2] > 2 else 1
+    count = colors + (layout.alpha and layout.samples == colors + 1)
+    return pixels[..., :count] if count > 1 else pixels[..., 0]
 
 
 def require_tifffile(layout: TiffLayout, name: str) -> Any:
