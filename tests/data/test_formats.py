@@ -13,7 +13,7 @@ from deformable_detr.config.schema import DataConfig
 from deformable_detr.data.dataset import ensure_distinct_splits, open_dataset
 from deformable_detr.data.formats import find_source
 from deformable_detr.data.labels import label_trees
-from deformable_detr.data.yolo import read_row
+from deformable_detr.data.yolo_rows import read_row
 from deformable_detr.structures import Category
 from deformable_detr.utils.errors import UserError
 from tests.support.data_problems import check_report
