@@ -120,6 +120,52 @@ def test_objects_in_another_coco_file_are_counted(tmp_path):
     assert report.left_out == issue.objects == len(content["annotations"]) - len(kept)
 
 
+def test_images_of_other_splits_are_not_unlisted(tmp_path):
+    """One folder of images, a file per split, and one with both."""
+    root = write_coco_dataset(tmp_path)
+    contents = [json.loads((root / folder / "_annotations.coco.json").read_text()) for folder in ("train", "valid")]
+    for folder, content in zip(("train", "valid"), contents, strict=True):
+        (root / folder / "_annotations.coco.json").rename(root / f"{folder}.json")
+        for path in (root / folder).iterdir():
+            path.rename(root / path.name)
+        (root / folder).rmdir()
+        for record in content["annotations"] if folder == "valid" else ():
+            record["image_id"] += 100
+        for record in content["images"] if folder == "valid" else ():
+            record["id"] += 100
+    both = {key: contents[0][key] + contents[1][key] for key in ("images", "annotations")}
+    (root / "both.json").write_text(json.dumps(contents[0] | both))
+    assert not issue_codes(root) & {"annotations-unread", "images-unlisted"}
+
+
+@pytest.mark.parametrize(
+    "write", [write_coco_dataset, write_yolo_with_classes, lambda root: write_voc_dataset(root, True)]
+)
+def test_two_folders_of_one_split(tmp_path, write):
+    root = write(tmp_path)
+    first = next(path for path in root.rglob("val*") if path.is_dir())
+    other = first.with_name({"val": "valid", "valid": "val"}[first.name])
+    other.mkdir()
+    assert len(open_dataset(root, "val")) == len(EXPECTED["val"]), "an empty folder is no split"
+    shutil.rmtree(other)
+    shutil.copytree(first, other)
+    with pytest.raises(UserError, match=r"val and valid may both be the 'val' split; merge them"):
+        open_dataset(root, "val")
+
+
+def test_labels_beside_split_folders_are_no_test_split(tmp_path):
+    root = write_voc_dataset(tmp_path, flat=True)
+    shutil.copy(root / "train/a.jpg", root / "x.jpg")
+    shutil.copy(root / "train/a.xml", root / "x.xml")
+    assert [split.name for split in check_report(root).splits] == ["train", "val"]
+
+
+def test_other_json_files_beside_those_of_labelme(tmp_path):
+    root = write_task(tmp_path, WRITERS["labelme"])
+    (root / "train/a.json").write_text("{}")
+    assert [(issue.code, issue.file.name) for issue in check_report(root).errors] == [("label-unreadable", "a.json")]
+
+
 @pytest.mark.parametrize(
     "classes", ["obj.names", "data/coco.names", "Classes.txt", "labels/classes.txt", "labels/train/classes.txt"]
 )

@@ -132,9 +132,9 @@ def _unnamed_annotations(root: Path, split: str) -> Path | None:
     for name in sorted(_listing(root)):
         if name.lower() in split_aliases(split) and (path := _annotations_in(root / name)):
             return path
-    default = root / "annotations" / DEFAULT
-    path = default if default.is_file() else _single_file((root / "annotations").glob("*.json"))
-    if path and (path == default or not path.stem.startswith("instances_")) and not names_other_split(path, split):
+    path = _annotations_in(root / "annotations")
+    named = path and path.stem.startswith("instances_") and path.name != DEFAULT
+    if path and not named and not names_other_split(path, split):
         return path
     return None
 

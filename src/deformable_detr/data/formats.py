@@ -12,7 +12,16 @@ from .coco import CocoSource
 from .createml import CreateMlSource
 from .csv_table import CsvSource
 from .cvat import CvatSource
-from .discovery import ROBOFLOW, configured_annotations, ensure_readable, find_annotations, is_hidden
+from .discovery import (
+    ROBOFLOW,
+    child_folders,
+    configured_annotations,
+    ensure_readable,
+    find_annotations,
+    is_hidden,
+    split_aliases,
+    walk_folder,
+)
 from .imagefolder import ImageFolderSource
 from .labelme import LabelmeSource
 from .source import Source
@@ -42,7 +51,9 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
     """
     splits = {data.train_split, data.val_split, "test"}
     try:
-        return _find(root, split, data)
+        source = _find(root, split, data)
+        _ensure_one_folder(source, root, split, data)
+        return source
     except _NoFormatError as error:
         if any(_has(root, name, data) for name in splits - {split}):
             raise
@@ -56,6 +67,20 @@ def find_source(root: Path, split: str, data: DataConfig) -> Source:
         if (unread := unread_format(root)) is not None:
             raise unread from None
         raise UserError(f"{error} (the folder has {content_summary(root)})") from None
+
+
+def _ensure_one_folder(source: Source, root: Path, split: str, data: DataConfig) -> None:
+    """Raise UserError if two folders may be the split, such as val and valid, and nothing says which is."""
+    inside = source.file.parts[len(root.parts) :]
+    if {part.lower() for part in inside}.isdisjoint(split_aliases(split)) or configured_annotations(split, data):
+        return
+    if find_yaml(root) is not None:
+        return
+    for parent in (root, *child_folders(root, ("images",))):
+        folders = [path for path in child_folders(parent, split_aliases(split)) if any(walk_folder(path))]
+        if len(folders) > 1 and any(source.file.is_relative_to(path) for path in folders):
+            first, second = folders[:2]
+            raise UserError(f"{root}: {first.name} and {second.name} may both be the '{split}' split; merge them")
 
 
 def _inner_datasets(root: Path, splits: Collection[str], data: DataConfig, depth: int = 3) -> Iterator[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..utils.errors import UserError
-from .annotation_files import Collector, FileSource, extent, head_of, read_json
+from .annotation_files import MAX_OTHERS, Collector, FileSource, extent, head_of, read_json
 from .discovery import is_hidden, split_aliases, walk_folder
 from .matching import IMAGE_SUFFIXES
 
@@ -24,10 +24,10 @@ class LabelmeSource(FileSource):
 
     @classmethod
     def files_in(cls, folder: Path) -> list[Path]:
-        """Return all JSON files below a folder if the first of them is labelme's."""
+        """Return all JSON files below a folder if one of the first is labelme's."""
         paths = (path for path in walk_folder(folder) if path.suffix.lower() == ".json" and path.is_file())
         files = sorted(path for path in paths if not is_hidden(path.relative_to(folder)))
-        return files if files and cls.accepts(files[0]) else []
+        return files if any(map(cls.accepts, files[:MAX_OTHERS])) else []
 
     def read_file(self, path: Path, split: Collector) -> None:
         content = read_json(path)

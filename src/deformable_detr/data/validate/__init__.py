@@ -196,4 +196,5 @@ def _is_test(sources: dict[str, Source], train: str, root: Path) -> bool:
     if test is None or (first is not None and same_split(first, test)):
         return False
     folder = root.parent if root.is_file() else root
-    return len(sources) == 1 or test.file.parent != folder or "test" in test.file.name.lower()
+    named = test.file != folder and (test.file.parent != folder or "test" in test.file.name.lower())
+    return named or len(sources) == 1

@@ -51,8 +51,9 @@ def check_images(splits: Sequence[Split], depth: Depth, issues: Issues, progress
     for split, record in tasks:
         _check_pixels(split, record, issues)
     _check_copies(tasks, issues)
+    listed = {record.path for split in splits for record in split.images}
     for split in splits:
-        if unlisted := split.folder.unlisted:
+        if unlisted := [name for name in split.folder.unlisted if split.folder.path / name not in listed]:
             names = ", ".join(unlisted[:3]) + (", …" if len(unlisted) > 3 else "")
             message = f"has no record of {len(unlisted)} images in {split.folder.path}: {names}"
             issues.add("images-unlisted", split.file, "", message, split=split.name)
