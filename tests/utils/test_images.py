@@ -125,6 +125,8 @@ def test_arrays_and_tensors():
     assert torch.equal(read_image(array[..., 0]), expected[:1].expand(3, -1, -1))
     assert torch.equal(read_image(array[..., :1]), expected[:1].expand(3, -1, -1))
     assert torch.equal(read_image(expected[:1]), expected[:1].expand(3, -1, -1))
+    for dtype in ("<u2", ">u2"):
+        assert torch.equal(read_image((array[..., 0] * np.uint16(257)).astype(dtype)), expected[:1].expand(3, -1, -1))
     tensor = read_image(expected)
     assert torch.equal(tensor, expected)
     assert tensor.is_contiguous()
@@ -148,6 +150,11 @@ def test_arrays_and_tensors():
 def test_invalid_sources_are_rejected(source):
     with pytest.raises(UserError, match=r"^an image (array|tensor)? ?must be"):
         read_image(source)
+
+
+def test_file_objects_are_refused_with_a_hint():
+    with pytest.raises(UserError, match=r"not BytesIO; open it with PIL\.Image\.open"):
+        read_image(io.BytesIO())
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "gif", "bmp"])

@@ -61,7 +61,8 @@ def read_image(source: ImageSource) -> Tensor:
     if isinstance(source, Image.Image):
         return _from_image(source, getattr(source, "filename", "") or "")
     if not isinstance(source, str | os.PathLike):
-        raise UserError(f"an image must be a path, PIL image, array or tensor, not {type(source).__name__}")
+        hint = "; open it with PIL.Image.open" if hasattr(source, "read") else ""
+        raise UserError(f"an image must be a path, PIL image, array or tensor, not {type(source).__name__}{hint}")
     name = os.fspath(source)
     _require_file(name)
     with _open_file(name) as file:
@@ -265,6 +266,7 @@ def _from_image(image: Image.Image, filename: str | bytes) -> Tensor:
 
 def _from_array(array: np.ndarray) -> Image.Image:
     pixels = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     color = pixels.ndim == 3 and pixels.shape[2] in (3, 4) and pixels.dtype == np.uint8
     gray = pixels.ndim == 2 and pixels.dtype in (np.uint8, np.uint16)
     if not (color or gray) or 0 in pixels.shape:
