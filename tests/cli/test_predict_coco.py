@@ -2,12 +2,15 @@
 
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 
 from deformable_detr import evaluate
 from tests.support.commands import is_one_line_error, run_command
 from tests.support.datasets import write_image
+from tests.support.label_formats import WRITERS, write_task
 from tests.support.models import NAMES, tiny
 from tests.support.red_box import RedBoxFinder
 from tests.support.training import write_dataset
@@ -62,6 +65,65 @@ def test_dataset(data, tmp_path, capsys, monkeypatch, source):
     rows = json.loads(results.read_text())
     assert len(rows) <= 3 * 8
     assert all(row["score"] >= 0.2 for row in rows)
+
+
+@pytest.mark.parametrize("ids", ["texts", "digits", "renumbered"])
+def test_ids_are_those_of_the_file(data, tmp_path, capsys, monkeypatch, ids):
+    shutil.copytree(data, root := tmp_path / "set")
+    annotations = root / "valid" / "_annotations.coco.json"
+    content = json.loads(annotations.read_text())
+    image_id = {"texts": "uuid-{}", "digits": "0{}"}.get(ids, "{}").format
+    category_id = {"texts": "class {}", "digits": "0{}"}.get(ids, "{}").format
+    number = int if ids == "renumbered" else str
+    for record in content["images"]:
+        record["id"] = number(image_id(record["id"]))
+    for record in content["categories"]:
+        record["id"] = number(category_id(record["id"] + 1))
+    for record in content["annotations"]:
+        record["image_id"] = number(image_id(record["image_id"]))
+        record["category_id"] = number(category_id(record["category_id"] + 1))
+    annotations.write_text(json.dumps(content))
+    model = RedBoxFinder(num_classes=4, class_names=("green", "red", "blue", "x"), category_ids=(20, 10, 30, 40))
+    monkeypatch.setattr("deformable_detr.detector.load_detector", lambda *_: model)
+    code, out, _ = run_command(capsys, "predict", "model", root, "--coco", tmp_path / "r.json")
+    assert code == 0
+    assert "of classes that it does not list are left out" in out
+    stats = pycocotools_ap(annotations, tmp_path / "r.json")
+    assert stats[0] == pytest.approx(evaluate(model, root)["AP"], abs=1e-9)
+    assert stats[0] > 0.02
+    names = {record["id"] for record in content["categories"]}
+    assert {row["category_id"] for row in json.loads((tmp_path / "r.json").read_text())} == names
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format(tmp_path, capsys, name):
+    model = tiny(num_classes=2, class_names=("disc", "square"), category_ids=(1, 2))
+    model.save_pretrained(tmp_path / "model")
+    root = write_task(tmp_path / "set", WRITERS[name])
+    code, _, errors = run_command(capsys, "predict", tmp_path / "model", root, "--coco", tmp_path / "r.json")
+    assert (code, errors) == (0, "")
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert {row["category_id"] for row in rows} == {1, 2}
+    names = {Path(row["file_name"]).name for row in rows if "file_name" in row}
+    assert names == (set() if name == "coco" else {"q0.jpg"})
+    code, out, errors = run_command(capsys, "evaluate", tmp_path / "model", root, "--workers", 0)
+    assert (code, errors) == (0, "")
+    assert "AP50" in out
+
+
+def test_split_is_for_datasets(model, data, tmp_path, capsys):
+    image = write_image(tmp_path / "images" / "a.png", (100, 60))
+    for arguments in (
+        [data, "--split", "train"],
+        [image, "--coco", tmp_path / "r.json", "--split", "val"],
+        [data, image, "--coco", tmp_path / "r.json", "--split", "val"],
+        [image.parent, "--coco", tmp_path / "r.json", "--split", "val"],
+        [data, "--coco", tmp_path / "r.json", "--split", "test"],
+    ):
+        code, _, errors = run_command(capsys, "predict", model, *arguments)
+        assert code == 2
+        assert is_one_line_error(errors)
+        assert not (tmp_path / "r.json").exists()
 
 
 def test_images_are_numbered_and_named(model, tmp_path, capsys):

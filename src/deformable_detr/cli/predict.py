@@ -19,10 +19,13 @@ from ..utils.packages import need
 from .options import Device, JsonFile, Model, NonNegative, Positive, Precision, Split, Threshold, print_error
 
 if TYPE_CHECKING:
+    from ..data.dataset import CocoDataset
     from ..predict.predictor import Detector
     from ..structures import Detections
 
 log = logging.getLogger(__name__)
+
+ANNOTATIONS = {".json", ".jsonl", ".yaml", ".yml", ".xml", ".csv", ".tsv", ".parquet"}
 
 Source = Path | int  # an image or video file, or the number of a camera
 
@@ -40,7 +43,7 @@ class PredictOptions:
         top_k: Maximum number of detections per image. Default: the model's number of queries, at least 100.
         coco: JSON file for COCO results, which pycocotools reads with `loadRes`. If SOURCES is one dataset (folder or
             COCO JSON), the images are those of --split with their ids; else they are numbered and named in the file.
-        split: Split of a dataset, for --coco.
+        split: Split of a dataset, for --coco. Default: val.
     """
 
     out: Path | None = None
@@ -50,7 +53,7 @@ class PredictOptions:
     camera: NonNegative | None = None
     top_k: Positive | None = None
     coco: Annotated[Path | None, Parameter(name="--coco")] = None
-    split: Split = "val"
+    split: Split | None = None
 
     @property
     def min_score(self) -> float:
@@ -78,29 +81,33 @@ def predict(
     options = options or PredictOptions()
     if not sources and options.camera is None:
         raise UserError("nothing to predict: name images, videos or folders, or a camera with --camera")
-    if options.coco is not None and sources and len(sources) == 1 and find_dataset(sources[0], options.split):
-        predict_split(load_detector(model, device, precision), sources[0], options)
+    one = sources[0] if options.coco is not None and sources and len(sources) == 1 else None
+    if one is not None and find_dataset(one, options.split):
+        predict_split(load_detector(model, device, precision), one, options)
         return
+    if options.split is not None:
+        raise UserError(f"--split {options.split}: is for one dataset with --coco; name its folder or annotation file")
     files = find_sources(sources or [])
     if predict_files(load_detector(model, device, precision), files, options):
         sys.exit(2)
 
 
-def find_dataset(source: Path, split: str) -> bool:
-    """Return whether a source is a dataset with the split. Other folders and images are not.
+def find_dataset(source: Path, split: str | None) -> bool:
+    """Return whether a source is a dataset with the split (default: val). Other folders and images are not.
 
     Raises:
-        UserError: It is a JSON or YAML file that is not one, or a folder without images directly in it.
+        UserError: It is an annotation file that is not one, or a folder with the option --split or without images
+            directly in it.
     """
     from ..config.schema import DataConfig
     from ..data.discovery import is_image
     from ..data.formats import find_source
 
-    described = source.suffix.lower() in {".json", ".yaml", ".yml"}
+    described = source.suffix.lower() in ANNOTATIONS or (split is not None and source.is_dir())
     if not described and not source.is_dir():
         return False
     try:
-        find_source(source, split, DataConfig())
+        find_source(source, split or "val", DataConfig())
     except UserError:
         if described:
             raise
@@ -123,12 +130,30 @@ def predict_split(model: Detector, data: Path, options: PredictOptions) -> None:
         raise UserError(f"--{option} is not for a dataset: name image files or folders, or leave it out")
     assert options.coco is not None
     prepare_files({"--coco": options.coco})
-    dataset = open_eval_dataset(model, data, options.split)
+    dataset = open_eval_dataset(model, data, options.split or "val")
     top_k, count = options.top_k or TOP_K, len(dataset)
     results = detect_images(model, dataset, count, BATCH_SIZE, WORKERS, progress=True, top_k=top_k)[0]
     results = [result for result in results if result["score"] >= options.min_score]
-    write_json(options.coco, results)
-    print(f"{options.coco}: {len(results)} detections in {count} images of {dataset.annotation_file}")
+    rows = _in_file_ids(dataset, results)
+    write_json(options.coco, rows)
+    left_out = (
+        f"; {others} of classes that it does not list are left out" if (others := len(results) - len(rows)) else ""
+    )
+    print(f"{options.coco}: {len(rows)} detections in {count} images of {dataset.annotation_file}{left_out}")
+
+
+def _in_file_ids(dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return COCO results with the ids of the annotation file; with the file names too if it has no ids."""
+    from ..data.records import TextId
+
+    images = {record["id"]: record for record in dataset.ground_truth["images"]}
+    rows = []
+    for result in results:
+        image = images[result["image_id"]]
+        name = {} if dataset.source.format == "coco" else {"file_name": image["file_name"]}
+        if (category := dataset.file_category_ids.get(result["category_id"])) is not None:
+            rows.append({**result, "image_id": TextId.in_file(image["id"]), **name, "category_id": category})
+    return rows
 
 
 def find_sources(sources: Sequence[Path]) -> list[Path]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from .discovery import (
     names_other_split,
     names_split,
     split_aliases,
+    split_of,
 )
 from .issues import Issue
 from .named import NamedSource, rotated_boxes, with_others
@@ -41,6 +44,7 @@ class Collector:
         self.images: list[dict[str, Any]] = []
         self.objects: list[dict[str, Any]] = []
         self.issues: list[Issue] = []
+        self.unused: Counter[str] = Counter()  # objects of subsets that are no split
 
     def image(self, name: str, height: Any = None, width: Any = None) -> int:
         """Add an image and return its id."""
@@ -79,7 +83,7 @@ class FileSource(NamedSource):
         file: The file, or the folder of several, with the name of the subset if there is one.
         image_root: Folder that file names are relative to.
         files: The annotation files.
-        subset: Part of the files that is the split; '' for all.
+        subset: Name of the part of the files that is the split; '' for all.
     """
 
     file: Path
@@ -89,7 +93,7 @@ class FileSource(NamedSource):
     split: str = field(compare=False)
     data: DataConfig = field(compare=False)
     subset: str = ""
-    suffix: ClassVar[str] = ".json"
+    suffixes: ClassVar[tuple[str, ...]] = (".json",)
     per_image: ClassVar[bool] = False  # whether each file is about one image
 
     @classmethod
@@ -111,7 +115,7 @@ class FileSource(NamedSource):
         """Return the annotation files in a folder. A folder with many others, such as files per image, has none."""
         ensure_readable(folder)
         names = [name for name in sorted(os.listdir(folder)) if not is_hidden(name)]
-        paths = [folder / name for name in names if os.path.splitext(name)[1].lower() == cls.suffix]
+        paths = [folder / name for name in names if os.path.splitext(name)[1].lower() in cls.suffixes]
         files = [path for path in paths[:MAX_OTHERS] if path.is_file() and cls.accepts(path)]
         return files + [path for path in paths[MAX_OTHERS:] if files and path.is_file() and cls.accepts(path)]
 
@@ -123,7 +127,18 @@ class FileSource(NamedSource):
                 self.read_file(path, split)
             except UserError as error:
                 split.issues.append(Issue.from_error("label-unreadable", path, error))
+        for name, count in split.unused.items():
+            message = f"has {count} objects of the subset {name!r}, which is neither train, val nor test"
+            split.skip(self.files[0], "", message, "rename the subset", objects=count)
         return ParsedAnnotations({"images": split.images, "objects": split.objects}, split.issues)
+
+    def in_split(self, subset: str, split: Collector, objects: int) -> bool:
+        """Return whether a subset of a file is of this split. Objects of one that is no split count as left out."""
+        if not self.subset or (split_of(subset) or subset) == (split_of(self.subset) or self.subset):
+            return True
+        if split_of(subset) is None and self.split == self.data.train_split:
+            split.unused[subset] += objects
+        return False
 
     def find_images(self, names: Sequence[str]) -> ImageFolder:
         """Find the folder of the images; see `find_image_folder`."""
@@ -181,11 +196,11 @@ def _source(
     file = files[0] if len(files) == 1 and not reader.per_image else folder or files[0]
     folder = folder or file.parent
     subsets = {name for path in files for name in reader.subsets(path)}
-    own = next((name for alias in split_aliases(split) for name in sorted(subsets) if name.lower() == alias), None)
+    own = next((name for name in sorted(subsets) if (split_of(name) or name) == (split_of(split) or split)), None)
     if own is not None:
         file = file.with_name(f"{file.name} (subset {own})")
         return reader(file, folder, tuple(files), root, split, data, own)
-    if any(name.lower() in names for name in subsets for names in SPLIT_ALIASES):
+    if any(map(split_of, subsets)):
         return None
     return reader(file, folder, tuple(files), root, split, data)
 
@@ -226,9 +241,15 @@ def head_of(path: Path) -> str:
     """Return the first bytes of a file as text; '' if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return file.read(HEAD).decode("utf-8-sig", errors="replace")
+            return decode(file.read(HEAD))
     except OSError:
         return ""
+
+
+def decode(data: bytes) -> str:
+    """Return the text of a file in UTF-8 or UTF-16."""
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
 
 
 def read_json(path: Path) -> Any:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,22 +14,33 @@ from ..config.schema import DataConfig
 from ..structures import Category
 from ..utils.errors import UserError
 from .annotation_files import to_numbers
-from .discovery import ImageFolder, find_image_folder
+from .discovery import ImageFolder, configured_annotations, find_image_folder, names_other_split, split_of
+from .issues import Issue
+from .matching import url_path
 from .named import rotated_extent
 from .records import MaskBox, RotatedBox, SwappedBox, TextId, is_finite, is_int64
 from .source import AnnotationCache, ParsedAnnotations, Source
 
 _DIGITS = re.compile("[0-9]{1,18}")
+_SUBSET = re.compile(rb'"file_name"\s*:\s*"([^"/\\]+)(?:/|\\\\)|"split"\s*:\s*"([^"]+)"')
 
 
 @dataclass(frozen=True)
 class CocoSource(Source):
-    """A COCO JSON file; see `Source`. The images are where `find_image_folder` finds them."""
+    """A COCO JSON file; see `Source`. The images are where `find_image_folder` finds them.
+
+    Attributes:
+        file: The file, with the name of the subset if it is only a part of it.
+        path: The file itself.
+        subset: The split's name in the file: 'split' of its images or the first folder of their names; '' for all.
+    """
 
     file: Path
+    path: Path = field(compare=False)
     root: Path = field(compare=False)
     split: str = field(compare=False)
     data: DataConfig = field(compare=False)
+    subset: str = ""
     format: ClassVar[str] = "coco"
 
     def parse(self) -> ParsedAnnotations:
@@ -41,7 +52,7 @@ class CocoSource(Source):
             UserError: The file cannot be read, is not JSON, or lacks one of the three lists.
         """
         try:
-            data = self.file.read_bytes()
+            data = self.path.read_bytes()
             content = json.loads(data, object_hook=_clean)
         except OSError as error:
             raise UserError(f"{self.file}: {error.strerror or error}; give a COCO JSON file that can be read") from None
@@ -52,7 +63,22 @@ class CocoSource(Source):
             if not isinstance(content, dict) or not isinstance(content.get(key), list):
                 raise UserError(f"{self.file}: not COCO JSON: it has no list '{key}'; export it as COCO detection")
         _number_text_ids(content)
-        return ParsedAnnotations(content, digest=hashlib.sha256(data).hexdigest())
+        issues = self._select(content) if self.subset else ()
+        return ParsedAnnotations(content, issues, hashlib.sha256(data).hexdigest())
+
+    def _select(self, content: dict[str, Any]) -> list[Issue]:
+        """Keep the images of the subset with their objects; the training split reports images of no split."""
+        own = split_of(self.subset) or self.subset
+        images = [record for record in content["images"] if isinstance(record, dict)]
+        splits = {repr(record.get("id")): split_of(_subset_of(record)) or _subset_of(record) for record in images}
+        objects = [(r, splits.get(repr(r.get("image_id")), own)) for r in content["annotations"] if isinstance(r, dict)]
+        unused = sum(split_of(split) is None for _, split in objects if split != own)
+        content["images"] = [record for record in images if splits[repr(record.get("id"))] == own]
+        content["annotations"] = [record for record, split in objects if split == own]
+        if not unused or self.split != self.data.train_split:
+            return []
+        message = f"has {unused} objects of images that are neither train, val nor test by their folder or 'split'"
+        return [Issue("label-row", self.path, "", message, "move these images to one of the splits", objects=unused)]
 
     def to_coco(
         self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
@@ -65,12 +91,34 @@ class CocoSource(Source):
         return find_image_folder(self.file, self.root, self.split, self.data, names)
 
 
+def find_coco(file: Path, root: Path, split: str, data: DataConfig) -> CocoSource:
+    """Return one split of a COCO JSON file: a part, if its images name their splits and the file's name does not."""
+    whole = CocoSource(file, file, root, split, data)
+    if configured_annotations(split, data) or names_other_split(file, "") or not file.is_file():
+        return whole
+    with suppress(OSError):
+        names = {(folder or value).decode(errors="replace") for folder, value in _SUBSET.findall(file.read_bytes())}
+        subset = next((name for name in sorted(names) if split_of(name) and split_of(name) == split_of(split)), "")
+        if subset and len(set(map(split_of, names)) - {None}) > 1:
+            return replace(whole, file=file.with_name(f"{file.name} (subset {subset})"), subset=subset)
+    return whole
+
+
+def _subset_of(image: dict[str, Any]) -> str:
+    split, name = image.get("split"), image.get("file_name")
+    return (
+        split if isinstance(split, str) else name.replace("\\", "/").partition("/")[0] if isinstance(name, str) else ""
+    )
+
+
 def _clean(record: dict[str, Any]) -> dict[str, Any]:
     """Drop the mask, after taking a missing box from it, and accept 7.0 (pandas) and "7" as ids and numbers."""
     for key in ("id", "image_id", "category_id", "width", "height"):
         value = record.get(key)
         if (type(value) is float and value.is_integer()) or (isinstance(value, str) and _DIGITS.fullmatch(value)):
-            record[key] = int(value)
+            record[key] = TextId(int(value), value) if isinstance(value, str) and key == "id" else int(value)
+    if not record.get("file_name") and isinstance(url := record.get("coco_url"), str):  # LVIS
+        record["file_name"] = url_path(url, 2)
     if record.get("iscrowd") in ("0", "1"):
         record["iscrowd"] = int(record["iscrowd"])
     if type(name := record.get("name")) is int:  # a class named 3
@@ -117,9 +165,9 @@ def _number_text_ids(content: dict[str, Any]) -> None:
         used = [record.get("id") for record in records] + [record.get(key) for record in objects]
         taken = set(filter(is_int64, used))
         free = (number for number in itertools.count(1) if number not in taken)
-        ids: dict[Any, int] = {text: TextId(next(free), text) for text in texts}
-        if section == "categories":
-            ids = dict(zip(sorted(texts), map(int, ids.values()), strict=True))
+        ids: dict[Any, int] = {
+            text: TextId(next(free), text) for text in (texts if key == "image_id" else sorted(texts))
+        }
         for field_name, owners in (("id", records), (key, objects)):
             for record in owners:
                 if isinstance(text := record.get(field_name), str):

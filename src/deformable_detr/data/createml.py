@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from ..utils.errors import UserError
 from .annotation_files import Collector, FileSource, head_of, read_json, to_numbers
 
-_IMAGE = re.compile(r'"image(filename)?"\s*:\s*"')
+NAME_KEYS = ("image", "imagefilename", "imageURL")
+_IMAGE = re.compile(r'"image(filename|URL)?"\s*:\s*"')
 _ANNOTATIONS = re.compile(r'"annotations?"\s*:\s*\[')
 _LABEL_STUDIO = re.compile(r'"(data|rectanglelabels|completions|file_upload)"\s*:')
 
@@ -29,7 +30,7 @@ class CreateMlSource(FileSource):
             raise UserError(f"{path}: is not a list of images as Create ML writes it; export it again")
         for position, record in enumerate(content):
             record = record if isinstance(record, dict) else {}
-            name = record.get("image") or record.get("imagefilename")
+            name = next((record[key] for key in NAME_KEYS if record.get(key)), None)
             objects = record.get("annotations", record.get("annotation"))
             objects = objects if isinstance(objects, list) else []
             if not isinstance(name, str):

@@ -1,18 +1,20 @@
-"""CVAT for images 1.1: XML files with the shapes of many images."""
+"""CVAT for images 1.1: XML files with the shapes of many images; CVAT for video 1.1 with its frames."""
 
 import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from .annotation_files import Collector, FileSource, extent, head_of, to_numbers, with_rotated
+from .annotation_files import Collector, FileSource, decode, extent, head_of, to_number, to_numbers, with_rotated
+from .discovery import is_image, walk_folder
 from .named import rotated_extent
 from .voc import parse_xml
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-_SUBSET = re.compile(rb"<image\s[^>]*?\bsubset=\"([^\"]+)\"")
+_SUBSET = re.compile(r"<image\s[^>]*?\bsubset=\"([^\"]+)\"")
+_FRAME = re.compile("frame_([0-9]{1,9})")
 IGNORED = {"tag"}  # classes of the whole image
 
 
@@ -20,7 +22,7 @@ class CvatSource(FileSource):
     """One split of a dataset in CVAT's own XML; see `FileSource`. Every shape counts with its extent."""
 
     format: ClassVar[str] = "cvat"
-    suffix: ClassVar[str] = ".xml"
+    suffixes: ClassVar[tuple[str, ...]] = (".xml",)
 
     @classmethod
     def accepts(cls, path: Path) -> bool:
@@ -28,27 +30,53 @@ class CvatSource(FileSource):
 
     @classmethod
     def subsets(cls, path: Path) -> set[str]:
-        return {name.decode(errors="replace") for name in _SUBSET.findall(path.read_bytes())}
+        return set(_SUBSET.findall(decode(path.read_bytes())))
 
     def read_file(self, path: Path, split: Collector) -> None:
         root = parse_xml(path, split.issues, "annotations")
         if root is None:
             return
-        frames = sum(shape.get("outside") != "1" for track in root.iter("track") for shape in track)
-        if frames:
-            message = f"has {frames} shapes of CVAT for video, which name no image files"
-            split.skip(path, "", message, "export the task as CVAT for images 1.1 or COCO 1.0", objects=frames)
-        rotated = 0
+        rotated = self._read_tracks(root, path, split)
         for image in root.iter("image"):
-            if self.subset and image.get("subset") != self.subset:
+            shapes = [shape for shape in image if shape.tag not in IGNORED]
+            if not self.in_split(image.get("subset") or "", split, len(shapes)):
                 continue
             name = image.get("name") or ""
             image_id = split.image(name.replace("\\", "/"), image.get("height"), image.get("width"))
-            for index, shape in enumerate(shape for shape in image if shape.tag not in IGNORED):
-                rotated += shape.tag == "box" and float(to_numbers([shape.get("rotation", 0)]) != [0])
+            for index, shape in enumerate(shapes):
+                rotated += _is_rotated(shape)
                 record = f"image {name!r} {shape.tag}[{index}]"
                 split.add(image_id, shape.get("label"), shape_extent(shape), path, record)
-        with_rotated(split, int(rotated), path)
+        with_rotated(split, rotated, path)
+
+    def _read_tracks(self, root: "Element", path: Path, split: Collector) -> int:
+        """Read the tracks of CVAT for video, whose frames are images/frame_000000.PNG and so on.
+
+        Returns:
+            The number of rotated boxes.
+        """
+        shapes = [(track, s) for track in root.iter("track") for s in track if s.get("outside") != "1"]
+        if not shapes:
+            return 0
+        files = [file for file in sorted(walk_folder(self.image_root)) if is_image(file.relative_to(self.image_root))]
+        frames = {int(match[1]): file for file in files if (match := _FRAME.fullmatch(file.stem))}
+        numbers = [to_number(shape.get("frame")) for _, shape in shapes]
+        if not frames.keys() >= set(numbers) or len({track.get("task_id") for track, _ in shapes}) > 1:
+            message = (
+                f"has {len(shapes)} shapes of CVAT for video without a frame_000000.PNG, … for each frame of one task"
+            )
+            hint = "export one task with its images, or as CVAT for images 1.1 or COCO 1.0"
+            split.skip(path, "", message, hint, objects=len(shapes))
+            return 0
+        ids = {number: split.image(str(frames[number].relative_to(self.image_root))) for number in sorted(frames)}
+        for (track, shape), number in zip(shapes, numbers, strict=True):
+            record = f"track {track.get('id')} frame {shape.get('frame')}"
+            split.add(ids[int(number or 0)], track.get("label"), shape_extent(shape), path, record)
+        return sum(_is_rotated(shape) for _, shape in shapes)
+
+
+def _is_rotated(shape: "Element") -> bool:
+    return shape.tag == "box" and to_numbers([shape.get("rotation", 0)]) != [0]
 
 
 def shape_extent(shape: "Element") -> list[float] | None:

@@ -21,7 +21,7 @@ from ..utils.errors import UserError
 from ..utils.images import read_image, read_size
 from .formats import find_source
 from .issues import raise_error
-from .records import Records, area_of, clip_corners, read_records
+from .records import Records, TextId, area_of, clip_corners, read_records
 from .source import AnnotationCache, Source, content_hash, distinct_val_hint, remap_category_ids, same_split
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -74,6 +74,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         categories: Label → `Category`.
         image_ids: (len,) int64.
         annotation_file: Identifies the split in messages.
+        file_category_ids: Category id → id in the file; set by `load_ground_truth`.
         image_folder: Folder that file names are relative to.
     """
 
@@ -161,6 +162,9 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             for number, annotation in enumerate(content["annotations"], start=1)
         ]
         categories = [{**c, "id": ids[c["id"]]} for c in content["categories"] if c["id"] in ids]
+        self.file_category_ids = {
+            ids[c["id"]]: TextId.in_file(c["id"]) for c in content["categories"] if c["id"] in ids
+        }
         self.ground_truth = {**content, "categories": categories, "annotations": annotations}
         return self.ground_truth
 

@@ -21,6 +21,7 @@ ROBOFLOW = "_annotations.coco.json"
 DEFAULT = "instances_default.json"  # CVAT's and Datumaro's name for a dataset without splits
 HEAD = 4096  # bytes of a file that decide its format
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin"}
+OTHER_COCO = (".", "captions_", "panoptic_", "image_info_", "stuff_")  # start of COCO files without boxes of objects
 LABEL_FOLDERS = ("annotations", "annotation", "labels", "label", "json", "jsons", "xml")
 
 Listing = Callable[[Path], frozenset[str]]
@@ -36,6 +37,7 @@ class ImageFolder:
         unlisted: Images in the folder that no record names.
         searched: Folders that were searched.
         option: The setting that names the folder, if the split has one.
+        hint: What to do about missing files, if more is known.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class ImageFolder:
     unlisted: list[str] = field(default_factory=list)
     searched: tuple[Path, ...] = ()
     option: str = ""
+    hint: str = ""
 
 
 def is_hidden(path: str | PurePath) -> bool:
@@ -117,6 +120,9 @@ def _named_annotations(root: Path, split: str, hint: str) -> Path | None:
     for folder in (root / "annotations", root):
         matches = sorted(path for path in folder.glob("instances_*.json") if names_split(path.stem, names))
         matches = matches or [path for name in names if (path := folder / f"{name}.json").is_file()]
+        # person_keypoints_train2017.json, lvis_v1_train.json
+        others = (path for path in folder.glob("*.json") if not path.stem.startswith(OTHER_COCO))
+        matches = matches or sorted(path for path in others if names_split(path.stem, names))
         if len(matches) > 1:
             files = ", ".join(path.name for path in matches)
             raise UserError(f"{folder}: several files may be the '{split}' split: {files}; merge or keep one{hint}")
@@ -224,6 +230,12 @@ def split_aliases(split: str) -> tuple[str, ...]:
     return (split,)
 
 
+def split_of(subset: str) -> str | None:
+    """Return the first name of the split that a subset of a file is, None if it is none."""
+    name = {"validate": "val"}.get(subset.lower(), subset.lower())  # Google's tables
+    return next((names[0] for names in SPLIT_ALIASES if name in names), None)
+
+
 def names_split(text: str, names: Iterable[str]) -> bool:
     """Return whether a file name such as 'instances_val2017' contains one of the words; 'trainval' contains none."""
     for name in names:
@@ -296,7 +308,7 @@ def other_annotations(file: Path, split: str) -> list[Path]:
 
 
 def _single_file(paths: Iterable[Path]) -> Path | None:
-    visible = [path for path in paths if not is_hidden(path.name)]
+    visible = [path for path in paths if not path.name.startswith(OTHER_COCO)]
     return visible[0] if len(visible) == 1 else None
 
 

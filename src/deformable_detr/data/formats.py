@@ -1,6 +1,7 @@
 """Detect the format of a dataset: the first reader that finds the split in it."""
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
 from .annotation_files import FileSource, find_annotation_files
-from .coco import CocoSource
+from .coco import find_coco
 from .createml import CreateMlSource
 from .csv_table import CsvSource
 from .cvat import CvatSource
@@ -116,7 +117,7 @@ def _find(root: Path, split: str, data: DataConfig) -> Source:
         # The only JSON file of a folder may be anything if the dataset is clearly in another format.
         certain = configured_annotations(split, data) or file.name == ROBOFLOW
         if certain or file.stem.startswith("instances_"):
-            return CocoSource(file, root, split, data)
+            return find_coco(file, root, split, data)
     except UserError as coco_error:
         if configured_annotations(split, data) or not root.is_dir():
             raise
@@ -126,8 +127,10 @@ def _find(root: Path, split: str, data: DataConfig) -> Source:
     if source is not None:
         return source
     readable = file.is_file() and os.access(file, os.R_OK)
-    if error is None and (not readable or (file.suffix.lower() == ".json" and b'"images"' in file.read_bytes())):
-        return CocoSource(file, root, split, data)
+    if error is None and (
+        not readable or (file.suffix.lower() == ".json" and re.search(rb'"images"\s*:', file.read_bytes()))
+    ):
+        return find_coco(file, root, split, data)
     if error is None and file == root:
         raise unread_format(file) or UserError(
             f"{root}: is in no known format; give COCO JSON, or the dataset's folder"

@@ -2,12 +2,14 @@
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..utils.errors import UserError
 from .annotation_files import MAX_OTHERS, Collector, FileSource, extent, head_of, read_json
-from .discovery import is_hidden, split_aliases, walk_folder
+from .discovery import ImageFolder, is_hidden, split_aliases, walk_folder
 from .matching import IMAGE_SUFFIXES
 
 
@@ -39,6 +41,13 @@ class LabelmeSource(FileSource):
         for index, shape in enumerate(shapes):
             shape = shape if isinstance(shape, dict) else {}
             split.add(image_id, shape.get("label"), shape_extent(shape), path, f"shapes[{index}]")
+
+    def find_images(self, names: Sequence[str]) -> ImageFolder:
+        """Find the images; say so if they are only inside the files."""
+        folder = super().find_images(names)
+        if all(folder.missing.values()) or not isinstance(read_json(self.files[0]).get("imageData"), str):
+            return folder
+        return replace(folder, hint="the JSON files have the images inside (imageData): write them as files beside")
 
     def _image_name(self, path: Path, text: Any) -> str:
         """Return the image of a file, relative to `image_root`. `imagePath` is relative to the file, often outdated."""

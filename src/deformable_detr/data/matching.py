@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import PurePosixPath
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png"}
@@ -64,6 +64,11 @@ def nearest_name(name: str, candidates: Collection[str]) -> str:
     keys = {_stem(candidate): candidate for candidate in candidates}
     similar = difflib.get_close_matches(_stem(name), keys, n=1, cutoff=0.5)
     return keys[similar[0]] if similar else ""
+
+
+def url_path(name: str, parts: int) -> str:
+    """Return the last parts of the path of an address such as gs://… or http://…; other names as they are."""
+    return "/".join(unquote(urlsplit(name).path).split("/")[-parts:]) if "://" in name else name
 
 
 def existing_tail(path: str, folders: Iterable[str | os.PathLike[str]]) -> str | None:

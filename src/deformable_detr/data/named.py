@@ -34,7 +34,10 @@ class NamedSource(Source):
         if categories is None:
             names.update(*({item["class"] for item in other} for other in self.objects_of_others(cache)))
         if not names and categories is None:
-            raise UserError(f"{self.file}: none of its files has an object, so there is no class; label some first")
+            if any(issue.objects for issue in parsed.issues):
+                raise UserError(f"{self.file}: none of its objects can be read; see the other errors of this dataset")
+            hint = "label some first (mask images are not read)"
+            raise UserError(f"{self.file}: none of its files has an object, so there is no class; {hint}")
         ordered = sorted(names, key=_by_number)
         ids = dict(zip(ordered, category_ids_by_name(ordered, categories, first=1), strict=True))
         listed = [{"id": ids[name], "name": name} for name in ordered]

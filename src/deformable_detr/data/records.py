@@ -1,5 +1,6 @@
 """The records of a COCO dict as arrays; every record that cannot be used is reported."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -41,6 +42,11 @@ class TextId(int):
 
     def __repr__(self) -> str:
         return repr(self.text)
+
+    @staticmethod
+    def in_file(value: int) -> int | str:
+        """Return an id as it is in the file."""
+        return value.text if isinstance(value, TextId) else value
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TextId, (int(self), self.text)
@@ -115,7 +121,7 @@ class Records:
     @property
     def category_list(self) -> tuple[Category, ...]:
         """The categories, sorted by id."""
-        return tuple(Category(*item) for item in sorted(self.categories.items()))
+        return tuple(Category(int(key), name) for key, name in sorted(self.categories.items()))
 
     def object_name(self, index: int) -> str:
         """Return the name of an object in messages, with its image."""
@@ -255,11 +261,13 @@ class _RecordReader:
         if folder.searched and len(folder.missing) == len({image.name for image in images}):
             option = f" or set data.{folder.option}" if folder.option else ""
             hint = f"put the images there{option} (none was found in {', '.join(map(str, folder.searched))})"
+        hint = folder.hint or hint
         for image in images:
             likely = folder.missing.get(image.name)
             message = f"names the image {image.name!r}, which is missing in {folder.path}"
             if likely:
-                self._report("image-name", "images", image.position, f"{message}: {likely!r} is read instead")
+                if os.path.basename(os.path.splitext(likely)[0]) != image.name:  # tables name images without a suffix
+                    self._report("image-name", "images", image.position, f"{message}: {likely!r} is read instead")
                 image.name = likely
             elif likely is not None:
                 self._report("image-missing", "images", image.position, message, hint)

@@ -129,7 +129,8 @@ class YoloSource(Source):
                 if not (text := line.strip()):
                     continue
                 # Paths are relative to the list (./…) or to data.yaml, or absolute.
-                texts = dict.fromkeys((text, text.replace("\\", "/")))
+                # Darknet's and CVAT's lists are relative to the folder above one named data.
+                texts = dict.fromkeys((text, text.replace("\\", "/"), text.removeprefix("data/")))
                 candidates = [base / path for path in texts for base in (place.parent, self.image_root)]
                 image = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
                 if image is not None:
