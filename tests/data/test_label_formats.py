@@ -246,8 +246,8 @@ def test_unread_format_is_named(tmp_path, name):
 
 def test_unknown_folder_is_summed_up(tmp_path):
     write_image(tmp_path / "a.jpg")
-    (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(UserError, match=r"no 'train' split; .* \(the folder has 1 \.jpg, 1 \.md\)"):
+    (tmp_path / "notes.dat").write_text("x")
+    with pytest.raises(UserError, match=r"no 'train' split; .* \(the folder has 1 \.jpg, 1 \.dat\)"):
         open_dataset(tmp_path)
 
 
@@ -345,5 +345,5 @@ def test_cases_are_read(cases, case, split, count):
 
 
 def test_oidv4_case_is_named(cases):
-    with pytest.raises(UserError, match=r"Label/\d+\.txt looks like class names and pixels, as the OIDv4 toolkit"):
+    with pytest.raises(UserError, match=r"Label/\d+\.txt looks like class names and pixels of the OIDv4 toolkit"):
         open_dataset(cases / "14-oidv4-toolkit" / "set")

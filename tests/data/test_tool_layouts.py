@@ -236,7 +236,7 @@ def test_format_is_named(tmp_path, name):
         (["train/a.jpg", "val/b.jpg"], "has only images and no annotations; label them"),
         (["train/cat/a.jpg", "train/dog/b.jpg"], r"no boxes; its folders \(cat, dog\) look like the classes"),
         (["images/a.jpg", "masks/a.png"], "has images in 'masks', but no boxes; convert these masks"),
-        (["JPEGImages/a.jpg", "SegmentationClass/a.png"], "has images in 'SegmentationClass'"),
+        (["JPEGImages/a.jpg", "SegmentationClass/a.png", "labelmap.txt"], "has images in 'SegmentationClass'"),
     ],
 )
 def test_folders_without_labels(tmp_path, names, message):

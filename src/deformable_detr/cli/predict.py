@@ -147,11 +147,12 @@ def _in_file_ids(dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> lis
     from ..data.records import TextId
 
     images = {record["id"]: record for record in dataset.ground_truth["images"]}
+    categories = dict(dataset.file_category_ids)
     rows = []
     for result in results:
         image = images[result["image_id"]]
         name = {} if dataset.source.format == "coco" else {"file_name": image["file_name"]}
-        if (category := dataset.file_category_ids.get(result["category_id"])) is not None:
+        if (category := categories.get(result["category_id"])) is not None:
             rows.append({**result, "image_id": TextId.in_file(image["id"]), **name, "category_id": category})
     return rows
 

@@ -94,7 +94,7 @@ class CocoSource(Source):
 def find_coco(file: Path, root: Path, split: str, data: DataConfig) -> CocoSource:
     """Return one split of a COCO JSON file: a part, if its images name their splits and the file's name does not."""
     whole = CocoSource(file, file, root, split, data)
-    if configured_annotations(split, data) or names_other_split(file, "") or not file.is_file():
+    if configured_annotations(split, data) or names_other_split(file, "\0") or not file.is_file():
         return whole
     with suppress(OSError):
         names = {(folder or value).decode(errors="replace") for folder, value in _SUBSET.findall(file.read_bytes())}

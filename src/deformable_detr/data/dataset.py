@@ -74,7 +74,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         categories: Label → `Category`.
         image_ids: (len,) int64.
         annotation_file: Identifies the split in messages.
-        file_category_ids: Category id → id in the file; set by `load_ground_truth`.
+        file_category_ids: Pairs (category id, id in the file); set by `load_ground_truth`.
         image_folder: Folder that file names are relative to.
     """
 
@@ -127,7 +127,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes do not need the ground truth.
-        return {key: value for key, value in self.__dict__.items() if key != "ground_truth"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("ground_truth", "file_category_ids")}
 
     @property
     def sizes(self) -> np.ndarray:
@@ -162,9 +162,8 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             for number, annotation in enumerate(content["annotations"], start=1)
         ]
         categories = [{**c, "id": ids[c["id"]]} for c in content["categories"] if c["id"] in ids]
-        self.file_category_ids = {
-            ids[c["id"]]: TextId.in_file(c["id"]) for c in content["categories"] if c["id"] in ids
-        }
+        file_ids = ((ids[c["id"]], TextId.in_file(c["id"])) for c in content["categories"] if c["id"] in ids)
+        self.file_category_ids = tuple(file_ids)
         self.ground_truth = {**content, "categories": categories, "annotations": annotations}
         return self.ground_truth
 

@@ -176,6 +176,7 @@ class _RecordReader:
 
     def __init__(self, content: dict[str, Any], source: Source, on_issue: OnIssue) -> None:
         self.content, self.file, self.find_images, self.on_issue = content, source.file, source.find_images, on_issue
+        self.is_coco = source.format == "coco"
 
     def _report(self, code: str, section: str, position: int, message: str, hint: str = "", **more: Any) -> None:
         name = record_name(self.content[section], position) if section == "annotations" else f"{section}[{position}]"
@@ -266,7 +267,9 @@ class _RecordReader:
             likely = folder.missing.get(image.name)
             message = f"names the image {image.name!r}, which is missing in {folder.path}"
             if likely:
-                if os.path.basename(os.path.splitext(likely)[0]) != image.name:  # tables name images without a suffix
+                if (
+                    self.is_coco or os.path.basename(os.path.splitext(likely)[0]) != image.name
+                ):  # tables have no suffixes
                     self._report("image-name", "images", image.position, f"{message}: {likely!r} is read instead")
                 image.name = likely
             elif likely is not None:

@@ -99,11 +99,11 @@ def unread_format(root: Path) -> UserError | None:
                 return _error(root, path, name, hint)
     if root.is_file():
         return UserError(f"{root}: is an image; give the folder of a dataset") if is_image(root.name) else None
-    return None if any(not _DOCUMENT.fullmatch(path.name) for path, _ in samples) else _only_images(root)
+    return _only_images(root, any(not _DOCUMENT.fullmatch(path.name) for path, _ in samples))
 
 
-def _only_images(root: Path) -> UserError | None:
-    """Return the error of a folder that has images, and no files of labels."""
+def _only_images(root: Path, other_files: bool) -> UserError | None:
+    """Return the error of a folder that has masks, or images and no other files."""
     files = (path.relative_to(root) for path in islice(walk_folder(root), MAX_FILES))
     images = [path for path in files if is_image(path)]
     folders = {path.parent.name for path in images}
@@ -111,6 +111,8 @@ def _only_images(root: Path) -> UserError | None:
         return None
     if masks := next((part for path in images for part in path.parts[:-1] if _MASKS.fullmatch(part)), None):
         return UserError(f"{root}: has images in '{masks}', but no boxes; convert these masks to COCO")
+    if other_files:
+        return None
     classes = sorted(name for name in folders if name.lower() not in NO_CLASSES)
     if len(classes) > 1:
         names = ", ".join(classes[:3])
