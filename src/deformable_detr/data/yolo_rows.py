@@ -47,7 +47,9 @@ def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]
         raise ValueError(f"has class {parts[0]}, but the classes are 0 to {num_classes - 1}")
     signed = [*numbers[:2], *map(abs, numbers[2:])] if len(numbers) == 4 else numbers  # a width may be negative
     if min(signed) < -ROUNDING or max(signed) > 1 + ROUNDING:
-        raise ValueError("has values outside 0..1 (divide pixels by the image's width and height, or percent by 100)")
+        more = ", or set kpt_shape in data.yaml for keypoints" if len(numbers) > 4 else ""
+        hint = f"divide pixels by the image's width and height, or percent by 100{more}"
+        raise ValueError(f"has values outside 0..1 ({hint})")
     if len(numbers) > 4:
         return int(label), (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2]))
     cx, cy, w, h = numbers
