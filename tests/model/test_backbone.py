@@ -22,6 +22,31 @@ def test_feature_levels_start_at_stride_8_and_halve(levels):
     assert sizes == [256 // (first * 2**i) for i in range(levels)]
 
 
+def test_finest_stride_4_adds_a_level():
+    changes = {"num_feature_levels": 5, "finest_stride": 4, "hidden_dim": 64, "num_heads": 4}
+    body = backbone(**changes)
+    maps = InputProjection(presets.multi_scale(**changes), body.channels)(body(torch.randn(1, 3, 128, 128)))
+    assert [x.shape[-1] for x in maps] == [32, 16, 8, 4, 2]
+    with pytest.raises(UserError, match="finest_stride 4 needs num_feature_levels"):
+        presets.multi_scale(finest_stride=4, num_feature_levels=3)
+
+
+def test_swin_takes_images_of_any_size_and_pads_before_the_shift():
+    """Zeros at the lower right edge that complete windows do not change the maps: the images are padded with them."""
+    torch.manual_seed(0)
+    body = backbone(backbone="swin_tiny_patch4_window7_224", finest_stride=4).eval()
+    pixels = torch.randn(1, 3, 97, 230)
+    with torch.no_grad():
+        maps = body(pixels)
+        layer = body.body.get_submodule("layers_0").blocks[1]
+        x = torch.randn(1, 25, 58, 96)
+        attended = layer._attn(x)
+        padded = layer._attn(torch.nn.functional.pad(x, (0, 0, 0, 5, 0, 3)))
+    assert [tuple(x.shape) for x in maps] == [(1, 96, 25, 58), (1, 192, 13, 29), (1, 384, 7, 15), (1, 768, 4, 8)]
+    assert any(layer.shift_size)
+    assert torch.equal(attended, padded[:, :25, :58])
+
+
 def test_dc5_keeps_stride_16():
     body = Backbone(presets.single_scale_dc5(backbone="resnet18", backbone_weights="none"))
     assert body(torch.randn(1, 3, 128, 128))[0].shape[-1] == 8

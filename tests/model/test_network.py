@@ -248,3 +248,51 @@ def test_masked_denoising_queries_do_not_change_outputs():
     assert hidden["denoising_boxes"].shape == (2, 2, extra, 4)
     assert torch.allclose(plain["pred_logits"], hidden["pred_logits"], atol=1e-5)
     assert not torch.allclose(plain["pred_logits"], seen["pred_logits"], atol=1e-3)
+
+
+DINO = {"iterative_query_pos": "dino", "decoder_norm": True, "query_init": "learned", "class_aware_proposals": True}
+DINO |= {"box_eps": (1e-3, 1e-3), "position_encoding": "dino", "look_forward_twice": True}
+DINO_LIKE = {
+    "dino": (presets.two_stage, DINO),
+    "5 scales": (presets.two_stage, {**DINO, "num_feature_levels": 5, "finest_stride": 4}),
+    "DAB two-stage": (presets.two_stage, {**DINO, "iterative_query_pos": "dab", "query_init": "encoder"}),
+    "DAB": (presets.refine, {"iterative_query_pos": "dab", "box_eps": (1e-3, 1e-3)}),
+    "learned boxes": (presets.refine, {"iterative_query_pos": True}),
+}
+
+
+def perturbed_tiny(variant, **changes) -> DeformableDETR:
+    return perturbed(tiny(variant, **changes)).eval()
+
+
+@pytest.mark.parametrize("name", DINO_LIKE)
+def test_dino_and_dab_use_all_their_parameters_in_any_runtime(name):
+    preset, changes = DINO_LIKE[name]
+    model = perturbed_tiny(preset, **changes)
+    pixels, mask = batch()
+    outputs = model(pixels, mask)
+    optimized = model.optimize()(pixels, mask)
+    assert (outputs["pred_boxes"] - optimized["pred_boxes"]).abs().max() < 1e-5
+    assert (outputs["pred_logits"] - optimized["pred_logits"]).abs().max() < 1e-5
+    names = ("layer_logits", "layer_boxes", *(("encoder_logits", "encoder_boxes") if model.config.two_stage else ()))
+    sum(outputs[key].nan_to_num().sum() for key in names).backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None and p.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder_norm": True}, {"box_eps": (0.2, 1e-5)}, {"box_eps": (1e-5, 0.2)}, {"position_encoding": "dino"},
+        {"iterative_query_pos": "dino"},
+    ],
+)  # fmt: skip
+def test_each_detail_of_dino_changes_the_outputs(changes):
+    base = {"iterative_query_pos": True, "query_init": "encoder"}
+    pixels, mask = batch()
+    model, changed = perturbed_tiny(presets.two_stage, **base), perturbed_tiny(presets.two_stage, **{**base, **changes})
+    with torch.no_grad():
+        for heads in (model.decoder.heads, changed.decoder.heads):
+            for box_head in heads.boxes:
+                box_head.layers[-1].bias.fill_(-4.0)  # coordinates close to 0
+        changed.load_state_dict({**changed.state_dict(), **model.state_dict()})
+        assert not torch.equal(model(pixels, mask)["pred_boxes"], changed(pixels, mask)["pred_boxes"])

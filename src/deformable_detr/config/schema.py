@@ -73,6 +73,8 @@ class ModelConfig(ConfigSection):
     """DC5: dilate the last backbone stage, which keeps stride 16."""
     num_feature_levels: PositiveInt = 4
     """1: only the last feature map; more: strides 8, 16, 32, 64, …"""
+    finest_stride: Literal[8, 4] = 8
+    """Stride of the first level if there are more than 3; 4: strides 4, 8, 16, 32, … (DINO with 5 scales)."""
     resize: Literal["shortest_edge", "fixed"] = "shortest_edge"
     """shortest_edge: keep the aspect ratio; fixed: stretch images to image_size × image_width."""
     image_size: PositiveInt = 800
@@ -108,8 +110,8 @@ class ModelConfig(ConfigSection):
     """Activation of the feed-forward networks."""
     pre_norm: bool = False
     """Normalize before each sublayer instead of after it."""
-    position_encoding: Literal["sine", "learned"] = "sine"
-    """Kind of position encoding."""
+    position_encoding: Literal["sine", "dino", "learned"] = "sine"
+    """Kind of position encoding; dino: sines with temperature 20 that count whole pixels."""
     num_queries: PositiveInt = 300
     """Object queries per image."""
     refine: bool = False
@@ -120,8 +122,14 @@ class ModelConfig(ConfigSection):
     """Two-stage: score proposals by their best class instead of objectness (DINO)."""
     query_init: Literal["box", "learned", "encoder"] = "box"
     """Two-stage: initialize queries from proposal boxes (paper), learned vectors (DINO) or encoder tokens (RT-DETR)."""
-    iterative_query_pos: bool = False
-    """Two-stage: compute query positions from the refined boxes in each layer (DAB-DETR)."""
+    iterative_query_pos: bool | Literal["dino", "dab"] = False
+    """Refine: compute query positions from the refined boxes in each layer (DAB-DETR). dino: from the boxes relative to
+    the padded image; dab: also scaled by the query's content. Without two_stage, the first boxes are learned."""
+    decoder_norm: bool = False
+    """Normalize each decoder layer's output for the heads, but not to refine the next layer's boxes (DINO)."""
+    box_eps: tuple[PositiveFloat, PositiveFloat] = (1e-5, 1e-5)
+    """Distance from 0 and 1 that boxes keep when deltas are added to them: for the predicted boxes, and for the next
+    layer's reference boxes (DINO: 1e-3)."""
     look_forward_twice: bool = False
     """Refine: the box loss of a layer also trains the previous layer (DINO)."""
     gradient_checkpointing: bool = False
@@ -141,7 +149,9 @@ class ModelConfig(ConfigSection):
             (two_stage and not refine, "two_stage requires refine: true"),
             (two_stage and not self.encoder_layers, "two_stage requires at least one encoder layer"),
             (proposal_options and not two_stage, "class_aware_proposals and query_init require two_stage: true"),
-            (self.iterative_query_pos and not two_stage, "iterative_query_pos requires two_stage: true"),
+            (self.iterative_query_pos and not refine, "iterative_query_pos requires refine: true"),
+            (max(self.box_eps) >= 0.5, "box_eps must be less than 0.5"),
+            (self.finest_stride == 4 and self.num_feature_levels < 4, "finest_stride 4 needs num_feature_levels: 4"),
             (self.look_forward_twice and not refine, "look_forward_twice requires refine: true"),
             (self.backbone_shape and timm_only, "backbone_shape requires backbone_weights: none and dilation: false"),
             (self.dilation and self.num_feature_levels != 1, "dilation (DC5) requires num_feature_levels: 1"),
@@ -241,7 +251,7 @@ class TrainConfig(ConfigSection):
     """
 
     weights: str | None = None
-    """Model to fine-tune: a run or model folder, a transformers folder or hub id, an official .pth."""
+    """Model to fine-tune: a run or model folder, a transformers folder or hub id, a .pth."""
     epochs: PositiveInt | Literal["auto"] | None = 50
     """Maximum number of epochs; auto: chosen from the number of training images; none: use minutes."""
     minutes: PositiveFloat | None = None
@@ -305,7 +315,7 @@ class TrainConfig(ConfigSection):
     class_loss: Literal["focal", "mal"] = "focal"
     """Classification loss: focal (paper), or mal with IoU-aware targets (DEIM)."""
     num_denoising: NonNegativeInt = 0
-    """Two-stage: approximate number of denoising queries; 0: none (DINO: 100)."""
+    """Two-stage: approximate number of denoising queries, half of them negative; 0: none (DINO: 200)."""
     box_noise: NonNegativeFloat = 1.0
     """Denoising: maximum shift of box sides, relative to half the box size."""
     label_noise: Fraction = 0.5

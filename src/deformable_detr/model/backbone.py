@@ -12,7 +12,11 @@ from ..utils.packages import quiet_loggers
 from .frozen_norm import freeze_batch_norms
 from .resnet import ResNet
 
-STRIDES = (8, 16, 32)  # of the backbone's own levels; the input projections add coarser ones
+
+def backbone_strides(config: ModelConfig) -> tuple[int, ...]:
+    """Return the strides of the levels that are the backbone's own; the input projections add coarser ones."""
+    strides = (8, 16, 32) if config.finest_stride == 8 else (4, 8, 16, 32)
+    return strides[-config.num_feature_levels :]
 
 
 class Backbone(nn.Module):
@@ -24,8 +28,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        levels = min(config.num_feature_levels, len(STRIDES))
-        body, stages = _feature_extractor(config, STRIDES[-levels:])
+        body, stages = _feature_extractor(config, backbone_strides(config))
         self.channels: tuple[int, ...] = tuple(body.feature_info.channels())
         pretrained = config.backbone_weights != "none"
         norm = config.backbone_norm
@@ -40,7 +43,7 @@ class Backbone(nn.Module):
         """Return the maps (B, channels[l], H_l, W_l) of pixels (B, 3, H, W), finest first."""
         if not torch.compiler.is_exporting():  # the runtime of an exported graph chooses its own layout
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        if not self.body.training or len(pixels) > 1 or max(pixels.shape[2:]) > STRIDES[-1]:
+        if not self.body.training or len(pixels) > 1 or max(pixels.shape[2:]) > 32:
             return self.body(pixels)
         self.body.eval()  # the last map has one value per channel, for which batch norms have no statistics
         try:
@@ -111,6 +114,11 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
         similar = ", ".join(timm.list_models(f"*{name[:6]}*")[:5])
         raise UserError(f"backbone '{name}' is not a timm model" + (f"; similar: {similar}" if similar else ""))
     options: dict[str, Any] = {"output_stride": 16} if config.dilation else {}
+    is_swin = name.startswith("swin_")
+    if is_swin:
+        from . import swin  # late, because it imports timm
+
+        options |= swin.OPTIONS
     try:
         probe: Any = timm.create_model(name, features_only=True, **options)
         stages = probe.feature_info.info
@@ -124,7 +132,8 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
         raise UserError(f"backbone '{name}' has maps at strides {sorted(by_stride)}; needed are {list(strides)}")
     options |= {"features_only": True, "out_indices": tuple(by_stride[stride] for stride in strides)}
     if source == "none":
-        return timm.create_model(name, **options), stages
+        body = timm.create_model(name, **options)
+        return (swin.SwinFeatures(body) if is_swin else body), stages
     random_state = {}
     if source != "hub":
         # timm ignores missing keys of feature extractors, so compare with a model of the same random values.
@@ -143,7 +152,7 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
     for key, value in random_state.items():
         if value.ndim > 1 and torch.equal(value, loaded[key]):
             raise UserError(f"backbone weights {source} do not fit timm's '{name}': no values for {key}")
-    return body, stages
+    return (swin.SwinFeatures(body) if is_swin else body), stages
 
 
 def _freeze_stages(body: nn.Module, stages: list[dict], count: int, name: str) -> None:

@@ -111,17 +111,35 @@ class DecoderLayer(nn.Module):
         return queries if pre else self.norm3(queries), details
 
 
+class QueryPosition(MLP):
+    """Query positions from boxes (DAB-DETR, section 4.1), for `iterative_query_pos`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        C = config.hidden_dim
+        super().__init__(2 * C, C, C, layers=2)
+        self.on_canvas = config.iterative_query_pos in ("dino", "dab")
+        self.scale = MLP(C, C, C, layers=2) if config.iterative_query_pos == "dab" else None
+
+    def forward(self, content: Tensor, boxes: Tensor, valid_ratios: Tensor, layer: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return (B, Q, C) of queries (B, Q, C) with boxes (B, Q, 4) and valid ratios (B, L, 2) before a layer."""
+        if self.on_canvas:
+            boxes = boxes * valid_ratios[:, :1].repeat(1, 1, 2)
+        encoding = box_encoding(boxes, content.shape[-1] // 2).to(content.dtype)
+        position = super().forward(encoding)
+        return position if self.scale is None or layer == 0 else position * self.scale(content)
+
+
 class Decoder(nn.Module):
     """A stack of decoder layers, with prediction heads on every one of them."""
 
     def __init__(self, config: ModelConfig, heads: DetectionHeads) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm else nn.Identity()
+        self.decoder_norm, self.box_eps = config.decoder_norm, config.box_eps
+        self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm or config.decoder_norm else nn.Identity()
         self.heads = heads
         self.refine, self.look_forward_twice = config.refine, config.look_forward_twice
-        C = config.hidden_dim
-        self.position_head = MLP(2 * C, C, C, layers=2) if config.iterative_query_pos else None
+        self.position_head = QueryPosition(config) if config.iterative_query_pos else None
         self.gradient_checkpointing = config.gradient_checkpointing
 
     def forward(
@@ -150,8 +168,7 @@ class Decoder(nn.Module):
         base_references = reference_points  # deltas are added to them; with look_forward_twice they carry a gradient
         for index, layer in enumerate(self.layers):
             if self.position_head is not None:
-                encoding = box_encoding(reference_points, content.shape[-1] // 2)
-                position = self.position_head(encoding.to(content.dtype))
+                position = self.position_head(content, reference_points, features.valid_ratios, index)
             scale = features.valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)[:, None]
             inputs = (
                 content, position, reference_points[:, :, None] * scale, memory,
@@ -162,13 +179,18 @@ class Decoder(nn.Module):
             else:
                 content, details = layer(*inputs)
             logits, deltas = self.heads(self.norm(content), index)
-            boxes = refine_boxes(deltas, base_references)
+            boxes = refine_boxes(deltas, base_references, self.box_eps[0])
             all_logits.append(logits)
             all_boxes.append(boxes)
             all_references.append(reference_points)
             all_details.append(details)
             if self.refine:  # gradients stay in a layer (appendix A.4) or reach the one before (DINO, section 3.5)
                 keep_gradient = self.look_forward_twice and torch.is_grad_enabled()
-                base_references = refine_boxes(deltas, reference_points) if keep_gradient else boxes.detach()
-                reference_points = boxes.detach()
+                refined = boxes
+                if self.decoder_norm:
+                    deltas = self.heads.deltas(content, index)
+                if keep_gradient or self.decoder_norm or self.box_eps[0] != self.box_eps[1]:
+                    refined = refine_boxes(deltas, reference_points, self.box_eps[1])
+                reference_points = refined.detach()
+                base_references = refined if keep_gradient else reference_points
         return torch.stack(all_logits), torch.stack(all_boxes), all_references, all_details if return_attention else []

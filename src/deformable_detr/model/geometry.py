@@ -69,12 +69,13 @@ def proposal_anchors(
     return torch.log(boxes / (1 - boxes)).masked_fill(~valid[..., None], torch.inf), valid
 
 
-def refine_boxes(deltas: Tensor, reference_points: Tensor) -> Tensor:
+def refine_boxes(deltas: Tensor, reference_points: Tensor, eps: float = 1e-5) -> Tensor:
     """Add deltas (…, 4) in logit space to points (…, 2) or boxes (…, 4): boxes (…, 4).
 
     For points, the last two deltas are the size itself (appendix A.3). Boxes are refined as in appendix A.4.
+    eps: Distance that `reference_points` keep from 0 and 1.
     """
-    logits = inverse_sigmoid(reference_points)
+    logits = inverse_sigmoid(reference_points, eps)
     if logits.shape[-1] == 2:
         return torch.cat((deltas[..., :2] + logits, deltas[..., 2:]), dim=-1).sigmoid()
     return (deltas + logits).sigmoid()

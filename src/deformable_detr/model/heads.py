@@ -42,4 +42,8 @@ class DetectionHeads(nn.Module):
         layer: The decoder layer, or −1 for the encoder's proposals.
         """
         index = layer if len(self.classes) > 1 else 0
-        return upcast(self.classes[index](x)), upcast(self.boxes[index](x))
+        return upcast(self.classes[index](x)), self.deltas(x, layer)
+
+    def deltas(self, x: Tensor, layer: int) -> Tensor:
+        """Predict only the box deltas."""
+        return upcast(self.boxes[layer if len(self.boxes) > 1 else 0](x))

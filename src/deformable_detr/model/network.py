@@ -37,12 +37,15 @@ class DeformableDETRNetwork(nn.Module):
         C = config.hidden_dim
         self.backbone = Backbone(config)
         self.projections = InputProjection(config, self.backbone.channels)
-        self.position = PositionEmbeddingSine(C) if config.position_encoding == "sine" else PositionEmbeddingLearned(C)
+        self.position = _position_encoding(config)
         self.level_embedding = nn.Parameter(torch.empty(config.num_feature_levels, C))
         self.encoder = Encoder(config)
         heads = DetectionHeads(config)
         if config.two_stage:
             self.proposals = TwoStageProposals(config)
+        elif config.iterative_query_pos:
+            self.query_embedding = nn.Embedding(config.num_queries, C)
+            self.query_boxes = nn.Embedding(config.num_queries, 4)  # in logit space
         else:
             self.query_embedding = nn.Embedding(config.num_queries, 2 * C)
             self.reference_points = nn.Linear(C, 2)
@@ -54,15 +57,19 @@ class DeformableDETRNetwork(nn.Module):
 
     def _reset_parameters(self) -> None:
         """Initialize the matrices of encoder, decoder layers and query part by Xavier, then parts with other rules."""
-        query_part = self.proposals if self.config.two_stage else self.reference_points
-        for part in (self.encoder, self.decoder.layers, query_part):
+        query_parts = [module for name, module in self.named_children() if name in ("proposals", "reference_points")]
+        for part in (self.encoder, self.decoder.layers, *query_parts):
             for parameter in part.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
         for module in self.modules():
             if isinstance(module, DeformableAttention):
                 module.reset_parameters()
-        if not self.config.two_stage:
+        if not self.config.two_stage and self.config.iterative_query_pos:
+            nn.init.zeros_(self.query_embedding.weight)
+            with torch.no_grad():
+                self.query_boxes.weight.uniform_(0.05, 0.95).logit_()
+        elif not self.config.two_stage:
             nn.init.zeros_(self.reference_points.bias)
         nn.init.normal_(self.level_embedding)
 
@@ -136,8 +143,8 @@ class DeformableDETRNetwork(nn.Module):
         if self.config.two_stage:
             queries, logits, boxes = self.proposals(memory, features, self.decoder.heads)
             return queries, {"encoder_logits": logits, "encoder_boxes": boxes}
-        position, content = self.query_embedding.weight.expand(memory.shape[0], -1, -1).chunk(2, dim=-1)
-        return Queries(content, position, upcast(self.reference_points(position)).sigmoid()), {}
+        queries = learned_queries(self)
+        return Queries(*(None if x is None else x.expand(memory.shape[0], -1, -1) for x in queries)), {}  # type: ignore[arg-type]
 
     def _prepend(self, denoising: DenoisingQueries, queries: Queries, memory: Tensor) -> tuple[Queries, Tensor]:
         """Put denoising queries before the model's own; also return the attention mask of all."""
@@ -149,3 +156,19 @@ class DeformableDETRNetwork(nn.Module):
         boxes = torch.cat((denoising.reference_points.to(reference_points.dtype), reference_points), dim=1)
         count = content.shape[1]  # less than the mask's size if there are fewer tokens than queries
         return Queries(content, position, boxes), denoising.attn_mask[:count, :count]
+
+
+def learned_queries(network: DeformableDETRNetwork) -> Queries:
+    """Return the queries of a one-stage network, the same for every image: B = 1."""
+    embedding = network.query_embedding.weight[None]
+    if network.config.iterative_query_pos:
+        return Queries(embedding, None, upcast(network.query_boxes.weight[None]).sigmoid())
+    position, content = embedding.chunk(2, dim=-1)
+    return Queries(content, position, upcast(network.reference_points(position)).sigmoid())
+
+
+def _position_encoding(config: ModelConfig) -> PositionEmbeddingSine | PositionEmbeddingLearned:
+    if config.position_encoding == "learned":
+        return PositionEmbeddingLearned(config.hidden_dim)
+    temperature, offset = (20, 1.0) if config.position_encoding == "dino" else (10000, 0.5)
+    return PositionEmbeddingSine(config.hidden_dim, temperature, offset)

@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def sine_encoding(values: Tensor, channels: int) -> Tensor:
-    """Encode positions in 0..1 as interleaved sines and cosines of `channels` / 2 wavelengths: (…, channels)."""
+def sine_encoding(values: Tensor, channels: int, temperature: float = 10000) -> Tensor:
+    """Encode positions in 0..1 as interleaved sines and cosines of `channels` / 2 wavelengths: (…, channels).
+
+    temperature: About the ratio of the longest wavelength to the shortest.
+    """
     index = torch.arange(channels, dtype=values.dtype, device=values.device)
-    wavelengths = 10000 ** (2 * torch.div(index, 2, rounding_mode="floor") / channels)
+    wavelengths = temperature ** (2 * torch.div(index, 2, rounding_mode="floor") / channels)
     phases = values[..., None] * (2 * math.pi) / wavelengths
     return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
 
@@ -21,25 +24,30 @@ def box_encoding(boxes: Tensor, channels: int) -> Tensor:
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Sine encoding of each pixel's center, relative to the unpadded part of the map."""
+    """Sine encoding of each pixel's center, relative to the unpadded part of the map.
 
-    def __init__(self, dim: int) -> None:
+    offset: Position inside a pixel: 0.5 is its center (paper), 1 its far edge (DINO).
+    """
+
+    def __init__(self, dim: int, temperature: float = 10000, offset: float = 0.5) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim, self.temperature, self.offset = dim, temperature, offset
 
     def forward(self, padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
         """Return (B, C, H, W) for a mask (B, H, W)."""
         valid = (~padding_mask).to(torch.promote_types(dtype, torch.float32))
         y, x = valid.cumsum(1), valid.cumsum(2)
-        y = (y - 0.5) / (y[:, -1:, :] + 1e-6)
-        x = (x - 0.5) / (x[:, :, -1:] + 1e-6)
-        half = self.dim // 2
-        return torch.cat((sine_encoding(y, half), sine_encoding(x, half)), dim=-1).permute(0, 3, 1, 2).to(dtype)
+        y = (y - (1 - self.offset)) / (y[:, -1:, :] + 1e-6)
+        x = (x - (1 - self.offset)) / (x[:, :, -1:] + 1e-6)
+        return torch.cat((self._encode(y), self._encode(x)), dim=-1).permute(0, 3, 1, 2).to(dtype)
 
     def axis_encodings(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Return, for an unpadded map and in channel order, rows (H, 1, C / 2) and columns (1, W, C / 2)."""
-        y, x = ((torch.arange(length) + 0.5) / (length + 1e-6) for length in (height, width))
-        return sine_encoding(y, self.dim // 2)[:, None], sine_encoding(x, self.dim // 2)[None]
+        y, x = ((torch.arange(length) + self.offset) / (length + 1e-6) for length in (height, width))
+        return self._encode(y)[:, None], self._encode(x)[None]
+
+    def _encode(self, values: Tensor) -> Tensor:
+        return sine_encoding(values, self.dim // 2, self.temperature)
 
 
 class PositionEmbeddingLearned(nn.Module):

@@ -7,21 +7,18 @@ import torch
 from torch import Tensor
 
 from ..config.schema import ModelConfig
-from ..model.backbone import STRIDES
+from ..model.backbone import backbone_strides
 from ..model.network import DeformableDETRNetwork
 
 _ATTENTION = re.compile(r"(encoder|decoder)\.layers\.\d+\.\w+_attn\.(sampling_offsets|attention_weights)\.")
 _PROJECTION = re.compile(r"projections\.levels\.(\d+)\.(.+)")
-_QUERIES = ("query_embedding.weight", "proposals.query_embedding.weight")
+_QUERIES = ("query_embedding.weight", "query_boxes.weight", "proposals.query_embedding.weight")
 
 
 def level_strides(config: ModelConfig) -> list[int]:
     """Return the stride of each feature level. What a level learned belongs to its stride, not to its index."""
-    if config.num_feature_levels == 1:
-        return [STRIDES[-2] if config.dilation else STRIDES[-1]]
-    if config.num_feature_levels <= len(STRIDES):
-        return list(STRIDES[-config.num_feature_levels :])
-    return [STRIDES[0] << level for level in range(config.num_feature_levels)]
+    finest = 16 if config.dilation else backbone_strides(config)[0]
+    return [finest << level for level in range(config.num_feature_levels)]
 
 
 def resize_state(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model.backbone import InputProjection
-from ...model.network import DeformableDETRNetwork
+from ...model.network import DeformableDETRNetwork, learned_queries
 from ...predict.predictor import Detector
 from ...utils.errors import UserError
 from .folding import example_pixels, inference_copy
@@ -35,6 +35,10 @@ class OptimizedDetector(Detector):
     Raises:
         UserError: The precision is unknown, or the processor lacks it.
     """
+
+    queries: Any
+    query_position: Any
+    reference_points: Any
 
     def __reduce__(self) -> NoReturn:  # oneDNN's packed weights have no storage to copy
         hint = "copy or send the model, or its folder from save_pretrained, and call optimize() there"
@@ -71,11 +75,9 @@ class OptimizedDetector(Detector):
 
     @torch.no_grad()
     def _register_learned_queries(self, source: DeformableDETRNetwork) -> None:
-        position, queries = source.query_embedding.weight[None].chunk(2, dim=-1)
-        reference_points = source.reference_points(position).sigmoid()
-        buffers = {"queries": queries, "query_position": position, "reference_points": reference_points}
-        for name, value in buffers.items():
-            self.register_buffer(name, value.clone(), persistent=False)
+        names = ("queries", "query_position", "reference_points")
+        for name, value in zip(names, learned_queries(source), strict=True):
+            self.register_buffer(name, None if value is None else value.clone(), persistent=False)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -106,7 +108,8 @@ class OptimizedDetector(Detector):
             queries, position, reference_points = self.proposals(memory, positional)
         else:
             queries, position, reference_points = (
-                self.get_buffer(name).expand(B, -1, -1) for name in ("queries", "query_position", "reference_points")
+                None if x is None else x.expand(B, -1, -1)
+                for x in (self.queries, self.query_position, self.reference_points)
             )
         del memory
         return self.decoder(queries, position, reference_points, values, positional)

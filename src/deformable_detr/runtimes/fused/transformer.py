@@ -19,7 +19,6 @@ from ...model.encoder import EncoderLayer
 from ...model.geometry import refine_boxes
 from ...model.heads import DetectionHeads
 from ...model.layers import FeedForward
-from ...model.position_encoding import box_encoding
 from ...model.two_stage import TwoStageProposals
 from .onednn import PackedLinear, fusable_activation
 from .positional_inputs import PositionalInputs
@@ -285,6 +284,7 @@ class FusedDecoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(FusedDecoderLayer(layer, packing) for layer in decoder.layers)  # type: ignore[arg-type]
         self.norm, self.position_head, self.refine = decoder.norm, decoder.position_head, config.refine
+        self.decoder_norm, self.box_eps = config.decoder_norm, config.box_eps
         last = config.decoder_layers - 1
         boxes = decoder.heads.boxes
         self.boxes = nn.ModuleList(boxes[index if len(boxes) > 1 else 0] for index in range(last + 1))
@@ -303,8 +303,11 @@ class FusedDecoder(nn.Module):
             scale = ratios if reference_points.shape[-1] == 2 else ratios.repeat(1, 1, 2)
             on_canvas = reference_points[:, :, None] * scale[:, None]
             if self.position_head is not None:
-                position = self.position_head(box_encoding(reference_points, queries.shape[-1] // 2))
+                position = self.position_head(queries, reference_points, ratios, index)
             queries = layer(queries, position, on_canvas, values[index], positional.spatial_shapes)
-            if self.refine or index == len(self.layers) - 1:
-                reference_points = refine_boxes(self.boxes[index](self.norm(queries)), reference_points)
+            is_last = index == len(self.layers) - 1
+            if self.refine or is_last:
+                normalized = queries if self.decoder_norm and not is_last else self.norm(queries)
+                eps = self.box_eps[0 if is_last else 1]
+                reference_points = refine_boxes(self.boxes[index](normalized), reference_points, eps)
         return self.classes(self.norm(queries)), reference_points
