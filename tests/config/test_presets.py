@@ -18,7 +18,8 @@ def test_parameter_counts_match_the_paper(name, millions):
 
 
 def test_presets_cover_the_published_variants_and_small_is_smaller():
-    assert set(PUBLISHED) | {"small", "small-portable"} == set(presets.PRESETS)
+    others = {"dino", "dino-5scale", "dino-swin-l", "small", "small-portable"}
+    assert set(PUBLISHED) | others == set(presets.PRESETS)
     small = DeformableDETR(presets.small(backbone_weights="none"))
     assert sum(parameter.numel() for parameter in small.parameters()) < 10e6
 
@@ -29,6 +30,14 @@ def test_variants_differ_as_in_the_paper():
     assert presets.single_scale_dc5() == presets.single_scale(dilation=True)
     assert presets.refine() == presets.multi_scale(refine=True)
     assert presets.two_stage() == presets.refine(two_stage=True)
+    assert presets.dino_5scale() == presets.dino(num_feature_levels=5, finest_stride=4)
+
+
+def test_dino_trains_with_its_published_recipe():
+    train = presets.config("dino").train
+    assert (train.epochs, train.total_batch_size, train.lr, train.lr * train.backbone_lr_mult) == (12, 16, 1e-4, 1e-5)
+    assert (train.num_denoising, train.box_noise, train.label_noise) == (200, 1.0, 0.5)  # 100 pairs
+    assert round(train.epochs * train.lr_drop) == 11
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

@@ -17,12 +17,15 @@ from ..config.resolve import DEFAULT_PRESET
 Flag = Parameter(negative=())
 Model = Annotated[
     Path,
-    Parameter(help="Run or model folder, transformers folder or hub id, official .pth, or exported .onnx, .xml, .pt2."),
+    Parameter(help="Run or model folder, transformers folder or hub id, .pth, or exported .onnx, .xml, .pt2."),
 ]
-PyTorchModel = Annotated[Path, Parameter(help="Run or model folder, transformers folder or hub id, or official .pth.")]
+PyTorchModel = Annotated[Path, Parameter(help="Run or model folder, transformers folder or hub id, or .pth.")]
 Dataset = Annotated[Path, Parameter(help="Dataset folder: COCO JSON, YOLO (data.yaml) or Pascal VOC.")]
 Split = Annotated[str, Parameter(help="Split of the dataset.")]
-Preset = Literal["single-scale", "single-scale-dc5", "multi-scale", "refine", "two-stage", "small", "small-portable"]
+Preset = Literal[
+    "single-scale", "single-scale-dc5", "multi-scale", "refine", "two-stage", "dino", "dino-5scale", "dino-swin-l",
+    "small", "small-portable",
+]  # fmt: skip
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1 or mps; auto: cuda, else mps, else cpu.")]
 Precision = Literal["fp32", "bf16"]
 Threshold = Annotated[float, Parameter(validator=Number(gte=0, lte=1), help="Minimum score of a detection, 0 to 1.")]

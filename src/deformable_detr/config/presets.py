@@ -32,6 +32,24 @@ def two_stage(**changes: Any) -> ModelConfig:
     return refine(**{"two_stage": True, **changes})
 
 
+def dino(**changes: Any) -> ModelConfig:
+    """DINO with four scales (Zhang et al. 2022, arXiv 2203.03605): learned queries at the boxes of proposals."""
+    base: dict[str, Any] = {"num_queries": 900, "ffn_dim": 2048, "dropout": 0.0, "position_encoding": "dino"}
+    base |= {"class_aware_proposals": True, "query_init": "learned", "iterative_query_pos": "dino"}
+    base |= {"decoder_norm": True, "look_forward_twice": True, "box_eps": (1e-3, 1e-3)}
+    return two_stage(**{**base, **changes})
+
+
+def dino_5scale(**changes: Any) -> ModelConfig:
+    """DINO with five scales, from stride 4."""
+    return dino(**{"num_feature_levels": 5, "finest_stride": 4, **changes})
+
+
+def dino_swin_l(**changes: Any) -> ModelConfig:
+    """DINO with four scales of Swin-L."""
+    return dino(**{"backbone": "swin_large_patch4_window12_384", "frozen_stages": 0, **changes})
+
+
 def small(**changes: Any) -> ModelConfig:
     """For CPUs and small datasets: a light backbone, half the width, fewer layers, faster convergence.
 
@@ -57,6 +75,9 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
     "multi-scale": multi_scale,
     "refine": refine,
     "two-stage": two_stage,
+    "dino": dino,
+    "dino-5scale": dino_5scale,
+    "dino-swin-l": dino_swin_l,
     "small": small,
     "small-portable": small_portable,
 }
@@ -67,6 +88,8 @@ def config(name: str) -> Config:
     if name not in PRESETS:
         raise UserError(f"unknown preset '{name}'; choose from {', '.join(PRESETS)}")
     model = PRESETS[name]()
+    if name.startswith("dino"):
+        return Config(preset=name, model=model, train=_dino_recipe(batch_size=1 if name == "dino-5scale" else 2))
     if name not in ("small", "small-portable"):
         return Config(preset=name, model=model)
     train = TrainConfig(
@@ -83,3 +106,18 @@ def config(name: str) -> Config:
         ema_decay=0.9998,
     )
     return Config(preset=name, model=model, train=train)
+
+
+def _dino_recipe(batch_size: int) -> TrainConfig:
+    """DINO's (appendix D, published configurations): 12 epochs, 16 images per step, 100 pairs of denoising queries."""
+    return TrainConfig(
+        epochs=12,
+        batch_size=batch_size,
+        total_batch_size=16,
+        base_batch_size=16,
+        lr=1e-4,
+        sampling_lr_mult=1.0,
+        lr_drop=11 / 12,
+        class_weight=1.0,
+        num_denoising=200,
+    )
