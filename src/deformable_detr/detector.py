@@ -27,7 +27,8 @@ class DeformableDETR(DeformableDETRNetwork, Detector):
 
         Args:
             source: A run folder or one that `save_pretrained` wrote, a transformers repository of Deformable DETR
-                (folder or hub id), or an official checkpoint (`.pth`).
+                (folder or hub id), or a checkpoint (`.pth`) of the official code,
+                IDEA-Research/DINO, detrex or mmdetection.
             **overrides: Config fields to change, such as `image_size=640`; see `weights.load.load_pretrained`.
 
         Raises:

@@ -14,7 +14,7 @@ from deformable_detr.weights.convert import convert, portability_note, write
 from tests.support.parity import transformers
 from tests.support.weights import equal_weights, tiny_model
 
-PRESETS = [name for name in presets.PRESETS if not name.startswith("small")]
+PRESETS = [name for name in presets.PRESETS if not name.startswith(("small", "dino"))]
 SIZES = {"image_size": 320, "size_divisor": 32}
 
 
@@ -134,6 +134,10 @@ def test_embedded_config_is_ignored_after_changes_in_transformers(native_model, 
         ({"class_aware_proposals": True}, "transformers", "class_aware_proposals: True"),
         ({"iterative_query_pos": True}, "official", "iterative_query_pos: True"),
         ({"query_init": "encoder"}, "official", "query_init: encoder"),
+        ({"decoder_norm": True}, "transformers", "decoder_norm: True"),
+        ({"box_eps": (1e-3, 1e-3)}, "official", "box_eps"),
+        ({"position_encoding": "dino"}, "transformers", "position_encoding: dino"),
+        ({"finest_stride": 4}, "official", "finest_stride: 4"),
         ({}, "official", "no backbone 'test_resnet'"),
         ({"backbone": "resnet50"}, "official", "hidden_dim of 256"),
         ({"activation": "gelu"}, "official", "activation: gelu"),
@@ -190,7 +194,7 @@ def test_without_transformers_only_the_tensors_are_verified(native_model, native
 def test_portability_note_for_unsupported_networks():
     for name, preset in presets.PRESETS.items():
         note = portability_note(preset())
-        assert (note is None) == (name != "small")
+        assert (note is None) == (name != "small" and not name.startswith("dino"))
         assert note is None or "--preset small-portable" in note
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from deformable_detr import DeformableDETR
+from deformable_detr import DeformableDETR, UserError
 from deformable_detr.config import presets
 from deformable_detr.model.postprocess import postprocess
 from deformable_detr.weights import official_format
+from deformable_detr.weights.convert import convert
 from tests.support.parity import batch, randomized
 from tests.support.weights import equal_weights, load_error, official_values, tiny_model
 
-PRESETS = [name for name in presets.PRESETS if not name.startswith("small")]
+PRESETS = [name for name in presets.PRESETS if not name.startswith(("small", "dino"))]
 EQUAL = None
 
 
@@ -102,7 +103,7 @@ def test_changed_checkpoint_loads_equal_or_fails_in_one_line(
 
 
 def test_resnet50_checkpoint_with_and_without_settings(tmp_path):
-    """Without settings, the number of heads is unknown and defaults to the paper's 8."""
+    """Without settings, the number of heads is unknown and has to be stated."""
     expected = tiny_model(presets.multi_scale, backbone="resnet50", num_heads=8)
     official_format.save(expected, tmp_path)
     path = tmp_path / official_format.FILE
@@ -118,9 +119,33 @@ def test_resnet50_checkpoint_with_and_without_settings(tmp_path):
         (0, 1, 2),
     )
     torch.save(values["model"], path)
-    bare = DeformableDETR.from_pretrained(path)
+    assert "does not tell num_heads; state the values of its training: --set model.num_heads=8" in load_error(path)
+    bare = DeformableDETR.from_pretrained(path, num_heads=8)
     assert equal_weights(model, bare)
     assert (bare.config.num_heads, bare.config.encoder_points, bare.config.backbone) == (8, 4, "resnet50")
+
+
+@pytest.mark.parametrize(
+    ("preset", "stated"),
+    [
+        (presets.single_scale, {"num_heads": 4, "dilation": False}),
+        (presets.single_scale_dc5, {"num_heads": 4, "dilation": True}),
+        (presets.two_stage, {"num_heads": 4, "num_queries": 20}),
+    ],
+)
+def test_what_no_shape_tells_has_to_be_stated(preset, stated, tmp_path):
+    expected = tiny_model(preset, backbone="resnet50", hidden_dim=256)
+    official_format.save(expected, tmp_path)
+    path = tmp_path / official_format.FILE
+    torch.save({"model_ema": official_values(path)["model"]}, path)
+    assert f"does not tell {' and '.join(stated)};" in load_error(path)
+    model = DeformableDETR.from_pretrained(path, **stated)
+    assert equal_weights(model, expected)
+    assert all(getattr(model.config, name) == value for name, value in stated.items())
+    with pytest.raises(UserError, match="num_heads must be a positive integer, not 'four'"):
+        DeformableDETR.from_pretrained(path, **{**stated, "num_heads": "four"})
+    lines = convert(path, "native", tmp_path / "native", stated)
+    assert lines[0] == f"{path}: took the weights under 'model_ema'"
 
 
 def test_91_classes_get_the_names_and_ids_of_coco(tiny_backbone, tmp_path):

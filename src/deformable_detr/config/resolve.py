@@ -20,7 +20,7 @@ def resolve_config(
     file: str | Path | None = None,
     overrides: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-    config_of_weights: Callable[[str], Config] | None = None,
+    config_of_weights: Callable[[str, Mapping[str, Any]], Config] | None = None,
 ) -> Config:
     """Merge all sources of settings.
 
@@ -31,7 +31,8 @@ def resolve_config(
         overrides: `section.key=value` strings; values are read as YAML.
         options: Values by dotted key, for example {"train.epochs": 3}; None: not set. Setting only one of
             "train.epochs" and "train.minutes" clears the other.
-        config_of_weights: Returns the config for fine-tuning the model that "train.weights" names.
+        config_of_weights: Returns the config for fine-tuning the model that "train.weights" names, given the changes of
+            the section "model".
 
     Raises:
         UserError: A key is unknown or a value is invalid; the message names the key and its source.
@@ -46,7 +47,8 @@ def resolve_config(
     train = changes.get("train")
     weights = train.get("weights") if isinstance(train, Mapping) else None
     if name is None and isinstance(weights, str) and config_of_weights:
-        base = config_of_weights(weights)
+        model = changes.get("model")
+        base = config_of_weights(weights, model if isinstance(model, Mapping) else {})
         name = base.preset
     else:
         name = name or DEFAULT_PRESET

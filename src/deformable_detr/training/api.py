@@ -65,5 +65,8 @@ def _config(out: str | os.PathLike[str], preset: str | None, resume: bool, optio
         base = run_config(out)
     else:
         weights = {"train.weights": options.get("weights")}
-        base = resolve_config(preset, options=weights, config_of_weights=finetune_config)
+        model = sections.get("model", {})
+        base = resolve_config(
+            preset, options=weights, config_of_weights=lambda source, _: finetune_config(source, model)
+        )
     return base.updated(sections, "train()")

@@ -12,8 +12,19 @@ from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError
 from .key_mapping import Placements, from_reference_keys
 
-# What the official code and transformers can do only one way.
-SUPPORTED = {"pre_norm": False, "class_aware_proposals": False, "query_init": "box", "iterative_query_pos": False}
+# Config fields that the tensors of a `.pth` file may not tell, and what to suggest for them.
+STATED = {"num_heads": 8, "num_queries": 300, "dilation": "false", "position_encoding": "sine"}
+# The only values that the official code and transformers support.
+SUPPORTED: dict[str, tuple[object, ...]] = {
+    "pre_norm": (False,),
+    "class_aware_proposals": (False,),
+    "query_init": ("box",),
+    "iterative_query_pos": (False,),
+    "decoder_norm": (False,),
+    "box_eps": ((1e-5, 1e-5),),
+    "position_encoding": ("sine", "learned"),
+    "finest_stride": (8,),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class Checkpoint:
         config_name: What describes the network, for errors: "config.json".
         placements: Returns where our tensors are among them.
         check_network: Raises UserError if the network, once built, is not the one that the file describes.
+        notes: Lines for the user: which of several weights were taken, what was left out.
     """
 
     config: ModelConfig
@@ -37,6 +49,7 @@ class Checkpoint:
         name: [(name,)] for name in names
     }
     check_network: Callable[[DeformableDETRNetwork], None] = lambda network: None
+    notes: tuple[str, ...] = ()
 
     def build(self, network_class: type[NetworkT]) -> tuple[NetworkT, dict[str, Tensor]]:
         """Build the network; return it and its state dict to load. Raises UserError if the tensors do not fit it."""
@@ -63,13 +76,13 @@ class Checkpoint:
                 raise UserError(f"{self.path}: no tensor is as large as {name} {size} of {self.config_name}")
 
 
-def check_supported(config: ModelConfig, supported: Mapping[str, object], target: str, preset: str) -> None:
+def check_supported(config: ModelConfig, supported: Mapping[str, tuple[object, ...]], target: str, preset: str) -> None:
     """Raise UserError, naming the fields, if a config has other values than the only ones that a format supports.
 
     preset: One that the format supports, for the hint.
     """
     values = config.model_dump(include=set(supported))
-    other = [f"{name}: {value}" for name, value in values.items() if value != supported[name]]
+    other = [f"{name}: {value}" for name, value in values.items() if value not in supported[name]]
     if other:
         raise UserError(f"{target} does not support {', '.join(other)}; fine-tune as --preset {preset}")
 
@@ -92,3 +105,41 @@ def restore_own_fields(config: ModelConfig, saved: Any, fields: tuple[str, ...])
 def default_class_names(count: int) -> tuple[str, ...]:
     """Return the names that transformers gives to unnamed classes."""
     return tuple(f"LABEL_{label}" for label in range(count))
+
+
+class UntoldFieldsError(UserError):
+    """A file does not tell some config fields, and nobody stated them."""
+
+    def __init__(self, path: Path, fields: list[str]) -> None:
+        self.fields = fields
+        options = " ".join(f"--set model.{name}={STATED[name]}" for name in fields)
+        super().__init__(f"{path} does not tell {' and '.join(fields)}; state the values of its training: {options}")
+
+
+def stated_fields(
+    path: Path, told: Mapping[str, Any], stated: Mapping[str, Any], needed: tuple[str, ...], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the fields that a file does not tell, as stated by the user, else as in `defaults`.
+
+    Raises UserError if a `needed` field is missing or a number is not a positive integer.
+    """
+    fields = {name: value for name, value in {**defaults, **stated}.items() if name not in told}
+    for name in ("num_heads", "num_queries"):
+        if name in fields and (type(fields[name]) is not int or fields[name] < 1):
+            raise UserError(f"model.{name} must be a positive integer, not {fields[name]!r}")
+    if missing := [name for name in needed if name not in told and name not in fields]:
+        raise UntoldFieldsError(path, missing)
+    return fields
+
+
+def coco_classes(count: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return names and category ids of 91 labels (COCO's ids) or 80 (COCO's classes); other counts have no names."""
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    names = ("N/A", *FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:])
+    if count == 91:
+        return names, tuple(range(91))
+    if count == 80:
+        ids = tuple(i for i, name in enumerate(names) if name != "N/A")
+        return tuple(names[i] for i in ids), ids
+    return (), tuple(range(count))

@@ -3,25 +3,28 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError
 from ..utils.files import write_files
 from . import native, official_format, transformers_format, verify
-from .checkpoint import SUPPORTED, check_supported
+from .checkpoint import STATED, SUPPORTED, check_supported
 from .image_processor import PREPROCESSOR
-from .load import load_pretrained
+from .load import load_pretrained, read_checkpoint
 from .model_card import ModelCardData, card_file
 
 Format = Literal["native", "transformers", "official"]
 _FILES = (native.CONFIG, native.WEIGHTS, PREPROCESSOR, official_format.FILE)
 
 
-def convert(source: str | os.PathLike[str], to: Format, out: str | os.PathLike[str]) -> list[str]:
+def convert(
+    source: str | os.PathLike[str], to: Format, out: str | os.PathLike[str], stated: Mapping[str, Any] | None = None
+) -> list[str]:
     """Write a model into a folder in another format.
 
     Args:
@@ -29,6 +32,7 @@ def convert(source: str | os.PathLike[str], to: Format, out: str | os.PathLike[s
         to: "native" (for `from_pretrained`), "transformers" (model, image processor and class names for its Auto
             classes) or "official" (checkpoint.pth for the paper authors' code).
         out: The folder; it must not hold a model.
+        stated: Fields of `ModelConfig` that a `.pth` without settings does not tell, such as "num_heads".
 
     Returns:
         Lines for the user: where the model is, how to load it, what the format cannot express.
@@ -41,7 +45,10 @@ def convert(source: str | os.PathLike[str], to: Format, out: str | os.PathLike[s
         raise UserError(f"--to {to}: choose from {', '.join(get_args(Format))}")
     if existing := [name for name in _FILES if (folder / name).exists()]:
         raise UserError(f"--out {folder} already has {existing[0]}; choose another folder")
-    return write(load_pretrained(source), to, folder)
+    if unknown := [name for name in stated or {} if name not in STATED]:
+        raise UserError(f"--set model.{unknown[0]}: convert only takes {', '.join(STATED)}, where a .pth lacks them")
+    model = load_pretrained(source, **(stated or {}))
+    return [*read_checkpoint(source, stated).notes, *write(model, to, folder)]
 
 
 def write(model: DeformableDETRNetwork, to: Format, folder: Path, card_data: ModelCardData | None = None) -> list[str]:

@@ -17,7 +17,8 @@ from ..utils.files import read_json
 
 # Keys under which checkpoints store the state dict; averaged weights come last.
 _STATE_DICT_KEYS = (
-    "model", "state_dict", "model_state_dict", "ema", "model_ema", "ema_state_dict", "state_dict_ema", "module",
+    "model", "state_dict", "model_state_dict", "ema", "model_ema", "ema_model", "ema_state_dict", "ema_state",
+    "state_dict_ema", "module",
 )  # fmt: skip
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
 
@@ -52,6 +53,15 @@ def read_pickle(path: Path, classes: tuple[type, ...] = (argparse.Namespace,)) -
             reason = f"it holds {refused[1]} beside tensors and settings; loading that could run code"
             raise UserError(f"{path} is refused: {reason}") from None
         raise UserError(f"{path} is damaged or not a PyTorch checkpoint: {first_line(error)}") from None
+
+
+def describe_choice(values: Mapping[Any, Any], path: Path) -> tuple[str, ...]:
+    """Return a line that says under which key `find_state_dict` finds the tensors; none if there is no key."""
+    taken, *others = [key for key in _STATE_DICT_KEYS if isinstance(values.get(key), Mapping)] or [None]
+    if taken is None:
+        return ()
+    unread = f"; those under {' and '.join(map(repr, others))} are not read" if others else ""
+    return (f"{path}: took the weights under {taken!r}{unread}",)
 
 
 def find_state_dict(values: Mapping[Any, Any]) -> Mapping[Any, Any]:

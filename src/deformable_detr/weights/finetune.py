@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from ..config.schema import Config, ModelConfig
 from ..model.heads import PRIOR_LOGIT
 from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError
-from .checkpoint import Checkpoint
+from .checkpoint import STATED, Checkpoint, UntoldFieldsError
 from .load import read_checkpoint
 from .resize import resize_state
 
@@ -54,12 +55,14 @@ class TransferReport:
         return lines
 
 
-def finetune_config(source: str | os.PathLike[str]) -> Config:
+def finetune_config(source: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Config:
     """Return the config to fine-tune a source: its network, with the training settings of the most similar preset.
 
     The classes are left out: they come from the dataset. Raises UserError as `load_pretrained` does.
+
+    changes: Fields of `ModelConfig` that the user sets; used only for what a `.pth` without settings does not tell.
     """
-    inherited = read_checkpoint(source).config.model_dump(exclude=_NOT_INHERITED)
+    inherited = read_checkpoint(source, _stated(changes or {})).config.model_dump(exclude=_NOT_INHERITED)
     model = ModelConfig.from_dict({**inherited, "backbone_weights": "none"}, f"the network of {source}")
 
     def similarity(name: str) -> int:
@@ -79,10 +82,15 @@ def load_for_finetuning(
 
     Pretrained backbone weights are downloaded only if the source has another backbone.
     """
-    checkpoint = read_checkpoint(source)
+    try:
+        checkpoint = read_checkpoint(source)
+    except UntoldFieldsError as error:
+        values = ", ".join(f"{name} {getattr(config, name)}" for name in error.fields)
+        log(f"{source} does not tell {' and '.join(error.fields)}: read with this run's {values}")
+        checkpoint = read_checkpoint(source, _stated(config.model_dump()))
     same_backbone = _backbone(checkpoint.config) == _backbone(config)
     model = network_class(config.without_pretrained_backbone() if same_backbone else config)
-    for line in transfer_weights(model, checkpoint).lines(checkpoint.path):
+    for line in (*checkpoint.notes, *transfer_weights(model, checkpoint).lines(checkpoint.path)):
         log(line)
     return model
 
@@ -122,6 +130,10 @@ def transfer_weights(model: DeformableDETRNetwork, checkpoint: Checkpoint) -> Tr
         raise UserError(f"no weights of {checkpoint.path} fit this model: their hidden_dim is {config.hidden_dim}")
     model.load_state_dict(model.state_dict() | copied)
     return report
+
+
+def _stated(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: fields[name] for name in STATED if name in fields}
 
 
 def _backbone(config: ModelConfig) -> object:

@@ -88,8 +88,8 @@ Placements = dict[str, list[tuple[str, ...]]]
 
 def official_placements(names: Iterable[str], config: ModelConfig) -> Placements:
     """Place our tensors in the official code's `model` dict. Raises UserError if it has no such module."""
-    keys = {name: _translate(name, OFFICIAL_KEYS, "the official code") for name in names}
-    return {name: [(copy,) for copy in _copies(key, "transformer", config)] for name, key in keys.items()}
+    keys = {name: translate(name, OFFICIAL_KEYS, "the official code") for name in names}
+    return {name: [(copy,) for copy in head_copies(key, "transformer", config)] for name, key in keys.items()}
 
 
 def transformers_placements(names: Iterable[str], config: ModelConfig, own_resnet: bool = False) -> Placements:
@@ -99,14 +99,14 @@ def transformers_placements(names: Iterable[str], config: ModelConfig, own_resne
     """
     placements: Placements = {}
     for name in names:
-        key = _translate(name, TRANSFORMERS_KEYS, "transformers")
+        key = translate(name, TRANSFORMERS_KEYS, "transformers")
         if own_resnet and name.startswith("backbone.body."):
-            inside = _translate(name.removeprefix("backbone.body."), TRANSFORMERS_RESNET_KEYS, "transformers' ResNet")
+            inside = translate(name.removeprefix("backbone.body."), TRANSFORMERS_RESNET_KEYS, "transformers' ResNet")
             key = TRANSFORMERS_KEYS["backbone.body."] + inside
         if "self_attn.in_proj_" in key:
             placements[name] = [tuple(key.replace("in_proj_", f"{part}_proj.") for part in "qkv")]
         else:
-            placements[name] = [(copy,) for copy in _copies(key, "model", config)]
+            placements[name] = [(copy,) for copy in head_copies(key, "model", config)]
     return placements
 
 
@@ -172,24 +172,29 @@ def _join(
     return tensors[keys[0]] if len(keys) == 1 else torch.cat([tensors[key] for key in keys])
 
 
-def _translate(name: str, table: Mapping[str, str], target: str) -> str:
+def translate(name: str, table: Mapping[str, str], target: str) -> str:
+    """Return the key of our tensor in another format. Raises UserError, naming `target`, if the table has none."""
     for prefix, replacement in table.items():
         if match := re.match(re.escape(prefix).replace(r"\*", r"(\d+)"), name):
             for number in match.groups():
                 before, _, after = replacement.partition("*")
-                if after.startswith("-1"):
-                    number, after = str(int(number) - 1), after.removeprefix("-1")
+                if after.startswith(("-1", "+1")):
+                    number, after = str(int(number) + int(after[:2])), after[2:]
                 replacement = before + number + after
             return replacement + name[match.end() :]
     raise UserError(f"{target} has no module for {name}, so this model cannot be converted")
 
 
-def _copies(key: str, root: str, config: ModelConfig) -> list[str]:
-    """The key and, of a head, those of the layers that share it and of the decoder's references to it, these first."""
-    head = key.split(".")[0]
-    in_decoder = {"bbox_embed": config.refine, "class_embed": config.two_stage}
-    if head not in in_decoder:
+def head_copies(key: str, root: str | None, config: ModelConfig) -> list[str]:
+    """Return the key and, of a head, those of the layers that share it and of the decoder's references to it.
+
+    The decoder's are the first; `root` is its prefix, None if it refers to none.
+    """
+    match = re.match(r"(class_embed|bbox_embed|bbox_head\.\w+)\.\d+\.", key)
+    if match is None:
         return [key]
+    head = match[1]
     layers = range(1, 1 if config.refine else config.decoder_layers)
     copies = [key, *(key.replace(f"{head}.0.", f"{head}.{layer}.") for layer in layers)]
-    return [f"{root}.decoder.{copy}" for copy in copies if in_decoder[head]] + copies
+    in_decoder = root is not None and (config.refine if head == "bbox_embed" else config.two_stage)
+    return [f"{root}.decoder.{copy}" for copy in copies if in_decoder] + copies

@@ -1,7 +1,9 @@
-"""Load a model from a folder, a transformers repository, the hub or an official checkpoint."""
+"""Load a model from a folder, a transformers repository, the hub or a `.pth`."""
 
+import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError, first_line
 from ..utils.files import is_exported, read_json
 from . import native, official_format, transformers_format
-from .checkpoint import Checkpoint
+from .checkpoint import STATED, Checkpoint
 from .resize import resize_state
 
+_log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = (("*.json", "*.safetensors"), ("*.json", "pytorch_model*.bin", "*.pth"))  # pickles only as a last resort
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
@@ -31,18 +34,25 @@ def load_pretrained(
 
     Args:
         source: A run folder or one that `save_pretrained` wrote; a transformers repository of Deformable DETR as a
-            folder or hub id ("owner/name", "owner/name@revision"); an official checkpoint (`.pth`).
+            folder or hub id ("owner/name", "owner/name@revision"); a checkpoint (`.pth`) of
+            the official code, IDEA-Research/DINO, detrex or mmdetection.
         network_class: The class to build.
         **overrides: Fields of `ModelConfig` to change, of `OVERRIDABLE`. `num_feature_levels`, and `num_queries` of a
-            one-stage model, can only shrink: what they add would be untrained.
+            one-stage model, can only shrink: what they add would be untrained. Also the fields that a `.pth` without
+            settings does not tell, such as `num_heads`.
 
     Raises:
         UserError: The source is missing, foreign, damaged or unsafe, or an override is not possible.
     """
+    stated = {name: value for name, value in overrides.items() if name in STATED}
+    checkpoint = read_checkpoint(source, stated)
+    as_read = [name for name, value in stated.items() if getattr(checkpoint.config, name) == value]
+    overrides = {name: value for name, value in overrides.items() if name not in as_read}
     unknown = [name for name in overrides if name not in OVERRIDABLE]
     if unknown:
         raise UserError(f"{source}: {unknown[0]} cannot be overridden; these can: {', '.join(OVERRIDABLE)}")
-    checkpoint = read_checkpoint(source)
+    for note in checkpoint.notes:
+        _log.info(note)
     model, state = checkpoint.build(network_class)
     if overrides:
         config = checkpoint.config.replace(**overrides)
@@ -57,17 +67,20 @@ def load_pretrained(
     return model.eval()
 
 
-def read_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """Read a source's config and tensors without building the network. Raises UserError as `load_pretrained` does."""
+def read_checkpoint(source: str | os.PathLike[str], stated: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Read a source's config and tensors without building the network. Raises UserError as `load_pretrained` does.
+
+    stated: Config fields, of `STATED`, that a `.pth` without settings does not tell; other sources ignore them.
+    """
     path = locate_source(source)
     if not path.is_dir():
-        return official_format.read(path)
+        return official_format.read(path, stated)
     is_native = read_json(path / "config.json").get("format") == native.FORMAT
     return native.read(path) if is_native else transformers_format.read(path)
 
 
 def locate_source(source: str | os.PathLike[str]) -> Path:
-    """Return the source's folder or official checkpoint; download it if the source is a hub id."""
+    """Return the source's folder or `.pth`; download it if the source is a hub id."""
     path = Path(source)
     if os.path.isdir(path):  # unlike Path.is_dir, False for an invalid name
         return _locate_in_folder(path)

@@ -1,11 +1,13 @@
-"""Read and write checkpoints of the paper authors' code (`.pth`).
+"""Read `.pth` files, and write checkpoints of the paper authors' code.
 
 Such a file is a dict: the tensors are under "model", the command line's settings, an argparse.Namespace, under "args".
+`codebase_format` reads those of other codebases.
 """
 
 import argparse
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError
 from ..utils.files import write_files
-from .checkpoint import SUPPORTED, Checkpoint, check_supported, restore_own_fields
-from .files import check_tensors, find_state_dict, read_pickle, strip_prefixes
+from . import codebase_format
+from .checkpoint import STATED, SUPPORTED, Checkpoint, check_supported, coco_classes, restore_own_fields, stated_fields
+from .files import check_tensors, describe_choice, find_state_dict, read_pickle, strip_prefixes
 from .key_mapping import official_placements, to_reference_keys
 
 FILE = "checkpoint.pth"
@@ -45,16 +48,24 @@ _FIELDS = {
 } | {name: name for name in ("num_feature_levels", "hidden_dim", "dropout", "dilation", "num_queries", "two_stage")}
 
 
-def read(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises UserError if it is damaged, foreign, or holds more than tensors and settings."""
+def read(path: Path, stated: Mapping[str, Any] | None = None) -> Checkpoint:
+    """Read a checkpoint, also one of another codebase.
+
+    stated: Config fields that the user gives, as the file cannot tell them.
+    Raises UserError if it is damaged, foreign, tells too little, or holds more than tensors and settings.
+    """
     values = read_pickle(path)
     if not isinstance(values, Mapping):
         raise UserError(f"{path} has no dict of tensors")
     tensors = strip_prefixes(check_tensors(find_state_dict(values), path))
-    config = read_config(tensors, values.get("args"), path)
+    notes, stated = describe_choice(values, path), stated or {}
+    if codebase := codebase_format.find_codebase(tensors):
+        checkpoint = codebase_format.read(codebase, values, tensors, path, stated)
+        return replace(checkpoint, notes=(*notes, *checkpoint.notes))
+    config = read_config(tensors, values.get("args"), path, stated)
     saved = values.get(OWN_CONFIG)
     config = restore_own_fields(config, saved.get("model") if isinstance(saved, Mapping) else None, _OWN_FIELDS)
-    return Checkpoint(config, tensors, path, "its settings", official_placements)
+    return Checkpoint(config, tensors, path, "its settings", official_placements, notes=notes)
 
 
 def save(model: DeformableDETRNetwork, folder: Path) -> None:
@@ -70,34 +81,38 @@ def save(model: DeformableDETRNetwork, folder: Path) -> None:
     write_files(folder, {FILE: lambda path: torch.save(values, path)})
 
 
-def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelConfig:
+def read_config(
+    tensors: Mapping[str, Tensor], args: Any, path: Path, stated: Mapping[str, Any] | None = None
+) -> ModelConfig:
     """Derive the config from the tensors' shapes, and from the settings what the shapes do not tell.
 
-    Raises UserError if shapes and settings contradict each other, or the network is not supported.
+    stated: Fields that the user gives, as neither tells them.
+    Raises UserError if shapes and settings contradict each other, or tell too little, or the network is not supported.
     """
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     settings = {key: value for key, value in args.items() if isinstance(value, str | int | float)}
+    given = _given_settings(tensors, settings, path, stated or {})
     try:
-        measured = _measure(tensors, int(settings.get("nheads", 8)))
+        measured = _measure(tensors, int(given["nheads"]))
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a complete checkpoint of Deformable DETR: {error!s:.100}") from None
     for key, value in measured.items():
         if key in settings and settings[key] != value:
             raise UserError(f"{path}: its settings have {key} {settings[key]!r}, its tensors {value!r}")
     learned = "backbone.1.row_embed.weight" in tensors
-    values = {**settings, **measured, "position_embedding": "learned" if learned else "sine"}
+    values = {**given, **measured, "position_embedding": "learned" if learned else "sine"}
     depths = tuple(_count(tensors, rf"backbone\.0\.body\.layer{stage}\.(\d+)\.") for stage in range(1, 5))
     backbone = settings.get("backbone") or _BLOCKS.get(depths)
     if backbone not in BACKBONES:
         raise UserError(f"{path}: backbone {backbone!r} is not supported; the official code has {', '.join(BACKBONES)}")
-    num_classes = measured["num_classes"]
+    names, category_ids = coco_classes(measured["num_classes"])
     return ModelConfig.from_dict(
         {
             # Where a setting is missing, the official default is ours: both are the paper's.
             **{field: values[key] for field, key in _FIELDS.items() if key in values},
-            "class_names": _coco_names() if num_classes == 91 else (),
-            "category_ids": tuple(range(num_classes)),
-            "num_classes": num_classes,
+            "class_names": names if len(names) == 91 else (),
+            "category_ids": category_ids if len(names) == 91 else tuple(range(measured["num_classes"])),
+            "num_classes": measured["num_classes"],
             "backbone": backbone,
             "backbone_weights": "none",
             "backbone_norm": "frozen",
@@ -109,16 +124,27 @@ def read_config(tensors: Mapping[str, Tensor], args: Any, path: Path) -> ModelCo
     )
 
 
-def _coco_names() -> tuple[str, ...]:
-    """Return the names of the category ids 0 to 90; "N/A" if there is none."""
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+def _given_settings(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], path: Path, stated: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings, completed by what the user states. Raises UserError if one is missing that no shape tells.
 
-    return ("N/A", *FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:])
+    Shapes tell the number of queries of one-stage models; with several levels there is no dilation.
+    """
+    if "transformer.level_embed" not in tensors:  # then not even the shapes are those of Deformable DETR
+        return {"nheads": 1, **settings}
+    one_level = len(tensors["transformer.level_embed"]) == 1
+    needed = ("num_heads", *(("dilation",) if one_level else ()))
+    needed += ("num_queries",) if "transformer.enc_output.weight" in tensors else ()
+    told = {field: settings[_FIELDS[field]] for field in STATED if _FIELDS[field] in settings}
+    stated = {field: value for field, value in stated.items() if field in needed or field in told}
+    fields = stated_fields(path, told, stated, needed, {})
+    return {**settings, **{_FIELDS[field]: value for field, value in fields.items()}}
 
 
 def write_args(config: ModelConfig) -> argparse.Namespace:
     """Return the official code's settings for a network. Raises UserError if it cannot express the network."""
-    supported = {**SUPPORTED, "activation": "relu", "backbone_shape": None}
+    supported = {**SUPPORTED, "activation": ("relu",), "backbone_shape": (None,)}
     check_supported(config, supported, "the official code", "two-stage")
     if config.num_feature_levels == 2:
         raise UserError("the official code does not support num_feature_levels: 2")
