@@ -2,7 +2,7 @@
 
 import json
 
-from tests.support.datasets import voc_xml
+from tests.support.datasets import voc_xml, write_image
 
 TRAIN = "train/_annotations.coco.json"
 VAL = "valid/_annotations.coco.json"
@@ -286,6 +286,10 @@ YOLO = {
     ),
     "image of a format that is not read": (
         lambda root: (root / "images/train/b.png").rename(root / "images/train/b.heic"), {"image-format"}, "b.heic",
+    ),
+    "labeled image beside the splits": (
+        lambda root: (write_image(root / "images/x.png"), (root / "labels/x.txt").write_text(TWO)),
+        {"outside-splits"}, "images: has a labeled image with 2 objects in no split: x.png (labels/x.txt)",
     ),
     "path of another machine": (
         lambda root: (root / "data.yaml").write_text(

@@ -96,6 +96,10 @@ class FileSource(NamedSource):
     suffixes: ClassVar[tuple[str, ...]] = (".json",)
     per_image: ClassVar[bool] = False  # whether each file is about one image
 
+    @property
+    def annotation_files(self) -> tuple[Path, ...]:
+        return self.files
+
     @classmethod
     @abstractmethod
     def accepts(cls, path: Path) -> bool:

@@ -43,6 +43,10 @@ class CocoSource(Source):
     subset: str = ""
     format: ClassVar[str] = "coco"
 
+    @property
+    def annotation_files(self) -> tuple[Path, ...]:
+        return (self.path,)
+
     def parse(self) -> ParsedAnnotations:
         """Read a COCO JSON file. Masks are dropped while parsing, because they would fill the memory.
 

@@ -286,13 +286,14 @@ def _annotations_in(folder: Path) -> Path | None:
         anonymous = [
             path for path in folder.glob("*.json") if not any(names_split(path.stem, n) for n in SPLIT_ALIASES)
         ]
-        several = sorted(path.name for path in anonymous if not is_hidden(path.name) and _is_coco(path))
+        several = sorted(path.name for path in anonymous if not is_hidden(path.name) and is_coco(path))
         if len(several) > 1:
             raise UserError(f"{folder}: has several annotation files: {', '.join(several[:5])}; merge them or keep one")
     return path
 
 
-def _is_coco(path: Path) -> bool:
+def is_coco(path: Path) -> bool:
+    """Return whether a file begins like COCO JSON."""
     with suppress(OSError), open(path, "rb") as file:
         return (
             re.match(rb'\s*\{.*"(images|annotations|categories|licenses)"\s*:\s*\[', file.read(4096), re.DOTALL)

@@ -2,7 +2,9 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -114,10 +116,17 @@ def _find(root: Path, split: str, data: DataConfig) -> Source:
     error: UserError | None = None
     try:
         file = find_annotations(root, split, data)
+        coco = find_coco(file, root, split, data)
         # The only JSON file of a folder may be anything if the dataset is clearly in another format.
-        certain = configured_annotations(split, data) or file.name == ROBOFLOW
+        certain = configured_annotations(split, data) or (file.name == ROBOFLOW and coco.is_named(split, root))
         if certain or file.stem.startswith("instances_"):
-            return find_coco(file, root, split, data)
+            return coco
+        if file.name == ROBOFLOW:
+            with suppress(UserError):
+                other = _find_other(root, split, data)
+                if other is not None and other.is_named(split, root) and other.has_labels():
+                    return other
+            return coco
     except UserError as coco_error:
         if configured_annotations(split, data) or not root.is_dir():
             raise
@@ -142,13 +151,19 @@ def _find(root: Path, split: str, data: DataConfig) -> Source:
 
 
 def _find_other(root: Path, split: str, data: DataConfig) -> Source | None:
-    """Find one split in a format other than COCO JSON and YOLO with a data.yaml."""
+    """Find one split in a format other than COCO JSON and YOLO with a data.yaml; one with the split's name is best."""
     splits = (data.train_split, data.val_split, "test")
-    for reader in READERS:
-        if (source := find_annotation_files(reader, root, split, data)) is not None:
-            return source
-    source = find_voc(root, split, splits, data.voc_origin) or find_yolo_without_yaml(root, split)
-    for reader in () if source is not None else LATE_READERS:
-        if (source := find_annotation_files(reader, root, split, data)) is not None:
-            return source
-    return source
+    finders: list[Callable[[], Source | None]] = [
+        *(partial(find_annotation_files, reader, root, split, data) for reader in READERS),
+        partial(find_voc, root, split, splits, data.voc_origin),
+        partial(find_yolo_without_yaml, root, split),
+        *(partial(find_annotation_files, reader, root, split, data) for reader in LATE_READERS),
+    ]
+    unnamed: Source | None = None
+    for find in finders:
+        with suppress(UserError) if unnamed is not None else nullcontext():
+            source = find()
+            if source is not None and source.is_named(split, root) and source.has_labels():
+                return source
+            unnamed = unnamed or source
+    return unnamed

@@ -83,6 +83,7 @@ _WARNINGS = {
     "annotations-unread": (
         "Another COCO file beside the one that is read has objects of more images", "Merge the files",
     ),
+    "outside-splits": ("A folder has labeled images that are in no split", "Move them to a split's folder"),
     "image-size": (
         "The size in a record differs from the file; boxes are read as pixels of the file",
         "Correct the record, or scale the boxes if the image was resized after labeling",

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from ..structures import Category
 from ..utils.errors import UserError
-from .discovery import ImageFolder
+from .discovery import ImageFolder, names_split, split_aliases
 from .issues import Issue, OnIssue, raise_error
 
 
@@ -56,6 +56,20 @@ class Source(ABC):
         self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
     ) -> dict[str, Any]:
         """Build the COCO dict. Formats without category ids take those of `categories` by name."""
+
+    @property
+    def annotation_files(self) -> tuple[Path, ...]:
+        """The files about many images that are read. Default: `file`."""
+        return (self.file,)
+
+    def has_labels(self) -> bool:
+        """Return whether there is a label file. Default: the split was found by it."""
+        return True
+
+    def is_named(self, split: str, root: Path) -> bool:
+        """Return whether a folder or file of the split below `root` has the split's name."""
+        inside = self.file.relative_to(root).parts if self.file.is_relative_to(root) else ()
+        return any(names_split(part, split_aliases(split)) for part in inside)
 
     def issues(self, parsed: ParsedAnnotations, cache: AnnotationCache) -> Sequence[Issue]:
         """Return the issues of the files. Default: those of parsing."""

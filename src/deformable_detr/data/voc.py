@@ -129,7 +129,7 @@ class VocSource(NamedSource):
             else:
                 names[name] = path
         listed = self._listed(names, stems, tree.unread, issues) if self.has_list else list(names)
-        labels = tree.assign([names[name] for name in listed], _count_objects, issues, self.has_list, _filename)
+        labels = tree.assign([names[name] for name in listed], count_objects, issues, self.has_list, _filename)
         for name in listed:
             if self.has_list and not (xml := labels[names[name]]).is_file():
                 hint = f"add it or remove {os.path.splitext(name)[0]} from {self.file.name}"
@@ -162,7 +162,7 @@ class VocSource(NamedSource):
                 message, code = f"{message}: {similar[text]!r} is read instead", "image-name"
             elif path := other_formats.get(text) or other_formats.get(os.path.splitext(text)[0]):
                 message, hint = f"{path.name} has a format that is not read", "convert it to JPEG or PNG"
-                objects = _count_objects(unread[path])
+                objects = count_objects(unread[path])
             message = f"names {text!r}, but {message}"
             issues.append(Issue(code, self.file, f"line {number}", message, hint, objects=objects))
         return list(dict.fromkeys(name for text in lines if (name := exact.get(text) or similar.get(text))))
@@ -298,7 +298,7 @@ def parse_xml(path: Path, issues: list[Issue], tag: str) -> Element | None:
     return None
 
 
-def _count_objects(path: Path) -> int:
+def count_objects(path: Path) -> int:
     """Return the number of objects in an XML file, valid or not."""
     with suppress(OSError):
         return len(re.findall(rb"<object[\s>]", path.read_bytes()))

@@ -68,6 +68,12 @@ class YoloSource(Source):
     moved: tuple[str, ...] = field(default=(), compare=False)
     format: ClassVar[str] = "yolo"
 
+    def has_labels(self) -> bool:
+        """Return whether a label file has objects; lists and classes may be of other formats."""
+        folders = [label_trees(place)[1] for place in self.places if place.is_dir()]
+        files = (path for folder in folders for path in walk_folder(folder) if path.suffix.lower() == ".txt")
+        return len(folders) < len(self.places) or any(map(count_rows, files))
+
     def to_coco(
         self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
     ) -> dict[str, Any]:

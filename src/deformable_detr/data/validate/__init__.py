@@ -17,6 +17,7 @@ from .annotations import Split, read_split
 from .boxes import check_boxes, check_crowded
 from .classes import check_classes, class_counts
 from .images import Coverage, Depth, check_images
+from .outside import check_outside
 
 LINES_PER_TYPE = 5  # on the terminal
 
@@ -119,6 +120,7 @@ def check_dataset(
     for split in splits.values():
         check_boxes(split, rule, issues)
         check_crowded(split, num_queries, issues)
+    check_outside(base, list(splits.values()), data, issues)
     check_classes(list(splits.values()), splits.get(data.train_split), splits.get(data.val_split), issues)
     return Report(base, tuple(splits.values()), issues, coverage, rule.short)
 
@@ -196,5 +198,4 @@ def _is_test(sources: dict[str, Source], train: str, root: Path) -> bool:
     if test is None or (first is not None and same_split(first, test)):
         return False
     folder = root.parent if root.is_file() else root
-    named = test.file != folder and (test.file.parent != folder or "test" in test.file.name.lower())
-    return named or len(sources) == 1
+    return test.is_named("test", folder) or (test.format == "yolo" and test.file != folder) or len(sources) == 1

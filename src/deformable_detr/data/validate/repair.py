@@ -29,7 +29,7 @@ DROPPED = {
 # Issue types of label files, which readers have left out or corrected before the check.
 SKIPPED_BY_READERS = {
     "label-row", "label-unreadable", "label-unmatched", "image-record", "image-missing", "image-format",
-    "annotations-unread",
+    "annotations-unread", "outside-splits",
 }  # fmt: skip
 CORRECTED_BY_READERS = {"label-name", "label-confidence", "image-name", "box-swapped", "box-rotated", "path-moved"}
 CHANGES = "changes.jsonl"  # not .json, because the only JSON file of a folder can be read as its annotations
