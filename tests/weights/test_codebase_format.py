@@ -103,7 +103,7 @@ def checkpoint_of(name):
     model = tiny_model(preset, **changes)
     state = model.state_dict()
     tensors = to_reference_keys(state, codebase.placements(state, model.config), all_copies=True)
-    for key, value in tensors.items():  # the inverse of `to_our_order`
+    for key, value in tensors.items():  # the inverse of `to_our_form`
         if key.endswith("ref_point_head.layers.0.weight"):
             x, y, *size = value.chunk(4, dim=1)
             tensors[key] = torch.cat((y, x, *size), dim=1)
@@ -232,3 +232,16 @@ def test_markers_tell_the_codebases_apart():
         assert found is not None
         assert found.name == name
     assert codebase_format.find_codebase({"transformer.level_embed": torch.zeros(1)}) is None
+
+
+def test_projections_of_mmdetection_without_bias_get_zeros(tmp_path):
+    model, tensors, others = checkpoint_of("mmdetection DINO")
+    path = tmp_path / "model.pth"
+    without = {k: v for k, v in tensors.items() if not (k.startswith("neck.") and k.endswith("conv.bias"))}
+    assert len(tensors) - len(without) == 4
+    torch.save({"state_dict": without, **others}, path)
+    loaded = DeformableDETR.from_pretrained(path)
+    state = {name: value for name, value in model.state_dict().items() if "projections" in name}
+    for name, value in state.items():
+        expected = torch.zeros_like(value) if name.endswith(".0.bias") else value
+        assert torch.equal(loaded.state_dict()[name], expected)

@@ -93,7 +93,7 @@ def read(
     except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a complete checkpoint of {codebase.name}: {error!s:.100}") from None
     notes = tuple(f"{path}: {key}, which only training reads, is left out" for key in unused)
-    tensors = codebase_keys.to_our_order(tensors, unfolded_patches=codebase.name == "mmdetection")
+    tensors = codebase_keys.to_our_form(tensors, from_mmdet=codebase.name == "mmdetection")
     description = f"the network of {codebase.name} that its tensors describe"
     return Checkpoint(config, tensors, path, description, codebase.placements, notes=notes)
 

@@ -155,13 +155,18 @@ def _output_norms(prefix: str, config: ModelConfig) -> dict[str, str]:
     return {f"backbone.body.norms.{i}.": f"{prefix}norm{4 - count + i}." for i in range(count)}
 
 
-def to_our_order(tensors: Mapping[str, Tensor], unfolded_patches: bool) -> dict[str, Tensor]:
-    """Reorder inputs of linear layers: box coordinates from (y, x, w, h), and patches that mmdetection merges."""
+def to_our_form(tensors: Mapping[str, Tensor], from_mmdet: bool) -> dict[str, Tensor]:
+    """Reorder inputs of linear layers, and add zeros for the biases that mmdetection's projections may lack.
+
+    Box coordinates are (y, x, w, h) everywhere. mmdetection merges Swin Transformers' patches in another order.
+    """
     ordered = dict(tensors)
     for key, value in tensors.items():
         if key.endswith("ref_point_head.layers.0.weight") and value.ndim == 2 and value.shape[1] % 4 == 0:
             ordered[key] = value.unflatten(1, (4, -1))[:, [1, 0, 2, 3]].flatten(1)
-        elif unfolded_patches and ".downsample." in key and key.startswith("backbone.stages."):
+        elif from_mmdet and key.startswith("neck.") and key.endswith(".conv.weight"):
+            ordered.setdefault(key.removesuffix("weight") + "bias", value.new_zeros(len(value)))
+        elif from_mmdet and ".downsample." in key and key.startswith("backbone.stages."):
             # (…, C, rows, columns) → (…, columns, rows, C)
             ordered[key] = value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
     return ordered
