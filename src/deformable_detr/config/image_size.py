@@ -13,6 +13,7 @@ class ShortestEdge:
     short: int
     long: int
     divisor: int = 1
+    exact_ratio: bool = False  # at the limit, transformers computes the long side from the unrounded short one
 
     def __str__(self) -> str:
         return f"resized to a short side of {self.short} and a long side of at most {self.long} pixels"
@@ -21,7 +22,10 @@ class ShortestEdge:
         short, long = min(height, width), max(height, width)
         if long * self.short > self.long * short:
             new_short = max(1, round(self.long * short / long))
-            new_long = min(self.long, max(1, new_short * long // short))
+            ratio = self.long * short / long if self.exact_ratio else new_short
+            new_long = min(self.long, max(1, int(ratio * long / short)))
+            if self.exact_ratio and new_short == short:
+                new_long = long
         else:
             new_short, new_long = self.short, self.short * long // short
         if self.divisor > 1:

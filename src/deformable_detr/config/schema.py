@@ -19,11 +19,10 @@ from pydantic import (
     model_validator,
 )
 
-from .image_size import FixedSize, ModelResize, ShortestEdge
+from .detector import DetectorConfig
 from .section import ConfigSection, merge
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-RGB = tuple[float, float, float]
 
 
 class ResNetShape(ConfigSection):
@@ -49,15 +48,8 @@ class ResNetShape(ConfigSection):
         return self
 
 
-class ModelConfig(ConfigSection):
+class ModelConfig(DetectorConfig):
     """The network. Defaults: the paper's multi-scale model (section 4, appendix A.4)."""
-
-    class_names: tuple[str, ...] = ()
-    """Class names in label order."""
-    category_ids: tuple[int, ...] = ()
-    """The dataset's category id of each label."""
-    num_classes: PositiveInt = 91
-    """Class logits per query."""
 
     backbone: str = "resnet50"
     """Name of a timm model that returns feature maps."""
@@ -75,20 +67,6 @@ class ModelConfig(ConfigSection):
     """1: only the last feature map; more: strides 8, 16, 32, 64, …"""
     finest_stride: Literal[8, 4] = 8
     """Stride of the first level if there are more than 3; 4: strides 4, 8, 16, 32, … (DINO with 5 scales)."""
-    resize: Literal["shortest_edge", "fixed"] = "shortest_edge"
-    """shortest_edge: keep the aspect ratio; fixed: stretch images to image_size × image_width."""
-    image_size: PositiveInt = 800
-    """Short side of the input in pixels; with resize fixed, its height."""
-    image_width: PositiveInt | None = None
-    """Resize fixed: width of the input in pixels. If omitted: image_size."""
-    max_size: PositiveInt | None = None
-    """Maximum long side of the input in pixels. If omitted: image_size × 1333 / 800."""
-    size_divisor: PositiveInt = 1
-    """Round input sides to multiples of this many pixels."""
-    pixel_mean: RGB | None = None
-    """RGB mean in 0..1. If omitted: the backbone's."""
-    pixel_std: RGB | None = None
-    """RGB standard deviation in 0..1. If omitted: the backbone's."""
 
     hidden_dim: PositiveInt = 256
     """Embedding dimension of the transformer."""
@@ -112,8 +90,6 @@ class ModelConfig(ConfigSection):
     """Normalize before each sublayer instead of after it."""
     position_encoding: Literal["sine", "dino", "learned"] = "sine"
     """Kind of position encoding; dino: sines with temperature 20 that count whole pixels."""
-    num_queries: PositiveInt = 300
-    """Object queries per image."""
     refine: bool = False
     """Each decoder layer refines the boxes of the previous layer."""
     two_stage: bool = False
@@ -137,9 +113,6 @@ class ModelConfig(ConfigSection):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
-        for name in ("class_names", "category_ids"):
-            if (count := len(getattr(self, name))) not in (0, self.num_classes):
-                raise ValueError(f"{name} has {count} entries, but num_classes is {self.num_classes}")
         dim, heads, two_stage, refine = self.hidden_dim, self.num_heads, self.two_stage, self.refine
         proposal_options = self.class_aware_proposals or self.query_init != "box"
         timm_only = self.dilation or self.backbone_weights != "none"
@@ -155,36 +128,13 @@ class ModelConfig(ConfigSection):
             (self.look_forward_twice and not refine, "look_forward_twice requires refine: true"),
             (self.backbone_shape and timm_only, "backbone_shape requires backbone_weights: none and dilation: false"),
             (self.dilation and self.num_feature_levels != 1, "dilation (DC5) requires num_feature_levels: 1"),
-            (len(set(self.category_ids)) != len(self.category_ids), "category_ids has duplicates"),
-            (self.pixel_std and min(self.pixel_std) <= 0, "pixel_std must be greater than 0"),
-            (self.resize == "fixed" and self.max_size, "resize: fixed has no max_size; set image_width"),
-            (self.resize != "fixed" and self.image_width, "image_width requires resize: fixed"),
-            (
-                self.resize == "fixed" and (self.image_size % self.size_divisor or self.long_side % self.size_divisor),
-                f"image_size {self.image_size} and image_width must be multiples of {self.size_divisor}",
-            ),
-            (self.long_side < self.image_size, f"max_size {self.max_size} is less than image_size {self.image_size}"),
         )
         for violated, message in violations:
             if violated:
                 raise ValueError(message)
         return self
 
-    @property
-    def long_side(self) -> int:
-        """Maximum long side of the input in pixels."""
-        if self.resize == "fixed":
-            return max(self.image_size, self.image_width or self.image_size)
-        return self.max_size or round(self.image_size * 1333 / 800)
-
-    @property
-    def resize_rule(self) -> ModelResize:
-        """Size of the input for the size of an image."""
-        if self.resize == "fixed":
-            return FixedSize(self.image_size, self.image_width or self.image_size)
-        return ShortestEdge(self.image_size, self.long_side, self.size_divisor)
-
-    def without_pretrained_backbone(self) -> ModelConfig:
+    def without_pretrained_backbone(self) -> Self:
         """Return a config that downloads no backbone weights; what they froze stays frozen."""
         pretrained = self.backbone_weights != "none"
         return self.replace(

@@ -1,10 +1,11 @@
 """Image size and pixel statistics in the config of transformers' image processor."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from ..config.schema import ModelConfig
-from ..model.backbone import pixel_statistics
+from ..config.detector import DetectorConfig
 from ..utils.errors import UserError
 from ..utils.files import read_json
 
@@ -13,17 +14,22 @@ _MAX_SIDE = 2**15
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
-def read_processor(folder: Path) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` that a repository's image processor states, else transformers' defaults.
+def read_processor(folder: Path, defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Return the fields of `DetectorConfig` that a repository's image processor states, else transformers' defaults.
 
-    Raises UserError if a value makes no sense.
+    Args:
+        folder: The repository.
+        defaults: What the class of the image processor sets if the repository does not.
+
+    Raises:
+        UserError: A value makes no sense, or asks for something that `predict` does not do.
     """
     path = next((folder / name for name in (PREPROCESSOR, "processor_config.json") if (folder / name).is_file()), None)
     values = read_json(path) if path else {}
     path = path or folder / PREPROCESSOR
     inner = values.get("image_processor")
     values = inner if isinstance(inner, dict) else values
-    values = {**_IMAGENET, **{key: value for key, value in values.items() if value is not None}}
+    values = {**_IMAGENET, **defaults, **{key: value for key, value in values.items() if value is not None}}
     size = values.get("size", {})
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": values.get("max_size") or max(1333, size)}
@@ -37,28 +43,57 @@ def read_processor(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: image_mean and image_std must have 3 numbers, and rescale_factor must be above 0")
     if any(not 1 <= side <= _MAX_SIDE for side in sides):
         raise UserError(f"{path}: size {size} must be 1 to {_MAX_SIDE} pixels")
+    _check_steps(values, size, path)
     if not values.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
     # Their statistics are for pixels × rescale_factor, ours for pixels / 255.
     scale = 1.0 if abs(factor * 255 - 1) < 1e-6 else factor * 255
+    statistics = {"pixel_mean": tuple(x / scale for x in mean), "pixel_std": tuple(x / scale for x in std)}
+    if size.get("height") and size.get("width"):
+        height, width = int(size["height"]), int(size["width"])
+        return {
+            "resize": "fixed",
+            "image_size": height,
+            "image_width": None if width == height else width,
+            **statistics,
+        }
     short, long = min(sides, default=800), max(sides, default=1333)
     only_short = len(sides) == 1 and "shortest_edge" in size
     return {
         "image_size": short,
         "max_size": None if only_short or long == round(short * 1333 / 800) else long,
-        "pixel_mean": tuple(x / scale for x in mean),
-        "pixel_std": tuple(x / scale for x in std),
+        **statistics,
     }
 
 
-def write_processor(config: ModelConfig) -> dict[str, Any]:
-    """Return the config of transformers' image processor that prepares images for this model."""
-    mean, std = pixel_statistics(config)
+def _check_steps(values: Mapping[str, Any], size: Mapping[str, Any], path: Path) -> None:
+    """Refuse preprocessing that `predict` does not do."""
+    refused = {
+        "do_resize": (True, "images are always resized"),
+        "do_center_crop": (False, "images are not cropped"),
+        "resample": (2, "only bilinear interpolation (2) is supported"),
+        "pad_size": (None, "images are padded to the largest of a batch"),
+    }
+    for key, (supported, reason) in refused.items():
+        if values.get(key, supported) != supported:
+            raise UserError(f"{path}: {key} {values[key]} is not supported; {reason}")
+    if size.get("max_height") != size.get("max_width"):
+        raise UserError(f"{path}: size {dict(size)} is not supported; max_height and max_width must be equal")
+
+
+def write_processor(config: DetectorConfig, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Return the config of transformers' image processor that prepares images for this model.
+
+    mean, std: Statistics of RGB pixels in 0..1.
+    """
+    size = {"shortest_edge": config.image_size, "longest_edge": config.long_side}
+    if config.resize == "fixed":
+        size = {"height": config.image_size, "width": config.image_width or config.image_size}
     return {
         "image_processor_type": "DeformableDetrImageProcessor",
         "format": "coco_detection",
         "do_resize": True,
-        "size": {"shortest_edge": config.image_size, "longest_edge": config.long_side},
+        "size": size,
         "resample": 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

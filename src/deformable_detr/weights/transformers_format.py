@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..config.schema import ModelConfig, ResNetShape
+from ..model.backbone import pixel_statistics
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError
 from ..utils.files import json_text, read_json, write_files
@@ -71,7 +72,7 @@ def save(model: DeformableDETRNetwork, folder: Path) -> None:
     placements = transformers_placements(state, config, _backbone_type(values) == "resnet")
     tensors = {key: value.contiguous() for key, value in to_reference_keys(state, placements, all_copies=False).items()}
     metadata = {"format": "pt", METADATA: config.model_dump_json()}
-    files = {PREPROCESSOR: json_text(write_processor(config)), CONFIG: json_text(values)}
+    files = {PREPROCESSOR: json_text(write_processor(config, *pixel_statistics(config))), CONFIG: json_text(values)}
     write_files(folder, {WEIGHTS: lambda path: save_file(tensors, path, metadata=metadata), **files})
 
 
