@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from .config.schema import ModelConfig
 from .model.network import DeformableDETRNetwork
 from .predict.predictor import Detector
 from .utils.errors import UserError
@@ -20,6 +21,7 @@ class DeformableDETR(DeformableDETRNetwork, Detector):
     """Deformable DETR (Zhu et al., 2021). Build it from a `ModelConfig`; `presets` has the paper's variants."""
 
     explains = True
+    config: ModelConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> Self:
@@ -34,8 +36,11 @@ class DeformableDETR(DeformableDETRNetwork, Detector):
         Raises:
             UserError: The source is missing, foreign, damaged or unsafe to read, or an override is not possible.
         """
-        from .weights.load import load_pretrained
+        from .adapters.families import family_of_source
+        from .weights.load import load_pretrained, locate_source
 
+        if (family := family_of_source(locate_source(source))) is not None:
+            raise UserError(f"{os.fspath(source)} is not a Deformable DETR but a {family.title}: use load_detector")
         return load_pretrained(source, cls, **overrides)
 
     def save_pretrained(self, folder: str | os.PathLike[str], card_data: ModelCardData | None = None) -> None:
@@ -79,12 +84,13 @@ def load_detector(source: str | os.PathLike[str], device: str = "auto", precisio
     """Load a model or an exported file.
 
     Args:
-        source: An exported file (.onnx, .xml, .pt2) or anything that `DeformableDETR.from_pretrained` reads.
+        source: An exported file (.onnx, .xml, .pt2) or anything that `DeformableDETR.from_pretrained` reads,
+            or a transformers repository of RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR or RF-DETR.
         device: "auto", "cpu", "cuda", "mps", or a device of the exported file's runtime.
         precision: "fp32" or "bf16" returns the model after `optimize`. Default: the model itself.
 
     Returns:
-        A `DeformableDETR`, its optimized copy, or an `ExportedDetector`.
+        A `DeformableDETR`, a `TransformersDetector`, an optimized copy of one, or an `ExportedDetector`.
 
     Raises:
         UserError: The source cannot be loaded, or it is an exported file and `precision` is "bf16".
@@ -95,7 +101,16 @@ def load_detector(source: str | os.PathLike[str], device: str = "auto", precisio
         if precision == "bf16":
             raise UserError(f"{os.fspath(source)}: an exported file has a fixed precision; only a model can use bf16")
         return load_exported(source, device)
+    from .adapters.families import family_of_source
     from .utils.device import pick_device
+    from .weights.load import locate_source
 
-    model = DeformableDETR.from_pretrained(source).to(pick_device(device))
+    path = locate_source(source)
+    if family_of_source(path) is None:
+        model: Detector = DeformableDETR.from_pretrained(source)
+    else:
+        from .adapters.detector import TransformersDetector
+
+        model = TransformersDetector.from_pretrained(path)
+    model = model.to(pick_device(device))
     return model if precision is None else model.optimize(precision)

@@ -35,6 +35,8 @@ class DetectorConfig(ConfigSection):
     """Maximum long side of the input in pixels. If omitted: image_size × 1333 / 800."""
     size_divisor: PositiveInt = 1
     """Round input sides to multiples of this many pixels."""
+    antialias: bool = True
+    """Smooth images that are shrunk."""
     pixel_mean: RGB | None = None
     """RGB mean in 0..1. If omitted: the backbone's."""
     pixel_std: RGB | None = None
@@ -71,8 +73,8 @@ class DetectorConfig(ConfigSection):
     def resize_rule(self) -> ModelResize:
         """Size of the input for the size of an image."""
         if self.resize == "fixed":
-            return FixedSize(self.image_size, self.image_width or self.image_size)
-        return ShortestEdge(self.image_size, self.long_side, self.size_divisor)
+            return FixedSize(self.image_size, self.image_width or self.image_size, self.antialias)
+        return ShortestEdge(self.image_size, self.long_side, self.size_divisor, antialias=self.antialias)
 
     def without_pretrained_backbone(self) -> Self:
         """Return a config that downloads no backbone weights."""

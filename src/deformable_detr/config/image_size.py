@@ -14,6 +14,7 @@ class ShortestEdge:
     long: int
     divisor: int = 1
     exact_ratio: bool = False  # at the limit, transformers computes the long side from the unrounded short one
+    antialias: bool = True  # smooth an image that is shrunk
 
     def __str__(self) -> str:
         return f"resized to a short side of {self.short} and a long side of at most {self.long} pixels"
@@ -40,6 +41,7 @@ class FixedSize:
 
     height: int
     width: int
+    antialias: bool = True
 
     @property
     def short(self) -> int:
@@ -59,6 +61,7 @@ class FitInside:
 
     height: int
     width: int
+    antialias: bool = True
 
     def __call__(self, height: int, width: int) -> tuple[int, int]:
         scale = min(self.height / height, self.width / width)

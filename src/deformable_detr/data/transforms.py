@@ -156,12 +156,12 @@ def lowest_visibility(target: Target, window: CropWindow, height: int, width: in
 
 
 def resize(image: Tensor, rule: ResizeRule) -> Tensor:
-    """Resize a uint8 image (3, H, W) by a rule: bilinear, antialiased."""
+    """Resize a uint8 image (3, H, W) by a rule: bilinear, antialiased unless the rule says otherwise."""
     from torchvision.transforms.v2 import functional
 
     height, width = image.shape[-2:]
     size = rule(height, width)
-    return image if size == (height, width) else functional.resize(image, list(size), antialias=True)
+    return image if size == (height, width) else functional.resize(image, list(size), antialias=rule.antialias)
 
 
 def hflip(image: Tensor, target: Target) -> tuple[Tensor, Target]:

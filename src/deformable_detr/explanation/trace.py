@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..config.schema import ModelConfig
 from ..data.dataloader import pad_images
 from ..data.transforms import resize
 from ..model.geometry import get_valid_ratios
@@ -165,7 +164,7 @@ def trace(model: Detector, image: Any, threshold: float = 0.5, top_k: int = 100)
         raise UserError(f"threshold {threshold} is not in 0..1")
     if top_k < 1:
         raise UserError(f"top_k {top_k} is less than 1")
-    config: ModelConfig = model.config
+    config = model.config
     pixels = read_image(image)
     image_size = pixels.shape[1], pixels.shape[2]
     resized = resize(pixels, model.resize_rule)

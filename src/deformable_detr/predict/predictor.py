@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config.detector import DetectorConfig
 from ..config.image_size import ResizeRule
-from ..config.schema import ModelConfig
 from ..data.dataloader import pad_images
 from ..data.discovery import describe_unread, is_hidden, is_unread_image
 from ..data.matching import IMAGE_SUFFIXES
@@ -42,7 +42,7 @@ class Detector(nn.Module):
     """
 
     explains = False
-    config: ModelConfig
+    config: DetectorConfig
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -50,6 +50,10 @@ class Detector(nn.Module):
     def resize_rule(self) -> ResizeRule:
         """The size that an image is resized to."""
         return self.config.resize_rule
+
+    def optimize(self, precision: str = "fp32", compile: bool = False) -> "Detector":
+        """Return a faster copy for inference with the same outputs; itself if there is none."""
+        return self
 
     def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
         """Detect objects.
@@ -238,7 +242,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = mode
 
 
-def model_categories(config: ModelConfig) -> tuple[Category, ...]:
+def model_categories(config: DetectorConfig) -> tuple[Category, ...]:
     """Return the categories in label order. Default ids are the labels, default names "class 0", "class 1", …"""
     labels = range(config.num_classes)
     ids: Iterable[int] = config.category_ids or labels

@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from ..config.image_size import FitInside, typical_input_size
-from ..config.schema import ModelConfig
 from ..data.dataloader import pad_images
 from ..data.transforms import resize
 from ..explanation import Trace, trace
@@ -70,7 +69,7 @@ class Engine:
         self.model = model.eval()
         self.limits, self.metrics = limits, Metrics()
         self.draining = False
-        self.config: ModelConfig = self.model.config
+        self.config = self.model.config
         self.detector = model if detector is None else detector
         self.categories = model_categories(self.config)
         self._resize = self.model.resize_rule

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from ..detector import DeformableDETR, load_detector
+from ..detector import load_detector
 from ..utils.errors import UserError, first_line
 from .app import create_app
 from .engine import Engine
@@ -150,7 +150,7 @@ def serve(
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         model = load_detector(source, device)
         _configure_process(limits)
-        engine = Engine(model, limits, model.optimize() if isinstance(model, DeformableDETR) else None)
+        engine = Engine(model, limits, model.optimize())
         try:
             engine.start()
         except Exception as error:  # runtimes and devices raise many types of errors

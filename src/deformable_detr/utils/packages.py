@@ -34,6 +34,21 @@ def quiet_loggers(*names: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers report errors only, without progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with quiet_loggers("transformers"):
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Silence the warnings and progress lines of PyTorch's exporter."""
     with (

@@ -97,7 +97,7 @@ def write_processor(config: DetectorConfig, mean: Sequence[float], std: Sequence
         "resample": 2,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
-        "do_normalize": True,
+        "do_normalize": any(mean) or set(std) != {1.0},
         "image_mean": [round(value, 7) for value in mean],
         "image_std": [round(value, 7) for value in std],
         "do_convert_annotations": True,

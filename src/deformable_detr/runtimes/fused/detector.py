@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...config.schema import ModelConfig
 from ...model.backbone import InputProjection
 from ...model.network import DeformableDETRNetwork, learned_queries
 from ...predict.predictor import Detector
@@ -36,6 +37,7 @@ class OptimizedDetector(Detector):
         UserError: The precision is unknown, or the processor lacks it.
     """
 
+    config: ModelConfig
     queries: Any
     query_position: Any
     reference_points: Any

@@ -1,0 +1,1 @@
+"""transformers' detectors with multi-scale deformable attention as detectors of this package."""

@@ -1,0 +1,170 @@
+"""A detector of transformers with the calls of this package's detectors."""
+
+import json
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config.detector import AdapterConfig
+from ..predict.predictor import Detector
+from ..utils.errors import UserError, first_line
+from ..utils.files import json_text, read_json, write_files
+from ..utils.packages import need, quiet_transformers
+from ..weights.image_processor import PREPROCESSOR, read_processor, write_processor
+from ..weights.model_card import ModelCardData
+from .families import FAMILIES, Family
+from .optimize import OptimizedAdapter
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+OWN = "deformable_detr"  # key in config.json of what transformers does not store
+_NOT_ARCHITECTURE = {
+    "id2label", "label2id", "num_labels", "architectures", "dtype", "torch_dtype", "transformers_version",
+    "_name_or_path", "use_pretrained_backbone", OWN,
+}  # fmt: skip
+OVERRIDABLE = ("image_size", "image_width", "max_size", "class_names", "category_ids", "pixel_mean", "pixel_std")
+
+
+class TransformersDetector(Detector):
+    """RT-DETR, D-FINE, RF-DETR and their relatives: transformers' network, this package's everything else.
+
+    Build it from an `AdapterConfig` (random weights), or with `from_pretrained`. `network` is transformers' model.
+
+    Raises:
+        UserError: transformers is not installed, too old for the family, or rejects the config.
+    """
+
+    config: AdapterConfig
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self._assemble(config, build_network(config))
+
+    def _assemble(self, config: AdapterConfig, network: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.network = network
+        dtype = next(network.parameters()).dtype
+        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean, dtype=dtype), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(config.pixel_std, dtype=dtype), persistent=False)
+
+    def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Any]:
+        """Return `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4); see `Detector`."""
+        mask = None
+        if padding_mask is not None:
+            pixels, mask = pixels.masked_fill(padding_mask[:, None], 0.0), (~padding_mask).long()
+        outputs = self.network(pixel_values=pixels, pixel_mask=mask)
+        return {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes}
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> Self:
+        """Load a transformers repository in evaluation mode, in float64 if it was saved so, else in float32.
+
+        Args:
+            source: A folder, as transformers or `save_pretrained` wrote it.
+            **overrides: Fields of `AdapterConfig` to change, of `OVERRIDABLE`.
+
+        Raises:
+            UserError: The folder is of another model type or damaged, or an override is not possible.
+        """
+        folder = Path(source)
+        unknown = [name for name in overrides if name not in OVERRIDABLE]
+        if unknown:
+            raise UserError(f"{source}: {unknown[0]} cannot be overridden; these can: {', '.join(OVERRIDABLE)}")
+        config, network = read_repository(folder)
+        model = cls.__new__(cls)
+        model._assemble(config.replace(**overrides) if overrides else config, network)
+        return model.eval()
+
+    def optimize(self, precision: str = "fp32", compile: bool = False) -> Detector:
+        """Return a faster copy for inference; see `OptimizedAdapter`. `compile` also uses `torch.compile`."""
+        optimized = OptimizedAdapter(self, precision)
+        if compile:
+            optimized.model.network.compile(dynamic=True)
+        return optimized
+
+    def save_pretrained(self, folder: str | os.PathLike[str], card_data: ModelCardData | None = None) -> None:
+        """Write a repository that `from_pretrained` and transformers' `Auto` classes load.
+
+        Raises UserError if it cannot be written.
+        """
+        config, folder = self.config, Path(folder)
+        with tempfile.TemporaryDirectory() as staging, quiet_transformers():
+            cast(Any, self.network).save_pretrained(staging, max_shard_size=2**62)
+            values = read_json(Path(staging) / CONFIG) | {OWN: {"category_ids": config.category_ids}}
+            processor = {**write_processor(config, config.pixel_mean, config.pixel_std), **family_of(config).saved}
+            files = {
+                WEIGHTS: partial(shutil.copyfile, Path(staging) / WEIGHTS),
+                PREPROCESSOR: json_text(processor),
+                CONFIG: json_text(values),
+            }
+            write_files(folder, files)
+
+
+def family_of(config: AdapterConfig) -> Family:
+    """Return the family of a config. Raises UserError if there is none of that name."""
+    if config.family not in FAMILIES:
+        raise UserError(f"model family {config.family!r} is not supported; these are: {', '.join(FAMILIES)}")
+    return FAMILIES[config.family]
+
+
+def build_network(config: AdapterConfig) -> nn.Module:
+    """Build transformers' model with random weights. Raises UserError if transformers rejects the config."""
+    title = family_of(config).title
+    transformers = need("transformers", "hub")
+    names = config.class_names or tuple(f"LABEL_{label}" for label in range(config.num_classes))
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    try:
+        described = transformers.CONFIG_MAPPING[config.family].from_dict({**config.network, **labels})
+        described.use_pretrained_backbone = False
+        with quiet_transformers():
+            return transformers.AutoModelForObjectDetection.from_config(described)
+    except KeyError:
+        raise UserError(f"transformers {transformers.__version__} has no {title}; install a newer release") from None
+    except Exception as error:  # transformers validates with exceptions of many kinds
+        raise UserError(f"transformers cannot build this {title}: {first_line(error)}") from None
+
+
+def read_repository(folder: Path) -> tuple[AdapterConfig, nn.Module]:
+    """Read a repository's config, image processor and network."""
+    transformers = need("transformers", "hub")
+    path = folder / CONFIG
+    values = read_json(path)
+    family = FAMILIES[values["model_type"]]
+    processor = read_processor(folder, family.processor)
+    dtype = torch.float64 if "float64" in (values.get("dtype"), values.get("torch_dtype")) else torch.float32
+    try:
+        with quiet_transformers():
+            network, info = transformers.AutoModelForObjectDetection.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, dtype=dtype
+            )
+    except Exception as error:  # from transformers' config, safetensors or torch.load
+        raise UserError(f"{folder} cannot be loaded by transformers: {first_line(error)}") from None
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            names = sorted(str(name) for name in info[problem])
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{folder}: {problem.replace('_', ' ')} in the weights: {names[0]}{more}")
+    described = network.config
+    names = tuple(str(described.id2label[label]) for label in range(described.num_labels))
+    network_values = json.loads(described.to_json_string(use_diff=True))
+    own = values.get(OWN)
+    config = AdapterConfig.from_dict(
+        {
+            "family": values["model_type"],
+            "network": {key: value for key, value in network_values.items() if key not in _NOT_ARCHITECTURE},
+            "num_classes": len(names),
+            "num_queries": described.num_queries,
+            "class_names": names,
+            "category_ids": own.get("category_ids", ()) if isinstance(own, dict) else (),
+            "size_divisor": family.divisor(described),
+            **processor,
+            **family.fields,
+        },
+        str(path),
+    )
+    return config, network

@@ -1,0 +1,218 @@
+"""transformers' detectors through the adapter: equal outputs, detections, saved files, and one-line errors."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tests.support.transformers_models import CONFIGS, NAMES, pictures, write_repository
+from torch import Tensor
+
+from deformable_detr import DeformableDETR, UserError
+from deformable_detr.adapters.detector import TransformersDetector
+from deformable_detr.config.image_size import FixedSize, ShortestEdge
+from deformable_detr.data.dataloader import pad_images
+from deformable_detr.data.transforms import resize
+from deformable_detr.detector import load_detector
+from deformable_detr.utils.images import read_image
+
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["fp32", "fp64"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def saved(request, dtype, tmp_path_factory):
+    """Folder, transformers' network and image processor."""
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
+    return folder, *write_repository(folder, request.param, dtype)
+
+
+@pytest.fixture(scope="module")
+def rt_detr(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rt_detr")
+    write_repository(folder, "rt_detr")
+    return folder
+
+
+def outputs_of(network, inputs):
+    with torch.no_grad():
+        return network(**inputs)
+
+
+def test_outputs_and_detections_equal_transformers(saved, dtype):
+    folder, network, processor = saved
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    detector = load_detector(folder, "cpu")
+    assert detector.config.class_names == NAMES
+    assert detector.pixel_mean.dtype == dtype
+    for image in pictures():
+        inputs = processor(images=image, return_tensors="pt")
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        expected = outputs_of(network, inputs)
+        mask = inputs.get("pixel_mask")
+        with torch.no_grad():
+            actual = detector(inputs["pixel_values"], None if mask is None else mask == 0)
+        assert (actual["pred_logits"] - expected.logits).abs().max() <= tolerance
+        assert (actual["pred_boxes"] - expected.pred_boxes).abs().max() <= tolerance
+        size = torch.tensor([[image.height, image.width]])
+        (theirs,) = processor.post_process_object_detection(expected, threshold=0.0, target_sizes=size)
+        if detector.config.family == "rf_detr":  # it resizes floats, we round to 8 bits
+            batch = pad_images([resize(read_image(image), detector.resize_rule)])
+            pixels = batch.normalize(detector.pixel_mean, detector.pixel_std).pixels
+            assert (pixels - inputs["pixel_values"]).abs().max() < 1.01 / 255 / detector.pixel_std.min()
+            continue
+        ours = detector.predict(image, threshold=0.0, top_k=len(theirs["scores"]))
+        torch.testing.assert_close(ours.scores.to(dtype), theirs["scores"], atol=1e-4, rtol=0)
+        clipped = torch.minimum(theirs["boxes"].clamp(min=0), size.flip(1).repeat(1, 2))
+        for label, score, box in zip(theirs["labels"], theirs["scores"], clipped, strict=True):
+            near = (ours.labels == label) & ((ours.scores - score).abs() < 1e-4)
+            assert ((ours.boxes - box).abs().amax(1) < 0.05)[near].any()
+
+
+def test_batches_equal_single_images(saved, dtype):
+    folder, *_ = saved
+    detector = load_detector(folder, "cpu")
+    single = [detector.predict(image, 0.0, 5) for image in pictures()]
+    for one, many in zip(single, detector.predict(pictures(), 0.0, 5, batch_size=3), strict=True):
+        torch.testing.assert_close(one.scores, many.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.boxes, many.boxes, atol=1e-2, rtol=0)
+
+
+def test_saved_model_loads_in_transformers_and_here(saved, dtype, tmp_path):
+    folder, network, processor = saved
+    detector = load_detector(folder, "cpu")
+    detector.config = detector.config.replace(category_ids=(7, 1, 90))
+    detector.save_pretrained(tmp_path / "out")
+    again = load_detector(tmp_path / "out", "cpu")
+    assert again.config == detector.config
+    theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "out", dtype=dtype).eval()
+    their_processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert theirs.config.id2label == dict(enumerate(NAMES))
+    image, tolerance = pictures()[1], 1e-5 if dtype == torch.float32 else 1e-10
+    inputs = processor(images=image, return_tensors="pt")
+    assert torch.equal(their_processor(images=image, return_tensors="pt")["pixel_values"], inputs["pixel_values"])
+    inputs = {"pixel_values": inputs["pixel_values"].to(dtype)}
+    expected = outputs_of(network, inputs)
+    for logits in (
+        outputs_of(theirs, inputs).logits,
+        outputs_of(again, {"pixels": inputs["pixel_values"]})["pred_logits"],
+    ):
+        torch.testing.assert_close(logits, expected.logits, atol=tolerance, rtol=0)
+
+
+def matched_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(float((a[key] - b[key]).abs().max()) for key in ("pred_logits", "pred_boxes"))
+
+
+def test_optimized_outputs_are_equal(saved, dtype):
+    if dtype != torch.float32:
+        pytest.skip("optimized models are fp32")
+    folder, *_ = saved
+    detector = load_detector(folder, "cpu")
+    optimized = detector.optimize()
+    left = [type(module).__name__ for module in optimized.modules()]
+    assert not [name for name in left if "BatchNorm" in name]
+    side = detector.config.image_size
+    pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = detector(pixels)
+    assert matched_difference(optimized(pixels), expected) < 1e-4
+    assert optimized.optimize() is optimized
+    assert len(optimized.predict(pictures(), 0.0, 4)) == 3
+
+
+def test_resize_rules(rt_detr, tmp_path):
+    assert load_detector(rt_detr).resize_rule == FixedSize(96, 96)
+    shutil.copytree(rt_detr, tmp_path / "wide")
+    processor = tmp_path / "wide/preprocessor_config.json"
+    for size, rule in (
+        ({"height": 64, "width": 128}, FixedSize(64, 128)),
+        ({"shortest_edge": 96, "longest_edge": 160}, ShortestEdge(96, 160, 32, exact_ratio=True)),
+    ):
+        processor.write_text(json.dumps({**json.loads(processor.read_text()), "size": size}))
+        assert load_detector(tmp_path / "wide").resize_rule == rule
+    processor.unlink()
+    assert load_detector(tmp_path / "wide").resize_rule == FixedSize(640, 640)
+    assert TransformersDetector.from_pretrained(rt_detr, image_size=128).resize_rule == FixedSize(128, 128)
+
+
+@pytest.mark.parametrize(("short", "long"), [(800, 1333), (64, 107), (480, 640), (96, 96)])
+def test_sides_equal_transformers(short, long):
+    from transformers.image_transforms import get_size_with_aspect_ratio
+
+    rule = ShortestEdge(short, long, exact_ratio=True)
+    plain = ShortestEdge(short, long)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(3, 3000, (3000, 2), generator=generator).tolist()
+    for height, width in [*sizes, (short, long), (long, short), (short, 3 * long), (short, short)]:
+        theirs = get_size_with_aspect_ratio((height, width), short, long)
+        assert rule(height, width) == tuple(max(1, side) for side in theirs), (height, width)
+    assert any(rule(*size) != plain(*size) for size in sizes), "control: the official code rounds otherwise"
+
+
+def change(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing tensor", "missing keys in the weights: model.decoder"),
+        ("extra tensor", "unexpected keys in the weights: extra"),
+        ("other shape", "cannot be loaded by transformers|mismatched keys"),
+        ("truncated", "cannot be loaded by transformers"),
+        ("size", "image_size and image_width must be multiples of 32"),
+        ("resample", "resample 3 is not supported; only bilinear"),
+        ("other family", "model_type 'grounding-dino'"),
+    ],
+)
+def test_broken_repositories(rt_detr, tmp_path, kind, message):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(rt_detr, folder)
+    weights, processor = folder / "model.safetensors", folder / "preprocessor_config.json"
+    tensors, settings = load_file(weights), json.loads(processor.read_text())
+    name = next(key for key in sorted(tensors) if key.startswith("model.decoder") and tensors[key].dim() > 1)
+    if kind == "missing tensor":
+        del tensors[name]
+    elif kind == "extra tensor":
+        tensors["extra"] = torch.zeros(3)
+    elif kind == "other shape":
+        tensors[name] = torch.zeros(1, 1)
+    elif kind == "size":
+        settings["size"] = {"height": 100, "width": 96}
+    elif kind == "resample":
+        settings["resample"] = 3
+    elif kind == "other family":
+        change(folder, model_type="grounding-dino")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    processor.write_text(json.dumps(settings))
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=message) as error:
+        load_detector(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_deformable_detr_names_the_family(rt_detr):
+    with pytest.raises(UserError, match="is not a Deformable DETR but a RT-DETR: use load_detector"):
+        DeformableDETR.from_pretrained(rt_detr)
+    with pytest.raises(UserError, match="num_queries cannot be overridden; these can: image_size"):
+        TransformersDetector.from_pretrained(rt_detr, num_queries=3)
+
+
+def test_evaluate(rt_detr, tmp_path):
+    from tests.support.training import write_dataset
+
+    from deformable_detr.evaluation import evaluate
+
+    metrics = evaluate(str(rt_detr), write_dataset(tmp_path / "set"), progress=False, workers=0)
+    assert metrics["images"] == 4
+    assert 0 <= metrics["AP"] <= 1
