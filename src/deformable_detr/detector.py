@@ -39,9 +39,10 @@ class DeformableDETR(DeformableDETRNetwork, Detector):
         from .adapters.families import family_of_source
         from .weights.load import load_pretrained, locate_source
 
-        if (family := family_of_source(locate_source(source))) is not None:
+        path = locate_source(source)
+        if (family := family_of_source(path)) is not None:
             raise UserError(f"{os.fspath(source)} is not a Deformable DETR but a {family.title}: use load_detector")
-        return load_pretrained(source, cls, **overrides)
+        return load_pretrained(path, cls, **overrides)
 
     def save_pretrained(self, folder: str | os.PathLike[str], card_data: ModelCardData | None = None) -> None:
         """Write config.json, model.safetensors and a model card into a folder, which is created if missing."""
@@ -107,7 +108,7 @@ def load_detector(source: str | os.PathLike[str], device: str = "auto", precisio
 
     path = locate_source(source)
     if family_of_source(path) is None:
-        model: Detector = DeformableDETR.from_pretrained(source)
+        model: Detector = DeformableDETR.from_pretrained(path)
     else:
         from .adapters.detector import TransformersDetector
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from deformable_detr import DeformableDETR, UserError
+from deformable_detr.config.image_size import FixedSize
 from deformable_detr.weights import transformers_format
 from deformable_detr.weights.load import read_checkpoint
 from tests.support.parity import TINY, compare, transformers
@@ -106,7 +107,7 @@ def test_class_names(repo, id2label, names):
         ({"size": 600, "max_size": 900}, (600, 900, 0.485, 0.229)),
         ({"size": 480}, (480, 1333, 0.485, 0.229)),
         ({"size": {"shortest_edge": 480, "longest_edge": None}}, (480, 800, 0.485, 0.229)),
-        ({"size": {"height": 640, "width": 480}}, (480, 640, 0.485, 0.229)),
+        ({"size": {"height": 640, "width": 480}}, (640, 640, 0.485, 0.229)),
         ({"do_normalize": False}, (800, 1333, 0.0, 1.0)),
         ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51.0] * 3}, (800, 1333, 0.5, 0.2)),
         ({"rescale_factor": 1.0, "do_normalize": False}, (800, 1333, 0.0, 1 / 255)),
@@ -120,6 +121,8 @@ def test_image_processor(shared_repo, tmp_path, values, expected):
     assert config.pixel_mean is not None
     assert config.pixel_std is not None
     assert (config.image_size, config.long_side) == expected[:2]
+    if "height" in values.get("size", ()):
+        assert config.resize_rule == FixedSize(640, 480)
     assert (config.pixel_mean[0], config.pixel_std[0]) == pytest.approx(expected[2:])
 
 
