@@ -182,6 +182,20 @@ def test_lists_of_classes_may_be_extended_but_not_differ(tmp_path):
         open_dataset(root)
 
 
+def test_a_list_of_classes_that_contradicts_the_yaml_is_told(tmp_path):
+    root = write_yolo_dataset(tmp_path)
+    for path, text in {"labels/train/classes.txt": "cat\ndog\nbird\n", "classes.txt": "Cat\n"}.items():
+        (root / path).write_text(text)
+    (root / "darknet").mkdir()
+    (root / "darknet/coco.names").write_text("person\nbicycle\n")
+    assert "classes-differ" not in issue_codes(root)
+    (root / "labels/val/classes.txt").write_text("cat\nhorse\n")
+    (issue,) = (issue for issue in check_report(root).issues if issue.code == "classes-differ")
+    assert issue.file == root / "labels/val/classes.txt"
+    assert issue.message == f"names class 1 'horse', but {root / 'data.yaml'} says 'dog', which is used"
+    assert read_objects(root, "train") == EXPECTED["train"]
+
+
 def test_darknet_lists(tmp_path):
     root = write_yolo_with_classes(tmp_path, layout="data/obj", classes="data/obj.names")
     for split, stems in EXPECTED.items():

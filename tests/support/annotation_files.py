@@ -287,6 +287,14 @@ YOLO = {
     "image of a format that is not read": (
         lambda root: (root / "images/train/b.png").rename(root / "images/train/b.heic"), {"image-format"}, "b.heic",
     ),
+    "other classes beside the labels": (
+        lambda root: (root / "labels/train/classes.txt").write_text("dog\ncat\n"), {"classes-differ"},
+        "labels/train/classes.txt: line 1 names class 0 'dog', but",
+    ),
+    "keypoints without kpt_shape": (
+        row("1 0.75 0.6 0.2 0.2 0.7 0.6 0.8 0.65\n"), {"label-keypoints", "class-only-in-val"},
+        "set kpt_shape: [2, 2] in data.yaml",
+    ),
     "labeled image beside the splits": (
         lambda root: (write_image(root / "images/x.png"), (root / "labels/x.txt").write_text(TWO)),
         {"outside-splits"}, "images: has a labeled image with 2 objects in no split: x.png (labels/x.txt)",

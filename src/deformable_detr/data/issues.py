@@ -78,6 +78,10 @@ _WARNINGS = {
         "Rename it, for example with deformable-detr check --fix",
     ),
     "label-confidence": ("Rows of a label file have values after the box, which are ignored", "Remove these columns"),
+    "label-keypoints": ("Rows fit a box with keypoints, but there is no kpt_shape", "Set kpt_shape in data.yaml"),
+    "classes-differ": (
+        "A list of classes beside the labels contradicts data.yaml, whose names are used", "Use one list of classes",
+    ),
     "path-moved": ("A path of another machine is read by its end", "Correct the path"),
     "image-format": ("Images have a format that is not read, such as HEIC", "Convert them to JPEG or PNG"),
     "annotations-unread": (

@@ -4,7 +4,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from glob import glob
 from pathlib import Path
@@ -30,7 +31,7 @@ from .issues import Issue
 from .labels import LabelTree, label_trees
 from .matching import existing_tail, match_names
 from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict, read_lines
-from .yolo_rows import Box, count_extra, count_rows, read_row, split_row
+from .yolo_rows import Box, KeypointEvidence, count_extra, count_rows, read_row, split_row
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 # Label Studio, CVAT, darknet, LabelImg
@@ -57,7 +58,7 @@ class YoloSource(Source):
         places: Folders, and text files with lists of images.
         names: Class names.
         keypoints: Number of keypoint values per row after the box, from `kpt_shape` in data.yaml.
-        moved: Messages about paths of another machine in data.yaml.
+        found: Issues of data.yaml.
     """
 
     file: Path
@@ -65,7 +66,7 @@ class YoloSource(Source):
     places: tuple[Path, ...]
     names: tuple[str, ...]
     keypoints: int = 0
-    moved: tuple[str, ...] = field(default=(), compare=False)
+    found: tuple[Issue, ...] = field(default=(), compare=False)
     format: ClassVar[str] = "yolo"
 
     def has_labels(self) -> bool:
@@ -83,8 +84,22 @@ class YoloSource(Source):
         return coco_dict(parsed, dict(enumerate(ids)), listed)
 
     def parse(self) -> ParsedAnnotations:
-        """Read the lists, the label files and the size of every image."""
-        issues = [Issue("path-moved", self.image_root, "", message) for message in self.moved]
+        """Read the lists, the label files and the size of every image, also of keypoints without a `kpt_shape`."""
+        evidence = KeypointEvidence()
+        parsed = self._parse(evidence)
+        if self.keypoints or (shape := evidence.shape()) is None:
+            return parsed
+        count, size, certain = shape
+        how = "read as such" if certain else "read as polygons"
+        message = f"has {evidence.rows} rows that fit a box with {count} keypoints of {size} values, {how}"
+        hint = f"set kpt_shape: [{count}, {size}] in data.yaml{'' if certain else ' if they are keypoints'}"
+        if certain:
+            parsed = replace(self, keypoints=count * size)._parse(KeypointEvidence())
+        issue = Issue("label-keypoints", self.file, "", message, hint)
+        return replace(parsed, issues=[*parsed.issues, issue])
+
+    def _parse(self, evidence: KeypointEvidence) -> ParsedAnnotations:
+        issues = list(self.found)
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
         paths = self._images(issues)
@@ -99,7 +114,7 @@ class YoloSource(Source):
                 issues.append(Issue.from_error("image-unreadable", path, error, objects=count_rows(labels) or 0))
                 continue
             record |= {"height": height, "width": width}
-            for line, label, (x0, y0, x1, y1) in self._rows(labels, issues):
+            for line, label, (x0, y0, x1, y1) in self._rows(labels, issues, evidence):
                 bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
                 where = f"{labels.name} line {line}"
                 objects.append({"image_id": record["id"], "class": label, "bbox": bbox, "where": where})
@@ -162,7 +177,7 @@ class YoloSource(Source):
             issues.append(Issue(code, place, f"line {number}", message))
         return [files[matches[text]] for text in lines if text in matches]
 
-    def _rows(self, path: Path, issues: list[Issue]) -> Iterator[tuple[int, int, Box]]:
+    def _rows(self, path: Path, issues: list[Issue], evidence: KeypointEvidence) -> Iterator[tuple[int, int, Box]]:
         """Yield (line number, class, xyxy box in 0..1) of the valid rows of a label file."""
         try:
             lines = read_lines(path)
@@ -181,6 +196,7 @@ class YoloSource(Source):
             except ValueError as error:
                 issues.append(Issue("label-row", path, f"line {number}", str(error), objects=1))
                 continue
+            evidence.add(line)
             extra += [number] if count_extra(split_row(line), self.keypoints) else []
             swapped += [number] if box[0] > box[2] or box[1] > box[3] else []
             (x0, x1), (y0, y1) = sorted(box[::2]), sorted(box[1::2])
@@ -228,14 +244,41 @@ def find_yolo(file: Path, split: str) -> YoloSource:
     key = next((name for name in aliases if content.get(name)), None)
     if key is None:
         raise UserError(f"{file}: no '{split}' split; add a key {' or '.join(aliases[:2])} with a folder of images")
+    places, keypoints = _places(file, content, key), _num_keypoint_values(content.get("kpt_shape"), file)
+    found = [Issue("path-moved", file.parent, "", message) for _, message in places if message]
+    keys = [name for names in SPLIT_ALIASES for name in names if content.get(name)]
+    if key == next(iter(keys), key):  # once per dataset
+        found += _other_names(file, names, content, keys)
+    folders = tuple(path for path, _ in places)
+    return YoloSource(folders[0], file.parent, folders, names, keypoints, tuple(found))
+
+
+def _places(file: Path, content: Mapping[str, Any], key: str) -> list[tuple[Path, str]]:
+    """Resolve the folders and lists of a split; see `_resolve`."""
     value = content[key]
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(entry, str) for entry in values):
         raise UserError(f"{file}: '{key}' must be a folder, a text file, or a list of these")
-    places = tuple(_resolve(file, content.get("path"), entry, key) for entry in values)
-    moved = tuple(message for _, message in places if message)
-    folders, keypoints = tuple(path for path, _ in places), _num_keypoint_values(content.get("kpt_shape"), file)
-    return YoloSource(folders[0], file.parent, folders, names, keypoints, moved)
+    return [_resolve(file, content.get("path"), entry, key) for entry in values]
+
+
+def _other_names(file: Path, names: Sequence[str], content: Mapping[str, Any], keys: Sequence[str]) -> list[Issue]:
+    """Return an issue for each list of classes beside the labels that contradicts those of a data.yaml."""
+    issues: list[Issue] = []
+    roots: list[Path] = []
+    for key in keys:
+        with suppress(UserError):  # reported when that split is read
+            places = [place for place, _ in _places(file, content, key)]
+            roots += [label_trees(place)[1] if place.is_dir() else place.parent for place in places]
+    with suppress(UserError):  # a list that cannot be read
+        for path, others in _class_lists(file.parent).items():
+            beside = any(root.is_relative_to(path.parent) or path.parent.is_relative_to(root) for root in roots)
+            pairs = enumerate(zip(names, others, strict=False)) if beside else ()
+            number = next((n for n, (name, other) in pairs if name.casefold() != other.casefold()), None)
+            if number is not None:
+                message = f"names class {number} {others[number]!r}, but {file} says {names[number]!r}, which is used"
+                issues.append(Issue("classes-differ", path, f"line {number + 1}", message))
+    return issues
 
 
 def find_yolo_without_yaml(root: Path, split: str) -> YoloSource | None:
@@ -264,8 +307,8 @@ def _lists(root: Path) -> dict[str, Path]:
     return {path.stem: path for path in files if is_image(next(iter(read_lines(path)), "").strip())}
 
 
-def _find_classes(root: Path) -> tuple[Path, list[str]] | None:
-    """Find the class names of a dataset; LabelImg writes a copy into each folder of labels, and may extend one."""
+def _class_lists(root: Path) -> dict[Path, list[str]]:
+    """Read the files with class names in a folder; LabelImg writes a copy into each folder of labels."""
     patterns = CLASS_FILES if root.is_dir() else ()
     paths = [path for pattern in patterns for path in sorted(glob(pattern, root_dir=root))]  # ignores loops of links
     lists: dict[Path, list[str]] = {}
@@ -273,6 +316,12 @@ def _find_classes(root: Path) -> tuple[Path, list[str]] | None:
         if not is_hidden(path) and os.path.isfile(root / path):
             lines = "\n".join(read_lines(root / path)).strip().splitlines()
             lists[root / path] = [line.strip() for line in lines]
+    return lists
+
+
+def _find_classes(root: Path) -> tuple[Path, list[str]] | None:
+    """Find the class names of a dataset; LabelImg may extend one of its copies."""
+    lists = _class_lists(root)
     longest = max(lists, key=lambda file: len(lists[file]), default=None)
     if longest is None:
         return None

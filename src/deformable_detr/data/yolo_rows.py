@@ -2,7 +2,9 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..utils.errors import UserError
@@ -54,6 +56,56 @@ def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]
         return int(label), (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2]))
     cx, cy, w, h = numbers
     return int(label), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+
+
+@dataclass
+class KeypointEvidence:
+    """Counts the rows that may be a box with keypoints although no `kpt_shape` says so.
+
+    A polygon has other numbers of points in other rows; and only by chance are all its points inside the box that its
+    first four values would be.
+    """
+
+    rows: int = 0
+    length: int = 0
+    plain: int = 0  # rows with only a box
+    fits: Counter[int] = field(default_factory=Counter)  # 2 or 3 values per keypoint → rows
+    apart: int = 0  # rows whose second point as a polygon would be outside of that box
+
+    def add(self, line: str) -> None:
+        """Count a valid row."""
+        if self.length < 0:
+            return
+        numbers = to_numbers(split_row(line)[1:]) or []
+        if len(numbers) < 6:
+            self.plain += 1
+            return
+        self.rows += 1
+        self.length = len(numbers) if self.length in (0, len(numbers)) else -1
+        x, y, w, h = numbers[:4]
+
+        def is_inside(px: float, py: float, visible: float = 1) -> bool:
+            return not visible or px == py == 0 or max(abs(px - x) - w / 2, abs(py - y) - h / 2) <= ROUNDING
+
+        parallelogram = len(numbers) == 8 and all(
+            abs(numbers[axis] + numbers[4 + axis] - numbers[2 + axis] - numbers[6 + axis]) < ROUNDING for axis in (0, 1)
+        )
+        if numbers[-2:] == numbers[:2] or parallelogram:
+            return
+        self.apart += not is_inside(w, h)
+        for size in (2, 3):
+            points = list(zip(*[iter(numbers[4:])] * size, strict=False))
+            seen = all(point[2] in (0, 1, 2) for point in points) if size == 3 else True
+            self.fits[size] += seen and len(points) * size == len(numbers) - 4 and all(is_inside(*p) for p in points)
+
+    def shape(self) -> tuple[int, int, bool] | None:
+        """Return the number of keypoints, of values of each, and whether it is certain; None for polygons."""
+        size = next((size for size in (3, 2) if self.fits[size] > 0.95 * self.rows), 0)
+        if self.length <= 0 or not size:
+            return None
+        certain = self.rows > 2 and not self.plain and (size == 3 or 2 * self.apart > self.rows)
+        likely = size == 3 or self.rows > 2 or self.apart
+        return ((self.length - 4) // size, size, certain) if likely else None
 
 
 def split_row(line: str) -> list[str]:
