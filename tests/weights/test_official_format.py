@@ -119,7 +119,10 @@ def test_resnet50_checkpoint_with_and_without_settings(tmp_path):
         (0, 1, 2),
     )
     torch.save(values["model"], path)
-    assert "does not tell num_heads; state the values of its training: --set model.num_heads=8" in load_error(path)
+    assert (
+        "does not tell num_heads; state the values of its training in convert or train: --set model.num_heads=8"
+        in load_error(path)
+    )
     bare = DeformableDETR.from_pretrained(path, num_heads=8)
     assert equal_weights(model, bare)
     assert (bare.config.num_heads, bare.config.encoder_points, bare.config.backbone) == (8, 4, "resnet50")

@@ -113,7 +113,8 @@ class UntoldFieldsError(UserError):
     def __init__(self, path: Path, fields: list[str]) -> None:
         self.fields = fields
         options = " ".join(f"--set model.{name}={STATED[name]}" for name in fields)
-        super().__init__(f"{path} does not tell {' and '.join(fields)}; state the values of its training: {options}")
+        hint = f"state the values of its training in convert or train: {options}"
+        super().__init__(f"{path} does not tell {' and '.join(fields)}; {hint}")
 
 
 def stated_fields(
