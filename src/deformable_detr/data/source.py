@@ -62,6 +62,11 @@ class Source(ABC):
         """The files about many images that are read. Default: `file`."""
         return (self.file,)
 
+    @property
+    def image_trees(self) -> tuple[Path, ...]:
+        """The folders whose images in formats that are not read are reported. Default: none."""
+        return ()
+
     def has_labels(self) -> bool:
         """Return whether there is a label file. Default: the split was found by it."""
         return True

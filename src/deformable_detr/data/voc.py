@@ -53,6 +53,10 @@ class VocSource(NamedSource):
     format: ClassVar[str] = "voc"
 
     @property
+    def image_trees(self) -> tuple[Path, ...]:
+        return (self.image_root,)
+
+    @property
     def has_list(self) -> bool:
         """Whether a list names the images."""
         return self.file != self.image_root

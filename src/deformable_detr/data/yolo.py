@@ -69,6 +69,10 @@ class YoloSource(Source):
     found: tuple[Issue, ...] = field(default=(), compare=False)
     format: ClassVar[str] = "yolo"
 
+    @property
+    def image_trees(self) -> tuple[Path, ...]:
+        return tuple(label_trees(place)[0] for place in self.places if place.is_dir())
+
     def has_labels(self) -> bool:
         """Return whether a label file has objects; lists and classes may be of other formats."""
         folders = [label_trees(place)[1] for place in self.places if place.is_dir()]

@@ -59,6 +59,27 @@ def test_yolo_labels_beside_the_split_folders_are_counted(tmp_path, image, label
     assert outside(root / "data.yaml")
 
 
+@pytest.mark.parametrize("name", ["yolo", "voc"])
+def test_images_that_cannot_be_read_are_counted_once(tmp_path, name):
+    root = write_task(tmp_path, WRITERS[name])
+    (root / "train/p1.jpg").rename(root / "train/p1.heic")
+    (root / "train/sub").mkdir()
+    for path in ("p0.jpg", "p2.jpg"):
+        (root / "train" / path).rename(root / "train/sub" / path)
+    report = check_report(root)
+    assert sum(len(split.positions) for split in report.splits) + report.left_out == OBJECTS
+
+
+def test_a_test_folder_that_the_yaml_does_not_name_is_no_matter_of_training(tmp_path):
+    root = write_yolo_dataset(tmp_path)
+    write_image(root / "images/test/x.png", seed=90)
+    (root / "labels/test").mkdir()
+    (root / "labels/test/x.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    (issue,) = outside(root)
+    assert (issue.split, issue.hint) == ("test", "name this folder under test in data.yaml")
+    assert not any("outside-splits" in line for line in load_for_training(root))
+
+
 def test_pascal_voc_pairs_at_the_root_do_not_hide_the_splits(tmp_path):
     """The files in the folders of the splits are read, in whatever format, not those of no split."""
     root = write_task(tmp_path, WRITERS["labelme"])

@@ -53,6 +53,8 @@ def check_outside(root: Path, splits: Sequence[Split], data: DataConfig, issues:
     except UserError as error:
         issues.append(Issue.from_error("outside-splits", base, error, split=train.name))
         return
+    trees = [tree for split in splits for tree in split.source.image_trees]
+    images = {path for path in images if is_image(path.name) or not any(map(path.is_relative_to, trees))}
     if data.val_split not in {split.name for split in splits}:  # told as missing
         words = set(split_aliases(data.val_split))
         images = {path for path in images if words.isdisjoint(map(str.lower, path.relative_to(base).parts))}
@@ -166,12 +168,16 @@ def _report(base: Path, labels: dict[Path, _Labels], train: Split, issues: Issue
     target, own_format = os.path.relpath(train.images[0].path.parent, base), train.source.format
     for folder, images in folders.items():
         count, (_, path, label_format) = sum(labels[image][0] for image in images), labels[images[0]]
+        is_test = not set(split_aliases("test")).isdisjoint(map(str.lower, folder.relative_to(base).parts))
         what = f"{len(images)} labeled images" if len(images) > 1 else "a labeled image"
         objects = "1 object" if count == 1 else f"{count} objects"
         message = f"has {what} with {objects} in no split: {images[0].name} ({os.path.relpath(path, base)})"
         hint = f"move images and label files to those of a split, such as {target}"
         if label_format != own_format:
             hint = f"convert the labels to the format of the splits ({own_format}) and add them to a split"
+        elif is_test and own_format == "yolo":
+            hint = "name this folder under test in data.yaml"
         elif path.stem != images[0].stem:
             hint = f"merge {path.name} with the annotations of a split, or move it into a folder with a split's name"
-        issues.add("outside-splits", folder, "", message, hint, split=train.name, objects=count)
+        split = "test" if is_test else train.name
+        issues.add("outside-splits", folder, "", message, hint, split=split, objects=count)
