@@ -29,8 +29,8 @@ class DeformableDETR(DeformableDETRNetwork, Detector):
 
         Args:
             source: A run folder or one that `save_pretrained` wrote, a transformers repository of Deformable DETR
-                (folder or hub id), or a checkpoint (`.pth`) of the official code,
-                IDEA-Research/DINO, detrex or mmdetection.
+                (folder or hub id), a checkpoint (`.pth`) of the official code,
+                IDEA-Research/DINO, detrex or mmdetection, or a short name, such as "deformable-detr-r50-refine".
             **overrides: Config fields to change, such as `image_size=640`; see `weights.load.load_pretrained`.
 
         Raises:
@@ -86,7 +86,8 @@ def load_detector(source: str | os.PathLike[str], device: str = "auto", precisio
 
     Args:
         source: An exported file (.onnx, .xml, .pt2) or anything that `DeformableDETR.from_pretrained` reads,
-            or a transformers repository of RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR or RF-DETR.
+            a transformers repository of RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR or RF-DETR, or the short name of a
+            pretrained model, such as "dfine-s" (`deformable-detr models` lists them).
         device: "auto", "cpu", "cuda", "mps", or a device of the exported file's runtime.
         precision: "fp32" or "bf16" returns the model after `optimize`. Default: the model itself.
 

@@ -216,3 +216,12 @@ def test_evaluate(rt_detr, tmp_path):
     metrics = evaluate(str(rt_detr), write_dataset(tmp_path / "set"), progress=False, workers=0)
     assert metrics["images"] == 4
     assert 0 <= metrics["AP"] <= 1
+
+
+def test_labels_of_coco_get_its_category_ids(tmp_path):
+    config = transformers.CONFIG_MAPPING["lw_detr"].from_dict({**CONFIGS["lw_detr"], "num_labels": 91})
+    transformers.AutoModelForObjectDetection.from_config(config).save_pretrained(tmp_path)
+    transformers.DeformableDetrImageProcessor(size={"height": 128, "width": 128}).save_pretrained(tmp_path)
+    loaded = load_detector(tmp_path, "cpu").config
+    assert loaded.category_ids == tuple(range(91))
+    assert (loaded.class_names[1], loaded.class_names[90]) == ("person", "toothbrush")

@@ -93,3 +93,36 @@ def test_predict_and_precision(run, tmp_path):
     assert len(row["resident_mib"]) in (0, 10)
     rows = run("precision.py", tmp_path / "model", write_pseudo_labeled_dataset(tmp_path / "set", model))["rows"]
     assert rows[1]["AP"] == pytest.approx(rows[0]["AP"], abs=0.01)
+
+
+def test_published_ap(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    from deformable_detr.evaluation.evaluator import evaluate
+    from deformable_detr.weights import catalog
+
+    model = tiny()
+    model.save_pretrained(tmp_path / "hub")
+    data = write_pseudo_labeled_dataset(tmp_path / "data", model)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "hub"))
+    ap = 100 * evaluate(tmp_path / "hub", data, device="cpu", workers=0)["AP"]
+    assert ap > 1
+    for published, code in ((ap + 0.1, None), (ap - 0.3, 1), (ap + 0.3, 1)):
+        row = catalog.PretrainedModel("tiny-x", "someone/tiny", "Tiny", 64, 96, published, 1, catalog.COCO)
+        objects = catalog.PretrainedModel("tiny-o", "someone/o", "Tiny", 64, 96, None, 1, catalog.OBJECTS365)
+        monkeypatch.setattr(catalog, "CATALOG", (row, objects))
+        assert published_ap(monkeypatch, "tiny-x", data, "--json", tmp_path / "ap.json") == code
+        line = f"tiny-x: AP {ap:.1f}, published {published:.1f}, difference {ap - published:+.2f}"
+        assert line in capsys.readouterr().out.splitlines()
+    assert 100 * json.loads((tmp_path / "ap.json").read_text())["AP"] == pytest.approx(ap)
+    assert "did you mean tiny-x?" in published_ap(monkeypatch, "tny-x", data)
+    assert "no published AP" in published_ap(monkeypatch, "tiny-o", data)
+
+
+def published_ap(monkeypatch, *arguments):
+    """Run the script on the CPU and return its exit code or error."""
+    monkeypatch.setattr(sys, "argv", ["published_ap.py", *map(str, arguments), "--device", "cpu", "--workers", "0"])
+    try:
+        runpy.run_path(str(SCRIPTS / "published_ap.py"), run_name="__main__")
+    except SystemExit as error:
+        return error.code

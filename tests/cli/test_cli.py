@@ -234,6 +234,23 @@ def test_help_lists_commands_and_options(run):
         assert f"--{option}" in out
 
 
+def test_models(run, tmp_path):
+    code, out, _ = run("models", "--family", "d-fine", "--json", tmp_path / "models.json")
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == 14
+    assert lines[2].split()[:4] == ["dfine-s", "D-FINE", "640×640", "48.5"]
+    assert {line.index(word) for line, word in ((lines[0], "family"), (lines[1], "D-FINE"), (lines[13], "D-FINE"))} == {
+        18
+    }
+    saved = json.loads((tmp_path / "models.json").read_text())
+    assert [row["name"] for row in saved] == [line.split()[0] for line in lines[1:]]
+    assert len(run("models")[1].splitlines()) > 40
+    code, _, err = run("models", "--family", "YOLO")
+    assert code == 2
+    assert "choose from Deformable DETR, DINO, RT-DETR" in err
+
+
 def test_version(run):
     from deformable_detr import __version__
 

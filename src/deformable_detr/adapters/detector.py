@@ -16,6 +16,7 @@ from ..predict.predictor import Detector
 from ..utils.errors import UserError, first_line
 from ..utils.files import json_text, read_json, write_files
 from ..utils.packages import need, quiet_transformers
+from ..weights.checkpoint import coco_labels
 from ..weights.image_processor import PREPROCESSOR, read_processor, write_processor
 from ..weights.model_card import ModelCardData
 from .families import FAMILIES, Family
@@ -152,6 +153,7 @@ def read_repository(folder: Path) -> tuple[AdapterConfig, nn.Module]:
     described = network.config
     names = tuple(str(described.id2label[label]) for label in range(described.num_labels))
     network_values = json.loads(described.to_json_string(use_diff=True))
+    names, category_ids = coco_labels(names)
     own = values.get(OWN)
     config = AdapterConfig.from_dict(
         {
@@ -160,7 +162,7 @@ def read_repository(folder: Path) -> tuple[AdapterConfig, nn.Module]:
             "num_classes": len(names),
             "num_queries": described.num_queries,
             "class_names": names,
-            "category_ids": own.get("category_ids", ()) if isinstance(own, dict) else (),
+            "category_ids": own.get("category_ids", ()) if isinstance(own, dict) else category_ids,
             "size_divisor": family.divisor(described),
             **processor,
             **family.fields,

@@ -23,6 +23,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .explain import explain
 from .export import export
+from .models import models
 from .options import print_error
 from .predict import predict
 from .predict_dataset import predict_dataset
@@ -38,7 +39,7 @@ app = App(
     help_format="plaintext",
 )
 for command in (
-    train, check, split, demo, evaluate, predict, explain, convert, export, serve, predict_dataset, benchmark
+    train, check, split, demo, evaluate, predict, explain, convert, export, serve, predict_dataset, benchmark, models
 ):  # fmt: skip
     app.command(command)
 

@@ -17,9 +17,13 @@ from ..config.resolve import DEFAULT_PRESET
 Flag = Parameter(negative=())
 Model = Annotated[
     Path,
-    Parameter(help="Run or model folder, transformers folder or hub id, .pth, or exported .onnx, .xml, .pt2."),
+    Parameter(
+        help="Run or model folder, name (see models), transformers folder or hub id, .pth, exported .onnx, .xml, .pt2."
+    ),
 ]
-PyTorchModel = Annotated[Path, Parameter(help="Run or model folder, transformers folder or hub id, or .pth.")]
+PyTorchModel = Annotated[
+    Path, Parameter(help="Run or model folder, name (see models), transformers folder or hub id, .pth.")
+]
 Dataset = Annotated[Path, Parameter(help="Dataset folder: COCO JSON, YOLO (data.yaml) or Pascal VOC.")]
 Split = Annotated[str, Parameter(help="Split of the dataset.")]
 Preset = Literal[

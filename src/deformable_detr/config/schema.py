@@ -201,7 +201,7 @@ class TrainConfig(ConfigSection):
     """
 
     weights: str | None = None
-    """Model to fine-tune: a run or model folder, a transformers folder or hub id, a .pth."""
+    """Model to fine-tune: a run or model folder, a name (see models), a transformers folder or hub id, a .pth."""
     epochs: PositiveInt | Literal["auto"] | None = 50
     """Maximum number of epochs; auto: chosen from the number of training images; none: use minutes."""
     minutes: PositiveFloat | None = None

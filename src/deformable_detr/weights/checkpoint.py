@@ -144,3 +144,15 @@ def coco_classes(count: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
         ids = tuple(i for i, name in enumerate(names) if name != "N/A")
         return tuple(names[i] for i in ids), ids
     return (), tuple(range(count))
+
+
+def coco_labels(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return names and COCO's category ids of labels that are its classes; ids are () for other labels.
+
+    Releases name up to six classes as VOC does (tvmonitor). 91 labels without names are COCO's ids.
+    """
+    coco, ids = coco_classes(len(names))
+    if len(names) == 91 and all(name == f"LABEL_{label}" for label, name in enumerate(names)):
+        return coco, ids
+    equal = sum(name == other != "N/A" for name, other in zip(names, coco, strict=False))
+    return names, ids if equal >= 74 else ()

@@ -1,8 +1,9 @@
-"""Load a model from a folder, a transformers repository, the hub or a `.pth`."""
+"""Load a model from a folder, a transformers repository, the hub, a short name or a `.pth`."""
 
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError, first_line
 from ..utils.files import is_exported, read_json
-from . import native, official_format, transformers_format
+from . import catalog, native, official_format, transformers_format
 from .checkpoint import STATED, Checkpoint
 from .resize import resize_state
 
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_NAME = re.compile(r"[\w.-]{1,80}")
 _HUB_FILES = (("*.json", "*.safetensors"), ("*.json", "pytorch_model*.bin", "*.pth"))  # pickles only as a last resort
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 # Fields that may differ from the source's because they do not change what the weights mean.
@@ -35,7 +37,7 @@ def load_pretrained(
     Args:
         source: A run folder or one that `save_pretrained` wrote; a transformers repository of Deformable DETR as a
             folder or hub id ("owner/name", "owner/name@revision"); a checkpoint (`.pth`) of
-            the official code, IDEA-Research/DINO, detrex or mmdetection.
+            the official code, IDEA-Research/DINO, detrex or mmdetection; a short name of `weights.catalog`.
         network_class: The class to build.
         **overrides: Fields of `ModelConfig` to change, of `OVERRIDABLE`. `num_feature_levels`, and `num_queries` of a
             one-stage model, can only shrink: what they add would be untrained. Also the fields that a `.pth` without
@@ -74,13 +76,13 @@ def read_checkpoint(source: str | os.PathLike[str], stated: Mapping[str, Any] | 
     """
     path = locate_source(source)
     if not path.is_dir():
-        return official_format.read(path, stated)
+        return official_format.read(path, {**catalog.untold_fields(path), **(stated or {})})
     is_native = read_json(path / "config.json").get("format") == native.FORMAT
     return native.read(path) if is_native else transformers_format.read(path)
 
 
 def locate_source(source: str | os.PathLike[str]) -> Path:
-    """Return the source's folder or `.pth`; download it if the source is a hub id."""
+    """Return the source's folder or `.pth`; download it if the source is a short name or a hub id."""
     path = Path(source)
     if os.path.isdir(path):  # unlike Path.is_dir, False for an invalid name
         return _locate_in_folder(path)
@@ -92,11 +94,14 @@ def locate_source(source: str | os.PathLike[str]) -> Path:
         if path.suffix == ".safetensors":
             raise UserError(f"model {path} has no config.json beside it, which describes the network")
         return path
-    # If the parent folder exists, the source is a mistyped path, not a hub id.
     hub_id = os.fspath(source)
+    if (pretrained := catalog.find_model(hub_id)) is not None:
+        return _download_pretrained(pretrained)
+    # If the parent folder exists, the source is a mistyped path, not a hub id.
     if _HUB_ID.fullmatch(hub_id) and path.suffix not in _WEIGHT_SUFFIXES and not os.path.isdir(path.parent):
         return _download(hub_id)
-    raise UserError(f"model {hub_id[:400]}: no such folder or file")
+    is_name = _NAME.fullmatch(hub_id) and path.suffix not in _WEIGHT_SUFFIXES
+    raise UserError(f"model {hub_id[:400]}: no such folder or file{catalog.hint(hub_id) if is_name else ''}")
 
 
 def _locate_in_folder(folder: Path) -> Path:
@@ -109,6 +114,27 @@ def _locate_in_folder(folder: Path) -> Path:
         raise UserError(f"model {folder}: this run has no model yet; resume it with train --resume")
     several = " and several .pth files; name one of them" if checkpoints else ""
     raise UserError(f"model {folder} has no config.json{several}")
+
+
+def _download_pretrained(model: catalog.PretrainedModel) -> Path:
+    if model.is_manual:
+        raise UserError(
+            f"model {model.name} is on Google Drive, which programs cannot download from: "
+            f"download it by hand from {model.source} and pass the path of the file"
+        )
+    path = catalog.release_folder() / model.file
+    if model.is_release and path.is_file():
+        return path
+    if notice := catalog.license_notice(model):
+        _log.warning(notice)
+    if not model.is_release:
+        return _download(model.source)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(model.source, str(path), progress=sys.stderr.isatty())
+    except Exception as error:  # from the network or the disk
+        raise UserError(f"model {model.name}: the download of {model.source} failed: {first_line(error)}") from None
+    return path
 
 
 def _download(hub_id: str) -> Path:
