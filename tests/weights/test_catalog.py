@@ -59,7 +59,7 @@ def test_rows_are_plausible():
     assert len(set(hub)) == len(hub)
 
 
-def test_names_load_from_the_hub(requests, shared_repo):
+def test_names_load_from_the_hub(requests, shared_repo, monkeypatch):
     expected = DeformableDETR.from_pretrained(shared_repo)
     assert equal_weights(expected, DeformableDETR.from_pretrained("deformable-detr-r50-two-stage"))
     assert equal_weights(expected, load_detector("deformable-detr-r50-two-stage", "cpu"))
@@ -67,6 +67,15 @@ def test_names_load_from_the_hub(requests, shared_repo):
     assert requests == 3 * [("SenseTime/deformable-detr-with-box-refine-two-stage", None)]
     read_checkpoint("dfine-l-obj2coco")
     assert requests[3:] == [("ustc-community/dfine-large-obj2coco-e25", None)]
+
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    error = "model dfine-s (ustc-community/dfine-small-coco): no such folder, and the download failed: no network"
+    assert load_error("dfine-s") == error
 
 
 def test_names_of_other_families_load(monkeypatch, tmp_path):

@@ -99,7 +99,7 @@ def locate_source(source: str | os.PathLike[str]) -> Path:
         return _download_pretrained(pretrained)
     # If the parent folder exists, the source is a mistyped path, not a hub id.
     if _HUB_ID.fullmatch(hub_id) and path.suffix not in _WEIGHT_SUFFIXES and not os.path.isdir(path.parent):
-        return _download(hub_id)
+        return _download(hub_id, hub_id)
     is_name = _NAME.fullmatch(hub_id) and path.suffix not in _WEIGHT_SUFFIXES
     raise UserError(f"model {hub_id[:400]}: no such folder or file{catalog.hint(hub_id) if is_name else ''}")
 
@@ -128,7 +128,7 @@ def _download_pretrained(model: catalog.PretrainedModel) -> Path:
     if notice := catalog.license_notice(model):
         _log.warning(notice)
     if not model.is_release:
-        return _download(model.source)
+        return _download(model.source, f"{model.name} ({model.source})")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(model.source, str(path), progress=sys.stderr.isatty())
@@ -137,7 +137,7 @@ def _download_pretrained(model: catalog.PretrainedModel) -> Path:
     return path
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, shown: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = hub_id.partition("@")
@@ -146,7 +146,7 @@ def _download(hub_id: str) -> Path:
         try:
             folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
         except Exception as error:  # from the hub's client, the network or the disk
-            raise UserError(f"model {hub_id}: no such folder, and the download failed: {first_line(error)}") from None
+            raise UserError(f"model {shown}: no such folder, and the download failed: {first_line(error)}") from None
         if any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir()):
             break
     return locate_source(folder)
