@@ -226,6 +226,6 @@ def test_errors(options, words):
 
 def test_model_without_encoder_layers():
     model = random_model(encoder_layers=0)
-    with pytest.raises(UserError, match="no encoder layers"):
+    with pytest.raises(UserError, match="encoder has no deformable attention"):
         explain(model, random_image(67, 101), point=(5, 5))
     assert len(explain(model, random_image(67, 101), threshold=0.0).layers) == 2

@@ -21,6 +21,7 @@ from ..weights.image_processor import PREPROCESSOR, read_processor, write_proces
 from ..weights.model_card import ModelCardData
 from .families import FAMILIES, Family
 from .optimize import OptimizedAdapter
+from .sampling import run_recorded
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OWN = "deformable_detr"  # key in config.json of what transformers does not store
@@ -40,6 +41,7 @@ class TransformersDetector(Detector):
         UserError: transformers is not installed, too old for the family, or rejects the config.
     """
 
+    explains = True
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -53,11 +55,19 @@ class TransformersDetector(Detector):
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean, dtype=dtype), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std, dtype=dtype), persistent=False)
 
-    def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Any]:
-        """Return `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4); see `Detector`."""
+    def forward(
+        self, pixels: Tensor, padding_mask: Tensor | None = None, *, return_attention: bool = False
+    ) -> dict[str, Any]:
+        """Return `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4); see `Detector`.
+
+        With `return_attention`, in evaluation mode, also the outputs of `DeformableDETRNetwork.forward` about each
+        decoder layer. `encoder_attention` is empty: the encoders of these families have no deformable attention.
+        """
         mask = None
         if padding_mask is not None:
             pixels, mask = pixels.masked_fill(padding_mask[:, None], 0.0), (~padding_mask).long()
+        if return_attention:
+            return run_recorded(self.network, pixels, mask)
         outputs = self.network(pixel_values=pixels, pixel_mask=mask)
         return {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes}
 

@@ -65,4 +65,5 @@ def _item(explanation: Explanation) -> dict[str, Any]:
 def _points(locations: np.ndarray, weights: np.ndarray) -> list[int]:
     """x, y and weight of each point as integers, in the order (T,) M, L, P."""
     values = np.concatenate([locations.clip(-1e6, 1e6), weights[..., None]], axis=-1).astype(np.float64)
+    values[weights == 0, 2] = -1.0  # fills up a level with fewer points; not drawn
     return (values * SCALE).round().astype(int).ravel().tolist()

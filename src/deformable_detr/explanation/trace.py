@@ -44,7 +44,7 @@ def explain(
     """Explain a detection, or the encoder's attention at a point. Use `trace` to explain several of one image.
 
     Args:
-        model: A `DeformableDETR`.
+        model: A `DeformableDETR`, or a `TransformersDetector` for detections.
         image: A path, PIL image, array or tensor, as for `predict`.
         detection: Index among the detections of `predict` with this threshold and top_k. Default: 0, the best.
         point: (x, y) in pixels. Explains the encoder's tokens there instead of a detection.
@@ -110,13 +110,15 @@ class Trace:
         """Explain the encoder's tokens at (x, y) in pixels of the original image, its edges included.
 
         Raises:
-            UserError: The point is outside the image, or the model has no encoder layers.
+            UserError: The point is outside the image, or the encoder has no deformable attention.
         """
         height, width = self.image_size
         if not (0 <= x <= width and 0 <= y <= height):
             raise UserError(f"{self._image_name}: point {x:g},{y:g} is outside the image of {width} × {height} pixels")
         if not self.outputs["encoder_attention"]:
-            raise UserError("the model has no encoder layers, so there is nothing to show at a point; use a detection")
+            raise UserError(
+                "the model's encoder has no deformable attention, so a point samples nothing; use a detection"
+            )
         tokens, centers, start = [], [], 0
         for (h, w), (ratio_x, ratio_y) in zip(self.spatial_shapes, self.valid_ratios.tolist(), strict=True):
             columns, rows = max(1, round(ratio_x * w)), max(1, round(ratio_y * h))  # without the padding

@@ -9,7 +9,7 @@ Only the sampling core changes, and only in the given model: weights, inputs and
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..utils.errors import UserError
 from .dispatch import sample_and_sum
+from .reference import Shapes
 
 SUPPORTED = (
     "Deformable DETR", "RT-DETR", "RT-DETRv2", "D-FINE", "DEIMv2", "Grounding DINO", "MM Grounding DINO", "OmDet-Turbo",
@@ -24,6 +25,7 @@ SUPPORTED = (
 )  # fmt: skip
 _CORE_CLASS = "MultiScaleDeformableAttention"  # Deformable DETR, RT-DETR, …: a child module of the attention layer
 _CORE_ATTRIBUTE = "ms_deformable_attn_core"  # D-FINE, DEIMv2: a function on the layer
+_FUNCTION_V2 = "multi_scale_deformable_attention_v2"  # RT-DETRv2: a function of its module
 _ORIGINAL = "_before_accelerate"
 
 
@@ -76,22 +78,57 @@ def _accelerate_layer(layer: nn.Module) -> bool:
         layer.__dict__[_ORIGINAL] = layer.__dict__[_CORE_ATTRIBUTE]
         setattr(layer, _CORE_ATTRIBUTE, _attention_v2)
         return True
+    name = _called_function(layer)
+    if name is None:
+        return False
+    layer.__dict__[_ORIGINAL] = None
+    _rebind(layer, name, _FUNCTIONS[name])
+    return True
+
+
+def observe(model: nn.Module, observer: Callable[[Shapes, Tensor, Tensor], None]) -> None:
+    """Call a function before each sampling. This cannot be undone, so give it a copy of the model.
+
+    Args:
+        model: One of the `SUPPORTED` models except Mask2Former and OneFormer, accelerated or not.
+        observer: Gets spatial shapes, locations (B, Q, M, L, P, 2) in 0..1 of the maps, and weights (B, Q, M, L, P).
+            A level with fewer points than P repeats its last one with weight zero. `decoder_method="discrete"` reads
+            single pixels: the locations are their centers.
+    """
+    for layer in model.modules():
+        if not type(layer).__module__.startswith("transformers."):
+            continue
+        if type(layer).__name__ == _CORE_CLASS:
+            layer.forward = _observed(layer.forward, _core_sampling, observer)
+        elif _CORE_ATTRIBUTE in layer.__dict__:
+            setattr(layer, _CORE_ATTRIBUTE, _observed(layer.__dict__[_CORE_ATTRIBUTE], _sampling_v2, observer))
+        elif _called_function(layer) == _FUNCTION_V2:
+            original = cast(types.MethodType, layer.forward).__func__.__globals__[_FUNCTION_V2]
+            _rebind(layer, _FUNCTION_V2, _observed(original, _sampling_v2, observer))
+
+
+def _observed(core: Callable[..., Tensor], read: Callable[..., Any], observer: Callable[..., None]) -> Any:
+    def run(*arguments: Any) -> Tensor:
+        observer(*read(*arguments))
+        return core(*arguments)
+
+    return run
+
+
+def _called_function(layer: nn.Module) -> str | None:
+    """Return which of `_FUNCTIONS` a layer's `forward` calls, if any."""
     forward = type(layer).forward
-    if isinstance(forward, types.FunctionType):
-        for name in _FUNCTIONS:
-            if name in forward.__code__.co_names:
-                layer.__dict__[_ORIGINAL] = None
-                layer.forward = types.MethodType(_rebind(forward, name), layer)
-                return True
-    return False
+    names = forward.__code__.co_names if isinstance(forward, types.FunctionType) else ()
+    return next((name for name in _FUNCTIONS if name in names), None)
 
 
-def _rebind(forward: types.FunctionType, name: str) -> types.FunctionType:
-    """Copy a function with one of its global names bound to this package's op."""
-    scope = {**forward.__globals__, name: _FUNCTIONS[name]}
+def _rebind(layer: nn.Module, name: str, function: Callable[..., Tensor]) -> None:
+    """Give a layer a copy of its `forward` with a global name bound to a function."""
+    forward: Any = cast(types.MethodType, layer.forward).__func__
+    scope = {**forward.__globals__, name: function}
     copy = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
-    return copy
+    layer.forward = types.MethodType(copy, layer)
 
 
 def _core_forward(
@@ -118,22 +155,38 @@ def _attention_v2(
     """RT-DETRv2 and its successors: locations (B, Q, M, sum of points, 2), with a number of points per level."""
     if method != "default":
         raise ValueError(f"sampling method {method!r} is not accelerated, only 'default' (bilinear); call ops.restore")
-    P = max(points)
-    if min(points) < P:  # pad with points of weight zero
-        sampling_locations = _pad_points(sampling_locations, points)
-        attention_weights = _pad_points(attention_weights, points)
-    return sample_and_sum(
-        value,
-        _shapes(spatial_shapes),
-        sampling_locations.unflatten(3, (len(points), P)),
-        attention_weights.unflatten(3, (len(points), P)),
-    )
+    locations, weights = _per_level(sampling_locations, points), _per_level(attention_weights, points)
+    return sample_and_sum(value, _shapes(spatial_shapes), locations, weights)
 
 
-def _pad_points(tensor: Tensor, points: list[int]) -> Tensor:
+def _core_sampling(_, __, spatial_shapes: Any, ___, locations: Tensor, weights: Tensor, *____):
+    """What a core with the arguments of `_core_forward` samples; see `observe`."""
+    return _shapes(spatial_shapes), locations, weights
+
+
+def _sampling_v2(
+    _, spatial_shapes: Any, locations: Tensor, weights: Tensor, points: list[int], method: str = "default"
+) -> tuple[Shapes, Tensor, Tensor]:
+    """What a core with the arguments of `_attention_v2` samples; see `observe`."""
+    shapes = _shapes(spatial_shapes)
+    locations, weights = _per_level(locations, points), _per_level(weights, points)
+    if method == "discrete":
+        size = torch.tensor(shapes, device=locations.device).flip(1)[:, None]  # (L, 1, 2), width and height
+        pixels = (locations * size + 0.5).long().clamp(torch.zeros_like(size), size - 1)
+        locations = (pixels + 0.5) / size
+    for level, count in enumerate(points):
+        if count < max(points):
+            locations[..., level, count:, :] = locations[..., level, count - 1 : count, :]
+    return shapes, locations, weights
+
+
+def _per_level(tensor: Tensor, points: list[int]) -> Tensor:
+    """(B, Q, M, sum of points, …) to (B, Q, M, L, P, …), filled up with zeros."""
+    if min(points) == max(points):
+        return tensor.unflatten(3, (len(points), points[0]))
     trailing = [0, 0] * (tensor.dim() - 4)
     levels = [F.pad(level, [*trailing, 0, max(points) - level.shape[3]]) for level in tensor.split(points, dim=3)]
-    return torch.cat(levels, dim=3)
+    return torch.stack(levels, dim=3)
 
 
 def _shapes(spatial_shapes: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -143,5 +196,5 @@ def _shapes(spatial_shapes: Sequence[Sequence[int]]) -> tuple[tuple[int, int], .
 # Functions that transformers' layers look up by name, and their replacements.
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "multi_scale_deformable_attention": _attention,
-    "multi_scale_deformable_attention_v2": _attention_v2,
+    _FUNCTION_V2: _attention_v2,
 }

@@ -130,7 +130,7 @@ def explained_image(traced: Trace, name: str | None) -> dict[str, Any]:
 
 
 def _points(layer: DecoderLayerSampling) -> list[list[float]]:
-    """[x, y, weight, level, head] of each sampling point, in the order M, L, P."""
+    """[x, y, weight, level, head] of each sampling point, in the order M, L, P, without those that fill up a level."""
     locations = layer.locations.clamp(-1e6, 1e6).tolist()
     weights = layer.weights.tolist()
     return [
@@ -138,4 +138,5 @@ def _points(layer: DecoderLayerSampling) -> list[list[float]]:
         for head, levels in enumerate(locations)
         for level, points in enumerate(levels)
         for (x, y), weight in zip(points, weights[head][level], strict=True)
+        if weight > 0
     ]

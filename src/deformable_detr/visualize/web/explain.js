@@ -22,8 +22,8 @@ function draw() {
   viewer.view.style.aspectRatio = `${area[2]} / ${area[3]}`;
   viewer.setActive(state.item);
   viewer.boxes.classList.toggle("alone", !state.others);
-  const points = unpack(layer).filter(([, , , level, head, token]) =>
-    state.levels.has(level) && state.heads.has(head) && (kind === "detection" || state.tokens.has(token)));
+  const points = unpack(layer).filter(([, , weight, level, head, token]) =>
+    weight >= 0 && state.levels.has(level) && state.heads.has(head) && (kind === "detection" || state.tokens.has(token)));
   const outside = viewer.drawSampling({ reference_point: point, ...layer, points }, maxWeight);
   byId("outside").textContent = outside ? `${outside} of ${points.length} points are outside the visible area; they are drawn pale at its edge.` : "";
   updateControls();
