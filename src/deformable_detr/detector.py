@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
-from .config.schema import ModelConfig
+from .config.detector import AdapterConfig, DetectorConfig
+from .config.schema import Config, ModelConfig
 from .model.network import DeformableDETRNetwork
 from .predict.predictor import Detector
 from .utils.errors import UserError
@@ -116,3 +118,50 @@ def load_detector(source: str | os.PathLike[str], device: str = "auto", precisio
         model = TransformersDetector.from_pretrained(path)
     model = model.to(pick_device(device))
     return model if precision is None else model.optimize(precision)
+
+
+def build_detector(config: DetectorConfig) -> Detector:
+    """Build a detector for a `ModelConfig`, whose backbone may be pretrained, or with random weights for another."""
+    if isinstance(config, ModelConfig):
+        return DeformableDETR(config)
+    from .adapters.detector import TransformersDetector
+
+    return TransformersDetector(cast("AdapterConfig", config))
+
+
+def finetune_config(source: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Config:
+    """Return the config to fine-tune a model; arguments and errors as in `weights.finetune.finetune_config`."""
+    from .adapters.families import family_of_source
+    from .weights import finetune
+    from .weights.load import locate_source
+
+    path = locate_source(source)
+    if family_of_source(path) is None:
+        return finetune.finetune_config(source, changes)
+    from .adapters.finetune import finetune_config
+
+    return finetune_config(path)
+
+
+def load_for_finetuning(
+    config: DetectorConfig, source: str | os.PathLike[str], log: Callable[[str], object] = print
+) -> Detector:
+    """Build a detector and initialize it with the weights of another one that fit.
+
+    Raises UserError if the source cannot be loaded, or is another kind of model than the config's.
+    """
+    from .adapters.families import family_of_source
+    from .weights import finetune
+    from .weights.load import locate_source
+
+    path = locate_source(source)
+    family = family_of_source(path)
+    if isinstance(config, ModelConfig):
+        if family is not None:
+            raise UserError(f"{os.fspath(source)} is a {family.title}: omit --preset to fine-tune it")
+        return finetune.load_for_finetuning(config, source, log, DeformableDETR)
+    if family is None:
+        raise UserError(f"{os.fspath(source)} is a Deformable DETR, and this run's model is not")
+    from .adapters.finetune import load_for_finetuning
+
+    return load_for_finetuning(cast("AdapterConfig", config), path, log)

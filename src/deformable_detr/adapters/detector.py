@@ -20,6 +20,7 @@ from ..weights.checkpoint import coco_labels
 from ..weights.image_processor import PREPROCESSOR, read_processor, write_processor
 from ..weights.model_card import ModelCardData
 from .families import FAMILIES, Family
+from .objective import AdapterObjective
 from .optimize import OptimizedAdapter
 from .sampling import run_recorded
 
@@ -51,6 +52,9 @@ class TransformersDetector(Detector):
         super().__init__()
         self.config = config
         self.network = network
+        for name, parameter in network.named_parameters():
+            if name.endswith("mask_token"):  # used in pre-training only
+                parameter.requires_grad_(False)
         dtype = next(network.parameters()).dtype
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean, dtype=dtype), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std, dtype=dtype), persistent=False)
@@ -86,10 +90,14 @@ class TransformersDetector(Detector):
         unknown = [name for name in overrides if name not in OVERRIDABLE]
         if unknown:
             raise UserError(f"{source}: {unknown[0]} cannot be overridden; these can: {', '.join(OVERRIDABLE)}")
-        config, network = read_repository(folder)
+        config, network = read_config(folder), read_network(folder)
         model = cls.__new__(cls)
         model._assemble(config.replace(**overrides) if overrides else config, network)
         return model.eval()
+
+    def training_objective(self) -> nn.Module:
+        """Return the network's own loss, with its denoising queries."""
+        return AdapterObjective(self)
 
     def optimize(self, precision: str = "fp32", compile: bool = False) -> Detector:
         """Return a faster copy for inference; see `OptimizedAdapter`. `compile` also uses `torch.compile`."""
@@ -140,13 +148,45 @@ def build_network(config: AdapterConfig) -> nn.Module:
         raise UserError(f"transformers cannot build this {title}: {first_line(error)}") from None
 
 
-def read_repository(folder: Path) -> tuple[AdapterConfig, nn.Module]:
-    """Read a repository's config, image processor and network."""
+def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
+    """Read the config and image processor of a repository. Raises UserError if they are damaged or not supported."""
+    folder = Path(source)
     transformers = need("transformers", "hub")
     path = folder / CONFIG
     values = read_json(path)
-    family = FAMILIES[values["model_type"]]
+    model_type = str(values.get("model_type"))
+    if model_type not in FAMILIES:
+        raise UserError(f"{path} is of model_type {model_type!r}; these are supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
     processor = read_processor(folder, family.processor)
+    try:
+        described = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers validates with exceptions of many kinds
+        raise UserError(f"{path} cannot be read by transformers: {first_line(error)}") from None
+    names = tuple(str(described.id2label[label]) for label in range(described.num_labels))
+    names, category_ids = coco_labels(names)
+    network = json.loads(described.to_json_string(use_diff=True))
+    own = values.get(OWN)
+    return AdapterConfig.from_dict(
+        {
+            "family": model_type,
+            "network": {key: value for key, value in network.items() if key not in _NOT_ARCHITECTURE},
+            "num_classes": len(names),
+            "num_queries": described.num_queries,
+            "class_names": names,
+            "category_ids": own.get("category_ids", ()) if isinstance(own, dict) else category_ids,
+            "size_divisor": family.divisor(described),
+            **processor,
+            **family.fields,
+        },
+        str(path),
+    )
+
+
+def read_network(folder: Path) -> nn.Module:
+    """Read the network of a repository. Raises UserError if a tensor is missing, left over or of another shape."""
+    transformers = need("transformers", "hub")
+    values = read_json(folder / CONFIG)
     dtype = torch.float64 if "float64" in (values.get("dtype"), values.get("torch_dtype")) else torch.float32
     try:
         with quiet_transformers():
@@ -160,23 +200,4 @@ def read_repository(folder: Path) -> tuple[AdapterConfig, nn.Module]:
             names = sorted(str(name) for name in info[problem])
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{folder}: {problem.replace('_', ' ')} in the weights: {names[0]}{more}")
-    described = network.config
-    names = tuple(str(described.id2label[label]) for label in range(described.num_labels))
-    network_values = json.loads(described.to_json_string(use_diff=True))
-    names, category_ids = coco_labels(names)
-    own = values.get(OWN)
-    config = AdapterConfig.from_dict(
-        {
-            "family": values["model_type"],
-            "network": {key: value for key, value in network_values.items() if key not in _NOT_ARCHITECTURE},
-            "num_classes": len(names),
-            "num_queries": described.num_queries,
-            "class_names": names,
-            "category_ids": own.get("category_ids", ()) if isinstance(own, dict) else category_ids,
-            "size_divisor": family.divisor(described),
-            **processor,
-            **family.fields,
-        },
-        str(path),
-    )
-    return config, network
+    return network

@@ -38,7 +38,7 @@ class Family:
     saved: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     divisor: Callable[[Any], int] = lambda config: 32
-    class_heads: tuple[str, ...] = ("class_embed", "enc_score_head")
+    class_heads: tuple[str, ...] = ("class_embed", "enc_score_head", "enc_out_class_embed", "denoising_class_embed")
 
 
 FAMILIES = {

@@ -50,8 +50,8 @@ def train(
         print_config: Print the resulting config and exit.
     """
     from ..config.resolve import resolve_config
+    from ..detector import finetune_config
     from ..distributed.launch import is_rank_zero, restarted
-    from ..weights.finetune import finetune_config
 
     run_config = None if out is None else out / "config.yaml"
     resumed = (resume or restarted()) and config is None and run_config is not None and run_config.is_file()

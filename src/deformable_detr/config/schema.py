@@ -11,15 +11,17 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import (
     BeforeValidator,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     model_validator,
 )
 
-from .detector import DetectorConfig
+from .detector import AdapterConfig, DetectorConfig
 from .section import ConfigSection, merge
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -280,12 +282,22 @@ class TrainConfig(ConfigSection):
         return self
 
 
+def _kind(model: Any) -> str:
+    family = model.get("family") if isinstance(model, Mapping) else getattr(model, "family", None)
+    return "native" if family is None else "adapter"
+
+
+AnyModel = Annotated[
+    Annotated[ModelConfig, Tag("native")] | Annotated[AdapterConfig, Tag("adapter")], Discriminator(_kind)
+]
+
+
 class Config(ConfigSection):
     """All settings of a run."""
 
     preset: str = "multi-scale"
     """Name of the preset that the config started from."""
-    model: ModelConfig = ModelConfig()
+    model: AnyModel = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 

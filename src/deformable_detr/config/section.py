@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..utils.errors import UserError
@@ -65,13 +65,24 @@ def _error_message(section: type[BaseModel], error: ValidationError, source: str
 def _locate(section: type[BaseModel], location: Sequence[str | int]) -> tuple[tuple[str, ...], list[str]]:
     """Return the key of an error, without the union members that pydantic appends, and the valid keys beside it."""
     path, names = [], list(section.model_fields)
+    tagged: dict[str, type[BaseModel]] = {}  # members of the union that the last key is
     for part in map(str, location):
+        if part in tagged:
+            section, tagged = tagged[part], {}
+            names = list(section.model_fields)
+            continue
         path.append(part)
         names = list(section.model_fields)
         annotation = section.model_fields[part].annotation if part in names else None
-        members = (annotation, *get_args(annotation))
+        members = [member for member in (annotation, *get_args(annotation)) if member is not None]
+        tagged = {
+            tag.tag: get_args(member)[0]
+            for member in members
+            for tag in getattr(member, "__metadata__", ())
+            if isinstance(tag, Tag)
+        }
         nested = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
-        if not nested:
+        if not nested and not tagged:
             break
-        section = nested[0]
+        section = nested[0] if nested else section
     return tuple(path), names

@@ -51,6 +51,14 @@ class Detector(nn.Module):
         """The size that an image is resized to."""
         return self.config.resize_rule
 
+    def save_pretrained(self, folder: str | os.PathLike[str], card_data: Any = None) -> None:
+        """Write the model into a folder from which `load_detector` reads it. Raises UserError if it is not a model."""
+        raise UserError(f"{type(self).__name__} cannot be saved; save the model that it was made from")
+
+    def training_objective(self) -> nn.Module | None:
+        """Return the loss that the detector brings with it; None: the set criterion. See `training.objective`."""
+        return None
+
     def optimize(self, precision: str = "fp32", compile: bool = False) -> "Detector":
         """Return a faster copy for inference with the same outputs; itself if there is none."""
         return self

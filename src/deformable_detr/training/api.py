@@ -7,8 +7,8 @@ from typing import Any
 
 from ..config.resolve import resolve_config
 from ..config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from ..detector import finetune_config
 from ..utils.errors import UserError
-from ..weights.finetune import finetune_config
 from .run_dir import run_config
 from .trainer import train_model
 

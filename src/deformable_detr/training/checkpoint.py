@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.schema import Config, ModelConfig
+from ..config.schema import Config
 from ..utils.errors import UserError
 from ..utils.files import checksum, replace_file
 
@@ -50,7 +50,7 @@ class CheckpointManager:
         if checkpoint is None:
             return None
         run = self.folder.parent
-        saved, now = ModelConfig.from_dict(checkpoint[1]["model"], str(self.last)), config.model
+        saved, now = type(config.model).from_dict(checkpoint[1]["model"], str(self.last)), config.model
         if checkpoint[1]["data"] != data_fingerprint:
             raise UserError(f"cannot resume {run}: the training set has changed since the run started")
         for key, value in saved.model_dump().items():

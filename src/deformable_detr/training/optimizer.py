@@ -26,7 +26,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig, denoising: nn.Module
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_sampling = "sampling_offsets" in name or "reference_points" in name
-            group = "backbone" if name.startswith("backbone.") else "sampling" if is_sampling else "base"
+            group = "backbone" if "backbone" in name.split(".") else "sampling" if is_sampling else "base"
             members[group].append((name, parameter))
     if denoising is not None:
         members["base"] += denoising.named_parameters(prefix="denoising")

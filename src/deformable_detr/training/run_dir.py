@@ -16,7 +16,7 @@ from ..utils.files import prepare_folder, replace_file
 from .checkpoint import CheckpointManager
 
 if TYPE_CHECKING:
-    from ..detector import DeformableDETR
+    from ..predict.predictor import Detector
     from ..weights.model_card import ModelCardData
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class RunDir:
         """Write the whole config to config.yaml."""
         replace_file(self.path / CONFIG, config.to_yaml())
 
-    def export(self, model: DeformableDETR, card: ModelCardData | None = None) -> None:
+    def export(self, model: Detector, card: ModelCardData | None = None) -> None:
         """Save the model so that `from_pretrained` loads it from the run folder, with a model card from `card`."""
         try:
             model.save_pretrained(self.path, card)

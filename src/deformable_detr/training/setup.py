@@ -14,7 +14,7 @@ from .run_dir import RunDir
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
-    from ..detector import DeformableDETR
+    from ..predict.predictor import Detector
 
 log = logging.getLogger(__name__)
 
@@ -57,20 +57,18 @@ def fix_batch_size(config: Config, total: int) -> Config:
     return config.updated({"train": {"total_batch_size": total, "base_batch_size": base}})
 
 
-def build_model(config: Config, resumed: bool, verbose: bool = True) -> DeformableDETR:
+def build_model(config: Config, resumed: bool, verbose: bool = True) -> Detector:
     """Build the model: with the weights of `train.weights` or of the backbone, or, if resumed, without any."""
-    from ..detector import DeformableDETR
+    from ..detector import build_detector, load_for_finetuning
     from ..weights.convert import portability_note
-    from ..weights.finetune import load_for_finetuning
 
     if resumed:
-        return DeformableDETR(config.model.without_pretrained_backbone())
+        return build_detector(config.model.without_pretrained_backbone())
     if verbose and (note := portability_note(config.model)):
         log.warning(note)
     if config.train.weights:
-        report = print if verbose else lambda line: None
-        return load_for_finetuning(config.model, config.train.weights, report, DeformableDETR)
-    return DeformableDETR(config.model)
+        return load_for_finetuning(config.model, config.train.weights, print if verbose else lambda line: None)
+    return build_detector(config.model)
 
 
 def explain_errors(run_dir: RunDir, config: Config) -> AbstractContextManager[None]:

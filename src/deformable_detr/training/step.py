@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,15 @@ from ..distributed.context import DistributedContext
 from ..distributed.parallel import accumulate_gradients, parallelize, zero_with_gradient
 from ..structures import ImageBatch, Target
 from ..utils.errors import UserError
-from .criterion import LossOutput, SetCriterion
-from .denoising import BatchConsistentRng, Denoising
+from .denoising import BatchConsistentRng
 from .ema import exponential_moving_average
-from .matcher import Matches, PackedTargets
+from .matcher import PackedTargets
+from .objective import SetObjective
 from .optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from .signals import NonFiniteLoss
 
 if TYPE_CHECKING:
-    from ..detector import DeformableDETR
+    from ..predict.predictor import Detector
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MAX_OVERFLOWS = 50  # consecutive steps that fp16 may skip while its loss scale settles
@@ -92,18 +92,14 @@ class TrainStep:
     matcher's copy. The device itself skips an update from a non-finite loss or gradient.
     """
 
-    def __init__(self, model: DeformableDETR, config: TrainConfig, context: DistributedContext | None = None) -> None:
+    def __init__(self, model: Detector, config: TrainConfig, context: DistributedContext | None = None) -> None:
         self.model, self.config = model, config
         self.mean, self.std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         self.device = self.mean.device
         self.context = context or DistributedContext(str(self.device), world_size=1)
-        self.criterion = SetCriterion(config, model.config.class_aware_proposals)
-        self.denoising: Denoising | None = None
-        if config.num_denoising:
-            if not model.config.two_stage:
-                raise UserError("train.num_denoising needs model.two_stage: true; set train.num_denoising=0")
-            self.denoising = Denoising(config, model.config.num_classes, model.config.hidden_dim).to(self.device)
-        self.network = parallelize(_DenoisingNetwork(model, self.denoising), self.context)
+        self.objective: Any = model.training_objective() or SetObjective(model, config)
+        self.denoising = self.objective.denoising
+        self.network = parallelize(self.objective, self.context)
         self.optimizer = build_optimizer(model, config, self.denoising)
         self.ema = exponential_moving_average(model, config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -111,9 +107,9 @@ class TrainStep:
         self._overflows = 0
 
     @property
-    def ema_or_model(self) -> DeformableDETR:
+    def ema_or_model(self) -> Detector:
         """The model to evaluate and save: the moving average if there is one."""
-        return self.model if self.ema is None else cast("DeformableDETR", self.ema.module)
+        return self.model if self.ema is None else cast("Detector", self.ema.module)
 
     def step(
         self, micro_batches: Sequence[Batch], global_step: int, progress: float, stats: BatchStats | None = None
@@ -153,12 +149,12 @@ class TrainStep:
                 rng = None
                 if not single:
                     rng = BatchConsistentRng(stats.images, first, mix_seeds(self.config.seed, global_step))
-                losses, total = self._forward(batch, targets, stats, rng)
+                losses, parts, finite, total = self._forward(batch, targets, stats, rng)
                 if index == 0:
                     previous = self.flush_pending_metrics()
-                names = ["loss", *losses.parts]
-                values = torch.stack([losses.total.detach(), *losses.parts.values()])
-                bad_images += [target.image_id for target, ok in zip(targets, losses.finite, strict=False) if not ok]
+                names = ["loss", *parts]
+                values = torch.stack([losses.detach(), *parts.values()])
+                bad_images += [target.image_id for target, ok in zip(targets, finite, strict=False) if not ok]
                 if bad_images and self.context.world_size == 1:
                     named = dict(zip(names, values.tolist(), strict=True))
                     raise NonFiniteLoss(global_step + 1, named, bad_images)
@@ -172,21 +168,22 @@ class TrainStep:
 
     def _forward(
         self, batch: ImageBatch, targets: Sequence[Target], stats: BatchStats, rng: BatchConsistentRng | None
-    ) -> tuple[LossOutput, Tensor]:
-        """Return the losses of a micro-batch and the scalar to differentiate."""
+    ) -> tuple[Tensor, dict[str, Tensor], list[bool], Tensor]:
+        """Return the losses of a micro-batch (see `objective`) and the scalar to differentiate."""
         images, shown = (batch, targets) if targets else _placeholder_batch()
         images = images.to(self.device, non_blocking=True).normalize(self.mean, self.std)
         packed, precision = PackedTargets.pack(shown), self.config.precision
         with torch.autocast(self.device.type, _DTYPES.get(precision), enabled=precision != "fp32"):
-            outputs, denoising_matches = self.network(images, packed, stats.max_objects, rng)
-        losses = self.criterion(outputs, packed.to(self.device), stats.num_boxes, denoising_matches)
+            outputs = self.network(images, packed, stats.max_objects, rng)
+        losses = self.objective.losses(outputs, packed.to(self.device), stats.num_boxes)
+        total, _, finite = losses
         if stats.world_size == 1:
-            return losses, losses.total
-        denoising = [] if self.denoising is None else [self.denoising]
-        total = losses.total * bool(targets) + zero_with_gradient(outputs, *denoising)
-        if targets and not all(losses.finite):
+            return *losses, total
+        tensors = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+        total = total * bool(targets) + zero_with_gradient(tensors, *self.objective.unused_modules())
+        if targets and not all(finite):
             total = total * math.nan  # all processes see it in the gradient and stop together
-        return losses, total
+        return *losses, total
 
     def _update(self, loss: Tensor) -> Tensor:
         """Clip the gradients, update the weights and return the norm of the gradients before clipping."""
@@ -246,23 +243,6 @@ class TrainStep:
     def _modules_to_save(self) -> dict[str, nn.Module]:
         modules = {"model": self.model, "denoising": self.denoising, "ema": self.ema}
         return {name: module for name, module in modules.items() if module is not None}
-
-
-class _DenoisingNetwork(nn.Module):
-    """The model with its denoising queries: everything that DistributedDataParallel must wrap."""
-
-    def __init__(self, model: DeformableDETR, denoising: Denoising | None) -> None:
-        super().__init__()
-        self.model, self.denoising = model, denoising
-
-    def forward(
-        self, images: ImageBatch, targets: PackedTargets, max_objects: int, rng: BatchConsistentRng | None
-    ) -> tuple[dict[str, Tensor], tuple[Matches, int] | None]:
-        queries, matches = None, None
-        if self.denoising is not None:
-            queries, matches = self.denoising(targets, self.model.config.num_queries, max_objects, rng)
-        outputs = self.model(images.pixels, images.padding_mask, denoising_queries=queries)
-        return outputs, matches
 
 
 def _placeholder_batch() -> Batch:

@@ -34,7 +34,7 @@ from .signals import GracefulShutdown, TrainingInterrupted
 from .step import BatchStats, TrainStep, count_objects
 
 if TYPE_CHECKING:
-    from ..detector import DeformableDETR
+    from ..predict.predictor import Detector
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        model: DeformableDETR,
+        model: Detector,
         datasets: tuple[CocoDataset, CocoDataset],
         run_dir: RunDir,
         data_name: str,
@@ -334,7 +334,7 @@ class Trainer:
             how += f"{count} × {train.batch_size} at most"
             self.logger.print(f"total batch size {self.total_batch_size} ({how}), learning rate {self._lr_note}")
 
-    def _compute_metrics(self, model: DeformableDETR) -> dict[str, Any]:
+    def _compute_metrics(self, model: Detector) -> dict[str, Any]:
         from ..evaluation.evaluator import evaluate_distributed
         from ..evaluation.gallery import add_to_gallery
 

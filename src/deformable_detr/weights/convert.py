@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..config.detector import DetectorConfig
 from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError
@@ -85,8 +86,10 @@ def write(model: DeformableDETRNetwork, to: Format, folder: Path, card_data: Mod
     return notes
 
 
-def portability_note(config: ModelConfig) -> str | None:
+def portability_note(config: DetectorConfig) -> str | None:
     """Return a warning for a network that cannot be converted to transformers, or None."""
+    if not isinstance(config, ModelConfig):
+        return None
     try:
         check_supported(config, SUPPORTED, "transformers", "small-portable")
     except UserError:

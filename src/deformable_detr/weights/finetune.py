@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class TransferReport:
     initialized: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
 
-    def lines(self, path: Path) -> list[str]:
+    def lines(self, path: str | Path) -> list[str]:
         """Return the report on the weights of `path`, with one line per group of tensors that have the same reason."""
         count = len(self.loaded) + len(self.partial) + len(self.initialized)
         lines = [f"loaded {len(self.loaded)} of {count} tensors from {path}"]
@@ -136,6 +136,20 @@ def _stated(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fields[name] for name in STATED if name in fields}
 
 
+def matching_classes(source: Sequence[str], target: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (target label, source label) of the classes with the same name, apart from case and spaces."""
+    names = list(map(_plain, source))
+    return [
+        (row, names.index(name))
+        for row, name in enumerate(map(_plain, target))
+        if name in names and not _PLACEHOLDER_NAME.fullmatch(name)
+    ]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().split())
+
+
 def _backbone(config: ModelConfig) -> object:
     return config.backbone_shape or config.backbone.split(".")[0]
 
@@ -169,13 +183,9 @@ def _class_heads(
     report: TransferReport,
 ) -> dict[str, Tensor]:
     """Class heads at the prior, with the rows that can be copied; nothing for heads that mean the same in both."""
-    names, target_names = ([" ".join(name.casefold().split()) for name in c.class_names] for c in (config, target))
+    names, target_names = (list(map(_plain, c.class_names)) for c in (config, target))
     same_classes = config.num_classes == target.num_classes and names == target_names
-    matches = [
-        (row, names.index(name))
-        for row, name in enumerate(target_names)
-        if name in names and not _PLACEHOLDER_NAME.fullmatch(name)
-    ]
+    matches = matching_classes(config.class_names, target.class_names)
     heads: dict[str, Tensor] = {}
     for name, value in own.items():
         match = _HEAD.match(name)

@@ -1,0 +1,91 @@
+"""Fine-tune transformers' detectors: their config, and their weights for other classes."""
+
+import copy
+import os
+from collections.abc import Callable
+
+import torch
+
+from ..config.detector import AdapterConfig
+from ..config.schema import Config, DataConfig, TrainConfig
+from ..model.heads import PRIOR_LOGIT
+from ..utils.errors import UserError
+from ..weights.finetune import TransferReport, matching_classes
+from .detector import TransformersDetector, family_of, read_config
+from .families import Family
+
+
+def finetune_config(source: str | os.PathLike[str]) -> Config:
+    """Return the config to fine-tune a repository: its network and this package's recipe for small datasets.
+
+    The classes are left out: they come from the dataset. Raises UserError as `TransformersDetector.from_pretrained`.
+    """
+    config = read_config(source)
+    model = config.replace(num_classes=1, class_names=(), category_ids=())
+    data = DataConfig(zoom_out_prob=0.5 if model.resize == "fixed" else 0.0, color_jitter_prob=0.5)
+    train = TrainConfig(
+        epochs="auto",
+        eval_every="auto",
+        lr=2e-4,
+        lr_schedule="cosine",
+        warmup_steps=100,
+        sampling_lr_mult=1.0,
+        ema_decay=0.9998,
+    )
+    return Config(preset=model.family, model=model, data=data, train=train)
+
+
+def load_for_finetuning(
+    config: AdapterConfig, source: str | os.PathLike[str], log: Callable[[str], object] = print
+) -> TransformersDetector:
+    """Build a detector with `config` and copy the weights of `source` that fit.
+
+    Rows of classes with the same name are copied; those of other classes start at the focal prior. Raises UserError if
+    the source is of another family, or nothing fits.
+    """
+    trained = TransformersDetector.from_pretrained(source)
+    if trained.config.family != config.family:
+        raise UserError(
+            f"{source} is a {family_of(trained.config).title}, not a {family_of(config).title}; "
+            "give the weights of the same family"
+        )
+    model = TransformersDetector(config)
+    report = TransferReport()
+    own, state = model.network.state_dict(), trained.network.state_dict()
+    rows = matching_classes(trained.config.class_names, config.class_names)
+    same = trained.config.class_names == config.class_names
+    copied = {}
+    for name, value in own.items():
+        theirs = state.get(name)
+        if theirs is not None and _is_class_head(name, family_of(config)) and not same:
+            copied[name] = _class_rows(name, value, theirs, rows)
+            kept = f"{config.num_classes} classes, the source has {trained.config.num_classes}"
+            if rows:
+                report.partial[name] = f"{kept}; kept {len(rows)} of the same name"
+            else:
+                report.initialized[name] = f"{kept}, none of the same name"
+        elif theirs is not None and theirs.shape == value.shape:
+            copied[name] = theirs
+            report.loaded.append(name)
+        else:
+            shape = "" if theirs is None else f", in the source {tuple(theirs.shape)}"
+            report.initialized[name] = f"shape {tuple(value.shape)}{shape}"
+    report.unused = {name: "not in this model" for name in state if name not in own}
+    model.network.load_state_dict(own | copied)
+    for line in report.lines(os.fspath(source)):
+        log(line)
+    return model
+
+
+def _is_class_head(name: str, family: Family) -> bool:
+    return any(part in family.class_heads for part in name.split("."))
+
+
+def _class_rows(name: str, own: torch.Tensor, source: torch.Tensor, rows: list[tuple[int, int]]) -> torch.Tensor:
+    """Return a class head with the rows (own, source) copied; others keep their weights, biases get the focal prior."""
+    head = copy.deepcopy(own)
+    if head.dim() == 1:
+        head.fill_(PRIOR_LOGIT)
+    for row, source_row in rows:
+        head[row] = source[source_row]
+    return head
