@@ -178,7 +178,7 @@ def train_transformers(options: argparse.Namespace, method: str, seed: int) -> C
         train_set.categories,
         transform=EvalTransform(rule),
     )
-    model = transformers_model(config.model, len(train_set.categories), method)
+    model = transformers_model(model_config(options, "paper"), len(train_set.categories), method)
     mean, std = torch.tensor([0.5] * 3), torch.tensor([0.5] * 3)  # timm's values for the backbone
 
     reduced_lr = ("backbone", "sampling_offsets", "reference_points")

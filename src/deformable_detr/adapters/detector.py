@@ -170,7 +170,7 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
     return AdapterConfig.from_dict(
         {
             "family": model_type,
-            "network": {key: value for key, value in network.items() if key not in _NOT_ARCHITECTURE},
+            "network": _architecture(network),
             "num_classes": len(names),
             "num_queries": described.num_queries,
             "class_names": names,
@@ -181,6 +181,15 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
         },
         str(path),
     )
+
+
+def _architecture(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a config of transformers, also of its backbone, without what does not describe the network."""
+    return {
+        key: _architecture(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in _NOT_ARCHITECTURE
+    }
 
 
 def read_network(folder: Path) -> nn.Module:
