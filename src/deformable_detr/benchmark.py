@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from .config.image_size import typical_input_size
-from .detector import DeformableDETR
+from .export import ExportOptions, export_model, load_exported
 from .ops.native import library
+from .predict.predictor import Detector
 from .runtimes.fused.onednn import has_bf16
 from .utils.errors import UserError
 from .utils.process import malloc_trim
@@ -52,7 +53,7 @@ class BenchmarkRow:
 
 
 def benchmark(
-    model: DeformableDETR,
+    model: Detector,
     data: str | os.PathLike[str] | None = None,
     *,
     batch_size: int = 1,
@@ -79,6 +80,8 @@ def benchmark(
     from .evaluation import evaluate
 
     device = model.get_buffer("pixel_mean").device
+    if image_size is not None:
+        model.export_size(image_size)  # refuses what the model cannot take
     height, width = image_size or typical_input_size(model.resize_rule)
     with tempfile.TemporaryDirectory() as folder:
         variants: dict[tuple[str, str], Any] = {
@@ -88,7 +91,9 @@ def benchmark(
         if has_bf16() or device.type == "cuda":
             variants["optimized", "bf16"] = model.optimize("bf16")
         if device.type == "cpu":
-            variants |= _exported_variants(model, Path(folder), data, split, limit, report)
+            fixed = None if model.exports_any_size else (height, width)
+            options = ExportOptions(image_size=fixed, data=data, split=split, limit=limit)
+            variants |= _exported_variants(model, Path(folder), options, report)
         pixels = torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
         mask = torch.zeros(batch_size, height, width, dtype=torch.bool, device=device)
         calls = {variant: partial(detector, pixels, mask) for variant, detector in variants.items()}
@@ -114,22 +119,22 @@ def benchmark(
 
 
 def _exported_variants(
-    model: DeformableDETR, folder: Path, data: Any, split: str, limit: int | None, report: Callable[[str], None]
+    model: Detector, folder: Path, options: ExportOptions, report: Callable[[str], None]
 ) -> dict[tuple[str, str], Any]:
     """Export the model to each installed runtime and open the files."""
-    from .export import ExportOptions, export_model, load_exported
-
     variants: dict[tuple[str, str], Any] = {}
+    has_int8 = options.data is not None and model.int8_modules and find_spec("nncf")
+    precisions: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8") if has_int8 else ("fp32",)
     packages: dict[Literal["onnx", "openvino"], str] = {"onnx": "onnxruntime", "openvino": "openvino"}
     for to, package in packages.items():
         if not all(map(find_spec, ("onnx", "onnxscript", package))):
             report(f"{package} is not measured: pip install 'deformable-detr[export]'")
             continue
-        for precision in ("fp32", "int8") if data is not None and find_spec("nncf") else ("fp32",):
+        for precision in precisions:
             path = folder / f"{precision}{'.onnx' if to == 'onnx' else '.xml'}"
-            int8 = ExportOptions("int8", data=data, split=split, limit=limit)
+            chosen = replace(options, precision=precision, data=options.data if precision == "int8" else None)
             try:
-                export_model(model, path, to, int8 if precision == "int8" else ExportOptions())
+                export_model(model, path, to, chosen)
             except UserError as error:
                 report(f"{to} {precision} is not measured: {error}")
                 continue

@@ -73,7 +73,7 @@ def test_openvino(model, converted, tmp_path):
     assert [case.batch for case in result.cases] == [1, 2, 5]
     assert sorted(other.name for other in tmp_path.iterdir()) == ["tiny.bin", "tiny.xml"]
     exported = load_exported(path)
-    config = export.self_contained_config(model)
+    config = model.export_config()
     assert exported.metadata == ExportMetadata(config, None, "fp32", "grid_sample", True)
     assert_outputs_match(model, exported, SIZES)
 
@@ -291,7 +291,7 @@ def test_all_formats_at_any_size(kind, tmp_path):
     path = tmp_path / f"tiny{EXPORT_SUFFIXES[kind]}"
     export_model(model, path, kind)
     exported = load_exported(path)
-    config = export.self_contained_config(model)
+    config = model.export_config()
     assert exported.metadata == ExportMetadata(config, None, "fp32", "grid_sample", False)
     assert_outputs_match(model, exported, SIZES)
 

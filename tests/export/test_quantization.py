@@ -10,10 +10,11 @@ import onnx
 import pytest
 import torch
 
+from deformable_detr import DeformableDETR
 from deformable_detr.cli import main
 from deformable_detr.export import ExportOptions, export, export_model, load_exported, quantization
 from deformable_detr.export.graph import INPUTS
-from deformable_detr.export.quantization import INT8_MODULES, CalibrationImages, quantize
+from deformable_detr.export.quantization import CalibrationImages, quantize
 from deformable_detr.runtimes.metadata import ExportMetadata
 from deformable_detr.utils.errors import UserError
 from deformable_detr.utils.files import EXPORT_SUFFIXES
@@ -23,7 +24,7 @@ pytest.importorskip("onnxruntime")
 
 
 def metadata(model, image_size=None, post_processing=False):
-    config = export.self_contained_config(model)
+    config = model.export_config()
     return ExportMetadata(config, image_size, "int8", "grid_sample", post_processing)
 
 
@@ -32,8 +33,8 @@ def metadata(model, image_size=None, post_processing=False):
     "encoder.layers.0.ffn.linear1", "encoder.layers.11.self_attn.value_proj", "encoder.layers.0.self_attn.output_proj",
 ])  # fmt: skip
 def test_parts_in_int8(module):
-    assert INT8_MODULES["backbone and encoder"].match(f"model.{module}")
-    assert bool(INT8_MODULES["encoder"].match(f"model.{module}")) == module.startswith("encoder")
+    assert DeformableDETR.int8_modules["backbone and encoder"].match(module)
+    assert bool(DeformableDETR.int8_modules["encoder"].match(module)) == module.startswith("encoder")
 
 
 @pytest.mark.parametrize("module", [
@@ -43,7 +44,7 @@ def test_parts_in_int8(module):
     "decoder.position_head.layers.0", "proposals", "",
 ])  # fmt: skip
 def test_parts_in_fp32(module):
-    assert not any(parts.match(f"model.{module}") for parts in INT8_MODULES.values())
+    assert not any(parts.match(module) for parts in DeformableDETR.int8_modules.values())
 
 
 def test_calibration_images(model, data, monkeypatch):
@@ -106,7 +107,7 @@ def test_quantization_that_lowers_ap_is_rejected(model, data, converted, tmp_pat
         assert after < before - 0.005
         assert path.exists()
     # If one choice of modules costs too much AP, the next is tried.
-    assert sum(line.startswith("AP ") for line in lines) == (len(INT8_MODULES) if rejected else 1)
+    assert sum(line.startswith("AP ") for line in lines) == (len(DeformableDETR.int8_modules) if rejected else 1)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

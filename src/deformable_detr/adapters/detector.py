@@ -21,7 +21,7 @@ from ..weights.image_processor import PREPROCESSOR, read_processor, write_proces
 from ..weights.model_card import ModelCardData
 from .families import FAMILIES, Family
 from .objective import AdapterObjective
-from .optimize import OptimizedAdapter
+from .optimize import OptimizedAdapter, TraceableNetwork, inference_copy
 from .sampling import run_recorded
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -105,6 +105,25 @@ class TransformersDetector(Detector):
         if compile:
             optimized.model.network.compile(dynamic=True)
         return optimized
+
+    def proposal_scores(self, pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Return the encoder's scores (B, S), the highest of all classes."""
+        logits: list[Any] = []
+        head = self.get_submodule(f"network.model.{family_of(self.config).proposal_head}")
+        hook = head.register_forward_hook(lambda _, inputs, output: logits.append(output))
+        try:
+            self(pixels, padding_mask)
+        finally:
+            hook.remove()
+        return logits[0].amax(-1)
+
+    def export_config(self) -> AdapterConfig:
+        """Return the config, which has all that a file needs."""
+        return self.config
+
+    def export_module(self) -> nn.Module:
+        """Return a copy that runs this package's attention, with folded batch norms and RepVGG branches."""
+        return TraceableNetwork(inference_copy(self))
 
     def save_pretrained(self, folder: str | os.PathLike[str], card_data: ModelCardData | None = None) -> None:
         """Write a repository that `from_pretrained` and transformers' `Auto` classes load.

@@ -9,6 +9,7 @@ from ..utils.files import read_json
 
 # What transformers' RTDetrImageProcessor does unless a repository says otherwise: pixels in 0..1, not normalized.
 _STRETCH = {"do_normalize": False, "size": {"height": 640, "width": 640}}
+_FIRST_GROUP = "enc_out_class_embed.0"  # the only group of queries outside training
 _RF_DETR = {"image_processor_type": "RfDetrImageProcessor"}
 _RT_DETR = {"image_processor_type": "RTDetrImageProcessor", "do_pad": False}
 
@@ -30,6 +31,7 @@ class Family:
         saved: Settings that its image processor is saved with.
         fields: Values of `AdapterConfig` that the image processor does not state.
         divisor: Returns the number of pixels that the sides of the input must be multiples of.
+        proposal_head: The layer whose scores select the queries, in the network's `model`.
         class_heads: Parts of the names of the layers whose rows are classes.
     """
 
@@ -38,6 +40,7 @@ class Family:
     saved: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     divisor: Callable[[Any], int] = lambda config: 32
+    proposal_head: str = "enc_score_head"
     class_heads: tuple[str, ...] = ("class_embed", "enc_score_head", "enc_out_class_embed", "denoising_class_embed")
 
 
@@ -46,8 +49,10 @@ FAMILIES = {
     "rt_detr_v2": Family("RT-DETRv2", _STRETCH, _RT_DETR),
     "d_fine": Family("D-FINE", _STRETCH, _RT_DETR),
     "deimv2": Family("DEIMv2", _STRETCH, _RT_DETR),
-    "lw_detr": Family("LW-DETR", divisor=_window_multiple),
-    "rf_detr": Family("RF-DETR", saved=_RF_DETR, fields={"antialias": False}, divisor=_window_multiple),
+    "lw_detr": Family("LW-DETR", divisor=_window_multiple, proposal_head=_FIRST_GROUP),
+    "rf_detr": Family(
+        "RF-DETR", saved=_RF_DETR, fields={"antialias": False}, divisor=_window_multiple, proposal_head=_FIRST_GROUP
+    ),
 }
 
 

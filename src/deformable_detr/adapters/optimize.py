@@ -2,7 +2,10 @@
 
 import copy
 import math
-from typing import Any
+import os
+import sys
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from ..runtimes.fused.folding import fold_batch_norms
 from ..runtimes.fused.onednn import has_bf16
 from ..utils.errors import UserError
 
+DetectorT = TypeVar("DetectorT", bound=Detector)
 _FROZEN_EPS = 1e-5  # a constant in the code of transformers' frozen batch norms
 
 
@@ -41,14 +45,7 @@ class OptimizedAdapter(Detector):
         self.config, self.dtype = model.config, DTYPES[precision]
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, model.get_buffer(name).clone(), persistent=False)
-        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
-        network = self.model.network
-        divisor = self.config.size_divisor
-        side = math.ceil(16 * math.sqrt(self.config.num_queries) / divisor) * divisor  # a token per query at stride 16
-        fold_batch_norms_of(network, torch.zeros(1, 3, side, side, device=device))
-        fuse_repvgg(network)
-        accelerate(network)
-        network.to(memory_format=torch.channels_last)
+        self.model = inference_copy(model).to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Any]:
@@ -61,6 +58,40 @@ class OptimizedAdapter(Detector):
     def optimize(self, precision: str = "fp32", compile: bool = False) -> Detector:
         """Return this detector: it is optimized already."""
         return self
+
+
+class TraceableNetwork(nn.Module):
+    """A model for `torch.export`, without what transformers' code does that a file cannot express.
+
+    `len(tensor)` would make the batch size a constant, and ONNX has no operator for the checks of tensors.
+    """
+
+    def __init__(self, model: Detector) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, padding_mask: Tensor) -> dict[str, Any]:
+        code = sys.modules[type(self.model.get_submodule("network")).__module__]
+        no_checks = mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")
+        with no_checks, mock.patch.object(code, "len", _length, create=True):
+            return self.model(pixels, padding_mask)
+
+
+def _length(value: Any) -> int:
+    return value.shape[0] if isinstance(value, Tensor) else len(value)
+
+
+def inference_copy(model: DetectorT) -> DetectorT:
+    """Copy a `TransformersDetector` for inference in fp32: this package's attention, norms and branches folded."""
+    config, device = model.config, model.pixel_mean.device
+    model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    network = model.get_submodule("network")
+    divisor = config.size_divisor
+    side = math.ceil(16 * math.sqrt(config.num_queries) / divisor) * divisor  # a token per query at stride 16
+    fold_batch_norms_of(network, torch.zeros(1, 3, side, side, device=device))
+    fuse_repvgg(network)
+    accelerate(network)
+    return model
 
 
 def fold_batch_norms_of(network: nn.Module, pixels: Tensor) -> int:

@@ -38,14 +38,14 @@ def benchmark(
     import torch
 
     from ..benchmark import benchmark, describe_machine, table
-    from ..detector import DeformableDETR
+    from ..detector import load_model
     from ..utils.device import pick_device
     from ..utils.files import write_json
 
     if threads is not None:
         torch.set_num_threads(threads)
     target = pick_device(device)
-    detector = DeformableDETR.from_pretrained(model).to(target)
+    detector = load_model(model).to(target)
     machine = describe_machine(target.type)
     rows = benchmark(
         detector, data, batch_size=batch_size, image_size=size, repeats=repeats, split=split, limit=limit, report=print

@@ -32,10 +32,10 @@ def export(
         data: Dataset for measuring AP; int8 is calibrated on its training split.
         limit: Use only the first images of the split.
     """
-    from ..detector import DeformableDETR
+    from ..detector import load_model
     from ..export import ExportOptions, export_model
     from ..export.graph import parse_size
 
     options = ExportOptions(precision, parse_size(image_size), post_processing, sampling, data, split, limit)
-    export_model(DeformableDETR.from_pretrained(model), out, to, options, report=print)
+    export_model(load_model(model), out, to, options, report=print)
     print(f"{out} is verified. Next: deformable-detr predict {out} IMAGE --out pictures")

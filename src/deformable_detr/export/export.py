@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
-from ..config.image_size import FixedSize
-from ..detector import DeformableDETR
+from ..predict.predictor import Detector
 from ..runtimes.detector import ExportedDetector, load_exported
 from ..runtimes.metadata import ExportMetadata
 from ..utils.errors import UserError
@@ -20,7 +19,7 @@ from ..utils.files import EXPORT_SUFFIXES, prepare_files
 from ..utils.packages import need
 from .formats import convert_to_onnx, write_file
 from .graph import InferenceGraph, Sampling, trace
-from .quantization import INT8_MODULES, CalibrationImages, import_nncf, quantize
+from .quantization import CalibrationImages, import_nncf, quantize
 from .verify import BOX_TOLERANCE, LOGIT_TOLERANCE, VerifiedCase, verify
 
 Format = Literal["onnx", "openvino", "torch"]
@@ -66,7 +65,7 @@ class ExportResult(NamedTuple):
 
 
 def export_model(
-    model: DeformableDETR,
+    model: Detector,
     out: str | os.PathLike[str],
     to: Format,
     options: ExportOptions | None = None,
@@ -103,22 +102,17 @@ def export_model(
 
 class _Exporter:
     def __init__(
-        self, model: DeformableDETR, name: str, to: Format, options: ExportOptions, report: Callable[[str], None]
+        self, model: Detector, name: str, to: Format, options: ExportOptions, report: Callable[[str], None]
     ) -> None:
+        config = model.export_config()
+        options = replace(options, image_size=model.export_size(options.image_size))
+        if options.precision == "int8" and not model.int8_modules:
+            raise UserError("--precision int8: not supported for this model; use fp32 or fp16")
         self.model = copy.deepcopy(model).cpu().float().eval()
-        rule = self.model.resize_rule
-        if isinstance(rule, FixedSize):
-            size = (rule.height, rule.width)
-            if options.image_size not in (None, size):
-                raise UserError(
-                    f"--image-size {options.image_size[0]},{options.image_size[1]}: the model takes {size[0]},{size[1]}"
-                )
-            options = replace(options, image_size=size)
         self.name, self.to, self.options, self.report = name, to, options, report
         self.metadata = ExportMetadata(
-            self_contained_config(self.model), options.image_size, options.precision, options.sampling,
-            options.post_processing,
-        )  # fmt: skip
+            config, options.image_size, options.precision, options.sampling, options.post_processing
+        )
 
     def run(self, folder: Path) -> tuple[list[VerifiedCase], float | None, float | None]:
         """Write a verified file in `folder`. Return the verified cases and the AP of the model and of the file."""
@@ -151,7 +145,7 @@ class _Exporter:
             return
         images = CalibrationImages(self.metadata, cast(Path, self.options.data))
         self.report(f"calibrating on {len(images)} training images")
-        for name, modules in INT8_MODULES.items():
+        for name, modules in self.model.int8_modules.items():
             yield f", int8 in {name}", quantize(converted, images, modules, per_channel=self.to == "openvino")
 
     def _write_and_verify(self, graph: Any, path: Path, name: str) -> tuple[ExportedDetector, list[VerifiedCase]]:
@@ -164,7 +158,7 @@ class _Exporter:
             self.report(f"verified {case}")
         return exported, cases
 
-    def _evaluate(self, detector: DeformableDETR | ExportedDetector) -> float:
+    def _evaluate(self, detector: Detector) -> float:
         from ..evaluation import evaluate
 
         data = cast(Path, self.options.data)
@@ -188,12 +182,6 @@ def _check_options(path: Path, to: str, options: ExportOptions) -> None:
     weights = path.with_suffix(".bin")
     if to == "openvino" and weights.exists() and (weights.is_dir() or not path.exists()):
         raise UserError(f"--out {path}: its weights would replace {weights}, another file; choose another name")
-
-
-def self_contained_config(model: DeformableDETR):
-    """Return the model's config with its normalization and without downloads."""
-    mean, std = (model.get_buffer(name).tolist() for name in ("pixel_mean", "pixel_std"))
-    return model.config.without_pretrained_backbone().replace(pixel_mean=tuple(mean), pixel_std=tuple(std))
 
 
 def move_into_place(folder: Path, path: Path) -> None:

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim, ExportedProgram
 
-from ..detector import DeformableDETR
 from ..model.postprocess import clip_boxes_to_image, topk_boxes
 from ..ops import use_backend
-from ..runtimes.fused.folding import inference_copy
+from ..predict.predictor import Detector
 from ..utils.errors import UserError, first_line
 from ..utils.packages import quiet_exporter
 
@@ -35,14 +34,13 @@ def parse_size(text: str) -> tuple[int, int] | None:
 class InferenceGraph(nn.Module):
     """The computation of an exported file, with a copy of the model in `dtype`. Inputs and outputs are fp32."""
 
-    def __init__(self, model: DeformableDETR, post_processing: bool, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Detector, post_processing: bool, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        model = inference_copy(model)
-        model.to(memory_format=torch.contiguous_format)
-        for name, module in list(model.backbone.body.named_modules()):
-            if type(module).__name__ == "Conv2dSame":  # timm's code computes with the input size
-                model.backbone.body.set_submodule(name, DynamicSameConv2d(cast(nn.Conv2d, module)))
-        self.model = model.to(dtype)
+        module = model.export_module().to(memory_format=torch.contiguous_format)
+        for name, layer in list(module.named_modules()):
+            if type(layer).__name__ == "Conv2dSame":  # timm's code computes with the input size
+                module.set_submodule(name, DynamicSameConv2d(cast(nn.Conv2d, layer)))
+        self.model = module.to(dtype)
         self.post_processing, self.dtype = post_processing, dtype
 
     def forward(self, pixels: Tensor, padding_mask: Tensor, original_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -108,8 +106,6 @@ def trace(graph: InferenceGraph, image_size: tuple[int, int] | None, sampling: S
             return torch.export.export(graph, inputs[:count], dynamic_shapes=shapes[:count], strict=False)
     except (RuntimeError, ValueError, TypeError, TorchDynamoException) as error:
         hint = " with dynamic sizes; try --image-size H,W" if image_size is None else ""
-        raise UserError(
-            f"a model with backbone '{graph.model.config.backbone}' cannot be exported{hint}: {first_line(error, 300)}"
-        ) from error
+        raise UserError(f"the model cannot be exported{hint}: {first_line(error, 300)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)

@@ -19,15 +19,6 @@ from ..utils.packages import need
 from .graph import INPUTS
 
 MAX_IMAGES = 200  # for calibration
-# Modules whose convolutions and matrix products become int8, the fastest choice first. The rest stays fp32: the
-# backbone's stem and first stage (timm's names; they alone cost a trained model 0.013 AP), the layers that locate and
-# score boxes, normalization, softmax and sampling, and the decoder, which takes little time.
-_FIRST_STAGE = r"body\.(conv_stem|conv1|stem|blocks\.0|layer1|stages\.0|stages_0)\b"
-_ENCODER = r"model\.encoder\.layers\.\d+\.(ffn|self_attn\.(value_proj|output_proj))\b"
-INT8_MODULES = {
-    "backbone and encoder": re.compile(rf"model\.(backbone\.(?!{_FIRST_STAGE})|projections\b)|{_ENCODER}"),
-    "encoder": re.compile(_ENCODER),
-}
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules that a node belongs to
 
 
@@ -62,7 +53,7 @@ class CalibrationImages:
 
 
 def quantize(proto: Any, images: CalibrationImages, modules: re.Pattern[str], per_channel: bool) -> Any:
-    """Return an ONNX model with the modules whose names match in int8. The images determine the activation ranges.
+    """Return an ONNX model in int8 where a module's name matches (`Detector.int8_modules`), calibrated on the images.
 
     `per_channel` uses one range per input channel of a depthwise convolution. OpenVINO supports it. ONNX Runtime leaves
     such a convolution in fp32 or, without a bias, fails at the first image.
@@ -87,10 +78,10 @@ def quantize(proto: Any, images: CalibrationImages, modules: re.Pattern[str], pe
 
 
 def _module_name(node: Any) -> str:
-    """The innermost module that a node belongs to, or "" if unknown."""
+    """The innermost module of `InferenceGraph.model` that a node belongs to, or "" if unknown."""
     for entry in node.metadata_props:
         if entry.key == _SCOPES_KEY:
-            return ast.literal_eval(entry.value)[-2:][0]  # the last one is the operation
+            return ast.literal_eval(entry.value)[-2:][0].removeprefix("model.")  # the last one is the operation
     return ""
 
 

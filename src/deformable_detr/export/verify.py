@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..detector import DeformableDETR
+from ..config.image_size import FixedSize
 from ..model.postprocess import clip_boxes_to_image, topk_boxes
+from ..predict.predictor import Detector
 from ..runtimes.detector import ExportedDetector
 from ..utils.errors import UserError
 from .graph import TOP_K
@@ -31,7 +32,7 @@ class VerifiedCase:
 
 
 def verify(
-    model: DeformableDETR,
+    model: Detector,
     exported: ExportedDetector,
     tolerances: tuple[float, float] = (LOGIT_TOLERANCE, BOX_TOLERANCE),
 ) -> list[VerifiedCase]:
@@ -81,35 +82,33 @@ def max_differences(expected: dict[str, Tensor], outputs: dict[str, Tensor]) -> 
     return maxima[0], maxima[1]
 
 
-def example_inputs(
-    model: DeformableDETR, batch: int, height: int, width: int
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return pixels with smooth and rough areas, a mask with other padding per image, and the model's outputs."""
+def example_inputs(model: Detector, batch: int, height: int, width: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return pixels with smooth and rough areas, a mask, and the model's outputs.
+
+    The images have different padding, but none if the model stretches images to one size: proposals in padding have
+    equal scores there, and none occurs.
+    """
+    padded = 0 if isinstance(model.resize_rule, FixedSize) else batch
     for seed in range(ATTEMPTS):
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.randn(batch, 3, 5, 7, generator=generator)
         pixels = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
         pixels += 0.3 * torch.randn(batch, 3, height, width, generator=generator)
         mask = torch.zeros(batch, height, width, dtype=torch.bool)
-        for index in range(1, batch):
+        for index in range(1, padded):
             mask[index, height - index * height // (2 * batch) :] = True
             mask[index, :, width - (batch - index) * width // (2 * batch) :] = True
         pixels = pixels.masked_fill(mask[:, None], 0.0)
         with torch.inference_mode():
-            out = model(pixels, mask)
-        if not _is_ambiguous(model, out):
+            out, scores = model(pixels, mask), model.proposal_scores(pixels, mask)
+        if not _is_ambiguous(scores, model.config.num_queries):
             break
     return pixels, mask, {key: out[key].clone() for key in ("pred_logits", "pred_boxes")}
 
 
-def _is_ambiguous(model: DeformableDETR, out: dict[str, Tensor], gap: float = 1e-4) -> bool:
+def _is_ambiguous(scores: Tensor | None, count: int, gap: float = 1e-4) -> bool:
     """Return whether rounding could select other proposals: the last selected and first rejected score are close."""
-    if not model.config.two_stage:
-        return False
-    logits = out["encoder_logits"]
-    scores = logits.amax(-1) if model.config.class_aware_proposals else logits[..., 0]
-    count = model.config.num_queries
-    if scores.shape[1] <= count:
+    if scores is None or scores.shape[1] <= count:
         return False
     top = scores.topk(count + 1, dim=1).values
     return bool((top[:, count - 1] - top[:, count] < gap).any())

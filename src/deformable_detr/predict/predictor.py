@@ -2,8 +2,9 @@
 
 import logging
 import os
+import re
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.detector import DetectorConfig
-from ..config.image_size import ResizeRule
+from ..config.image_size import FixedSize, ResizeRule
 from ..data.dataloader import pad_images
 from ..data.discovery import describe_unread, is_hidden, is_unread_image
 from ..data.matching import IMAGE_SUFFIXES
@@ -39,9 +40,14 @@ class Detector(nn.Module):
         config: Classes and resize rule, and what describes the network.
         pixel_mean, pixel_std: (3,) statistics of RGB pixels in 0..1, on the detector's device.
         explains: Whether `forward(…, return_attention=True)` also returns where every layer sampled.
+        exports_any_size: Whether an exported file can take images of any size.
+        int8_modules: Parts of `export_module` that int8 is tried on, the fastest choice first: a name for the report,
+            and a pattern that the names of the modules start with. Empty: no int8.
     """
 
     explains = False
+    exports_any_size = False
+    int8_modules: Mapping[str, re.Pattern[str]] = {}
     config: DetectorConfig
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -62,6 +68,42 @@ class Detector(nn.Module):
     def optimize(self, precision: str = "fp32", compile: bool = False) -> "Detector":
         """Return a faster copy for inference with the same outputs; itself if there is none."""
         return self
+
+    def export_config(self) -> DetectorConfig:
+        """Return the config that an exported file stores, with `pixel_mean` and `pixel_std`.
+
+        Raises UserError if the detector cannot be exported.
+        """
+        raise UserError("only a model can be exported, not its optimized copy or an exported file")
+
+    def export_module(self) -> nn.Module:
+        """Return a copy with the detector's `forward`, in fp32, for `torch.export` with a dynamic batch size.
+
+        It runs its attention by `ops`, so that the backend chosen while it is traced decides on the operators.
+        """
+        raise NotImplementedError
+
+    def proposal_scores(self, pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor | None:
+        """Return the scores (B, S) of which `forward` takes the best as queries. None: its queries are learned."""
+        return None
+
+    def export_size(self, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        """Return the (height, width) of an exported file for the requested `size`; None: any size.
+
+        Raises UserError if the detector cannot take it.
+        """
+        rule, divisor = self.resize_rule, self.config.size_divisor
+        if isinstance(rule, FixedSize):
+            fixed = (rule.height, rule.width)
+            if size not in (None, fixed):
+                raise UserError(f"--image-size {size[0]},{size[1]}: the model takes {fixed[0]},{fixed[1]}")
+            return fixed
+        if self.exports_any_size:
+            return size
+        if size is None or size[0] % divisor or size[1] % divisor:
+            given = "dynamic" if size is None else f"{size[0]},{size[1]}"
+            raise UserError(f"--image-size {given}: this model needs H,W in multiples of {divisor}")
+        return size
 
     def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
         """Detect objects.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.detector import AdapterConfig, DetectorConfig
 from ..config.image_size import FitInside, ResizeRule, ShortestEdge
 from ..config.schema import ModelConfig
 from ..utils.errors import UserError
@@ -20,7 +21,7 @@ REQUIRED_KEYS = ("format", "version", "model", "image_size", "precision", "sampl
 class ExportMetadata:
     """The model's config, including its normalization, and the options of its export (see `export.ExportOptions`)."""
 
-    config: ModelConfig
+    config: DetectorConfig
     image_size: tuple[int, int] | None
     precision: str
     sampling: str
@@ -60,9 +61,9 @@ class ExportMetadata:
             values = {key: json.loads(strings[key]) for key in REQUIRED_KEYS if key in strings}
             if (values.get("format"), values.get("version")) != (FORMAT, VERSION):
                 raise UserError(f"{path} was not written by `deformable-detr export` of this release: export it again")
-            size = values["image_size"]
+            size, model = values["image_size"], values["model"]
             return cls(
-                config=ModelConfig.from_dict(values["model"], path),
+                config=(AdapterConfig if "family" in model else ModelConfig).from_dict(model, path),
                 image_size=None if size is None else (int(size[0]), int(size[1])),
                 precision=values["precision"],
                 sampling=values["sampling"],
