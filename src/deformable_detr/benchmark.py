@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from .config.image_size import typical_input_size
+from .evaluation import evaluate
 from .export import ExportOptions, export_model, load_exported
 from .ops.native import library
 from .predict.predictor import Detector
@@ -77,12 +78,9 @@ def benchmark(
         limit: Number of images that AP is measured on.
         report: Called with one line per finished step.
     """
-    from .evaluation import evaluate
-
     device = model.get_buffer("pixel_mean").device
-    if image_size is not None:
-        model.export_size(image_size)  # refuses what the model cannot take
-    height, width = image_size or typical_input_size(model.resize_rule)
+    # `export_size` refuses what the model cannot take.
+    height, width = (image_size and model.export_size(image_size)) or typical_input_size(model.resize_rule)
     with tempfile.TemporaryDirectory() as folder:
         variants: dict[tuple[str, str], Any] = {
             ("eager", "fp32"): model.eval(),
