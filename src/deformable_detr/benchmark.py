@@ -79,7 +79,6 @@ def benchmark(
         report: Called with one line per finished step.
     """
     device = model.get_buffer("pixel_mean").device
-    # `export_size` refuses what the model cannot take.
     height, width = (image_size and model.export_size(image_size)) or typical_input_size(model.resize_rule)
     with tempfile.TemporaryDirectory() as folder:
         variants: dict[tuple[str, str], Any] = {
@@ -97,8 +96,8 @@ def benchmark(
         calls = {variant: partial(detector, pixels, mask) for variant, detector in variants.items()}
         with torch.inference_mode():
             timings = time_interleaved(calls, repeats)
-            measurable = {variant: call for variant, call in calls.items() if variant[0] in ("eager", "optimized")}
-            peaks = {variant: peak_memory_mib(call, device.type) for variant, call in measurable.items()}
+            measurable = [variant for variant in calls if variant[0] in ("eager", "optimized")]
+            peaks = {variant: peak_memory_mib(calls[variant], device.type) for variant in measurable}
         report("timed")
         aps = {
             variant: None if data is None else evaluate(detector, data, split=split, batch_size=1, limit=limit)["AP"]
