@@ -18,6 +18,7 @@ from .utils.errors import UserError
 from .utils.files import is_exported
 
 if TYPE_CHECKING:
+    from .adapters.families import Family
     from .runtimes.fused import OptimizedDetector
     from .weights.model_card import ModelCardData
 
@@ -53,11 +54,10 @@ class DeformableDETR(DeformableDETRNetwork, Detector):
         Raises:
             UserError: The source is missing, foreign, damaged or unsafe to read, or an override is not possible.
         """
-        from .adapters.families import family_of_source
-        from .weights.load import load_pretrained, locate_source
+        from .weights.load import load_pretrained
 
-        path = locate_source(source)
-        if (family := family_of_source(path)) is not None:
+        path, family = _locate(source)
+        if family is not None:
             raise UserError(f"{os.fspath(source)} is not a Deformable DETR but a {family.title}: use load_detector")
         return load_pretrained(path, cls, **overrides)
 
@@ -146,12 +146,11 @@ def load_detector(source: str | os.PathLike[str], device: str = "auto", precisio
 
 def load_model(source: str | os.PathLike[str]) -> Detector:
     """Load a `DeformableDETR` or a `TransformersDetector` on the CPU; arguments and errors as in `load_detector`."""
-    from .adapters.families import family_of_source
-    from .weights.load import locate_source
+    path, family = _locate(source)
+    if family is None:
+        from .weights.load import load_pretrained
 
-    path = locate_source(source)
-    if family_of_source(path) is None:
-        return DeformableDETR.from_pretrained(path)
+        return load_pretrained(path, DeformableDETR)
     from .adapters.detector import TransformersDetector
 
     return TransformersDetector.from_pretrained(path)
@@ -168,13 +167,11 @@ def build_detector(config: DetectorConfig) -> Detector:
 
 def finetune_config(source: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Config:
     """Return the config to fine-tune a model; arguments and errors as in `weights.finetune.finetune_config`."""
-    from .adapters.families import family_of_source
-    from .weights import finetune
-    from .weights.load import locate_source
+    path, family = _locate(source)
+    if family is None:
+        from .weights import finetune
 
-    path = locate_source(source)
-    if family_of_source(path) is None:
-        return finetune.finetune_config(source, changes)
+        return finetune.finetune_config(path, changes)
     from .adapters.finetune import finetune_config
 
     return finetune_config(path)
@@ -187,18 +184,24 @@ def load_for_finetuning(
 
     Raises UserError if the source cannot be loaded, or is another kind of model than the config's.
     """
-    from .adapters.families import family_of_source
-    from .weights import finetune
-    from .weights.load import locate_source
-
-    path = locate_source(source)
-    family = family_of_source(path)
+    path, family = _locate(source)
     if isinstance(config, ModelConfig):
         if family is not None:
             raise UserError(f"{os.fspath(source)} is a {family.title}: omit --preset to fine-tune it")
-        return finetune.load_for_finetuning(config, source, log, DeformableDETR)
+        from .weights import finetune
+
+        return finetune.load_for_finetuning(config, path, log, DeformableDETR)
     if family is None:
         raise UserError(f"{os.fspath(source)} is a Deformable DETR, and this run's model is not")
     from .adapters.finetune import load_for_finetuning
 
     return load_for_finetuning(cast("AdapterConfig", config), path, log)
+
+
+def _locate(source: str | os.PathLike[str]) -> tuple[Path, Family | None]:
+    """Return the files of a model, downloaded if necessary, and its family if its network is transformers'."""
+    from .adapters.families import family_of_source
+    from .weights.load import locate_source
+
+    path = locate_source(source)
+    return path, family_of_source(path)

@@ -31,13 +31,6 @@ def saved(request, dtype, tmp_path_factory):
     return folder, *write_repository(folder, request.param, dtype)
 
 
-@pytest.fixture(scope="module")
-def rt_detr(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rt_detr")
-    write_repository(folder, "rt_detr")
-    return folder
-
-
 def outputs_of(network, inputs):
     with torch.no_grad():
         return network(**inputs)

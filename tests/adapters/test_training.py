@@ -38,13 +38,6 @@ def repository(request, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def rt_detr(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rt_detr")
-    write_repository(folder, "rt_detr")
-    return folder
-
-
 def samples_of(data, model):
     dataset = open_dataset(data, "train", transform=EvalTransform(model.resize_rule))
     return [dataset[index] for index in range(len(dataset))]
@@ -160,6 +153,9 @@ def test_commands_on_a_trained_model(data, rt_detr, tmp_path, capsys):
 
     run = tmp_path / "run"
     train_model(data, run, tiny(rt_detr, epochs=1))
+    app(["train", str(data), "--out", str(run), "--epochs", "2", "--resume"], result_action="return_value")
+    assert run_config(run).model.family == "rt_detr"
+    assert "epoch 2/2" in capsys.readouterr().err
     image = str(data / "valid/0.png")
     for words in (
         ["evaluate", str(run), str(data), "--report", str(tmp_path / "report.html"), "--workers", "0"],

@@ -1,6 +1,5 @@
 """Fine-tune transformers' detectors: their config, and their weights for other classes."""
 
-import copy
 import os
 from collections.abc import Callable
 
@@ -41,7 +40,7 @@ def load_for_finetuning(
     """Build a detector with `config` and copy the weights of `source` that fit.
 
     Rows of classes with the same name are copied; those of other classes start at the focal prior. Raises UserError if
-    the source is of another family, or nothing fits.
+    the source is of another family.
     """
     trained = TransformersDetector.from_pretrained(source)
     if trained.config.family != config.family:
@@ -58,7 +57,7 @@ def load_for_finetuning(
     for name, value in own.items():
         theirs = state.get(name)
         if theirs is not None and _is_class_head(name, family_of(config)) and not same:
-            copied[name] = _class_rows(name, value, theirs, rows)
+            copied[name] = _class_rows(value, theirs, rows)
             kept = f"{config.num_classes} classes, the source has {trained.config.num_classes}"
             if rows:
                 report.partial[name] = f"{kept}; kept {len(rows)} of the same name"
@@ -81,9 +80,9 @@ def _is_class_head(name: str, family: Family) -> bool:
     return any(part in family.class_heads for part in name.split("."))
 
 
-def _class_rows(name: str, own: torch.Tensor, source: torch.Tensor, rows: list[tuple[int, int]]) -> torch.Tensor:
+def _class_rows(own: torch.Tensor, source: torch.Tensor, rows: list[tuple[int, int]]) -> torch.Tensor:
     """Return a class head with the rows (own, source) copied; others keep their weights, biases get the focal prior."""
-    head = copy.deepcopy(own)
+    head = own.clone()
     if head.dim() == 1:
         head.fill_(PRIOR_LOGIT)
     for row, source_row in rows:

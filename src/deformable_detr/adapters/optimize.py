@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from ..ops import accelerate
 from ..predict.predictor import Detector
-from ..runtimes.fused.detector import DTYPES
+from ..runtimes.fused.detector import checked_dtype
 from ..runtimes.fused.folding import fold_batch_norms
-from ..runtimes.fused.onednn import has_bf16
-from ..utils.errors import UserError
 
 DetectorT = TypeVar("DetectorT", bound=Detector)
 _FROZEN_EPS = 1e-5  # a constant in the code of transformers' frozen batch norms
@@ -37,12 +35,7 @@ class OptimizedAdapter(Detector):
 
     def __init__(self, model: Any, precision: str = "fp32") -> None:
         super().__init__()
-        device = model.pixel_mean.device
-        if precision not in DTYPES:
-            raise UserError(f"precision {precision!r}: must be {' or '.join(DTYPES)}")
-        if precision == "bf16" and device.type == "cpu" and not has_bf16():
-            raise UserError("precision bf16: this processor has no bf16 instructions; use fp32")
-        self.config, self.dtype = model.config, DTYPES[precision]
+        self.config, self.dtype = model.config, checked_dtype(precision, model.pixel_mean.device)
         for name in ("pixel_mean", "pixel_std"):
             self.register_buffer(name, model.get_buffer(name).clone(), persistent=False)
         self.model = inference_copy(model).to(memory_format=torch.channels_last)
@@ -54,10 +47,6 @@ class OptimizedAdapter(Detector):
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             outputs = self.model(pixels, padding_mask)
         return {name: value.float() for name, value in outputs.items()}
-
-    def optimize(self, precision: str = "fp32", compile: bool = False) -> Detector:
-        """Return this detector: it is optimized already."""
-        return self
 
 
 class TraceableNetwork(nn.Module):

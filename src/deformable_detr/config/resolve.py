@@ -54,7 +54,9 @@ def resolve_config(
         name = name or DEFAULT_PRESET
         if not isinstance(name, str):
             raise UserError(f"preset must be a name, not {name!r}; choose from {', '.join(presets.PRESETS)}")
-        base = presets.config(name)
+        model = changes.get("model")
+        is_adapter = isinstance(model, Mapping) and "family" in model  # the file has all of it; no preset does
+        base = Config(preset=name) if is_adapter else presets.config(name)
     try:
         return base.updated({**changes, "preset": name})
     except UserError as error:

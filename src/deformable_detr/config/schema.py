@@ -307,4 +307,7 @@ class Config(ConfigSection):
 
     def updated(self, changes: Mapping[str, Any], source: str = "config") -> Config:
         """Return a validated copy with nested changes merged in; see `from_dict`."""
-        return Config.from_dict(merge(self.model_dump(), changes), source)
+        own = self.model_dump()
+        if _kind(changes.get("model")) == "adapter" != _kind(self.model):
+            del own["model"]  # another kind of network shares no default
+        return Config.from_dict(merge(own, changes), source)

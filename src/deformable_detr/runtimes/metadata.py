@@ -31,24 +31,18 @@ class ExportMetadata:
     def resize_rule(self) -> ResizeRule:
         """The size that an image is resized to before it is padded to `image_size`."""
         rule = self.config.resize_rule
-        return (
-            FitInside(*self.image_size, rule.antialias) if self.image_size and isinstance(rule, ShortestEdge) else rule
-        )
+        if self.image_size and isinstance(rule, ShortestEdge):
+            return FitInside(*self.image_size, rule.antialias)
+        return rule
 
     def to_strings(self) -> dict[str, str]:
         """Return JSON strings by key; `model` is the whole config, other keys repeat what other programs need."""
         config = self.config
         values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": config.model_dump(mode="json")}
         repeated = (
-            "class_names",
-            "category_ids",
-            "pixel_mean",
-            "pixel_std",
-            "resize",
-            "antialias",
-            "long_side",
+            "class_names", "category_ids", "pixel_mean", "pixel_std", "resize", "antialias", "long_side",
             "size_divisor",
-        )
+        )  # fmt: skip
         values |= {"short_side": config.resize_rule.short} | {key: getattr(config, key) for key in repeated}
         options = ("image_size", "precision", "sampling", "post_processing")
         values |= {key: getattr(self, key) for key in options}

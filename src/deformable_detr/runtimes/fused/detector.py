@@ -49,7 +49,7 @@ class OptimizedDetector(Detector):
     def __init__(self, model: DeformableDETRNetwork, precision: str = "fp32", compile: bool = False) -> None:
         super().__init__()
         device = model.get_buffer("pixel_mean").device
-        dtype = _checked_dtype(precision, device)
+        dtype = checked_dtype(precision, device)
         packed = not compile and device.type == "cpu" and is_available(dtype) and is_available(torch.float32)
         source = inference_copy(model)
         self.config = model.config
@@ -123,7 +123,8 @@ class OptimizedDetector(Detector):
         raise UserError("an optimized model cannot change its device or dtype; move the original model, then optimize")
 
 
-def _checked_dtype(precision: str, device: torch.device) -> torch.dtype:
+def checked_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a precision. Raises UserError if it is unknown, or the processor lacks it."""
     if precision not in DTYPES:
         raise UserError(f"precision '{precision}': choose from {', '.join(DTYPES)}")
     if precision == "bf16" and device.type == "cpu" and not has_bf16():
