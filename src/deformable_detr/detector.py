@@ -57,9 +57,14 @@ class DeformableDETR(DeformableDETRNetwork, Detector):
         from .weights.load import load_pretrained
 
         path, family = _locate(source)
-        if family is not None:
+        if family is not None and not family.is_fallback:
             raise UserError(f"{os.fspath(source)} is not a Deformable DETR but a {family.title}: use load_detector")
-        return load_pretrained(path, cls, **overrides)
+        try:
+            return load_pretrained(path, cls, **overrides)
+        except UserError as error:
+            if family is None:
+                raise
+            raise UserError(f"{error}; load_detector uses transformers' network for it") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str], card_data: ModelCardData | None = None) -> None:
         """Write config.json, model.safetensors and a model card into a folder, which is created if missing."""
@@ -192,7 +197,7 @@ def load_for_finetuning(
 
         return finetune.load_for_finetuning(config, path, log, DeformableDETR)
     if family is None:
-        raise UserError(f"{os.fspath(source)} is a Deformable DETR, and this run's model is not")
+        raise UserError(f"{os.fspath(source)} has this package's network, and this run's is transformers'")
     from .adapters.finetune import load_for_finetuning
 
     return load_for_finetuning(cast("AdapterConfig", config), path, log)

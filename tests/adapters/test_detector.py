@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 import torch
+from tests.support.commands import run_command
+from tests.support.training import write_dataset
 from tests.support.transformers_models import CONFIGS, NAMES, pictures, write_repository
 from torch import Tensor
 
 from deformable_detr import DeformableDETR, UserError
+from deformable_detr.adapters import families
 from deformable_detr.adapters.detector import TransformersDetector
 from deformable_detr.config.image_size import FixedSize, ShortestEdge
 from deformable_detr.data.dataloader import pad_images
@@ -42,8 +45,8 @@ def test_outputs_and_detections_equal_transformers(saved, dtype):
     detector = load_detector(folder, "cpu")
     assert detector.config.class_names == NAMES
     assert detector.pixel_mean.dtype == dtype
-    for image in pictures():
-        inputs = processor(images=image, return_tensors="pt")
+    for images in (*([image] for image in pictures()), pictures()):
+        inputs = processor(images=images, return_tensors="pt")
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         expected = outputs_of(network, inputs)
         mask = inputs.get("pixel_mask")
@@ -51,6 +54,9 @@ def test_outputs_and_detections_equal_transformers(saved, dtype):
             actual = detector(inputs["pixel_values"], None if mask is None else mask == 0)
         assert (actual["pred_logits"] - expected.logits).abs().max() <= tolerance
         assert (actual["pred_boxes"] - expected.pred_boxes).abs().max() <= tolerance
+        if len(images) > 1:
+            continue
+        (image,) = images
         size = torch.tensor([[image.height, image.width]])
         (theirs,) = processor.post_process_object_detection(expected, threshold=0.0, target_sizes=size)
         if detector.config.family == "rf_detr":  # it resizes floats, we round to 8 bits
@@ -69,6 +75,8 @@ def test_outputs_and_detections_equal_transformers(saved, dtype):
 def test_batches_equal_single_images(saved, dtype):
     folder, *_ = saved
     detector = load_detector(folder, "cpu")
+    if detector.config.resize != "fixed":
+        pytest.skip("the backbone reads the padding of a batch")
     single = [detector.predict(image, 0.0, 5) for image in pictures()]
     for one, many in zip(single, detector.predict(pictures(), 0.0, 5, batch_size=3), strict=True):
         torch.testing.assert_close(one.scores, many.scores, atol=1e-5, rtol=0)
@@ -201,9 +209,70 @@ def test_deformable_detr_names_the_family(rt_detr):
         TransformersDetector.from_pretrained(rt_detr, num_queries=3)
 
 
-def test_evaluate(rt_detr, tmp_path):
-    from tests.support.training import write_dataset
+def test_deformable_detr_by_either_network(tmp_path):
+    """The own network where it can run a config, else transformers' code."""
+    name = "deformable_detr odd"
+    write_repository(tmp_path, name)
+    path = tmp_path / "config.json"
+    assert isinstance(load_detector(tmp_path, "cpu"), TransformersDetector)
+    with pytest.raises(UserError, match="ffn_dim must be equal; load_detector uses transformers' network for it"):
+        DeformableDETR.from_pretrained(tmp_path)
+    values = json.loads(path.read_text())
+    equal = {"decoder_ffn_dim": 48, "activation_function": "relu", "encoder_attention_heads": 4}
+    for changes, message in (
+        ({}, r"the backbone's out_indices are \[1, 3\]; supported are \[2, 3, 4\]"),
+        ({"backbone_config": {**values["backbone_config"], "output_stride": 8}}, "output_stride is 8"),
+        ({"backbone_config": {**values["backbone_config"], "backbone": "hf-hub:a/b"}}, "'hf-hub:a/b' is not a timm"),
+        ({"two_stage": True}, "two_stage requires refine"),
+    ):
+        change(tmp_path, **{**values, **equal, **changes})
+        with pytest.raises(UserError, match=message):
+            DeformableDETR.from_pretrained(tmp_path)
+    change(tmp_path, **{**values, "backbone_config": {**values["backbone_config"], "backbone": "hf-hub:a/b"}})
+    with pytest.raises(UserError, match="backbone 'hf-hub:a/b' is not a timm model"):
+        load_detector(tmp_path)
 
+
+def test_without_transformers_the_own_loader_names_what_it_lacks(tmp_path, monkeypatch):
+    write_repository(tmp_path, "deformable_detr")
+    monkeypatch.setattr(families, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="attention_heads must be equal"):
+        load_detector(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("grounding-dino", "which needs a text prompt"),
+        ("mm-grounding-dino", "which needs a text prompt"),
+        ("omdet-turbo", "which needs a text prompt"),
+        ("owlvit", "which needs a text prompt"),
+        ("mask2former", "which segments images"),
+        ("detr", "which has no multi-scale deformable attention"),
+        ("yolos", "which has no multi-scale deformable attention"),
+        ("table-transformer", "which has no multi-scale deformable attention"),
+        ("bert", "these are supported: rt_detr"),
+    ],
+)
+def test_other_models_of_transformers_are_refused(model_type, reason, tmp_path, capsys):
+    folder = tmp_path / "model"
+    transformers.CONFIG_MAPPING[model_type]().save_pretrained(folder)
+    image = tmp_path / "image.png"
+    pictures()[0].save(image)
+    with pytest.raises(UserError) as error:
+        load_detector(folder)
+    assert str(error.value).startswith(f"{folder / 'config.json'} is of model_type '{model_type}'")
+    assert reason in str(error.value)
+    data = write_dataset(tmp_path / "set")
+    train = ("train", str(data), "--weights", str(folder), "--out", str(tmp_path / "run"))
+    for words in (("predict", str(folder), str(image)), train):
+        code, _, text = run_command(capsys, *words)
+        assert code == 2
+        assert text == f"error: {error.value}\n"
+    assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_evaluate(rt_detr, tmp_path):
     from deformable_detr.evaluation import evaluate
 
     metrics = evaluate(str(rt_detr), write_dataset(tmp_path / "set"), progress=False, workers=0)

@@ -49,7 +49,7 @@ def case(request):
     pixels = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(2))
     network.model.decoder.register_forward_pre_hook(vary_memory, with_kwargs=True)
     calls = []
-    layers = [module for module in network.modules() if hasattr(module, "sampling_offsets")]
+    layers = [module for module in network.model.decoder.modules() if hasattr(module, "sampling_offsets")]
     hooks = [
         layer.register_forward_hook(lambda *call: calls.append((call[0], call[2], call[3][0])), with_kwargs=True)
         for layer in layers
@@ -134,6 +134,7 @@ def test_threads_and_accelerated(case):
     network, pixels, _, expected = case
     plain = run_recorded(network, pixels, None)
 
+    @torch.no_grad()  # a setting of the thread
     def run(index):
         if index % 2:
             return run_recorded(network, pixels, None)["pred_logits"]

@@ -29,6 +29,14 @@ _GROUPS = {
     "d_model": 32, "decoder_ffn_dim": 48, "decoder_layers": 2, "decoder_self_attention_heads": 4,
     "decoder_cross_attention_heads": 4, "num_queries": 12, "group_detr": 3,
 }  # fmt: skip
+_DEFORMABLE = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4, "num_queries": 12, "two_stage_num_proposals": 12,
+}  # fmt: skip
+_SWIN = {
+    "model_type": "swin", "image_size": 96, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2],
+    "window_size": 3, "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "rt_detr": _RT,
     "rt_detr odd": _RT | {"decoder_n_points": 3, "num_queries": 7},
@@ -38,6 +46,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "d_fine odd": _DF | {"decoder_n_points": [3, 6, 2], "max_num_bins": 16, "num_queries": 9, "eval_idx": -1},
     "deimv2": _DF,
     "deimv2 odd": _DF | {"decoder_n_points": [2, 4, 2], "num_queries": 9},
+    # What this package's own network lacks: Swin of transformers, other numbers of heads, maps and layer widths.
+    "deformable_detr": _DEFORMABLE
+    | {"with_box_refine": True, "two_stage": True, "backbone_config": _SWIN, "decoder_attention_heads": 2},
+    "deformable_detr odd": _DEFORMABLE
+    | {
+        "num_queries": 9,
+        "num_feature_levels": 3,
+        "decoder_attention_heads": 4,
+        "encoder_n_points": 3,
+        "decoder_ffn_dim": 40,
+        "position_embedding_type": "learned",
+        "activation_function": "tanh",
+        "backbone_config": {"model_type": "timm_backbone", "backbone": "test_resnet", "out_indices": [1, 3]},
+    },
     "lw_detr": _GROUPS
     | {
         "projector_scale_factors": [1.0],
@@ -66,13 +88,16 @@ SIZES = {"lw_detr": 128, "rf_detr": 128, "rf_detr odd": 112}
 
 def random_network(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return transformers' model with random weights whose choice of queries does not hang on rounding."""
-    side = SIZES.get(name, SIZES.get(name.split()[0], 96))
+    family = name.split()[0]
+    side = SIZES.get(name, SIZES.get(family, 96))
     pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1))
     for seed in range(50):
         network = _random_network(name, seed)
         with torch.no_grad():
             outputs, moved = network(pixels), network(pixels + 1e-4 * torch.rand_like(pixels))
-        proposals = outputs["enc_topk_logits" if "enc_topk_logits" in outputs else "enc_outputs_class"]
+        proposals = outputs.get("enc_topk_logits", outputs.get("enc_outputs_class"))
+        if family == "deformable_detr":  # one stage has no proposals; of two, column 0 scores them
+            proposals = outputs.logits if proposals is None else proposals[..., :1]
         ties = any(len(scores.amax(-1).unique()) < scores.shape[0] for scores in proposals)
         if not ties and (outputs.pred_boxes - moved.pred_boxes).abs().max() < 1e-2:
             return network.to(dtype)
@@ -109,6 +134,8 @@ def write_repository(folder: Any, name: str, dtype: torch.dtype = torch.float32)
     size = {"height": side, "width": side}
     if family == "rf_detr":
         processor = transformers.RfDetrImageProcessor(size=size)
+    elif family == "deformable_detr":
+        processor = transformers.DeformableDetrImageProcessor(size={"shortest_edge": side, "longest_edge": 160})
     elif family == "lw_detr":
         processor = transformers.DeformableDetrImageProcessor(size=size)
     else:

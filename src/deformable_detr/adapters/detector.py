@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from ..utils.packages import need, quiet_transformers
 from ..weights.checkpoint import coco_labels
 from ..weights.image_processor import PREPROCESSOR, read_processor, write_processor
 from ..weights.model_card import ModelCardData
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, refusal
 from .objective import AdapterObjective
 from .optimize import OptimizedAdapter, TraceableNetwork, inference_copy
 from .sampling import run_recorded
@@ -65,7 +66,7 @@ class TransformersDetector(Detector):
         """Return `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4); see `Detector`.
 
         With `return_attention`, in evaluation mode, also the outputs of `DeformableDETRNetwork.forward` about each
-        decoder layer. `encoder_attention` is empty: the encoders of these families have no deformable attention.
+        decoder layer. `encoder_attention` is empty except for Deformable DETR: other encoders have no such layers.
         """
         mask = None
         if padding_mask is not None:
@@ -106,16 +107,23 @@ class TransformersDetector(Detector):
             optimized.model.network.compile(dynamic=True)
         return optimized
 
-    def proposal_scores(self, pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Return the encoder's scores (B, S), the highest of all classes."""
+    def proposal_scores(self, pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor | None:
+        """Return the encoder's scores (B, S): the highest of all classes; of Deformable DETR with two stages column 0.
+
+        None for Deformable DETR with one stage.
+        """
         logits: list[Any] = []
-        head = self.get_submodule(f"network.model.{family_of(self.config).proposal_head}")
+        config: Any = self.network.config
+        if not getattr(config, "two_stage", True):
+            return None
+        name = family_of(self.config).proposal_head.format(**vars(config))
+        head = self.get_submodule(f"network.model.{name}")
         hook = head.register_forward_hook(lambda _, inputs, output: logits.append(output))
         try:
             self(pixels, padding_mask)
         finally:
             hook.remove()
-        return logits[0].amax(-1)
+        return logits[0][..., 0] if hasattr(config, "two_stage_num_proposals") else logits[0].amax(-1)
 
     def export_config(self) -> AdapterConfig:
         """Return the config, which has all that a file needs."""
@@ -173,17 +181,18 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
     transformers = need("transformers", "hub")
     path = folder / CONFIG
     values = read_json(path)
-    model_type = str(values.get("model_type"))
-    if model_type not in FAMILIES:
-        raise UserError(f"{path} is of model_type {model_type!r}; these are supported: {', '.join(FAMILIES)}")
+    if (model_type := str(values.get("model_type"))) not in FAMILIES:
+        raise refusal(path, model_type)
     family = FAMILIES[model_type]
     processor = read_processor(folder, family.processor)
     try:
         described = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers validates with exceptions of many kinds
         raise UserError(f"{path} cannot be read by transformers: {first_line(error)}") from None
+    _check_backbone(described, path)
     names = tuple(str(described.id2label[label]) for label in range(described.num_labels))
     names, category_ids = coco_labels(names)
+    two_stage = getattr(described, "two_stage", False) and hasattr(described, "two_stage_num_proposals")
     network = json.loads(described.to_json_string(use_diff=True))
     own = values.get(OWN)
     return AdapterConfig.from_dict(
@@ -191,7 +200,7 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
             "family": model_type,
             "network": _architecture(network),
             "num_classes": len(names),
-            "num_queries": described.num_queries,
+            "num_queries": described.two_stage_num_proposals if two_stage else described.num_queries,
             "class_names": names,
             "category_ids": own.get("category_ids", ()) if isinstance(own, dict) else category_ids,
             "size_divisor": family.divisor(described),
@@ -200,6 +209,14 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
         },
         str(path),
     )
+
+
+def _check_backbone(described: Any, path: Path) -> None:
+    """Refuse a timm backbone by a name that timm does not know: it might be an address to download code from."""
+    backbone = getattr(described, "backbone_config", None)
+    name = getattr(backbone, "backbone", None)
+    if getattr(backbone, "model_type", None) == "timm_backbone" and not timm.is_model(str(name)):
+        raise UserError(f"{path}: backbone {name!r} is not a timm model")
 
 
 def _architecture(values: dict[str, Any]) -> dict[str, Any]:

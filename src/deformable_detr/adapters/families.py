@@ -2,16 +2,28 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..utils.errors import UserError
 from ..utils.files import read_json
+from ..weights import transformers_format
 
 # What transformers' RTDetrImageProcessor does unless a repository says otherwise: pixels in 0..1, not normalized.
 _STRETCH = {"do_normalize": False, "size": {"height": 640, "width": 640}}
 _FIRST_GROUP = "enc_out_class_embed.0"  # the only group of queries outside training
 _RF_DETR = {"image_processor_type": "RfDetrImageProcessor"}
 _RT_DETR = {"image_processor_type": "RTDetrImageProcessor", "do_pad": False}
+_PROMPT = "needs a text prompt"
+_MASKS = "segments images"
+_PLAIN = "has no multi-scale deformable attention"
+_REFUSED = {  # other models of transformers that find objects
+    **dict.fromkeys(("grounding-dino", "mm-grounding-dino", "omdet-turbo", "owlvit", "owlv2", "florence2"), _PROMPT),
+    **dict.fromkeys(("mask2former", "oneformer", "maskformer", "eomt"), _MASKS),
+    **dict.fromkeys(("detr", "conditional_detr", "dab-detr", "table-transformer", "yolos"), _PLAIN),
+    "deta": "transformers no longer contains",
+}
 
 
 def _window_multiple(config: Any) -> int:
@@ -31,8 +43,9 @@ class Family:
         saved: Settings that its image processor is saved with.
         fields: Values of `AdapterConfig` that the image processor does not state.
         divisor: Returns the number of pixels that the sides of the input must be multiples of.
-        proposal_head: The layer whose scores select the queries, in the network's `model`.
+        proposal_head: The layer whose scores select the queries, in the network's `model`; braces name a setting.
         class_heads: Parts of the names of the layers whose rows are classes.
+        is_fallback: Whether `DeformableDETRNetwork` runs the models of this family unless it lacks parts of them.
     """
 
     title: str
@@ -42,6 +55,7 @@ class Family:
     divisor: Callable[[Any], int] = lambda config: 32
     proposal_head: str = "enc_score_head"
     class_heads: tuple[str, ...] = ("class_embed", "enc_score_head", "enc_out_class_embed", "denoising_class_embed")
+    is_fallback: bool = False
 
 
 FAMILIES = {
@@ -49,6 +63,12 @@ FAMILIES = {
     "rt_detr_v2": Family("RT-DETRv2", _STRETCH, _RT_DETR),
     "d_fine": Family("D-FINE", _STRETCH, _RT_DETR),
     "deimv2": Family("DEIMv2", _STRETCH, _RT_DETR),
+    "deformable_detr": Family(
+        "Deformable DETR",
+        divisor=lambda config: 1,
+        proposal_head="decoder.class_embed.{decoder_layers}",
+        is_fallback=True,
+    ),
     "lw_detr": Family("LW-DETR", divisor=_window_multiple, proposal_head=_FIRST_GROUP),
     "rf_detr": Family(
         "RF-DETR", saved=_RF_DETR, fields={"antialias": False}, divisor=_window_multiple, proposal_head=_FIRST_GROUP
@@ -56,7 +76,26 @@ FAMILIES = {
 }
 
 
-def family_of_source(path: Path) -> Family | None:
-    """Return the family of the model in a folder; None if it is none of `FAMILIES`."""
-    config = path / "config.json"
-    return FAMILIES.get(str(read_json(config).get("model_type"))) if config.is_file() else None
+def refusal(path: Path, model_type: object) -> UserError:
+    """Return the error about a config.json whose model type is none of `FAMILIES`."""
+    reason = f", which {_REFUSED[name]}" if (name := str(model_type)) in _REFUSED else ""
+    return UserError(f"{path} is of model_type {model_type!r}{reason}; these are supported: {', '.join(FAMILIES)}")
+
+
+def family_of_source(folder: Path) -> Family | None:
+    """Return the family of the model in a folder; None if this package's own network is to run it, or to refuse it.
+
+    A fallback needs transformers to be installed; otherwise the error of this package's own loader names what it lacks.
+    Raises UserError if the folder has another model of transformers.
+    """
+    path = folder / "config.json"
+    model_type = read_json(path).get("model_type") if path.is_file() else None
+    if model_type == transformers_format.MODEL_TYPE:
+        try:
+            transformers_format.check_network(folder)
+            return None
+        except UserError:
+            return FAMILIES[model_type] if find_spec("transformers") else None
+    if isinstance(model_type, str) and model_type not in FAMILIES:
+        raise refusal(path, model_type)
+    return FAMILIES.get(str(model_type))

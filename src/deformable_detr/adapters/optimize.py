@@ -76,7 +76,7 @@ def inference_copy(model: DetectorT) -> DetectorT:
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     network = model.get_submodule("network")
     divisor = config.size_divisor
-    side = math.ceil(16 * math.sqrt(config.num_queries) / divisor) * divisor  # a token per query at stride 16
+    side = math.ceil(max(128, 16 * math.sqrt(config.num_queries)) / divisor) * divisor  # a token per query at stride 16
     fold_batch_norms_of(network, torch.zeros(1, 3, side, side, device=device))
     fuse_repvgg(network)
     accelerate(network)

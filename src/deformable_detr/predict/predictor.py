@@ -102,7 +102,8 @@ class Detector(nn.Module):
             return size
         if size is None or size[0] % divisor or size[1] % divisor:
             given = "dynamic" if size is None else f"{size[0]},{size[1]}"
-            raise UserError(f"--image-size {given}: this model needs H,W in multiples of {divisor}")
+            multiples = f" in multiples of {divisor}" if divisor > 1 else ""
+            raise UserError(f"--image-size {given}: this model needs H,W{multiples}")
         return size
 
     def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..config.schema import ModelConfig, ResNetShape
-from ..model.backbone import pixel_statistics
+from ..model.backbone import Backbone, pixel_statistics
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError
 from ..utils.files import json_text, read_json, write_files
@@ -60,7 +60,17 @@ def read(folder: Path) -> Checkpoint:
         config = restore_own_fields(config, json.loads(metadata.get(METADATA, "null")), _OWN_FIELDS)
     tensors = _untie(modern_transformers_keys(tensors), config)
     placements = partial(transformers_placements, own_resnet=_backbone_type(values) == "resnet")
-    return Checkpoint(config, tensors, weights_path, CONFIG, placements, partial(_check_batch_norms, values, path))
+    return Checkpoint(config, tensors, weights_path, CONFIG, placements, partial(_check_backbone, values, path))
+
+
+def check_network(folder: Path) -> None:
+    """Raise UserError if config.json asks for parts that `DeformableDETRNetwork` lacks, or cannot be read."""
+    path = folder / CONFIG
+    values = read_json(path)
+    config = read_config(values, {}, path)
+    if config.backbone_shape is None:  # of a shape of any size, nothing is built before the tensors are read
+        with torch.device("meta"):
+            _check_backbone(values, path, Backbone(config))
 
 
 def save(model: DeformableDETRNetwork, folder: Path) -> None:
@@ -159,7 +169,7 @@ def _read_backbone(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if backbone_type == "resnet":
         if backbone is None and values.get("backbone"):
             raise UserError(f"{path}: backbone {values['backbone']!r} has no backbone_config")
-        return _read_resnet(backbone or {}, path)
+        return _read_resnet(backbone or {}, values.get("num_feature_levels", 4), path)
     if backbone_type != "timm_backbone":
         raise UserError(f"{path}: backbone of type {backbone_type!r}; supported are 'timm_backbone' and 'resnet'")
     if backbone is None:
@@ -170,7 +180,7 @@ def _read_backbone(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {"backbone": backbone.get("backbone"), "dilation": stride == 16}
 
 
-def _read_resnet(backbone: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _read_resnet(backbone: Mapping[str, Any], levels: Any, path: Path) -> dict[str, Any]:
     """Translate the config of transformers' own ResNet. Its defaults are those of `ResNetShape`."""
     values = {key: value for key, value in backbone.items() if value is not None}
     if values.get("downsample_in_first_stage"):
@@ -178,7 +188,12 @@ def _read_resnet(backbone: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if values.get("hidden_act") == "swish":
         values["hidden_act"] = "silu"
     fields = {field: values[key] for field, key in _RESNET_FIELDS.items() if key in values}
-    return {"backbone": "resnet", "backbone_shape": ResNetShape.from_dict(fields, f"{path}: backbone_config")}
+    shape = ResNetShape.from_dict(fields, f"{path}: backbone_config")
+    last = [f"stage{len(shape.depths)}"]
+    stages = last if levels == 1 else ["stage2", "stage3", "stage4"][1 if levels == 2 else 0 :]
+    if (features := values.get("out_features", last)) != stages:
+        raise UserError(f"{path}: the backbone's out_features are {features}; supported are {stages}")
+    return {"backbone": "resnet", "backbone_shape": shape}
 
 
 def _write_backbone(model: DeformableDETRNetwork) -> dict[str, Any]:
@@ -208,15 +223,25 @@ def _write_backbone(model: DeformableDETRNetwork) -> dict[str, Any]:
     }
 
 
-def _check_batch_norms(described: Mapping[str, Any], path: Path, model: DeformableDETRNetwork) -> None:
-    """Refuse a config with which transformers replaces the batch norms by its own: eps 1e-5 and no activation."""
+def _check_backbone(described: Mapping[str, Any], path: Path, network: Any) -> None:
+    """Refuse a timm model with other maps than ours, or whose batch norms transformers replaces by different ones.
+
+    Its own have eps 1e-5 and no activation. `network` is a `Backbone`, or a network that has one.
+    """
     backbone = described.get("backbone_config") or {}
-    if _backbone_type(described) != "timm_backbone" or backbone.get("freeze_batch_norm_2d"):
+    if _backbone_type(described) != "timm_backbone":
         return
-    for module in model.backbone.body.modules():
+    body = getattr(network, "backbone", network).body
+    indices = list(body.feature_info.out_indices)
+    given = backbone.get("out_indices") or [-1]
+    if backbone and [index % len(body.feature_info.info) for index in given] != indices:
+        raise UserError(f"{path}: the backbone's out_indices are {given}; supported are {indices}")
+    if backbone.get("freeze_batch_norm_2d"):
+        return
+    for module in body.modules():
         plain = isinstance(getattr(module, "act", None), torch.nn.Identity | None)
         if type(module).__name__.startswith("FrozenBatchNorm") and not (plain and module.eps == 1e-5):
-            raise UserError(f"{path}: backbone '{model.config.backbone}' needs freeze_batch_norm_2d: true")
+            raise UserError(f"{path}: backbone {backbone.get('backbone')!r} needs freeze_batch_norm_2d: true")
 
 
 def _untie(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
