@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from deformable_detr.adapters.finetune import finetune_config, load_for_finetuni
 from deformable_detr.config.schema import TrainConfig
 from deformable_detr.data.dataloader import collate
 from deformable_detr.data.dataset import open_dataset
+from deformable_detr.data.multi_scale import MultiScaleBatches
 from deformable_detr.data.transforms import EvalTransform
 from deformable_detr.detector import load_detector
+from deformable_detr.training.optimizer import parameter_groups, scaled_lr
 from deformable_detr.training.run_dir import run_config
 from deformable_detr.training.signals import TrainingInterrupted
 from deformable_detr.training.step import BatchStats, TrainStep
@@ -56,8 +59,12 @@ def weights_of(run):
 
 def test_resumed_run_equals_an_uninterrupted_one(data, repository, tmp_path, monkeypatch):
     reference, run = tmp_path / "reference", tmp_path / "run"
-    expected = train_model(data, reference, tiny(repository))
     original, calls = TrainStep.step, []
+    draw, drawn = MultiScaleBatches.size, []
+    monkeypatch.setattr(MultiScaleBatches, "size", lambda scales, step: drawn.append(draw(scales, step)) or drawn[-1])
+
+    expected = train_model(data, reference, tiny(repository))
+    sizes = drawn.copy()
 
     def step(*arguments, **options):
         calls.append(1)
@@ -72,6 +79,9 @@ def test_resumed_run_equals_an_uninterrupted_one(data, repository, tmp_path, mon
     assert len(calls) == 3
     metrics = train_model(data, run, run_config(run), resume=True)
     assert metrics["step"] == expected["step"] == 4
+    assert drawn[len(sizes) :] == sizes
+    if tiny(repository).model.resize == "fixed":
+        assert len(set(sizes)) > 1, "control: the size does change"
     first, second = (load_file(folder / "model.safetensors") for folder in (reference, run))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     start = load_file(repository / "model.safetensors")
@@ -93,8 +103,21 @@ def test_loss_falls(data, repository):
     for number in range(40):
         metrics = step.step([collate(samples[:8])], global_step=number, progress=0.0)
         losses += [metrics.values["loss"]] if metrics else []
-    assert losses[-1] < 0.6 * losses[0], losses
+    assert losses[-1] < 0.75 * losses[0], losses
     assert {"loss_class", "loss_bbox", "loss_giou", "cardinality_error"} <= metrics.values.keys()
+
+
+def test_learning_rates_of_the_recipe(data, repository):
+    config = finetune_config(repository)
+    detector = load_detector(repository)
+    groups = {group["name"]: group["names"] for group in parameter_groups(detector, config.train)}
+    backbone = set(groups["backbone"])
+    assert all(".backbone." in name or ".conv_encoder." in name for name in backbone)
+    assert not any(("proj" in name and "encoder_input_proj" in name) or "projector" in name for name in backbone)
+    images = sum(parameter.numel() for name, parameter in detector.named_parameters() if name in backbone)
+    assert images > 5_000
+    lr, _ = scaled_lr(config.train, config.train.batch_size)
+    assert lr == pytest.approx(config.train.lr * (4 / config.train.base_batch_size) ** 0.5)
 
 
 def test_micro_batches_have_the_gradient_of_the_batch(data, rt_detr):
@@ -165,3 +188,18 @@ def test_commands_on_a_trained_model(data, rt_detr, tmp_path, capsys):
     assert "AP50" in capsys.readouterr().out
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "results.json").is_file()
+
+
+def test_processes_do_not_average_their_divisors(data, repository, monkeypatch):
+    """`AdapterObjective.losses` divides by the objects of all processes itself."""
+    detector = load_detector(repository).train()
+    batch = collate(samples_of(data, detector)[:2])
+    torch.manual_seed(0)
+    expected = TrainStep(detector, TrainConfig()).backward([batch])[1].values[0]
+    code = sys.modules[detector.network.loss_function.__module__]
+    if hasattr(code, "_is_torch_distributed_initialized"):
+        monkeypatch.setattr(code, "_is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **options: tensor.mul_(3))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    torch.manual_seed(0)
+    assert TrainStep(detector, TrainConfig()).backward([batch])[1].values[0] == expected

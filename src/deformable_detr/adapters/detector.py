@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from functools import partial
@@ -44,6 +45,7 @@ class TransformersDetector(Detector):
     """
 
     explains = True
+    backbone_parameters = re.compile(r"network\.model\.(backbone|conv_encoder)\.(backbone|model)\.")  # no projectors
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig) -> None:

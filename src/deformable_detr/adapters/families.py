@@ -25,6 +25,28 @@ _REFUSED = {  # other models of transformers that find objects
     "deta": "transformers no longer contains",
 }
 
+# Published recipes: fields of TrainConfig and DataConfig. `lr` is for `base_batch_size` images per step. Backbone
+# multipliers differ by model size; these are those of the middle sizes. Constant learning rates became cosine ones.
+_SSD = {"zoom_out_prob": 0.5, "crop_prob": 0.8, "color_jitter_prob": 0.5, "train_scales": (0.75, 1.25)}
+# github.com/lyuwenyu/RT-DETR, rtdetr_pytorch and rtdetrv2_pytorch, configs: 16 images; backbone 0.1, of R101 0.01
+_RT_DETR_TRAIN = {"lr": 1e-4, "base_batch_size": 16, "backbone_lr_mult": 0.1, "ema_decay": 0.9999}
+# github.com/Peterande/D-FINE, configs/dfine/custom/objects365: 32 images; backbone S 0.5, M 0.1, L 0.05, X 0.01
+_D_FINE_TRAIN = {
+    "lr": 2.5e-4, "base_batch_size": 32, "backbone_lr_mult": 0.1, "weight_decay": 1.25e-4, "ema_decay": 0.9999,
+}  # fmt: skip
+# github.com/Intellindust-AI-Lab/DEIMv2, configs/deimv2 (COCO; none for other data): 32 images, lr 4e-4 or 5e-4;
+# backbone S 0.5, M 0.1, L 0.05, X 0.01 with HGNetV2 and 0.05 to 0.02 with DINOv3. Mosaic in the first half
+_DEIM_TRAIN = {"lr": 5e-4, "base_batch_size": 32, "backbone_lr_mult": 0.05, "ema_decay": 0.9999}
+_DEIM = {**_SSD, "mosaic_prob": 0.5, "close_mosaic": 0.5}
+# github.com/Atten4Vis/LW-DETR, scripts (Objects365 to COCO): 32 images, sizes 448 to 896. The backbone has 1.5e-4 ×
+# 0.7² × 0.8 per layer from the top: 0.25 of lr on average over 10 layers
+_LW_DETR_TRAIN = {"lr": 1e-4, "base_batch_size": 32, "backbone_lr_mult": 0.25, "ema_decay": 0.9997}
+# github.com/roboflow/rf-detr, TrainConfig: 4 × 4 images; five windows smaller to five larger, which is 0.5 to 1.5 of
+# Base and 0.77 to 1.23 of Large; backbone as LW-DETR's
+_RF_DETR_TRAIN = {"lr": 1e-4, "base_batch_size": 16, "backbone_lr_mult": 0.25, "ema_decay": 0.993}
+# Zhu et al. 2020, section 5: 32 images
+_DEFORMABLE_TRAIN = {"lr": 2e-4, "base_batch_size": 32, "sampling_lr_mult": 0.1, "ema_decay": 0.9998}
+
 
 def _window_multiple(config: Any) -> int:
     """Pixels of a patch times the windows per side: the vision transformer splits its tokens evenly."""
@@ -46,6 +68,8 @@ class Family:
         proposal_head: The layer whose scores select the queries, in the network's `model`; braces name a setting.
         class_heads: Parts of the names of the layers whose rows are classes.
         is_fallback: Whether `DeformableDETRNetwork` runs the models of this family unless it lacks parts of them.
+        train: Fields of `TrainConfig` of the family's published recipe.
+        data: Fields of `DataConfig` of that recipe.
     """
 
     title: str
@@ -56,22 +80,37 @@ class Family:
     proposal_head: str = "enc_score_head"
     class_heads: tuple[str, ...] = ("class_embed", "enc_score_head", "enc_out_class_embed", "denoising_class_embed")
     is_fallback: bool = False
+    train: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {
-    "rt_detr": Family("RT-DETR", _STRETCH, _RT_DETR),
-    "rt_detr_v2": Family("RT-DETRv2", _STRETCH, _RT_DETR),
-    "d_fine": Family("D-FINE", _STRETCH, _RT_DETR),
-    "deimv2": Family("DEIMv2", _STRETCH, _RT_DETR),
+    "rt_detr": Family("RT-DETR", _STRETCH, _RT_DETR, train=_RT_DETR_TRAIN, data=_SSD),
+    "rt_detr_v2": Family("RT-DETRv2", _STRETCH, _RT_DETR, train=_RT_DETR_TRAIN, data=_SSD),
+    "d_fine": Family("D-FINE", _STRETCH, _RT_DETR, train=_D_FINE_TRAIN, data=_SSD),
+    "deimv2": Family("DEIMv2", _STRETCH, _RT_DETR, train=_DEIM_TRAIN, data=_DEIM),
     "deformable_detr": Family(
         "Deformable DETR",
         divisor=lambda config: 1,
         proposal_head="decoder.class_embed.{decoder_layers}",
         is_fallback=True,
+        train=_DEFORMABLE_TRAIN,
     ),
-    "lw_detr": Family("LW-DETR", divisor=_window_multiple, proposal_head=_FIRST_GROUP),
+    "lw_detr": Family(
+        "LW-DETR",
+        divisor=_window_multiple,
+        proposal_head=_FIRST_GROUP,
+        train=_LW_DETR_TRAIN,
+        data={"train_scales": (0.7, 1.4)},
+    ),
     "rf_detr": Family(
-        "RF-DETR", saved=_RF_DETR, fields={"antialias": False}, divisor=_window_multiple, proposal_head=_FIRST_GROUP
+        "RF-DETR",
+        saved=_RF_DETR,
+        fields={"antialias": False},
+        divisor=_window_multiple,
+        proposal_head=_FIRST_GROUP,
+        train=_RF_DETR_TRAIN,
+        data={"train_scales": (0.7, 1.3)},
     ),
 }
 

@@ -15,22 +15,19 @@ from .families import Family
 
 
 def finetune_config(source: str | os.PathLike[str]) -> Config:
-    """Return the config to fine-tune a repository: its network and this package's recipe for small datasets.
+    """Return the config to fine-tune a repository: its network and its family's recipe.
 
-    The classes are left out: they come from the dataset. Raises UserError as `TransformersDetector.from_pretrained`.
+    The classes are left out: they come from the dataset. Epochs and evaluations depend on the dataset's size, and the
+    new class heads get a warm-up. Raises UserError as `TransformersDetector.from_pretrained`.
     """
     config = read_config(source)
+    family = family_of(config)
     model = config.replace(num_classes=1, class_names=(), category_ids=())
-    data = DataConfig(zoom_out_prob=0.5 if model.resize == "fixed" else 0.0, color_jitter_prob=0.5)
-    train = TrainConfig(
-        epochs="auto",
-        eval_every="auto",
-        lr=2e-4,
-        lr_schedule="cosine",
-        warmup_steps=100,
-        sampling_lr_mult=1.0,
-        ema_decay=0.9998,
-    )
+    data = DataConfig.from_dict(family.data)
+    if model.resize != "fixed":
+        data = data.replace(zoom_out_prob=0.0)
+    common = {"epochs": "auto", "eval_every": "auto", "lr_schedule": "cosine", "warmup_steps": 100}
+    train = TrainConfig.from_dict({**common, "sampling_lr_mult": 1.0, **family.train})
     return Config(preset=model.family, model=model, data=data, train=train)
 
 

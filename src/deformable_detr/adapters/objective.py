@@ -1,7 +1,9 @@
 """The training loss of a transformers' detector, as its own code computes it."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 
@@ -11,8 +13,8 @@ from ..structures import ImageBatch
 class AdapterObjective(nn.Module):
     """A `TransformersDetector` with its own matcher, losses and denoising queries; see `training.objective`.
 
-    transformers divides its losses by the objects of its batch. Here the divisor is that of the whole step, so that
-    micro-batches and processes count as one batch.
+    transformers divides its losses by the objects of its batch, for some families by the mean over all processes.
+    Here the divisor is that of the whole step, so that micro-batches and processes count as one batch.
     """
 
     denoising = None  # the network makes its own queries
@@ -27,7 +29,10 @@ class AdapterObjective(nn.Module):
         labels, boxes = (part.to(device).split(counts) for part in (targets.labels, targets.boxes))
         described = [{"class_labels": label, "boxes": box} for label, box in zip(labels, boxes, strict=True)]
         mask = (~images.padding_mask).long()
-        outputs = self.model.network(pixel_values=images.pixels, pixel_mask=mask, labels=described)
+        network = self.model.network
+        code = sys.modules[network.loss_function.__module__]
+        with mock.patch.object(code, "_is_torch_distributed_initialized", return_value=False, create=True):
+            outputs = network(pixel_values=images.pixels, pixel_mask=mask, labels=described)
         classification = next(name for name in ("loss_vfl", "loss_mal", "loss_ce") if name in outputs.loss_dict)
         names = {"loss_class": classification, "loss_bbox": "loss_bbox", "loss_giou": "loss_giou"}
         parts = {name: outputs.loss_dict[theirs].detach().float() for name, theirs in names.items()}

@@ -150,7 +150,7 @@ class DataConfig(ConfigSection):
     """Where the images are, how they are augmented and batched. Defaults: the paper's augmentation."""
 
     train_scales: tuple[PositiveFloat, PositiveFloat] = (0.6, 1.0)
-    """Training: range of the short side, relative to image_size."""
+    """Training: range of the short side, relative to image_size; with resize fixed, of the size of each batch."""
     hflip_prob: Fraction = 0.5
     """Training: probability of a horizontal flip."""
     crop_prob: Fraction = 0.5

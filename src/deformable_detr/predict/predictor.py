@@ -43,11 +43,13 @@ class Detector(nn.Module):
         exports_any_size: Whether an exported file can take images of any size.
         int8_modules: Parts of `export_module` that int8 is tried on, the fastest choice first: a name for the report,
             and a pattern that the names of the modules start with. Empty: no int8.
+        backbone_parameters: What the names of the parameters start with that the backbone's learning rate applies to.
     """
 
     explains = False
     exports_any_size = False
     int8_modules: Mapping[str, re.Pattern[str]] = {}
+    backbone_parameters = re.compile(r"(.*\.)?backbone\.")
     config: DetectorConfig
     pixel_mean: Tensor
     pixel_std: Tensor

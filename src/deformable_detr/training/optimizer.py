@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..config.schema import TrainConfig
+from ..predict.predictor import Detector
 from ..utils.errors import UserError
 
 PRESET_BATCH_SIZE = 4  # images per step for which the presets' learning rates are tuned
@@ -23,10 +24,11 @@ def parameter_groups(model: nn.Module, config: TrainConfig, denoising: nn.Module
     """
     factors = {"base": 1.0, "sampling": config.sampling_lr_mult, "backbone": config.backbone_lr_mult}
     members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in factors}
+    in_backbone = getattr(model, "backbone_parameters", Detector.backbone_parameters).match
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_sampling = "sampling_offsets" in name or "reference_points" in name
-            group = "backbone" if "backbone" in name.split(".") else "sampling" if is_sampling else "base"
+            group = "backbone" if in_backbone(name) else "sampling" if is_sampling else "base"
             members[group].append((name, parameter))
     if denoising is not None:
         members["base"] += denoising.named_parameters(prefix="denoising")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config.schema import TrainConfig
 from ..data.dataloader import Batch, mix_seeds
+from ..data.multi_scale import MultiScaleBatches
 from ..distributed.context import DistributedContext
 from ..distributed.parallel import accumulate_gradients, parallelize, zero_with_gradient
 from ..structures import ImageBatch, Target
@@ -92,8 +93,14 @@ class TrainStep:
     matcher's copy. The device itself skips an update from a non-finite loss or gradient.
     """
 
-    def __init__(self, model: Detector, config: TrainConfig, context: DistributedContext | None = None) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: Detector,
+        config: TrainConfig,
+        context: DistributedContext | None = None,
+        multi_scale: MultiScaleBatches | None = None,
+    ) -> None:
+        self.model, self.config, self.multi_scale = model, config, multi_scale
         self.mean, self.std = model.get_buffer("pixel_mean"), model.get_buffer("pixel_std")
         self.device = self.mean.device
         self.context = context or DistributedContext(str(self.device), world_size=1)
@@ -149,7 +156,7 @@ class TrainStep:
                 rng = None
                 if not single:
                     rng = BatchConsistentRng(stats.images, first, mix_seeds(self.config.seed, global_step))
-                losses, parts, finite, total = self._forward(batch, targets, stats, rng)
+                losses, parts, finite, total = self._forward(batch, targets, stats, rng, global_step)
                 if index == 0:
                     previous = self.flush_pending_metrics()
                 names = ["loss", *parts]
@@ -167,11 +174,18 @@ class TrainStep:
         return previous, _PendingMetrics(global_step + 1, lr, names, torch.stack(sums).sum(0), images, bad_images)
 
     def _forward(
-        self, batch: ImageBatch, targets: Sequence[Target], stats: BatchStats, rng: BatchConsistentRng | None
+        self,
+        batch: ImageBatch,
+        targets: Sequence[Target],
+        stats: BatchStats,
+        rng: BatchConsistentRng | None,
+        global_step: int,
     ) -> tuple[Tensor, dict[str, Tensor], list[bool], Tensor]:
         """Return the losses of a micro-batch (see `objective`) and the scalar to differentiate."""
         images, shown = (batch, targets) if targets else _placeholder_batch()
         images = images.to(self.device, non_blocking=True).normalize(self.mean, self.std)
+        if self.multi_scale is not None:
+            images = self.multi_scale(images, global_step)
         packed, precision = PackedTargets.pack(shown), self.config.precision
         with torch.autocast(self.device.type, _DTYPES.get(precision), enabled=precision != "fp32"):
             outputs = self.network(images, packed, stats.max_objects, rng)

@@ -19,6 +19,7 @@ from ..config.schema import Config
 from ..data.dataloader import Batch, LoaderOptions, build_dataloader, mix_seeds
 from ..data.dataset import CocoDataset, ensure_distinct_splits, open_dataset
 from ..data.mosaic import MosaicDataset
+from ..data.multi_scale import MultiScaleBatches
 from ..data.source import AnnotationCache
 from ..data.transforms import EvalTransform, train_transform
 from ..data.validate import check_for_training
@@ -144,8 +145,9 @@ class Trainer:
         mosaic_prob = config.data.mosaic_prob
         self.loader = build_dataloader(MosaicDataset(train_set, mosaic_prob) if mosaic_prob else train_set, options)
         self.steps_per_epoch = self.loader.sampler.num_steps
+        multi_scale = MultiScaleBatches.from_config(config.model, config.data.train_scales, train.seed)
         with self.context.sync_errors():
-            self.train_step = TrainStep(model, train.replace(lr=self.lr), self.context)
+            self.train_step = TrainStep(model, train.replace(lr=self.lr), self.context, multi_scale)
             self.logger = TrainingLogger(train, run_dir.path, self.context.is_rank_zero)
         self.state = TrainState()
         self.shutdown = GracefulShutdown()
@@ -329,7 +331,7 @@ class Trainer:
 
     def _print_batch_size(self) -> None:
         train, world_size, count = self.config.train, self.context.world_size, self.loader.sampler.micro_batches(0)
-        if world_size > 1 or count > 1 or train.total_batch_size:
+        if world_size > 1 or count > 1 or train.total_batch_size or self.lr != train.lr:
             how = f"{world_size} processes × " if world_size > 1 else ""
             how += f"{count} × {train.batch_size} at most"
             self.logger.print(f"total batch size {self.total_batch_size} ({how}), learning rate {self._lr_note}")
