@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from deformable_detr.adapters.detector import TransformersDetector
 from deformable_detr.cli import main
 from deformable_detr.config.detector import AdapterConfig
 from deformable_detr.config.image_size import FixedSize
@@ -28,10 +29,10 @@ def assert_equal_detections(model, file):
     for batch_size in (1, 3):
         expected = model.predict(pictures(), 0.0, 1000, batch_size)
         for one, other in zip(expected, exported.predict(pictures(), 0.0, 1000, batch_size), strict=True):
-            torch.testing.assert_close(other.scores, one.scores, rtol=0, atol=1e-5)
+            torch.testing.assert_close(other.scores, one.scores, rtol=0, atol=1e-4)
             for label, score, box in zip(one.labels, one.scores, one.boxes, strict=True):  # in any order of near ties
-                near = (other.labels == label) & ((other.scores - score).abs() < 1e-5)
-                assert ((other.boxes - box).abs().amax(1) < 1e-2)[near].any()
+                near = (other.labels == label) & ((other.scores - score).abs() < 1e-4)
+                assert ((other.boxes - box).abs().amax(1) < 0.05)[near].any()
 
 
 def saved(folder, name):
@@ -83,12 +84,16 @@ def test_formats(to, lw_detr, traced, tmp_path):
     assert exported.canvas == (128, 128)
 
 
-def test_refused_export_leaves_nothing_behind(lw_detr, traced, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("problem", ["the exported file differs from the model", "the file cannot be verified"])
+def test_refused_export_leaves_nothing_behind(problem, lw_detr, traced, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "TOLERANCES", {"fp32": (-1.0, -1.0)})
+    if "cannot" in problem:  # all proposals have the same score
+        monkeypatch.setattr(TransformersDetector, "proposal_scores", lambda *_: torch.zeros(1, 64))
     with pytest.raises(SystemExit, match="2"):
         main(["export", str(lw_detr), "--to", "onnx", "--out", str(tmp_path / "model.onnx")])
     error = capsys.readouterr().err
-    assert error.startswith("error: refused: the exported file differs from the model")
+    assert error.startswith(f"error: refused: {problem}, batch 1 of 128×128: logits ")
+    assert ("have equal scores" in error) == ("cannot" in problem)
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -124,7 +129,7 @@ def test_batch_size_is_dynamic_in_code_that_asks_for_it(tmp_path):
 
 
 @pytest.mark.slow
-# The proposals of some of the other networks have exactly equal scores, which runtimes order as they like.
+# The others are in tests/adapters/test_end_to_end.py.
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith(" odd")])
 @pytest.mark.parametrize("to", ["onnx", "openvino", "torch"])
 def test_every_family(name, to, tmp_path):

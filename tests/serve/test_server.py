@@ -1,9 +1,7 @@
 """The server process: address, token, options and shutdown."""
 
-import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -16,7 +14,7 @@ from deformable_detr.serve.limits import Limits
 from deformable_detr.serve.middleware import is_loopback
 from deformable_detr.serve.server import TOKEN_VARIABLE, check_token, listen
 from deformable_detr.utils.errors import UserError
-from tests.support.server import encode_image, small_model
+from tests.support.server import ServerProcess, encode_image, small_model
 
 TOKEN = "a-token-of-enough-letters"
 
@@ -106,27 +104,6 @@ def test_public_host_without_token_is_rejected_before_loading(capsys, tmp_path):
         main(["serve", str(tmp_path / "missing"), "--host", "0.0.0.0"])
     assert caught.value.code == 2
     assert "a token is needed" in capsys.readouterr().err
-
-
-class ServerProcess:
-    """`deformable-detr serve` in a separate process."""
-
-    def __init__(self, model, *options, **environment):
-        command = [sys.executable, "-m", "deformable_detr", "serve", str(model), "--port", "0", *options]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-        )
-        line = self.process.stdout.readline()
-        assert line.startswith("serving "), self.process.stderr.read()
-        self.address = line.split(" at ")[1].split()[0]
-
-    def signal(self, number):
-        self.process.send_signal(number)
-
-    def wait(self):
-        """Return exit code and standard error."""
-        _, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, errors
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """A server in a thread of the test process, and images to send."""
 
 import io
+import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -80,3 +83,24 @@ def multipart(*images):
 
 def post_image(client, data, path="/v1/detect", kind="image/png", **options):
     return client.post(path, content=data, headers={"Content-Type": kind, **options.pop("headers", {})}, **options)
+
+
+class ServerProcess:
+    """`deformable-detr serve` in a separate process."""
+
+    def __init__(self, model, *options, **environment):
+        command = [sys.executable, "-m", "deformable_detr", "serve", str(model), "--port", "0", *options]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
+        line = self.process.stdout.readline()
+        assert line.startswith("serving "), self.process.stderr.read()
+        self.address = line.split(" at ")[1].split()[0]
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def wait(self):
+        """Return exit code and standard error."""
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors

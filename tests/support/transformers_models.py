@@ -1,9 +1,14 @@
 """Small detectors of transformers with random weights, two configurations per family."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
+
+from deformable_detr.adapters.families import FAMILIES
 
 NAMES = ("cat", "dog", "a b/ü")
 _RESNET = {
@@ -86,49 +91,75 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SIZES = {"lw_detr": 128, "rf_detr": 128, "rf_detr odd": 112}
 
 
-def random_network(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return transformers' model with random weights whose choice of queries does not hang on rounding."""
+def random_network(name: str, dtype: torch.dtype = torch.float32, names: Sequence[str] = NAMES) -> Any:
+    """Return transformers' model with random weights whose outputs depend on the image, but not on rounding."""
     family = name.split()[0]
     side = SIZES.get(name, SIZES.get(family, 96))
     pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1))
     for seed in range(50):
-        network = _random_network(name, seed)
-        with torch.no_grad():
+        network = _random_network(name, seed, names)
+        with torch.no_grad(), _proposal_scores(network, family) as scores:
             outputs, moved = network(pixels), network(pixels + 1e-4 * torch.rand_like(pixels))
-        proposals = outputs.get("enc_topk_logits", outputs.get("enc_outputs_class"))
-        if family == "deformable_detr":  # one stage has no proposals; of two, column 0 scores them
-            proposals = outputs.logits if proposals is None else proposals[..., :1]
-        ties = any(len(scores.amax(-1).unique()) < scores.shape[0] for scores in proposals)
-        if not ties and (outputs.pred_boxes - moved.pred_boxes).abs().max() < 1e-2:
+        sensitive = any((outputs[key] - moved[key]).abs().max() > 3e-3 for key in ("logits", "pred_boxes"))
+        assert (outputs.logits[0] - outputs.logits[1]).abs().mean() > 0.02, "the network ignores the image"
+        if not sensitive and all(_gap(proposals, network.config.num_queries) > 1e-3 for proposals in scores):
             return network.to(dtype)
-    raise AssertionError(f"{name}: every random network has ties among its proposals")
+    raise AssertionError(f"{name}: rounding selects the queries of every random network")
 
 
-def _random_network(name: str, seed: int) -> Any:
+@contextmanager
+def _proposal_scores(network: Any, family: str) -> Iterator[list[torch.Tensor]]:
+    """Collect the scores (B, S) from which the queries are selected; none if they are learned."""
+    scores: list[torch.Tensor] = []
+    if family == "deformable_detr" and not network.config.two_stage:
+        yield scores
+        return
+    head = FAMILIES[family].proposal_head.format(**network.config.to_dict())
+    classes = slice(1) if family == "deformable_detr" else slice(None)  # its column 0 scores the proposals
+    hook = network.model.get_submodule(head).register_forward_hook(
+        lambda _, __, logits: scores.append(logits[..., classes].amax(-1))
+    )
+    yield scores
+    hook.remove()
+
+
+def _gap(scores: torch.Tensor, count: int) -> float:
+    """Return the smallest difference between the last selected and the first rejected score; inf: all are selected."""
+    if scores.shape[1] <= count:
+        return float("inf")
+    top = scores.topk(count + 1, dim=1).values
+    return float((top[:, count - 1] - top[:, count]).min())
+
+
+def _random_network(name: str, seed: int, names: Sequence[str]) -> Any:
     import transformers
 
     family = name.split()[0]
-    labels = {"id2label": dict(enumerate(NAMES)), "label2id": {text: label for label, text in enumerate(NAMES)}}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {text: label for label, text in enumerate(names)}}
     config = transformers.CONFIG_MAPPING[family].from_dict({**CONFIGS[name], **labels})
     torch.manual_seed(seed)
     network = transformers.AutoModelForObjectDetection.from_config(config)
+    kinds = {f"{key}.weight": module for key, module in network.named_modules() if "sampling_offsets" not in key}
     with torch.no_grad():
         for key, value in network.state_dict().items():
-            if key.endswith("running_var"):
+            module = kinds.get(key)
+            if key.endswith("running_var") or isinstance(module, nn.BatchNorm2d):  # transformers sets some to about 0
                 value.uniform_(0.5, 1.5)
-            elif value.is_floating_point() and value.dim() > 1 and "sampling_offsets" not in key:
-                value.add_(0.15 * torch.randn_like(value) * value.std().nan_to_num(1).clamp(min=0.1))
+            elif isinstance(module, nn.Conv2d | nn.Linear):  # its own weights would fade the image out
+                value.normal_(0, (1.4 if value.dim() == 4 else 0.8) / value[0].numel() ** 0.5)
             elif value.is_floating_point() and value.numel() > 1 and "num_points_scale" not in key:
                 value.add_(0.05 * torch.randn_like(value))
     return network.eval()
 
 
-def write_repository(folder: Any, name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def write_repository(
+    folder: Any, name: str, dtype: torch.dtype = torch.float32, names: Sequence[str] = NAMES
+) -> tuple[Any, Any]:
     """Save a random network with its image processor; return both."""
     import transformers
 
     family = name.split()[0]
-    network = random_network(name, dtype)
+    network = random_network(name, dtype, names)
     network.save_pretrained(folder)
     side = SIZES.get(name, SIZES.get(family, 96))
     size = {"height": side, "width": side}

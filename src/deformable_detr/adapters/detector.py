@@ -28,9 +28,10 @@ from .sampling import run_recorded
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OWN = "deformable_detr"  # key in config.json of what transformers does not store
+_QUERIES = "num_queries", "two_stage_num_proposals"
 _NOT_ARCHITECTURE = {
     "id2label", "label2id", "num_labels", "architectures", "dtype", "torch_dtype", "transformers_version",
-    "_name_or_path", "use_pretrained_backbone", OWN,
+    "_name_or_path", "use_pretrained_backbone", OWN, *_QUERIES,
 }  # fmt: skip
 OVERRIDABLE = ("image_size", "image_width", "max_size", "class_names", "category_ids", "pixel_mean", "pixel_std")
 
@@ -169,6 +170,8 @@ def build_network(config: AdapterConfig) -> nn.Module:
     try:
         described = transformers.CONFIG_MAPPING[config.family].from_dict({**config.network, **labels})
         described.use_pretrained_backbone = False
+        for name in filter(partial(hasattr, described), _QUERIES):
+            setattr(described, name, config.num_queries)
         with quiet_transformers():
             return transformers.AutoModelForObjectDetection.from_config(described)
     except KeyError:

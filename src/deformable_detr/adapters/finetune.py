@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 
 import torch
 
@@ -37,7 +38,7 @@ def load_for_finetuning(
     """Build a detector with `config` and copy the weights of `source` that fit.
 
     Rows of classes with the same name are copied; those of other classes start at the focal prior. Raises UserError if
-    the source is of another family.
+    the source is of another family or lacks a setting of the network.
     """
     trained = TransformersDetector.from_pretrained(source)
     if trained.config.family != config.family:
@@ -45,6 +46,10 @@ def load_for_finetuning(
             f"{source} is a {family_of(trained.config).title}, not a {family_of(config).title}; "
             "give the weights of the same family"
         )
+    if unknown := [key for key in config.network if key not in trained.config.network]:
+        close = get_close_matches(unknown[0], trained.config.network, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"model.network.{unknown[0]}: {family_of(config).title} has no such setting{hint}")
     model = TransformersDetector(config)
     report = TransferReport()
     own, state = model.network.state_dict(), trained.network.state_dict()

@@ -26,7 +26,8 @@ def export(
         out: File to write.
         precision: fp16 and int8 halve the file; int8 is slightly faster in OpenVINO. Both require --data and may lower
             AP by at most 0.005.
-        image_size: H,W for a fixed input size, or dynamic. The batch size is always dynamic.
+        image_size: H,W for a fixed input size, or dynamic. The batch size is always dynamic. A model that stretches all
+            images to one size keeps it.
         post_processing: Also output boxes in pixels, scores and labels of the 100 best detections.
         sampling: gather for runtimes without a correct GridSample.
         data: Dataset for measuring AP; int8 is calibrated on its training split.

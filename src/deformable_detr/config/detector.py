@@ -93,6 +93,14 @@ class AdapterConfig(DetectorConfig):
     pixel_std: RGB = (1.0, 1.0, 1.0)
     """RGB standard deviation in 0..1."""
 
+    @model_validator(mode="after")
+    def _check_network(self) -> Self:
+        same = {"num_queries": "num_queries", "two_stage_num_proposals": "num_queries", "num_labels": "num_classes"}
+        for name, field in same.items():
+            if name in self.network:
+                raise ValueError(f"network.{name} is not used; set {field} instead")
+        return self
+
     @property
     def resize_rule(self) -> ModelResize:
         """Size of the input for the size of an image, as transformers' image processors compute it."""

@@ -301,6 +301,15 @@ class Config(ConfigSection):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        names = list(TrainConfig.model_fields)
+        criterion = names[names.index("class_cost") : names.index("label_noise") + 1]
+        changed = [name for name in criterion if getattr(self.train, name) != TrainConfig.model_fields[name].default]
+        if changed and isinstance(self.model, AdapterConfig):
+            raise ValueError(f"train.{changed[0]} is not used: transformers' networks have their own loss")
+        return self
+
     def to_yaml(self) -> str:
         """Return the config as YAML, for `--config` and `resolve.read_config_file`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

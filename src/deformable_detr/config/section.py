@@ -52,14 +52,15 @@ def _error_message(section: type[BaseModel], error: ValidationError, source: str
     key = ".".join(path) or section.__name__
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        _, names = _locate(section, path)
+        _, names = _locate(section, problem["loc"])
         close = difflib.get_close_matches(path[-1], names, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"valid keys: {', '.join(names)}"
         return f"{source}: unknown key '{key}'; {hint}{more}"
     message = problem["msg"].removeprefix("Value error, ")
     message += "".join(f" or {other['msg'].removeprefix('Input should be ')}" for other in alternatives)
     value = "" if isinstance(problem["input"], dict | BaseModel) else f" (got {problem['input']!r})"
-    return f"{source}: {key}: {message[0].lower()}{message[1:]}{value}{more}"
+    where = "" if not path and problem["type"] == "value_error" else f"{key}: "  # a validator names its keys itself
+    return f"{source}: {where}{message[0].lower()}{message[1:]}{value}{more}"
 
 
 def _locate(section: type[BaseModel], location: Sequence[str | int]) -> tuple[tuple[str, ...], list[str]]:

@@ -1,5 +1,6 @@
 """Compare the outputs of an exported file with the model's."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,10 +50,13 @@ def verify(
         case = VerifiedCase(batch, height, width, *max_differences(expected, exported(pixels, mask)))
         cases.append(case)
         if not (case.logits <= tolerances[0] and case.boxes <= tolerances[1]):  # also true for NaN
-            raise UserError(
-                f"refused: the exported file differs from the model, {case} "
-                f"(allowed: logits {tolerances[0]:.0e}, boxes {tolerances[1]:.0e}); nothing was written"
-            )
+            limits = f"(allowed: logits {tolerances[0]:.0e}, boxes {tolerances[1]:.0e}); nothing was written"
+            with torch.inference_mode():
+                scores = model.proposal_scores(pixels, mask)
+            if math.isfinite(case.boxes) and _is_ambiguous(scores, model.config.num_queries):
+                reason = "many proposals of the model have equal scores, so rounding selects its queries; train it more"
+                raise UserError(f"refused: the file cannot be verified, {case} {limits}; {reason}")
+            raise UserError(f"refused: the exported file differs from the model, {case} {limits}")
         if exported.metadata.post_processing:
             _verify_detections(exported, pixels, mask, case)
     return cases

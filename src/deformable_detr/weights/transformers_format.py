@@ -90,7 +90,7 @@ def read_config(described: Mapping[str, Any], processor_fields: Mapping[str, Any
     """Translate a transformers config. Raises UserError, naming `path`, if this package has no equivalent."""
     model_type = described.get("model_type")
     if model_type != MODEL_TYPE:
-        raise UserError(f"{path} is of model_type {model_type!r}; Deformable DETR is {MODEL_TYPE!r}")
+        raise UserError(f"{path} is of model_type {model_type!r}; only {MODEL_TYPE!r} can be converted")
     values = {key: value for key, value in described.items() if value is not None}
     values.setdefault("d_model", values.get("hidden_size", 256))
     for name, default in (("attention_heads", 8), ("ffn_dim", 1024)):

@@ -1,0 +1,53 @@
+"""Settings of transformers' network that a user changes: applied, or refused in one line."""
+
+import pytest
+import torch
+from tests.support.transformers_models import CONFIGS, write_repository
+
+from deformable_detr.adapters.finetune import finetune_config, load_for_finetuning
+from deformable_detr.config.resolve import resolve_config
+from deformable_detr.detector import finetune_config as config_of
+from deformable_detr.detector import load_detector
+from deformable_detr.utils.errors import UserError
+
+pytest.importorskip("transformers", reason="needs transformers")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if " " not in name])
+def test_num_queries(name, tmp_path):
+    write_repository(tmp_path / "repository", name)
+    config = finetune_config(tmp_path / "repository").updated(
+        {"model": {"num_queries": 5, "num_classes": 2, "class_names": ("a", "b")}}
+    )
+    model = load_for_finetuning(config.model, tmp_path / "repository", lambda line: None).eval()
+    side = model.config.image_size
+    assert model(torch.zeros(1, 3, side, side))["pred_boxes"].shape == (1, 5, 4)
+    model.save_pretrained(tmp_path / "saved")
+    assert load_detector(tmp_path / "saved", "cpu").config == model.config
+
+
+def test_unknown_settings(rt_detr):
+    settings = {"num_queries=5": "network.num_queries is not used; set num_queries", "num_labels=5": "set num_classes"}
+    for setting, message in settings.items():
+        with pytest.raises(UserError, match=message):
+            resolve_config(
+                overrides=[f"model.network.{setting}"],
+                options={"train.weights": str(rt_detr)},
+                config_of_weights=config_of,
+            )
+    config = finetune_config(rt_detr).updated({"model": {"network": {"d_modle": 5}}})
+    with pytest.raises(UserError, match=r"^model.network.d_modle: RT-DETR has no such setting; did you mean 'd_model'"):
+        load_for_finetuning(config.model, rt_detr)
+
+
+def test_settings_of_the_other_loss(rt_detr):
+    config = finetune_config(rt_detr)
+    assert config.updated({"train": {"ema_decay": 0.5, "focal_alpha": 0.25}}).train.ema_decay == 0.5
+    for name, value in {"class_cost": 5, "auxiliary_loss": False, "label_noise": 0.1}.items():
+        with pytest.raises(UserError, match=rf"train.{name} is not used: transformers' networks have their own loss$"):
+            config.updated({"train": {name: value}})
+
+
+def test_valid_keys_are_those_of_the_section(rt_detr):
+    with pytest.raises(UserError, match=r"unknown key 'model.hidden_dim'; valid keys: class_names, .*, network$"):
+        finetune_config(rt_detr).updated({"model": {"hidden_dim": 64}})
