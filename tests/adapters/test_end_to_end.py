@@ -99,7 +99,7 @@ def test_every_command(repository, cards, tmp_path, capsys):
     for name in ("explained.png", "explained.html"):
         text = run("explain", trained, photo, "--out", tmp_path / name, *LOW, *json_to(tmp_path))
         assert "layer 2: score" in text
-        assert read_json(tmp_path)["box"] == pytest.approx(record["detections"][0]["box"], abs=0.1)
+        assert read_json(tmp_path)["detection"]["box"] == pytest.approx(record["detections"][0]["box"], abs=0.1)
         assert (tmp_path / name).stat().st_size > 10_000
 
     for to, suffix in EXPORT_SUFFIXES.items():
