@@ -105,10 +105,7 @@ class TransformersDetector(Detector):
 
     def optimize(self, precision: str = "fp32", compile: bool = False) -> Detector:
         """Return a faster copy for inference; see `OptimizedAdapter`. `compile` also uses `torch.compile`."""
-        optimized = OptimizedAdapter(self, precision)
-        if compile:
-            optimized.model.network.compile(dynamic=True)
-        return optimized
+        return OptimizedAdapter(self, precision, compile)
 
     def proposal_scores(self, pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor | None:
         """Return the encoder's scores (B, S): the highest of all classes; of Deformable DETR with two stages column 0.

@@ -22,7 +22,21 @@ _log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class OptimizedDetector(Detector):
+class OptimizedCopy(Detector):
+    """A detector for inference on the device that the model was on."""
+
+    def __reduce__(self) -> NoReturn:  # oneDNN's packed weights have no storage to copy
+        hint = "copy or send the model, or its folder from save_pretrained, and call optimize() there"
+        raise TypeError(f"an optimized model cannot be copied, pickled or sent to a process; {hint}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        probe = fn(self.pixel_mean)
+        if probe.device == self.pixel_mean.device and probe.dtype == self.pixel_mean.dtype:
+            return self
+        raise UserError("an optimized model cannot change its device or dtype; move the original model, then optimize")
+
+
+class OptimizedDetector(OptimizedCopy):
     """The result of `DeformableDETR.optimize`. It takes the model's place in `predict` and `evaluate`.
 
     It cannot be trained, and stays on the device that the model is on. In bf16 the backbone, the encoder and the
@@ -41,10 +55,6 @@ class OptimizedDetector(Detector):
     queries: Any
     query_position: Any
     reference_points: Any
-
-    def __reduce__(self) -> NoReturn:  # oneDNN's packed weights have no storage to copy
-        hint = "copy or send the model, or its folder from save_pretrained, and call optimize() there"
-        raise TypeError(f"an optimized model cannot be copied, pickled or sent to a process; {hint}")
 
     def __init__(self, model: DeformableDETRNetwork, precision: str = "fp32", compile: bool = False) -> None:
         super().__init__()
@@ -115,12 +125,6 @@ class OptimizedDetector(Detector):
             )
         del memory
         return self.decoder(queries, position, reference_points, values, positional)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        probe = fn(self.pixel_mean)
-        if probe.device == self.pixel_mean.device and probe.dtype == self.pixel_mean.dtype:
-            return self
-        raise UserError("an optimized model cannot change its device or dtype; move the original model, then optimize")
 
 
 def checked_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -37,9 +37,12 @@ def fusable_activation(module: nn.Module) -> Activation | None:
         return Activation(("hardtanh", [low, high], ""), nn.Hardtanh(low, high))
     if isinstance(module, nn.GELU):
         return Activation(("gelu", [], module.approximate), nn.GELU(module.approximate))
-    kind = type(module)
-    names: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
-    return Activation((names[kind], [], ""), kind()) if kind in names else None
+    kinds: dict[str, tuple[str, type[nn.Module]]] = {
+        "ReLU": ("relu", nn.ReLU), "SiLU": ("swish", nn.SiLU), "Hardswish": ("hardswish", nn.Hardswish),
+        "SiLUActivation": ("swish", nn.SiLU),  # transformers'
+    }  # fmt: skip
+    name, kind = kinds.get(type(module).__name__, (None, None))
+    return None if name is None or kind is None else Activation((name, [], ""), kind())
 
 
 @functools.cache
@@ -130,7 +133,7 @@ class PackedConv2d(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d, activation: Activation | None, dtype: torch.dtype, packed: bool) -> None:
         super().__init__()
-        self.activation, self.packed = activation, packed
+        self.packed = packed
         self.kernel, self.stride = convolution.kernel_size, list(convolution.stride)
         self.dilation = list(convolution.dilation)
         self.same_padding = type(convolution).__name__ == "Conv2dSame"  # TensorFlow's, depends on the input size
@@ -144,10 +147,15 @@ class PackedConv2d(nn.Module):
             weight = F.pad(weight, (1, 0, 1, 0))
         weight = weight.contiguous(memory_format=torch.channels_last)
         self.register_buffer("weight", weight, persistent=False)
-        self.activation_arguments = activation.arguments if activation else _NO_ACTIVATION
+        self.set_activation(activation)
         self.in_place = False
         self.packed_weights: dict[bytes, Tensor] = {}  # by layout
         self.layouts: dict[torch.Size, bytes] = {}  # by input size
+
+    def set_activation(self, activation: Activation | None) -> None:
+        """Change the activation that follows."""
+        self.activation = activation
+        self.activation_arguments = activation.arguments if activation else _NO_ACTIVATION
 
     @staticmethod
     def supports(module: Any) -> bool:
