@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import presets
     from .config.schema import Config, DataConfig, ModelConfig, TrainConfig
-    from .detector import DeformableDETR
+    from .detector import DeformableDETR, load_detector
     from .evaluation import evaluate
     from .explanation import explain
     from .structures import Detections, ImageBatch, Target
@@ -30,13 +30,14 @@ __all__ = [
     "UserError",
     "evaluate",
     "explain",
+    "load_detector",
     "presets",
     "train",
 ]
 
 _NAMES = {
     ".config.schema": ("Config", "DataConfig", "ModelConfig", "TrainConfig"),
-    ".detector": ("DeformableDETR",),
+    ".detector": ("DeformableDETR", "load_detector"),
     ".evaluation": ("evaluate",),
     ".explanation": ("explain",),
     ".structures": ("Detections", "ImageBatch", "Target"),
