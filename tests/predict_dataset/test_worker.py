@@ -7,7 +7,7 @@ import tarfile
 import pytest
 import torch
 
-from deformable_detr.detector import DeformableDETR
+from deformable_detr.detector import DeformableDETR, load_detector
 from deformable_detr.export.verify import max_differences
 from deformable_detr.predict_dataset import worker
 from deformable_detr.predict_dataset.filesystem import OutputFolder
@@ -19,6 +19,7 @@ from deformable_detr.predict_dataset.worker import UnitPredictor, WorkerJob, pac
 from deformable_detr.utils.images import decode_image
 from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, encoded_images, read_rows
 from tests.support.models import tiny
+from tests.support.transformers_models import write_repository
 
 FILES = list(encoded_images())
 THRESHOLD = 0.01
@@ -223,3 +224,12 @@ def test_file_names_that_are_not_utf8(model, tmp_path):
         rows = read_rows(tmp_path / "out" / source.name)
         assert rows[image]["scores"] == expected_detections.scores.tolist()
     assert "cannot be read as an image" in read_rows(tmp_path / "out/images")[f"{folder}/bcaf\\udce9.png"]["error"]
+
+
+@pytest.mark.parametrize("name", ["lw_detr", "rf_detr odd"])
+def test_transformers_model_keeps_its_image_processor(name, tmp_path):
+    """It decides on the input size, and is in a file of its own."""
+    pytest.importorskip("transformers", reason="needs transformers")
+    write_repository(tmp_path, name)
+    files, _ = pack_model(str(tmp_path))
+    assert unpack_model(files, "cpu", 1).config == load_detector(tmp_path, "cpu").config

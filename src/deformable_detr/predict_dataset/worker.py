@@ -54,7 +54,8 @@ def pack_model(source: str) -> tuple[dict[str, bytes], str]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             detector.save_pretrained(folder)
-            files = {name: (Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+            saved = [file for file in Path(folder).iterdir() if file.suffix != ".md"]  # without the model card
+            files = {file.name: file.read_bytes() for file in saved}
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name}\0{len(content)}\0".encode())
