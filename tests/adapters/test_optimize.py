@@ -90,6 +90,7 @@ def test_proposals_of_bf16_start_in_fp32(name, tmp_path):
     assert seen[0]["reference_points"].dtype == torch.float32
     anchors = network.generate_anchors(((9, 9),), device=torch.device("cpu"), dtype=torch.bfloat16)[0]
     assert anchors.dtype == (torch.float32 if name == "rt_detr" else torch.bfloat16)
+    assert seen[0]["encoder_hidden_states"].dtype == (torch.bfloat16 if name == "rt_detr" else torch.float32)
 
 
 def test_it_stays_where_it_is(tmp_path):

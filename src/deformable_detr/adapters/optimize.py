@@ -136,8 +136,10 @@ def pack(model: Detector, dtype: torch.dtype, packed: bool) -> None:
         anchors = network.model.generate_anchors
         network.model.generate_anchors = lambda *args, **options: anchors(*args, **options | {"dtype": torch.float32})
         network.model.enc_output[0].output = torch.float32
-    else:
-        network.model.get_submodule(parts[-1]).register_forward_hook(lambda _, inputs, output: _to_fp32(output))
+        return
+    last = network.model.get_submodule(parts[-1])
+    for module in last if isinstance(last, nn.ModuleList) else [last]:
+        module.register_forward_hook(lambda _, inputs, output: _to_fp32(output))
 
 
 def _to_fp32(value: Any) -> Any:
