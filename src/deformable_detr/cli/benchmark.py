@@ -20,7 +20,7 @@ def benchmark(
     device: Device = "auto",
     json: JsonFile = None,
 ) -> None:
-    """Measure a model as eager, optimized, bf16, ONNX Runtime, OpenVINO and int8, as far as they are installed.
+    """Measure a model as eager, optimized, bf16, ONNX Runtime, OpenVINO and int8, as far as it and the machine can.
 
     Args:
         data: Dataset to measure AP on and to calibrate int8. Default: neither AP nor int8.
