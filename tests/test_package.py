@@ -69,3 +69,20 @@ def test_files_of_any_name_are_replaced(tmp_path, name):
     replace_file(path, lambda temporary: temporary.write_text("after"))
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert path.read_text() == "after"
+
+
+def test_random_numbers_and_start_method_are_left_to_the_caller(tmp_path):
+    """In a process of its own, which has not used multiprocessing yet."""
+    code = f"""
+import multiprocessing, torch
+from deformable_detr import DeformableDETR, load_detector, presets
+before = torch.get_rng_state()
+model = DeformableDETR(presets.small(num_classes=3, backbone_weights="none"))
+assert not torch.equal(torch.get_rng_state(), before)  # control
+before = torch.get_rng_state()
+model.save_pretrained({str(tmp_path)!r})
+load_detector({str(tmp_path)!r}, "cpu").optimize()
+assert torch.equal(torch.get_rng_state(), before)
+assert multiprocessing.get_start_method(allow_none=True) is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
+import torch
 from torch import Tensor
 
 from .config.detector import AdapterConfig, DetectorConfig
@@ -60,7 +61,8 @@ class DeformableDETR(DeformableDETRNetwork, Detector):
         if family is not None and not family.is_fallback:
             raise UserError(f"{os.fspath(source)} is not a Deformable DETR but a {family.title}: use load_detector")
         try:
-            return load_pretrained(path, cls, **overrides)
+            with torch.random.fork_rng(devices=[]):
+                return load_pretrained(path, cls, **overrides)
         except UserError as error:
             if family is None:
                 raise
@@ -100,7 +102,8 @@ class DeformableDETR(DeformableDETRNetwork, Detector):
         """
         from .runtimes.fused import OptimizedDetector
 
-        return OptimizedDetector(self, precision, compile=compile)
+        with torch.random.fork_rng(devices=[]):  # new layers start from random weights, which are replaced
+            return OptimizedDetector(self, precision, compile=compile)
 
     def proposal_scores(self, pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor | None:
         """Return the encoder's scores (B, S) of a two-stage model."""
@@ -153,9 +156,7 @@ def load_model(source: str | os.PathLike[str]) -> Detector:
     """Load a `DeformableDETR` or a `TransformersDetector` on the CPU; arguments and errors as in `load_detector`."""
     path, family = _locate(source)
     if family is None:
-        from .weights.load import load_pretrained
-
-        return load_pretrained(path, DeformableDETR)
+        return DeformableDETR.from_pretrained(path)
     from .adapters.detector import TransformersDetector
 
     return TransformersDetector.from_pretrained(path)

@@ -16,7 +16,10 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_first_signal_is_deferred(number, code):
     before = signal.getsignal(number)
     with GracefulShutdown() as stop:
@@ -28,6 +31,17 @@ def test_first_signal_is_deferred(number, code):
             stop.raise_if_received()
     assert caught.value.code == code
     assert signal.getsignal(number) == before
+
+
+def test_ignored_hangup_stays_ignored(monkeypatch):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with GracefulShutdown() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_second_ctrl_c_raises_keyboard_interrupt():

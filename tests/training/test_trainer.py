@@ -50,6 +50,12 @@ def test_run_folder_contents(finished):
     assert set(metrics["per_class"]) == {"red", "green", "blue"}
 
 
+def test_random_numbers_of_the_caller_are_restored(data, tmp_path):
+    before = torch.get_rng_state()
+    train_model(data, tmp_path / "run", tiny_config(epochs=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_weights_are_readable_by_other_users(data, tmp_path):
     (tmp_path / "run").mkdir(mode=0o755)
     train_model(data, tmp_path / "run", tiny_config(epochs=1))
@@ -102,23 +108,23 @@ def test_resuming_a_finished_run_reports_it(data, finished, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_resumed_run_equals_an_uninterrupted_one(data, finished, tmp_path, monkeypatch, stop_after, workers):
-    """SIGTERM within an epoch (1, 3) or at its end (2) must not change the weights."""
+@pytest.mark.parametrize(("stop_after", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (3, signal.SIGHUP)])
+def test_resumed_run_equals_an_uninterrupted_one(data, finished, tmp_path, monkeypatch, stop_after, number, workers):
+    """A signal within an epoch (1, 3) or at its end (2) must not change the weights."""
     out, config = tmp_path / "run", tiny_config().updated({"data": {"workers": workers}})
     original, calls = TrainStep.step, []
 
     def step(*arguments, **options):
         calls.append(1)
         if len(calls) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(TrainStep, "step", step)
         with pytest.raises(TrainingInterrupted) as caught:
             train_model(data, out, config)
-    assert caught.value.code == 143
+    assert caught.value.code == 128 + number
     assert load_checkpoint(out / "checkpoints" / "last")[1]["train_state"]["step"] == stop_after
 
     metrics = train_model(data, out, run_config(out), resume=True)

@@ -94,7 +94,8 @@ class TransformersDetector(Detector):
         unknown = [name for name in overrides if name not in OVERRIDABLE]
         if unknown:
             raise UserError(f"{source}: {unknown[0]} cannot be overridden; these can: {', '.join(OVERRIDABLE)}")
-        config, network = read_config(folder), read_network(folder)
+        with torch.random.fork_rng(devices=[]):
+            config, network = read_config(folder), read_network(folder)
         model = cls.__new__(cls)
         model._assemble(config.replace(**overrides) if overrides else config, network)
         return model.eval()
@@ -105,7 +106,8 @@ class TransformersDetector(Detector):
 
     def optimize(self, precision: str = "fp32", compile: bool = False) -> Detector:
         """Return a faster copy for inference; see `OptimizedAdapter`. `compile` also uses `torch.compile`."""
-        return OptimizedAdapter(self, precision, compile)
+        with torch.random.fork_rng(devices=[]):  # new layers start from random weights, which are replaced
+            return OptimizedAdapter(self, precision, compile)
 
     def proposal_scores(self, pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor | None:
         """Return the encoder's scores (B, S): the highest of all classes; of Deformable DETR with two stages column 0.

@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError
 from .. import __version__
 from ..distributed.launch import is_local_rank_zero
 from ..utils.errors import UserError
-from ..utils.process import limit_primitive_caches, retain_freed_memory, shorten_omp_spin
+from ..utils.process import STOP_SIGNALS, limit_primitive_caches, retain_freed_memory, shorten_omp_spin
 from .benchmark import benchmark
 from .check import check
 from .convert import convert
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit.
 
     Exit codes: 0 success, 1 the demo's AP50 is too low, 2 user error, 130 interrupted (Ctrl-C), 141 the reader of
-    standard output is gone, as after `| head`, 143 terminated (SIGTERM).
+    standard output is gone, as after `| head`, 143 terminated (SIGTERM), 129 the terminal is gone (SIGHUP).
 
     Args:
         arguments: Command-line arguments. Default: those of the process.
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be encodable
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about image files that Pillow reads anyway
-    _exit_cleanly_on_sigterm()
+    _exit_cleanly_on_signals()
     retain_freed_memory()
     if arguments[:1] != ["benchmark"]:  # it compares with programs that do not change these settings
         limit_primitive_caches()
@@ -107,8 +107,8 @@ def _reject_empty(arguments: list[str]) -> None:
             raise UserError(f'empty argument ("") {after}: check that the shell variable is set')
 
 
-def _exit_cleanly_on_sigterm() -> None:
-    """Turn SIGTERM into SystemExit, so that temporary files are removed, unless the parent process set a handler."""
+def _exit_cleanly_on_signals() -> None:
+    """Turn signals into SystemExit, so that temporary files are removed, unless the parent process set a handler."""
     process = os.getpid()
 
     def handle(number: int, _: object) -> None:
@@ -117,8 +117,9 @@ def _exit_cleanly_on_sigterm() -> None:
         sys.exit(128 + number)
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # only it may set handlers
-    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, handle)
+    for number in STOP_SIGNALS if in_main_thread else ():
+        if signal.getsignal(number) is signal.SIG_DFL:  # Ctrl-C has Python's handler
+            signal.signal(number, handle)
 
 
 def _stdout_is_broken() -> bool:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..structures import ImageBatch, Target
 from ..utils.errors import UserError
-from ..utils.process import malloc_trim
+from ..utils.process import STOP_SIGNALS, malloc_trim
 
 Sample = tuple[Tensor, Target]
 Batch = tuple[ImageBatch, list[Target]]
@@ -29,7 +29,7 @@ Batch = tuple[ImageBatch, list[Target]]
 log = logging.getLogger(__name__)
 
 POOL_STEPS = 16  # steps whose images are grouped by size together
-_SIGTERM_GRACE_SECONDS = 60
+_GRACE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def build_dataloader(dataset: Dataset[Sample], options: LoaderOptions) -> Detect
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_pack,
-        worker_init_fn=_defer_sigterm,
+        worker_init_fn=_defer_signals,
         prefetch_factor=max(2, math.ceil(2 * sampler.micro_batches(0) / workers)) if workers else None,  # two steps
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(options.seed),
@@ -317,7 +317,8 @@ def _hide_script(dataset: Any) -> Iterator[None]:
         vars(main).update(saved)
 
 
-def _defer_sigterm(worker: int) -> None:
-    """Let a worker survive SIGTERM for a minute: launchers signal the whole process group during a step."""
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_GRACE_SECONDS))
+def _defer_signals(worker: int) -> None:
+    """Let a worker survive a minute: launchers and terminals signal the whole process group during a step."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGINT and hasattr(signal, "alarm"):
+            signal.signal(number, lambda *_: signal.alarm(_GRACE_SECONDS))

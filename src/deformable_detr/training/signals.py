@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any, Self
 
 from ..utils.errors import UserError
+from ..utils.process import STOP_SIGNALS
 
 
 class NonFiniteLoss(UserError):
@@ -25,14 +26,14 @@ class NonFiniteLoss(UserError):
 
 
 class TrainingInterrupted(SystemExit):
-    """Ctrl-C or SIGTERM ended the training after saving. Exit code 130 or 143, without a traceback."""
+    """One of `STOP_SIGNALS` ended the training after saving. Exit code 128 + its number, without a traceback."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(128 + signal_number)
 
 
 class GracefulShutdown:
-    """Inside it, the first Ctrl-C or SIGTERM only sets `received`; a second one acts as usual.
+    """Inside it, the first of `STOP_SIGNALS` only sets `received`; a second one acts as usual.
 
     Attributes:
         received: The signal, or None.
@@ -47,8 +48,9 @@ class GracefulShutdown:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._handle)
+            for number in STOP_SIGNALS:
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -61,7 +63,7 @@ class GracefulShutdown:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a loader worker inherited this handler; its parent ends it
-            if number == signal.SIGTERM:
+            if number != signal.SIGINT:
                 os._exit(128 + number)
             return
         self.received = number

@@ -57,7 +57,7 @@ def train_model(
     Raises:
         UserError: The folder or the dataset cannot be used.
         NonFiniteLoss: The loss or gradient is NaN or infinite.
-        TrainingInterrupted: Ctrl-C or SIGTERM, after saving a checkpoint.
+        TrainingInterrupted: Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, after saving a checkpoint.
     """
     run_dir = RunDir(out)
     with DistributedContext(config.train.device) as context, setup.explain_errors(run_dir, config), ExitStack() as lock:
@@ -65,6 +65,7 @@ def train_model(
         with context.sync_errors():
             if context.is_rank_zero:
                 lock.enter_context(run_dir.lock(resume))
+        lock.enter_context(torch.random.fork_rng([context.device] if context.device.type == "cuda" else []))
         trainer, note = _prepare(data, run_dir, config, resume, context)
         return trainer.run(note)
 

@@ -1,4 +1,4 @@
-"""Settings of our own commands for the C library's allocator, oneDNN and OpenMP.
+"""Settings of our own commands for signals, the C library's allocator, oneDNN and OpenMP.
 
 A program that uses the library makes these choices itself.
 """
@@ -6,11 +6,16 @@ A program that uses the library makes these choices itself.
 import ctypes
 import logging
 import os
+import signal
 import sys
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MMAP_THRESHOLDS = (1 << 30, 32 << 20)  # bytes; glibc before 2.35 accepts at most the second
+# Ctrl-C, the end asked for by a launcher, a lost terminal, and SLURM's warning before the time limit.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 _log = logging.getLogger(__name__)
 
 

@@ -27,13 +27,11 @@ def fuse_backbone(body: nn.Module, pixels: Tensor, dtype: torch.dtype, packed: b
 
     A backbone that cannot be traced, or whose graph returns other values for `pixels`, is returned unfused.
     """
-    from torch.fx.passes.shape_prop import ShapeProp
-
     try:
         module = fx.GraphModule(body, _LeafTracer().trace(body))
         with torch.no_grad():
             expected = [x.float() for x in body(pixels)]
-            ShapeProp(module).propagate(pixels)
+            _note_shapes(module, pixels)
             _GraphFuser(module, dtype, packed).run()
             outputs = [x.float() for x in module(pixels.to(dtype))]
     except Exception as error:  # tracing runs the backbone's own Python code on symbolic values
@@ -46,6 +44,16 @@ def fuse_backbone(body: nn.Module, pixels: Tensor, dtype: torch.dtype, packed: b
         return module
     _log.warning("the backbone is not fused: its graph returns different values")
     return body.to(dtype)
+
+
+def _note_shapes(module: fx.GraphModule, pixels: Tensor) -> None:
+    """Note the shape of each node. `ShapeProp.run` would make a progress bar, which fixes how processes start."""
+    from torch.fx.passes.shape_prop import ShapeProp
+
+    notes = ShapeProp(module)
+    notes.args_iter = iter([pixels])
+    for node in module.graph.nodes:
+        notes.env[node] = notes.run_node(node)
 
 
 def _relative_rmse(expected: Tensor, output: Tensor) -> float:
