@@ -22,7 +22,9 @@ print(json.dumps([scales.size(step) for step in range(20)]))
 
 def batches(size=640, divisor=32, scales=(0.75, 1.25), seed=3, **model):
     config = DetectorConfig(resize="fixed", image_size=size, size_divisor=divisor, **model)
-    return MultiScaleBatches.from_config(config, scales, seed)
+    multi_scale = MultiScaleBatches.from_config(config, scales, seed)
+    assert multi_scale is not None
+    return multi_scale
 
 
 def sides(multi_scale):
