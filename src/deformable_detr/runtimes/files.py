@@ -78,7 +78,7 @@ class TorchRuntime:
     def __init__(self, path: Path, device: str, threads: int | None) -> None:
         from torch.export.passes import move_to_device_pass
 
-        self.device = _torch_device(device, torch.cuda.is_available(), "PyTorch", path)
+        self.path, self.device = path, _torch_device(device, torch.cuda.is_available(), "PyTorch", path)
         extra_files = {f"{NAMESPACE}.{key}": "" for key in REQUIRED_KEYS}
         try:
             with quiet_exporter():
@@ -92,8 +92,13 @@ class TorchRuntime:
         self.module = program.module(check_guards=False)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
-            return list(self.module(*(value.to(self.device) for value in inputs)))
+        try:
+            with torch.no_grad():
+                return list(self.module(*(value.to(self.device) for value in inputs)))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # such as a size that the tracer excluded
+            raise UserError(f"{self.path} fails in PyTorch: {first_line(error)}") from None
 
 
 def _torch_device(name: str, has_cuda: bool, runtime: str, path: Path) -> torch.device:
