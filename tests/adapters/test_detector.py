@@ -1,5 +1,6 @@
 """transformers' detectors through the adapter: equal outputs, detections, saved files, and one-line errors."""
 
+import copy
 import json
 import shutil
 
@@ -281,7 +282,7 @@ def test_evaluate(rt_detr, tmp_path):
 
 
 def test_labels_of_coco_get_its_category_ids(tmp_path):
-    config = transformers.CONFIG_MAPPING["lw_detr"].from_dict({**CONFIGS["lw_detr"], "num_labels": 91})
+    config = transformers.CONFIG_MAPPING["lw_detr"].from_dict({**copy.deepcopy(CONFIGS["lw_detr"]), "num_labels": 91})
     transformers.AutoModelForObjectDetection.from_config(config).save_pretrained(tmp_path)
     transformers.DeformableDetrImageProcessor(size={"height": 128, "width": 128}).save_pretrained(tmp_path)
     loaded = load_detector(tmp_path, "cpu").config

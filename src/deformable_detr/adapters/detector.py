@@ -1,5 +1,6 @@
 """A detector of transformers with the calls of this package's detectors."""
 
+import copy
 import json
 import os
 import re
@@ -167,7 +168,7 @@ def build_network(config: AdapterConfig) -> nn.Module:
     names = config.class_names or tuple(f"LABEL_{label}" for label in range(config.num_classes))
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     try:
-        described = transformers.CONFIG_MAPPING[config.family].from_dict({**config.network, **labels})
+        described = transformers.CONFIG_MAPPING[config.family].from_dict({**copy.deepcopy(config.network), **labels})
         described.use_pretrained_backbone = False
         for name in filter(partial(hasattr, described), _QUERIES):
             setattr(described, name, config.num_queries)

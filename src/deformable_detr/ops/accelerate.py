@@ -4,7 +4,8 @@
     ops.accelerate(model)   # returns the names of the layers that changed
     ops.restore(model)
 
-Only the sampling core changes, and only in the given model: weights, inputs and outputs stay.
+Only the sampling core changes, and only in the given model: weights, inputs and outputs stay, with their types.
+Copies and pickles of the model keep the op.
 """
 
 import types
@@ -82,7 +83,7 @@ def _accelerate_layer(layer: nn.Module) -> bool:
     if name is None:
         return False
     layer.__dict__[_ORIGINAL] = None
-    _rebind(layer, name, _FUNCTIONS[name])
+    layer.forward = _Rebound(layer, name, _FUNCTIONS[name])
     return True
 
 
@@ -103,8 +104,9 @@ def observe(model: nn.Module, observer: Callable[[Shapes, Tensor, Tensor], None]
         elif _CORE_ATTRIBUTE in layer.__dict__:
             setattr(layer, _CORE_ATTRIBUTE, _observed(layer.__dict__[_CORE_ATTRIBUTE], _sampling_v2, observer))
         elif _called_function(layer) == _FUNCTION_V2:
-            original = cast(types.MethodType, layer.forward).__func__.__globals__[_FUNCTION_V2]
-            _rebind(layer, _FUNCTION_V2, _observed(original, _sampling_v2, observer))
+            current = cast(Any, layer.forward)
+            original = getattr(current, "function", None) or current.__func__.__globals__[_FUNCTION_V2]
+            layer.forward = _Rebound(layer, _FUNCTION_V2, _observed(original, _sampling_v2, observer))
 
 
 def _observed(core: Callable[..., Tensor], read: Callable[..., Any], observer: Callable[..., None]) -> Any:
@@ -122,13 +124,24 @@ def _called_function(layer: nn.Module) -> str | None:
     return next((name for name in _FUNCTIONS if name in names), None)
 
 
-def _rebind(layer: nn.Module, name: str, function: Callable[..., Tensor]) -> None:
-    """Give a layer a copy of its `forward` with a global name bound to a function."""
-    forward: Any = cast(types.MethodType, layer.forward).__func__
-    scope = {**forward.__globals__, name: function}
-    copy = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    layer.forward = types.MethodType(copy, layer)
+class _Rebound:
+    """A layer's `forward` in which a global name is bound to another function.
+
+    Unlike a bound method, it is part of copies and pickles of the layer.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, function: Callable[..., Tensor]) -> None:
+        forward: Any = type(layer).forward
+        scope = {**forward.__globals__, name: function}
+        copy = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+        copy.__kwdefaults__ = forward.__kwdefaults__
+        self.layer, self.name, self.function, self.forward = layer, name, function, copy
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.forward(self.layer, *arguments, **options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Rebound, (self.layer, self.name, self.function)
 
 
 def _core_forward(
@@ -141,7 +154,7 @@ def _core_forward(
 
 def _attention(value: Tensor, spatial_shapes: Any, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
     """Mask2Former, OneFormer: locations (B, Q, M, L, P, 2)."""
-    return sample_and_sum(value, _shapes(spatial_shapes), sampling_locations, attention_weights)
+    return _sample(value, spatial_shapes, sampling_locations, attention_weights)
 
 
 def _attention_v2(
@@ -156,7 +169,14 @@ def _attention_v2(
     if method != "default":
         raise ValueError(f"sampling method {method!r} is not accelerated, only 'default' (bilinear); call ops.restore")
     locations, weights = _per_level(sampling_locations, points), _per_level(attention_weights, points)
-    return sample_and_sum(value, _shapes(spatial_shapes), locations, weights)
+    return _sample(value, spatial_shapes, locations, weights)
+
+
+def _sample(value: Tensor, spatial_shapes: Any, locations: Tensor, weights: Tensor) -> Tensor:
+    """Return the output in the type that transformers' code has: fp32 under autocast, which widens its grid_sample."""
+    output = sample_and_sum(value, _shapes(spatial_shapes), locations, weights)
+    autocast = torch.is_autocast_enabled(value.device.type)
+    return output.to(torch.promote_types(value.dtype, torch.float32 if autocast else weights.dtype))
 
 
 def _core_sampling(_, __, spatial_shapes: Any, ___, locations: Tensor, weights: Tensor, *____):
