@@ -12,6 +12,7 @@ from tests.support.transformers_models import CONFIGS, write_repository
 
 from deformable_detr import UserError
 from deformable_detr.adapters.detector import TransformersDetector
+from deformable_detr.adapters.families import FAMILIES as FAMILIES_BY_NAME
 from deformable_detr.adapters.finetune import finetune_config, load_for_finetuning
 from deformable_detr.config.schema import TrainConfig
 from deformable_detr.data.dataloader import collate
@@ -87,6 +88,11 @@ def test_resumed_run_equals_an_uninterrupted_one(data, repository, tmp_path, mon
     start = load_file(repository / "model.safetensors")
     changed = [name for name, value in first.items() if name in start and not torch.equal(value, start[name])]
     assert len(changed) > len(first) / 3, "control: training does change the weights"
+    card = (run / "README.md").read_text()
+    assert f"# {FAMILIES_BY_NAME[finetune_config(repository).model.family].title}\n" in card
+    assert "| 1 | green | 20 |" in card
+    assert "epochs: 2" in card
+    assert "AP50" in card
     detector = load_detector(run)
     assert detector.config.class_names == ("red", "green", "blue")
     assert detector.config.category_ids == (10, 20, 30)

@@ -47,6 +47,26 @@ def test_swin_takes_images_of_any_size_and_pads_before_the_shift():
     assert torch.equal(attended, padded[:, :25, :58])
 
 
+def test_advice_about_backbones_whose_stages_have_no_module(tmp_path, capsys):
+    """The option in the error makes the same command work, also for weights in transformers' format."""
+    from deformable_detr.cli import main
+    from deformable_detr.weights.load import load_pretrained
+    from tests.support.training import write_dataset
+
+    data = write_dataset(tmp_path / "set")
+    sizes = ("hidden_dim=32", "num_heads=2", "ffn_dim=32", "num_queries=5", "image_size=64", "encoder_layers=1")
+    options = [word for size in sizes for word in ("--set", f"model.{size}")]
+    options += ["--epochs", "1", "--device", "cpu", "--preset", "small-portable", "--backbone", "hrnet_w18_small"]
+    train = ["train", str(data), "--backbone-weights", "none", *options, "--set", "data.workers=0"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*train, "--out", str(tmp_path / "run"), "--set", "model.frozen_stages=2"])
+    advice = capsys.readouterr().err.strip().rpartition("; ")[2]
+    assert advice == "--set model.frozen_stages=0"
+    main([*train, "--out", str(tmp_path / "run"), *advice.split()])
+    main(["convert", str(tmp_path / "run"), "--to", "transformers", "--out", str(tmp_path / "portable")])
+    assert load_pretrained(tmp_path / "portable").config.frozen_stages == 0
+
+
 def test_dc5_keeps_stride_16():
     body = Backbone(presets.single_scale_dc5(backbone="resnet18", backbone_weights="none"))
     assert body(torch.randn(1, 3, 128, 128))[0].shape[-1] == 8

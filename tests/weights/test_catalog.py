@@ -78,6 +78,15 @@ def test_names_load_from_the_hub(requests, shared_repo, monkeypatch):
     assert load_error("dfine-s") == error
 
 
+def test_revisions(requests, releases):
+    load_pretrained("deformable-detr-r50@v1.0")
+    assert requests == [("SenseTime/deformable-detr", "v1.0")]
+    assert load_error("dino-r50@main") == "model dino-r50@main: a single file has no revisions; omit @main"
+    assert "did you mean dfine-s?" in load_error("dfin-s@main")
+    assert len(requests) == 1
+    assert releases == []
+
+
 def test_names_of_other_families_load(monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     import huggingface_hub
@@ -123,6 +132,8 @@ def test_license_is_told_before_the_download(requests, monkeypatch, caplog, shar
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     locate_source("free-x")
     assert "free-x: the weights have the license PML-1.0" in caplog.messages[0]
+    locate_source("free-x")
+    assert len(caplog.messages) == 1  # told once per process
     caplog.clear()
     locate_source("y")
     assert "state no license" in caplog.messages[0]

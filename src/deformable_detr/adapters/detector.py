@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
@@ -20,8 +21,9 @@ from ..utils.errors import UserError, first_line
 from ..utils.files import json_text, read_json, write_files
 from ..utils.packages import need, quiet_transformers
 from ..weights.checkpoint import coco_labels
+from ..weights.hub import upload
 from ..weights.image_processor import PREPROCESSOR, read_processor, write_processor
-from ..weights.model_card import ModelCardData
+from ..weights.model_card import ModelCardData, card_file
 from .families import FAMILIES, Family, refusal
 from .objective import AdapterObjective
 from .optimize import OptimizedAdapter, TraceableNetwork, inference_copy
@@ -137,7 +139,7 @@ class TransformersDetector(Detector):
         return TraceableNetwork(inference_copy(self))
 
     def save_pretrained(self, folder: str | os.PathLike[str], card_data: ModelCardData | None = None) -> None:
-        """Write a repository that `from_pretrained` and transformers' `Auto` classes load.
+        """Write a repository with a model card that `from_pretrained` and transformers' `Auto` classes load.
 
         Raises UserError if it cannot be written.
         """
@@ -146,12 +148,26 @@ class TransformersDetector(Detector):
             cast(Any, self.network).save_pretrained(staging, max_shard_size=2**62)
             values = read_json(Path(staging) / CONFIG) | {OWN: {"category_ids": config.category_ids}}
             processor = {**write_processor(config, config.pixel_mean, config.pixel_std), **family_of(config).saved}
+            card = replace(card_data or ModelCardData(), library="transformers", title=family_of(config).title)
             files = {
                 WEIGHTS: partial(shutil.copyfile, Path(staging) / WEIGHTS),
                 PREPROCESSOR: json_text(processor),
+                **card_file(folder, config, card),
                 CONFIG: json_text(values),
             }
             write_files(folder, files)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub, and return the address.
+
+        Args:
+            repo_id: "owner/name"; created if missing.
+            **options: Visibility, token and card of `weights.hub.upload`.
+
+        Raises:
+            UserError: The hub refuses the upload.
+        """
+        return upload(self.save_pretrained, repo_id, **options)
 
 
 def family_of(config: AdapterConfig) -> Family:

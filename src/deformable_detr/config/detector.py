@@ -76,6 +76,11 @@ class DetectorConfig(ConfigSection):
             return FixedSize(self.image_size, self.image_width or self.image_size, self.antialias)
         return ShortestEdge(self.image_size, self.long_side, self.size_divisor, antialias=self.antialias)
 
+    @property
+    def summary(self) -> str:
+        """One line about the network, for people."""
+        return f"Queries: {self.num_queries}."
+
     def without_pretrained_backbone(self) -> Self:
         """Return a config that downloads no backbone weights."""
         return self

@@ -136,6 +136,13 @@ class ModelConfig(DetectorConfig):
                 raise ValueError(message)
         return self
 
+    @property
+    def summary(self) -> str:
+        """One line about the network, for people."""
+        variant = ", two-stage" if self.two_stage else ", iterative box refinement" if self.refine else ""
+        levels, queries = self.num_feature_levels, self.num_queries
+        return f"Backbone {self.backbone}, feature levels: {levels}, queries: {queries}{variant}."
+
     def without_pretrained_backbone(self) -> Self:
         """Return a config that downloads no backbone weights; what they froze stays frozen."""
         pretrained = self.backbone_weights != "none"

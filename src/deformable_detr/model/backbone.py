@@ -166,7 +166,7 @@ def _freeze_stages(body: nn.Module, stages: list[dict], count: int, name: str) -
     # timm's feature lists rename nested modules: blocks.1 becomes blocks_1.
     ends = [i for i, n in enumerate(names) if n == last or n.startswith((f"{last}.", last.replace(".", "_")))]
     if not ends:
-        raise UserError(f"frozen_stages {count}: backbone '{name}' has no module '{last}'; set frozen_stages to 0")
+        raise UserError(f"frozen_stages {count}: backbone '{name}' has no module '{last}'; --set model.frozen_stages=0")
     for module_name in names[: max(ends) + 1]:
         for parameter in body.get_submodule(module_name).parameters(recurse=False):
             parameter.requires_grad_(False)

@@ -51,10 +51,13 @@ class Checkpoint:
     check_network: Callable[[DeformableDETRNetwork], None] = lambda network: None
     notes: tuple[str, ...] = ()
 
-    def build(self, network_class: type[NetworkT]) -> tuple[NetworkT, dict[str, Tensor]]:
-        """Build the network; return it and its state dict to load. Raises UserError if the tensors do not fit it."""
+    def build(self, network_class: type[NetworkT], **trained: Any) -> tuple[NetworkT, dict[str, Tensor]]:
+        """Build the network; return it and its state dict to load. Raises UserError if the tensors do not fit it.
+
+        trained: Fields of the config to change that only training reads, such as frozen_stages.
+        """
         self._check_sizes()
-        network = network_class(self.config)
+        network = network_class(self.config.replace(**trained))
         self.check_network(network)
         expected = network.state_dict()
         placements = self.placements(expected, self.config)

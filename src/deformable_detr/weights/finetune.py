@@ -103,7 +103,7 @@ def transfer_weights(model: DeformableDETRNetwork, checkpoint: Checkpoint) -> Tr
     Raises UserError if the checkpoint is damaged or nothing of it fits.
     """
     config, target = checkpoint.config, model.config
-    state = _assign_heads(checkpoint.build(DeformableDETRNetwork)[1], config, target)
+    state = _assign_heads(checkpoint.build(DeformableDETRNetwork, frozen_stages=0)[1], config, target)
     state, extensions = resize_state(state, config, model)
     report = TransferReport()
     if _backbone(config) != _backbone(target):

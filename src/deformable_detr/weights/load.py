@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .resize import resize_state
 
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
-_NAME = re.compile(r"[\w.-]{1,80}")
+_NAME = re.compile(r"[\w.-]{1,80}(@[\w./-]+)?")
 _HUB_FILES = (("*.json", "*.safetensors"), ("*.json", "pytorch_model*.bin", "*.pth"))  # pickles only as a last resort
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 # Fields that may differ from the source's because they do not change what the weights mean.
@@ -55,7 +56,7 @@ def load_pretrained(
         raise UserError(f"{source}: {unknown[0]} cannot be overridden; these can: {', '.join(OVERRIDABLE)}")
     for note in checkpoint.notes:
         _log.info(note)
-    model, state = checkpoint.build(network_class)
+    model, state = checkpoint.build(network_class, **{k: v for k, v in overrides.items() if k == "frozen_stages"})
     if overrides:
         config = checkpoint.config.replace(**overrides)
         for field in ("num_feature_levels",) if config.two_stage else ("num_feature_levels", "num_queries"):
@@ -95,13 +96,14 @@ def locate_source(source: str | os.PathLike[str]) -> Path:
             raise UserError(f"model {path} has no config.json beside it, which describes the network")
         return path
     hub_id = os.fspath(source)
-    if (pretrained := catalog.find_model(hub_id)) is not None:
-        return _download_pretrained(pretrained)
+    name, _, revision = hub_id.partition("@")
+    if (pretrained := catalog.find_model(name)) is not None:
+        return _download_pretrained(pretrained, revision)
     # If the parent folder exists, the source is a mistyped path, not a hub id.
     if _HUB_ID.fullmatch(hub_id) and path.suffix not in _WEIGHT_SUFFIXES and not os.path.isdir(path.parent):
         return _download(hub_id, hub_id)
     is_name = _NAME.fullmatch(hub_id) and path.suffix not in _WEIGHT_SUFFIXES
-    raise UserError(f"model {hub_id[:400]}: no such folder or file{catalog.hint(hub_id) if is_name else ''}")
+    raise UserError(f"model {hub_id[:400]}: no such folder or file{catalog.hint(name) if is_name else ''}")
 
 
 def _locate_in_folder(folder: Path) -> Path:
@@ -116,7 +118,9 @@ def _locate_in_folder(folder: Path) -> Path:
     raise UserError(f"model {folder} has no config.json{several}")
 
 
-def _download_pretrained(model: catalog.PretrainedModel) -> Path:
+def _download_pretrained(model: catalog.PretrainedModel, revision: str) -> Path:
+    if revision and model.is_release:
+        raise UserError(f"model {model.name}@{revision}: a single file has no revisions; omit @{revision}")
     if model.is_manual:
         raise UserError(
             f"model {model.name} is on Google Drive, which programs cannot download from: "
@@ -126,15 +130,22 @@ def _download_pretrained(model: catalog.PretrainedModel) -> Path:
     if model.is_release and path.is_file():
         return path
     if notice := catalog.license_notice(model):
-        _log.warning(notice)
+        _tell(notice)
     if not model.is_release:
-        return _download(model.source, f"{model.name} ({model.source})")
+        hub_id = f"{model.source}@{revision}" if revision else model.source
+        return _download(hub_id, f"{model.name} ({hub_id})")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(model.source, str(path), progress=sys.stderr.isatty())
     except Exception as error:  # from the network or the disk
         raise UserError(f"model {model.name}: the download of {model.source} failed: {first_line(error)}") from None
     return path
+
+
+@cache
+def _tell(notice: str) -> None:
+    """Log a notice once per process: a command looks a model up several times."""
+    _log.warning(notice)
 
 
 def _download(hub_id: str, shown: str) -> Path:

@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub import ModelCardData as CardData
 
-from ..config.schema import Config, ModelConfig
+from ..config.detector import DetectorConfig
+from ..config.schema import Config
 
 FILE = "README.md"
 _MARK = "<!-- written by deformable-detr; delete this line to keep your changes -->"
@@ -27,7 +28,12 @@ detections = model.predict("image.jpg")""",
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 processor = AutoImageProcessor.from_pretrained({source})
-model = AutoModelForObjectDetection.from_pretrained({source})""",
+model = AutoModelForObjectDetection.from_pretrained({source})
+
+# Or with deformable-detr:
+from deformable_detr.detector import load_detector
+
+detections = load_detector({source}).predict("image.jpg")""",
 }
 
 
@@ -42,6 +48,7 @@ class ModelCardData:
         license: An identifier from the hub's list, such as "apache-2.0".
         repo_id: Hub id, for the example of how to load the model.
         library: "deformable-detr" or "transformers".
+        title: Name of the model family.
     """
 
     dataset: str | None = None
@@ -50,16 +57,17 @@ class ModelCardData:
     license: str = "unknown"
     repo_id: str | None = None
     library: str = "deformable-detr"
+    title: str = "Deformable DETR"
 
 
-def card_file(folder: Path, config: ModelConfig, data: ModelCardData) -> dict[str, str]:
+def card_file(folder: Path, config: DetectorConfig, data: ModelCardData) -> dict[str, str]:
     """Return the card's name and text for `write_files`, or nothing if the folder has a user's own, unmarked card."""
     path = folder / FILE
     is_users = path.is_file() and _MARK not in path.read_text(encoding="utf-8", errors="replace")
     return {} if is_users else {FILE: model_card(config, data)}
 
 
-def model_card(config: ModelConfig, data: ModelCardData) -> str:
+def model_card(config: DetectorConfig, data: ModelCardData) -> str:
     """Return the card as Markdown, with the hub's metadata in YAML before it."""
     metrics = {name: value for name, value in data.metrics.items() if isinstance(value, int | float)}
     license = f"`{_inline(data.license)}`" if data.license != "unknown" else _UNKNOWN_LICENSE
@@ -67,8 +75,8 @@ def model_card(config: ModelConfig, data: ModelCardData) -> str:
     metric_rows = [f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items()]
     sections = [
         f"---\n{_metadata(metrics, data)}\n---\n{_MARK}",
-        "# Deformable DETR",
-        _summary(config),
+        f"# {data.title}",
+        f"Detects {config.num_classes} classes of objects. {_inline(config.summary)} Images are {config.resize_rule}.",
         f"## Data\n\n{_inline(data.dataset) if data.dataset else 'Not stated.'}",
         f"## Metrics\n\n{_table('| metric | value |', metric_rows) if metrics else 'Not measured.'}",
         f"## Classes\n\n{_class_table(config)}",
@@ -83,7 +91,7 @@ def _metadata(metrics: Mapping[str, float], data: ModelCardData) -> str:
     task, dataset = "object-detection", data.dataset or "custom data"
     card = CardData(license=data.license, library_name=data.library, pipeline_tag=task, tags=[task, "deformable-detr"])
     if metrics:
-        card.model_name = "Deformable DETR"
+        card.model_name = data.title
         card.eval_results = [
             EvalResult(task, "custom", dataset, metric_type=metric, metric_value=round(value, 4), metric_name=metric)
             for metric, value in metrics.items()
@@ -91,15 +99,7 @@ def _metadata(metrics: Mapping[str, float], data: ModelCardData) -> str:
     return card.to_yaml()
 
 
-def _summary(config: ModelConfig) -> str:
-    variant = ", two-stage" if config.two_stage else ", iterative box refinement" if config.refine else ""
-    return (
-        f"Detects {config.num_classes} classes of objects. Backbone {_inline(config.backbone)}, feature levels: "
-        f"{config.num_feature_levels}, queries: {config.num_queries}{variant}. Images are {config.resize_rule}."
-    )
-
-
-def _class_table(config: ModelConfig) -> str:
+def _class_table(config: DetectorConfig) -> str:
     names = config.class_names or [f"class {label}" for label in range(config.num_classes)]
     ids = config.category_ids or range(config.num_classes)
     rows = [f"| {label} | {_inline(name)} | {id} |" for label, (name, id) in enumerate(zip(names, ids, strict=True))]
@@ -111,9 +111,9 @@ def _table(header: str, rows: list[str]) -> str:
     return "\n".join([header, "|---" * (header.count("|") - 1) + "|", *rows])
 
 
-def _config(model: ModelConfig, config: Config | None) -> str:
-    classes = {"class_names", "category_ids", "num_classes"}
-    sections: dict[str, Any] = {"model": model.model_dump(mode="json", exclude_defaults=True, exclude=classes)}
+def _config(model: DetectorConfig, config: Config | None) -> str:
+    listed = {"class_names", "category_ids", "num_classes", "network"}  # above, or in config.json
+    sections: dict[str, Any] = {"model": model.model_dump(mode="json", exclude_defaults=True, exclude=listed)}
     if config is not None:
         sections |= {"preset": config.preset, "train": config.train.model_dump(mode="json", exclude_defaults=True)}
     text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).replace("```", "` ` `")

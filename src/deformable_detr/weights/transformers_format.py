@@ -100,19 +100,19 @@ def read_config(described: Mapping[str, Any], processor_fields: Mapping[str, Any
         values["num_queries"] = values.get("two_stage_num_proposals", 300)
     if values.get("activation_function") == "swish":
         values["activation_function"] = "silu"
-    names = _class_names(described, path)
+    names, backbone = _class_names(described, path), _read_backbone(values, path)
     return ModelConfig.from_dict(
         {
             # Where a key is missing, transformers' default is ours: both are the paper's.
             **{field: values[key] for field, key in _FIELDS.items() if key in values},
-            **_read_backbone(values, path),
+            **backbone,
             **processor_fields,
             "class_names": names,
             "category_ids": tuple(range(len(names))),
             "num_classes": len(names),
             "backbone_weights": "none",
             "backbone_norm": "frozen",
-            "frozen_stages": 2,
+            "frozen_stages": 2 if "resnet" in str(backbone["backbone"]) else 0,  # others may have none
         },
         str(path),
     )
