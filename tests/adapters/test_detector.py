@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from packaging.version import Version
 from tests.support.commands import run_command
 from tests.support.training import write_dataset
 from tests.support.transformers_models import CONFIGS, NAMES, pictures, write_repository
@@ -61,6 +62,8 @@ def test_outputs_and_detections_equal_transformers(saved, dtype):
         size = torch.tensor([[image.height, image.width]])
         (theirs,) = processor.post_process_object_detection(expected, threshold=0.0, target_sizes=size)
         if detector.config.family == "rf_detr":  # it resizes floats, we round to 8 bits
+            if Version(transformers.__version__) < Version("5.18"):  # these releases smooth images that they shrink
+                continue
             batch = pad_images([resize(read_image(image), detector.resize_rule)])
             pixels = batch.normalize(detector.pixel_mean, detector.pixel_std).pixels
             assert (pixels - inputs["pixel_values"]).abs().max() < 1.01 / 255 / detector.pixel_std.min()

@@ -47,6 +47,7 @@ def test_swin_takes_images_of_any_size_and_pads_before_the_shift():
     assert torch.equal(attended, padded[:, :25, :58])
 
 
+@pytest.mark.slow
 def test_advice_about_backbones_whose_stages_have_no_module(tmp_path, capsys):
     """The option in the error makes the same command work, also for weights in transformers' format."""
     from deformable_detr.cli import main

@@ -1,33 +1,26 @@
 """Outputs equal those of the authors' code of DINO (a checkout of IDEA-Research/DINO in DEFORMABLE_DETR_DINO)."""
 
 import argparse
-import os
 import runpy
-import sys
 import types
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
 from deformable_detr import DeformableDETR
-from tests.support.parity import batch, randomized
+from tests.support.authors_code import checkout, importable, in_precision, tall_batch, use_python_op
+from tests.support.parity import randomized
 
 
 @pytest.fixture(scope="module")
 def dino_code():
-    """`build(name, changes)` of the authors' repository, with its compiled op replaced by its Python version."""
-    folder = os.environ.get("DEFORMABLE_DETR_DINO")
-    if not folder or not Path(folder, "models", "dino", "dino.py").is_file():
-        pytest.skip("no checkout of IDEA-Research/DINO (set DEFORMABLE_DETR_DINO)")
-    import torchvision
+    """`build(name, changes)` of the authors' repository."""
+    folder = checkout("DEFORMABLE_DETR_DINO", "models/dino/dino.py")
+    with importable(folder, "models", "util") as patch:
+        yield load_dino(folder, patch)
 
-    patch = pytest.MonkeyPatch()
-    patch.syspath_prepend(folder)
-    patch.setitem(sys.modules, "MultiScaleDeformableAttention", types.ModuleType("MultiScaleDeformableAttention"))
-    resnet = torchvision.models.resnet50
-    patch.setattr(torchvision.models, "resnet50", lambda pretrained, **options: resnet(weights=None, **options))
+
+def load_dino(folder, patch):
     from models.dino import (  # type: ignore[import-not-found]
         backbone,
         deformable_transformer,
@@ -39,13 +32,10 @@ def dino_code():
     from models.dino.ops.modules import ms_deform_attn  # type: ignore[import-not-found]
     from util.misc import NestedTensor  # type: ignore[import-not-found]
 
-    def op(value, shapes, starts, locations, weights, step):
-        return ms_deform_attn_func.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
-
-    patch.setattr(ms_deform_attn, "MSDeformAttnFunction", types.SimpleNamespace(apply=op))
+    use_python_op(patch, ms_deform_attn_func, ms_deform_attn)
 
     def build(name, **changes):
-        values = runpy.run_path(str(Path(folder, "config", "DINO", f"{name}.py")))
+        values = runpy.run_path(str(folder / "config/DINO" / f"{name}.py"))
         args = argparse.Namespace(**{key: value for key, value in values.items() if not key.startswith("_")})
         vars(args).update(changes)
         model = dino.DINO(
@@ -60,19 +50,10 @@ def dino_code():
         )  # fmt: skip
         return model, args
 
-    @contextmanager
-    def precision(dtype):
-        """Make explicit float32 casts of the authors' code float64, to compare in double precision."""
-        with pytest.MonkeyPatch.context() as patched:
-            if dtype == torch.float64:
-                torch_float64 = types.SimpleNamespace(**{**vars(torch), "float32": torch.float64})
-                for module in (backbone, deformable_transformer, position_encoding, utils):
-                    patched.setattr(module, "torch", torch_float64)
-                patched.setattr(torch.Tensor, "float", torch.Tensor.double)
-            yield
-
-    yield types.SimpleNamespace(build=build, Nested=NestedTensor, precision=precision)
-    patch.undo()
+    modules = (backbone, deformable_transformer, position_encoding, utils)
+    return types.SimpleNamespace(
+        build=build, Nested=NestedTensor, precision=lambda dtype: in_precision(dtype, *modules)
+    )
 
 
 SMALL, FULL = (torch.float32, 1e-5, 50), (torch.float64, 1e-10, 900)
@@ -97,9 +78,7 @@ def test_authors_code_gives_equal_outputs(dino_code, name, changes, precision, t
     randomized(theirs).to(dtype)
     torch.save({"model": theirs.state_dict(), "args": args}, tmp_path / "dino.pth")
     ours = DeformableDETR.from_pretrained(tmp_path / "dino.pth")
-    pixels, mask = batch(dtype)
-    # More tokens than queries, and maps that are not multiples of Swin's windows.
-    pixels, mask = pixels.repeat_interleave(4, 2)[:, :, :250], mask.repeat_interleave(4, 1)[:, :250]
+    pixels, mask = tall_batch(dtype)
     with torch.no_grad(), dino_code.precision(dtype):
         expected = theirs(dino_code.Nested(pixels, mask))
     with torch.no_grad():

@@ -1,11 +1,8 @@
 """Checkpoints of the paper authors' code: reading, writing, and parity with that code."""
 
 import argparse
-import os
 import re
-import sys
-from contextlib import contextmanager
-from pathlib import Path
+import types
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from deformable_detr.config import presets
 from deformable_detr.model.postprocess import postprocess
 from deformable_detr.weights import official_format
 from deformable_detr.weights.convert import convert
+from tests.support.authors_code import checkout, importable, in_precision, use_python_op
 from tests.support.parity import batch, randomized
 from tests.support.weights import equal_weights, load_error, official_values, tiny_model
 
@@ -203,20 +201,16 @@ def test_written_keys_and_settings(tiny_backbone, tmp_path):
 
 @pytest.fixture(scope="module")
 def official_code():
-    """Functions of a checkout of the paper authors' repository, with its compiled op replaced by its Python version."""
-    folder = os.environ.get("DEFORMABLE_DETR_OFFICIAL")
-    if not folder or not Path(folder, "models", "deformable_detr.py").is_file():
-        pytest.skip("no checkout of the official code (set DEFORMABLE_DETR_OFFICIAL)")
-    import types
+    """Functions of a checkout of the paper authors' repository."""
+    folder = checkout("DEFORMABLE_DETR_OFFICIAL", "models/deformable_detr.py")
+    with importable(folder, "models", "util") as patch:
+        yield load_official(patch)
 
+
+def load_official(patch):
     import torchvision
 
-    patch = pytest.MonkeyPatch()
-    patch.syspath_prepend(folder)
-    patch.setitem(sys.modules, "MultiScaleDeformableAttention", types.ModuleType("MultiScaleDeformableAttention"))
     patch.setattr(torchvision, "__version__", "0.9.0")  # the official code compares the first three characters
-    resnet = torchvision.models.resnet50
-    patch.setattr(torchvision.models, "resnet50", lambda pretrained, **options: resnet(weights=None, **options))
     from models import (  # type: ignore[import-not-found]
         backbone,
         deformable_detr,
@@ -227,10 +221,7 @@ def official_code():
     from models.ops.modules import ms_deform_attn  # type: ignore[import-not-found]
     from util.misc import NestedTensor  # type: ignore[import-not-found]
 
-    def op(value, shapes, starts, locations, weights, step):
-        return ms_deform_attn_func.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
-
-    patch.setattr(ms_deform_attn, "MSDeformAttnFunction", types.SimpleNamespace(apply=op))
+    use_python_op(patch, ms_deform_attn_func, ms_deform_attn)
 
     def build(args, classes):
         return deformable_detr.DeformableDETR(
@@ -239,21 +230,12 @@ def official_code():
             aux_loss=True, with_box_refine=args.with_box_refine, two_stage=args.two_stage,
         )  # fmt: skip
 
-    @contextmanager
-    def precision(dtype):
-        """Make explicit float32 casts of the official code float64, to compare in double precision."""
-        with pytest.MonkeyPatch.context() as patched:
-            if dtype == torch.float64:
-                torch_float64 = types.SimpleNamespace(**{**vars(torch), "float32": torch.float64})
-                patched.setattr(position_encoding, "torch", torch_float64)
-                patched.setattr(deformable_transformer, "torch", torch_float64)
-                patched.setattr(torch.Tensor, "float", torch.Tensor.double)
-            yield
-
-    yield types.SimpleNamespace(
-        build=build, Nested=NestedTensor, PostProcess=deformable_detr.PostProcess, precision=precision
+    return types.SimpleNamespace(
+        build=build,
+        Nested=NestedTensor,
+        PostProcess=deformable_detr.PostProcess,
+        precision=lambda dtype: in_precision(dtype, position_encoding, deformable_transformer),
     )
-    patch.undo()
 
 
 @pytest.mark.slow
