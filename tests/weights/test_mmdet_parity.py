@@ -130,7 +130,7 @@ MODELS = {
 def test_mmdetection_gives_equal_outputs(build, name, tmp_path):
     torch.manual_seed(0)
     theirs, config = build(*MODELS[name])
-    randomized(theirs)
+    randomized(theirs, seed=1)
     path = tmp_path / "model.pth"
     torch.save({"meta": {"cfg": config, "dataset_meta": None}, "state_dict": theirs.state_dict()}, path)
     stated = {"num_queries": QUERIES} if name == "two-stage" else {}
