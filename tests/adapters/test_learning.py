@@ -37,7 +37,8 @@ VIT = {"d_model": 64, "decoder_ffn_dim": 128, "num_queries": 20, "group_detr": 5
 CHANGES = {name: HYBRID if name in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2") else VIT for name in CONFIGS}
 SETTINGS = {  # learning rate and backbone multiplier
     **dict.fromkeys(("rt_detr", "rt_detr_v2", "d_fine", "deimv2"), (2e-3, 0.2)),
-    **dict.fromkeys(("lw_detr", "rf_detr"), (4e-3, 1.0)),  # random backbones
+    "lw_detr": (3e-3, 1.0),  # random backbones
+    "rf_detr": (2e-3, 0.3),
 }
 FAMILIES = list(SETTINGS)
 
@@ -46,7 +47,8 @@ def write_repository(folder, family, weights=None):
     """Save a detector with random weights, or with the ImageNet weights of a backbone of timm."""
     config = {**CONFIGS[family], **CHANGES[family]}
     if family in ("lw_detr", "rf_detr"):
-        config["backbone_config"] = {**config["backbone_config"], "hidden_size": 64}
+        depth = {"num_hidden_layers": 2, "out_indices": [1, 2]} if family == "rf_detr" else {}
+        config["backbone_config"] = {**config["backbone_config"], "hidden_size": 64, **depth}
     torch.manual_seed(0)
     described = transformers.CONFIG_MAPPING[family].from_dict({**config, "id2label": {0: "a"}, "label2id": {"a": 0}})
     network = transformers.AutoModelForObjectDetection.from_config(described)
@@ -116,7 +118,7 @@ def test_backbone_of_timm_is_loaded_trained_and_saved(tmp_path):
 def test_family_overfits_eight_images(family, shared, tmp_path):
     detector, cards, train = prepare(tmp_path, family, shared)
     lr, mult = SETTINGS[family]
-    train = train.replace(lr=lr, backbone_lr_mult=mult, warmup_steps=5, clip_max_norm=0.1, lr_schedule="step")
+    train = train.replace(lr=lr, backbone_lr_mult=mult, warmup_steps=5, clip_max_norm=1.0, lr_schedule="step")
     step, samples = TrainStep(detector.train(), train), [cards[index] for index in range(8)]
     losses, ap50, start = [], 0.0, time.perf_counter()
     for number in range(400):
