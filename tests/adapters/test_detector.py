@@ -83,7 +83,7 @@ def test_batches_equal_single_images(saved, dtype):
         pytest.skip("the backbone reads the padding of a batch")
     single = [detector.predict(image, 0.0, 5) for image in pictures()]
     for one, many in zip(single, detector.predict(pictures(), 0.0, 5, batch_size=3), strict=True):
-        torch.testing.assert_close(one.scores, many.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.scores, many.scores, atol=1e-4 if dtype == torch.float32 else 1e-5, rtol=0)
         torch.testing.assert_close(one.boxes, many.boxes, atol=1e-2, rtol=0)
 
 
