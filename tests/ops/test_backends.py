@@ -159,3 +159,33 @@ def test_fallback_beyond_the_limits_of_the_library():
     for inputs, levels in ((many, shapes), (wide, shapes[:1])):
         exact = results(fused(levels), inputs)
         assert_near(results(fused(levels), [t.float() for t in inputs]), exact, 1e-5)
+
+
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference", "gather"])
+@pytest.mark.parametrize("way", ["jvp", "dual"])
+def test_forward_mode_tangents_match_float64(backend, way):
+    """Custom operators would return zero tangents."""
+    require(backend)
+    shapes = ((5, 4), (3, 2))
+    exact_inputs = case(shapes, Q=6, M=2, D=4, coordinates=2)
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in exact_inputs]
+
+    def tangent(inputs, tangents):
+        call = fused(shapes)
+        if way == "jvp":
+            return torch.func.jvp(call, tuple(inputs), tuple(tangents))[1]
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(*pair) for pair in zip(inputs, tangents, strict=True)]
+            return torch.autograd.forward_ad.unpack_dual(call(*duals)).tangent
+
+    exact = tangent([t.double() for t in exact_inputs], [t.double() for t in directions])
+    step = 1e-6
+    ahead, behind = (
+        fused(shapes)(*(t.double() + sign * step * d.double() for t, d in zip(exact_inputs, directions, strict=True)))
+        for sign in (1, -1)
+    )
+    torch.testing.assert_close(exact, (ahead - behind) / (2 * step), atol=1e-5, rtol=1e-4)
+    with ops.use_backend(backend):
+        actual = tangent([t.float() for t in exact_inputs], [t.float() for t in directions])
+    assert_near([actual], [exact], 1e-4)

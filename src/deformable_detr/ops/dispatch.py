@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import gather, operators, reference, triton_backend
 from .native import library
@@ -33,7 +34,7 @@ def backends() -> list[Backend]:
         Backend("cpu", "cpu", compiled is not None, detail),
         Backend("triton", "cuda", *triton_backend.status()),
         Backend("embedding_bag", "cpu", True, "plain PyTorch in chunks; gradients by grid_sample"),
-        Backend("reference", "any", True, "plain PyTorch by grid_sample; float64 and higher derivatives"),
+        Backend("reference", "any", True, "plain PyTorch by grid_sample; float64, forward mode and higher derivatives"),
         Backend("gather", "any", True, "plain PyTorch by index_select; for exported graphs without grid_sample"),
     ]
 
@@ -129,7 +130,8 @@ def _supported(tensor: Tensor) -> Tensor:
 
 
 def _runs_as_op(value: Tensor, points: Tensor | None, offsets: Tensor, logits: Tensor) -> bool:
-    if operators.forced in ("reference", "gather") or torch.onnx.is_in_onnx_export():
+    forward_mode = forward_ad._current_level >= 0  # custom operators have no tangents
+    if operators.forced in ("reference", "gather") or torch.onnx.is_in_onnx_export() or forward_mode:
         return False
     floats = [value, offsets, logits, *([] if points is None else [points])]
     return (
