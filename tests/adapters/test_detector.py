@@ -109,6 +109,16 @@ def test_saved_model_loads_in_transformers_and_here(saved, dtype, tmp_path):
         torch.testing.assert_close(logits, expected.logits, atol=tolerance, rtol=0)
 
 
+def test_overridden_fields_are_saved(rt_detr, tmp_path):
+    changes = {"class_names": ("x", "y", "z"), "category_ids": (5, 6, 7), "image_size": 128}
+    model = TransformersDetector.from_pretrained(rt_detr, **changes)
+    model.save_pretrained(tmp_path)
+    assert load_detector(tmp_path, "cpu").config == model.config
+    described = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert described.id2label == {0: "x", 1: "y", 2: "z"}
+    assert described.label2id == {"x": 0, "y": 1, "z": 2}
+
+
 def matched_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[key] - b[key]).abs().max()) for key in ("pred_logits", "pred_boxes"))
 

@@ -146,7 +146,8 @@ class TransformersDetector(Detector):
         config, folder = self.config, Path(folder)
         with tempfile.TemporaryDirectory() as staging, quiet_transformers():
             cast(Any, self.network).save_pretrained(staging, max_shard_size=2**62)
-            values = read_json(Path(staging) / CONFIG) | {OWN: {"category_ids": config.category_ids}}
+            own = {"category_ids": config.category_ids}
+            values = read_json(Path(staging) / CONFIG) | _labels(config) | {OWN: own}
             processor = {**write_processor(config, config.pixel_mean, config.pixel_std), **family_of(config).saved}
             card = replace(card_data or ModelCardData(), library="transformers", title=family_of(config).title)
             files = {
@@ -181,10 +182,9 @@ def build_network(config: AdapterConfig) -> nn.Module:
     """Build transformers' model with random weights. Raises UserError if transformers rejects the config."""
     title = family_of(config).title
     transformers = need("transformers", "hub")
-    names = config.class_names or tuple(f"LABEL_{label}" for label in range(config.num_classes))
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    values = copy.deepcopy(config.network) | _labels(config)
     try:
-        described = transformers.CONFIG_MAPPING[config.family].from_dict({**copy.deepcopy(config.network), **labels})
+        described = transformers.CONFIG_MAPPING[config.family].from_dict(values)
         described.use_pretrained_backbone = False
         for name in filter(partial(hasattr, described), _QUERIES):
             setattr(described, name, config.num_queries)
@@ -194,6 +194,12 @@ def build_network(config: AdapterConfig) -> nn.Module:
         raise UserError(f"transformers {transformers.__version__} has no {title}; install a newer release") from None
     except Exception as error:  # transformers validates with exceptions of many kinds
         raise UserError(f"transformers cannot build this {title}: {first_line(error)}") from None
+
+
+def _labels(config: AdapterConfig) -> dict[str, Any]:
+    """Return the classes as transformers' config has them."""
+    names = config.class_names or tuple(f"LABEL_{label}" for label in range(config.num_classes))
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
 def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
