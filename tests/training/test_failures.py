@@ -167,6 +167,32 @@ def test_killed_loader_process(data, tmp_path, monkeypatch):
     assert train_model(data, out, run_config(out), resume=True)["step"] == 4
 
 
+FAILING_RUN = """
+import sys
+from deformable_detr.cli import main
+from deformable_detr.training.step import TrainStep
+
+def fail(*_, **__):
+    raise ValueError("selected index k out of range")
+
+TrainStep.step = fail
+main(sys.argv[1:])
+"""
+
+
+def test_error_in_a_step_ends_the_process(data, tmp_path):
+    (tmp_path / "config.yaml").write_text(tiny_config().updated({"data": {"workers": 1}}).to_yaml())
+    words = ["train", str(data), "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
+    with subprocess.Popen([sys.executable, "-c", FAILING_RUN, *words], stderr=subprocess.PIPE, text=True) as process:
+        output = ""
+        while "out of range" not in output:  # printed before the workers end
+            output += process.stderr.readline() or pytest.fail(f"another end: {output}")
+        try:
+            assert process.wait(timeout=30) == 1  # with waiting for the worker's minute: 60 s
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("target", ["checkpoint", "metrics", "model"])
 def test_full_disk(data, tmp_path, monkeypatch, capsys, target):
     """Simulates the error of the operating system from the second epoch on."""

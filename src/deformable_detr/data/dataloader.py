@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import multiprocessing
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,6 +117,7 @@ class DetectionLoader(DataLoader):
             malloc_trim()  # forked workers would keep a copy of every freed page that this process writes again
             with _hide_script(self.dataset.dataset):  # pyright: ignore[reportAttributeAccessIssue]
                 batches = super().__iter__()
+            atexit.register(_end_workers, weakref.ref(batches))
         else:
             batches = super().__iter__()
         while (batch := self._next(batches)) is not None:
@@ -322,3 +325,12 @@ def _defer_signals(worker: int) -> None:
     for number in STOP_SIGNALS:
         if number != signal.SIGINT and hasattr(signal, "alarm"):
             signal.signal(number, lambda *_: signal.alarm(_GRACE_SECONDS))
+
+
+def _end_workers(iterator: weakref.ref[Any]) -> None:
+    """End the workers of an iterator that an exception keeps until the program exits; PyTorch does so only with CUDA.
+
+    Otherwise, `multiprocessing` sends SIGTERM at exit and waits for them, a minute by `_defer_signals`.
+    """
+    if (batches := iterator()) is not None:
+        batches._shutdown_workers()
