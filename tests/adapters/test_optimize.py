@@ -4,8 +4,10 @@ import copy
 import pickle
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.support.transformers_models import CONFIGS, NAMES, write_repository
 
 from deformable_detr import UserError
@@ -17,6 +19,12 @@ from deformable_detr.runtimes.fused.onednn import has_bf16
 pytest.importorskip("transformers", reason="needs transformers")
 
 RT_DETR, D_FINE = CONFIGS["rt_detr"], CONFIGS["d_fine"]
+TIMM = {"model_type": "timm_backbone", "out_indices": [2, 3, 4]}
+OTHER = {  # a map between a convolution and its norm that others read too; nearest pixels
+    "rt_detr tapped": RT_DETR
+    | {"backbone_config": TIMM | {"backbone": "xception41p"}, "encoder_in_channels": [728, 1024, 2048]},
+    "rt_detr_v2 discrete": CONFIGS["rt_detr_v2"] | {"decoder_method": "discrete"},
+}
 SPECIAL = {
     "rt_detr bottleneck": RT_DETR | {"backbone_config": RT_DETR["backbone_config"] | {"layer_type": "bottleneck"}},
     "rt_detr basic": RT_DETR | {"backbone_config": RT_DETR["backbone_config"] | {"depths": [2, 1, 2, 2]}},
@@ -29,7 +37,7 @@ SPECIAL = {
 
 
 def detector_of(name, folder):
-    with mock.patch.dict(CONFIGS, SPECIAL):
+    with mock.patch.dict(CONFIGS, SPECIAL | OTHER):
         write_repository(folder, name)
     return load_detector(folder, "cpu")
 
@@ -59,6 +67,17 @@ def test_special_networks_are_equal(name, tmp_path):
     for output in (optimized(pixels), optimized(pixels)):  # again, since some layers work in place
         for key in output:
             torch.testing.assert_close(output[key].double(), expected[key], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_networks_are_equal(name, tmp_path):
+    detector = detector_of(name, tmp_path)
+    pixels = pixels_of(detector)
+    with torch.no_grad():
+        expected = copy.deepcopy(detector).double()(pixels.double())
+    output = detector.optimize()(pixels)
+    for key in output:
+        torch.testing.assert_close(output[key].double(), expected[key], atol=1e-4, rtol=0)
 
 
 @pytest.mark.skipif(not has_bf16(), reason="needs a processor with bf16")
@@ -102,3 +121,14 @@ def test_it_stays_where_it_is(tmp_path):
         optimized.double()
     with pytest.raises(UserError, match="choose from fp32, bf16"):
         load_detector(tmp_path, "cpu").optimize("fp64")
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_after_a_prediction(mode, tmp_path):
+    """transformers keeps position embeddings that were made in inference mode."""
+    detector = detector_of("d_fine", tmp_path)
+    image = Image.fromarray(np.zeros((160, 160, 3), np.uint8))
+    expected = detector.predict(image, 0.0)
+    with torch.inference_mode(mode):
+        optimized = load_detector(tmp_path, "cpu").optimize()
+        torch.testing.assert_close(optimized.predict(image, 0.0).scores, expected.scores, atol=1e-5, rtol=0)

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import sys
+from contextlib import suppress
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -19,6 +20,7 @@ from ..runtimes.fused.detector import OptimizedCopy, checked_dtype
 from ..runtimes.fused.folding import fold_batch_norms
 from ..runtimes.fused.onednn import PackedConv2d, fusable_activation, is_available
 from ..runtimes.fused.packing import pack_layers
+from ..utils.errors import UserError
 from .hybrid_encoder import FusedHybridEncoder
 
 DetectorT = TypeVar("DetectorT", bound=Detector)
@@ -91,7 +93,8 @@ def inference_copy(model: DetectorT) -> DetectorT:
     network = model.get_submodule("network")
     fold_batch_norms_of(network, _example(model))
     fuse_repvgg(network)
-    accelerate(network)
+    with suppress(UserError):  # no layer that the op can run: all sample the nearest pixel
+        accelerate(network)
     return model
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ...config.image_size import typical_input_size
 from ...config.schema import ModelConfig
@@ -69,21 +71,22 @@ def fold_batch_norms(body: nn.Module, pixels: Tensor) -> int:
 def _convolutions_before_norms(
     body: nn.Module, pixels: Tensor
 ) -> tuple[dict[nn.Module, nn.Conv2d], Counter[nn.Module], set[nn.Conv2d]]:
-    """The convolution before each norm, how often each module runs, and convolutions whose output is a feature map."""
-    producer: dict[int, nn.Conv2d] = {}
+    """The convolution before each norm, how often each module runs, and convolutions that others than a norm read."""
+    producer: dict[tuple[int, int], nn.Conv2d] = {}
     outputs: list[Tensor] = []  # kept alive, so that ids stay unique
     run_counts: Counter[nn.Module] = Counter()
     convolution_of: dict[nn.Module, nn.Conv2d] = {}
+    reads = ReadCounter()
 
     def after_convolution(module: Any, _: Any, output: Tensor) -> None:
         run_counts[module] += 1
-        producer[id(output)] = module
-        outputs.append(output)
+        producer[identity(output)] = module
+        outputs.append(reads.watch(output))
 
     def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         run_counts[module] += 1
-        if id(inputs[0]) in producer:
-            convolution_of[module] = producer[id(inputs[0])]
+        if identity(inputs[0]) in producer:
+            convolution_of[module] = producer[identity(inputs[0])]
 
     hooks = []
     for module in body.modules():
@@ -91,13 +94,39 @@ def _convolutions_before_norms(
             hooks.append(module.register_forward_hook(after_convolution))
         elif _is_batch_norm(module):
             hooks.append(module.register_forward_pre_hook(before_norm))
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), reads:  # inference tensors do not count writes
         features = body(pixels)
     for hook in hooks:
         hook.remove()
     # xception41p returns the map between a convolution and its norm, which must not change.
-    tapped = {producer[id(x)] for x in features if id(x) in producer}
+    returned = {identity(x) for x in tree_leaves(features) if isinstance(x, Tensor)}
+    tapped = {layer for output, layer in producer.items() if output in returned or reads.counts[output] > 1}
     return convolution_of, run_counts, tapped
+
+
+def identity(tensor: Tensor) -> tuple[int, int]:
+    """Return what tells the values of live tensors apart: the tensor, and how often it was written to."""
+    return id(tensor), -1 if tensor.is_inference() else tensor._version
+
+
+class ReadCounter(TorchFunctionMode):
+    """Counts the calls of PyTorch that compute a tensor from each watched tensor, by `identity`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[int, int]] = Counter()
+
+    def watch(self, tensor: Tensor) -> Tensor:
+        """Start to count, since a tensor that is gone may have had the same id; return the tensor, to be kept alive."""
+        self.counts[identity(tensor)] = 0
+        return tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = [identity(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) for x in tree_leaves(result)):
+            self.counts.update(read)
+        return result
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

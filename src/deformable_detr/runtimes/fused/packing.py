@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from .folding import ReadCounter, identity
 from .onednn import PackedConv2d, PackedLinear, fusable_activation, is_convolution
 
 
@@ -63,15 +62,16 @@ def _activations_after(
     producers: dict[tuple[int, int], nn.Module] = {}
     outputs: list[Tensor] = []  # kept alive, so that ids stay unique
     followers: dict[nn.Module, nn.Module] = {}
+    reads = ReadCounter()
 
     def after_layer(module: nn.Module, _: Any, output: Tensor) -> None:
         run_counts[module] += 1
-        producers[_identity(output)] = module
-        outputs.append(output)
+        producers[identity(output)] = module
+        outputs.append(reads.watch(output))
 
     def before_activation(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         run_counts[module] += 1
-        layer = producers.get(_identity(inputs[0]))
+        layer = producers.get(identity(inputs[0]))
         if layer is not None:
             followers[layer] = module
 
@@ -81,7 +81,7 @@ def _activations_after(
             hooks.append(module.register_forward_hook(after_layer))
         elif fusable_activation(module) is not None:
             hooks.append(module.register_forward_pre_hook(before_activation))
-    with torch.no_grad(), _ReadCounter() as reads:
+    with torch.inference_mode(False), torch.no_grad(), reads:  # inference tensors do not count writes
         run()
     for hook in hooks:
         hook.remove()
@@ -92,21 +92,3 @@ def _activations_after(
         if layer in read_once and run_counts[layer] == run_counts[activation] == 1
     }
     return once, run_counts
-
-
-def _identity(tensor: Tensor) -> tuple[int, int]:
-    """The tensor, and how often it was written to: other values after an operation in place."""
-    return id(tensor), tensor._version
-
-
-class _ReadCounter(TorchFunctionMode):
-    """Counts the calls of PyTorch that get each tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[tuple[int, int]] = Counter()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # reading an attribute, such as the shape
-            self.counts.update(_identity(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        return func(*args, **(kwargs or {}))
