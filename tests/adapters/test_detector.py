@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from packaging.version import Version
 from tests.support.commands import run_command
 from tests.support.training import write_dataset
 from tests.support.transformers_models import CONFIGS, NAMES, pictures, write_repository
+from tests.support.weights import tiny_model
 from torch import Tensor
 
 from deformable_detr import DeformableDETR, UserError
@@ -117,6 +119,36 @@ def test_overridden_fields_are_saved(rt_detr, tmp_path):
     described = transformers.AutoConfig.from_pretrained(tmp_path)
     assert described.id2label == {0: "x", 1: "y", 2: "z"}
     assert described.label2id == {"x": 0, "y": 1, "z": 2}
+
+
+def test_processor_config(rt_detr, tmp_path):
+    """The file that transformers prefers is read, and does not outlive the model that it belongs to."""
+    shutil.copytree(rt_detr, tmp_path, dirs_exist_ok=True)
+    stale = {"image_processor": {"size": {"height": 64, "width": 32}, "image_processor_type": "RTDetrImageProcessor"}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(stale))
+    assert load_detector(tmp_path, "cpu").resize_rule == FixedSize(64, 32)
+    load_detector(rt_detr, "cpu").save_pretrained(tmp_path)
+    assert transformers.AutoImageProcessor.from_pretrained(tmp_path).size["height"] == 96
+    assert load_detector(tmp_path, "cpu").resize_rule == FixedSize(96, 96)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_an_interrupted_save_is_no_model(rt_detr, tmp_path, native, monkeypatch):
+    source = tiny_model() if native else TransformersDetector.from_pretrained(rt_detr)
+    source.save_pretrained(tmp_path)
+    changed = source.config.replace(class_names=tuple(f"x{label}" for label in range(source.config.num_classes)))
+    source.config, replace = changed, os.replace
+
+    def interrupted(temporary, path):
+        replace(temporary, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            source.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        load_detector(tmp_path)
 
 
 def matched_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

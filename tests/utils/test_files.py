@@ -1,5 +1,6 @@
 """Output files: early path checks and atomic writes."""
 
+import errno
 import json
 import os
 import stat
@@ -10,7 +11,7 @@ import threading
 import pytest
 
 from deformable_detr.utils.errors import UserError
-from deformable_detr.utils.files import prepare_files, write_json, write_text
+from deformable_detr.utils.files import prepare_files, write_files, write_json, write_text
 
 
 def test_unwritable_path_is_reported_with_its_option(tmp_path):
@@ -47,6 +48,45 @@ def test_failed_write_keeps_the_old_file(tmp_path):
         write_text(path.parent, "text")
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "ä\udc80"}
     assert [file.name for file in path.parent.iterdir()] == ["a.json"]
+
+
+def _contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path, monkeypatch):
+    def full(path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    old = {"model.safetensors": "1", "config.json": "1", "stale.json": "1"}
+    write_files(tmp_path, old)
+    with pytest.raises(UserError, match=r"config.json cannot be written: No space left"):
+        write_files(tmp_path, {"model.safetensors": "2", "stale.json": None, "config.json": full})
+    assert _contents(tmp_path) == old
+    new = {"model.safetensors": "2", "config.json": "2", "README.md": "2"}
+    for count in range(3):
+        write_files(tmp_path, old)
+        left = iter(range(count))
+
+        def interrupted(source, target, left=left, replace=os.replace):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                write_files(tmp_path, new | {"stale.json": None})
+        assert not (tmp_path / "config.json").exists()
+        assert not list(tmp_path.glob(".*"))
+    write_files(tmp_path, new | {"stale.json": None})
+    assert _contents(tmp_path) == new
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_files(tmp_path, new | {"model.safetensors": "3"})
+    assert _contents(tmp_path) == new, "the same config describes the old and the new weights"
 
 
 def test_symbolic_link_is_kept_and_its_target_replaced(tmp_path):

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..config.detector import AdapterConfig
 from ..predict.predictor import Detector
 from ..utils.errors import UserError, first_line
-from ..utils.files import json_text, read_json, write_files
+from ..utils.files import FileContent, json_text, read_json, write_files
 from ..utils.packages import need, quiet_transformers
 from ..weights.checkpoint import coco_labels
 from ..weights.hub import upload
-from ..weights.image_processor import PREPROCESSOR, read_processor, write_processor
+from ..weights.image_processor import PREPROCESSOR, PROCESSOR, read_processor, write_processor
 from ..weights.model_card import ModelCardData, card_file
 from .families import FAMILIES, Family, refusal
 from .objective import AdapterObjective
@@ -150,9 +150,10 @@ class TransformersDetector(Detector):
             values = read_json(Path(staging) / CONFIG) | _labels(config) | {OWN: own}
             processor = {**write_processor(config, config.pixel_mean, config.pixel_std), **family_of(config).saved}
             card = replace(card_data or ModelCardData(), library="transformers", title=family_of(config).title)
-            files = {
+            files: dict[str, FileContent | None] = {
                 WEIGHTS: partial(shutil.copyfile, Path(staging) / WEIGHTS),
                 PREPROCESSOR: json_text(processor),
+                PROCESSOR: None,  # which transformers would prefer
                 **card_file(folder, config, card),
                 CONFIG: json_text(values),
             }

@@ -1,13 +1,14 @@
 """Read and write files: atomic replacement, early checks of output paths, checksums."""
 
 import errno
+import filecmp
 import hashlib
 import json
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +63,53 @@ def replace_file(path: Path, content: FileContent) -> None:
     path = Path(os.path.realpath(path))
     temporary = temporary_path(path)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # follows the umask; safetensors would make the file private
-        _write(temporary, content)
-        temporary.chmod(mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _stage(temporary, content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_files(folder: Path, files: Mapping[str, FileContent]) -> None:
-    """Write files in a folder with `replace_file`; create the folder if needed. Raises UserError if this fails."""
+def write_files(folder: Path, files: Mapping[str, FileContent | None]) -> None:
+    """Write files in a folder, or remove those of content None; create the folder if needed.
+
+    If a file cannot be written, all stay as they were. Where a config.json changes, or a file that it goes with, it is
+    missing until the others are in place: an interruption leaves no model that is half of another one.
+
+    Raises:
+        UserError: A file cannot be written.
+    """
     path = folder / next(iter(files), "")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            path = folder / name
-            replace_file(path, content)
+        if len(files) == 1 and (content := files[path.name]) is not None:
+            return replace_file(path, content)
+        with ExitStack() as stack:
+            moves: dict[Path, Path] = {}
+            for name, content in files.items():
+                path = Path(os.path.realpath(folder / name))
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                if content is not None:
+                    stack.callback(temporary_path(path).unlink, missing_ok=True)
+                    _stage(temporary_path(path), content)
+                    moves[path] = temporary_path(path)
+            _put_in_place(folder, files, moves)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _put_in_place(folder: Path, files: Mapping[str, FileContent | None], moves: Mapping[Path, Path]) -> None:
+    """Move staged files to their paths, config.json last, and remove the files without content."""
+    config = Path(os.path.realpath(folder / "config.json"))
+    texts = [(path, temporary) for path, temporary in moves.items() if path.suffix == ".json"]
+    removed = [folder / name for name, content in files.items() if content is None]
+    same = all(path.is_file() and filecmp.cmp(path, temporary, shallow=False) for path, temporary in texts)
+    if config in moves and (not same or any(path.exists() for path in removed)):
+        config.unlink(missing_ok=True)
+    for path in removed:
+        path.unlink(missing_ok=True)
+    for path in sorted(moves, key=config.__eq__):
+        os.replace(moves[path], path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -143,6 +170,16 @@ def is_stream(path: Path) -> bool:
     except OSError:
         return False
     return str(path).startswith(("/dev/fd/", "/dev/std", "/proc/")) or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _stage(temporary: Path, content: FileContent) -> None:
+    """Write a file to the disk, with the permissions of a new one."""
+    temporary.touch()
+    mode = temporary.stat().st_mode  # follows the umask; safetensors would make the file private
+    _write(temporary, content)
+    temporary.chmod(mode)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _write(path: Path, content: FileContent) -> None:

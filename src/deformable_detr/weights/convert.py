@@ -12,10 +12,10 @@ from ..config.detector import DetectorConfig
 from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError
-from ..utils.files import write_files
+from ..utils.files import FileContent, write_files
 from . import native, official_format, transformers_format, verify
 from .checkpoint import STATED, SUPPORTED, check_supported
-from .image_processor import PREPROCESSOR
+from .image_processor import PREPROCESSOR, PROCESSOR
 from .load import load_pretrained, read_checkpoint
 from .model_card import ModelCardData, card_file
 
@@ -78,9 +78,9 @@ def write(model: DeformableDETRNetwork, to: Format, folder: Path, card_data: Mod
             notes = [f"wrote {path}: load it with main.py --resume {path}"]
             if count != 91:
                 notes.append(f"note: build() of the official code assumes 91 classes; set num_classes = {count} there")
-        files = sorted(staging.iterdir(), reverse=True)  # the weights before config.json
-        copies = {file.name: partial(shutil.copyfile, file) for file in files}
-        write_files(folder, copies | card_file(folder, model.config, card_data))
+        files: dict[str, FileContent | None] = {PROCESSOR: None} if to == "transformers" else {}
+        files |= {file.name: partial(shutil.copyfile, file) for file in staging.iterdir()}
+        write_files(folder, files | card_file(folder, model.config, card_data))
     if (divisor := model.config.size_divisor) != 1:
         notes.append(f"note: resize images to multiples of {divisor} beforehand, as in training; other sizes cost AP")
     return notes

@@ -9,7 +9,7 @@ from ..config.detector import DetectorConfig
 from ..utils.errors import UserError
 from ..utils.files import read_json
 
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"  # transformers prefers the latter
 _MAX_SIDE = 2**15
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -24,11 +24,7 @@ def read_processor(folder: Path, defaults: Mapping[str, Any] = MappingProxyType(
     Raises:
         UserError: A value makes no sense, or asks for something that `predict` does not do.
     """
-    path = next((folder / name for name in (PREPROCESSOR, "processor_config.json") if (folder / name).is_file()), None)
-    values = read_json(path) if path else {}
-    path = path or folder / PREPROCESSOR
-    inner = values.get("image_processor")
-    values = inner if isinstance(inner, dict) else values
+    path, values = _read_settings(folder)
     values = {**_IMAGENET, **defaults, **{key: value for key, value in values.items() if value is not None}}
     size = values.get("size", {})
     if isinstance(size, int):
@@ -64,6 +60,17 @@ def read_processor(folder: Path, defaults: Mapping[str, Any] = MappingProxyType(
         "max_size": None if only_short or long == round(short * 1333 / 800) else long,
         **statistics,
     }
+
+
+def _read_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file that transformers reads, and its settings of the image processor; none if there is no file."""
+    path = folder / PROCESSOR
+    if path.is_file() and (values := read_json(path).get("image_processor")) is not None:
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: image_processor is not a JSON object")
+        return path, values
+    path = folder / PREPROCESSOR
+    return path, read_json(path) if path.is_file() else {}
 
 
 def _check_steps(values: Mapping[str, Any], size: Mapping[str, Any], path: Path) -> None:
