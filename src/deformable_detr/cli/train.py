@@ -68,7 +68,7 @@ def train(
         print(resolved.to_yaml(), end="")
         return
     if data is None or out is None:
-        raise UserError("train requires DATA and --out: deformable-detr train DATA --out runs/NAME")
+        raise UserError("train requires DATA and --out, also with --resume: deformable-detr train DATA --out runs/NAME")
 
     from ..training.trainer import train_model
 

@@ -31,7 +31,7 @@ processor = AutoImageProcessor.from_pretrained({source})
 model = AutoModelForObjectDetection.from_pretrained({source})
 
 # Or with deformable-detr:
-from deformable_detr.detector import load_detector
+from deformable_detr import load_detector
 
 detections = load_detector({source}).predict("image.jpg")""",
 }
