@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.support.transformers_models import CONFIGS, write_repository
 
+from deformable_detr.adapters.detector import TransformersDetector
 from deformable_detr.adapters.finetune import finetune_config, load_for_finetuning
 from deformable_detr.config.resolve import resolve_config
 from deformable_detr.detector import finetune_config as config_of
@@ -51,3 +52,34 @@ def test_settings_of_the_other_loss(rt_detr):
 def test_valid_keys_are_those_of_the_section(rt_detr):
     with pytest.raises(UserError, match=r"unknown key 'model.hidden_dim'; valid keys: class_names, .*, network$"):
         finetune_config(rt_detr).updated({"model": {"hidden_dim": 64}})
+
+
+def test_misspelled_setting_of_the_backbone(rt_detr):
+    config = finetune_config(rt_detr).updated({"model": {"network": {"backbone_config": {"depthz": 3}}}})
+    message = r"^model.network.backbone_config.depthz: rt_detr_resnet has no such setting; did you mean 'depths'\?$"
+    with pytest.raises(UserError, match=message):
+        load_for_finetuning(config.model, rt_detr)
+
+
+def test_other_width_makes_new_class_heads(rt_detr):
+    network = {"d_model": 64, "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64, 64]}
+    classes = {"num_classes": 2, "class_names": ("dog", "new"), "network": network}
+    lines = []
+    load_for_finetuning(finetune_config(rt_detr).updated({"model": classes}).model, rt_detr, lines.append)
+    assert any("new: " in line and "shape (2, 64), in the source (3, 32)" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_score_of_objects_is_kept_for_any_classes(layers, tmp_path):
+    write_repository(tmp_path / "source", "deformable_detr")
+    classes = {"num_classes": 2, "class_names": ("new", "cat"), "network": {"decoder_layers": layers}}
+    config = finetune_config(tmp_path / "source").updated({"model": classes}).model
+    lines = []
+    model = load_for_finetuning(config, tmp_path / "source", lines.append)
+    source = TransformersDetector.from_pretrained(tmp_path / "source")
+    heads, theirs = (detector.network.model.decoder for detector in (model, source))
+    assert torch.equal(heads.class_embed[layers].weight[0], theirs.class_embed[2].weight[0])
+    assert torch.equal(heads.class_embed[layers].bias[0], theirs.class_embed[2].bias[0])
+    assert torch.equal(heads.bbox_embed[layers].layers[0].weight, theirs.bbox_embed[2].layers[0].weight)
+    assert torch.equal(heads.class_embed[0].weight[1], theirs.class_embed[0].weight[0]), "control: a class"
+    assert any("kept its score of 'object'" in line for line in lines), lines

@@ -226,7 +226,7 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
     return AdapterConfig.from_dict(
         {
             "family": model_type,
-            "network": _architecture(network),
+            "network": architecture(network),
             "num_classes": len(names),
             "num_queries": described.two_stage_num_proposals if two_stage else described.num_queries,
             "class_names": names,
@@ -247,10 +247,10 @@ def _check_backbone(described: Any, path: Path) -> None:
         raise UserError(f"{path}: backbone {name!r} is not a timm model")
 
 
-def _architecture(values: dict[str, Any]) -> dict[str, Any]:
+def architecture(values: dict[str, Any]) -> dict[str, Any]:
     """Return a config of transformers, also of its backbone, without what does not describe the network."""
     return {
-        key: _architecture(value) if isinstance(value, dict) else value
+        key: architecture(value) if isinstance(value, dict) else value
         for key, value in values.items()
         if key not in _NOT_ARCHITECTURE
     }

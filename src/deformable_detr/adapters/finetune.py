@@ -1,8 +1,10 @@
 """Fine-tune transformers' detectors: their config, and their weights for other classes."""
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 
@@ -11,8 +13,7 @@ from ..config.schema import Config, DataConfig, TrainConfig
 from ..model.heads import PRIOR_LOGIT
 from ..utils.errors import UserError
 from ..weights.finetune import TransferReport, matching_classes
-from .detector import TransformersDetector, family_of, read_config
-from .families import Family
+from .detector import TransformersDetector, architecture, family_of, read_config
 
 
 def finetune_config(source: str | os.PathLike[str]) -> Config:
@@ -46,22 +47,23 @@ def load_for_finetuning(
             f"{source} is a {family_of(trained.config).title}, not a {family_of(config).title}; "
             "give the weights of the same family"
         )
-    if unknown := [key for key in config.network if key not in trained.config.network]:
-        close = get_close_matches(unknown[0], trained.config.network, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"model.network.{unknown[0]}: {family_of(config).title} has no such setting{hint}")
+    _check_settings(config.network, trained.network.config, family_of(config).title)
     model = TransformersDetector(config)
     report = TransferReport()
-    own, state = model.network.state_dict(), trained.network.state_dict()
+    own, state = model.network.state_dict(), _assign_proposal_heads(trained.network, model.network)
     rows = matching_classes(trained.config.class_names, config.class_names)
     same = trained.config.class_names == config.class_names
-    copied = {}
+    heads, copied = family_of(config).class_heads, {}
     for name, value in own.items():
         theirs = state.get(name)
-        if theirs is not None and _is_class_head(name, family_of(config)) and not same:
-            copied[name] = _class_rows(value, theirs, rows)
+        is_head = not same and any(part in heads for part in name.split("."))
+        if is_head and theirs is not None and theirs.shape[1:] == value.shape[1:]:
             kept = f"{config.num_classes} classes, the source has {trained.config.num_classes}"
-            if rows:
+            objectness = _scores_objects(name, model.network)
+            copied[name] = _class_rows(value, theirs, [(0, 0)] if objectness else rows)
+            if objectness:
+                report.partial[name] = f"{kept}; kept its score of 'object'"
+            elif rows:
                 report.partial[name] = f"{kept}; kept {len(rows)} of the same name"
             else:
                 report.initialized[name] = f"{kept}, none of the same name"
@@ -78,8 +80,36 @@ def load_for_finetuning(
     return model
 
 
-def _is_class_head(name: str, family: Family) -> bool:
-    return any(part in family.class_heads for part in name.split("."))
+def _check_settings(values: Mapping[str, Any], known: Any, title: str, prefix: str = "model.network.") -> None:
+    """Raise UserError about a setting that transformers' config `known` lacks, also of a backbone of the same type."""
+    names = architecture(known.to_dict())
+    for key, value in values.items():
+        if key not in names:
+            close = get_close_matches(key, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{prefix}{key}: {title} has no such setting{hint}")
+        part: Any = getattr(known, key, None)
+        if isinstance(value, dict) and hasattr(part, "to_dict") and value.get("model_type") == part.model_type:
+            _check_settings(value, part, part.model_type, f"{prefix}{key}.")
+
+
+def _proposal_head(network: Any) -> str | None:
+    """Return the index of the heads for proposals, scored by column 0: of Deformable DETR with two stages."""
+    config = network.config
+    two_stage = getattr(config, "two_stage", False) and hasattr(config, "two_stage_num_proposals")
+    return str(config.decoder_layers) if two_stage else None
+
+
+def _scores_objects(name: str, network: Any) -> bool:
+    return name.split(".")[-3:-1] == ["class_embed", _proposal_head(network)]
+
+
+def _assign_proposal_heads(source: Any, target: Any) -> dict[str, torch.Tensor]:
+    """Return the source's tensors with its proposal heads at the target's index, or without if it has none."""
+    old, new = _proposal_head(source), _proposal_head(target)
+    head = re.compile(rf"(?<=_embed\.){old}(?=\.)")
+    state = source.state_dict()
+    return {head.sub(str(new), name): value for name, value in state.items() if new or not head.search(name)}
 
 
 def _class_rows(own: torch.Tensor, source: torch.Tensor, rows: list[tuple[int, int]]) -> torch.Tensor:
