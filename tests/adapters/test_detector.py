@@ -115,7 +115,8 @@ def test_overridden_fields_are_saved(rt_detr, tmp_path):
     changes = {"class_names": ("x", "y", "z"), "category_ids": (5, 6, 7), "image_size": 128}
     model = TransformersDetector.from_pretrained(rt_detr, **changes)
     model.save_pretrained(tmp_path)
-    assert load_detector(tmp_path, "cpu").config == model.config
+    config = load_detector(tmp_path, "cpu").config
+    assert config == model.config.replace(processor=config.processor)
     described = transformers.AutoConfig.from_pretrained(tmp_path)
     assert described.id2label == {0: "x", 1: "y", 2: "z"}
     assert described.label2id == {"x": 0, "y": 1, "z": 2}
@@ -130,6 +131,36 @@ def test_processor_config(rt_detr, tmp_path):
     load_detector(rt_detr, "cpu").save_pretrained(tmp_path)
     assert transformers.AutoImageProcessor.from_pretrained(tmp_path).size["height"] == 96
     assert load_detector(tmp_path, "cpu").resize_rule == FixedSize(96, 96)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"size": {"shortest_edge": 96, "longest_edge": 160}, "do_pad": True}, 2),
+        ({"do_rescale": False, "do_normalize": True, "image_mean": [120, 110, 100], "image_std": [60.1, 58, 57]}, 1),
+        ({"size": {"max_height": 101, "max_width": 101}}, 1),
+    ],
+)
+def test_the_image_processor_is_kept(rt_detr, tmp_path, settings, count):
+    shutil.copytree(rt_detr, tmp_path / "a")
+    path = tmp_path / "a/preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    model = TransformersDetector.from_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    assert load_detector(tmp_path / "b", "cpu").config == model.config
+    before, after = (
+        transformers.AutoImageProcessor.from_pretrained(tmp_path / name)(pictures(count), return_tensors="pt")
+        for name in "ab"
+    )
+    assert torch.equal(before["pixel_values"], after["pixel_values"])
+    model.config = model.config.replace(resize="fixed", image_size=128, max_size=None)
+    model.save_pretrained(tmp_path / "c")
+    changed = json.loads((tmp_path / "c/preprocessor_config.json").read_text())
+    with pytest.raises(UserError, match=r"^model.processor: size .* must be 1 to 32768"):
+        TransformersDetector(model.config.replace(processor={"size": 70000}))
+    with pytest.raises(UserError, match=r"^model.processor: size .* must be 1 to 32768"):
+        TransformersDetector(model.config.replace(processor={"size": 70000}))
+    assert changed == {**json.loads(path.read_text()), "size": {"height": 128, "width": 128}}
 
 
 @pytest.mark.parametrize("native", [False, True])

@@ -22,7 +22,14 @@ from ..utils.files import FileContent, json_text, read_json, write_files
 from ..utils.packages import need, quiet_transformers
 from ..weights.checkpoint import coco_labels
 from ..weights.hub import upload
-from ..weights.image_processor import PREPROCESSOR, PROCESSOR, read_processor, write_processor
+from ..weights.image_processor import (
+    PREPROCESSOR,
+    PROCESSOR,
+    processor_fields,
+    read_settings,
+    updated_settings,
+    write_processor,
+)
 from ..weights.model_card import ModelCardData, card_file
 from .families import FAMILIES, Family, refusal
 from .objective import AdapterObjective
@@ -53,6 +60,7 @@ class TransformersDetector(Detector):
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig) -> None:
+        _processor_settings(config)  # not an error after the training
         self._assemble(config, build_network(config))
 
     def _assemble(self, config: AdapterConfig, network: nn.Module) -> None:
@@ -148,11 +156,10 @@ class TransformersDetector(Detector):
             cast(Any, self.network).save_pretrained(staging, max_shard_size=2**62)
             own = {"category_ids": config.category_ids}
             values = read_json(Path(staging) / CONFIG) | _labels(config) | {OWN: own}
-            processor = {**write_processor(config, config.pixel_mean, config.pixel_std), **family_of(config).saved}
             card = replace(card_data or ModelCardData(), library="transformers", title=family_of(config).title)
             files: dict[str, FileContent | None] = {
                 WEIGHTS: partial(shutil.copyfile, Path(staging) / WEIGHTS),
-                PREPROCESSOR: json_text(processor),
+                PREPROCESSOR: json_text(_processor_settings(config)),
                 PROCESSOR: None,  # which transformers would prefer
                 **card_file(folder, config, card),
                 CONFIG: json_text(values),
@@ -203,6 +210,15 @@ def _labels(config: AdapterConfig) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
+def _processor_settings(config: AdapterConfig) -> dict[str, Any]:
+    """Return the settings of transformers' image processor: those of the source, as far as they still apply."""
+    family = family_of(config)
+    if config.processor:
+        fields = processor_fields(config.processor, Path("model.processor"), family.processor)
+        return updated_settings(config.processor, fields, config)
+    return {**write_processor(config, config.pixel_mean, config.pixel_std), **family.saved}
+
+
 def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
     """Read the config and image processor of a repository. Raises UserError if they are damaged or not supported."""
     folder = Path(source)
@@ -212,7 +228,8 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
     if (model_type := str(values.get("model_type"))) not in FAMILIES:
         raise refusal(path, model_type)
     family = FAMILIES[model_type]
-    processor = read_processor(folder, family.processor)
+    processor_path, settings = read_settings(folder)
+    processor = processor_fields(settings, processor_path, family.processor)
     try:
         described = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers validates with exceptions of many kinds
@@ -232,6 +249,7 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
             "class_names": names,
             "category_ids": own.get("category_ids", ()) if isinstance(own, dict) else category_ids,
             "size_divisor": family.divisor(described),
+            "processor": settings,
             **processor,
             **family.fields,
         },

@@ -14,7 +14,7 @@ from ..weights import transformers_format
 _STRETCH = {"do_normalize": False, "size": {"height": 640, "width": 640}}
 _FIRST_GROUP = "enc_out_class_embed.0"  # the only group of queries outside training
 _RF_DETR = {"image_processor_type": "RfDetrImageProcessor"}
-_RT_DETR = {"image_processor_type": "RTDetrImageProcessor", "do_pad": False}
+_RT_DETR = {"image_processor_type": "RTDetrImageProcessor"}
 _PROMPT = "needs a text prompt"
 _MASKS = "segments images"
 _PLAIN = "has no multi-scale deformable attention"

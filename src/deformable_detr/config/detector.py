@@ -93,6 +93,8 @@ class AdapterConfig(DetectorConfig):
     """transformers' model type, such as d_fine."""
     network: Annotated[dict[str, Any], Field(repr=False)]
     """transformers' config of the network, without its classes."""
+    processor: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """The source's settings of transformers' image processor, which are saved with the model."""
     pixel_mean: RGB = (0.0, 0.0, 0.0)
     """RGB mean in 0..1."""
     pixel_std: RGB = (1.0, 1.0, 1.0)

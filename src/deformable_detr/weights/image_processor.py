@@ -5,26 +5,39 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..config.detector import DetectorConfig
+from ..config.detector import AdapterConfig, DetectorConfig
 from ..utils.errors import UserError
 from ..utils.files import read_json
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"  # transformers prefers the latter
 _MAX_SIDE = 2**15
+# The settings of transformers that each group of our fields stands for.
+_GROUPS = (
+    (("size", "max_size"), ("resize", "image_size", "image_width", "max_size")),
+    (("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"), ("pixel_mean", "pixel_std")),
+)
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def read_processor(folder: Path, defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """Return the fields of `DetectorConfig` that a repository's image processor states, else transformers' defaults.
+    """Return the fields of `DetectorConfig` of a repository's image processor; see `processor_fields`."""
+    path, values = read_settings(folder)
+    return processor_fields(values, path, defaults)
+
+
+def processor_fields(
+    values: Mapping[str, Any], path: Path, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the fields of `DetectorConfig` that an image processor states, else transformers' defaults.
 
     Args:
-        folder: The repository.
-        defaults: What the class of the image processor sets if the repository does not.
+        values: Its settings.
+        path: Their file.
+        defaults: What the class of the image processor sets if the settings do not.
 
     Raises:
         UserError: A value makes no sense, or asks for something that `predict` does not do.
     """
-    path, values = _read_settings(folder)
     values = {**_IMAGENET, **defaults, **{key: value for key, value in values.items() if value is not None}}
     size = values.get("size", {})
     if isinstance(size, int):
@@ -62,7 +75,7 @@ def read_processor(folder: Path, defaults: Mapping[str, Any] = MappingProxyType(
     }
 
 
-def _read_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+def read_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Return the file that transformers reads, and its settings of the image processor; none if there is no file."""
     path = folder / PROCESSOR
     if path.is_file() and (values := read_json(path).get("image_processor")) is not None:
@@ -105,8 +118,23 @@ def write_processor(config: DetectorConfig, mean: Sequence[float], std: Sequence
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": any(mean) or set(std) != {1.0},
-        "image_mean": [round(value, 7) for value in mean],
-        "image_std": [round(value, 7) for value in std],
+        "image_mean": list(mean),
+        "image_std": list(std),
         "do_convert_annotations": True,
         "do_pad": True,
     }
+
+
+def updated_settings(source: Mapping[str, Any], fields: Mapping[str, Any], config: AdapterConfig) -> dict[str, Any]:
+    """Return the settings of a source with those replaced whose fields are no longer the config's.
+
+    fields: What `processor_fields` returns for the source.
+    """
+    written = write_processor(config, config.pixel_mean, config.pixel_std)
+    settings = {key: value for key, value in source.items() if key != "auto_map"}  # the source's own code
+    before = {"resize": "shortest_edge", "image_width": None, "max_size": None, **fields}
+    for keys, names in _GROUPS:
+        if any(before[name] != getattr(config, name) for name in names):
+            settings = {key: value for key, value in settings.items() if key not in keys}
+            settings |= {key: written[key] for key in keys if key in written}
+    return settings
