@@ -69,7 +69,8 @@ class OptimizedAdapter(OptimizedCopy):
 class TraceableNetwork(nn.Module):
     """A model for `torch.export`, without what transformers' code does that a file cannot express.
 
-    `len(tensor)` would make the batch size a constant, and ONNX has no operator for the checks of tensors.
+    `len(tensor)` would make the batch size a constant, and ONNX has no operator for the checks of tensors. Of limits
+    that follow one another, the ONNX converter drops one that is still read.
     """
 
     def __init__(self, model: Detector) -> None:
@@ -79,12 +80,17 @@ class TraceableNetwork(nn.Module):
     def forward(self, pixels: Tensor, padding_mask: Tensor) -> dict[str, Any]:
         code = sys.modules[type(self.model.get_submodule("network")).__module__]
         no_checks = mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")
-        with no_checks, mock.patch.object(code, "len", _length, create=True):
+        replaced = mock.patch.multiple(code, create=True, len=_length, inverse_sigmoid=_inverse_sigmoid)
+        with no_checks, replaced:
             return self.model(pixels, padding_mask)
 
 
 def _length(value: Any) -> int:
     return value.shape[0] if isinstance(value, Tensor) else len(value)
+
+
+def _inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))
 
 
 def inference_copy(model: DetectorT) -> DetectorT:
