@@ -1,5 +1,7 @@
 """Settings of transformers' network that a user changes: applied, or refused in one line."""
 
+import re
+
 import pytest
 import torch
 from tests.support.transformers_models import CONFIGS, write_repository
@@ -7,8 +9,11 @@ from tests.support.transformers_models import CONFIGS, write_repository
 from deformable_detr.adapters.detector import TransformersDetector
 from deformable_detr.adapters.finetune import finetune_config, load_for_finetuning
 from deformable_detr.config.resolve import resolve_config
+from deformable_detr.config.schema import TrainConfig
 from deformable_detr.detector import finetune_config as config_of
 from deformable_detr.detector import load_detector
+from deformable_detr.structures import ImageBatch, Target
+from deformable_detr.training.step import TrainStep
 from deformable_detr.utils.errors import UserError
 
 pytest.importorskip("transformers", reason="needs transformers")
@@ -83,3 +88,22 @@ def test_score_of_objects_is_kept_for_any_classes(layers, tmp_path):
     assert torch.equal(heads.bbox_embed[layers].layers[0].weight, theirs.bbox_embed[2].layers[0].weight)
     assert torch.equal(heads.class_embed[0].weight[1], theirs.class_embed[0].weight[0]), "control: a class"
     assert any("kept its score of 'object'" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if " " not in name])
+def test_more_queries_than_positions(name, tmp_path):
+    write_repository(tmp_path, name)
+    config = finetune_config(tmp_path).model
+    model = load_for_finetuning(config.replace(num_queries=5000), tmp_path, lambda line: None)
+    images = torch.zeros(1, 3, config.image_size, config.image_size)
+    with pytest.raises(UserError, match=r"has 5000 queries, but .* only \d+ .*--set model.num_queries=") as error:
+        model.eval()(images)
+    count = int(re.findall(r"only (\d+)", str(error.value))[0])
+    target = Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.2, 0.2]]), 1, (96, 96))
+    batch = ImageBatch(torch.zeros_like(images, dtype=torch.uint8), torch.zeros_like(images[:, 0], dtype=torch.bool))
+    with pytest.raises(UserError, match=f"only {count} positions"):
+        TrainStep(model.train(), TrainConfig()).backward([(batch, [target])])
+    with pytest.raises(UserError, match=r"only \d+ positions"):  # Deformable DETR folds its norms at a larger size
+        model.eval().optimize()(images)
+    model = load_for_finetuning(config.replace(num_queries=count), tmp_path, lambda line: None)
+    assert model.eval()(images)["pred_boxes"].shape == (1, count, 4)

@@ -70,6 +70,9 @@ class TransformersDetector(Detector):
         for name, parameter in network.named_parameters():
             if name.endswith("mask_token"):  # used in pre-training only
                 parameter.requires_grad_(False)
+        if (tokens := _encoded_tokens(network.model)) is not None:
+            check = partial(_check_positions, family_of(config).title, config.num_queries)
+            tokens.register_forward_hook(check)
         dtype = next(network.parameters()).dtype
         self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean, dtype=dtype), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(config.pixel_std, dtype=dtype), persistent=False)
@@ -184,6 +187,21 @@ def family_of(config: AdapterConfig) -> Family:
     if config.family not in FAMILIES:
         raise UserError(f"model family {config.family!r} is not supported; these are: {', '.join(FAMILIES)}")
     return FAMILIES[config.family]
+
+
+def _encoded_tokens(model: Any) -> nn.Module | None:
+    """Return the layer whose output are the tokens that the queries are chosen from; None if they are learned."""
+    layer = getattr(model, "enc_output_norm", None) or getattr(model, "enc_output", None)
+    return layer[0] if isinstance(layer, nn.ModuleList) else layer
+
+
+def _check_positions(title: str, queries: int, layer: nn.Module, inputs: Any, tokens: Tensor) -> None:
+    """Raise UserError if there are fewer tokens (B, S, C) than queries."""
+    if (count := tokens.shape[1]) < queries:
+        raise UserError(
+            f"this {title} has {queries} queries, but an input of this size has only {count} positions for them; "
+            f"use a larger image size, or train with --set model.num_queries={count} or less"
+        )
 
 
 def build_network(config: AdapterConfig) -> nn.Module:
