@@ -279,6 +279,45 @@ def test_broken_repositories(rt_detr, tmp_path, kind, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_labels": 10**9, "id2label": None}, "num_labels 1000000000 is more than 2048"),
+        ({"decoder_layers": 10**5}, r"decoder_layers 100000 is more than \d+"),
+        ({"d_model": 10**9}, "d_model 1000000000"),
+        ({"encoder_in_channels": [16, 24, 10**9]}, "encoder_in_channels 1000000000"),
+        ({"backbone_config": {"model_type": "rt_detr_resnet", "depths": [1, 1, 9999, 1]}}, "backbone_config.depths"),
+        ({"id2label": {"0": "a", "2": "b", "5": "c"}}, "id2label must map the labels 0, 1, …"),
+        ({"id2label": ["a", "b", "c"]}, "id2label must map"),
+        ({"return_dict": False}, "return_dict false is not supported"),
+        ({"backbone": "evil/x", "backbone_config": None}, "backbone 'evil/x' needs a backbone_config"),
+        (
+            {"backbone": "resnet50", "backbone_config": None, "use_timm_backbone": True},
+            "backbone 'resnet50' needs a backbone_config",
+        ),
+        ({"attn_implementation": "evil/kernel"}, "attn_implementation 'evil/kernel' is not supported"),
+        ({"attn_implementation": {"": "evil/kernel"}}, "attn_implementation"),
+    ],
+)
+def test_configs_that_transformers_is_not_to_build(rt_detr, tmp_path, changes, message, monkeypatch):
+    shutil.copytree(rt_detr, tmp_path, dirs_exist_ok=True)
+    change(tmp_path, **changes)
+    for name in ("AutoConfig", "AutoModelForObjectDetection"):  # refused before it sees the config
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", None)
+    with pytest.raises(UserError, match=message) as error:
+        load_detector(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", [[96, 96], "96", 96.0])
+def test_sizes_of_other_types(rt_detr, tmp_path, size):
+    shutil.copytree(rt_detr, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+    with pytest.raises(UserError, match=r"preprocessor_config.json: size .* must be a number of pixels"):
+        load_detector(tmp_path)
+
+
 def test_deformable_detr_names_the_family(rt_detr):
     with pytest.raises(UserError, match="is not a Deformable DETR but a RT-DETR: use load_detector"):
         DeformableDETR.from_pretrained(rt_detr)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from ..weights.image_processor import (
     write_processor,
 )
 from ..weights.model_card import ModelCardData, card_file
+from .config_checks import check_config, check_timm
 from .families import FAMILIES, Family, refusal
 from .objective import AdapterObjective
 from .optimize import OptimizedAdapter, TraceableNetwork, inference_copy
@@ -245,6 +245,7 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
     values = read_json(path)
     if (model_type := str(values.get("model_type"))) not in FAMILIES:
         raise refusal(path, model_type)
+    check_config(values, path)
     family = FAMILIES[model_type]
     processor_path, settings = read_settings(folder)
     processor = processor_fields(settings, processor_path, family.processor)
@@ -252,7 +253,7 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
         described = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers validates with exceptions of many kinds
         raise UserError(f"{path} cannot be read by transformers: {first_line(error)}") from None
-    _check_backbone(described, path)
+    check_timm(getattr(described, "backbone_config", None), path)
     names = tuple(str(described.id2label[label]) for label in range(described.num_labels))
     names, category_ids = coco_labels(names)
     two_stage = getattr(described, "two_stage", False) and hasattr(described, "two_stage_num_proposals")
@@ -273,14 +274,6 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
         },
         str(path),
     )
-
-
-def _check_backbone(described: Any, path: Path) -> None:
-    """Refuse a timm backbone by a name that timm does not know: it might be an address to download code from."""
-    backbone = getattr(described, "backbone_config", None)
-    name = getattr(backbone, "backbone", None)
-    if getattr(backbone, "model_type", None) == "timm_backbone" and not timm.is_model(str(name)):
-        raise UserError(f"{path}: backbone {name!r} is not a timm model")
 
 
 def architecture(values: dict[str, Any]) -> dict[str, Any]:

@@ -42,8 +42,10 @@ def processor_fields(
     size = values.get("size", {})
     if isinstance(size, int):
         size = {"shortest_edge": size, "longest_edge": values.get("max_size") or max(1333, size)}
+    if not isinstance(size, dict):
+        raise UserError(f"{path}: size {size!r} must be a number of pixels, or map height and width to them")
     try:
-        sides = [int(side) for side in size.values() if side is not None] if isinstance(size, dict) else []
+        sides = [int(side) for side in size.values() if side is not None]
         factor = float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 1.0
         mean, std = ([float(x) for x in values[key]] for key in ("image_mean", "image_std"))
     except (TypeError, ValueError, AttributeError, OverflowError):
