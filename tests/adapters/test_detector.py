@@ -310,6 +310,18 @@ def test_configs_that_transformers_is_not_to_build(rt_detr, tmp_path, changes, m
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(rt_detr, tmp_path, native, value):
+    source = tiny_model() if native else TransformersDetector.from_pretrained(rt_detr)
+    name, parameter = next((name, each) for name, each in source.named_parameters() if "decoder" in name)
+    with torch.no_grad():
+        parameter.view(-1)[0] = value
+    source.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"tensor {name.removeprefix('network.')} has values that are NaN"):
+        load_detector(tmp_path)
+
+
 @pytest.mark.parametrize("size", [[96, 96], "96", 96.0])
 def test_sizes_of_other_types(rt_detr, tmp_path, size):
     shutil.copytree(rt_detr, tmp_path, dirs_exist_ok=True)

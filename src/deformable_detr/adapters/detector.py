@@ -20,6 +20,7 @@ from ..utils.errors import UserError, first_line
 from ..utils.files import FileContent, json_text, read_json, write_files
 from ..utils.packages import need, quiet_transformers
 from ..weights.checkpoint import coco_labels
+from ..weights.files import check_finite
 from ..weights.hub import upload
 from ..weights.image_processor import (
     PREPROCESSOR,
@@ -302,4 +303,5 @@ def read_network(folder: Path) -> nn.Module:
             names = sorted(str(name) for name in info[problem])
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{folder}: {problem.replace('_', ' ')} in the weights: {names[0]}{more}")
+    check_finite(network.state_dict(), folder)
     return network

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError
+from .files import check_finite
 from .key_mapping import Placements, from_reference_keys
 
 # Config fields that the tensors of a `.pth` file may not tell, and what to suggest for them.
@@ -61,6 +62,7 @@ class Checkpoint:
         self.check_network(network)
         expected = network.state_dict()
         placements = self.placements(expected, self.config)
+        check_finite(self.tensors, self.path)
         return network, from_reference_keys(self.tensors, placements, expected, self.path, self.config_name)
 
     def _check_sizes(self) -> None:

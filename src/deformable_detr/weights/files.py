@@ -85,6 +85,13 @@ def strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError, naming the first tensor, if one holds NaN or infinity."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{path}: tensor {name} has values that are NaN or infinite")
+
+
 def check_tensors(values: Any, path: Path) -> dict[str, Tensor]:
     """Return a dict of tensors by key; raise UserError if it is anything else."""
     if not isinstance(values, Mapping) or not values:
