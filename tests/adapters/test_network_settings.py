@@ -55,7 +55,7 @@ def test_settings_of_the_other_loss(rt_detr):
 
 
 def test_valid_keys_are_those_of_the_section(rt_detr):
-    with pytest.raises(UserError, match=r"unknown key 'model.hidden_dim'; valid keys: class_names, .*, network$"):
+    with pytest.raises(UserError, match=r"unknown key 'model.hidden_dim'; valid keys: class_names, .*, processor$"):
         finetune_config(rt_detr).updated({"model": {"hidden_dim": 64}})
 
 
