@@ -70,7 +70,7 @@ def load_for_finetuning(
         elif theirs is not None and theirs.shape == value.shape:
             copied[name] = theirs
             report.loaded.append(name)
-        else:
+        elif not name.endswith("num_batches_tracked"):  # frozen norms have no such counter
             shape = "" if theirs is None else f", in the source {tuple(theirs.shape)}"
             report.initialized[name] = f"shape {tuple(value.shape)}{shape}"
     report.unused = {name: "not in this model" for name in state if name not in own}
