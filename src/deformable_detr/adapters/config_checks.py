@@ -10,7 +10,7 @@ import timm
 
 from ..utils.errors import UserError
 
-_MAX_LAYERS, _MAX_LABELS, _MAX_SIDE, _MAX_SIZE = 1000, 100_000, 2**15, 100_000
+_MAX_LAYERS, _MAX_SIDE, _MAX_SIZE = 1000, 2**15, 100_000
 _FLOOR = 2048  # sizes up to here need no tensor of that size: queries, positions
 _DEPTHS = "layers", "depth", "blocks"
 _ATTENTION = None, "eager", "sdpa"

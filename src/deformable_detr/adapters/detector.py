@@ -32,7 +32,7 @@ from ..weights.image_processor import (
 )
 from ..weights.model_card import ModelCardData, card_file
 from .config_checks import check_config, check_timm
-from .families import FAMILIES, Family, refusal
+from .families import FAMILIES, Family, refusal, scores_objects
 from .objective import AdapterObjective
 from .optimize import OptimizedAdapter, TraceableNetwork, inference_copy
 from .sampling import run_recorded
@@ -140,7 +140,7 @@ class TransformersDetector(Detector):
             self(pixels, padding_mask)
         finally:
             hook.remove()
-        return logits[0][..., 0] if hasattr(config, "two_stage_num_proposals") else logits[0].amax(-1)
+        return logits[0][..., 0] if scores_objects(config) else logits[0].amax(-1)
 
     def export_config(self) -> AdapterConfig:
         """Return the config, which has all that a file needs."""
@@ -257,7 +257,6 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
     check_timm(getattr(described, "backbone_config", None), path)
     names = tuple(str(described.id2label[label]) for label in range(described.num_labels))
     names, category_ids = coco_labels(names)
-    two_stage = getattr(described, "two_stage", False) and hasattr(described, "two_stage_num_proposals")
     network = json.loads(described.to_json_string(use_diff=True))
     own = values.get(OWN)
     return AdapterConfig.from_dict(
@@ -265,7 +264,7 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
             "family": model_type,
             "network": architecture(network),
             "num_classes": len(names),
-            "num_queries": described.two_stage_num_proposals if two_stage else described.num_queries,
+            "num_queries": described.two_stage_num_proposals if scores_objects(described) else described.num_queries,
             "class_names": names,
             "category_ids": own.get("category_ids", ()) if isinstance(own, dict) else category_ids,
             "size_divisor": family.divisor(described),

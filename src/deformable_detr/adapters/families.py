@@ -115,6 +115,11 @@ FAMILIES = {
 }
 
 
+def scores_objects(config: Any) -> bool:
+    """Return whether column 0 of a head of its own scores the proposals: in Deformable DETR with two stages."""
+    return getattr(config, "two_stage", False) and hasattr(config, "two_stage_num_proposals")
+
+
 def refusal(path: Path, model_type: object) -> UserError:
     """Return the error about a config.json whose model type is none of `FAMILIES`."""
     reason = f", which {_REFUSED[name]}" if (name := str(model_type)) in _REFUSED else ""

@@ -14,6 +14,7 @@ from ..model.heads import PRIOR_LOGIT
 from ..utils.errors import UserError
 from ..weights.finetune import TransferReport, matching_classes
 from .detector import TransformersDetector, architecture, family_of, read_config
+from .families import scores_objects
 
 
 def finetune_config(source: str | os.PathLike[str]) -> Config:
@@ -59,7 +60,7 @@ def load_for_finetuning(
         is_head = not same and any(part in heads for part in name.split("."))
         if is_head and theirs is not None and theirs.shape[1:] == value.shape[1:]:
             kept = f"{config.num_classes} classes, the source has {trained.config.num_classes}"
-            objectness = _scores_objects(name, model.network)
+            objectness = _is_proposal_head(name, model.network)
             copied[name] = _class_rows(value, theirs, [(0, 0)] if objectness else rows)
             if objectness:
                 report.partial[name] = f"{kept}; kept its score of 'object'"
@@ -95,12 +96,10 @@ def _check_settings(values: Mapping[str, Any], known: Any, title: str, prefix: s
 
 def _proposal_head(network: Any) -> str | None:
     """Return the index of the heads for proposals, scored by column 0: of Deformable DETR with two stages."""
-    config = network.config
-    two_stage = getattr(config, "two_stage", False) and hasattr(config, "two_stage_num_proposals")
-    return str(config.decoder_layers) if two_stage else None
+    return str(network.config.decoder_layers) if scores_objects(network.config) else None
 
 
-def _scores_objects(name: str, network: Any) -> bool:
+def _is_proposal_head(name: str, network: Any) -> bool:
     return name.split(".")[-3:-1] == ["class_embed", _proposal_head(network)]
 
 

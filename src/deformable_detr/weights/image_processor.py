@@ -19,10 +19,10 @@ _GROUPS = (
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
-def read_processor(folder: Path, defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def read_processor(folder: Path) -> dict[str, Any]:
     """Return the fields of `DetectorConfig` of a repository's image processor; see `processor_fields`."""
     path, values = read_settings(folder)
-    return processor_fields(values, path, defaults)
+    return processor_fields(values, path)
 
 
 def processor_fields(
