@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .utils.packages import need
+from .utils.rle import Rle, decode_masks
 
 if TYPE_CHECKING:
     import supervision
@@ -63,12 +64,17 @@ class Target:
         boxes: (N, 4) float32 (cx, cy, w, h), relative to the unpadded image, in 0..1.
         image_id: The image's id in its annotation file.
         original_size: (height, width) in pixels of the image file, EXIF orientation applied.
+        masks: (N, R, R) uint8 in 0..255, how much of each cell the object covers; cells divide the object's box into
+            R rows and R columns. None: the dataset was opened without masks.
+        has_mask: (N,) bool, False for an object that is annotated with a box only. None as for `masks`.
     """
 
     labels: Tensor
     boxes: Tensor
     image_id: int
     original_size: tuple[int, int]
+    masks: Tensor | None = None
+    has_mask: Tensor | None = None
 
     @classmethod
     def empty(cls, image_id: int, original_size: tuple[int, int]) -> Target:
@@ -77,7 +83,8 @@ class Target:
 
     def pin_memory(self) -> Target:
         """Return the target in page-locked memory, which a GPU can copy from asynchronously."""
-        return replace(self, labels=self.labels.pin_memory(), boxes=self.boxes.pin_memory())
+        names = [name for name, value in vars(self).items() if isinstance(value, Tensor)]
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ class Detections:
         names: N class names.
         image_size: (height, width) of the original image in pixels.
         image: The image as passed to `predict` (path, PIL image, array or tensor), on which `save` draws.
+        segmentations: N masks as COCO's compressed RLE, {"size": [height, width], "counts": text}. None: the model has
+            no masks.
     """
 
     boxes: Tensor
@@ -109,6 +118,7 @@ class Detections:
     names: tuple[str, ...]
     image_size: tuple[int, int]
     image: Any = field(default=None)
+    segmentations: tuple[Rle, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -123,6 +133,11 @@ class Detections:
     def path(self) -> str | None:
         """The path of the image, or None if it was not passed as a path."""
         return os.fspath(self.image) if isinstance(self.image, str | os.PathLike) else None
+
+    @property
+    def masks(self) -> Tensor | None:
+        """The masks (N, H, W) bool at the size of the image, decoded at each access; None without masks."""
+        return None if self.segmentations is None else decode_masks(self.segmentations, self.image_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, ready for JSON.

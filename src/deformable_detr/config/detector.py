@@ -25,6 +25,9 @@ class DetectorConfig(ConfigSection):
     num_queries: PositiveInt = 300
     """Object queries per image."""
 
+    masks: bool = False
+    """Also predict a mask for each object."""
+
     resize: Literal["shortest_edge", "fixed"] = "shortest_edge"
     """shortest_edge: keep the aspect ratio; fixed: stretch images to image_size × image_width."""
     image_size: PositiveInt = 800

@@ -200,7 +200,7 @@ def detect_images(
             start = time.perf_counter()
             detections = postprocess(forward(model, batch), [target.original_size for target in targets], top_k)
             model_seconds += time.perf_counter() - start  # `postprocess` waits for the device
-            for target, (boxes, scores, labels) in zip(targets, detections, strict=True):
+            for target, (boxes, scores, labels, _) in zip(targets, detections, strict=True):
                 image_ids.add(target.image_id)
                 boxes[:, 2:] -= boxes[:, :2]
                 results.extend(

@@ -13,7 +13,7 @@ from ..data.transforms import resize
 from ..model.geometry import get_valid_ratios
 from ..model.layers import resize_mask
 from ..model.postprocess import postprocess, to_detections
-from ..predict.predictor import Detector, evaluating, model_categories
+from ..predict.predictor import Detector, evaluating, forward, model_categories
 from ..structures import Detections
 from ..utils.errors import UserError
 from ..utils.images import read_image
@@ -172,9 +172,7 @@ def trace(model: Detector, image: Any, threshold: float = 0.5, top_k: int = 100)
     resized = resize(pixels, model.resize_rule)
     batch = pad_images([resized])
     with evaluating(model):
-        mean, std = model.pixel_mean, model.pixel_std
-        inputs = batch.to(mean.device).normalize(mean, std)
-        outputs = model(inputs.pixels, inputs.padding_mask, return_attention=True)
+        outputs = forward(model, batch, return_attention=True)
         selection = postprocess(outputs, [image_size], top_k)[0]
         # The query of each (query, class) pair that `postprocess` chose.
         pairs = outputs["pred_logits"].float().sigmoid().flatten(1).topk(len(selection.scores), dim=1).indices[0]

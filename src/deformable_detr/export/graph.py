@@ -60,7 +60,7 @@ class InferenceGraph(nn.Module):
         logits, boxes = out["pred_logits"].float(), out["pred_boxes"].float()
         if original_sizes is None:
             return logits, boxes
-        corners, scores, labels = topk_boxes(logits, boxes, original_sizes.float(), TOP_K)
+        corners, scores, labels, _ = topk_boxes(logits, boxes, original_sizes.float(), TOP_K)
         return logits, boxes, clip_boxes_to_image(corners, original_sizes), scores, labels
 
 

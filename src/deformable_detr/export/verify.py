@@ -122,7 +122,7 @@ def _verify_detections(exported: ExportedDetector, pixels: Tensor, mask: Tensor,
     """Compare the post-processed outputs with our post-processing of the same file's logits and boxes."""
     sizes = torch.tensor([[101 + 7 * index, 203 - 5 * index] for index in range(len(pixels))])
     logits, boxes, corners, scores, labels = exported.runtime([pixels, mask, sizes])
-    expected_corners, expected_scores, expected_labels = topk_boxes(logits, boxes, sizes.float(), TOP_K)
+    expected_corners, expected_scores, expected_labels, _ = topk_boxes(logits, boxes, sizes.float(), TOP_K)
     expected_corners = clip_boxes_to_image(expected_corners, sizes)
     # Ranks whose score no other detection has; the last one may have an equal that was not returned.
     differs = torch.nn.functional.pad(expected_scores.diff().abs() >= 1e-6, (1, 1), value=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..structures import Category, Detections
 from ..utils.dtype import upcast
+from .mask_ops import MaskLogits, has_masks, select_masks
 
 
 class ScoredBoxes(NamedTuple):
@@ -16,11 +17,18 @@ class ScoredBoxes(NamedTuple):
     boxes: (k, 4) float32 (x1, y1, x2, y2) in pixels of the original image, not clipped; float64 for a float64 model.
     scores: (k,) of the same dtype in 0..1.
     labels: (k,) int64.
+    masks: Their masks; None if the model has none.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: MaskLogits | None = None
+
+    def select(self, index: Any) -> "ScoredBoxes":
+        """Return the pairs that a slice or bool mask (k,) selects."""
+        masks = None if self.masks is None else self.masks[index]
+        return ScoredBoxes(self.boxes[index], self.scores[index], self.labels[index], masks)
 
 
 def postprocess(
@@ -31,20 +39,29 @@ def postprocess(
     One query may give several classes. Boxes are not clipped to the image; see `clip_boxes_to_image`.
 
     Args:
-        outputs: The network's "pred_logits" (B, Q, K) and "pred_boxes" (B, Q, 4).
+        outputs: The network's "pred_logits" (B, Q, K) and "pred_boxes" (B, Q, 4); with masks also those of `mask_ops`
+            and their "content_ratios" (B, 2).
         original_sizes: B × (height, width) in pixels.
         top_k: Maximum number of pairs per image.
     """
     logits, boxes = upcast(outputs["pred_logits"]), upcast(outputs["pred_boxes"])
     sizes = torch.as_tensor(original_sizes, dtype=boxes.dtype, device=boxes.device).reshape(len(boxes), 2)
-    corners, scores, labels = topk_boxes(logits, boxes, sizes, top_k)
+    corners, scores, labels, queries = topk_boxes(logits, boxes, sizes, top_k)
     # float32 holds integers up to 2²⁴ exactly, so labels can share the one copy to the host.
     packed = torch.cat([corners, scores[:, :, None], labels[:, :, None].to(boxes.dtype)], dim=2).cpu()
-    return [ScoredBoxes(image[:, :4], image[:, 4], image[:, 5].long()) for image in packed]
+    masks: Sequence[MaskLogits | None] = [None] * len(packed)
+    if has_masks(outputs):
+        ratios = outputs["content_ratios"].tolist()
+        grids = select_masks(outputs, queries).cpu()
+        masks = [MaskLogits(grid, tuple(ratio)) for grid, ratio in zip(grids, ratios, strict=True)]
+    rows = zip(packed, masks, strict=True)
+    return [ScoredBoxes(image[:, :4], image[:, 4], image[:, 5].long(), grid) for image, grid in rows]
 
 
-def topk_boxes(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return boxes (B, k, 4) xyxy in pixels, scores (B, k) and labels (B, k) of the best pairs, best first.
+def topk_boxes(
+    logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return boxes (B, k, 4) xyxy in pixels, scores, labels and queries (B, k) of the best pairs, best first.
 
     logits: (B, Q, K). boxes: (B, Q, 4). original_sizes: (B, 2) float (height, width) in pixels.
     """
@@ -54,19 +71,20 @@ def topk_boxes(logits: Tensor, boxes: Tensor, original_sizes: Tensor, top_k: int
     scores, pairs = logits.sigmoid().flatten(1).topk(torch.sym_min(top_k, Q * K), dim=1)  # (B, k)
     queries, labels = pairs // K, pairs % K
     chosen = boxes.gather(1, queries[:, :, None].expand(-1, -1, 4))
-    return box_convert(chosen, "cxcywh", "xyxy") * _scale(original_sizes), scores, labels
+    return box_convert(chosen, "cxcywh", "xyxy") * _scale(original_sizes), scores, labels, queries
 
 
 def to_detections(
     scored: ScoredBoxes, size: tuple[int, int], threshold: float, categories: Sequence[Category], source: Any = None
 ) -> Detections:
     """Return the pairs of an image of `size` (height, width) that score at least `threshold`, clipped to the image."""
-    kept = scored.scores >= threshold
-    boxes, scores, labels = (part[kept] for part in scored)
+    boxes, scores, labels, masks = scored.select(scored.scores >= threshold)
     boxes = clip_boxes_to_image(boxes[None].float(), torch.tensor([size]))[0]
     predicted = [categories[label] for label in labels.tolist()]
     ids = torch.tensor([category.id for category in predicted], dtype=torch.int64)
-    return Detections(boxes, scores.float(), labels, ids, tuple(category.name for category in predicted), size, source)
+    names = tuple(category.name for category in predicted)
+    segmentations = None if masks is None else masks.to_rle(size)
+    return Detections(boxes, scores.float(), labels, ids, names, size, source, segmentations)
 
 
 def clip_boxes_to_image(corners: Tensor, original_sizes: Tensor) -> Tensor:

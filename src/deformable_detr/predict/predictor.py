@@ -22,6 +22,7 @@ from ..data.dataloader import pad_images
 from ..data.discovery import describe_unread, is_hidden, is_unread_image
 from ..data.matching import IMAGE_SUFFIXES
 from ..data.transforms import resize
+from ..model.mask_ops import content_ratios, has_masks
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..structures import Category, Detections
 from ..utils.errors import UserError
@@ -264,11 +265,17 @@ def _detect(model: Detector, images: Sequence[tuple[Tensor, tuple[int, int]]], t
         return postprocess(forward(model, pad_images(pixels)), sizes, top_k)
 
 
-def forward(model: Detector, batch: Any) -> dict[str, Any]:
-    """Normalize a uint8 `ImageBatch` on the model's device and return the model's outputs."""
+def forward(model: Detector, batch: Any, **options: Any) -> dict[str, Any]:
+    """Normalize a uint8 `ImageBatch` on the model's device and return the model's outputs, as `postprocess` needs them.
+
+    Options are those of the model's `forward`.
+    """
     mean, std = model.pixel_mean, model.pixel_std
     batch = batch.to(mean.device, non_blocking=True).normalize(mean, std)
-    return model(batch.pixels, batch.padding_mask)
+    outputs = model(batch.pixels, batch.padding_mask, **options)
+    if has_masks(outputs):
+        outputs["content_ratios"] = content_ratios(batch.padding_mask)
+    return outputs
 
 
 _lock = Lock()

@@ -195,7 +195,7 @@ class Engine:
             outputs = forward(self.detector, pad_images([job.pixels for job in jobs]))
             results = postprocess(outputs, [job.image_size for job in jobs], max(job.top_k for job in jobs))
         # Results are sorted by score, so the first ones are those of a smaller top_k.
-        return [ScoredBoxes(*(part[: job.top_k] for part in boxes)) for job, boxes in zip(jobs, results, strict=True)]
+        return [boxes.select(slice(job.top_k)) for job, boxes in zip(jobs, results, strict=True)]
 
 
 async def run_in(pool: Executor, function: Callable[..., T], *arguments: Any) -> T:

@@ -1,0 +1,83 @@
+"""From mask logits at stride 4 to masks of the original image.
+
+A model with masks (`config.masks`) returns either
+    mask_embeddings (B, Q, D) and mask_features (B, D, h, w), whose product are the logits (Mask DINO, section 3.2), or
+    pred_masks (B, Q, h, w), the logits themselves,
+on a grid that covers the padded canvas; a logit over 0 belongs to the object.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..utils.dtype import upcast
+from ..utils.rle import Rle, encode_masks
+
+
+@dataclass(frozen=True)
+class MaskLogits:
+    """The masks of k detections of one image, before they are resized to the image.
+
+    logits: (k, h, w) float on the CPU.
+    content: (height, width) of the image relative to the canvas that the grid covers, each in 0..1.
+    """
+
+    logits: Tensor
+    content: tuple[float, float]
+
+    def __getitem__(self, index: Any) -> "MaskLogits":
+        return MaskLogits(self.logits[index], self.content)
+
+    def to_rle(self, size: tuple[int, int]) -> tuple[Rle, ...]:
+        """Return the masks of an image of `size` (height, width) in pixels."""
+        return tuple(rle for logits in self.logits for rle in encode_masks(self._resize(logits, size)[None]))
+
+    def _resize(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Interpolate (h, w) logits bilinearly, as far as they can be positive, and return the mask (H, W) bool."""
+        mask = torch.zeros(size, dtype=torch.bool)
+        window, pixels, positions = [], [], []
+        for axis in (0, 1):
+            cells = torch.nonzero((logits > 0).any(dim=1 - axis))[:, 0]
+            if not len(cells):
+                return mask
+            count, scale = logits.shape[axis], logits.shape[axis] * self.content[axis] / size[axis]
+            low, high = max(0, int(cells[0]) - 1), min(count, int(cells[-1]) + 2)
+            # A pixel's center lies at this many cells: (pixel + 0.5) · scale − 0.5.
+            first = max(0, math.floor((low + 0.5) / scale - 0.5) if low else 0)
+            last = min(size[axis], math.ceil((high - 0.5) / scale - 0.5) + 1 if high < count else size[axis])
+            window.append(slice(low, high))
+            pixels.append(slice(first, last))
+            centers = (torch.arange(first, last, dtype=torch.float32) + 0.5) * scale - low
+            positions.append(centers * 2 / (high - low) - 1)
+        y, x = positions
+        grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
+        part = logits[window[0], window[1]].float()
+        values = F.grid_sample(part[None, None], grid[None], padding_mode="border", align_corners=False)
+        mask[pixels[0], pixels[1]] = values[0, 0] > 0
+        return mask
+
+
+def has_masks(outputs: Mapping[str, Any]) -> bool:
+    """Return whether a model's outputs include masks."""
+    return "pred_masks" in outputs or "mask_features" in outputs
+
+
+def select_masks(outputs: Mapping[str, Any], queries: Tensor) -> Tensor:
+    """Return the mask logits (B, k, h, w) of the queries (B, k), in at least fp32."""
+    if "pred_masks" in outputs:
+        masks = outputs["pred_masks"]
+        return upcast(masks.gather(1, queries[:, :, None, None].expand(-1, -1, *masks.shape[2:])))
+    embeddings, features = upcast(outputs["mask_embeddings"]), upcast(outputs["mask_features"])
+    chosen = embeddings.gather(1, queries[:, :, None].expand(-1, -1, embeddings.shape[2]))
+    return (chosen @ features.flatten(2)).unflatten(2, features.shape[2:])
+
+
+def content_ratios(padding_mask: Tensor) -> Tensor:
+    """Return the (B, 2) part of the canvas's height and width that each image covers; padding_mask: (B, H, W)."""
+    valid = ~padding_mask
+    return torch.stack([valid[:, :, 0].float().mean(1), valid[:, 0].float().mean(1)], dim=1)

@@ -1,0 +1,29 @@
+"""Run-length encoded masks in COCO's compressed form: {"size": [height, width], "counts": text}."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rle = dict[str, Any]
+
+
+def encode_masks(masks: Tensor | np.ndarray) -> tuple[Rle, ...]:
+    """Encode masks (N, H, W), bool or uint8 of 0 and 1."""
+    import hotcoco
+
+    array = np.asarray(masks).astype(np.uint8)
+    rows: list[Any] = hotcoco.mask.encode(array.transpose(1, 2, 0)) if len(array) else []  # pyright: ignore[reportAssignmentType]
+    return tuple({"size": list(row["size"]), "counts": row["counts"].decode("ascii")} for row in rows)
+
+
+def decode_masks(rles: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Tensor:
+    """Decode masks of images of `size` (height, width) to (N, H, W) bool."""
+    import hotcoco
+
+    if not rles:
+        return torch.zeros(0, *size, dtype=torch.bool)
+    rows = [{"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")} for rle in rles]
+    return torch.from_numpy(np.ascontiguousarray(hotcoco.mask.decode(rows).transpose(2, 0, 1))).bool()
