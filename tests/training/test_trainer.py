@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -180,10 +181,16 @@ def test_run_killed_after_its_evaluation_logs_it_once(data, tmp_path, monkeypatc
     assert (out / "training.html").is_file()
 
 
-def test_resume_keeps_partial_log_averages(data, tmp_path, monkeypatch):
-    """The logged means cover more steps than an epoch has."""
+def test_resume_keeps_log_averages(data, tmp_path, monkeypatch, capsys):
+    """The logged means cover more steps than an epoch has, and the printed loss is smoothed over all."""
+
+    def printed() -> list[str]:
+        return re.findall(r"epoch (\d/3: step \d, loss \d\S+),", capsys.readouterr().err)
+
     config = tiny_config(epochs=3, log_every=3, eval_every=3)
     train_model(data, tmp_path / "reference", config)
+    expected = printed()
+    assert len(expected) == 3
     with monkeypatch.context() as patched:
         original = TrainStep.step
 
@@ -198,6 +205,7 @@ def test_resume_keeps_partial_log_averages(data, tmp_path, monkeypatch):
         with pytest.raises(TrainingInterrupted):
             train_model(data, tmp_path / "run", config)
     train_model(data, tmp_path / "run", run_config(tmp_path / "run"), resume=True)
+    assert printed() == [expected[0], expected[2]]  # the signal came before the line of epoch 2
     times = ("seconds", "images_per_second")
     records = [
         [{key: value for key, value in record.items() if key not in times} for record in lines(tmp_path / out, "train")]

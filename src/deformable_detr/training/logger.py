@@ -67,7 +67,7 @@ class TrainingLogger:
         self._board: Any = None
         self._history: defaultdict[str, list[float]] = defaultdict(list)  # step metrics since the last line
         self._logged = (0, 0.0)  # images and seconds at that line
-        self._smoothed_loss = math.nan
+        self._smoothed_loss: float | None = None  # of the printed lines
         if config.tensorboard and enabled:
             need("tensorboard", "tensorboard")
 
@@ -90,23 +90,24 @@ class TrainingLogger:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next line of metrics.jsonl depends on."""
-        return {"history": dict(self._history), "logged": self._logged}
+        """Return what the next lines depend on."""
+        return {"history": dict(self._history), "logged": self._logged, "smoothed_loss": self._smoothed_loss}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._history.update(state["history"])
         self._logged = tuple(state["logged"])
+        self._smoothed_loss = state.get("smoothed_loss")
 
     def log_step(self, metrics: StepMetrics | None, state: TrainState, progress: float) -> None:
         """Collect the metrics of a step; every `log_every` steps, write a line with their means."""
         if metrics is None:
             return
-        loss = metrics.values["loss"]
-        self._smoothed_loss = loss if math.isnan(self._smoothed_loss) else 0.95 * self._smoothed_loss + 0.05 * loss
-        for name, value in metrics.values.items():
-            if math.isfinite(value):  # the gradient may overflow in fp16
-                self._history[name].append(value)
+        values = {name: value for name, value in metrics.values.items() if math.isfinite(value)}  # fp16 may overflow
+        if (loss := values.get("loss")) is not None:
+            self._smoothed_loss = loss if self._smoothed_loss is None else 0.95 * self._smoothed_loss + 0.05 * loss
+        for name, value in values.items():
+            self._history[name].append(value)
         if metrics.step % self.config.log_every:
             return
         self.write("train", {
@@ -159,7 +160,7 @@ class TrainingLogger:
         if self._bar is None or self._bar.disable:
             return
         self._bar.set_postfix_str(
-            f"epoch {self._epoch(state.epoch + 1)} loss {self._smoothed_loss:.3f} AP {_figure(state.best_ap)} "
+            f"epoch {self._epoch(state.epoch + 1)} loss {_figure(self._smoothed_loss)} AP {_figure(state.best_ap)} "
             f"images/s {self._images_per_second(state):.1f} left {_remaining(state, progress)}",
             refresh=False,
         )
@@ -167,7 +168,7 @@ class TrainingLogger:
 
     def print_epoch(self, state: TrainState, progress: float) -> None:
         """Print the summary of an epoch, with the result of its evaluation if there was one."""
-        line = f"epoch {self._epoch(state.epoch)}: step {state.step}, loss {self._smoothed_loss:.3f}"
+        line = f"epoch {self._epoch(state.epoch)}: step {state.step}, loss {_figure(self._smoothed_loss)}"
         if state.evaluated_step == state.step and state.metrics:
             ap, ap50 = _figure(state.metrics["AP"]), _figure(state.metrics["AP50"])
             line += f", AP {ap}, AP50 {ap50}, best AP {_figure(state.best_ap)}"
