@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from deformable_detr import ops
+from deformable_detr.ops import operators
+from deformable_detr.ops.dispatch import NAMES
+from deformable_detr.ops.reference import OpInputs
 from tests.support.op_cases import assert_near, case, fused, require, results, sampled
 
 CPU_BACKENDS = ("cpu", "embedding_bag")
@@ -140,7 +143,7 @@ def test_mismatched_shapes_are_rejected():
     shapes = ((4, 5), (2, 2))
     value, reference, offsets, logits = (t.float() for t in case(shapes))
     call = ops.deformable_attention
-    with pytest.raises(ValueError, match="do not add up"):
+    with pytest.raises(ValueError, match="add up to the 24 tokens"):
         call(value, ((4, 5), (2, 3)), reference, offsets, logits)
     with pytest.raises(ValueError, match="levels"):
         call(value, shapes[:1], reference, offsets, logits)
@@ -189,3 +192,81 @@ def test_forward_mode_tangents_match_float64(backend, way):
     with ops.use_backend(backend):
         actual = tangent([t.float() for t in exact_inputs], [t.float() for t in directions])
     assert_near([actual], [exact], 1e-4)
+
+
+REFUSED = r"^(deformable attention|reference_points must|\d spatial_shapes for|spatial_shapes .* are no)"
+CHANGES = ("drop", "repeat", "one", "flatten", "integers", "device")
+
+
+def changed(tensor: torch.Tensor, change: str, axis: int) -> torch.Tensor:
+    axis %= tensor.dim()
+    if change == "drop":
+        return tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+    if change == "repeat":
+        return torch.cat([tensor, tensor], axis)
+    if change == "one":  # which would broadcast
+        return tensor.narrow(axis, 0, 1)
+    if change == "flatten":
+        return tensor.flatten(max(axis, 1) - 1, max(axis, 1))
+    return tensor.long() if change == "integers" else tensor.to("meta")
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shapes=st.lists(st.tuples(st.integers(2, 6), st.integers(2, 6)), min_size=2, max_size=3),
+    coordinates=st.sampled_from([2, 4]), which=st.integers(0, 3), change=st.sampled_from(CHANGES),
+    axis=st.integers(0, 5),
+)  # fmt: skip
+def test_inputs_that_do_not_fit_are_refused(backend, shapes, coordinates, which, change, axis):
+    inputs = [t.float() for t in case(shapes, B=2, Q=5, M=3, D=6, P=2, coordinates=coordinates)]
+    value, _, offsets, logits = inputs
+    if all(b.available for b in ops.backends() if b.name == backend):
+        with ops.use_backend(backend):  # control: they fit before the change
+            fused(shapes)(*inputs)
+            sampled(shapes)(value, offsets, logits)
+    sizes = change in ("drop", "repeat", "one")
+    assume(not (which == 1 and coordinates == 2 and change == "repeat" and axis == 3))  # these are boxes
+    inputs[which] = changed(inputs[which], change, axis % 3 if which == 0 and sizes else axis)  # any D fits
+    flat = [side for shape in shapes for side in shape]
+    with ops.use_backend(backend):
+        with pytest.raises(ValueError, match=REFUSED):
+            fused(shapes)(*inputs)
+        with pytest.raises(ValueError, match=REFUSED):
+            operators.check(OpInputs(inputs[0], flat, *inputs[1:]))
+        if which != 1:
+            with pytest.raises(ValueError, match=REFUSED):
+                sampled(shapes)(inputs[0], *inputs[2:])
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize(
+    "shapes",
+    [((4, 5),), ((4, 5), (2, 2), (1, 1)), ((4, 5), (2, 3)), ((-4, -5), (2, 2)), ((0, 5), (4, 6)), ((4.0, 5.0), (2, 2)),
+     ((4, 5), (2, 2.0)), (4, 5, 2, 2), ((4, 5, 1), (2, 2)), torch.tensor([(4, 5), (2, 2)])],
+)  # fmt: skip
+def test_spatial_shapes_that_do_not_fit_are_refused(backend, shapes):
+    value, reference, offsets, logits = (t.float() for t in case(((4, 5), (2, 2))))
+    with ops.use_backend(backend):
+        with pytest.raises(ValueError, match="spatial_shapes"):
+            fused(shapes)(value, reference, offsets, logits)
+        with pytest.raises(ValueError, match="spatial_shapes"):
+            sampled(shapes)(value, offsets, logits)
+
+
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "reference", "gather"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_offsets_of_boxes_keep_the_tolerance(backend, dtype):
+    """Only their own rounding counts, also for reference points in half precision."""
+    require(backend)
+    shapes = ((100, 167), (50, 84))
+    value, reference, offsets, logits = case(shapes, B=1, Q=40, M=2, P=4, coordinates=4, spread=8.0)
+    for points in (reference.float(), reference.to(dtype)):
+        inputs = [value.float(), points, offsets.to(dtype), logits.float()]
+        exact = fused(shapes)(*(t.double() for t in inputs))
+        locations = ops.sampling_locations(shapes, points.double(), inputs[2].double()).to(dtype)
+        weights = inputs[3].flatten(-2).softmax(-1).view_as(logits)
+        exact_sampled = sampled(shapes)(value.float().double(), locations.double(), weights.double())
+        with ops.use_backend(backend):
+            assert_near([fused(shapes)(*inputs)], [exact], 1e-3)
+            assert_near([sampled(shapes)(inputs[0], locations, weights)], [exact_sampled], 1e-3)

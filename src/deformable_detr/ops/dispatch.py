@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import gather, operators, reference, triton_backend
 from .native import library
-from .reference import Shapes
+from .reference import OpInputs, Shapes
 
 NAMES = ("cpu", "triton", "embedding_bag", "reference", "gather")
 _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +75,7 @@ def deformable_attention(
     Args:
         value: (B, S, M, D), the tokens of all levels, level after level and row by row; padding is zero.
             fp32, bf16, fp16 (all summed in fp32) or float64.
-        spatial_shapes: (height, width) per level as Python numbers; their areas sum to S.
+        spatial_shapes: (height, width) per level as Python integers; their areas sum to S.
         reference_points: (B, Q, L, 2) points or (B, Q, L, 4) boxes (cx, cy, w, h) in 0..1 of each level's map,
             preferably fp32.
         sampling_offsets: (B, Q, M, L, P, 2) as (x, y): in pixels of the level for points; for boxes in units of half
@@ -86,14 +86,15 @@ def deformable_attention(
         (B, Q, M·D) of `value`'s dtype. Samples outside the map or at NaN are zero.
 
     Raises:
-        ValueError: The shapes do not fit together.
+        ValueError: Shapes, types or devices do not fit together.
     """
-    _check(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
-    if not _runs_as_op(value, reference_points, sampling_offsets, attention_logits):
+    inputs = OpInputs(value, _flat(spatial_shapes), reference_points, sampling_offsets, attention_logits)
+    operators.check(inputs)
+    if not _runs_as_op(inputs):
         return reference.deformable_attention(
             value, spatial_shapes, reference_points, sampling_offsets, attention_logits, _plain()
         )
-    return _run(value, spatial_shapes, reference_points.float(), _supported(sampling_offsets), attention_logits)
+    return _run(inputs, reference_points.float(), _supported(sampling_offsets))
 
 
 def sample_and_sum(
@@ -111,17 +112,18 @@ def sample_and_sum(
         (B, Q, M·D) of `value`'s dtype. Samples outside the map or at NaN are zero.
 
     Raises:
-        ValueError: The shapes do not fit together.
+        ValueError: Shapes, types or devices do not fit together.
     """
-    _check(value, spatial_shapes, None, sampling_locations, attention_weights)
-    if not _runs_as_op(value, None, sampling_locations, attention_weights):
-        return _plain()(value, spatial_shapes, sampling_locations, attention_weights)
-    return _run(value, spatial_shapes, None, sampling_locations.float(), attention_weights)
+    inputs = OpInputs(value, _flat(spatial_shapes), None, sampling_locations, attention_weights)
+    operators.check(inputs)
+    if not _runs_as_op(inputs):
+        return _plain()(value, spatial_shapes, reference.widened(sampling_locations), attention_weights)
+    return _run(inputs, None, sampling_locations.float())
 
 
-def _run(value: Tensor, spatial_shapes: Shapes, points: Tensor | None, offsets: Tensor, logits: Tensor) -> Tensor:
-    sides = [side for shape in spatial_shapes for side in shape]
-    return operators.attention(_supported(value), sides, points, offsets, _supported(logits)).to(value.dtype)
+def _run(inputs: OpInputs, points: Tensor | None, offsets: Tensor) -> Tensor:
+    value, logits = _supported(inputs.value), _supported(inputs.logits)
+    return operators.attention(value, inputs.shapes, points, offsets, logits).to(inputs.value.dtype)
 
 
 def _supported(tensor: Tensor) -> Tensor:
@@ -129,10 +131,11 @@ def _supported(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float16 and tensor.device.type == "cpu" else tensor
 
 
-def _runs_as_op(value: Tensor, points: Tensor | None, offsets: Tensor, logits: Tensor) -> bool:
+def _runs_as_op(inputs: OpInputs) -> bool:
     forward_mode = forward_ad._current_level >= 0  # custom operators have no tangents
     if operators.forced in ("reference", "gather") or torch.onnx.is_in_onnx_export() or forward_mode:
         return False
+    value, _, points, offsets, logits = inputs
     floats = [value, offsets, logits, *([] if points is None else [points])]
     return (
         value.device.type in ("cpu", "cuda")
@@ -146,16 +149,12 @@ def _plain() -> Callable[[Tensor, Shapes, Tensor, Tensor], Tensor]:
     return gather.sample_and_sum if operators.forced == "gather" else reference.sample_and_sum
 
 
-def _check(value: Tensor, shapes: Shapes, points: Tensor | None, offsets: Tensor, logits: Tensor) -> None:
-    if value.dim() != 4 or offsets.dim() != 6 or logits.dim() != 5 or offsets.shape[-1] != 2:
-        raise ValueError(
-            "deformable attention takes value (B, S, M, D), offsets or locations (B, Q, M, L, P, 2) and logits or "
-            f"weights (B, Q, M, L, P); got {tuple(value.shape)}, {tuple(offsets.shape)}, {tuple(logits.shape)}"
-        )
-    if points is not None and (points.dim() != 4 or points.shape[-1] not in (2, 4)):
-        raise ValueError(f"reference_points must be (B, Q, L, 2) or (B, Q, L, 4); got {tuple(points.shape)}")
-    if len(shapes) != offsets.shape[3]:
-        raise ValueError(f"{len(shapes)} spatial_shapes for {offsets.shape[3]} levels of offsets or locations")
+def _flat(spatial_shapes: Shapes) -> list[int]:
+    """Return height, width, height, width, … of all levels. Sides are symbolic in an exported graph."""
+    try:
+        return [side for height, width in spatial_shapes for side in (height, width)]
+    except (TypeError, ValueError):
+        raise ValueError(f"spatial_shapes must be (height, width) per level, not {spatial_shapes}") from None
 
 
 def _checked_name(name: str | None) -> str | None:

@@ -17,6 +17,7 @@ from .native import library
 from .reference import OpInputs
 
 logger = logging.getLogger("deformable_detr.ops")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 forced: str | None = None  # set by dispatch.use_backend
 
 
@@ -33,7 +34,7 @@ def attention(
     spatial_shapes: height, width, height, width, … of all levels.
     """
     inputs = OpInputs(value, list(spatial_shapes), reference_points, sampling_offsets, attention_logits)
-    _check(inputs)
+    check(inputs)
     backend = _fast_backend(value.device.type)
     return _plain_forward(inputs) if backend is None else backend.forward(inputs)
 
@@ -50,7 +51,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of value, reference_points (empty unless asked for), sampling_offsets and attention_logits."""
     inputs = OpInputs(value, list(spatial_shapes), reference_points, sampling_offsets, attention_logits)
-    _check(inputs)
+    check(inputs)
     backend = _fast_backend(value.device.type) or reference_backward
     grad_value, grad_points, grad_offsets, grad_logits = backend.backward(grad_output, inputs, reference_gradient)
     return grad_value, value.new_empty(0) if grad_points is None else grad_points, grad_offsets, grad_logits
@@ -85,19 +86,39 @@ def _differentiate(ctx, grad_output):
 attention.register_autograd(_differentiate, setup_context=_save_inputs)
 
 
-def _check(inputs: OpInputs) -> None:
-    """Raise ValueError for shapes that do not fit together; the kernels rely on it."""
+def check(inputs: OpInputs) -> None:
+    """Raise ValueError for shapes, types and devices that do not fit together; the kernels rely on it."""
     value, shapes, points, offsets, logits = inputs
+    if value.dim() != 4 or offsets.dim() != 6 or logits.dim() != 5:
+        raise ValueError(
+            "deformable attention takes value (B, S, M, D), offsets or locations (B, Q, M, L, P, 2) and logits or "
+            f"weights (B, Q, M, L, P); got {tuple(value.shape)}, {tuple(offsets.shape)}, {tuple(logits.shape)}"
+        )
     B, S, M, _ = value.shape
-    Q, L, P = offsets.shape[1], offsets.shape[3], offsets.shape[4]
-    expected = {"offsets": (offsets, (B, Q, M, L, P, 2)), "logits": (logits, (B, Q, M, L, P))}
+    _, Q, _, L, P, _ = offsets.shape
+    if len(shapes) != 2 * L:
+        raise ValueError(f"{len(shapes) / 2:g} spatial_shapes for {L} levels of offsets or locations")
+    tokens = 0
+    for height, width in inputs.spatial_shapes:
+        tokens += height * width if height > 0 and width > 0 else -1
+    if not isinstance(tokens, int | torch.SymInt) or tokens != S:
+        raise ValueError(f"spatial_shapes {shapes} are no integers that add up to the {S} tokens of value")
+    _require(offsets, "offsets", (B, Q, M, L, P, 2), value)
+    _require(logits, "logits", (B, Q, M, L, P), value)
     if points is not None:
-        expected["reference points"] = (points, (B, Q, L, points.shape[-1]))
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"deformable attention: {name} of shape {tuple(tensor.shape)}, expected {shape}")
-    if len(shapes) != 2 * L or sum(h * w for h, w in inputs.spatial_shapes) != S:
-        raise ValueError(f"deformable attention: spatial shapes {shapes} do not add up to the {S} tokens of value")
+        if points.dim() != 4 or points.shape[3] not in (2, 4):
+            raise ValueError(f"reference_points must be (B, Q, L, 2) or (B, Q, L, 4); got {tuple(points.shape)}")
+        _require(points, "reference points", (B, Q, L, points.shape[3]), value)
+
+
+def _require(tensor: Tensor, name: str, shape: tuple[int, ...], value: Tensor) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"deformable attention: {name} of shape {tuple(tensor.shape)}, expected {shape}")
+    if tensor.dtype not in _DTYPES or value.dtype not in _DTYPES or tensor.device != value.device:
+        raise ValueError(
+            f"deformable attention: {name} of {tensor.dtype} on {tensor.device}, value of {value.dtype} on "
+            f"{value.device}; all must be fp32, bf16, fp16 or float64 and on one device"
+        )
 
 
 def _plain_forward(inputs: OpInputs) -> Tensor:

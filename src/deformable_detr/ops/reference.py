@@ -11,7 +11,7 @@ Shapes = Sequence[tuple[int, int]]  # (height, width) per level
 
 
 class OpInputs(NamedTuple):
-    """The arguments of every faster backend. `operators._check` has validated their shapes.
+    """The arguments of every faster backend. `operators.check` has validated their shapes.
 
     For `deformable_attention`, `offsets` and `logits` are sampling offsets and attention logits. For `sample_and_sum`,
     they are sampling locations in 0..1 and attention weights, and `reference_points` is None.
@@ -62,10 +62,15 @@ def sampling_locations(spatial_shapes: Shapes, reference_points: Tensor, samplin
         sampling_offsets: (B, Q, M, L, P, 2).
     """
     P = sampling_offsets.shape[-2]
-    reference = reference_points[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
+    reference = widened(reference_points)[:, :, None, :, None]  # (B, Q, 1, L, 1, 2 or 4)
     if reference_points.shape[-1] == 2:
         return reference + sampling_offsets / map_sizes(spatial_shapes, reference)[:, None]
-    return reference[..., :2] + sampling_offsets / P * reference[..., 2:] * 0.5
+    return reference[..., :2] + reference[..., 2:] * (0.5 / P) * sampling_offsets
+
+
+def widened(locations: Tensor) -> Tensor:
+    """Return locations in 0..1 at least in fp32: others would move by up to half a pixel."""
+    return locations.to(torch.promote_types(locations.dtype, torch.float32))
 
 
 def sample_and_sum(value: Tensor, spatial_shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
