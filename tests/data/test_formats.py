@@ -112,8 +112,9 @@ def test_class_names_are_read_as_strings(tmp_path):
 
 
 def test_yolo_rows():
-    assert read_row("1 0.5 0.5 0.5 0.25", 2) == (1, (0.25, 0.375, 0.75, 0.625))
-    assert read_row("0.0 0.1 0.2 0.9 0.2 0.5 0.8", 2) == (0, (0.1, 0.2, 0.9, 0.8)), "box of a polygon"
+    assert read_row("1 0.5 0.5 0.5 0.25", 2) == (1, (0.25, 0.375, 0.75, 0.625), [])
+    polygon = [0.1, 0.2, 0.9, 0.2, 0.5, 0.8]
+    assert read_row("0.0 0.1 0.2 0.9 0.2 0.5 0.8", 2) == (0, (0.1, 0.2, 0.9, 0.8), polygon), "box of a polygon"
     assert read_row("0 0 0 0 0", 1)[1] == (0, 0, 0, 0)
     assert read_row("1 0.5 0.5 0.5 0.25 0.9", 2) == read_row("1 0.5 0.5 0.5 0.25", 2), "confidence"
     assert read_row("0 1.005 0.5 0.1 0.1", 1)[0] == 0, "tolerates rounding by labeling tools"
@@ -147,7 +148,7 @@ def test_separators_and_values_after_the_box(tmp_path, row):
 
 
 def test_yolo_rows_with_keypoints(tmp_path):
-    box = (1, (0.25, 0.375, 0.75, 0.625))
+    box = (1, (0.25, 0.375, 0.75, 0.625), [])
     assert read_row("1 0.5 0.5 0.5 0.25 0.9 0.9 2 0 0 0", 2, keypoints=6) == box
     assert read_row("1 0.5 0.5 0.5 0.25 0.1 0.2 0.3 0.4", 2, keypoints=4) == box
     for row, keypoints in {"1 0.5 0.5 0.5 0.25": 4, "1 0.5 0.5 0.5 0.25 0.1 0.2 0.3 0.4": 6}.items():

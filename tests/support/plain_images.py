@@ -22,7 +22,12 @@ class PlainImages(torch.utils.data.Dataset):
         return len(self.sizes)
 
     def __getitem__(self, index):
+        return self.finish(*self.load(index))
+
+    def finish(self, *sample):
+        return self.transform(*sample) if self.transform else sample
+
+    def load(self, index):
         height, width = self.sizes[index].tolist()
         image = torch.full((3, height, width), index % 256, dtype=torch.uint8)
-        sample = image, target([0.5, 0.5, 0.3, 0.3])
-        return self.transform(*sample) if self.transform else sample
+        return image, target([0.5, 0.5, 0.3, 0.3])

@@ -32,15 +32,21 @@ from .discovery import (
 )
 from .issues import Issue
 from .named import NamedSource, rotated_boxes, with_others
+from .segmentation import Segmentation
 from .source import ParsedAnnotations
 
 MAX_OTHERS = 20  # files with the suffix of a format that are looked at
 
 
 class Collector:
-    """The images, objects and issues of one split, in the order in which a reader finds them."""
+    """The images, objects and issues of one split, in the order in which a reader finds them.
 
-    def __init__(self) -> None:
+    Args:
+        masks: Whether readers give masks.
+    """
+
+    def __init__(self, masks: bool = False) -> None:
+        self.masks = masks
         self.images: list[dict[str, Any]] = []
         self.objects: list[dict[str, Any]] = []
         self.issues: list[Issue] = []
@@ -55,7 +61,15 @@ class Collector:
         self.images.append(record)
         return record["id"]
 
-    def add(self, image_id: int, label: Any, bbox: Sequence[float] | None, path: Path, record: str) -> None:
+    def add(
+        self,
+        image_id: int,
+        label: Any,
+        bbox: Sequence[float] | None,
+        path: Path,
+        record: str,
+        mask: Segmentation | None = None,
+    ) -> None:
         """Add the object at a place of a file, or an issue if its label or its xywh box is not valid."""
         name = "" if label is None or isinstance(label, dict | list) else str(label).strip()
         if not name or bbox is None or not all(map(math.isfinite, bbox)):
@@ -69,6 +83,8 @@ class Collector:
             self.issues.append(Issue("box-swapped", path, record, message))
         where = f"{path.name} {record}"
         self.objects.append({"image_id": image_id, "class": name, "bbox": [x, y, w, h], "where": where})
+        if mask is not None:
+            self.objects[-1]["segmentation"] = mask
 
     def skip(self, path: Path, record: str, message: str, hint: str = "", objects: int = 1) -> None:
         """Add an issue about objects that are left out."""
@@ -123,9 +139,9 @@ class FileSource(NamedSource):
         files = [path for path in paths[:MAX_OTHERS] if path.is_file() and cls.accepts(path)]
         return files + [path for path in paths[MAX_OTHERS:] if files and path.is_file() and cls.accepts(path)]
 
-    def parse(self) -> ParsedAnnotations:
+    def parse(self, masks: bool = False) -> ParsedAnnotations:
         """Read the annotation files."""
-        split = Collector()
+        split = Collector(masks)
         for path in self.files:
             try:
                 self.read_file(path, split)

@@ -1,4 +1,4 @@
-"""COCO JSON files: parse them without their masks."""
+"""COCO JSON files."""
 
 import hashlib
 import itertools
@@ -19,7 +19,8 @@ from .issues import Issue
 from .matching import url_path
 from .named import rotated_extent
 from .records import MaskBox, RotatedBox, SwappedBox, TextId, is_finite, is_int64
-from .source import AnnotationCache, ParsedAnnotations, Source
+from .segmentation import read_segmentation
+from .source import BROKEN_MASK, AnnotationCache, ParsedAnnotations, Source
 
 _DIGITS = re.compile("[0-9]{1,18}")
 _SUBSET = re.compile(rb'"file_name"\s*:\s*"([^"/\\]+)(?:/|\\\\)|"split"\s*:\s*"([^"]+)"')
@@ -47,8 +48,8 @@ class CocoSource(Source):
     def annotation_files(self) -> tuple[Path, ...]:
         return (self.path,)
 
-    def parse(self) -> ParsedAnnotations:
-        """Read a COCO JSON file. Masks are dropped while parsing, because they would fill the memory.
+    def parse(self, masks: bool = False) -> ParsedAnnotations:
+        """Read a COCO JSON file. Masks are dropped or made compact while parsing, because they would fill the memory.
 
         An object with a mask but no box gets a `MaskBox`.
 
@@ -57,7 +58,7 @@ class CocoSource(Source):
         """
         try:
             data = self.path.read_bytes()
-            content = json.loads(data, object_hook=_clean)
+            content = json.loads(data, object_hook=_clean_with_mask if masks else _clean)
         except OSError as error:
             raise UserError(f"{self.file}: {error.strerror or error}; give a COCO JSON file that can be read") from None
         except (ValueError, RecursionError) as error:
@@ -87,7 +88,7 @@ class CocoSource(Source):
     def to_coco(
         self, parsed: ParsedAnnotations, categories: Sequence[Category] | None, cache: AnnotationCache
     ) -> dict[str, Any]:
-        """Return the COCO dict as it is in the file, without masks."""
+        """Return the COCO dict as it is in the file; masks as `parse` returns them."""
         return parsed.content
 
     def find_images(self, names: Sequence[str]) -> ImageFolder:
@@ -113,6 +114,17 @@ def _subset_of(image: dict[str, Any]) -> str:
     return (
         split if isinstance(split, str) else name.replace("\\", "/").partition("/")[0] if isinstance(name, str) else ""
     )
+
+
+def _clean_with_mask(record: dict[str, Any]) -> dict[str, Any]:
+    """Clean a record, and keep the usable part of its mask."""
+    segmentation, reason = read_segmentation(record.get("segmentation"))
+    record = _clean(record)
+    if segmentation is not None:
+        record["segmentation"] = segmentation
+    if reason:
+        record[BROKEN_MASK] = reason
+    return record
 
 
 def _clean(record: dict[str, Any]) -> dict[str, Any]:

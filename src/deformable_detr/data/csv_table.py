@@ -73,9 +73,9 @@ class CsvSource(FileSource):
                 label = record.get("class", DEFAULT_CLASS if "box" in record else "")
                 split.add(ids[name], label, _box(record), path, f"line {number}")
 
-    def parse(self) -> ParsedAnnotations:
+    def parse(self, masks: bool = False) -> ParsedAnnotations:
         """Read the tables, and turn boxes in 0..1 into pixels."""
-        parsed = super().parse()
+        parsed = super().parse(masks)
         images, objects = parsed.content["images"], parsed.content["objects"]
         boxes = [item["bbox"] for item in objects]
         if not boxes or max(max(x + w, y + h) for x, y, w, h in boxes) > 1 or all(v % 1 == 0 for b in boxes for v in b):

@@ -2,12 +2,16 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
 
 from .annotation_files import Collector, FileSource, decode, extent, head_of, to_number, to_numbers, with_rotated
 from .discovery import is_image, walk_folder
 from .named import rotated_extent
+from .segmentation import Segmentation, ellipse_of, polygon_of, window_mask
 from .voc import parse_xml
 
 if TYPE_CHECKING:
@@ -46,7 +50,10 @@ class CvatSource(FileSource):
             for index, shape in enumerate(shapes):
                 rotated += _is_rotated(shape)
                 record = f"image {name!r} {shape.tag}[{index}]"
-                split.add(image_id, shape.get("label"), shape_extent(shape), path, record)
+                box = shape_extent(shape)
+                size = to_numbers([image.get("height"), image.get("width")])
+                mask = shape_mask(shape, box, size) if split.masks and box else None
+                split.add(image_id, shape.get("label"), box, path, record, mask)
         with_rotated(split, rotated, path)
 
     def _read_tracks(self, root: "Element", path: Path, split: Collector) -> int:
@@ -71,7 +78,9 @@ class CvatSource(FileSource):
         ids = {number: split.image(str(frames[number].relative_to(self.image_root))) for number in sorted(frames)}
         for (track, shape), number in zip(shapes, numbers, strict=True):
             record = f"track {track.get('id')} frame {shape.get('frame')}"
-            split.add(ids[int(number or 0)], track.get("label"), shape_extent(shape), path, record)
+            box = shape_extent(shape)
+            mask = shape_mask(shape, box, None) if split.masks and box else None
+            split.add(ids[int(number or 0)], track.get("label"), box, path, record, mask)
         return sum(_is_rotated(shape) for _, shape in shapes)
 
 
@@ -83,7 +92,7 @@ def shape_extent(shape: "Element") -> list[float] | None:
     """Return the xywh box around a shape, None if its coordinates are not valid."""
 
     def numbers(*keys: str) -> list[float] | None:
-        return to_numbers([shape.get(key, 0 if key == "rotation" else None) for key in keys])
+        return _numbers(shape, *keys)
 
     if shape.tag == "box":
         if values := numbers("xtl", "ytl", "xbr", "ybr", "rotation"):
@@ -104,3 +113,24 @@ def shape_extent(shape: "Element") -> list[float] | None:
         texts = [part.get("points", "") for part in shape.iter() if part.get("outside") != "1" and part.get("points")]
         return extent([point.split(",") for text in texts for point in text.split(";") if point])
     return None
+
+
+def shape_mask(shape: "Element", box: Sequence[float], size: list[float] | None) -> Segmentation | None:
+    """Return the mask of a valid shape in an image of `size` (height, width), None for a box, a line or points.
+
+    A mask has the lengths of runs of 0, 1, 0, … pixels in its box, row by row.
+    """
+    if shape.tag == "polygon":
+        return polygon_of([list(map(float, point.split(",")[:2])) for point in shape.get("points", "").split(";")])
+    if shape.tag == "ellipse" and (values := _numbers(shape, "cx", "cy", "rx", "ry", "rotation")):
+        return ellipse_of((values[0], values[1]), (values[2], values[3]), values[4])
+    runs = to_numbers(shape.get("rle", "").split(",")) if shape.tag == "mask" and size else None
+    left, top, width, height = map(round, box)
+    if runs is None or size is None or min(runs) < 0 or sum(runs) != width * height:
+        return None
+    pixels = np.repeat(np.arange(len(runs)) % 2 == 1, np.array(runs, dtype=np.int64)).reshape(height, width)
+    return window_mask(pixels, left, top, (int(size[0]), int(size[1])))
+
+
+def _numbers(shape: "Element", *keys: str) -> list[float] | None:
+    return to_numbers([shape.get(key, 0 if key == "rotation" else None) for key in keys])

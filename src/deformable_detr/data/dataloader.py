@@ -261,24 +261,28 @@ def mix_seeds(*numbers: int) -> int:
 
 
 def _pack(samples: list[Sample] | UserError) -> Any:
-    """Collate, with all targets in two tensors: each tensor that leaves a worker keeps a file descriptor open."""
+    """Collate, with the targets in a few tensors: each tensor that leaves a worker keeps a file descriptor open."""
     if isinstance(samples, UserError):
         return samples
     if not samples:
         empty = ImageBatch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, 1, 1, dtype=torch.bool))
-        return empty, (), (), ()
+        return empty, ()
     images, targets = collate(samples)
     rows = [(len(target.labels), target.image_id, target.original_size) for target in targets]
-    return images, torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets]), rows
+    names = [name for name, value in vars(targets[0]).items() if isinstance(value, Tensor)]
+    return images, rows, {name: torch.cat([getattr(target, name) for target in targets]) for name in names}
 
 
 def _unpack(packed: Any) -> Batch:
-    images, labels, boxes, rows = packed
+    images, rows, *tensors = packed
     if not rows:
         return images, []
     counts = [count for count, _, _ in rows]
-    parts = zip(labels.split(counts), boxes.split(counts), rows, strict=True)
-    return images, [Target(label, box, image_id, tuple(size)) for label, box, (_, image_id, size) in parts]
+    parts = {name: tensor.split(counts) for name, tensor in tensors[0].items()}
+    return images, [
+        Target(**{name: part[n] for name, part in parts.items()}, image_id=image_id, original_size=tuple(size))
+        for n, (_, image_id, size) in enumerate(rows)
+    ]
 
 
 def _possible_workers(requested: int) -> int:

@@ -21,8 +21,17 @@ from ..utils.errors import UserError
 from ..utils.images import read_image, read_size
 from .formats import find_source
 from .issues import raise_error
+from .masks import MaskTable, OutlinedTarget
 from .records import Records, TextId, area_of, clip_corners, read_records
-from .source import AnnotationCache, Source, content_hash, distinct_val_hint, remap_category_ids, same_split
+from .source import (
+    BROKEN_MASK,
+    AnnotationCache,
+    Source,
+    content_hash,
+    distinct_val_hint,
+    remap_category_ids,
+    same_split,
+)
 
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
@@ -38,6 +47,7 @@ def open_dataset(
     categories: Sequence[Category] | None = None,
     transform: Transform | None = None,
     cache: AnnotationCache | None = None,
+    masks: bool = False,
 ) -> CocoDataset:
     """Open one split of a dataset and check all of its records. No image is decoded.
 
@@ -48,12 +58,14 @@ def open_dataset(
         categories: Categories of a model, whose label order is used. Default: the dataset's own, sorted by id. Ids
             decide which class is meant, or names; see `remap_category_ids`.
         transform: Applied to each (image, target).
-        cache: Parsed annotations to share with `check_for_training`.
+        cache: Parsed annotations to share with `check_for_training`, made with the same `masks`.
+        masks: Also read the objects' masks; see `CocoDataset`.
 
     Raises:
         UserError: Names the file and record that cannot be used, or that has a class unknown to the model.
     """
-    return CocoDataset(find_source(Path(root).expanduser(), split, data or DataConfig()), categories, transform, cache)
+    source = find_source(Path(root).expanduser(), split, data or DataConfig())
+    return CocoDataset(source, categories, transform, cache, masks)
 
 
 def ensure_distinct_splits(train: CocoDataset, val: CocoDataset, root: str | os.PathLike[str]) -> None:
@@ -70,12 +82,16 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     area inside their image (one warning counts them); other boxes are clipped to the image. Images without objects
     stay. `ground_truth` has every record.
 
+    With `masks`, `ground_truth` has a `segmentation` for each object that has one, and targets for training have
+    `masks` and `has_mask`: outlines are drawn once, after the transform. `EvalTransform` drops them.
+
     Attributes:
         categories: Label → `Category`.
         image_ids: (len,) int64.
         annotation_file: Identifies the split in messages.
         file_category_ids: Pairs (category id, id in the file); set by `load_ground_truth`.
         image_folder: Folder that file names are relative to.
+        masks: Whether it was opened with masks.
     """
 
     def __init__(
@@ -84,8 +100,12 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         categories: Sequence[Category] | None = None,
         transform: Transform | None = None,
         cache: AnnotationCache | None = None,
+        masks: bool = False,
     ) -> None:
-        self.source, self.transform, cache = source, transform, cache or AnnotationCache()
+        self.source, self.transform, self.masks = source, transform, masks
+        cache = cache or AnnotationCache(masks)
+        if cache.masks != masks:
+            raise ValueError(f"the cache was made with masks={cache.masks}; use AnnotationCache(masks={masks})")
         self.annotation_file = source.file
         records = read_records(source.read(categories, cache=cache), source, raise_error)
         self.fingerprint = cache.parse(source).digest or content_hash(records.content)
@@ -101,12 +121,26 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self._names = np.array([image.name for image in records.images])
         sizes = [image.declared or (0, 0) for image in records.images]
         self._sizes = np.array(sizes, dtype=np.int64).reshape(-1, 2)  # (height, width), 0 if unknown
-        self._starts, self._labels, self._boxes = self._training_objects(records, self._labels_of(records, id_map))
+        labels = self._labels_of(records, id_map)
+        self._starts, self._labels, self._boxes, positions = self._training_objects(records, labels)
+        if masks:
+            annotations = records.content["annotations"]
+            self._outlines = MaskTable(annotations[position].get("segmentation") for position in positions.tolist())
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        return self.finish(*self.load(index))
+
+    def finish(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        """Apply the transform, and draw the masks."""
+        if self.transform:
+            image, target = self.transform(image, target)
+        return image, target.rasterize() if isinstance(target, OutlinedTarget) else target
+
+    def load(self, index: int) -> tuple[Tensor, Target]:
+        """Return an image and its target before the transform; with masks, an `OutlinedTarget`."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         index = range(len(self))[index]
@@ -123,7 +157,11 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
             image_id=int(self.image_ids[index]),
             original_size=(height, width),
         )
-        return self.transform(image, target) if self.transform else (image, target)
+        if self.masks:
+            numbers = (rows.start + np.flatnonzero(inside)).tolist()
+            maps = np.tile([(1 / width, 1 / height), (0.0, 0.0)], (len(numbers), 1, 1))
+            target = OutlinedTarget(**vars(target), outlines=[self._outlines[n] for n in numbers], maps=maps)
+        return image, target
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes do not need the ground truth.
@@ -140,12 +178,14 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
 
     @cached_property
     def ground_truth(self) -> dict[str, Any]:
-        """The COCO dict for metrics: every record, crowds too, without masks.
+        """The COCO dict for metrics: every record, crowds too.
 
+        With masks, the `segmentation` of an object that has one is a list of flat arrays [x, y, x, y, …] (float64), or
+        {"size": [height, width], "counts": text}, COCO's compressed run lengths.
         Annotation ids are numbered from 1, a missing `area` is that of the box, a missing `iscrowd` is 0, and a group
         category is dropped. Read from the file on first access; see `load_ground_truth`.
         """
-        return self.load_ground_truth(AnnotationCache())
+        return self.load_ground_truth(AnnotationCache(self.masks))
 
     def load_ground_truth(self, cache: AnnotationCache) -> dict[str, Any]:
         """Build `ground_truth` from annotations that are already parsed, and keep it."""
@@ -153,7 +193,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         ids = dict(self._id_map)
         annotations = [
             {
-                **{key: value for key, value in annotation.items() if key != "where"},
+                **{key: value for key, value in annotation.items() if key not in ("where", BROKEN_MASK)},
                 "id": number,
                 "category_id": ids[annotation["category_id"]],
                 "area": area_of(annotation),
@@ -167,8 +207,12 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         self.ground_truth = {**content, "categories": categories, "annotations": annotations}
         return self.ground_truth
 
-    def _training_objects(self, records: Records, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the objects to train on, image by image: starts (images + 1,), labels (N,), boxes (N, 4) xyxy."""
+    def _training_objects(self, records: Records, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the objects to train on, image by image.
+
+        Returns:
+            starts (images + 1,), labels (N,), boxes (N, 4) xyxy, positions (N,) in the COCO dict.
+        """
         images = records.image_indices
         x, y, w, h = records.boxes.T
         boxes = np.clip(np.stack([x, y, x + w, y + h], axis=1), -MAX_COORDINATE, MAX_COORDINATE)
@@ -182,7 +226,7 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         kept = np.flatnonzero(inside & ~records.crowds)
         kept = kept[np.argsort(images[kept], kind="stable")]
         starts = np.searchsorted(images[kept], np.arange(len(self.image_ids) + 1))
-        return starts, labels[kept].astype(np.int32), boxes[kept].astype(np.float32)
+        return starts, labels[kept].astype(np.int32), boxes[kept].astype(np.float32), records.positions[kept]
 
     def _has_area(self, boxes: np.ndarray, images: np.ndarray) -> np.ndarray:
         """Tell which xyxy boxes (N, 4) have an area inside their image.

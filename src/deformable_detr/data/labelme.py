@@ -1,5 +1,7 @@
 """labelme: a JSON file with the shapes of one image."""
 
+import base64
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -7,10 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+from PIL import Image
+
 from ..utils.errors import UserError
 from .annotation_files import MAX_OTHERS, Collector, FileSource, extent, head_of, read_json
 from .discovery import ImageFolder, is_hidden, split_aliases, walk_folder
 from .matching import IMAGE_SUFFIXES
+from .segmentation import Segmentation, ellipse_of, polygon_of, window_mask
 
 
 class LabelmeSource(FileSource):
@@ -40,7 +46,10 @@ class LabelmeSource(FileSource):
         image_id = split.image(name, content.get("imageHeight"), content.get("imageWidth"))
         for index, shape in enumerate(shapes):
             shape = shape if isinstance(shape, dict) else {}
-            split.add(image_id, shape.get("label"), shape_extent(shape), path, f"shapes[{index}]")
+            box = shape_extent(shape)
+            size = (content.get("imageHeight"), content.get("imageWidth"))
+            mask = shape_mask(shape, box, size) if split.masks and box else None
+            split.add(image_id, shape.get("label"), box, path, f"shapes[{index}]", mask)
 
     def find_images(self, names: Sequence[str]) -> ImageFolder:
         """Find the images; say so if they are only inside the files."""
@@ -75,3 +84,23 @@ def shape_extent(shape: dict[str, Any]) -> list[float] | None:
     if shape.get("shape_type") == "mask":  # its first and last pixel
         return [*box[:2], box[2] + 1, box[3] + 1]
     return box
+
+
+def shape_mask(shape: dict[str, Any], box: Sequence[float], size: tuple[Any, Any]) -> Segmentation | None:
+    """Return the mask of a shape in an image of `size` (height, width), None for a box, a line or a point.
+
+    A mask is a PNG (in base64) at the first point of its box.
+    """
+    x, y, w, h = box
+    kind = shape.get("shape_type")
+    if kind in (None, "", "polygon"):
+        return polygon_of(shape["points"])
+    if kind == "circle":
+        return ellipse_of((x + w / 2, y + h / 2), (w / 2, h / 2))
+    if kind != "mask" or not all(type(side) is int and side > 0 for side in size):
+        return None
+    try:
+        pixels: Any = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape["mask"]))))
+    except (KeyError, TypeError, ValueError, OSError):  # binascii.Error is a ValueError
+        return None
+    return window_mask(pixels.reshape(*pixels.shape[:2], -1).any(axis=2), round(x), round(y), size)

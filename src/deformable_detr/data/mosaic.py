@@ -1,6 +1,5 @@
 """Mosaic augmentation: four images in one, which shows a small dataset at more scales (YOLOv4, section 3.3)."""
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..structures import Target
-from .dataset import CocoDataset
+from .dataset import CocoDataset, Transform
+from .masks import merge_objects, move_objects
 from .transforms import MIN_SIDE
 
 FILL = 114  # gray level of uncovered pixels
@@ -24,31 +24,34 @@ class MosaicDataset(Dataset[tuple[Tensor, Target]]):
     """
 
     def __init__(self, dataset: CocoDataset, mosaic_prob: float) -> None:
-        self.transform, self.mosaic_prob = dataset.transform, mosaic_prob
-        self.untransformed = copy.copy(dataset)
-        self.untransformed.transform = None
+        self.dataset, self.mosaic_prob = dataset, mosaic_prob
+
+    @property
+    def transform(self) -> Transform | None:
+        """The transform of all samples."""
+        return self.dataset.transform
 
     @property
     def sizes(self) -> np.ndarray:
         """Height and width of each image, (len, 2); see `CocoDataset.sizes`."""
-        return self.untransformed.sizes
+        return self.dataset.sizes
 
     def __len__(self) -> int:
-        return len(self.untransformed)
+        return len(self.dataset)
 
     def __getitem__(self, key: int | tuple[int, bool]) -> tuple[Tensor, Target]:
         index, mosaic_allowed = key if isinstance(key, tuple) else (key, False)
-        image, target = self.untransformed[index]
+        image, target = self.dataset.load(index)
         generator = torch.Generator().manual_seed(torch.default_generator.initial_seed())
         if mosaic_allowed and torch.rand((), generator=generator).item() < self.mosaic_prob:
             others = torch.randint(len(self), (3,), generator=generator).tolist()
-            samples = [(image, target), *(self.untransformed[other] for other in others)]
+            samples = [(image, target), *map(self.dataset.load, others)]
             order = torch.randperm(4, generator=generator).tolist()
             low, high = CENTER_RANGE
             center = low + (high - low) * torch.rand(2, generator=generator)
             image, merged = mosaic([samples[n] for n in order], image.shape[-2:], center.tolist())
             target = replace(merged, image_id=target.image_id, original_size=target.original_size)
-        return self.transform(image, target) if self.transform else (image, target)
+        return self.dataset.finish(image, target)
 
 
 def mosaic(samples: list[tuple[Tensor, Target]], size: tuple[int, ...], center: list[float]) -> tuple[Tensor, Target]:
@@ -68,7 +71,7 @@ def mosaic(samples: list[tuple[Tensor, Target]], size: tuple[int, ...], center: 
     height, width = size
     cy, cx = (min(max(1, round(part * side)), max(1, side - 1)) for part, side in zip(center, size, strict=True))
     canvas = torch.full((3, height, width), FILL, dtype=torch.uint8)
-    labels, boxes = [], []
+    parts = []
     for number, (image, target) in enumerate(samples):
         bottom, right = divmod(number, 2)
         quarter = (height - cy if bottom else cy, width - cx if right else cx)
@@ -78,9 +81,8 @@ def mosaic(samples: list[tuple[Tensor, Target]], size: tuple[int, ...], center: 
         h, w = (max(1, min(space, round(scale * side))) for space, side in zip(quarter, image.shape[1:], strict=True))
         top, left = cy if bottom else cy - h, cx if right else cx - w
         canvas[:, top : top + h, left : left + w] = functional.resize(image, [h, w], antialias=True)
-        scaled = target.boxes * torch.tensor([w / width, h / height] * 2)
-        shifted = scaled + torch.tensor([left / width, top / height, 0, 0])
+        factors, shift = (w / width, h / height), (left / width, top / height)
+        shifted = target.boxes * torch.tensor(factors * 2) + torch.tensor([*shift, 0, 0])
         visible = (shifted[:, 2:] * torch.tensor([width, height]) >= MIN_SIDE).all(dim=1)
-        labels.append(target.labels[visible])
-        boxes.append(shifted[visible])
-    return canvas, replace(samples[0][1], labels=torch.cat(labels), boxes=torch.cat(boxes))
+        parts.append(move_objects(target, shifted[visible], visible, factors, shift))
+    return canvas, merge_objects(samples[0][1], parts)

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from ..structures import Category
 from ..utils.errors import UserError
 from .discovery import ImageFolder, names_split, split_aliases
 from .issues import Issue, OnIssue, raise_error
+
+BROKEN_MASK = "broken_mask"  # key of an object: what is wrong with its mask
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,12 @@ class Source(ABC):
     format: ClassVar[str]
 
     @abstractmethod
-    def parse(self) -> ParsedAnnotations:
-        """Read and parse the annotation files; use `AnnotationCache.parse` to do it once."""
+    def parse(self, masks: bool = False) -> ParsedAnnotations:
+        """Read and parse the annotation files; use `AnnotationCache.parse` to do it once.
+
+        With `masks`, objects have a 'segmentation', as `read_segmentation` returns it, if they have a mask; and under
+        `BROKEN_MASK` what is wrong with it, if it is not or only partly usable.
+        """
 
     @abstractmethod
     def to_coco(
@@ -102,15 +110,19 @@ class AnnotationCache:
     """Parse each split's annotation files once, however often they are read.
 
     Share one cache between a check and the datasets that follow it, then drop it: it keeps the parsed annotations.
+
+    Args:
+        masks: Whether to read masks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, masks: bool = False) -> None:
+        self.masks = masks
         self._parsed: dict[Source, ParsedAnnotations] = {}
 
     def parse(self, source: Source) -> ParsedAnnotations:
         """Return the parsed annotations of a split."""
         if source not in self._parsed:
-            self._parsed[source] = source.parse()
+            self._parsed[source] = source.parse(self.masks)
         return self._parsed[source]
 
 
@@ -159,6 +171,7 @@ def coco_dict(
             "area": max(0.0, item["bbox"][2]) * max(0.0, item["bbox"][3]),
             "iscrowd": 0,
             "where": item["where"],
+            **{key: item[key] for key in ("segmentation", BROKEN_MASK) if key in item},
         }
         for number, item in enumerate(parsed.content["objects"], start=1)
     ]
@@ -168,7 +181,8 @@ def coco_dict(
 def content_hash(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a COCO dict in hexadecimal; it does not depend on where the folder is."""
     annotations = [{k: v for k, v in a.items() if k != "where"} for a in content["annotations"]]
-    return hashlib.sha256(json.dumps({**content, "annotations": annotations}, sort_keys=True).encode()).hexdigest()
+    text = json.dumps({**content, "annotations": annotations}, sort_keys=True, default=np.ndarray.tolist)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def category_ids_by_name(names: Sequence[str], categories: Sequence[Category] | None, first: int) -> list[int]:

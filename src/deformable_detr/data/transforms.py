@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config.image_size import FixedSize, ModelResize, ResizeRule, ShortestEdge
 from ..config.schema import DataConfig
 from ..structures import Target
+from .masks import drop_outlines, move_objects
 
 NUM_SCALES = 11  # short sides in training: 480, 512, … 800 for the paper's range
 CROP_SHORT_SIDES = (400 / 800, 500 / 800, 600 / 800)  # short sides before a crop, relative to the short side
@@ -26,12 +27,12 @@ CropWindow = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the image by the model's rule; leave the target as it is."""
+    """Resize the image by the model's rule; leave the target as it is, but without masks, which only training needs."""
 
     rule: ResizeRule
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        return resize(image, self.rule), target
+        return resize(image, self.rule), drop_outlines(target)
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def hflip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     from torchvision.transforms.v2 import functional
 
     cx, cy, w, h = target.boxes.unbind(-1)
-    return functional.horizontal_flip(image), replace(target, boxes=torch.stack([1 - cx, cy, w, h], dim=-1))
+    boxes = torch.stack([1 - cx, cy, w, h], dim=-1)
+    return functional.horizontal_flip(image), move_objects(target, boxes, scale=(-1.0, 1.0), shift=(1.0, 0.0))
 
 
 def crop(image: Tensor, target: Target, top: int, left: int, height: int, width: int) -> tuple[Tensor, Target]:
@@ -182,7 +184,8 @@ def crop(image: Tensor, target: Target, top: int, left: int, height: int, width:
     boxes_xyxy = clip_boxes_to_image(boxes_xyxy - torch.tensor([left, top] * 2), (height, width))
     visible = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) >= MIN_SIDE).all(dim=1)
     boxes = box_convert(boxes_xyxy[visible] / torch.tensor([width, height] * 2), "xyxy", "cxcywh")
-    return functional.crop(image, top, left, height, width), replace(target, labels=target.labels[visible], boxes=boxes)
+    scale, shift = (old_width / width, old_height / height), (-left / width, -top / height)
+    return functional.crop(image, top, left, height, width), move_objects(target, boxes, visible, scale, shift)
 
 
 def zoom_out(image: Tensor, target: Target) -> tuple[Tensor, Target]:
@@ -209,10 +212,16 @@ def _apply_v2(transform: Any, image: Tensor, target: Target) -> tuple[Tensor, Ta
     corners = box_convert(target.boxes * torch.tensor([width, height] * 2), "cxcywh", "xyxy")
     boxes = BoundingBoxes(corners, format=BoundingBoxFormat.XYXY, canvas_size=(height, width))  # type: ignore[call-arg]
     sanitize = SanitizeBoundingBoxes(min_size=1)
-    image, kept = sanitize(*transform(image, {"boxes": boxes, "labels": target.labels}))
-    sides = torch.tensor([image.shape[-1], image.shape[-2]] * 2)
-    boxes = box_convert(kept["boxes"].as_subclass(Tensor), "xyxy", "cxcywh") / sides
-    return image, replace(target, labels=kept["labels"], boxes=boxes)
+    drawn: dict[str, Any] = {}
+    draw = transform.make_params
+    transform.make_params = lambda inputs: drawn.update(draw(inputs)) or drawn
+    # The indices in place of the labels tell which objects are kept.
+    image, kept = sanitize(*transform(image, {"boxes": boxes, "labels": torch.arange(len(target.labels))}))
+    new_height, new_width = image.shape[-2:]
+    boxes = box_convert(kept["boxes"].as_subclass(Tensor), "xyxy", "cxcywh") / torch.tensor([new_width, new_height] * 2)
+    left, top, *_ = drawn.get("padding") or (-drawn.get("left", 0), -drawn.get("top", 0))
+    scale, shift = (width / new_width, height / new_height), (left / new_width, top / new_height)
+    return image, move_objects(target, boxes, kept["labels"], scale, shift)
 
 
 def color_jitter(image: Tensor) -> Tensor:

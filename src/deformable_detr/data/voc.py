@@ -94,8 +94,8 @@ class VocSource(NamedSource):
                 evidence.update(cache.parse(source).content["evidence"])
         return pixel_origin(evidence, self.has_list)
 
-    def parse(self) -> ParsedAnnotations:
-        """Read the list and the XML files."""
+    def parse(self, masks: bool = False) -> ParsedAnnotations:
+        """Read the list and the XML files, which have no masks."""
         issues: list[Issue] = []
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []

@@ -11,6 +11,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import yaml
 
 from ..structures import Category
@@ -31,7 +32,7 @@ from .issues import Issue
 from .labels import LabelTree, label_trees
 from .matching import existing_tail, match_names
 from .source import AnnotationCache, ParsedAnnotations, Source, category_ids_by_name, coco_dict, read_lines
-from .yolo_rows import Box, KeypointEvidence, count_extra, count_rows, read_row, split_row
+from .yolo_rows import KeypointEvidence, Row, count_extra, count_rows, read_row, split_row
 
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 # Label Studio, CVAT, darknet, LabelImg
@@ -87,10 +88,10 @@ class YoloSource(Source):
         listed = [{"id": number, "name": name} for number, name in zip(ids, self.names, strict=True)]
         return coco_dict(parsed, dict(enumerate(ids)), listed)
 
-    def parse(self) -> ParsedAnnotations:
+    def parse(self, masks: bool = False) -> ParsedAnnotations:
         """Read the lists, the label files and the size of every image, also of keypoints without a `kpt_shape`."""
         evidence = KeypointEvidence()
-        parsed = self._parse(evidence)
+        parsed = self._parse(evidence, masks)
         if self.keypoints or (shape := evidence.shape()) is None:
             return parsed
         count, size, certain = shape
@@ -98,11 +99,11 @@ class YoloSource(Source):
         message = f"has {evidence.rows} rows that fit a box with {count} keypoints of {size} values, {how}"
         hint = f"set kpt_shape: [{count}, {size}] in data.yaml{'' if certain else ' if they are keypoints'}"
         if certain:
-            parsed = replace(self, keypoints=count * size)._parse(KeypointEvidence())
+            parsed = replace(self, keypoints=count * size)._parse(KeypointEvidence(), masks)
         issue = Issue("label-keypoints", self.file, "", message, hint)
         return replace(parsed, issues=[*parsed.issues, issue])
 
-    def _parse(self, evidence: KeypointEvidence) -> ParsedAnnotations:
+    def _parse(self, evidence: KeypointEvidence, masks: bool) -> ParsedAnnotations:
         issues = list(self.found)
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
@@ -118,10 +119,12 @@ class YoloSource(Source):
                 issues.append(Issue.from_error("image-unreadable", path, error, objects=count_rows(labels) or 0))
                 continue
             record |= {"height": height, "width": width}
-            for line, label, (x0, y0, x1, y1) in self._rows(labels, issues, evidence):
+            for line, (label, (x0, y0, x1, y1), polygon) in self._rows(labels, issues, evidence):
                 bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
                 where = f"{labels.name} line {line}"
                 objects.append({"image_id": record["id"], "class": label, "bbox": bbox, "where": where})
+                if masks and polygon:
+                    objects[-1]["segmentation"] = [np.array(polygon) * np.tile((width, height), len(polygon) // 2)]
         return ParsedAnnotations({"images": images, "objects": objects}, issues)
 
     def _label_files(self, images: Sequence[Path], issues: list[Issue]) -> dict[Path, Path]:
@@ -181,8 +184,8 @@ class YoloSource(Source):
             issues.append(Issue(code, place, f"line {number}", message))
         return [files[matches[text]] for text in lines if text in matches]
 
-    def _rows(self, path: Path, issues: list[Issue], evidence: KeypointEvidence) -> Iterator[tuple[int, int, Box]]:
-        """Yield (line number, class, xyxy box in 0..1) of the valid rows of a label file."""
+    def _rows(self, path: Path, issues: list[Issue], evidence: KeypointEvidence) -> Iterator[tuple[int, Row]]:
+        """Yield the line number and the content of each valid row of a label file."""
         try:
             lines = read_lines(path)
         except UserError as error:
@@ -196,7 +199,7 @@ class YoloSource(Source):
             if not line.strip():
                 continue
             try:
-                label, box = read_row(line, len(self.names), self.keypoints)
+                label, box, polygon = read_row(line, len(self.names), self.keypoints)
             except ValueError as error:
                 issues.append(Issue("label-row", path, f"line {number}", str(error), objects=1))
                 continue
@@ -204,7 +207,7 @@ class YoloSource(Source):
             extra += [number] if count_extra(split_row(line), self.keypoints) else []
             swapped += [number] if box[0] > box[2] or box[1] > box[3] else []
             (x0, x1), (y0, y1) = sorted(box[::2]), sorted(box[1::2])
-            yield number, label, (x0, y0, x1, y1)
+            yield number, (label, (x0, y0, x1, y1), polygon)
         if extra:
             message = f"{_have(extra)} values after the box, such as a confidence or track id, which are ignored"
             issues.append(Issue("label-confidence", path, f"line {extra[0]}", message))

@@ -13,9 +13,10 @@ from .source import read_lines
 
 ROUNDING = 0.01  # how far outside 0..1 a value may be
 Box = tuple[float, float, float, float]
+Row = tuple[int, Box, list[float]]  # class, xyxy box and polygon
 
 
-def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]:
+def read_row(line: str, num_classes: int, keypoints: int = 0) -> Row:
     """Parse one row of a label file.
 
     Args:
@@ -24,7 +25,7 @@ def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]
         keypoints: Number of values that must follow `class cx cy w h`; polygons are then not allowed.
 
     Returns:
-        The class and the xyxy box in 0..1.
+        The class, the xyxy box in 0..1, and the polygon x, y, … in 0..1; [] for a row with a box.
 
     Raises:
         ValueError: Says what is wrong with the row.
@@ -53,9 +54,9 @@ def read_row(line: str, num_classes: int, keypoints: int = 0) -> tuple[int, Box]
         hint = f"divide pixels by the image's width and height, or percent by 100{more}"
         raise ValueError(f"has values outside 0..1 ({hint})")
     if len(numbers) > 4:
-        return int(label), (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2]))
+        return int(label), (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])), numbers
     cx, cy, w, h = numbers
-    return int(label), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+    return int(label), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), []
 
 
 @dataclass

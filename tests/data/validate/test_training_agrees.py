@@ -84,7 +84,7 @@ def test_training_parses_each_annotation_file_once(tmp_path, monkeypatch):
     root = write_coco_dataset(tmp_path / "set")
     parsed = []
     original = coco.CocoSource.parse
-    monkeypatch.setattr(coco.CocoSource, "parse", lambda self: parsed.append(self.file) or original(self))
+    monkeypatch.setattr(coco.CocoSource, "parse", lambda self, masks: parsed.append(self.file) or original(self, masks))
     main(["train", str(root), "--out", str(tmp_path / "run"), *OPTIONS])
     assert sorted(parsed) == [root / "train/_annotations.coco.json", root / "valid/_annotations.coco.json"]
 
