@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from deformable_detr import UserError
 from deformable_detr.structures import Detections, ImageBatch
+from deformable_detr.utils.rle import decode_masks, encode_masks
 
 
 def detections(image=None, count=2):
@@ -17,6 +19,15 @@ def detections(image=None, count=2):
     scores, labels = torch.tensor([0.875, 0.5])[:count], torch.tensor([1, 0])[:count]
     names = ("犬", "cat")[:count]
     return Detections(boxes, scores, labels, torch.tensor([17, 3])[:count], names, (100, 200), image)
+
+
+def masked(image=None, count=2):
+    """Return detections whose masks reach two pixels beyond their boxes, and the masks (N, 100, 200)."""
+    result = detections(image, count)
+    rows, columns = torch.arange(100)[:, None] + 0.5, torch.arange(200) + 0.5
+    x1, y1, x2, y2 = result.boxes[:, :, None, None].unbind(1)
+    masks = (columns > x1 - 2) & (columns < x2 + 2) & (rows > y1 - 2) & (rows < y2 + 2)
+    return replace(result, segmentations=encode_masks(masks)), masks
 
 
 def test_normalize():
@@ -90,3 +101,48 @@ def test_save_gives_the_path_back(tmp_path):
     drawn = detections(np.full((100, 200, 3), 128, np.uint8)).save(tmp_path / "new" / "drawn.png")
     assert drawn == tmp_path / "new" / "drawn.png"
     assert Image.open(drawn).mode == "RGB"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_masks_in_all_formats(count):
+    result, masks = masked(count=count)
+    plain = replace(result, segmentations=None)
+    assert torch.equal(result.masks, masks)
+    assert repr(result) == repr(plain)
+    assert plain.masks is None
+
+    for records, plain_records, key in (
+        (result.to_dict()["detections"], plain.to_dict()["detections"], "mask"),
+        (result.to_coco(7), plain.to_coco(7), "segmentation"),
+    ):
+        records = json.loads(json.dumps(records))
+        rles = [record.pop(key) for record in records]
+        assert torch.equal(decode_masks(rles, (100, 200)), masks)
+        assert records == plain_records
+
+    theirs = result.to_supervision()
+    assert theirs.mask.dtype == bool
+    np.testing.assert_array_equal(theirs.mask, masks.numpy())
+    assert plain.to_supervision().mask is None
+
+
+def test_masks_are_cropped_to_their_boxes_on_request():
+    result, masks = masked()
+    cropped = result.crop_masks()
+    for mask, box in zip(cropped.masks, result.boxes, strict=True):
+        rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
+        edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        assert (torch.stack(edges) - box).abs().max() <= 0.5
+    assert (cropped.masks <= masks).all()
+    assert torch.equal(result.masks, masks)
+    assert torch.equal(cropped.crop_masks().masks, cropped.masks)
+    plain = detections()
+    assert plain.crop_masks() is plain
+
+
+def test_masks_outside_their_boxes_are_cropped_to_nothing():
+    result, _ = masked(count=1)
+    moved = replace(result, boxes=torch.tensor([[150.0, 20.0, 190.0, 90.0]]))
+    assert not moved.crop_masks().masks.any()
+    degenerate = replace(result, boxes=torch.tensor([[30.0, 30.0, 30.0, 30.0]]))
+    assert not degenerate.crop_masks().masks.any()

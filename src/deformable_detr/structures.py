@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .utils.packages import need
-from .utils.rle import Rle, decode_masks
+from .utils.rle import Rle, crop_masks, decode_masks
 
 if TYPE_CHECKING:
     import supervision
@@ -139,35 +139,61 @@ class Detections:
         """The masks (N, H, W) bool at the size of the image, decoded at each access; None without masks."""
         return None if self.segmentations is None else decode_masks(self.segmentations, self.image_size)
 
+    def crop_masks(self) -> Detections:
+        """Return a copy whose masks have only the pixels inside their boxes; itself without masks.
+
+        The masks of a model may extend beyond its boxes.
+        """
+        if self.segmentations is None:
+            return self
+        return replace(self, segmentations=crop_masks(self.segmentations, self.boxes))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings, ready for JSON.
 
         {"image": path or None, "height", "width", "detections": [{"box": [x1, y1, x2, y2] in pixels, "score", "label",
-        "category_id", "name"}, …]}
+        "category_id", "name"}, …]}; with masks, each detection also has its RLE as "mask".
         """
         keys = ("box", "score", "label", "category_id", "name")
         columns = (x.tolist() for x in (self.boxes, self.scores, self.labels, self.category_ids))
-        detections = [dict(zip(keys, row, strict=True)) for row in zip(*columns, self.names, strict=True)]
+        records: list[dict[str, Any]] = [
+            dict(zip(keys, row, strict=True)) for row in zip(*columns, self.names, strict=True)
+        ]
         height, width = self.image_size
+        detections = self._with_masks(records, "mask")
         return {"image": self.path, "height": height, "width": width, "detections": detections}
 
     def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
-        """Return COCO results: [{"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}, …]."""
+        """Return COCO results: [{"image_id", "category_id", "bbox": [x, y, w, h] in pixels, "score"}, …].
+
+        With masks, each also has its RLE as "segmentation".
+        """
         boxes = torch.cat([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], dim=1).tolist()
-        return [
+        results = [
             {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
             for category, box, score in zip(self.category_ids.tolist(), boxes, self.scores.tolist(), strict=True)
         ]
+        return self._with_masks(results, "segmentation")
+
+    def _with_masks(self, records: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+        if self.segmentations is None:
+            return records
+        return [{**record, key: dict(rle)} for record, rle in zip(records, self.segmentations, strict=True)]
 
     def to_supervision(self) -> supervision.Detections:
-        """Return `supervision.Detections`: class_id is the label; data has "class_name" and "category_id"."""
+        """Return `supervision.Detections`: class_id is the label; data has "class_name" and "category_id".
+
+        With masks, `mask` is (N, height, width) bool.
+        """
         import numpy as np
 
         with warnings.catch_warnings():  # it suggests installing OpenCV, which is not needed here
             warnings.filterwarnings("ignore", message=".*OpenCV.*", category=UserWarning)
             sv = need("supervision", "supervision")
+        masks = self.masks
         return sv.Detections(
             xyxy=self.boxes.numpy(),
+            mask=None if masks is None else masks.numpy(),
             confidence=self.scores.numpy(),
             class_id=self.labels.numpy(),
             data={"class_name": np.array(self.names, dtype=str), "category_id": self.category_ids.numpy()},

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from deformable_detr import evaluate
+from deformable_detr.utils.rle import decode_masks
 from tests.support.commands import is_one_line_error, run_command
 from tests.support.datasets import write_image
 from tests.support.label_formats import WRITERS, write_task
+from tests.support.masks import with_masks
 from tests.support.models import NAMES, tiny
 from tests.support.red_box import RedBoxFinder
 from tests.support.training import write_dataset
@@ -65,6 +67,27 @@ def test_dataset(data, tmp_path, capsys, monkeypatch, source):
     rows = json.loads(results.read_text())
     assert len(rows) <= 3 * 8
     assert all(row["score"] >= 0.2 for row in rows)
+
+
+def test_masks_of_images(data, tmp_path, capsys, monkeypatch):
+    """In --json and --coco; without masks, both have the same values otherwise."""
+    config = {"num_classes": 3, "class_names": ("green", "red", "blue"), "category_ids": (20, 10, 30)}
+    contents = {}
+    for name, model in {"masks": with_masks(RedBoxFinder(**config)), "boxes": RedBoxFinder(**config)}.items():
+        monkeypatch.setattr("deformable_detr.detector.load_detector", lambda *_, model=model: model)
+        table, coco, out = (tmp_path / f"{name}{suffix}" for suffix in (".json", "-coco.json", "-drawn"))
+        command = ["predict", "model", *sorted((data / "valid").glob("*.png"))]
+        assert run_command(capsys, *command, "--json", table, "--coco", coco, "--out", out)[0] == 0
+        drawn = b"".join(path.read_bytes() for path in sorted(out.iterdir()))
+        contents[name] = json.loads(table.read_text()), json.loads(coco.read_text()), drawn
+    (table, coco, drawn), (plain_table, plain_coco, plain_drawn) = contents["masks"], contents["boxes"]
+    masks = [detection.pop("mask") for record in table for detection in record["detections"]]
+    assert [result.pop("segmentation") for result in coco] == masks
+    assert (table, coco) == (plain_table, plain_coco)
+    assert drawn != plain_drawn
+    sizes = [[record["height"], record["width"]] for record in table for _ in record["detections"]]
+    assert [mask["size"] for mask in masks] == sizes
+    assert decode_masks(masks[:1], tuple(sizes[0])).any()
 
 
 @pytest.mark.parametrize("ids", ["texts", "digits", "renumbered"])

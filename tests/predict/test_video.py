@@ -12,6 +12,8 @@ from PIL import Image
 from deformable_detr.predict import video as module
 from deformable_detr.predict.video import Video, VideoWriter, _output_files, is_video, predict_video
 from deformable_detr.utils.errors import UserError
+from deformable_detr.utils.rle import decode_masks
+from tests.support.masks import with_masks
 from tests.support.videos import Finder, read_lines, write_video
 
 pytest.importorskip("av", reason="needs PyAV")
@@ -38,6 +40,25 @@ def test_every_frame_is_predicted_once_at_its_time(tmp_path):
     assert [frame.seconds for frame in frames] == pytest.approx([n / 10 for n in range(FRAMES)], abs=2e-3)
     assert frames[0].pixels.shape == (256, 384, 3)  # enlarged four times to fit labels
     assert not list(tmp_path.glob(".*"))
+
+
+def test_masks_are_drawn_and_written(tmp_path):
+    source = write_video(tmp_path / "street.mp4", frames=4)
+    frames = {}
+    for name, model in {"masks": with_masks(Finder()), "boxes": Finder()}.items():
+        predict_video(model, source, tmp_path / f"{name}.mp4", tmp_path / f"{name}.jsonl", batch_size=3)
+        with Video(tmp_path / f"{name}.mp4") as written:
+            frames[name] = [frame.pixels for frame in written]
+    with_rle, without = (read_lines(tmp_path / f"{name}.jsonl") for name in ("masks", "boxes"))
+    for frame, (record, plain) in enumerate(zip(with_rle, without, strict=True)):
+        [detection] = record["detections"]
+        [mask] = decode_masks([detection.pop("mask")], (64, 96))
+        x1, y1, x2, y2 = (round(side) for side in detection["box"])
+        assert mask[:, :x1].sum() + mask[:, x2:].sum() == 0
+        assert 0.5 < mask[y1:y2, x1:x2].float().mean() < 0.8  # π/4 without the hole
+        assert record == plain
+        red = frames["boxes"][frame][4 * y1 + 16, 2 * (x1 + x2)].astype(int)
+        assert np.abs(frames["masks"][frame][4 * y1 + 16, 2 * (x1 + x2)] - red).max() > 30
 
 
 # The display matrix (a, b, c, d: x' = ax + cy, y' = bx + dy), and what it does to an image.

@@ -5,6 +5,7 @@ import json
 import re
 from multiprocessing import get_context
 
+import pyarrow.parquet as pq
 import pytest
 
 from deformable_detr.predict_dataset import manifest as plans
@@ -22,6 +23,7 @@ from deformable_detr.predict_dataset.parquet import (
     read_note,
     read_part,
     result_row,
+    schema,
     write_note,
     write_part,
 )
@@ -43,9 +45,9 @@ def source_ranges(count, size=7):
     return iter([SourceRange(f"/set/{index:03}.png", 0, 1, size) for index in range(count)])
 
 
-def create(store, ranges, unit_size=None, model="m", **changes):
+def create(store, ranges, unit_size=None, model="m", masks=False, **changes):
     settings = Options(**{**SETTINGS, "unit_size": unit_size, **changes})
-    return create_manifest(store, model, ["/set"], ranges, settings)
+    return create_manifest(store, model, ["/set"], ranges, settings, masks)
 
 
 def write_unit(store, plan, unit):
@@ -110,6 +112,8 @@ def test_unit_size_follows_from_the_number_of_images(tmp_path, count, size):
         ({"ranges": source_ranges(10, size=8)}, "(different source files (10 files, now 10))"),
         ({"format": "parquet"}, "(--format images, now parquet)"),
         ({"id_column": "name"}, "(--id-column None, now name)"),
+        ({"masks": True}, "(no masks, now with them)"),
+        ({"masks": True, "model": "other"}, "(no masks, now with them; another model)"),
     ],
 )
 def test_another_run_is_rejected(tmp_path, change, message):
@@ -119,6 +123,15 @@ def test_another_run_is_rejected(tmp_path, change, message):
     with pytest.raises(UserError, match=re.escape(f"--out {tmp_path} holds results of another run {message}: ")):
         create(store, **{"ranges": source_ranges(10), **change})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_masks_are_part_of_a_run(tmp_path):
+    store = OutputFolder(str(tmp_path))
+    first = create(store, source_ranges(10), masks=True)
+    assert create(store, source_ranges(10), masks=True) == first
+    assert pq.read_table(tmp_path / plans.MANIFEST).schema.names == schema(masks=True).names
+    with pytest.raises(UserError, match=re.escape("another run (masks, now without): ")):
+        create(store, source_ranges(10))
 
 
 def test_without_the_checks_images_are_duplicated(tmp_path, monkeypatch):

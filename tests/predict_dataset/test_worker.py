@@ -17,7 +17,9 @@ from deformable_detr.predict_dataset.parquet import read_part
 from deformable_detr.predict_dataset.sources import find_ranges
 from deformable_detr.predict_dataset.worker import UnitPredictor, WorkerJob, pack_model, unpack_model
 from deformable_detr.utils.images import decode_image
+from deformable_detr.utils.rle import decode_masks
 from tests.support.image_sources import BAD, as_folder, as_parquet, as_tar, encoded_images, read_rows
+from tests.support.masks import with_masks
 from tests.support.models import tiny
 from tests.support.transformers_models import write_repository
 
@@ -32,15 +34,15 @@ def model(tmp_path_factory):
     return folder
 
 
-def predict_units(model, source, out, batch_size=1, unit_size=5):
+def predict_units(model, source, out, batch_size=1, unit_size=5, masks=False):
     """Process all units of a source with one worker in this process; return the worker and its reports."""
-    files, digest = pack_model(str(model))
+    files, digest, _ = pack_model(str(model))
     store = OutputFolder(str(out))
     store.system.makedirs(store.root, exist_ok=True)
     id_column = "name" if str(source).endswith(".parquet") else None
     kind, ranges = find_ranges([str(source)], Options(id_column=id_column))
     options = Options(THRESHOLD, 7, batch_size, kind, None, id_column, unit_size)
-    plan = create_manifest(store, digest, [str(source)], ranges, options)
+    plan = create_manifest(store, digest, [str(source)], ranges, options, masks)
     predictor = UnitPredictor(WorkerJob(str(out), plan.run_id, plan.options, "cpu", 1), files)
     return predictor, predictor({"unit": range(plan.num_units)})
 
@@ -95,6 +97,31 @@ def test_all_source_formats(model, tmp_path):
         assert [path.name for path in sorted((tmp_path / "out" / kind).iterdir()) if path.suffix == ".tmp"] == []
     keys = {row["key"] for row in read_rows(tmp_path / "out" / "parquet").values()}
     assert keys == {name for name, _ in FILES}
+
+
+def test_masks(model, tmp_path, monkeypatch):
+    """One RLE per detection; null for an unreadable image. Without masks, the other columns are the same."""
+    import pandas
+
+    folder = as_folder(tmp_path / "images", FILES)
+    predict_units(model, folder, tmp_path / "boxes")
+    monkeypatch.setattr(worker, "unpack_model", lambda *arguments: with_masks(unpack_model(*arguments)))
+    _, reports = predict_units(model, folder, tmp_path / "masks", masks=True)
+    assert set(reports["failure"]) == {""}
+    plain, rows = read_rows(tmp_path / "boxes"), read_rows(tmp_path / "masks")
+    for image, row in rows.items():
+        masks = row.pop("masks")
+        assert row == plain[image]
+        if row["error"] is None:
+            assert len(masks) == len(row["boxes"]) > 0
+            assert decode_masks(masks, (row["height"], row["width"])).flatten(1).any(1).sum() > 0
+        else:
+            assert masks is None
+    assert sum(row["error"] is None for row in rows.values()) > 1
+    table = pandas.read_parquet(tmp_path / "masks")
+    first = table[table["error"].isna()].iloc[0]
+    size = [int(first["height"]), int(first["width"])]
+    assert [list(mask["size"]) for mask in first["masks"]] == [size] * len(first["scores"])
 
 
 def test_results_equal_those_of_single_images(model, tmp_path):
@@ -190,7 +217,7 @@ def _raise(error):
 
 
 def test_model_digest_depends_on_the_contents(model, tmp_path):
-    files, digest = pack_model(str(model))
+    files, digest, _ = pack_model(str(model))
     assert files == {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors")}
     assert pack_model(str(model))[1] == digest
     other = DeformableDETR.from_pretrained(model)
@@ -231,5 +258,5 @@ def test_transformers_model_keeps_its_image_processor(name, tmp_path):
     """It decides on the input size, and is in a file of its own."""
     pytest.importorskip("transformers", reason="needs transformers")
     write_repository(tmp_path, name)
-    files, _ = pack_model(str(tmp_path))
+    files, _, _ = pack_model(str(tmp_path))
     assert unpack_model(files, "cpu", 1).config == load_detector(tmp_path, "cpu").config

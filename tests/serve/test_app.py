@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 
 import httpx
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from deformable_detr.explanation import trace
 from deformable_detr.serve import schemas
+from tests.support.masks import with_masks
 from tests.support.models import NAMES
 from tests.support.server import delayed, encode_image, multipart, post_image, running_server, small_model, wait_until
 
@@ -66,6 +68,25 @@ def test_boxes_are_clipped_to_the_image():
         (image_result,) = post_image(client, data).json()["images"]
     assert any(box["box"][0] == 0 and box["box"][3] == 48 for box in image_result["detections"])
     assert_same(image_result, predict(model, data))
+
+
+def test_masks_only_of_models_that_have_them(client, model):
+    data = encode_image("PNG", 50, 71)
+    model = with_masks(deepcopy(model))
+    with running_server(model) as masks_client:
+        response = post_image(masks_client, data, params={"top_k": 6})
+        (image_result,) = response.json()["images"]
+        assert schemas.Detected.model_validate(response.json()).images[0].detections[0].mask is not None
+        explained = post_image(masks_client, data, "/v1/explain", params={"top_k": 1}).json()
+    expected = predict(model, data, top_k=6)
+    assert_same(image_result, expected)
+    masks = [detection.pop("mask") for detection in image_result["detections"]]
+    assert masks == list(expected.segmentations)
+    assert expected.masks.flatten(1).any(1).all()
+    assert explained["detections"][0]["mask"] == masks[0]
+    plain = post_image(client, data, params={"top_k": 6})
+    assert plain.json()["images"][0] == image_result
+    assert b"mask" not in plain.content
 
 
 def test_multiple_images_in_a_form(client, model):

@@ -7,10 +7,13 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from deformable_detr.detector import load_detector
+from deformable_detr.utils.rle import decode_masks
+from tests.support.masks import with_masks
 from tests.support.server import encode_image, running_server, small_model
 
 pytestmark = pytest.mark.slow
@@ -139,6 +142,59 @@ def test_choose_hover_filter_and_download(open_page, client, tmp_path):
         [detection["score"] for detection in visible], abs=1e-4
     )
     assert console_errors(driver) == []
+
+
+def read_canvas(driver, canvas):
+    """Return the RGBA pixels (height, width, 4) of a canvas."""
+    data = driver.execute_script(f"return {canvas}.toDataURL().split(',')[1]")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def test_masks_are_painted_and_can_be_switched_off(open_page, tmp_path):
+    with running_server(with_masks(small_model())) as client:
+        driver = open_page(client)
+        wait(driver, "state.model")
+        choose_file(driver, write_photo(tmp_path))
+        set_score(driver, 0.05)
+        detections = driver.execute_script("return state.result.detections")
+        [mask] = decode_masks([detections[0]["mask"]], (96, 128)).numpy()
+        driver.execute_script(
+            """const { mask } = state.result.detections[0];
+            window.small = el("canvas", { width: 128, height: 96 });
+            paintMasks(small, [{ mask, color: [255, 0, 0], opacity: FILL }], 1);"""
+        )
+        pixels = read_canvas(driver, "small")
+        rim, outline = pixels[..., 3] * ~mask, mask & (pixels[..., 3] == 255)
+        assert set(pixels[mask][:, 3].tolist()) == {110, 255}
+        assert (pixels[outline] == [255, 0, 0, 255]).all()
+        assert set(rim.ravel().tolist()) == {0, 255}
+        assert (pixels[rim > 0] == [26, 26, 26, 255]).all()
+
+        def painted():
+            return np.count_nonzero(read_canvas(driver, "byId('masks')")[..., 3])
+
+        everything = painted()
+        driver.execute_script("select(0)")
+        assert 0 < painted() < everything
+        driver.execute_script("select(-1)")
+        assert painted() == everything
+        toggle = driver.find_element("id", "show-masks")
+        toggle.click()
+        assert painted() == 0
+        assert toggle.get_attribute("aria-pressed") == "false"
+        toggle.click()
+        assert painted() == everything
+        set_score(driver, 1)
+        assert painted() == 0
+        assert console_errors(driver) == []
+
+
+def test_no_masks_without_a_model_that_has_them(open_page, client, tmp_path):
+    driver = open_page(client)
+    wait(driver, "state.model")
+    choose_file(driver, write_photo(tmp_path))
+    assert not driver.find_element("id", "show-masks").is_displayed()
+    assert count_elements(driver, "#view.masked") == 0
 
 
 def test_last_chosen_image_is_shown(open_page, client, tmp_path):

@@ -35,8 +35,8 @@ class PredictOptions:
     """Options of `predict`.
 
     Attributes:
-        out: Folder for the images and videos with drawn boxes. Default: videos are written to the current folder as
-            NAME-detected.mp4 with NAME-detected.jsonl, which has one line per frame; images are not drawn.
+        out: Folder for the images and videos with drawn boxes and masks. Default: videos are written to the current
+            folder as NAME-detected.mp4 with NAME-detected.jsonl, which has one line per frame; images are not drawn.
         json: JSON file for the detections of all sources.
         batch_size: Video frames per batch.
         camera: Number of a camera, from 0. Press Ctrl-C to stop.
@@ -259,6 +259,7 @@ def _coco_results(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "image_id": number, "file_name": record["image"], "category_id": detection["category_id"],
             "bbox": [x1, y1, x2 - x1, y2 - y1], "score": detection["score"],
+            **({"segmentation": detection["mask"]} if "mask" in detection else {}),
         }
         for number, record in enumerate(records, start=1)
         for detection in record["detections"]

@@ -53,10 +53,12 @@ def create_manifest(
     sources: Sequence[str],
     ranges: Iterator[SourceRange],
     options: PredictDatasetOptions,
+    masks: bool = False,
 ) -> Manifest:
     """Group the ranges into units and write them with the manifest, or verify those of an earlier run.
 
-    Without `options.unit_size`, the units have the size of the earlier run, else one that suits the dataset.
+    Without `options.unit_size`, the units have the size of the earlier run, else one that suits the dataset. `masks`:
+    whether the results have a column of masks.
 
     Raises:
         UserError: The folder holds results of a different run; the message names the differences.
@@ -79,6 +81,7 @@ def create_manifest(
             "settings": {name: getattr(options, name) for name in RESULT_OPTIONS},
             "source": {"files": num_files, "images": num_images, "listing": listing_hash},
             "units": num_units,
+            **({"masks": True} if masks else {}),
         }
         if previous is not None:
             _reject_different_run(out, previous, manifest)
@@ -87,7 +90,7 @@ def create_manifest(
         if MANIFEST not in files:
             # For readers; the listing decides.
             manifest["sources"] = list(sources) if previous is None else previous.get("sources")
-            write_note(out, MANIFEST, json.dumps(manifest, indent=2))
+            write_note(out, MANIFEST, json.dumps(manifest, indent=2), masks)
         for name in {OLD_MANIFEST, OLD_UNITS}.intersection(files):
             out.delete(name)
     return Manifest(_hash(manifest), num_units, num_images, options)
@@ -216,6 +219,8 @@ def _reject_different_run(out: OutputFolder, previous: dict[str, Any], current: 
     changes = [f"--{key.replace('_', '-')} {old[key]}, now {new[key]}" for key in new if old[key] != new[key]]
     if previous["model"] != current["model"]:
         changes.insert(0, "another model")
+    if (had_masks := "masks" in previous) != ("masks" in current):
+        changes.insert(0, "masks, now without" if had_masks else "no masks, now with them")
     same_units = old["format"] == new["format"] and old["unit_size"] == new["unit_size"]
     if same_units and (previous["source"], previous["units"]) != (current["source"], current["units"]):
         files, files_now = previous["source"]["files"], current["source"]["files"]

@@ -23,10 +23,14 @@ class ImageCounts(NamedTuple):
     unreadable: int = 0
 
 
-def schema() -> Any:
-    """Return the columns. If an image could not be read, only `image`, `key` and `error` are set."""
+def schema(masks: bool = False) -> Any:
+    """Return the columns. If an image could not be read, only `image`, `key` and `error` are set.
+
+    masks: Whether there is a column with COCO's RLE, from a model with masks.
+    """
     import pyarrow as pa
 
+    rle = pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.string())])
     return pa.schema(
         [
             pa.field("image", pa.string(), nullable=False),  # path or URL; in shards with "#" and member or row
@@ -38,6 +42,7 @@ def schema() -> Any:
             pa.field("labels", pa.list_(pa.int32())),  # 0..num_classes − 1
             pa.field("category_ids", pa.list_(pa.int64())),  # the dataset's ids of the labels
             pa.field("names", pa.list_(pa.string())),
+            *([pa.field("masks", pa.list_(rle))] if masks else []),  # size: height, width
             pa.field("error", pa.string()),  # why the image could not be read
         ]
     )
@@ -49,10 +54,11 @@ def result_row(image: str, key: str | None, result: Detections | str) -> dict[st
     if isinstance(result, str):
         return {"image": image, "key": key, "error": _to_text(result)}
     height, width = result.image_size
+    masks = {} if result.segmentations is None else {"masks": list(result.segmentations)}
     return {
         "image": image, "key": key, "width": width, "height": height, "boxes": result.boxes.tolist(),
         "scores": result.scores.tolist(), "labels": result.labels.tolist(),
-        "category_ids": result.category_ids.tolist(), "names": list(result.names), "error": None,
+        "category_ids": result.category_ids.tolist(), "names": list(result.names), **masks, "error": None,
     }  # fmt: skip
 
 
@@ -71,8 +77,10 @@ def unit_of_part(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def write_part(out: OutputFolder, unit: int, run_id: str, rows: Iterable[Mapping[str, Any]]) -> ImageCounts:
-    """Write the rows of a unit as they arrive; the file appears after the last one."""
+def write_part(
+    out: OutputFolder, unit: int, run_id: str, rows: Iterable[Mapping[str, Any]], masks: bool = False
+) -> ImageCounts:
+    """Write the rows of a unit as they arrive, with a column of masks or not; the file appears after the last one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -80,7 +88,7 @@ def write_part(out: OutputFolder, unit: int, run_id: str, rows: Iterable[Mapping
 
     def write(path: Path) -> None:
         nonlocal images, unreadable
-        columns = schema()
+        columns = schema(masks)
         with pq.ParquetWriter(path, columns, compression="zstd") as writer:
             while group := list(islice(remaining, ROW_GROUP_SIZE)):
                 images += len(group)
@@ -113,11 +121,11 @@ def read_part(out: OutputFolder, unit: int) -> tuple[str, ImageCounts] | None:
         raise UserError(f"{problem}; run again when the storage works") from None
 
 
-def write_note(out: OutputFolder, name: str, text: str) -> None:
+def write_note(out: OutputFolder, name: str, text: str, masks: bool = False) -> None:
     """Write a table of the same columns without rows that has a text in its footer."""
     import pyarrow.parquet as pq
 
-    table = schema().with_metadata({_NOTE: text}).empty_table()
+    table = schema(masks).with_metadata({_NOTE: text}).empty_table()
     out.write(name, lambda path: pq.write_table(table, path))
 
 

@@ -66,10 +66,10 @@ def predict_dataset(
             raise UserError(f"{package} is not installed: pip install 'deformable-detr[dataset]'")
     folder = OutputFolder(os.fspath(out))
     names = [os.fspath(source) for source in sources]
-    files, model_hash = pack_model(os.fspath(model))
+    files, model_hash, masks = pack_model(os.fspath(model))
     with lock_output(folder):
         format, ranges = find_ranges(names, options, folder.url)
-        manifest = create_manifest(folder, model_hash, names, ranges, replace(options, format=format))
+        manifest = create_manifest(folder, model_hash, names, ranges, replace(options, format=format), masks)
         progress = Progress(manifest, finished_units(folder, manifest), report)
         missing = progress.missing
         if missing:

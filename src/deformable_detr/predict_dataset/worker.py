@@ -34,8 +34,8 @@ class WorkerJob:
     threads: int  # of the model, on the CPU
 
 
-def pack_model(source: str) -> tuple[dict[str, bytes], str]:
-    """Return the content of a detector's files by name, and their hash.
+def pack_model(source: str) -> tuple[dict[str, bytes], str, bool]:
+    """Return the content of a detector's files by name, their hash, and whether it predicts masks.
 
     All workers then use the same weights and need no access to the files. Raises UserError if it cannot be loaded.
     """
@@ -60,7 +60,7 @@ def pack_model(source: str) -> tuple[dict[str, bytes], str]:
     for name, content in sorted(files.items()):
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
-    return files, digest.hexdigest()
+    return files, digest.hexdigest(), detector.config.masks
 
 
 def unpack_model(files: Mapping[str, bytes], device: str, threads: int) -> Any:
@@ -106,7 +106,7 @@ class UnitPredictor:
             if part is not None and part[0] == self.job.run_id:
                 counts = part[1]
             else:
-                counts = write_part(self.out, unit, self.job.run_id, self._rows(unit))
+                counts = write_part(self.out, unit, self.job.run_id, self._rows(unit), self.model.config.masks)
             return counts.images, counts.unreadable, ""
         except torch.OutOfMemoryError:
             return 0, 0, "out of GPU memory: lower --batch-size, which starts a new run"

@@ -44,6 +44,7 @@ _PAGES = {
     "/style.css": ("deformable_detr.visualize.web", "style.css", "text/css"),
     "/viewer.css": ("deformable_detr.visualize.web", "viewer.css", "text/css"),
     "/viewer.js": ("deformable_detr.visualize.web", "viewer.js", "text/javascript"),
+    "/masks.js": ("deformable_detr.visualize.web", "masks.js", "text/javascript"),
     "/elements.js": ("deformable_detr.visualize.web", "elements.js", "text/javascript"),
 }
 

@@ -114,10 +114,11 @@ class Engine:
         with self._reserve(len(uploads)):
             jobs = await _gather([self._decode(upload, resized) for upload in uploads])
             results = await _gather([self._submit(job, self._batch_key(job)) for job in jobs])
-        return [
-            to_detections(boxes, job.image_size, threshold, self.categories)
-            for boxes, job in zip(results, jobs, strict=True)
-        ]
+            pairs = list(zip(results, jobs, strict=True))
+            return await run_in(  # masks take time to encode
+                self.writer,
+                lambda: [to_detections(boxes, job.image_size, threshold, self.categories) for boxes, job in pairs],
+            )
 
     async def explain(self, upload: Upload, threshold: float, top_k: int) -> Trace:
         """Return the trace of an image. Raises HTTPException if it cannot be read."""

@@ -98,6 +98,7 @@ async function detect(file, name) {
   byId("download").disabled = true;
   byId("busy").hidden = false;
   drawBoxes();
+  drawMasks();
   showStatus("Detecting objects…");
   try {
     const prepared = await prepare(file).catch(() => { throw new Error("The browser cannot read this file as an image."); });
@@ -168,6 +169,18 @@ function drawBoxes() {
   viewer.drawSampling(null);
 }
 
+/** The masks of the visible detections, or of the selected one, so that its sampling points stay visible. */
+function drawMasks() {
+  const canvas = byId("masks"), { clientWidth, clientHeight } = viewer.view, ratio = devicePixelRatio;
+  const items = visible().filter(([, { mask }]) => mask).map(([index, { mask, box, label }]) => ({ index, mask, box, color: color(label) }));
+  const shades = shade(items), isOn = byId("show-masks").getAttribute("aria-pressed") === "true";
+  const shown = items.filter(({ index }) => isOn && (state.active < 0 || index === state.active));
+  Object.assign(canvas, { width: clientWidth * ratio, height: clientHeight * ratio });
+  paintMasks(canvas, shown.map((item) => ({ mask: item.mask, color: shades.get(item), opacity: FILL })), Math.ceil(1.5 * ratio));
+  viewer.view.classList.toggle("masked", shown.length > 0);
+  byId("overlay").hidden = !detections().some(({ mask }) => mask);
+}
+
 function draw() {
   if (!state.result) return;
   viewer.setArea(0, 0, state.result.width, state.result.height);
@@ -180,6 +193,7 @@ function draw() {
 function update() {
   const explanation = explanationOf(state.active);
   viewer.setActive(state.active);
+  drawMasks();
   drawExplanation(explanation);
   drawNames();
   drawClasses();
@@ -334,6 +348,10 @@ byId("shoot").addEventListener("click", takePhoto);
 byId("cancel").addEventListener("click", stopCamera);
 byId("download").addEventListener("click", download);
 byId("score").addEventListener("input", draw);
+byId("show-masks").addEventListener("click", ({ target }) => {
+  target.setAttribute("aria-pressed", target.getAttribute("aria-pressed") !== "true");
+  drawMasks();
+});
 byId("layer").addEventListener("input", ({ target }) => { state.layer = Number(target.value) - 1; update(); });
 byId("access").addEventListener("submit", (event) => {
   event.preventDefault();

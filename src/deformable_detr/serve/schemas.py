@@ -27,12 +27,20 @@ class ExplainParameters(DetectParameters):
     top_k: Annotated[int, Field(ge=1, le=50, description="maximum detections to explain")] = 10
 
 
+class Mask(BaseModel):
+    """COCO's compressed RLE."""
+
+    size: Annotated[list[Side], Field(min_length=2, max_length=2, description="height, width of the upright image")]
+    counts: str
+
+
 class Detection(BaseModel):
     box: Box
     score: Score
     label: Annotated[int, Field(ge=0, description="index of the class in the model")]
     category_id: Annotated[int, Field(description="id of the class in the dataset")]
     name: str
+    mask: Annotated[Mask | None, Field(description="only of models with masks, and never null")] = None
 
 
 class _Image(BaseModel):

@@ -25,5 +25,22 @@ def decode_masks(rles: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Te
 
     if not rles:
         return torch.zeros(0, *size, dtype=torch.bool)
-    rows = [{"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")} for rle in rles]
-    return torch.from_numpy(np.ascontiguousarray(hotcoco.mask.decode(rows).transpose(2, 0, 1))).bool()
+    masks = hotcoco.mask.decode(hotcoco_rows(rles))
+    return torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))).bool()
+
+
+def hotcoco_rows(rles: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the masks as hotcoco and pycocotools take them, with bytes for counts."""
+    return [{"size": list(rle["size"]), "counts": rle["counts"].encode("ascii")} for rle in rles]
+
+
+def crop_masks(rles: Sequence[Mapping[str, Any]], boxes: Tensor) -> tuple[Rle, ...]:
+    """Return the parts of N masks inside their boxes (N, 4), (x1, y1, x2, y2) in pixels."""
+    import hotcoco
+
+    cropped = []
+    for row, (x1, y1, x2, y2) in zip(hotcoco_rows(rles), boxes.tolist(), strict=True):
+        inside = hotcoco.mask.fr_py_objects([[x1, y1, x2 - x1, y2 - y1]], *row["size"])
+        counts = hotcoco.mask.merge([row, *inside], True)["counts"].decode("ascii")
+        cropped.append({"size": row["size"], "counts": counts})
+    return tuple(cropped)

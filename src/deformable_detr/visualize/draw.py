@@ -1,7 +1,8 @@
 """Draw detections on images.
 
-Line width and font size scale with the image. Labels stay inside the image and avoid each other where possible. Class
-colors are those of Okabe and Ito, which are distinct for people with any color vision.
+Line width and font size scale with the image. Labels stay inside the image and avoid each other where possible. With
+masks, they also avoid the small ones, and the last labels are left out where there is no room. Class colors are those
+of Okabe and Ito, which are distinct for people with any color vision.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from ..utils.errors import UserError
 from ..utils.files import write_files
 from ..utils.images import read_image
 from .fonts import legible
+from .masks import HALO, draw_masks, shade
 
 if TYPE_CHECKING:
     from ..structures import Detections
 
-HALO = "#1A1A1A"
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 MIN_LONG_SIDE = 320  # pixels; smaller images are enlarged to make room for text
 MIN_FONT_SIZE = 11
+SMALL = 16  # labels avoid masks whose boxes have less than this times the font size squared
+MAX_LABELED = 0.15  # with masks, labels cover at most this part of the image, so that the masks stay visible
 CROWDED, CROWDED_WIDTH = 8, 0.4  # from 8 boxes on, labels take at most this share of the image width
 
 Rectangle = tuple[int, int, int, int]
@@ -56,8 +59,13 @@ def enlargement(size: tuple[int, int]) -> int:
 def draw_on(image: Image.Image, detections: Detections, factor: int = 1) -> Image.Image:
     """Draw on an RGB image in place and return it; the boxes are multiplied by `factor`."""
     boxes = detections.boxes.numpy() * factor
-    _draw_boxes(image, boxes, detections.labels.tolist())
-    _draw_labels(image, boxes, detections)
+    colors = [PALETTE[label % len(PALETTE)] for label in detections.labels.tolist()]
+    if detections.segmentations is None:
+        _draw_boxes(image, boxes, colors)
+    else:
+        colors = shade(colors, boxes)
+        draw_masks(image, detections.segmentations, boxes, colors, factor)
+    _draw_labels(image, boxes, detections, colors)
     return image
 
 
@@ -78,7 +86,7 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
     return path
 
 
-def _draw_boxes(image: Image.Image, boxes: np.ndarray, labels: list[int]) -> None:
+def _draw_boxes(image: Image.Image, boxes: np.ndarray, colors: list[str]) -> None:
     """Draw colored lines with dark rims, which are visible on any background; the best box is drawn last."""
     width = max(1, round(_scale(image) / 260))
     limit = np.array([image.width - 1, image.height - 1] * 2)
@@ -86,19 +94,22 @@ def _draw_boxes(image: Image.Image, boxes: np.ndarray, labels: list[int]) -> Non
     pen = ImageDraw.Draw(image)
     for rim in (1, 0):
         offset = width // 2 + rim
-        for (x1, y1, x2, y2), label in zip(corners[::-1].tolist(), labels[::-1], strict=True):
-            color = HALO if rim else PALETTE[label % len(PALETTE)]
-            pen.rectangle((x1 - offset, y1 - offset, x2 + offset, y2 + offset), outline=color, width=width + 2 * rim)
+        for (x1, y1, x2, y2), color in zip(corners[::-1].tolist(), colors[::-1], strict=True):
+            line = HALO if rim else color
+            pen.rectangle((x1 - offset, y1 - offset, x2 + offset, y2 + offset), outline=line, width=width + 2 * rim)
 
 
-def _draw_labels(image: Image.Image, boxes: np.ndarray, detections: Detections) -> None:
+def _draw_labels(image: Image.Image, boxes: np.ndarray, detections: Detections, colors: list[str]) -> None:
     """Draw a label "name 0.93" per detection; the best is placed first and drawn last."""
     size = _font_size(image, len(boxes))
+    has_masks = detections.segmentations is not None
+    is_small = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) < SMALL * size**2
+    masked = boxes[is_small & has_masks].round()
     padding = max(1, size // 5)
     pen = ImageDraw.Draw(image)
     share = 1.0 if len(boxes) < CROWDED else max(0.15, CROWDED_WIDTH * (CROWDED / len(boxes)) ** 0.3)
     max_width = min(max(int(share * image.width), 8 * size), image.width) - 2 * padding
-    texts, places = [], []
+    texts, places, room = [], [], MAX_LABELED * image.width * image.height
     columns = (detections.names, detections.category_ids.tolist(), detections.scores.tolist(), boxes)
     for name, category, score, box in zip(*columns, strict=True):
         name, file = legible(name, f"class {category}")
@@ -108,11 +119,13 @@ def _draw_labels(image: Image.Image, boxes: np.ndarray, detections: Detections) 
         # The same height for all labels, unless a letter exceeds it.
         top, bottom = math.floor(min(top, -0.92 * size)), math.ceil(max(bottom, 0.26 * size))
         extent = (math.ceil(right - left) + 2 * padding, bottom - top + 2 * (padding // 2))
-        places.append(_place_label(box, extent, image.size, places))
+        room -= extent[0] * extent[1]
+        if has_masks and places and room < 0:
+            break
+        places.append(_place_label(box, extent, image.size, places, masked))
         texts.append((text, font, padding - left, padding // 2 - top))
-    order = list(zip(places, texts, detections.labels.tolist(), strict=True))
-    for (x1, y1, x2, y2), (text, font, right, down), label in reversed(order):
-        color = PALETTE[label % len(PALETTE)]
+    order = list(zip(places, texts, colors[: len(places)], strict=True))
+    for (x1, y1, x2, y2), (text, font, right, down), color in reversed(order):
         pen.rectangle((x1, y1, x2 - 1, y2 - 1), fill=color)
         pen.text((x1 + right, y1 + down), text, fill=_ink(color), font=font, anchor="ls")
 
@@ -122,8 +135,10 @@ def _font(file: str | None, size: int) -> ImageFont.FreeTypeFont | ImageFont.Ima
     return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
 
 
-def _place_label(box: np.ndarray, extent: tuple[int, int], size: tuple[int, int], taken: list[Rectangle]) -> Rectangle:
-    """Return the first place above, in, under or near the box that covers no other label, or covers the least."""
+def _place_label(
+    box: np.ndarray, extent: tuple[int, int], size: tuple[int, int], taken: list[Rectangle], masked: np.ndarray
+) -> Rectangle:
+    """Return the first place above, in, under or near the box that covers the least of labels and small masks."""
     x1, y1, x2, y2 = (int(v) for v in box.round())
     width, height = extent
     columns = (x1, x2 - width, (x1 + x2 - width) // 2, x1 - width, x2)
@@ -131,12 +146,16 @@ def _place_label(box: np.ndarray, extent: tuple[int, int], size: tuple[int, int]
     corners = np.array([(x, y) for y in rows for x in columns])
     corners = np.minimum(corners, np.array(size) - extent).clip(min=0)
     places = np.concatenate([corners, corners + extent], axis=1)
-    others = np.array(taken).reshape(-1, 4)
-    low = np.maximum(places[:, None, :2], others[:, :2])
-    high = np.minimum(places[:, None, 2:], others[:, 2:])
-    covered = (high - low).clip(min=0).prod(axis=2).sum(axis=1)
+    covered = _overlaps(places, np.array(taken).reshape(-1, 4)) + 0.5 * _overlaps(places, masked)
     left, top, right, bottom = places[covered.argmin()].tolist()
     return left, top, right, bottom
+
+
+def _overlaps(places: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return how many pixels of each place other rectangles cover."""
+    low = np.maximum(places[:, None, :2], others[:, :2])
+    high = np.minimum(places[:, None, 2:], others[:, 2:])
+    return (high - low).clip(min=0).prod(axis=2).sum(axis=1)
 
 
 def _shorten(
