@@ -126,3 +126,14 @@ def published_ap(monkeypatch, *arguments):
         runpy.run_path(str(SCRIPTS / "published_ap.py"), run_name="__main__")
     except SystemExit as error:
         return error.code
+
+
+@pytest.mark.slow
+def test_segm_eval(run):
+    pytest.importorskip("pycocotools")
+    report = run("segm_eval.py", "--images", 3, "--classes", 2)
+    rows = report["rows"]
+    assert [row["evaluator"] for row in rows] == ["pycocotools", "deformable-detr"]
+    assert rows[1]["speedup"] == pytest.approx(rows[0]["seconds"] / rows[1]["seconds"])
+    assert all(row["peak_mib"] > 10 for row in rows)
+    assert len(set(report["ap"])) == 2

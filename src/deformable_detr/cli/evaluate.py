@@ -22,7 +22,7 @@ def evaluate(
     set_: DataOverrides = None,
     json: JsonFile = None,
 ) -> None:
-    """Evaluate a model on a dataset: the twelve COCO metrics and the AP of each class.
+    """Evaluate a model on a dataset: the twelve COCO metrics and the AP of each class, of boxes and masks.
 
     Args:
         report: HTML file for precision-recall curves, error types, calibration and the worst images.
@@ -73,4 +73,6 @@ def metrics_table(metrics: dict[str, Any], other: dict[str, Any] | None = None) 
 
 def _rows(metrics: dict[str, Any]) -> list[tuple[str, float | None]]:
     rows = [(name, value) for name, value in metrics.items() if isinstance(value, float) or value is None]
-    return rows + [(f"AP of {name}", value) for name, value in metrics.get("per_class", {}).items()]
+    rows += [(f"AP of {name}", value) for name, value in metrics.get("per_class", {}).items()]
+    masks = _rows(metrics["segm"]) if "segm" in metrics else []
+    return rows + [(f"mask {name}", value) for name, value in masks]

@@ -76,6 +76,8 @@ def train(
     if not is_rank_zero():
         return
     summary = ", ".join(f"{name} {format_metric(metrics[name])}" for name in ("AP", "AP50") if name in metrics)
-    best = format_metric(metrics["best_AP"]).strip()
-    print(f"{summary} at the end; the model with the best AP, {best}, is in {out}")
+    if "segm" in metrics:
+        summary += f", mask AP {format_metric(metrics['segm']['AP'])}"
+    best = f"best {'mask AP' if 'segm' in metrics else 'AP'}, {format_metric(metrics['best_AP']).strip()}"
+    print(f"{summary} at the end; the model with the {best}, is in {out}")
     print(f"Next: deformable-detr predict {shlex.quote(str(out))} IMAGE --out pictures")

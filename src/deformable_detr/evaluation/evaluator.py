@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -13,15 +14,17 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 from ..config.schema import DataConfig
 from ..data.discovery import split_aliases
 from ..detector import load_detector
-from ..model.postprocess import postprocess
+from ..model.postprocess import ScoredBoxes, postprocess
 from ..predict.predictor import Detector, evaluating, forward, model_categories
 from ..utils.errors import UserError
 from ..utils.failures import explain_machine_errors
+from .masks import has_mask
 from .metrics import CocoEvaluation, Metrics, coco_metrics, run_coco_eval, summarize
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
     from ..distributed.context import DistributedContext
+    from ..structures import Target
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class EvaluationResult:
     model_seconds: float  # of the model and its postprocessing, over all images
     device: str
     name: str = "model"  # the model's path, or the name of its class
+    coco_masks: CocoEvaluation | None = None  # None: the model or the dataset has no masks
 
 
 def evaluate(
@@ -72,7 +76,8 @@ def evaluate(
         **options: See `EvalOptions`.
 
     Returns:
-        The dict of `coco_metrics`, "images" (their number) and "images_per_second" (loading included).
+        The dict of `coco_metrics`, with "segm" if model and dataset have masks, "images" (their number) and
+        "images_per_second" (loading included).
 
     Raises:
         UserError: The dataset cannot be read, has classes that the model lacks, or memory is full.
@@ -131,11 +136,15 @@ def evaluate_dataset(
     if count < len(dataset):
         images = [image for image in ground_truth["images"] if image["id"] in image_ids]
         ground_truth = {**ground_truth, "images": images}
-    coco = run_coco_eval(ground_truth, results)
-    metrics = {**summarize(coco), "images": count, "images_per_second": count / seconds}
+    coco, coco_masks = run_coco_eval(ground_truth, results), None
+    metrics = summarize(coco)
+    if _compares_masks(model, dataset):
+        coco_masks = run_coco_eval(ground_truth, results, "segm")
+        metrics["segm"] = summarize(coco_masks)
+    metrics |= {"images": count, "images_per_second": count / seconds}
     paths = {int(image_id): dataset.path(index) for index, image_id in enumerate(dataset.image_ids[:count])}
     device = str(model.pixel_mean.device)
-    return EvaluationResult(metrics, coco, results, paths, model_seconds, device, name)
+    return EvaluationResult(metrics, coco, results, paths, model_seconds, device, name, coco_masks)
 
 
 def evaluate_distributed(
@@ -162,7 +171,7 @@ def evaluate_distributed(
         order = {int(image_id): index for index, image_id in enumerate(dataset.image_ids)}
         results = sorted((row for rows in parts for row in rows), key=lambda row: order[row["image_id"]])
         on_results(dataset, results)
-        metrics = coco_metrics(dataset.ground_truth, results)
+        metrics = coco_metrics(dataset.ground_truth, results, _compares_masks(model, dataset))
         return {**metrics, "images": len(dataset), "images_per_second": len(dataset) / seconds}
 
     return context.on_rank_zero(metrics_of_all_parts)
@@ -199,17 +208,33 @@ def detect_images(
         for batch, targets in batches:
             start = time.perf_counter()
             detections = postprocess(forward(model, batch), [target.original_size for target in targets], top_k)
+            # The model can have more class logits than the dataset has classes.
+            listed = [scored.select(scored.labels < len(category_ids)) for scored in detections]
+            rows = [_coco_rows(*pair, category_ids) for pair in zip(targets, listed, strict=True)]
             model_seconds += time.perf_counter() - start  # `postprocess` waits for the device
-            for target, (boxes, scores, labels, _) in zip(targets, detections, strict=True):
-                image_ids.add(target.image_id)
-                boxes[:, 2:] -= boxes[:, :2]
-                results.extend(
-                    {"image_id": target.image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-                    for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
-                    if label < len(category_ids)  # the model can have more class logits than the dataset has classes
-                )
+            image_ids.update(target.image_id for target in targets)
+            results.extend(itertools.chain.from_iterable(rows))
             bar.update(len(targets))
     return results, image_ids, model_seconds
+
+
+def _coco_rows(target: Target, scored: ScoredBoxes, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the COCO results of one image; boxes are not clipped to it."""
+    boxes, scores, labels, masks = scored
+    boxes[:, 2:] -= boxes[:, :2]
+    rows: list[dict[str, Any]] = [
+        {"image_id": target.image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+    ]
+    if masks is not None:
+        size = list(target.original_size)  # one list for all masks saves memory
+        for row, rle in zip(rows, masks.to_rle(target.original_size), strict=True):
+            row["segmentation"] = {"size": size, "counts": rle["counts"]}
+    return rows
+
+
+def _compares_masks(model: Detector, dataset: CocoDataset) -> bool:
+    return model.config.masks and any(map(has_mask, dataset.ground_truth["annotations"]))
 
 
 def open_eval_dataset(
@@ -230,6 +255,8 @@ def open_eval_dataset(
         cache=cache,
     )
     dataset.load_ground_truth(cache)
+    if config.masks and not _compares_masks(model, dataset):
+        log.warning("%s has no masks: only boxes are evaluated", dataset.annotation_file)
     if len(dataset.categories) > config.num_classes:
         raise UserError(
             f"the dataset has {len(dataset.categories)} classes, but the model {config.num_classes}; "

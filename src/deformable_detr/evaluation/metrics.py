@@ -1,7 +1,8 @@
-"""COCO metrics, equal to pycocotools' and many times faster.
+"""COCO metrics of boxes and masks, equal to pycocotools' and many times faster.
 
 hotcoco matches and counts. This module renumbers records for it (pycocotools reads annotation id 0 as "not matched" and
-loses objects with duplicate ids) and fills in missing areas and crowd flags.
+loses objects with duplicate ids), fills in missing areas and crowd flags, and sets the areas of detected masks: hotcoco
+takes those of the boxes, as pycocotools does for results that have both.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..utils.errors import UserError
+from .masks import detected_masks, mask_sizes, object_masks
 
 if TYPE_CHECKING:
     import hotcoco
@@ -22,28 +24,34 @@ if TYPE_CHECKING:
 MAX_DETECTIONS = (1, 10, 100)  # per image and class, best scores first
 AREAS = ("all", "small", "medium", "large")  # up to 32² pixels, up to 96² pixels, above
 
+IouType = Literal["bbox", "segm"]
 Metrics = dict[str, Any]
 
 
-def coco_metrics(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Metrics:
+def coco_metrics(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], masks: bool = False) -> Metrics:
     """Return the 12 COCO metrics and the AP of each class, all in 0..1.
 
     Args:
         ground_truth: A COCO dict with "images" (each an "id"), "categories" ("id", "name") and "annotations"
             ("image_id", "category_id", "bbox" as x, y, width, height in pixels; "area" defaults to width · height,
-            "iscrowd" to 0). Image ids are integers or strings; annotation ids are ignored. It is not changed.
-        results: Detections as {"image_id", "category_id", "bbox", "score"}. As in pycocotools, detections of a category
-            that the ground truth does not list are ignored.
+            "iscrowd" to 0; "segmentation" as polygons or RLE). Image ids are integers or strings; annotation ids are
+            ignored. It is not changed.
+        results: Detections as {"image_id", "category_id", "bbox", "score"}; for masks also "segmentation", an RLE. As
+            in pycocotools, detections of a category that the ground truth does not list are ignored.
+        masks: Whether to add "segm", the metrics of the masks. Sizes are those of masks, also of detected ones, as in
+            detectron2. An object without a mask counts as a crowd that fills its box.
 
     Returns:
         {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium",
         "AR_large", "per_class": {name: AP}}. A metric is None without ground truth for it. If categories share a name,
-        the id is appended: "cat (17)".
+        the id is appended: "cat (17)". "segm" is a dict of the same form.
 
     Raises:
-        UserError: A box or score is not finite, an id is used twice, or a detection is of an unknown image.
+        UserError: A box or score is not finite, an id is used twice, a detection is of an unknown image or lacks its
+            mask, or a mask is damaged or of another size than its image.
     """
-    return summarize(run_coco_eval(ground_truth, results))
+    metrics = summarize(run_coco_eval(ground_truth, results))
+    return {**metrics, "segm": summarize(run_coco_eval(ground_truth, results, "segm"))} if masks else metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,25 +66,38 @@ class CocoEvaluation:
     detections: np.ndarray  # (N, 7) float64: image, x, y, width, height, score, class
 
 
-def run_coco_eval(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> CocoEvaluation:
-    """Match detections to the ground truth; arguments and errors as in `coco_metrics`."""
+def run_coco_eval(
+    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType = "bbox"
+) -> CocoEvaluation:
+    """Match the boxes or masks of detections to the ground truth; arguments and errors as in `coco_metrics`."""
     import hotcoco
 
     images = _number_ids((image["id"] for image in ground_truth["images"]), "image")
     categories = _number_ids((category["id"] for category in ground_truth["categories"]), "category")
     names = _unique_names(ground_truth["categories"], categories)
-    objects = _annotation_columns(ground_truth, images, categories)
+    objects, annotations = _annotation_columns(ground_truth, images, categories)
+    table, detected = _detection_table(results, images, categories)
+    sizes: dict[Any, tuple[int, int]] = {}
+    shapes, rles, areas = None, None, None
+    if iou_type == "segm":
+        sizes = mask_sizes(ground_truth["images"], annotations, detected)
+        rles, areas = detected_masks(detected, sizes)
+        shapes, boxed = object_masks(annotations, sizes)
+        objects["iscrowd"] |= boxed
     truth = hotcoco.COCO.from_arrays(
-        [{"id": number, "width": 0, "height": 0} for number in images.values()],
+        [_size_record(number, *sizes.get(image_id, (0, 0))) for image_id, number in images.items()],
         [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
         **objects,
+        segmentation=shapes,
     )
-    detections = _detection_table(results, images, categories)
-    evaluator = hotcoco.COCOeval(truth, truth.load_res(detections), "bbox")
+    detections = truth.load_res(table, segmentation=rles)
+    if rles:
+        detections.update_anns(ids=np.arange(1, len(rles) + 1), area=areas)
+    evaluator = hotcoco.COCOeval(truth, detections, iou_type)
     evaluator.params.max_dets = list(MAX_DETECTIONS)
     evaluator.evaluate()
     evaluator.accumulate()
-    return CocoEvaluation(evaluator, images, categories, names, objects, detections)
+    return CocoEvaluation(evaluator, images, categories, names, objects, table)
 
 
 def precision_recall(evaluation: CocoEvaluation) -> tuple[np.ndarray, np.ndarray]:
@@ -134,9 +155,12 @@ def _unique_names(categories: Sequence[Mapping[str, Any]], numbers: Mapping[Any,
 
 def _annotation_columns(
     ground_truth: Mapping[str, Any], images: Mapping[Any, int], categories: Mapping[Any, int]
-) -> dict[str, Any]:
-    """Return the annotations as columns; drop those of unlisted images or categories, as pycocotools does."""
-    rows = []
+) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """Return the annotations as columns and as they are, without those of unlisted images or categories.
+
+    pycocotools drops them, too.
+    """
+    rows, kept = [], []
     for index, annotation in enumerate(ground_truth["annotations"]):
         box = _box(annotation, f"ground truth: annotation {annotation.get('id', f'number {index}')}")
         image, category = annotation["image_id"], annotation["category_id"]
@@ -144,21 +168,23 @@ def _annotation_columns(
             area = annotation.get("area")
             area = box[2] * box[3] if area is None else float(area)
             rows.append((images[image], categories[category], *box, area, bool(annotation.get("iscrowd"))))
+            kept.append(annotation)
     table = np.array(rows, dtype=np.float64).reshape(-1, 8)
-    return {
+    columns = {
         "image_ids": table[:, 0].astype(np.int64),
         "category_ids": table[:, 1].astype(np.int64),
         "boxes": np.ascontiguousarray(table[:, 2:6]),
         "area": np.ascontiguousarray(table[:, 6]),
         "iscrowd": table[:, 7].astype(np.int64),
     }
+    return columns, kept
 
 
 def _detection_table(
     results: Sequence[Mapping[str, Any]], images: Mapping[Any, int], categories: Mapping[Any, int]
-) -> np.ndarray:
-    """Return (N, 7) float64: image, x, y, width, height, score, category."""
-    rows = []
+) -> tuple[np.ndarray, list[Mapping[str, Any]]]:
+    """Return (N, 7) float64, image, x, y, width, height, score, category; and the results that these rows are of."""
+    rows, kept = [], []
     for index, result in enumerate(results):
         where = f"detection number {index}"
         box, image, category, score = _box(result, where), result["image_id"], result["category_id"], result["score"]
@@ -168,7 +194,12 @@ def _detection_table(
             raise UserError(f"{where}: the score is {score}; it must be finite")
         if category in categories:
             rows.append((images[image], *box, score, categories[category]))
-    return np.array(rows, dtype=np.float64).reshape(-1, 7)
+            kept.append(result)
+    return np.array(rows, dtype=np.float64).reshape(-1, 7), kept
+
+
+def _size_record(number: int, height: int, width: int) -> dict[str, int]:
+    return {"id": number, "height": height, "width": width}
 
 
 def _box(record: Mapping[str, Any], where: str) -> list[float]:

@@ -43,17 +43,23 @@ def render_report(results: Sequence[EvaluationResult], data: str, split: str) ->
             raise UserError(
                 f"{other.name}: its classes or images differ from those of {first.name}; compare models of one dataset"
             )
-    models = [{"name": result.name, "speed": _speed(result), **analyze(result.coco)} for result in results]
+    with_masks = [(result, result.coco_masks) for result in results if result.coco_masks is not None]
     content = {
         "title": " and ".join(result.name for result in results) + f" on {data}",
         "data": data,
         "split": split,
         "images": len(first.coco.images),
         "names": first.coco.names,
-        "models": models,
-        "worst": _worst_images(results, models),
+        **_analyses([(result, result.coco) for result in results]),
+        "masks": _analyses(with_masks) if with_masks else None,
     }
     return render_page("report", f"Evaluation of {content['title']}", content)
+
+
+def _analyses(evaluated: Sequence[tuple[EvaluationResult, CocoEvaluation]]) -> dict[str, Any]:
+    """Return "models" and "worst" of results with their evaluation of boxes or of masks."""
+    models = [{"name": result.name, "speed": _speed(result), **analyze(coco)} for result, coco in evaluated]
+    return {"models": models, "worst": _worst_images(evaluated, models)}
 
 
 def _speed(result: EvaluationResult) -> dict[str, Any]:
@@ -65,22 +71,25 @@ def _speed(result: EvaluationResult) -> dict[str, Any]:
     }
 
 
-def _worst_images(results: Sequence[EvaluationResult], models: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _worst_images(
+    evaluated: Sequence[tuple[EvaluationResult, CocoEvaluation]], models: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Return the images with the most errors of the first model at its best threshold, with boxes of all models."""
-    matches = [match(result.coco) for result in results]
+    evaluations = [coco for _, coco in evaluated]
+    matches = [match(coco) for coco in evaluations]
     thresholds = [model["best"]["threshold"] if model["best"] else DEFAULT_THRESHOLD for model in models]
-    errors = [_count_errors(r.coco, m, t) for r, m, t in zip(results, matches, thresholds, strict=True)]
+    errors = [_count_errors(c, m, t) for c, m, t in zip(evaluations, matches, thresholds, strict=True)]
     wrong, missed = errors[0]
     total = wrong + missed
-    image_ids = {number: image_id for image_id, number in results[0].coco.images.items()}
+    image_ids = {number: image_id for image_id, number in evaluations[0].images.items()}
     records = []
     for index in np.argsort(-total, kind="stable")[:MAX_IMAGES].tolist():
         if not total[index]:
             break
-        record = _image_record(results[0], image_ids[index + 1], index + 1)
+        record = _image_record(*evaluated[0], image_ids[index + 1], index + 1)
         record["models"] = [
-            {"wrong": int(wrong[index]), "missed": int(missed[index]), **_detections(r.coco, m, index + 1, t)}
-            for r, m, t, (wrong, missed) in zip(results, matches, thresholds, errors, strict=True)
+            {"wrong": int(wrong[index]), "missed": int(missed[index]), **_detections(c, m, index + 1, t)}
+            for c, m, t, (wrong, missed) in zip(evaluations, matches, thresholds, errors, strict=True)
         ]
         records.append(record)
     return records
@@ -97,9 +106,9 @@ def _count_errors(coco: CocoEvaluation, matches: Matches, threshold: float) -> t
     return wrong[1:], (objects - hits)[1:]
 
 
-def _image_record(result: EvaluationResult, image_id: Any, number: int) -> dict[str, Any]:
+def _image_record(result: EvaluationResult, coco: CocoEvaluation, image_id: Any, number: int) -> dict[str, Any]:
     """Return the image, if its file is known, and its objects as [x, y, w, h, class, is crowd]."""
-    objects = result.coco.objects
+    objects = coco.objects
     rows = np.flatnonzero(objects["image_ids"] == number)
     boxes = objects["boxes"][rows]
     labels, crowds = objects["category_ids"][rows] - 1, objects["iscrowd"][rows]
@@ -111,7 +120,7 @@ def _image_record(result: EvaluationResult, image_id: Any, number: int) -> dict[
     }
     path = result.paths.get(image_id)
     if path is None:
-        detections = result.coco.detections
+        detections = coco.detections
         boxes = np.concatenate([boxes, detections[detections[:, 0] == number, 1:5]])
         width, height = np.ceil((boxes[:, :2] + boxes[:, 2:]).max(axis=0, initial=1)).tolist()
         return record | {"name": str(image_id), "image": None, "width": width, "height": height}

@@ -34,7 +34,8 @@ def write_training_page(run_dir: Path) -> Path:
         "train": {key: [[row["step"], row[key]] for row in train if row.get(key) is not None] for key in TRAIN_CURVES},
         "evaluation": {
             key: [[row["step"], _finite_or_none(row.get(key))] for row in evaluations] for key in EVALUATION_CURVES
-        },
+        }
+        | {"mask_AP": [[row["step"], _finite_or_none(row.get("segm", {}).get("AP"))] for row in evaluations]},
         "gallery": read_gallery(run_dir, [record["step"] for record in evaluations]),
     }
     write_text(run_dir / PAGE, render_page("training", f"Training of {content['name']}", content))

@@ -27,7 +27,7 @@ class TrainState:
     """Progress of a run; saved with every checkpoint.
 
     epoch: Finished epochs. epoch_step: Steps taken in the current epoch. step: Optimizer steps. seconds: Of training,
-    without evaluation and saving. best_ap: Highest AP so far. stale_evaluations: Evaluations since it improved.
+    without evaluation and saving. best_ap: Highest `selection_ap` so far. stale_evaluations: Evaluations since then.
     evaluated_step: Step of the last evaluation. metrics: Its result. mosaic: Whether the current epoch uses mosaics.
     """
 
@@ -43,11 +43,11 @@ class TrainState:
     mosaic: bool = False
 
     def record_evaluation(self, metrics: dict[str, Any]) -> bool:
-        """Store the result of an evaluation and return whether this model is the best one so far.
+        """Store the result of an evaluation and return whether this model is the best one so far by `selection_ap`.
 
         Of equal models the later one is better. `stale_evaluations` counts only after the first AP above 0.
         """
-        ap = metrics["AP"]
+        ap = selection_ap(metrics)
         improved = not self.best_ap or (ap is not None and ap > self.best_ap)
         is_best = improved or ap == self.best_ap
         self.metrics, self.evaluated_step = metrics, self.step
@@ -55,6 +55,11 @@ class TrainState:
         if is_best:
             self.best_ap = ap
         return is_best
+
+
+def selection_ap(metrics: Mapping[str, Any]) -> float | None:
+    """Return the AP that selects the best model: of its masks if they were evaluated, else of its boxes."""
+    return metrics.get("segm", metrics)["AP"]
 
 
 class TrainingLogger:
@@ -136,7 +141,8 @@ class TrainingLogger:
         except OSError as error:  # a failed write does not name the file
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         if self._board is not None:
-            for name, value in record.items():
+            masks = {f"mask_{name}": value for name, value in record.get("segm", {}).items()}
+            for name, value in {**record, **masks}.items():
                 if isinstance(value, float):
                     self._board.add_scalar(f"{kind}/{name}", value, record["step"])
         if kind == "evaluation":
@@ -159,8 +165,9 @@ class TrainingLogger:
         """Update the progress bar, which is shown only on a terminal."""
         if self._bar is None or self._bar.disable:
             return
+        name = "mask AP" if "segm" in (state.metrics or {}) else "AP"
         self._bar.set_postfix_str(
-            f"epoch {self._epoch(state.epoch + 1)} loss {_figure(self._smoothed_loss)} AP {_figure(state.best_ap)} "
+            f"epoch {self._epoch(state.epoch + 1)} loss {_figure(self._smoothed_loss)} {name} {_figure(state.best_ap)} "
             f"images/s {self._images_per_second(state):.1f} left {_remaining(state, progress)}",
             refresh=False,
         )
@@ -171,7 +178,11 @@ class TrainingLogger:
         line = f"epoch {self._epoch(state.epoch)}: step {state.step}, loss {_figure(self._smoothed_loss)}"
         if state.evaluated_step == state.step and state.metrics:
             ap, ap50 = _figure(state.metrics["AP"]), _figure(state.metrics["AP50"])
-            line += f", AP {ap}, AP50 {ap50}, best AP {_figure(state.best_ap)}"
+            line += f", AP {ap}, AP50 {ap50}"
+            if "segm" in state.metrics:
+                line += f", mask AP {_figure(state.metrics['segm']['AP'])}, best mask AP {_figure(state.best_ap)}"
+            else:
+                line += f", best AP {_figure(state.best_ap)}"
         speed = state.images_seen / max(state.seconds, 1e-9)
         trained, left = tqdm.format_interval(state.seconds), _remaining(state, progress)
         self.print(f"{line}, {speed:.1f} images/s, {trained} trained, {left} left")

@@ -52,7 +52,8 @@ def train_model(
     checkpoint; a finished run is left unchanged.
 
     Returns:
-        The metrics of the last evaluation with "best_AP", "epoch", "step", "images_seen" and "seconds" of training.
+        The metrics of the last evaluation with "best_AP" (of masks, if the model and the validation set have them),
+        "epoch", "step", "images_seen" and "seconds" of training.
 
     Raises:
         UserError: The folder or the dataset cannot be used.
@@ -213,7 +214,9 @@ class Trainer:
         is_best = state.record_evaluation(self._compute_metrics(model))
         self.logger.log_evaluation(state)  # before it is saved: a run killed in between evaluates again
         if is_best:
-            metrics = {name: value for name, value in (state.metrics or {}).items() if name.startswith(("AP", "AR"))}
+            masks = {f"mask {name}": value for name, value in (state.metrics or {}).get("segm", {}).items()}
+            named = {**(state.metrics or {}), **masks}
+            metrics = {name: named[name] for name in named if name.startswith(("AP", "AR", "mask A"))}
             card = ModelCardData(self.data_name, metrics, self.config)
             self.context.on_rank_zero(lambda: self.run_dir.export(model, card))
             self.save(best=True)

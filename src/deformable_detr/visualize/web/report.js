@@ -1,4 +1,7 @@
-const { models, names } = data, [first, second] = models;
+const masks = data.masks && new URLSearchParams(location.search).has("masks");
+const { models, worst } = masks ? data.masks : data, { names } = data, [first, second] = models, shape = masks ? "mask" : "box";
+byId("views").hidden = !data.masks;
+byId("views").querySelectorAll("a")[masks ? 1 : 0].setAttribute("aria-current", "page");
 const DASH = [null, "6 4"];
 const NAMES = { AP: "IoU 0.50 to 0.95", AP50: "IoU 0.50", AP75: "IoU 0.75", AP_small: "small objects", AP_medium: "medium objects", AP_large: "large objects",
   AR1: "1 detection per image", AR10: "10 per image", AR100: "100 per image", AR_small: "small objects", AR_medium: "medium objects", AR_large: "large objects" };
@@ -90,8 +93,8 @@ function table(host, heads, rows) {
 
 // --- error types ---
 {
-  const words = { Cls: ["Classification", "wrong class, correct box"], Loc: ["Localization", "correct class, inaccurate box (IoU 0.1 to 0.5)"],
-    Both: ["Both", "wrong class, inaccurate box"], Dupe: ["Duplicate", "second detection of an object"], Bkg: ["Background", "detection without an object"], Miss: ["Missed", "object without a detection"] };
+  const words = { Cls: ["Classification", `wrong class, correct ${shape}`], Loc: ["Localization", `correct class, inaccurate ${shape} (IoU 0.1 to 0.5)`],
+    Both: ["Both", `wrong class, inaccurate ${shape}`], Dupe: ["Duplicate", "second detection of an object"], Bkg: ["Background", "detection without an object"], Miss: ["Missed", "object without a detection"] };
   const perModel = (key) => models.map((model, m) => `${second ? label(m) + ": " : ""}${figure(model.errors[key])}`).join(", ");
   const entries = first.errors.types.map((one, k) => [...words[one.type], ...models.map((model) => model.errors.types[k])]);
   const largest = Math.max(0.01, ...entries.flatMap((entry) => entry.slice(2).map((one) => one.gain || 0)));
@@ -182,13 +185,13 @@ models.forEach((model, m) => {
   const RIGHT = { color: "#2cc79a", ground: GROUND.right, dash: null }, WRONG = { color: "#ff8a3d", ground: GROUND.wrong, dash: "6 3" };
   const TRUTH = { color: "#56b4e9", ground: GROUND.truth, dash: null }, CROWD = { color: "#bbbbbb", ground: "#444444", dash: "2 3" };
   const thresholds = models.map((model) => (model.best ? model.best.threshold : 0.5).toFixed(3));
-  byId("images-note").textContent = data.worst.length
-    ? `The ${data.worst.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores of at least ${thresholds.join(" and ")}. Hover over a box, or tap it, to see its name.`
+  byId("images-note").textContent = worst.length
+    ? `The ${worst.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores of at least ${thresholds.join(" and ")}. Hover over a box, or tap it, to see its name.`
     : "No image has an error at the best threshold.";
   byId("gallery").classList.toggle("three", Boolean(second));
-  if (data.worst.length) byId("images-legend").append(legendEntry("detected object", TRUTH),
+  if (worst.length) byId("images-legend").append(legendEntry("detected object", TRUTH),
     legendEntry("missed object or wrong detection", WRONG), legendEntry("correct detection", RIGHT), legendEntry("crowd", CROWD));
-  for (const image of data.worst) {
+  for (const image of worst) {
     const [one] = image.models;
     const objects = image.objects.map(([x, y, w, h, k, crowd], place) => ({ x, y, w, h, label: names[k], ...(crowd ? CROWD : one.found[place] ? TRUTH : WRONG),
       title: names[k] + (crowd ? ", crowd" : one.found[place] ? "" : ", missed") }));

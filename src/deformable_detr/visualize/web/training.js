@@ -21,7 +21,7 @@
     lineChart(byId(id), { series, height: 240, x: { low: 0, high: Math.max(1, data.step), label: "step" },
       y: { low, high: high > low ? high + (high - low) * 0.04 : low + 1, label: lines.length > 1 ? lines[0][3] || "" : lines[0][1] } });
   };
-  curve("ap", "evaluation", [["AP", "AP", 0, "AP"], ["AP50", "AP50", 1], ["AP75", "AP75", 2]]);
+  curve("ap", "evaluation", [["AP", "AP", 0, "AP"], ["AP50", "AP50", 1], ["AP75", "AP75", 2], ["mask_AP", "mask AP", 3]]);
   curve("sizes", "evaluation", [["AP_small", "small", 0, "AP"], ["AP_medium", "medium", 1], ["AP_large", "large", 2]]);
   curve("loss", "train", [["loss", "loss", 0]]);
   curve("parts", "train", [["loss_class", "class", 0, "loss"], ["loss_bbox", "boxes (L1)", 1], ["loss_giou", "boxes (GIoU)", 2]]);
