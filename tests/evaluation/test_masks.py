@@ -16,7 +16,6 @@ from PIL import Image
 from deformable_detr import evaluate
 from deformable_detr.cli.evaluate import metrics_table
 from deformable_detr.config.schema import TrainConfig
-from deformable_detr.data.dataset import CocoDataset
 from deformable_detr.evaluation import coco_metrics, evaluate_dataset, evaluate_models
 from deformable_detr.evaluation.analysis import analyze, match
 from deformable_detr.evaluation.evaluator import (
@@ -279,22 +278,6 @@ def write_red_ellipses(root, masks=True):
     return root
 
 
-@pytest.fixture
-def ground_truth_masks(monkeypatch):
-    """Add the masks of the file to the ground truth."""
-    load = CocoDataset.load_ground_truth
-
-    def load_with_masks(self, cache):
-        truth = load(self, cache)
-        rows = json.loads(self.annotation_file.read_text())["annotations"]
-        for annotation, row in zip(truth["annotations"], rows, strict=True):
-            annotation |= {"segmentation": row["segmentation"]} if "segmentation" in row else {}
-        return truth
-
-    monkeypatch.setattr(CocoDataset, "load_ground_truth", load_with_masks)
-
-
-@pytest.mark.usefixtures("ground_truth_masks")
 def test_known_masks_give_known_metrics(tmp_path):
     (result,) = evaluate_models([RedMaskFinder()], write_red_ellipses(tmp_path), workers=0, batch_size=2)
     assert result.metrics["AP50"] == pytest.approx(1)
@@ -312,7 +295,6 @@ def test_known_masks_give_known_metrics(tmp_path):
     assert metrics["segm"]["AP50"] == 0
 
 
-@pytest.mark.usefixtures("ground_truth_masks")
 def test_boxes_alone_are_evaluated_without_masks_of_the_model_or_the_dataset(tmp_path, caplog):
     root = write_red_ellipses(tmp_path / "masks")
     (result,) = evaluate_models([RedMaskFinder(masks=False)], root, workers=0)
@@ -327,7 +309,6 @@ def test_boxes_alone_are_evaluated_without_masks_of_the_model_or_the_dataset(tmp
     ]
 
 
-@pytest.mark.usefixtures("ground_truth_masks")
 def test_processes_evaluate_as_one(tmp_path, monkeypatch):
     """Rank 0 gets the results of all processes, also their masks."""
     model, root = RedMaskFinder(), write_red_ellipses(tmp_path)
@@ -341,7 +322,6 @@ def test_processes_evaluate_as_one(tmp_path, monkeypatch):
     assert {**metrics, "images_per_second": 0} == {**expected, "images_per_second": 0}
 
 
-@pytest.mark.usefixtures("ground_truth_masks")
 def test_report_and_table_show_boxes_and_masks(tmp_path):
     root = write_red_ellipses(tmp_path)
     masked, boxed = RedMaskFinder(image_size=60), RedMaskFinder(masks=False)

@@ -245,7 +245,7 @@ def open_eval_dataset(
     from ..data.source import AnnotationCache
     from ..data.transforms import EvalTransform
 
-    config, data_config, cache = model.config, data_config or DataConfig(), AnnotationCache()
+    config, data_config, cache = model.config, data_config or DataConfig(), AnnotationCache(model.config.masks)
     dataset = open_dataset(
         data,
         split=split,
@@ -253,6 +253,7 @@ def open_eval_dataset(
         categories=model_categories(config) if config.category_ids else None,
         transform=EvalTransform(model.resize_rule),
         cache=cache,
+        masks=config.masks,
     )
     dataset.load_ground_truth(cache)
     if config.masks and not _compares_masks(model, dataset):

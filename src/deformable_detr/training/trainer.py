@@ -102,17 +102,17 @@ def _open_datasets(
     data: str | os.PathLike[str], config: Config, resume: bool, context: DistributedContext
 ) -> tuple[CocoDataset, CocoDataset]:
     """Open and validate the training and the validation split. A resumed run was validated when it started."""
-    rule = config.model.resize_rule
-    cache = AnnotationCache()  # each annotation file is parsed once
+    rule, masks = config.model.resize_rule, config.model.masks
+    cache = AnnotationCache(masks)  # each annotation file is parsed once
     if not resume:
         queries = config.model.num_queries
         for line in context.on_rank_zero(lambda: list(check_for_training(data, config.data, rule, cache, queries))):
             log.warning(line)
     with context.sync_errors():
         transform = train_transform(rule, config.data)
-        train_set = open_dataset(data, config.data.train_split, config.data, transform=transform, cache=cache)
+        train_set = open_dataset(data, config.data.train_split, config.data, None, transform, cache, masks)
         transform = EvalTransform(rule)
-        val_set = open_dataset(data, config.data.val_split, config.data, train_set.categories, transform, cache)
+        val_set = open_dataset(data, config.data.val_split, config.data, train_set.categories, transform, cache, masks)
         ensure_distinct_splits(train_set, val_set, data)
         if context.is_rank_zero:
             val_set.load_ground_truth(cache)
