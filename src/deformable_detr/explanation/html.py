@@ -41,7 +41,7 @@ def page(traced: Trace, selected: Explanation, layer: int | None = None) -> str:
         "items": [_item(explanation) for explanation in explanations],
     }
     title = f"Explanation of {Path(path).name}" if path else "Explanation"
-    return render_page("explain", title, content, ["viewer.css", "explain.css"], "viewer.js")
+    return render_page("explain", title, content, ["viewer.css", "explain.css"], ["viewer.js"])
 
 
 def _item(explanation: Explanation) -> dict[str, Any]:

@@ -44,3 +44,30 @@ def crop_masks(rles: Sequence[Mapping[str, Any]], boxes: Tensor) -> tuple[Rle, .
         counts = hotcoco.mask.merge([row, *inside], True)["counts"].decode("ascii")
         cropped.append({"size": row["size"], "counts": counts})
     return tuple(cropped)
+
+
+def thumbnail(
+    mask: Mapping[str, Any] | Sequence[Any], longest_side: int, image_size: Sequence[int] | None = None
+) -> Rle:
+    """Return the mask of an image that is downscaled if a side is longer than `longest_side` pixels.
+
+    Args:
+        mask: An RLE, or flat polygons [x, y, x, y, …] in pixels.
+        longest_side: Limit for height and width.
+        image_size: (height, width) of the image; an RLE has its own.
+    """
+    import hotcoco
+
+    size = mask["size"] if isinstance(mask, Mapping) else image_size
+    assert size is not None
+    scale = min(1.0, longest_side / max(size))
+    height, width = (max(1, round(side * scale)) for side in size)
+    if not isinstance(mask, Mapping):
+        polygons = [(np.asarray(polygon) * scale).tolist() for polygon in mask]
+        row = hotcoco.mask.merge(hotcoco.mask.fr_py_objects(polygons, height, width))
+        return {"size": [height, width], "counts": row["counts"].decode("ascii")}
+    pixels = hotcoco.mask.decode(hotcoco_rows([mask])[0])
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(pixels.shape, (height, width), strict=True)
+    )
+    return encode_masks(pixels[rows][:, columns][None])[0]

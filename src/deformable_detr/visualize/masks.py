@@ -51,10 +51,9 @@ def draw_masks(
     order: list[int] = np.argsort(-areas, kind="stable").tolist()
     for index in order:
         x, y, width, height = regions[index].tolist()
-        if areas[index]:
-            mask = hotcoco.mask.decode(rows[index])[y : y + height, x : x + width].astype(bool)
-            mask = mask.repeat(factor, axis=0).repeat(factor, axis=1)
-            _draw_mask(image, original, (x * factor, y * factor), mask, colors[index], line)
+        mask = hotcoco.mask.decode(rows[index])[y : y + height, x : x + width].astype(bool)
+        mask = mask.repeat(factor, axis=0).repeat(factor, axis=1)
+        _draw_mask(image, original, (x * factor, y * factor), mask, colors[index], line)
 
 
 def _draw_mask(

@@ -120,13 +120,20 @@ function fitted(text, room, font = FONT) {
   return letters.join("") + "…";
 }
 
-// An image with boxes [{x, y, w, h, color, dash, ground, label, score, title, quiet}], the most important last. Labels keep
-// their size on the screen; a label without room shows while its box is hovered.
+// An image with boxes [{x, y, w, h, color, dash, ground, label, score, title, quiet, mask, opacity}], the most important
+// last. Labels keep their size on the screen; a label without room shows while its box is hovered. A mask has a fill of
+// `opacity`, 0 to 255, and a thin box.
 function boxedImage(image, boxes) {
   const { width, height } = image, area = (box) => box.w * box.h, BOLD = `600 ${FONT}`, LINE = 16, PAD = 4;
   const view = svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMidYMid meet" });
   if (image.image) view.append(svg("image", { href: image.image, width, height }));
   else view.append(svg("rect", { width, height, fill: "var(--soft)" }));
+  const masks = boxes.filter((box) => box.mask);
+  if (masks.length) {
+    const [h, w] = masks[0].mask.size, canvas = el("canvas", { width: w, height: h });
+    paintMasks(canvas, masks.map(({ mask, color, opacity = FILL }) => ({ mask, color: rgb(color), opacity })));
+    view.append(svg("image", { href: canvas.toDataURL(), width, height, "pointer-events": "none" }));
+  }
   const labels = svg("g"), hovered = svg("g");
   let scale = 1; // image pixels per screen pixel
   const label = ([text, box, [x, y, w]]) => svg("g", { class: "label", "pointer-events": "none" },
@@ -154,8 +161,8 @@ function boxedImage(image, boxes) {
   };
   for (const box of [...boxes].sort((a, b) => area(b) - area(a))) { // small boxes on top, so that they can be hovered inside large ones
     const sides = { x: box.x, y: box.y, width: Math.max(box.w, 0.5), height: Math.max(box.h, 0.5), class: "box" };
-    view.append(svg("rect", { ...sides, stroke: "#111", "stroke-width": 3.6, "stroke-opacity": 0.75, "pointer-events": "none" }));
-    view.append(svg("rect", { ...sides, stroke: box.color, "stroke-width": 2, "stroke-dasharray": box.dash,
+    view.append(svg("rect", { ...sides, stroke: "#111", "stroke-width": box.mask ? 2 : 3.6, "stroke-opacity": 0.75, "pointer-events": "none" }));
+    view.append(svg("rect", { ...sides, stroke: box.color, "stroke-width": box.mask ? 1 : 2, "stroke-dasharray": box.dash,
       onpointerenter: () => hovered.replaceChildren(label(place(box, []))), onpointerleave: () => hovered.replaceChildren() }, svg("title", {}, box.title || box.label)));
   }
   view.append(labels, hovered);

@@ -12,7 +12,9 @@ from typing import Any
 from PIL import Image
 
 
-def render_page(name: str, title: str, data: Any, styles: Sequence[str] = (), library: str = "charts.js") -> str:
+def render_page(
+    name: str, title: str, data: Any, styles: Sequence[str] = (), libraries: Sequence[str] = ("masks.js", "charts.js")
+) -> str:
     """Return a page: page.html with a title, styles, scripts and data.
 
     Args:
@@ -20,7 +22,7 @@ def render_page(name: str, title: str, data: Any, styles: Sequence[str] = (), li
         title: The title as plain text.
         data: Values for the page's script, as JSON can hold them.
         styles: Files in this folder, in addition to style.css.
-        library: Script in this folder that the page's script uses, in addition to elements.js.
+        libraries: Scripts in this folder that the page's script uses, in addition to elements.js.
     """
     # JSON without "<" cannot end the script element, whatever the class names are.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -28,7 +30,7 @@ def render_page(name: str, title: str, data: Any, styles: Sequence[str] = (), li
         "TITLE": html.escape(title),
         "STYLE": "\n".join(map(read_asset, ("style.css", *styles))),
         "BODY": read_asset(f"{name}.html"),
-        "SCRIPT": "\n".join(map(read_asset, ("elements.js", library, f"{name}.js"))),
+        "SCRIPT": "\n".join(map(read_asset, ("elements.js", *libraries, f"{name}.js"))),
         "DATA": text,
     }
     # One pass, so that inserted text cannot contain placeholders.

@@ -53,7 +53,7 @@ function resizeMask({ size: [height, width], counts }, w, h, margin) {
   return { cells, area, ...region };
 }
 
-// Paints masks over a canvas, the smallest on top, so that colors never mix.
+// Paints masks over a canvas, the smallest on top, so that colors never mix; those without a fill come last.
 // items: [{ mask: RLE, color: [r, g, b], opacity: of the fill, 0 to 255 }]. line: width of the outline in pixels.
 function paintMasks(canvas, items, line = 2) {
   const { width: w, height: h } = canvas, context = canvas.getContext("2d"), H = h + 2 * line;
@@ -62,7 +62,8 @@ function paintMasks(canvas, items, line = 2) {
   const picture = context.createImageData(w, h), pixels = new Uint32Array(picture.data.buffer);
   const pixel = (color, alpha) => new Uint32Array(Uint8Array.of(...color, alpha).buffer)[0], rim = pixel(RIM, 255);
   const masks = items.map((item) => ({ ...item, ...resizeMask(item.mask, w, h, line) }));
-  for (const { cells, left, right, top, bottom, color, opacity } of masks.sort((a, b) => b.area - a.area)) {
+  masks.sort((a, b) => !a.opacity - !b.opacity || b.area - a.area);
+  for (const { cells, left, right, top, bottom, color, opacity } of masks) {
     const edge = pixel(color, 255), fill = pixel(color, opacity);
     for (let x = Math.max(left - 1, 0); x < Math.min(right + 1, w); x++)
       for (let y = Math.max(top - 1, 0); y < Math.min(bottom + 1, h); y++) {
@@ -70,7 +71,7 @@ function paintMasks(canvas, items, line = 2) {
         if (cells[at]) {
           let inside = 1;
           for (let d = 1; d <= line; d++) inside &= cells[at - d] & cells[at + d] & cells[at - d * H] & cells[at + d * H];
-          pixels[y * w + x] = inside ? fill : edge;
+          if (!inside || opacity) pixels[y * w + x] = inside ? fill : edge;
         } else if (cells[at - 1] | cells[at + 1] | cells[at - H] | cells[at + H]) pixels[y * w + x] = rim;
       }
   }

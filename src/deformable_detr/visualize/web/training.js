@@ -41,8 +41,8 @@
       byId("score-now").textContent = (+score.value).toFixed(2);
       byId("gallery").replaceChildren(...gallery.images.map((image, k) => {
         const detections = now.images[k].filter((one) => one[5] >= +score.value - 1e-9);
-        const boxes = [...image.objects.map(([x, y, w, h, label]) => ({ x, y, w, h, label: gallery.names[label], quiet: true, ...TRUTH })),
-          ...[...detections].reverse().map(([x, y, w, h, label, value]) => ({ x, y, w, h, label: gallery.names[label], score: value.toFixed(2), ...DETECTED }))];
+        const boxes = [...image.objects.map(([x, y, w, h, label, mask]) => ({ x, y, w, h, label: gallery.names[label], mask, opacity: 0, quiet: true, ...TRUTH })),
+          ...[...detections].reverse().map(([x, y, w, h, label, value, mask]) => ({ x, y, w, h, label: gallery.names[label], mask, score: value.toFixed(2), ...DETECTED }))];
         return el("figure", {}, boxedImage(image, boxes), el("figcaption", {}, `${image.name}: ${detections.length} detected, ${image.objects.length} in the ground truth`));
       }));
     };
