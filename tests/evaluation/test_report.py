@@ -9,11 +9,14 @@ import pytest
 from PIL import Image
 
 from deformable_detr.cli import main
+from deformable_detr.data.dataset import open_dataset
 from deformable_detr.evaluation.evaluator import compare_metrics, evaluate_models
 from deformable_detr.evaluation.report import MAX_IMAGES, render_report, write_report
 from deformable_detr.runtimes.fused import OptimizedDetector
 from deformable_detr.utils.errors import UserError
+from deformable_detr.utils.rle import encode_masks
 from tests.support.detections import evaluation_result, page_data, synthetic_detections
+from tests.support.masks import same_shape, write_triangles
 from tests.support.training import tiny_config, write_dataset
 
 
@@ -149,3 +152,31 @@ def test_report_of_5000_images_is_fast_and_small(tmp_path):
     path = write_report(tmp_path / "large.html", [result, result], "set", "val")
     assert time.process_time() - start < 60
     assert path.stat().st_size < 20e6
+
+
+@pytest.mark.parametrize("size", [(120, 160), (960, 1280)])
+def test_images_have_masks(tmp_path, size):
+    """At the size of the page's images; without masks, the page is the same otherwise."""
+    masks = write_triangles(tmp_path, size)
+    dataset = open_dataset(tmp_path, split="val", masks=True)
+    boxes = [annotation["bbox"] for annotation in dataset.ground_truth["annotations"][:2]]
+    results = [
+        {"image_id": 5, "category_id": 7, "bbox": box, "score": score, "segmentation": rle}
+        for box, score, rle in zip(boxes, (0.5, 0.75), encode_masks(masks), strict=True)
+    ]
+    [corner] = encode_masks(masks[1:, ::-1])
+    wrong = {**results[1], "bbox": [size[1] / 2, 0, 30, 30], "score": 0.6, "segmentation": corner}
+    unlisted = {**results[0], "category_id": 8}
+    arguments = dataset.ground_truth, [unlisted, *results, wrong], {5: dataset.path(0)}
+    content, plain = (
+        page_data(render_report([evaluation_result(*arguments, masks=masks)], "set", "val")) for masks in (True, False)
+    )
+    for view in (content, content["masks"]):
+        [image] = view["worst"]
+        objects, detections = image["objects"], image["models"][0]["detections"]
+        rles = [row.pop() for row in (*objects[:2], *detections)]
+        assert all(map(same_shape, rles, [*masks, masks[0], masks[1][::-1], masks[1]]))
+        assert all(max(rle["size"]) == min(size[1], 640) for rle in rles)
+        without, crowd = objects[2].pop(), objects[3].pop()
+        assert not any(same_shape(rle, mask) for rle, mask in ((without, masks[1]), (crowd, masks[0])))
+    assert content["worst"] == plain["worst"]

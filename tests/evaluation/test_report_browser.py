@@ -1,19 +1,31 @@
 """Report and training page in a browser: sorting, selecting, hovering, layout, no console messages."""
 
+import base64
+import io
 import itertools
 import json
 
 import pytest
 from PIL import Image
 
-from deformable_detr.evaluation.gallery import FOLDER
+from deformable_detr.data.dataset import open_dataset
+from deformable_detr.evaluation.gallery import FOLDER, add_to_gallery
 from deformable_detr.evaluation.report import write_report
 from deformable_detr.evaluation.training_page import write_training_page
+from deformable_detr.utils.rle import encode_masks
 from deformable_detr.visualize.web.html import jpeg_data_uri
 from tests.support.browser import overflowing_texts
 from tests.support.detections import evaluation_result, page_data, synthetic_detections
+from tests.support.masks import write_triangles
 
 pytestmark = pytest.mark.slow
+COLORS = {
+    "rim": (26, 26, 26),
+    "truth": (86, 180, 233),
+    "right": (44, 199, 154),
+    "wrong": (255, 138, 61),
+    "crowd": (187, 187, 187),
+}
 LONG = "a class with a very long name that does not fit, Straßenverkehrsschild"
 
 
@@ -33,6 +45,29 @@ def pages(tmp_path_factory):
         "two": write_report(folder / "two.html", [one, two], "a set", "val"),
         "none": write_report(folder / "none.html", [evaluation_result(truth, [], paths, "idle")], "a set", "val"),
         "run": write_training_page(run(folder / "run")),
+        **masked_pages(folder / "masked"),
+    }
+
+
+def masked_pages(folder):
+    """Return a report and a training page with masks of one image."""
+    masks = write_triangles(folder, (240, 320))
+    dataset = open_dataset(folder, split="val", masks=True)
+    results = [
+        {"image_id": 5, "category_id": 7, "bbox": annotation["bbox"], "score": score, "segmentation": rle}
+        for annotation, rle, score in zip(
+            dataset.ground_truth["annotations"], encode_masks(masks), (0.75, 0.5), strict=False
+        )
+    ]
+    [corner] = encode_masks(masks[1:, ::-1])
+    results.append({**results[0], "bbox": [200, 20, 80, 80], "score": 0.6, "segmentation": corner})
+    add_to_gallery(run(folder / "run"), 400, 4, dataset, results)
+    with open(folder / "run" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "evaluation", "step": 400, "epoch": 4, "AP": 0.5}) + "\n")
+    result = evaluation_result(dataset.ground_truth, results, {5: dataset.path(0)}, masks=True)
+    return {
+        "masked run": write_training_page(folder / "run"),
+        "masked": write_report(folder / "masked.html", [result], "a set", "val"),
     }
 
 
@@ -61,7 +96,7 @@ def run(folder):
 
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("name", ["one", "two", "none", "run"])
+@pytest.mark.parametrize("name", ["one", "two", "none", "run", "masked", "masked run"])
 def test_layout_has_no_overflow(browse, pages, name, width, dark):
     driver = browse(pages[name], width, dark)
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
@@ -83,7 +118,7 @@ def test_layout_has_no_overflow(browse, pages, name, width, dark):
                 t.right - r.right];
         }))"""
     images = driver.execute_script(label_positions)
-    assert any(len(positions) > 2 for positions in images) or name == "run"
+    assert any(len(positions) > 2 for positions in images) or name not in ("one", "two")
     for positions in images:
         for left, top, right, bottom, image_width, image_height, overflow in positions:
             assert min(left, top, image_width - right, image_height - bottom) > -0.5
@@ -91,6 +126,37 @@ def test_layout_has_no_overflow(browse, pages, name, width, dark):
         for a, b in itertools.combinations(positions, 2):
             assert min(a[2], b[2]) - max(a[0], b[0]) < 0.5 or min(a[3], b[3]) - max(a[1], b[1]) < 0.5
     assert driver.get_log("browser") == []
+
+
+def painted_colors(driver):
+    """Return the colors of the masks of each picture as (name, alpha)."""
+    pictures = driver.execute_script(
+        "return [...document.querySelectorAll('#gallery svg image:nth-of-type(2)')].map(i => i.getAttribute('href'))"
+    )
+    colors = []
+    for picture in pictures:
+        image = Image.open(io.BytesIO(base64.b64decode(picture.split(",")[1])))
+        found = [color for _, color in image.getcolors(10**6) if color[3]]
+        # The browser stores colors multiplied by alpha, which rounds them.
+        close = [
+            [name for name in COLORS if max(map(abs, map(int.__sub__, COLORS[name], rgb))) <= 2] for *rgb, _ in found
+        ]
+        colors.append({(name, color[3]) for [name], color in zip(close, found, strict=True)})
+    return colors
+
+
+def test_masks_are_painted(browse, pages):
+    """The ground truth has outlines, detections have fills."""
+    driver = browse(pages["masked"])
+    objects, detections = painted_colors(driver)
+    assert objects == {("rim", 255), ("truth", 255), ("wrong", 255), ("crowd", 255)}
+    assert detections == {("rim", 255), ("right", 255), ("right", 110), ("wrong", 255), ("wrong", 110)}
+    assert driver.get_log("browser") == []
+    driver.get(pages["masked run"].as_uri())
+    [colors] = painted_colors(driver)
+    assert colors == {("rim", 255), ("truth", 255), ("wrong", 255), ("wrong", 110)}
+    driver.get(pages["one"].as_uri())
+    assert driver.execute_script("return document.querySelectorAll('#gallery svg image').length") == 2 * 16
 
 
 def test_report_interactions(browse, pages):

@@ -5,9 +5,12 @@ import re
 
 import pytest
 
+from deformable_detr.data.dataset import open_dataset
 from deformable_detr.evaluation.gallery import add_to_gallery, read_gallery
 from deformable_detr.evaluation.training_page import MAX_POINTS, write_training_page
 from deformable_detr.training import train_model
+from deformable_detr.utils.rle import encode_masks
+from tests.support.masks import same_shape, write_triangles
 from tests.support.training import tiny_config, write_dataset
 
 
@@ -40,6 +43,27 @@ def test_training_writes_and_resumes_the_page(tmp_path):
     train_model(data, run, tiny_config(epochs=3), resume=True)
     assert len(content(run / "training.html")["evaluation"]["AP"]) == 3
     assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("scale", [1, 8])
+def test_gallery_has_masks(tmp_path, scale):
+    """At the size of its images, which have at most 480 pixels per side."""
+    masks = write_triangles(tmp_path / "data", (120 * scale, 160 * scale))
+    result = {"image_id": 5, "category_id": 7, "bbox": [1, 2, 3, 4]}
+    results = [{**result, "score": 0.5}, {**result, "score": 0.75, "segmentation": encode_masks(masks[:1])[0]}]
+    pages = []
+    for with_masks in (True, False):
+        dataset = open_dataset(tmp_path / "data", split="val", masks=with_masks)
+        shown = results if with_masks else [{**result, "score": row["score"]} for row in results]
+        add_to_gallery(tmp_path / f"{with_masks}", 1, 0, dataset, shown)
+        pages.append(read_gallery(tmp_path / f"{with_masks}", [1]))
+    masked, plain = pages
+    objects, detections = masked["images"][0]["objects"], masked["evaluations"][0]["images"][0]
+    rles = [objects[0].pop(), objects[1].pop(), detections[0].pop()]
+    assert masked == plain
+    assert all(max(rle["size"]) == min(160 * scale, 480) for rle in rles)
+    assert all(map(same_shape, rles, [masks[0], masks[1], masks[0]]))
+    assert not same_shape(rles[0], masks[1])
 
 
 class MinimalDataset:

@@ -46,10 +46,11 @@ def _result(image, label, box, score):
     }  # fmt: skip
 
 
-def evaluation_result(truth, results, paths=None, name="model"):
+def evaluation_result(truth, results, paths=None, name="model", masks=False):
     coco = run_coco_eval(truth, results)
+    coco_masks = run_coco_eval(truth, results, "segm") if masks else None
     metrics = {**summarize(coco), "images": len(truth["images"]), "images_per_second": 20.0}
-    return EvaluationResult(metrics, coco, list(results), paths or {}, 1.5, "cpu", name)
+    return EvaluationResult(metrics, coco, list(results), paths or {}, 1.5, "cpu", name, coco_masks)
 
 
 def page_data(page):

@@ -64,6 +64,8 @@ class CocoEvaluation:
     names: list[str]  # of the classes, in the order of their numbers
     objects: dict[str, np.ndarray]  # columns image_ids, category_ids, boxes (xywh), area, iscrowd
     detections: np.ndarray  # (N, 7) float64: image, x, y, width, height, score, class
+    object_masks: list[Any] | None = None  # polygons or RLE; None: boxes were compared
+    detected_masks: list[Any] | None = None  # RLE
 
 
 def run_coco_eval(
@@ -97,7 +99,7 @@ def run_coco_eval(
     evaluator.params.max_dets = list(MAX_DETECTIONS)
     evaluator.evaluate()
     evaluator.accumulate()
-    return CocoEvaluation(evaluator, images, categories, names, objects, table)
+    return CocoEvaluation(evaluator, images, categories, names, objects, table, shapes, rles)
 
 
 def precision_recall(evaluation: CocoEvaluation) -> tuple[np.ndarray, np.ndarray]:

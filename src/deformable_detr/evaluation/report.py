@@ -10,6 +10,7 @@ from PIL import Image
 from ..utils.errors import UserError
 from ..utils.files import write_text
 from ..utils.images import read_image
+from ..utils.rle import thumbnail
 from ..visualize.web.html import jpeg_data_uri, render_page
 from .analysis import Matches, analyze, match
 from .evaluator import EvaluationResult
@@ -88,8 +89,8 @@ def _worst_images(
             break
         record = _image_record(*evaluated[0], image_ids[index + 1], index + 1)
         record["models"] = [
-            {"wrong": int(wrong[index]), "missed": int(missed[index]), **_detections(c, m, index + 1, t)}
-            for c, m, t, (wrong, missed) in zip(evaluations, matches, thresholds, errors, strict=True)
+            {"wrong": int(wrong[index]), "missed": int(missed[index]), **_detections(*pair, m, index + 1, t)}
+            for pair, m, t, (wrong, missed) in zip(evaluated, matches, thresholds, errors, strict=True)
         ]
         records.append(record)
     return records
@@ -107,30 +108,44 @@ def _count_errors(coco: CocoEvaluation, matches: Matches, threshold: float) -> t
 
 
 def _image_record(result: EvaluationResult, coco: CocoEvaluation, image_id: Any, number: int) -> dict[str, Any]:
-    """Return the image, if its file is known, and its objects as [x, y, w, h, class, is crowd]."""
+    """Return the image, if its file is known, and its objects as [x, y, w, h, class, is crowd].
+
+    If there are masks, each object also has its RLE.
+    """
     objects = coco.objects
-    rows = np.flatnonzero(objects["image_ids"] == number)
-    boxes = objects["boxes"][rows]
-    labels, crowds = objects["category_ids"][rows] - 1, objects["iscrowd"][rows]
-    record: dict[str, Any] = {
-        "objects": [
-            [*box, label, crowd]
-            for box, label, crowd in zip(boxes.round(1).tolist(), labels.tolist(), crowds.tolist(), strict=True)
-        ],
-    }
+    indices = np.flatnonzero(objects["image_ids"] == number)
+    boxes = objects["boxes"][indices]
+    labels, crowds = objects["category_ids"][indices] - 1, objects["iscrowd"][indices]
+    columns = (boxes.round(1).tolist(), labels.tolist(), crowds.tolist())
+    rows = [[*box, label, crowd] for box, label, crowd in zip(*columns, strict=True)]
     path = result.paths.get(image_id)
     if path is None:
         detections = coco.detections
         boxes = np.concatenate([boxes, detections[detections[:, 0] == number, 1:5]])
         width, height = np.ceil((boxes[:, :2] + boxes[:, 2:]).max(axis=0, initial=1)).tolist()
-        return record | {"name": str(image_id), "image": None, "width": width, "height": height}
+        return {"objects": rows, "name": str(image_id), "image": None, "width": width, "height": height}
     image = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+    if result.coco_masks is not None:
+        rows = _with_masks(rows, indices, result.coco_masks.object_masks, (image.height, image.width))
     data_uri = jpeg_data_uri(image, LONGEST_SIDE)
-    return record | {"name": path.name, "image": data_uri, "width": image.width, "height": image.height}
+    return {"objects": rows, "name": path.name, "image": data_uri, "width": image.width, "height": image.height}
 
 
-def _detections(coco: CocoEvaluation, matches: Matches, number: int, threshold: float) -> dict[str, Any]:
-    """Return an image's detections as [x, y, w, h, class, score, is hit], best last, and which objects they match."""
+def _with_masks(
+    rows: Sequence[list[Any]], indices: np.ndarray, masks: Any, image_size: tuple[int, int] | None = None
+) -> list[list[Any]]:
+    """Return the rows, each with the mask of its index, at the size of the page's images; see `thumbnail`."""
+    shown = [thumbnail(masks[index], LONGEST_SIDE, image_size) for index in indices.tolist()]
+    return [[*row, mask] for row, mask in zip(rows, shown, strict=True)]
+
+
+def _detections(
+    result: EvaluationResult, coco: CocoEvaluation, matches: Matches, number: int, threshold: float
+) -> dict[str, Any]:
+    """Return an image's detections, best last, and which objects they match.
+
+    A detection is [x, y, w, h, class, score, is hit, RLE if there are masks].
+    """
     in_image = coco.detections[:, 0] == number
     rows = np.flatnonzero(in_image & matches.counted & (coco.detections[:, 5] >= threshold))
     rows = rows[np.argsort(coco.detections[rows, 5], kind="stable")]
@@ -139,5 +154,7 @@ def _detections(coco: CocoEvaluation, matches: Matches, number: int, threshold: 
         [*box, int(label) - 1, round(score, 3), int(hit)]
         for box, (score, label), hit in zip(table[:, 1:5].round(1).tolist(), table[:, 5:].tolist(), hits, strict=True)
     ]
+    if result.coco_masks is not None:
+        detections = _with_masks(detections, rows, result.coco_masks.detected_masks)
     objects = np.flatnonzero(coco.objects["image_ids"] == number)
     return {"detections": detections, "found": np.isin(objects, matches.partners[rows]).astype(int).tolist()}

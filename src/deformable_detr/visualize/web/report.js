@@ -193,11 +193,11 @@ models.forEach((model, m) => {
     legendEntry("missed object or wrong detection", WRONG), legendEntry("correct detection", RIGHT), legendEntry("crowd", CROWD));
   for (const image of worst) {
     const [one] = image.models;
-    const objects = image.objects.map(([x, y, w, h, k, crowd], place) => ({ x, y, w, h, label: names[k], ...(crowd ? CROWD : one.found[place] ? TRUTH : WRONG),
+    const objects = image.objects.map(([x, y, w, h, k, crowd, mask], place) => ({ x, y, w, h, label: names[k], mask, opacity: 0, ...(crowd ? CROWD : one.found[place] ? TRUTH : WRONG),
       title: names[k] + (crowd ? ", crowd" : one.found[place] ? "" : ", missed") }));
     const panels = [el("figure", {}, boxedImage(image, objects), el("figcaption", {}, "ground truth"))];
     image.models.forEach((model, m) => {
-      const boxes = model.detections.map(([x, y, w, h, k, score, right]) => ({ x, y, w, h, label: names[k], score: score.toFixed(2), ...(right ? RIGHT : WRONG), title: `${names[k]} ${score}${right ? "" : ", wrong"}` }));
+      const boxes = model.detections.map(([x, y, w, h, k, score, right, mask]) => ({ x, y, w, h, label: names[k], mask, score: score.toFixed(2), ...(right ? RIGHT : WRONG), title: `${names[k]} ${score}${right ? "" : ", wrong"}` }));
       panels.push(el("figure", {}, boxedImage(image, boxes), el("figcaption", {}, `${second ? label(m) + ": " : ""}${model.wrong} wrong, ${model.missed} missed`)));
     });
     byId("gallery").append(el("div", {}, el("h3", {}, image.name), el("div", { class: "panels" }, ...panels)));
