@@ -52,7 +52,7 @@ def measure(options: Any) -> list[Row]:
             generator = torch.Generator().manual_seed(0)
             pixels = torch.randn(count, 3, side, side * 4 // 3, generator=generator).to(options.device)
             calls[case] = partial(models[queries], pixels)
-            maps = models[queries].features(pixels[:1])
+            maps, _ = models[queries].features(pixels[:1])
             tokens[case] = count * (sum(x.shape[1] * x.shape[2] for x in maps) + queries)
         timings = time_interleaved(calls, options.repeats)
     costs = {case: timing.median_ms * 1e3 / tokens[case] for case, timing in timings.items()}

@@ -18,7 +18,7 @@ def test_parameter_counts_match_the_paper(name, millions):
 
 
 def test_presets_cover_the_published_variants_and_small_is_smaller():
-    others = {"dino", "dino-5scale", "dino-swin-l", "small", "small-portable"}
+    others = {"dino", "dino-5scale", "dino-swin-l", "small", "small-masks", "small-portable"}
     assert set(PUBLISHED) | others == set(presets.PRESETS)
     small = DeformableDETR(presets.small(backbone_weights="none"))
     assert sum(parameter.numel() for parameter in small.parameters()) < 10e6

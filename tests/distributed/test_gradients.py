@@ -36,6 +36,8 @@ def test_cases_are_split_as_described(job_results):
     [
         ("local num_boxes", "mixed"),
         ("local num_boxes", "accumulation"),
+        ("local num_masks", "mixed"),
+        ("local num_masks", "accumulation"),
         ("halved", "fewer boxes than ranks"),
         ("halved", "all empty"),
         ("local noise", "mixed"),

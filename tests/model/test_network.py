@@ -53,6 +53,8 @@ def test_output_shapes_and_finite_gradients_for_every_parameter(variant):
     differentiable = [out["layer_logits"], out["layer_boxes"]]
     if model.config.two_stage:
         differentiable += [out["encoder_logits"], out["encoder_boxes"]]
+    if model.config.masks:
+        differentiable += [out["mask_features"], out["layer_mask_embeddings"]]
     sum((x * torch.randn_like(x)).sum() for x in differentiable).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

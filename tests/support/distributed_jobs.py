@@ -70,6 +70,7 @@ def gradient_config(**train: Any) -> Any:
         "class_aware_proposals": True,
         "query_init": "encoder",
         "look_forward_twice": True,
+        "masks": True,
     }
     changes = {"num_denoising": 20, "class_loss": "mal", **train}
     return tiny_config().updated({"model": model, "train": changes})
@@ -109,7 +110,7 @@ def gradients(folder: Path) -> dict[str, Any]:
 
         for name, (sizes, batch_size) in CASES.items():
             generator = torch.Generator().manual_seed(len(name))
-            targets = random_targets(sizes, 3, generator)
+            targets = random_targets(sizes, 3, generator, masks=True)
             images = [torch.randint(256, (3, 64, 64), generator=generator, dtype=torch.uint8) for _ in sizes]
             samples: list[tuple[torch.Tensor, Target]] = list(zip(images, targets, strict=True))
             full_batch = [collate(samples)]
@@ -125,6 +126,7 @@ def gradients(folder: Path) -> dict[str, Any]:
             totals = BatchStats.combine(context.all_gather(count_objects(passes)), context.rank)
             mistakes = {
                 "local num_boxes": replace(totals, objects=count_objects(passes)[1] * context.world_size),
+                "local num_masks": replace(totals, masks=count_objects(passes)[3] * context.world_size),
                 "halved": replace(totals, objects=max(totals.objects, context.world_size)),
                 "local noise": replace(totals, max_objects=max(count_objects(passes)[2], 1), first_image=0),
             }

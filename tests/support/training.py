@@ -63,7 +63,14 @@ def random_boxes(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
-def random_targets(sizes: list[int], classes: int, generator: torch.Generator) -> list[Target]:
+def random_masks(size: int, generator: torch.Generator, side: int = 14) -> dict[str, torch.Tensor]:
+    """Return `Target.masks` and `Target.has_mask` of this many objects; every third one has no mask."""
+    noise = torch.rand(size, 1, 4, 4, generator=generator)
+    masks = torch.nn.functional.interpolate(noise, (side, side), mode="bilinear")[:, 0]
+    return {"masks": (masks > 0.5).to(torch.uint8) * 255, "has_mask": torch.arange(size) % 3 != 2}
+
+
+def random_targets(sizes: list[int], classes: int, generator: torch.Generator, masks: bool = False) -> list[Target]:
     """Return targets with these numbers of objects."""
     return [
         Target(
@@ -71,6 +78,7 @@ def random_targets(sizes: list[int], classes: int, generator: torch.Generator) -
             random_boxes(size, generator=generator),
             100 + number,
             (64, 64),
+            **(random_masks(size, generator) if masks else {}),
         )
         for number, size in enumerate(sizes)
     ]

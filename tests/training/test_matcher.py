@@ -64,15 +64,15 @@ def test_match_has_the_lowest_total_cost():
 
 
 def test_matching_copies_to_the_host_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    outputs = random_outputs(6, 2, 8, 4, generator, tokens=10)
+    packed = PackedTargets.pack(random_targets([2, 3], 4, generator))
     copies = []
     original = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or original(self))
     for name in ("item", "tolist", "__bool__", "nonzero"):
         wrapped = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, w=wrapped: copies.append(self.shape) or w(self))
-    generator = torch.Generator().manual_seed(0)
-    outputs = random_outputs(6, 2, 8, 4, generator, tokens=10)
-    packed = PackedTargets.pack(random_targets([2, 3], 4, generator))
     HungarianMatcher(CONFIG)(
         [
             Predictions(outputs["layer_logits"], outputs["layer_boxes"]),

@@ -39,7 +39,7 @@ class AdapterObjective(nn.Module):
         return {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes, "loss": outputs.loss, **parts}
 
     def losses(
-        self, outputs: Mapping[str, Tensor], targets: Any, num_boxes: float
+        self, outputs: Mapping[str, Tensor], targets: Any, num_boxes: float, num_masks: float = 1.0
     ) -> tuple[Tensor, dict[str, Tensor], list[bool]]:
         """Return the loss to differentiate, its parts, and for each image whether its predictions are finite."""
         scale = max(sum(targets.host_counts), 1) / num_boxes

@@ -28,7 +28,7 @@ Dataset = Annotated[Path, Parameter(help="Dataset folder: COCO JSON, YOLO (data.
 Split = Annotated[str, Parameter(help="Split of the dataset.")]
 Preset = Literal[
     "single-scale", "single-scale-dc5", "multi-scale", "refine", "two-stage", "dino", "dino-5scale", "dino-swin-l",
-    "small", "small-portable",
+    "small", "small-masks", "small-portable",
 ]  # fmt: skip
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:1 or mps; auto: cuda, else mps, else cpu.")]
 Precision = Literal["fp32", "bf16"]

@@ -11,6 +11,7 @@ from .options import Dataset, Flag, Overrides, Preset, config_options, format_me
 @config_options(
     "train.epochs",
     "train.minutes",
+    "model.masks",
     "model.image_size",
     "train.batch_size",
     "train.total_batch_size",

@@ -63,6 +63,11 @@ def small(**changes: Any) -> ModelConfig:
     return two_stage(**{**base, "look_forward_twice": True, **changes})
 
 
+def small_masks(**changes: Any) -> ModelConfig:
+    """`small` that also predicts masks."""
+    return small(**{"masks": True, **changes})
+
+
 def small_portable(**changes: Any) -> ModelConfig:
     """`small` limited to what transformers supports: the paper's proposals, queries and query positions."""
     base = {"class_aware_proposals": False, "query_init": "box", "iterative_query_pos": False}
@@ -79,6 +84,7 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
     "dino-5scale": dino_5scale,
     "dino-swin-l": dino_swin_l,
     "small": small,
+    "small-masks": small_masks,
     "small-portable": small_portable,
 }
 
@@ -90,7 +96,7 @@ def config(name: str) -> Config:
     model = PRESETS[name]()
     if name.startswith("dino"):
         return Config(preset=name, model=model, train=_dino_recipe(batch_size=1 if name == "dino-5scale" else 2))
-    if name not in ("small", "small-portable"):
+    if name not in ("small", "small-masks", "small-portable"):
         return Config(preset=name, model=model)
     train = TrainConfig(
         epochs="auto",

@@ -258,12 +258,22 @@ class TrainConfig(ConfigSection):
     """Weight of the L1 box cost in the matcher."""
     giou_cost: NonNegativeFloat = 2.0
     """Weight of the GIoU cost in the matcher."""
+    mask_cost: NonNegativeFloat = 2.5
+    """Weight of the mask cross-entropy cost in the matcher."""
+    dice_cost: NonNegativeFloat = 2.5
+    """Weight of the mask dice cost in the matcher."""
     class_weight: NonNegativeFloat = 2.0
     """Weight of the classification loss."""
     l1_weight: NonNegativeFloat = 5.0
     """Weight of the L1 box loss."""
     giou_weight: NonNegativeFloat = 2.0
     """Weight of the GIoU loss."""
+    mask_weight: NonNegativeFloat = 2.5
+    """Weight of the mask cross-entropy loss."""
+    dice_weight: NonNegativeFloat = 2.5
+    """Weight of the mask dice loss."""
+    mask_points: Annotated[int, Field(ge=8)] = 512
+    """Points per object where the mask losses and costs are computed."""
     focal_alpha: Fraction = 0.25
     """Alpha of the focal loss."""
     focal_gamma: NonNegativeFloat = 2.0
@@ -315,6 +325,9 @@ class Config(ConfigSection):
         changed = [name for name in criterion if getattr(self.train, name) != TrainConfig.model_fields[name].default]
         if changed and isinstance(self.model, AdapterConfig):
             raise ValueError(f"train.{changed[0]} is not used: transformers' networks have their own loss")
+        of_masks = [name for name in changed if name.startswith(("mask_", "dice_"))]
+        if of_masks and not self.model.masks:
+            raise ValueError(f"train.{of_masks[0]} is not used without model.masks: true")
         return self
 
     def to_yaml(self) -> str:

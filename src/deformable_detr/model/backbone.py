@@ -22,6 +22,7 @@ def backbone_strides(config: ModelConfig) -> tuple[int, ...]:
 class Backbone(nn.Module):
     """Feature maps (B, channels[l], H_l, W_l) of a timm model, or of a ResNet with the config's `backbone_shape`.
 
+    With masks, the first map has stride 4, also if it is not the map of a level.
     Raises UserError if timm has no such model, the model lacks maps at these strides, or its weights are missing or do
     not fit.
     """
@@ -100,14 +101,17 @@ def pixel_statistics(config: ModelConfig) -> tuple[tuple[float, ...], tuple[floa
 
 
 def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[dict[str, Any]]]:
-    """Create the backbone with outputs at `strides` and its weights; also return timm's list of all its stages."""
+    """Create the backbone with outputs at `strides`, with masks also at 4, and its weights; also return timm's list of
+    all its stages.
+    """
     import timm
 
     if config.backbone_shape is not None:
         depth = len(config.backbone_shape.depths)
         if len(strides) > 1 and depth < 4:
             raise UserError(f"backbone_shape has {depth} stages; num_feature_levels > 1 needs 4")
-        body = ResNet(config.backbone_shape, (depth,) if len(strides) == 1 else tuple(range(5 - len(strides), 5)))
+        indices = {depth} if len(strides) == 1 else set(range(5 - len(strides), 5))
+        body = ResNet(config.backbone_shape, tuple(sorted(indices | {1} if config.masks else indices)))
         return body, body.feature_info.info
     name, source = config.backbone, config.backbone_weights
     if not timm.is_model(name):
@@ -128,12 +132,15 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
     by_stride = {stage["reduction"]: index for index, stage in enumerate(stages)}  # the deepest per stride
     if len(strides) == 1:
         strides = (max(by_stride),)
+    levels = len(strides)
+    if config.masks:
+        strides = tuple(sorted({4, *strides}))
     if not by_stride.keys() >= set(strides):
         raise UserError(f"backbone '{name}' has maps at strides {sorted(by_stride)}; needed are {list(strides)}")
     options |= {"features_only": True, "out_indices": tuple(by_stride[stride] for stride in strides)}
     if source == "none":
         body = timm.create_model(name, **options)
-        return (swin.SwinFeatures(body) if is_swin else body), stages
+        return (swin.SwinFeatures(body, levels) if is_swin else body), stages
     random_state = {}
     if source != "hub":
         # timm ignores missing keys of feature extractors, so compare with a model of the same random values.
@@ -152,7 +159,7 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
     for key, value in random_state.items():
         if value.ndim > 1 and torch.equal(value, loaded[key]):
             raise UserError(f"backbone weights {source} do not fit timm's '{name}': no values for {key}")
-    return (swin.SwinFeatures(body) if is_swin else body), stages
+    return (swin.SwinFeatures(body, levels) if is_swin else body), stages
 
 
 def _freeze_stages(body: nn.Module, stages: list[dict], count: int, name: str) -> None:

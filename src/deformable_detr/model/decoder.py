@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         self.decoder_norm, self.box_eps = config.decoder_norm, config.box_eps
         self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm or config.decoder_norm else nn.Identity()
         self.heads = heads
-        self.refine, self.look_forward_twice = config.refine, config.look_forward_twice
+        self.refine, self.look_forward_twice, self.masks = config.refine, config.look_forward_twice, config.masks
         self.position_head = QueryPosition(config) if config.iterative_query_pos else None
         self.gradient_checkpointing = config.gradient_checkpointing
 
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
         features: FlattenedFeatures,
         attn_mask: Tensor | None = None,
         return_attention: bool = False,
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[SamplingDetails]]:
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[SamplingDetails]]:
         """Run all layers; predict after each.
 
         Args:
@@ -160,11 +160,11 @@ class Decoder(nn.Module):
             return_attention: Also return where each layer sampled.
 
         Returns:
-            Logits (layers, B, Q, K), boxes (layers, B, Q, 4), each layer's input reference points, and each layer's
-            `SamplingDetails`.
+            Logits (layers, B, Q, K), boxes (layers, B, Q, 4), each layer's normed output (B, Q, C) if there is a mask
+            head, each layer's input reference points, and each layer's `SamplingDetails`.
         """
         content, position, reference_points = queries
-        all_logits, all_boxes, all_references, all_details = [], [], [], []
+        all_logits, all_boxes, all_normed, all_references, all_details = [], [], [], [], []
         base_references = reference_points  # deltas are added to them; with look_forward_twice they carry a gradient
         for index, layer in enumerate(self.layers):
             if self.position_head is not None:
@@ -178,10 +178,13 @@ class Decoder(nn.Module):
                 content, details = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 content, details = layer(*inputs)
-            logits, deltas = self.heads(self.norm(content), index)
+            normed = self.norm(content)
+            logits, deltas = self.heads(normed, index)
             boxes = refine_boxes(deltas, base_references, self.box_eps[0])
             all_logits.append(logits)
             all_boxes.append(boxes)
+            if self.masks:
+                all_normed.append(normed)
             all_references.append(reference_points)
             all_details.append(details)
             if self.refine:  # gradients stay in a layer (appendix A.4) or reach the one before (DINO, section 3.5)
@@ -193,4 +196,5 @@ class Decoder(nn.Module):
                     refined = refine_boxes(deltas, reference_points, self.box_eps[1])
                 reference_points = refined.detach()
                 base_references = refined if keep_gradient else reference_points
-        return torch.stack(all_logits), torch.stack(all_boxes), all_references, all_details if return_attention else []
+        attention = all_details if return_attention else []
+        return torch.stack(all_logits), torch.stack(all_boxes), all_normed, all_references, attention

@@ -2,6 +2,7 @@
 
     pixels (B, 3, H, W) ─ backbone, input projections ─► L maps (B, C, H_l, W_l) ─ flatten ─► tokens (B, S, C)
         ─ encoder ─► memory (B, S, C) ─ initial queries (B, Q, C) ─ decoder, heads ─► logits (B, Q, K), boxes (B, Q, 4)
+    with masks: memory and the backbone's stride-4 map ─ mask head ─► features (B, D, h, w), embeddings (B, Q, D)
 
 Dimensions in `model` and `ops`: B images, S memory tokens (the pixels of all levels), Q queries, M heads, D channels
 per head, C = M·D, L levels, P points per head and level, K classes. "layers" is the number of decoder layers.
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from ..config.schema import ModelConfig
 from ..utils.dtype import upcast
 from .attention import DeformableAttention
-from .backbone import Backbone, InputProjection, pixel_statistics
+from .backbone import Backbone, InputProjection, backbone_strides, pixel_statistics
 from .decoder import Decoder, DenoisingQueries, Queries
 from .encoder import Encoder
 from .geometry import FlattenedFeatures, get_valid_ratios
 from .heads import DetectionHeads
 from .layers import resize_mask
+from .mask_head import MaskHead
 from .position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from .two_stage import TwoStageProposals
 
@@ -36,7 +38,8 @@ class DeformableDETRNetwork(nn.Module):
         self.config = config
         C = config.hidden_dim
         self.backbone = Backbone(config)
-        self.projections = InputProjection(config, self.backbone.channels)
+        self.own_levels = len(backbone_strides(config))
+        self.projections = InputProjection(config, self.backbone.channels[-self.own_levels :])
         self.position = _position_encoding(config)
         self.level_embedding = nn.Parameter(torch.empty(config.num_feature_levels, C))
         self.encoder = Encoder(config)
@@ -51,6 +54,8 @@ class DeformableDETRNetwork(nn.Module):
             self.reference_points = nn.Linear(C, 2)
         self.decoder = Decoder(config, heads)
         self._reset_parameters()
+        # Last, so that all other parameters start as without masks.
+        self.mask_head = MaskHead(config, self.backbone.channels[0]) if config.masks else None
         mean, std = pixel_statistics(config)
         self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std), persistent=False)
@@ -96,19 +101,24 @@ class DeformableDETRNetwork(nn.Module):
             encoder_logits (B, S, K) and encoder_boxes (B, S, 4), two-stage only: the proposals. Column 0 of the logits
             means "object"; with class_aware_proposals, each column is its class;
             denoising_logits and denoising_boxes, with denoising_queries: like layer_logits and layer_boxes;
+            mask_embeddings (B, Q, D) and mask_features (B, D, h, w), with masks: see `mask_ops`; in training mode also
+            layer_mask_embeddings (layers, B, Q, D) and, with denoising_queries, denoising_mask_embeddings;
             encoder_attention, decoder_attention (`SamplingDetails` per layer), decoder_reference_points (per layer) and
             spatial_shapes ((height, width) per level), with return_attention.
         """
-        features = self._flatten(pixels, padding_mask)
+        features, stride4 = self._flatten(pixels, padding_mask)
         memory, encoder_attention = self.encoder(features, return_attention)
         queries, outputs = self._initial_queries(memory, features)
         attn_mask, extra = None, 0
         if denoising_queries is not None:
             queries, attn_mask = self._prepend(denoising_queries, queries, memory)
             extra = denoising_queries.content.shape[1]
-        logits, boxes, reference_points, decoder_attention = self.decoder(
+        logits, boxes, normed, reference_points, decoder_attention = self.decoder(
             queries, memory, features, attn_mask, return_attention
         )
+        if self.mask_head is not None and stride4 is not None:
+            outputs["mask_features"] = self.mask_head.features(stride4, memory, features.spatial_shapes[0])
+            outputs |= self._mask_embeddings(normed, extra)
         if denoising_queries is not None:
             outputs |= {"denoising_logits": logits[:, :, :extra], "denoising_boxes": boxes[:, :, :extra]}
             logits, boxes = logits[:, :, extra:], boxes[:, :, extra:]
@@ -118,11 +128,23 @@ class DeformableDETRNetwork(nn.Module):
             outputs |= {"decoder_reference_points": reference_points, "spatial_shapes": features.spatial_shapes}
         return outputs
 
-    def _flatten(self, pixels: Tensor, padding_mask: Tensor | None) -> FlattenedFeatures:
-        """Pixels to the tokens of all levels, level after level and row by row."""
+    def _mask_embeddings(self, normed: list[Tensor], extra: int) -> dict[str, Tensor]:
+        """Mask embeddings of the decoder's normed outputs, whose first `extra` queries are denoising queries."""
+        assert self.mask_head is not None
+        if not self.training:
+            return {"mask_embeddings": self.mask_head.embeddings(normed[-1][:, extra:])}
+        embeddings = self.mask_head.embeddings(torch.stack(normed))
+        own = embeddings[:, :, extra:]
+        outputs = {"mask_embeddings": own[-1], "layer_mask_embeddings": own}
+        return {**outputs, "denoising_mask_embeddings": embeddings[:, :, :extra]} if extra else outputs
+
+    def _flatten(self, pixels: Tensor, padding_mask: Tensor | None) -> tuple[FlattenedFeatures, Tensor | None]:
+        """Pixels to the tokens of all levels, level after level and row by row; with masks also the stride-4 map."""
         if padding_mask is None:
             padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
-        maps = self.projections(self.backbone(pixels.masked_fill(padding_mask[:, None], 0.0)))
+        maps = self.backbone(pixels.masked_fill(padding_mask[:, None], 0.0))
+        stride4 = None if self.mask_head is None else maps[0]
+        maps = self.projections(maps[-self.own_levels :])
         spatial_shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
         masks = [resize_mask(padding_mask, shape) for shape in spatial_shapes]
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)
@@ -130,13 +152,14 @@ class DeformableDETRNetwork(nn.Module):
             self.position(mask, tokens.dtype).flatten(2).transpose(1, 2) + level
             for mask, level in zip(masks, self.level_embedding, strict=True)
         ]
-        return FlattenedFeatures(
+        features = FlattenedFeatures(
             tokens=tokens,
             position=torch.cat(positions, dim=1),
             padding_mask=torch.cat([mask.flatten(1) for mask in masks], dim=1),
             spatial_shapes=spatial_shapes,
             valid_ratios=get_valid_ratios(masks, torch.promote_types(pixels.dtype, torch.float32)),
         )
+        return features, stride4
 
     def _initial_queries(self, memory: Tensor, features: FlattenedFeatures) -> tuple[Queries, dict[str, Any]]:
         """The decoder's input, and the outputs of the proposal stage."""

@@ -21,14 +21,14 @@ class _PaddedBlock(SwinTransformerBlock):
 
 
 class SwinFeatures(nn.Module):
-    """The stages of timm's feature extractor with a LayerNorm on each output, which is (B, C, H, W).
+    """The stages of timm's feature extractor: outputs (B, C, H, W), the coarsest `levels` of them with a LayerNorm.
 
     Images are padded to whole patches.
     """
 
     patch_embed: Any
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, levels: int) -> None:
         super().__init__()
         self.feature_info = body.feature_info
         for name, module in body.items():
@@ -36,17 +36,18 @@ class SwinFeatures(nn.Module):
         for module in self.modules():
             if type(module) is SwinTransformerBlock:
                 module.__class__ = _PaddedBlock
-        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.feature_info.channels())
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.feature_info.channels()[-levels:])
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Return the maps (B, C, H, W) of pixels (B, 3, H, W), finest first."""
         height, width = pixels.shape[2:]
         x = self.patch_embed(F.pad(pixels, (0, -width % 4, 0, -height % 4)))
-        names = dict(zip(self.feature_info.module_name(), self.norms, strict=True))
+        outputs = self.feature_info.module_name()
+        norms = dict(zip(outputs[-len(self.norms) :], self.norms, strict=True))
         maps = []
         for name, stage in self.named_children():
             if name.startswith("layers_"):
                 x = stage(x)
-                if norm := names.get(name.replace("_", ".")):
-                    maps.append(norm(x).permute(0, 3, 1, 2))
+                if (output := name.replace("_", ".")) in outputs:
+                    maps.append((norms[output](x) if output in norms else x).permute(0, 3, 1, 2))
         return maps

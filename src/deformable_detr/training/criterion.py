@@ -1,11 +1,11 @@
-"""The set criterion: class loss (focal or matchability-aware), L1 and GIoU loss, for all layers at once.
+"""The set criterion: class loss (focal or matchability-aware), L1 and GIoU loss, for all layers at once; mask losses.
 
 Sources: section 5 (focal loss) and DETR, sections 3.1 (box losses) and 3.2 (losses of each layer).
 
 Dimensions as in `matcher`: B images, Q queries, K classes, N objects of the whole batch, "pairs" matched per layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from ..config.schema import TrainConfig
 from ..model.box_ops import box_iou, generalized_box_iou
+from ..model.mask_ops import has_masks
 from ..utils.dtype import upcast
+from .mask_loss import MASK_LOSS_NAMES, MaskCriterion
 from .matcher import HungarianMatcher, Matches, PackedTargets, Predictions, focal_terms
 
 LOSS_NAMES = ("loss_class", "loss_bbox", "loss_giou")
@@ -26,9 +28,10 @@ class LossOutput:
     """The loss of a batch.
 
     total: Scalar to differentiate, the weighted sum of all losses.
-    parts: Unweighted scalars without gradient: "loss_class", "loss_bbox", "loss_giou" of the last decoder layer; the
-        same with "_0", "_1", … of the earlier layers, "_encoder" of the proposals, "_denoising" of the denoising
-        queries of all layers; and the metric "cardinality_error".
+    parts: Unweighted scalars without gradient: "loss_class", "loss_bbox", "loss_giou" and, with masks, "loss_mask"
+        (cross-entropy) and "loss_dice" of the last decoder layer; the same with "_0", "_1", … of the earlier layers,
+        "_encoder" of the proposals, which have no masks, "_denoising" of the denoising queries of all layers; and the
+        metric "cardinality_error".
     finite: For each image, whether its predictions and matching costs are finite.
     """
 
@@ -42,7 +45,7 @@ class SetCriterion:
 
     def __init__(self, config: TrainConfig, class_aware_proposals: bool = False) -> None:
         self.config, self.class_aware_proposals = config, class_aware_proposals
-        self.matcher = HungarianMatcher(config)
+        self.matcher, self.masks = HungarianMatcher(config), MaskCriterion(config)
 
     def __call__(
         self,
@@ -50,16 +53,18 @@ class SetCriterion:
         targets: PackedTargets,
         num_boxes: float | Tensor | None = None,
         denoising_matches: tuple[Matches, int] | None = None,
+        num_masks: float | Tensor | None = None,
     ) -> LossOutput:
         """Compute the losses of a batch, in float32 also under autocast.
 
         Args:
             outputs: Of the model: "layer_logits" (layers, B, Q, K), "layer_boxes" (layers, B, Q, 4); if two-stage,
                 "encoder_logits" (B, S, K), "encoder_boxes" (B, S, 4); with `denoising_matches` also
-                "denoising_logits" and "denoising_boxes".
+                "denoising_logits" and "denoising_boxes". With masks, see `mask_loss.MaskCriterion`.
             targets: The objects of the batch, on the device of the outputs.
             num_boxes: Divisor of the sums. Default: the number of objects in the batch, at least 1.
             denoising_matches: The (1, pairs) matches of the denoising queries and the number of their groups.
+            num_masks: Divisor of the sums of the mask losses. Default: the number of masks in the batch, at least 1.
         """
         config = self.config
         layers = slice(None) if config.auxiliary_loss else slice(-1, None)
@@ -70,7 +75,10 @@ class SetCriterion:
             predictions.append(Predictions(logits, boxes, class_agnostic=not self.class_aware_proposals))
         if num_boxes is None:
             num_boxes = float(max(sum(targets.host_counts), 1))
-        matches_of_each, finite = self.matcher(predictions, targets)
+        with_masks = has_masks(outputs)
+        with torch.autocast(decoder.logits.device.type, enabled=False):
+            mask_costs = self.masks.costs(outputs, targets, layers) if with_masks else None
+        matches_of_each, finite = self.matcher(predictions, targets, mask_costs)
 
         with torch.autocast(decoder.logits.device.type, enabled=False):
             pairs = zip(predictions, matches_of_each, strict=True)
@@ -85,8 +93,25 @@ class SetCriterion:
                 parts |= dict(zip(names, denoising_losses.detach(), strict=True))
             class_loss, l1_loss, giou_loss = sums.unbind()
             total = config.class_weight * class_loss + config.l1_weight * l1_loss + config.giou_weight * giou_loss
+            if with_masks:
+                num_masks = float(max(sum(targets.host_mask_counts), 1)) if num_masks is None else num_masks
+                mask_losses = self.masks.losses(outputs, targets, matches_of_each[0], denoising_matches)
+                total = total + self._weighted_masks(mask_losses, num_masks, parts)
             parts["cardinality_error"] = cardinality_error(outputs["layer_logits"][-1].detach(), targets.counts)
         return LossOutput(total, parts, finite)
+
+    def _weighted_masks(
+        self, losses: tuple[Tensor, Tensor | None], num_masks: float | Tensor, parts: dict[str, Tensor]
+    ) -> Tensor:
+        """Return the weighted sum of the losses of `MaskCriterion`, and add them to `parts`."""
+        table = losses[0] / num_masks
+        sums = table.sum(dim=1)
+        parts |= _named_losses(table.detach(), table.shape[1], MASK_LOSS_NAMES)
+        if losses[1] is not None:
+            denoising = losses[1] / num_masks
+            sums = sums + denoising
+            parts |= {f"{name}_denoising": x for name, x in zip(MASK_LOSS_NAMES, denoising.detach(), strict=True)}
+        return self.config.mask_weight * sums[0] + self.config.dice_weight * sums[1]
 
     def _denoising_losses(
         self, outputs: Mapping[str, Tensor], targets: PackedTargets, matches: Matches, groups: int
@@ -147,8 +172,8 @@ def cardinality_error(logits: Tensor, counts: Tensor) -> Tensor:
     return (confident - counts).abs().float().mean()
 
 
-def _named_losses(table: Tensor, decoder_layers: int) -> dict[str, Tensor]:
-    """Name the entries of the (3, layers) table: last decoder layer first, then the earlier ones and the encoder."""
+def _named_losses(table: Tensor, decoder_layers: int, names: Sequence[str] = LOSS_NAMES) -> dict[str, Tensor]:
+    """Name the entries of a (names, layers) table: last decoder layer first, then the earlier ones and the encoder."""
     suffixes = [*(f"_{layer}" for layer in range(decoder_layers - 1)), "", "_encoder"]
     order = sorted(range(table.shape[1]), key=lambda column: suffixes[column] != "")
-    return {f"{name}{suffixes[column]}": table[row, column] for column in order for row, name in enumerate(LOSS_NAMES)}
+    return {f"{name}{suffixes[column]}": table[row, column] for column in order for row, name in enumerate(names)}

@@ -26,7 +26,8 @@ class PackedTargets:
     """All N objects of a batch in one row, image by image.
 
     labels: (N,) int64; boxes: (N, 4) float32 cxcywh in 0..1; image: (N,) int64, position of the object's image in the
-    batch; counts: (B,) int64, objects per image; host_counts: the same on the host.
+    batch; counts: (B,) int64, objects per image; host_counts: the same on the host. Of the M objects that have a mask:
+    masked: (M,) int64, which they are; masks: (M, R, R) uint8, see `Target`; host_mask_counts: how many per image.
     """
 
     labels: Tensor
@@ -34,6 +35,9 @@ class PackedTargets:
     image: Tensor
     counts: Tensor
     host_counts: tuple[int, ...]
+    masked: Tensor
+    masks: Tensor
+    host_mask_counts: tuple[int, ...]
 
     @classmethod
     def pack(cls, targets: Sequence[Target]) -> PackedTargets:
@@ -43,11 +47,21 @@ class PackedTargets:
         labels = torch.cat([target.labels for target in targets])
         boxes = torch.cat([target.boxes for target in targets]).float()
         image = torch.arange(len(counts)).repeat_interleave(counts)
-        return cls(labels, boxes, image, counts, host_counts)
+        present = [target.has_mask for target in targets]
+        has_mask = [
+            torch.zeros(n, dtype=torch.bool) if m is None else m for n, m in zip(host_counts, present, strict=True)
+        ]
+        masks = [target.masks[m] for target, m in zip(targets, has_mask, strict=True) if target.masks is not None]
+        return cls(
+            labels, boxes, image, counts, host_counts,
+            masked=torch.cat(has_mask).nonzero()[:, 0],
+            masks=torch.cat(masks) if masks else torch.zeros(0, 1, 1, dtype=torch.uint8),
+            host_mask_counts=tuple(int(m.sum()) for m in has_mask),
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> PackedTargets:
         """Return the targets on another device."""
-        names = ("labels", "boxes", "image", "counts")
+        names = ("labels", "boxes", "image", "counts", "masked", "masks")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -84,22 +98,29 @@ class Matches:
 class HungarianMatcher:
     """Match every object to one query of its image at the lowest total cost.
 
-    cost = class_cost × (focal loss as positive − as negative) + l1_cost × L1(cxcywh) − giou_cost × GIoU
+    cost = class_cost × (focal loss as positive − as negative) + l1_cost × L1(cxcywh) − giou_cost × GIoU, and with masks
+    + mask_cost × cross-entropy + dice_cost × dice (`mask_loss`)
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
 
     @torch.no_grad()
-    def __call__(self, predictions: Sequence[Predictions], targets: PackedTargets) -> tuple[list[Matches], list[bool]]:
+    def __call__(
+        self, predictions: Sequence[Predictions], targets: PackedTargets, mask_costs: Tensor | None = None
+    ) -> tuple[list[Matches], list[bool]]:
         """Match every layer of every image; an image with more objects than queries leaves objects unmatched.
 
+        mask_costs: (N, layers, Q), added to the costs of the first item of `predictions`.
         Returns the matches of each item of `predictions`, and for each image whether its predictions and costs are
         finite: check it before using the loss. The copy to the host is the only point where a training step waits for
         the device.
         """
         with torch.autocast(targets.boxes.device.type, enabled=False):
-            costs = torch.cat([self.costs(item, targets).flatten(1) for item in predictions], dim=1)  # (N, layers·Q)
+            tables = [self.costs(item, targets) for item in predictions]
+            if mask_costs is not None:
+                tables[0] = tables[0] + mask_costs
+            costs = torch.cat([table.flatten(1) for table in tables], dim=1)  # (N, layers·Q)
             sums = torch.stack([_sum_per_image(item) for item in predictions]).sum(0)  # (B,)
             host = torch.cat([costs.flatten(), sums]).cpu().numpy()
         table, finite = host[: costs.numel()].reshape(costs.shape), np.isfinite(host[costs.numel() :])

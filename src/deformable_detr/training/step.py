@@ -41,6 +41,7 @@ class BatchStats:
     images: int
     objects: int
     max_objects: int
+    masks: int = 0
     first_image: int = 0
     world_size: int = 1
 
@@ -49,17 +50,24 @@ class BatchStats:
         """Divisor of the losses in each process, whose gradients are then averaged over the processes."""
         return max(self.objects, 1) / self.world_size
 
+    @property
+    def num_masks(self) -> float:
+        """Divisor of the mask losses, as `num_boxes` is of the others."""
+        return max(self.masks, 1) / self.world_size
+
     @classmethod
     def combine(cls, counts: Sequence[Sequence[float]], rank: int = 0) -> BatchStats:
         """Return the stats for process `rank` from the `count_objects` of every process."""
-        images, objects, max_objects = ([int(numbers[index]) for numbers in counts] for index in range(3))
-        return cls(sum(images), sum(objects), max(max_objects), sum(images[:rank]), len(counts))
+        images, objects, max_objects, masks = ([int(numbers[index]) for numbers in counts] for index in range(4))
+        return cls(sum(images), sum(objects), max(max_objects), sum(masks), sum(images[:rank]), len(counts))
 
 
-def count_objects(micro_batches: Sequence[Batch]) -> tuple[int, int, int]:
-    """Return (images, objects, most objects in an image) of this process."""
-    counts = [len(target.labels) for _, targets in micro_batches for target in targets]
-    return len(counts), sum(counts), max(counts, default=0)
+def count_objects(micro_batches: Sequence[Batch]) -> tuple[int, int, int, int]:
+    """Return (images, objects, most objects in an image, objects with a mask) of this process."""
+    targets = [target for _, targets in micro_batches for target in targets]
+    counts = [len(target.labels) for target in targets]
+    masks = sum(int(target.has_mask.sum()) for target in targets if target.has_mask is not None)
+    return len(counts), sum(counts), max(counts, default=0), masks
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,7 @@ class TrainStep:
         packed, precision = PackedTargets.pack(shown), self.config.precision
         with torch.autocast(self.device.type, _DTYPES.get(precision), enabled=precision != "fp32"):
             outputs = self.network(images, packed, stats.max_objects, rng)
-        losses = self.objective.losses(outputs, packed.to(self.device), stats.num_boxes)
+        losses = self.objective.losses(outputs, packed.to(self.device), stats.num_boxes, stats.num_masks)
         total, _, finite = losses
         if stats.world_size == 1:
             return *losses, total

@@ -25,6 +25,7 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
     "box_eps": ((1e-5, 1e-5),),
     "position_encoding": ("sine", "learned"),
     "finest_stride": (8,),
+    "masks": (False,),
 }
 
 

@@ -93,5 +93,7 @@ def portability_note(config: DetectorConfig) -> str | None:
     try:
         check_supported(config, SUPPORTED, "transformers", "small-portable")
     except UserError:
-        return "note: this network cannot be converted to transformers; one trained with --preset small-portable can"
+        masks = ", without masks," if config.masks else ""
+        portable = f"one trained with --preset small-portable{masks} can"
+        return f"note: this network cannot be converted to transformers; {portable}"
     return None

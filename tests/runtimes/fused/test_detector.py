@@ -31,6 +31,9 @@ VARIANTS = {
     "pre-norm two-stage, silu": ("two-stage", {"pre_norm": True, "activation": "silu"}),
     "learned content": ("two-stage", {"query_init": "learned"}),
     "no encoder": ("refine", {"encoder_layers": 0}),
+    "masks, one level": ("single-scale", {"masks": True}),
+    "masks, two-stage": ("two-stage", {"masks": True, "pre_norm": True}),
+    "masks from stride 4": ("dino-5scale", {"masks": True}),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from ...predict.predictor import Detector
 from ...utils.errors import UserError
 from .folding import example_pixels, inference_copy
 from .fusion import fuse_backbone
+from .mask_head import FusedMaskHead
 from .onednn import CHUNK_ROWS, PackedConv2d, has_bf16, is_available
 from .positional_inputs import PositionalInputCache, PositionalInputs
 from .transformer import FusedDecoder, FusedEncoder, FusedProposals, WeightPacking
@@ -79,6 +80,8 @@ class OptimizedDetector(OptimizedCopy):
             self._register_learned_queries(source)
         self.encoder = FusedEncoder(source.encoder.layers, source.encoder.norm, source.decoder, packing)
         self.decoder = FusedDecoder(source.decoder, self.config, packing)
+        self.own_levels = source.own_levels
+        self.mask_head = None if source.mask_head is None else FusedMaskHead(source.mask_head, packing)
         self.eval().requires_grad_(False)
         if compile:
             self.features = torch.compile(self.features, dynamic=True)
@@ -93,24 +96,27 @@ class OptimizedDetector(OptimizedCopy):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Return `pred_logits` and `pred_boxes` in fp32 as `DeformableDETRNetwork.forward` does."""
+        """Return `pred_logits` and `pred_boxes` in fp32, with masks also `mask_embeddings` and `mask_features`, as
+        `DeformableDETRNetwork.forward` does.
+        """
         if padding_mask is not None and not bool(padding_mask.any()):
             padding_mask = None
         if padding_mask is not None:
             pixels = pixels.masked_fill(padding_mask[:, None], 0.0)
-        maps = self.features(pixels)
+        maps, stride4 = self.features(pixels)
         shapes = tuple((x.shape[1], x.shape[2]) for x in maps)
         positional = self.positional_inputs((pixels.shape[2], pixels.shape[3]), shapes, padding_mask)
-        logits, boxes = self.detect(maps, positional)
-        return {"pred_logits": logits, "pred_boxes": boxes}
+        return self.detect(maps, stride4, positional)
 
-    def features(self, pixels: Tensor) -> list[Tensor]:
-        """Return the projected maps of all levels, (B, H_l, W_l, C)."""
+    def features(self, pixels: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Return the projected maps of all levels, (B, H_l, W_l, C); with masks also the backbone's stride-4 map."""
         pixels = pixels.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        return self.projections(list(self.backbone(pixels)))
+        maps = list(self.backbone(pixels))
+        stride4 = None if self.mask_head is None else maps[0]
+        return self.projections(maps[-self.own_levels :]), stride4
 
-    def detect(self, maps: list[Tensor], positional: PositionalInputs) -> tuple[Tensor, Tensor]:
-        """Return logits and boxes from the maps of all levels; the list is emptied to free their memory."""
+    def detect(self, maps: list[Tensor], stride4: Tensor | None, positional: PositionalInputs) -> dict[str, Tensor]:
+        """Return the outputs from the maps of all levels; the list is emptied to free their memory."""
         B = len(maps[0])
         tokens = torch.cat([x.flatten(1, 2) for x in maps], dim=1)
         maps.clear()
@@ -123,8 +129,14 @@ class OptimizedDetector(OptimizedCopy):
                 None if x is None else x.expand(B, -1, -1)
                 for x in (self.queries, self.query_position, self.reference_points)
             )
+        outputs = {}
+        if self.mask_head is not None and stride4 is not None:
+            outputs["mask_features"] = self.mask_head.features(stride4, memory, positional.spatial_shapes[0])
         del memory
-        return self.decoder(queries, position, reference_points, values, positional)
+        logits, boxes, normed = self.decoder(queries, position, reference_points, values, positional)
+        if self.mask_head is not None:
+            outputs["mask_embeddings"] = self.mask_head.embed(normed)
+        return {"pred_logits": logits, "pred_boxes": boxes, **outputs}
 
 
 def checked_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -293,8 +293,8 @@ class FusedDecoder(nn.Module):
     def forward(
         self, queries: Tensor, position: Tensor | None, reference_points: Tensor, values: list[Tensor],
         positional: PositionalInputs,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Return logits (B, Q, K) and boxes (B, Q, 4).
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Return logits (B, Q, K), boxes (B, Q, 4) and the normed output (B, Q, C) of the last layer.
 
         queries, position: (B, Q, C). reference_points: (B, Q, 2 or 4). values: (B, S, M, D) per layer.
         """
@@ -310,4 +310,5 @@ class FusedDecoder(nn.Module):
                 normalized = queries if self.decoder_norm and not is_last else self.norm(queries)
                 eps = self.box_eps[0 if is_last else 1]
                 reference_points = refine_boxes(self.boxes[index](normalized), reference_points, eps)
-        return self.classes(self.norm(queries)), reference_points
+        queries = self.norm(queries)
+        return self.classes(queries), reference_points, queries

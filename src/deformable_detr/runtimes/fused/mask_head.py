@@ -1,0 +1,31 @@
+"""The mask head for inference: the pixel features from packed layers."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...model.mask_head import MaskHead
+from .onednn import PackedConv2d, fusable_activation
+from .transformer import WeightPacking
+
+
+class FusedMaskHead(nn.Module):
+    """`MaskHead` with packed layers, for channels-last maps. The embeddings are fp32: there are few queries."""
+
+    def __init__(self, head: MaskHead, packing: WeightPacking) -> None:
+        super().__init__()
+        relu = nn.ReLU()
+        self.embed = head.embed
+        self.memory_proj, self.lateral = packing.linear(head.memory_proj), packing.linear(head.lateral)
+        self.norm = head.norm.to(packing.dtype)
+        self.depthwise = PackedConv2d(head.depthwise, fusable_activation(relu), packing.dtype, packing.packed)
+        self.pointwise = packing.linear(head.pointwise)
+
+    def features(self, stride4: Tensor, memory: Tensor, finest: tuple[int, int]) -> Tensor:
+        """Return the pixel features (B, D, h, w) in fp32 of a map (B, channels, h, w) and the memory (B, S, C)."""
+        x = self.memory_proj(memory[:, : finest[0] * finest[1]]).unflatten(1, finest)
+        if stride4.shape[2:] != finest:
+            x = F.interpolate(x.permute(0, 3, 1, 2), size=stride4.shape[2:], mode="bilinear", align_corners=False)
+            x = x.permute(0, 2, 3, 1)
+        x = self.lateral(stride4.permute(0, 2, 3, 1).contiguous(), x.contiguous())
+        x = self.depthwise(self.norm(x).relu().permute(0, 3, 1, 2))
+        return self.pointwise(x.permute(0, 2, 3, 1).contiguous()).float().permute(0, 3, 1, 2)

@@ -1,0 +1,124 @@
+"""The mask head: shapes, its start, and that it changes nothing else."""
+
+import pytest
+import torch
+
+from deformable_detr import DeformableDETR
+from deformable_detr.config import presets
+from deformable_detr.config.detector import DetectorConfig
+from deformable_detr.config.schema import ModelConfig
+from deformable_detr.model.decoder import DenoisingQueries
+from deformable_detr.model.mask_ops import select_masks
+from tests.support.models import tiny
+
+TINY = {
+    "backbone": "test_resnet", "backbone_weights": "none", "hidden_dim": 32, "num_heads": 4, "ffn_dim": 48,
+    "encoder_layers": 1, "decoder_layers": 2, "num_queries": 20, "num_classes": 3,
+}  # fmt: skip
+SWIN = {"backbone": "swin_tiny_patch4_window7_224", "hidden_dim": 32}
+
+
+def build(name, **changes):
+    torch.manual_seed(0)
+    options = {**TINY, **(SWIN if name == "dino-swin-l" else {}), **changes}
+    return DeformableDETR(presets.PRESETS[name](**options))
+
+
+def pixels(batch=2, height=66, width=96):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", sorted(set(presets.PRESETS) - {"small-masks"}))
+def test_everything_else_is_as_without_masks(name):
+    boxes, masks = build(name).eval(), build(name, masks=True).eval()
+    states = boxes.state_dict(), masks.state_dict()
+    assert list(states[0]) == [key for key in states[1] if not key.startswith("mask_head.")]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    with torch.no_grad():
+        expected, outputs = boxes(pixels()), masks(pixels())
+    assert expected.keys() == outputs.keys() - {"mask_embeddings", "mask_features"}
+    assert all(torch.equal(value, outputs[key]) for key, value in expected.items())
+
+
+def test_comparison_detects_another_order():
+    """Of the parts that draw random numbers, the mask head is the last."""
+    torch.manual_seed(0)
+    torch.rand(1)
+    later = DeformableDETR(presets.small(**TINY)).state_dict()
+    first = build("small").state_dict()
+    assert not all(torch.equal(value, later[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("small", {}), ("single-scale", {}), ("single-scale-dc5", {"backbone": "resnet18"}), ("dino-5scale", {}),
+     ("dino-swin-l", {}), ("small", {"num_feature_levels": 2}), ("small", {"num_feature_levels": 3})],
+)  # fmt: skip
+def test_masks_have_stride_4(name, changes):
+    model = build(name, masks=True, **changes).eval()
+    with torch.no_grad():
+        outputs = model(pixels())
+    assert outputs["mask_features"].shape == (2, 16, 17, 24)  # 66 × 96 pixels
+    assert outputs["mask_embeddings"].shape == (2, 20, 16)
+    assert select_masks(outputs, torch.tensor([[3, 1], [0, 2]])).shape == (2, 2, 17, 24)
+
+
+def test_a_resnet_of_any_shape():
+    model = tiny(masks=True)
+    with torch.no_grad():
+        assert model(pixels(1))["mask_features"].shape == (1, 8, 17, 24)
+
+
+@pytest.mark.parametrize("name", ["small", "single-scale"])
+def test_both_inputs_reach_the_masks(name):
+    model = build(name, masks=True).eval()
+    head = model.mask_head
+    assert head is not None
+    stride4 = torch.randn(1, head.lateral.in_features, 16, 24)
+    memory = torch.randn(1, 8 * 12 + 24, 32)
+    features = head.features(stride4, memory, (8, 12))
+    assert not torch.equal(features, head.features(stride4 + 1, memory, (8, 12)))
+    assert not torch.equal(features, head.features(stride4, memory + torch.randn(32), (8, 12)))
+    coarse = memory.clone()
+    coarse[:, 96:] = 0
+    assert torch.equal(features, head.features(stride4, coarse, (8, 12))), "only the finest level"
+
+
+def test_masks_start_with_a_low_prior():
+    model = build("small", masks=True).eval()
+    with torch.no_grad():
+        outputs = model(pixels())
+        logits = select_masks(outputs, torch.arange(20).expand(2, -1))
+    assert float(logits.mean()) == pytest.approx(-2.0, abs=0.2)
+    assert float(logits.std()) < 0.5
+
+
+def test_training_returns_the_embeddings_of_all_layers():
+    model = build("small", masks=True).train()
+    queries = DenoisingQueries(torch.randn(2, 6, 32), torch.full((2, 6, 4), 0.4), torch.zeros(26, 26, dtype=torch.bool))
+    outputs = model(pixels(), denoising_queries=queries)
+    assert outputs["layer_mask_embeddings"].shape == (2, 2, 20, 16)
+    assert outputs["denoising_mask_embeddings"].shape == (2, 2, 6, 16)
+    assert torch.equal(outputs["mask_embeddings"], outputs["layer_mask_embeddings"][-1])
+    assert "denoising_mask_embeddings" not in model(pixels())
+
+
+@pytest.mark.parametrize("name", ["small", "two-stage"])
+def test_the_head_reads_the_normed_outputs(name):
+    model = build(name, masks=True, pre_norm=True).eval()
+    read = []
+    assert model.mask_head is not None
+    model.mask_head.embed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    normed = []
+    model.decoder.norm.register_forward_hook(lambda _, __, output: normed.append(output))
+    with torch.no_grad():
+        model(pixels())
+    assert torch.equal(read[0], normed[-1])
+
+
+def test_masks_are_off_unless_asked_for():
+    assert not DetectorConfig().masks
+    assert [name for name in presets.PRESETS if presets.PRESETS[name]().masks] == ["small-masks"]
+    assert presets.config("small-masks").train == presets.config("small").train
+    assert presets.small_masks() == presets.small(masks=True)
+    assert ModelConfig.from_dict({}).masks is False
