@@ -130,6 +130,16 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def num_objects(self) -> int:
+        """How many objects can be learned."""
+        return len(self._labels)
+
+    @property
+    def num_masks(self) -> int:
+        """How many of these objects have a mask; 0 if the dataset was opened without masks."""
+        return self._outlines.num_masks if self.masks else 0
+
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         return self.finish(*self.load(index))
 

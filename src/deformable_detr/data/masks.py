@@ -47,6 +47,11 @@ class MaskTable:
     def __len__(self) -> int:
         return len(self._rows) - 1
 
+    @property
+    def num_masks(self) -> int:
+        """How many of the objects have a segmentation."""
+        return int(np.diff(self._rows[:, :2], axis=0).any(axis=1).sum())
+
     def __getitem__(self, index: int) -> Segmentation | None:
         (first, start, _, _), (last, end, height, width) = self._rows[index : index + 2].tolist()
         if height:

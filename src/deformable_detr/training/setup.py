@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from ..config.schema import Config
+from ..utils.errors import UserError
 from ..utils.failures import explain_machine_errors
 from .checkpoint import generations
 from .run_dir import RunDir
@@ -34,6 +35,16 @@ def with_classes(config: Config, dataset: CocoDataset) -> Config:
         "category_ids": tuple(category.id for category in categories),
     }
     return config.updated({"model": classes}, "the training set")
+
+
+def check_masks(dataset: CocoDataset) -> str | None:
+    """Return a note if only some objects of a training set have a mask. Raises UserError if none has."""
+    masks, objects = dataset.num_masks, dataset.num_objects
+    if not masks:
+        raise UserError(f"{dataset.annotation_file} has no masks; use --no-masks to train on its boxes")
+    if masks < objects:
+        return f"{masks} of {objects} training objects have a mask; the others train their box only"
+    return None
 
 
 def resolve_auto(config: Config, images: int) -> tuple[Config, str | None]:

@@ -111,6 +111,8 @@ def _open_datasets(
     with context.sync_errors():
         transform = train_transform(rule, config.data)
         train_set = open_dataset(data, config.data.train_split, config.data, None, transform, cache, masks)
+        if masks and context.is_rank_zero and (note := setup.check_masks(train_set)):
+            log.warning(note)
         transform = EvalTransform(rule)
         val_set = open_dataset(data, config.data.val_split, config.data, train_set.categories, transform, cache, masks)
         ensure_distinct_splits(train_set, val_set, data)
