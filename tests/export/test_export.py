@@ -16,6 +16,7 @@ from deformable_detr.runtimes.metadata import ExportMetadata
 from deformable_detr.utils.errors import UserError
 from deformable_detr.utils.files import EXPORT_SUFFIXES
 from tests.support.models import IDS, NAMES, tiny, write_pseudo_labeled_dataset
+from tests.support.special_files import needs_pipes, replace_by_pipe, time_limit
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -275,6 +276,15 @@ def test_foreign_and_damaged_files_are_reported(tmp_path):
             load_exported(tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
         load_exported(tmp_path / "nowhere.onnx")
+
+
+@needs_pipes
+@pytest.mark.parametrize(("name", "pipe"), [("a.onnx", "a.onnx"), ("a.pt2", "a.pt2"), ("a.xml", "a.bin")])
+def test_pipes_are_refused(tmp_path, name, pipe):
+    (tmp_path / name).write_bytes(b"nothing")
+    replace_by_pipe(tmp_path / pipe)
+    with time_limit(), pytest.raises(UserError, match=f"{pipe} cannot be read: not a regular file"):
+        load_exported(tmp_path / name)
 
 
 def test_metadata_round_trip():

@@ -220,7 +220,7 @@ YOLO = {
     "empty data.yaml": (head(""), MISSING, "data.yaml"),
     "code in data.yaml": (head(SPLITS + "names: !!python/object/apply:os.system ['true']"), MISSING,
                                "not valid YAML"),
-    "recursive list": (head(SPLITS + "names: &a [*a]"), MISSING, "'names'"),
+    "recursive list": (head(SPLITS + "names: &a [*a]"), MISSING, "alias"),
     "deeply nested brackets": (head("names: " + "[" * 300), MISSING, "not valid YAML"),
     "split a number": (head("train: 5\nval: images/val\nnames: [cat, dog]"), MISSING, "'train'"),
     "split a URL": (head("train: https://x/y\nval: images/val\nnames: [cat, dog]"), MISSING, "'train'"),

@@ -2,6 +2,7 @@
 
 import argparse
 import builtins
+import errno
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deformable_detr import DeformableDETR
+from tests.support.special_files import needs_pipes, replace_by_device, replace_by_pipe, time_limit
 from tests.support.weights import (
     edit_json,
     equal_weights,
@@ -169,14 +171,34 @@ def test_damaged_files_are_reported(shared_checkpoint, repo, tmp_path, tiny_back
 
 def test_unreadable_file_is_not_reported_as_damaged(repo, shared_checkpoint, monkeypatch):
     for source, file in [(repo, repo / "model.safetensors"), (shared_checkpoint, shared_checkpoint)]:
-        access = os.access
+        opened = os.open
 
-        def denied(path, mode, file=file, access=access):
-            return os.fspath(path) != os.fspath(file) and access(path, mode)
+        def denied(path, *arguments, file=file, opened=opened):
+            if os.fspath(path) == os.fspath(file):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return opened(path, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "access", denied)  # root can read every file
+            patch.setattr(os, "open", denied)  # root can read every file
             assert f"{file} cannot be read: permission denied" in load_error(source)
+
+
+@needs_pipes
+@pytest.mark.parametrize("replace", [replace_by_pipe, replace_by_device])
+def test_special_files_are_refused(repo, shared_checkpoint, tmp_path, tiny_backbone, replace):
+    """They would block, or never end."""
+    copies = [shutil.copytree(repo, tmp_path / str(number)) for number in range(4)]
+    write_shards(copies[2])
+    write_pickle(copies[3], read_tensors(copies[3]))
+    checkpoint = shutil.copy(shared_checkpoint, tmp_path / "new.pth")
+    for source, name in [
+        (copies[0], "config.json"), (copies[1], "model.safetensors"), (copies[2], "b.safetensors"),
+        (copies[3], "pytorch_model.bin"), (checkpoint, ""),
+    ]:  # fmt: skip
+        DeformableDETR.from_pretrained(source)
+        replace(source / name if name else source)
+        with time_limit():
+            assert re.search("not a regular file|has no |no such folder or file", load_error(source)), name
 
 
 # --- malicious files --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import timm
 
 from ..utils.errors import UserError
+from ..utils.files import open_regular
 
 _MAX_LAYERS, _MAX_SIDE, _MAX_SIZE = 1000, 2**15, 100_000
 _FLOOR = 2048  # sizes up to here need no tensor of that size: queries, positions
@@ -19,6 +20,9 @@ _MAX_HEADER = 100 * 2**20
 
 def check_config(values: Mapping[str, Any], path: Path) -> None:
     """Raise UserError, naming the key, if transformers is not to build what config.json asks for."""
+    for file in path.parent.iterdir():
+        if file.exists() and not (file.is_file() or file.is_dir()):  # it could block transformers
+            raise UserError(f"{file} cannot be read: not a regular file")
     tensors, largest = _tensor_sizes(path.parent)
     for key, value in _settings(values):
         name = key.rpartition(".")[2]
@@ -86,7 +90,7 @@ def _tensor_sizes(folder: Path) -> tuple[int | None, int | None]:
     paths = sorted(folder.glob("*.safetensors"))
     for path in paths:
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(min(length, _MAX_HEADER)))
             shapes = [value["shape"] for name, value in header.items() if name != "__metadata__"]

@@ -5,9 +5,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..utils.errors import UserError
+from ..utils.yaml_loader import load_yaml, read_yaml
 from . import presets
 from .schema import Config
 from .section import merge
@@ -68,12 +67,11 @@ def resolve_config(
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """Read the nested keys of a YAML file. Raises UserError if it is missing or not a YAML mapping."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(Path(path))
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"config file {path} is not valid YAML: {reason}") from None
+    except ValueError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict | None):
         raise UserError(f"config file {path} must contain keys such as 'train:' and 'model:'")
     return values or {}
@@ -87,8 +85,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"--set {override}: expected KEY=VALUE, for example --set train.lr=1e-4")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = load_yaml(text)
+        except ValueError:
             raise UserError(f"--set {override}: the value is not valid YAML") from None
         *sections, name = key.split(".")
         parent = nested

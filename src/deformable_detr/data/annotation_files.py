@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
+from ..utils.files import open_regular, read_regular
 from .discovery import (
     HEAD,
     LABEL_FOLDERS,
@@ -260,7 +261,7 @@ def extent(points: Any) -> list[float] | None:
 def head_of(path: Path) -> str:
     """Return the first bytes of a file as text; '' if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return decode(file.read(HEAD))
     except OSError:
         return ""
@@ -275,7 +276,7 @@ def decode(data: bytes) -> str:
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_regular(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); make it readable") from None
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from ..config.schema import DataConfig
 from ..structures import Category
 from ..utils.errors import UserError
+from ..utils.files import read_regular
 from .annotation_files import to_numbers
 from .discovery import ImageFolder, configured_annotations, find_image_folder, names_other_split, split_of
 from .issues import Issue
@@ -57,7 +58,7 @@ class CocoSource(Source):
             UserError: The file cannot be read, is not JSON, or lacks one of the three lists.
         """
         try:
-            data = self.path.read_bytes()
+            data = read_regular(self.path)
             content = json.loads(data, object_hook=_clean_with_mask if masks else _clean)
         except OSError as error:
             raise UserError(f"{self.file}: {error.strerror or error}; give a COCO JSON file that can be read") from None
@@ -102,7 +103,7 @@ def find_coco(file: Path, root: Path, split: str, data: DataConfig) -> CocoSourc
     if configured_annotations(split, data) or names_other_split(file, "\0") or not file.is_file():
         return whole
     with suppress(OSError):
-        names = {(folder or value).decode(errors="replace") for folder, value in _SUBSET.findall(file.read_bytes())}
+        names = {(folder or value).decode(errors="replace") for folder, value in _SUBSET.findall(read_regular(file))}
         subset = next((name for name in sorted(names) if split_of(name) and split_of(name) == split_of(split)), "")
         if subset and len(set(map(split_of, names)) - {None}) > 1:
             return replace(whole, file=file.with_name(f"{file.name} (subset {subset})"), subset=subset)

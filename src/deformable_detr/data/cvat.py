@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from ..utils.files import read_regular
 from .annotation_files import Collector, FileSource, decode, extent, head_of, to_number, to_numbers, with_rotated
 from .discovery import is_image, walk_folder
 from .named import rotated_extent
@@ -34,7 +35,7 @@ class CvatSource(FileSource):
 
     @classmethod
     def subsets(cls, path: Path) -> set[str]:
-        return set(_SUBSET.findall(decode(path.read_bytes())))
+        return set(_SUBSET.findall(decode(read_regular(path))))
 
     def read_file(self, path: Path, split: Collector) -> None:
         root = parse_xml(path, split.issues, "annotations")

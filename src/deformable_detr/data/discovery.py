@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
+from ..utils.files import open_regular
 from .matching import IMAGE_SUFFIXES, UNREAD_SUFFIXES, match_names
 
 SPLIT_ALIASES = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
@@ -294,7 +295,7 @@ def _annotations_in(folder: Path) -> Path | None:
 
 def is_coco(path: Path) -> bool:
     """Return whether a file begins like COCO JSON."""
-    with suppress(OSError), open(path, "rb") as file:
+    with suppress(OSError), open_regular(path) as file:
         return (
             re.match(rb'\s*\{.*"(images|annotations|categories|licenses)"\s*:\s*\[', file.read(4096), re.DOTALL)
             is not None

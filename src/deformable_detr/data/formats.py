@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..config.schema import DataConfig
 from ..utils.errors import UserError
+from ..utils.files import read_regular
 from .annotation_files import FileSource, find_annotation_files
 from .coco import find_coco
 from .createml import CreateMlSource
@@ -137,7 +138,7 @@ def _find(root: Path, split: str, data: DataConfig) -> Source:
         return source
     readable = file.is_file() and os.access(file, os.R_OK)
     if error is None and (
-        not readable or (file.suffix.lower() == ".json" and re.search(rb'"images"\s*:', file.read_bytes()))
+        not readable or (file.suffix.lower() == ".json" and re.search(rb'"images"\s*:', read_regular(file)))
     ):
         return find_coco(file, root, split, data)
     if error is None and file == root:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..utils.files import open_regular
 from ..utils.packages import need
 from .annotation_files import Collector, FileSource, head_of, to_numbers
 from .source import read_lines
@@ -59,7 +60,8 @@ class ImageFolderSource(FileSource):
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the number and the content of each line; None if it is not JSON."""
     if path.suffix == ".parquet":
-        yield from enumerate(need("pyarrow.parquet", "dataset").read_table(path).to_pylist(), start=1)
+        with open_regular(path) as file:
+            yield from enumerate(need("pyarrow.parquet", "dataset").read_table(file).to_pylist(), start=1)
     elif path.suffix == ".csv":
         yield from enumerate(csv.DictReader(read_lines(path)), start=2)
     else:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..structures import Category
 from ..utils.errors import UserError
+from ..utils.files import read_regular
 from .discovery import ImageFolder, names_split, split_aliases
 from .issues import Issue, OnIssue, raise_error
 
@@ -147,7 +148,7 @@ def distinct_val_hint(source: Source, root: Path | str) -> str:
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file in UTF-8, or in UTF-16 as PowerShell writes it."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
         return data.decode("utf-16" if data[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -15,6 +15,7 @@ from xml.sax.saxutils import unescape
 
 from ..structures import Category
 from ..utils.errors import UserError
+from ..utils.files import open_regular, read_regular
 from .discovery import SPLIT_ALIASES, ensure_readable, is_hidden, label_file, names_other_split, split_aliases
 from .issues import Issue
 from .labels import LabelTree
@@ -288,7 +289,8 @@ def parse_xml(path: Path, issues: list[Issue], tag: str) -> Element | None:
     if not os.path.lexists(path):
         return None  # an image without objects
     try:
-        root = parse(path, forbid_dtd=True).getroot()
+        with open_regular(path) as file:
+            root = parse(file, forbid_dtd=True).getroot()
         if root is not None and root.tag == tag:
             return root
         message = f"is not a Pascal VOC annotation (its root is <{root.tag[:40] if root is not None else ''}>)"
@@ -305,14 +307,14 @@ def parse_xml(path: Path, issues: list[Issue], tag: str) -> Element | None:
 def count_objects(path: Path) -> int:
     """Return the number of objects in an XML file, valid or not."""
     with suppress(OSError):
-        return len(re.findall(rb"<object[\s>]", path.read_bytes()))
+        return len(re.findall(rb"<object[\s>]", read_regular(path)))
     return 0
 
 
 def _filename(path: Path) -> str:
     """Return the name of the image in an XML file."""
     with suppress(OSError):
-        match = re.search(rb"<filename>([^<]*)</filename>", path.read_bytes())
+        match = re.search(rb"<filename>([^<]*)</filename>", read_regular(path))
         return unescape(match[1].decode(errors="replace")) if match else ""
     return ""
 

@@ -16,7 +16,9 @@ import yaml
 
 from ..structures import Category
 from ..utils.errors import UserError
+from ..utils.files import read_regular
 from ..utils.images import read_size
+from ..utils.yaml_loader import BoundedLoader, read_yaml
 from .discovery import (
     SPLIT_ALIASES,
     has_inner_splits,
@@ -39,7 +41,7 @@ YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 CLASS_FILES = ("[Cc]lasses.txt", "*.names", "*/*.names", "*/classes.txt", "*/*/classes.txt")
 
 
-class _TextLoader(yaml.SafeLoader):
+class _TextLoader(BoundedLoader):
     """Loads all scalars as text: a class may be named yes, no, on, off or 007."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # keys <<
@@ -236,7 +238,7 @@ def find_yaml(root: Path) -> Path | None:
         return named[0] if named else None
     others = [path for path in root.iterdir() if path.suffix.lower() in (".yaml", ".yml") and not is_hidden(path.name)]
     readable = len(others) == 1 and others[0].is_file() and os.access(others[0], os.R_OK)
-    return others[0] if readable and b"names" in others[0].read_bytes() else None
+    return others[0] if readable and b"names" in read_regular(others[0]) else None
 
 
 def find_yolo(file: Path, split: str) -> YoloSource:
@@ -341,9 +343,11 @@ def _find_classes(root: Path) -> tuple[Path, list[str]] | None:
 def _read_yaml(file: Path) -> dict[str, Any]:
     """Read a data.yaml, with all scalars as text."""
     try:
-        content = yaml.load(file.read_text(encoding="utf-8-sig"), _TextLoader)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]}); correct it") from None
+        content = read_yaml(file, _TextLoader)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}); make it readable") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid YAML ({str(error)[:200]}); correct it") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: lacks the keys 'names', 'train' and 'val' of a YOLO dataset; add them")
     lower = {str(key).lower(): value for key, value in content.items()}  # CVAT writes Train and Validation

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data.discovery import describe_unread, is_hidden, is_image, is_unread_image
 from ..data.matching import IMAGE_SUFFIXES
 from ..utils.errors import UserError, first_line
+from ..utils.files import open_regular
 from ..utils.images import decode_image, read_image
 from .filesystem import is_local, resolve_url, to_url, walk_files
 from .options import PredictDatasetOptions
@@ -176,6 +177,8 @@ def _split_files(files: Iterator[SourceFile], options: PredictDatasetOptions) ->
             yield SourceRange(file, 0, 1, size)
             continue
         try:
+            if is_local(resolve_url(file)[0]):
+                open_regular(file).close()
             ranges = list(_tar_ranges(file) if format == "webdataset" else _parquet_ranges(file, options))
         except UserError:
             raise
@@ -220,7 +223,7 @@ def _tar_ranges(file: str) -> Iterator[tuple[int, int]]:
     if not is_local(system) or not path.lower().endswith(".tar"):
         yield 0, -1
         return
-    with tarfile.open(path, "r:", tarinfo=_StrictHeader) as tar:
+    with open_regular(path) as opened, tarfile.open(fileobj=opened, mode="r:", tarinfo=_StrictHeader) as tar:
         count = sum(1 for _ in _image_members(tar))
     for start in range(0, count, MIN_RANGE):
         yield start, min(MIN_RANGE, count - start)

@@ -71,6 +71,9 @@ def load_exported(path: str | os.PathLike[str], device: str = "auto", threads: i
     path = Path(path)
     if path.suffix not in RUNTIMES:
         raise UserError(f"{path} is not an exported model: its name must end in {', '.join(RUNTIMES)}")
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such file")
+    for file in (path, path.with_suffix(".bin")):
+        if file.exists() and not file.is_file():  # a pipe would block the runtime
+            raise UserError(f"{file} cannot be read: not a regular file")
     return ExportedDetector(RUNTIMES[path.suffix](path, device, threads), str(path))

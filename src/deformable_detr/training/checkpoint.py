@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config.schema import Config
 from ..utils.errors import UserError
-from ..utils.files import checksum, replace_file
+from ..utils.files import checksum, read_regular, replace_file
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by group and name
 
@@ -174,7 +174,7 @@ def _to_json(content: Mapping[str, Any]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """Return the content of a state file: "files" and "state"."""
     try:
-        text = path.read_bytes().decode()
+        text = read_regular(path).decode()
         document = json.loads(text)
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):
             raise UserError(f"checkpoint file {path} is of another format or version: start a new run")

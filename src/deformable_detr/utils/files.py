@@ -3,6 +3,7 @@
 import errno
 import filecmp
 import hashlib
+import io
 import json
 import os
 import stat
@@ -26,12 +27,32 @@ def is_exported(source: str | os.PathLike[str]) -> bool:
     return Path(source).suffix in EXPORT_SUFFIXES.values()
 
 
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a file for reading. Raises OSError if it is a pipe or a device, which could block or never end."""
+
+    def open_at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for its writer
+
+    file = open(path, "rb", opener=open_at_once)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return file
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a file. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises UserError if it is missing, larger than 100 MiB, or holds no object."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{path} has {path.stat().st_size >> 20} MiB, too many for a config or an index")
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > _MAX_JSON_BYTES:
+                raise UserError(f"{path} has {size >> 20} MiB, too many for a config or an index")
+            values = json.loads(file.read().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -43,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def checksum(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

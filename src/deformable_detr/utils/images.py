@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -14,6 +13,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import UserError
+from .files import open_regular
 from .png import without_texts
 from .tiff import TiffLayout, read_layout, read_page, require_tifffile, to_uint8
 
@@ -64,7 +64,6 @@ def read_image(source: ImageSource) -> Tensor:
         hint = "; open it with PIL.Image.open" if hasattr(source, "read") else ""
         raise UserError(f"an image must be a path, PIL image, array or tensor, not {type(source).__name__}{hint}")
     name = os.fspath(source)
-    _require_file(name)
     with _open_file(name) as file:
         return _read(file, name)
 
@@ -82,7 +81,6 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int, int]:
     """Return the size as `read_size` does, the orientation, 1 to 8, and the bits per sample; 8 stands for fewer too."""
     name = os.fspath(path)
-    _require_file(name)
     with _open_file(name) as file, _one_line_errors(name, file):
         if layout := read_layout(file):
             if not _pillow_opens(file, layout):
@@ -96,17 +94,6 @@ def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int, int
     return ((width, height) if orientation in TRANSPOSED_ORIENTATIONS else (height, width)), orientation, bits
 
 
-def _require_file(name: str) -> None:
-    """Refuse folders, and pipes, which would block the reader."""
-    try:
-        mode = os.stat(name).st_mode
-    except (OSError, ValueError):
-        refuse_address(name)
-        raise UserError(f"{name}: no such image file; add the file or remove its entry") from None
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{name}: cannot be read as an image (not a regular file); replace it or remove its entry")
-
-
 def refuse_address(name: str) -> None:
     """Raise UserError for a URL, which paths write with one slash. The message leaves out user and password."""
     if address := re.fullmatch(r"(?s)([A-Za-z][\w+.-]+:)/+(?:[^/]*@)?(.*)", name):
@@ -115,8 +102,11 @@ def refuse_address(name: str) -> None:
 
 
 def _open_file(name: str) -> IO[bytes]:
+    if not os.path.exists(name):
+        refuse_address(name)
+        raise UserError(f"{name}: no such image file; add the file or remove its entry")
     try:
-        return open(name, "rb")
+        return open_regular(name)
     except OSError as error:
         raise _unreadable(name, error) from error
 

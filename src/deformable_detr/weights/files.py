@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import UserError, first_line
-from ..utils.files import read_json
+from ..utils.files import open_regular, read_json
 
 # Keys under which checkpoints store the state dict; averaged weights come last.
 _STATE_DICT_KEYS = (
@@ -136,15 +136,17 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_readable(path: Path) -> None:
-    if not os.path.isfile(path):  # unlike Path.is_file, False for an invalid name
+    if not os.path.exists(path):  # unlike Path.exists, False for an invalid name
         raise UserError(f"{str(path)[:400]}: no such file")
-    if not os.access(path, os.R_OK):  # safetensors would call it missing, torch.load damaged
-        raise UserError(f"{path} cannot be read: permission denied")
+    try:
+        open_regular(path).close()
+    except OSError as error:  # safetensors would call it missing, torch.load damaged
+        raise UserError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from None
 
 
 def _refuse_compressed(path: Path) -> None:
     """torch.save does not compress, so an archive that grows on reading may be an attempt to fill the memory."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if file.read(4) != b"PK\x03\x04":  # torch.load tells the formats apart by this
             return
     with zipfile.ZipFile(path) as archive:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...utils.errors import UserError
+from ...utils.files import open_regular, read_regular
 from ...utils.images import TRANSPOSED_ORIENTATIONS, read_header, read_image
 from ..discovery import other_annotations
 from ..issues import Issue, Issues
@@ -65,7 +66,7 @@ def _check_other_annotations(split: Split, unlisted: set[str], issues: Issues) -
     """Find COCO JSON files beside the one that is read, with objects of images that it does not list."""
     for path in other_annotations(split.file, split.name) if split.source.format == "coco" else ():
         with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            content = json.loads(path.read_bytes())
+            content = json.loads(read_regular(path))
             ids = {record["id"] for record in content["images"] if os.path.basename(record["file_name"]) in unlisted}
             count = sum(record["image_id"] in ids for record in content["annotations"])
             if count:
@@ -142,7 +143,7 @@ def _check_copies(tasks: Sequence[Task], issues: Issues) -> None:
     groups: dict[tuple[str, bytes], list[Task]] = defaultdict(list)
     for group in by_size.values():
         for task in group if len(group) > 1 else ():
-            with suppress(OSError), open(task[1].path, "rb") as file:
+            with suppress(OSError), open_regular(task[1].path) as file:
                 groups["bytes", hashlib.file_digest(file, "blake2b").digest()].append(task)
     for task in tasks:
         if task[1].digest is not None:

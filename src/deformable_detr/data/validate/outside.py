@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...config.schema import DataConfig
 from ...utils.errors import UserError
+from ...utils.files import open_regular
 from ..annotation_files import read_json
 from ..coco import CocoSource
 from ..csv_table import CsvSource
@@ -156,7 +157,7 @@ def _drop_copies(labels: dict[Path, _Labels], listed: Sequence[Path]) -> None:
 
 
 def _digest(path: Path) -> bytes:
-    with suppress(OSError), open(path, "rb") as file:
+    with suppress(OSError), open_regular(path) as file:
         return hashlib.file_digest(file, "blake2b").digest()
     return b""
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...utils.errors import UserError
-from ...utils.files import write_text
+from ...utils.files import read_regular, write_text
 from ...utils.images import TRANSPOSED_ORIENTATIONS
 from ..discovery import ROBOFLOW
 from ..issues import OVERHANG
@@ -121,7 +121,7 @@ class _Repair:
         checked = self.split.content
         if self.split.source.format != "coco":
             return checked
-        raw = json.loads(self.split.file.read_bytes())
+        raw = json.loads(read_regular(self.split.file))
         pairs = zip(raw["annotations"], checked["annotations"], strict=True)
         annotations = [own | parsed if isinstance(parsed, dict) else parsed for own, parsed in pairs]
         return raw | {"images": checked["images"], "categories": checked["categories"], "annotations": annotations}
