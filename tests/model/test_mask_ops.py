@@ -75,3 +75,29 @@ def test_content_ratios():
     padding = torch.ones(2, 10, 20, dtype=torch.bool)
     padding[0, :5, :15] = padding[1] = False
     assert content_ratios(padding).tolist() == [[0.5, 0.75], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_only_masks_over_the_threshold_are_computed(monkeypatch, factored):
+    """The detections are the same, in a batch of images that differ in their number."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = {
+        "pred_logits": torch.randn(2, 9, 3, generator=generator) + torch.tensor([0.0, -1.0])[:, None, None],
+        "pred_boxes": torch.rand(2, 9, 4, generator=generator),
+        "content_ratios": torch.tensor([[1.0, 0.5], [0.75, 1.0]]),
+    }
+    if factored:
+        outputs["mask_embeddings"] = torch.randn(2, 9, 4, generator=generator)
+        outputs["mask_features"] = torch.randn(2, 4, 6, 5, generator=generator)
+    else:
+        outputs["pred_masks"] = torch.randn(2, 9, 6, 5, generator=generator)
+    sizes, categories = [(30, 20), (40, 50)], [Category(label, f"{label}") for label in range(3)]
+    everything, selected = postprocess(outputs, sizes), postprocess(outputs, sizes, threshold=0.4)
+    counts = [len(scored.masks.logits) for scored in selected]
+    assert counts == [int((scored.scores >= 0.4).sum()) for scored in everything]
+    assert counts[0] > counts[1] > 0
+    assert [len(scored.masks.logits) for scored in everything] == [27, 27]
+    for a, b, size in zip(everything, selected, sizes, strict=True):
+        assert to_detections(a, size, 0.4, categories).to_dict() == to_detections(b, size, 0.4, categories).to_dict()
+    boxes = {key: outputs[key] for key in ("pred_logits", "pred_boxes")}
+    assert [len(scored.scores) for scored in postprocess(boxes, sizes, threshold=0.4)] == [27, 27]

@@ -31,7 +31,7 @@ def reference_detections(out, image, size, top_k):
 @pytest.mark.parametrize("top_k", [1, 10, 21])
 def test_postprocess_matches_reference(top_k):
     out, sizes = outputs(), [(480, 640), (1000, 33)]
-    for image, (boxes, scores, labels) in enumerate(postprocess(out, sizes, top_k)):
+    for image, (boxes, scores, labels, _) in enumerate(postprocess(out, sizes, top_k)):
         expected = reference_detections(out, image, sizes[image], top_k)
         assert labels.tolist() == [label for _, _, label, _ in expected]
         assert scores.tolist() == pytest.approx([score for score, *_ in expected], abs=1e-6)
@@ -62,7 +62,7 @@ def test_postprocess_matches_transformers():
             expected = processor.post_process_object_detection(
                 transformers_outputs, 0.0, torch.tensor(sizes), top_k=top_k
             )
-            for item, (boxes, scores, labels) in zip(expected, postprocess(out, sizes, top_k), strict=True):
+            for item, (boxes, scores, labels, _) in zip(expected, postprocess(out, sizes, top_k), strict=True):
                 assert torch.equal(item["boxes"], boxes)
                 assert torch.equal(item["scores"], scores)
                 assert torch.equal(item["labels"], labels)

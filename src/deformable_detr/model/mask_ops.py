@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from ..utils.dtype import upcast
 from ..utils.rle import Rle, encode_masks
 
+MASK_OUTPUTS = ("mask_embeddings", "mask_features", "pred_masks")
+
 
 @dataclass(frozen=True)
 class MaskLogits:

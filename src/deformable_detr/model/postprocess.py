@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..structures import Category, Detections
 from ..utils.dtype import upcast
-from .mask_ops import MaskLogits, has_masks, select_masks
+from .mask_ops import MASK_OUTPUTS, MaskLogits, has_masks, select_masks
 
 
 class ScoredBoxes(NamedTuple):
@@ -32,7 +32,7 @@ class ScoredBoxes(NamedTuple):
 
 
 def postprocess(
-    outputs: Mapping[str, Any], original_sizes: Sequence[tuple[int, int]], top_k: int = 100
+    outputs: Mapping[str, Any], original_sizes: Sequence[tuple[int, int]], top_k: int = 100, threshold: float = 0.0
 ) -> list[ScoredBoxes]:
     """Return the best query and class pairs of each image, as transformers and the official code do.
 
@@ -43,19 +43,23 @@ def postprocess(
             and their "content_ratios" (B, 2).
         original_sizes: B × (height, width) in pixels.
         top_k: Maximum number of pairs per image.
+        threshold: Minimum score of a pair, only with masks, which take memory. Without masks, all pairs are returned.
     """
     logits, boxes = upcast(outputs["pred_logits"]), upcast(outputs["pred_boxes"])
     sizes = torch.as_tensor(original_sizes, dtype=boxes.dtype, device=boxes.device).reshape(len(boxes), 2)
     corners, scores, labels, queries = topk_boxes(logits, boxes, sizes, top_k)
     # float32 holds integers up to 2²⁴ exactly, so labels can share the one copy to the host.
     packed = torch.cat([corners, scores[:, :, None], labels[:, :, None].to(boxes.dtype)], dim=2).cpu()
-    masks: Sequence[MaskLogits | None] = [None] * len(packed)
-    if has_masks(outputs):
-        ratios = outputs["content_ratios"].tolist()
-        grids = select_masks(outputs, queries).cpu()
-        masks = [MaskLogits(grid, tuple(ratio)) for grid, ratio in zip(grids, ratios, strict=True)]
-    rows = zip(packed, masks, strict=True)
-    return [ScoredBoxes(image[:, :4], image[:, 4], image[:, 5].long(), grid) for image, grid in rows]
+    scored = [ScoredBoxes(image[:, :4], image[:, 4], image[:, 5].long()) for image in packed]
+    if not has_masks(outputs):
+        return scored
+    masked = []
+    for index, (pairs, ratio) in enumerate(zip(scored, outputs["content_ratios"].tolist(), strict=True)):
+        count, image = int((~(pairs.scores < threshold)).sum()), slice(index, index + 1)  # the best come first
+        parts = {key: outputs[key][image] for key in MASK_OUTPUTS if key in outputs}
+        logits = select_masks(parts, queries[image, :count])[0].cpu()
+        masked.append(pairs.select(slice(count))._replace(masks=MaskLogits(logits, tuple(ratio))))
+    return masked
 
 
 def topk_boxes(

@@ -215,7 +215,7 @@ def _predictions(
     with closing(inputs):
         while batch := list(islice(inputs, batch_size)):
             readable = [(item.pixels, item.size) for item in batch if isinstance(item.pixels, Tensor)]
-            results = iter(_detect(model, readable, top_k) if readable else ())
+            results = iter(_detect(model, readable, threshold, top_k) if readable else ())
             for image, size, pixels in batch:
                 if isinstance(pixels, UserError):
                     yield pixels
@@ -258,11 +258,13 @@ def _read_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _detect(model: Detector, images: Sequence[tuple[Tensor, tuple[int, int]]], top_k: int) -> list[ScoredBoxes]:
+def _detect(
+    model: Detector, images: Sequence[tuple[Tensor, tuple[int, int]]], threshold: float, top_k: int
+) -> list[ScoredBoxes]:
     """Run the model on a batch of resized images with their original sizes."""
     pixels, sizes = zip(*images, strict=True)
     with evaluating(model):
-        return postprocess(forward(model, pad_images(pixels)), sizes, top_k)
+        return postprocess(forward(model, pad_images(pixels)), sizes, top_k, threshold)
 
 
 def forward(model: Detector, batch: Any, **options: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class _DetectJob(NamedTuple):
 
     pixels: Tensor
     image_size: tuple[int, int]
+    threshold: float
     top_k: int
 
 
@@ -109,7 +110,7 @@ class Engine:
 
         def resized(pixels: Tensor) -> _DetectJob:
             small = resize(pixels, self._resize)
-            return _DetectJob(small, (pixels.shape[1], pixels.shape[2]), top_k)
+            return _DetectJob(small, (pixels.shape[1], pixels.shape[2]), threshold, top_k)
 
         with self._reserve(len(uploads)):
             jobs = await _gather([self._decode(upload, resized) for upload in uploads])
@@ -170,7 +171,7 @@ class Engine:
     def _warm_up(self) -> None:
         pixels = torch.zeros(3, *typical_input_size(self._resize), dtype=torch.uint8)
         start = time.perf_counter()
-        self._detect([_DetectJob(pixels, (pixels.shape[1], pixels.shape[2]), 100)])
+        self._detect([_DetectJob(pixels, (pixels.shape[1], pixels.shape[2]), 0.0, 100)])
         self._seconds_per_image = time.perf_counter() - start
 
     def _run(self, jobs: Sequence[Any]) -> Sequence[Any]:
@@ -194,7 +195,8 @@ class Engine:
     def _detect(self, jobs: Sequence[_DetectJob]) -> list[ScoredBoxes]:
         with evaluating(self.detector):
             outputs = forward(self.detector, pad_images([job.pixels for job in jobs]))
-            results = postprocess(outputs, [job.image_size for job in jobs], max(job.top_k for job in jobs))
+            sizes, top_k = [job.image_size for job in jobs], max(job.top_k for job in jobs)
+            results = postprocess(outputs, sizes, top_k, min(job.threshold for job in jobs))
         # Results are sorted by score, so the first ones are those of a smaller top_k.
         return [boxes.select(slice(job.top_k)) for job, boxes in zip(jobs, results, strict=True)]
 
