@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from deformable_detr.adapters.families import FAMILIES
+from deformable_detr.adapters.families import FAMILIES, box_network
 
 NAMES = ("cat", "dog", "a b/ü")
 _RESNET = {
@@ -89,8 +89,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         | {"model_type": "rf_detr_dinov2", "num_windows": 4, "patch_size": 14, "image_size": 112},
     },
 }
+MASKS = {
+    "rf_detr masks": CONFIGS["rf_detr"] | {"intermediate_size": 40},
+    "rf_detr masks odd": CONFIGS["rf_detr odd"]
+    | {"intermediate_size": 24, "mask_downsample_ratio": 7, "decoder_layers": 3, "mask_point_sample_ratio": 4},
+}
 # Settings of the image processor: (its class, height and width), of the family's own kind.
-SIZES = {"lw_detr": 128, "rf_detr": 128, "rf_detr odd": 112}
+SIZES = {"lw_detr": 128, "rf_detr": 128, "rf_detr odd": 112, "rf_detr masks odd": 112}
 
 
 def random_network(name: str, dtype: torch.dtype = torch.float32, names: Sequence[str] = NAMES) -> Any:
@@ -125,8 +130,10 @@ def _proposal_scores(network: Any, family: str) -> Iterator[list[torch.Tensor]]:
         return
     head = FAMILIES[family].proposal_head.format(**network.config.to_dict())
     classes = slice(1) if family == "deformable_detr" else slice(None)  # its column 0 scores the proposals
-    hook = network.model.get_submodule(head).register_forward_hook(
-        lambda _, __, logits: scores.append(logits[..., classes].amax(-1))
+    hook = (
+        box_network(network)
+        .model.get_submodule(head)
+        .register_forward_hook(lambda _, __, logits: scores.append(logits[..., classes].amax(-1)))
     )
     yield scores
     hook.remove()
@@ -145,9 +152,10 @@ def _random_network(name: str, seed: int, names: Sequence[str]) -> Any:
 
     family = name.split()[0]
     labels = {"id2label": dict(enumerate(names)), "label2id": {text: label for label, text in enumerate(names)}}
-    config = transformers.CONFIG_MAPPING[family].from_dict({**copy.deepcopy(CONFIGS[name]), **labels})
+    config = transformers.CONFIG_MAPPING[family].from_dict({**copy.deepcopy((CONFIGS | MASKS)[name]), **labels})
     torch.manual_seed(seed)
-    network = transformers.AutoModelForObjectDetection.from_config(config)
+    kind = "InstanceSegmentation" if name in MASKS else "ObjectDetection"
+    network = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
     kinds = {f"{key}.weight": module for key, module in network.named_modules() if "sampling_offsets" not in key}
     with torch.no_grad():
         for key, value in network.state_dict().items():

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from ..weights.image_processor import (
 )
 from ..weights.model_card import ModelCardData, card_file
 from .config_checks import check_config, check_timm
-from .families import FAMILIES, Family, refusal, scores_objects
+from .families import FAMILIES, Family, box_network, refusal, scores_objects
 from .objective import AdapterObjective
 from .optimize import OptimizedAdapter, TraceableNetwork, inference_copy
 from .sampling import run_recorded
@@ -57,7 +58,7 @@ class TransformersDetector(Detector):
     """
 
     explains = True
-    backbone_parameters = re.compile(r"network\.model\.(backbone|conv_encoder)\.(backbone|model)\.")  # no projectors
+    backbone_parameters = re.compile(r"network\.(model\.)+(backbone|conv_encoder)\.(backbone|model)\.")  # no projectors
     config: AdapterConfig
 
     def __init__(self, config: AdapterConfig) -> None:
@@ -71,7 +72,7 @@ class TransformersDetector(Detector):
         for name, parameter in network.named_parameters():
             if name.endswith("mask_token"):  # used in pre-training only
                 parameter.requires_grad_(False)
-        if (tokens := _encoded_tokens(network.model)) is not None:
+        if (tokens := _encoded_tokens(box_network(network).model)) is not None:
             check = partial(_check_positions, family_of(config).title, config.num_queries)
             tokens.register_forward_hook(check)
         dtype = next(network.parameters()).dtype
@@ -81,18 +82,20 @@ class TransformersDetector(Detector):
     def forward(
         self, pixels: Tensor, padding_mask: Tensor | None = None, *, return_attention: bool = False
     ) -> dict[str, Any]:
-        """Return `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4); see `Detector`.
+        """Return `pred_logits` (B, Q, K) and `pred_boxes` (B, Q, 4); see `Detector`. With masks, also `pred_masks`.
 
         With `return_attention`, in evaluation mode, also the outputs of `DeformableDETRNetwork.forward` about each
-        decoder layer. `encoder_attention` is empty except for Deformable DETR: other encoders have no such layers.
+        decoder layer, without masks. `encoder_attention` is empty except for Deformable DETR: other encoders have no
+        such layers.
         """
         mask = None
         if padding_mask is not None:
             pixels, mask = pixels.masked_fill(padding_mask[:, None], 0.0), (~padding_mask).long()
         if return_attention:
-            return run_recorded(self.network, pixels, mask)
+            return run_recorded(box_network(self.network), pixels, mask)
         outputs = self.network(pixel_values=pixels, pixel_mask=mask)
-        return {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes}
+        masks = {"pred_masks": outputs.pred_masks} if self.config.masks else {}
+        return {"pred_logits": outputs.logits, "pred_boxes": outputs.pred_boxes, **masks}
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **overrides: Any) -> Self:
@@ -134,7 +137,7 @@ class TransformersDetector(Detector):
         if not getattr(config, "two_stage", True):
             return None
         name = family_of(self.config).proposal_head.format(**vars(config))
-        head = self.get_submodule(f"network.model.{name}")
+        head = box_network(self.network).model.get_submodule(name)
         hook = head.register_forward_hook(lambda _, inputs, output: logits.append(output))
         try:
             self(pixels, padding_mask)
@@ -209,6 +212,8 @@ def build_network(config: AdapterConfig) -> nn.Module:
     """Build transformers' model with random weights. Raises UserError if transformers rejects the config."""
     title = family_of(config).title
     transformers = need("transformers", "hub")
+    if config.masks and not family_of(config).has_masks:
+        raise UserError(f"model.masks: transformers' {title} has no masks; set model.masks=false")
     values = copy.deepcopy(config.network) | _labels(config)
     try:
         described = transformers.CONFIG_MAPPING[config.family].from_dict(values)
@@ -216,11 +221,20 @@ def build_network(config: AdapterConfig) -> nn.Module:
         for name in filter(partial(hasattr, described), _QUERIES):
             setattr(described, name, config.num_queries)
         with quiet_transformers():
-            return transformers.AutoModelForObjectDetection.from_config(described)
+            return _auto_class(transformers, config.masks).from_config(described)
     except KeyError:
         raise UserError(f"transformers {transformers.__version__} has no {title}; install a newer release") from None
     except Exception as error:  # transformers validates with exceptions of many kinds
         raise UserError(f"transformers cannot build this {title}: {first_line(error)}") from None
+
+
+def _auto_class(transformers: Any, masks: bool) -> Any:
+    return transformers.AutoModelForInstanceSegmentation if masks else transformers.AutoModelForObjectDetection
+
+
+def has_mask_head(values: Mapping[str, Any]) -> bool:
+    """Return whether a config.json of transformers is of a network for instance segmentation."""
+    return any("InstanceSegmentation" in str(name) for name in values.get("architectures") or ())
 
 
 def _labels(config: AdapterConfig) -> dict[str, Any]:
@@ -267,6 +281,7 @@ def read_config(source: str | os.PathLike[str]) -> AdapterConfig:
             "num_queries": described.two_stage_num_proposals if scores_objects(described) else described.num_queries,
             "class_names": names,
             "category_ids": own.get("category_ids", ()) if isinstance(own, dict) else category_ids,
+            "masks": has_mask_head(values),
             "size_divisor": family.divisor(described),
             "processor": settings,
             **processor,
@@ -292,7 +307,7 @@ def read_network(folder: Path) -> nn.Module:
     dtype = torch.float64 if "float64" in (values.get("dtype"), values.get("torch_dtype")) else torch.float32
     try:
         with quiet_transformers():
-            network, info = transformers.AutoModelForObjectDetection.from_pretrained(
+            network, info = _auto_class(transformers, has_mask_head(values)).from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, dtype=dtype
             )
     except Exception as error:  # from transformers' config, safetensors or torch.load

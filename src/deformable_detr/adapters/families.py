@@ -70,6 +70,7 @@ class Family:
         is_fallback: Whether `DeformableDETRNetwork` runs the models of this family unless it lacks parts of them.
         train: Fields of `TrainConfig` of the family's published recipe.
         data: Fields of `DataConfig` of that recipe.
+        has_masks: Whether transformers has a network of this family that also predicts masks.
     """
 
     title: str
@@ -82,6 +83,7 @@ class Family:
     is_fallback: bool = False
     train: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    has_masks: bool = False
 
 
 FAMILIES = {
@@ -111,8 +113,14 @@ FAMILIES = {
         proposal_head=_FIRST_GROUP,
         train=_RF_DETR_TRAIN,
         data={"train_scales": (0.7, 1.3)},
+        has_masks=True,
     ),
 }
+
+
+def box_network(network: Any) -> Any:
+    """Return the network that predicts boxes: one with masks is around it, others are it."""
+    return network.model if hasattr(network, "segmentation_head") else network
 
 
 def scores_objects(config: Any) -> bool:

@@ -52,6 +52,8 @@ def load_for_finetuning(
     model = TransformersDetector(config)
     report = TransferReport()
     own, state = model.network.state_dict(), _assign_proposal_heads(trained.network, model.network)
+    if config.masks != trained.config.masks:  # a network with masks is around one without
+        state = {f"model.{name}" if config.masks else name.removeprefix("model."): state[name] for name in state}
     rows = matching_classes(trained.config.class_names, config.class_names)
     same = trained.config.class_names == config.class_names
     heads, copied = family_of(config).class_heads, {}

@@ -83,3 +83,27 @@ def content_ratios(padding_mask: Tensor) -> Tensor:
     """Return the (B, 2) part of the canvas's height and width that each image covers; padding_mask: (B, H, W)."""
     valid = ~padding_mask
     return torch.stack([valid[:, :, 0].float().mean(1), valid[:, 0].float().mean(1)], dim=1)
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, ratios: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return which part in 0..1 of each cell of a grid on the canvas each object covers, (N, h, w) float.
+
+    Args:
+        masks: (N, R, R) uint8, see `structures.Target`.
+        boxes: (N, 4) cxcywh in 0..1 of the images.
+        ratios: (N, 2), `content_ratios` of their images.
+        size: (h, w).
+    """
+    height, width = ratios.T
+    x, y, w, h = boxes.T
+    rows = _coverage(y * height, h * height, size[0], masks.shape[1])
+    columns = _coverage(x * width, w * width, size[1], masks.shape[2])
+    return rows @ (masks.to(rows.dtype) / 255) @ columns.transpose(1, 2)
+
+
+def _coverage(center: Tensor, length: Tensor, cells: int, parts: int) -> Tensor:
+    """Return which part of each of `cells` in 0..1 each of the `parts` of an interval covers: (N, cells, parts)."""
+    edges = torch.arange(parts + 1, device=center.device) / parts - 0.5
+    edges = (center[:, None] + length[:, None] * edges) * cells  # in cells
+    first = torch.arange(cells, device=center.device)[:, None]
+    return (edges[:, None] - first).clamp(0, 1).diff(dim=2)

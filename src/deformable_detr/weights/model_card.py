@@ -25,10 +25,10 @@ from deformable_detr import DeformableDETR
 model = DeformableDETR.from_pretrained({source})
 detections = model.predict("image.jpg")""",
     "transformers": """\
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoImageProcessor, AutoModelFor{head}
 
 processor = AutoImageProcessor.from_pretrained({source})
-model = AutoModelForObjectDetection.from_pretrained({source})
+model = AutoModelFor{head}.from_pretrained({source})
 
 # Or with deformable-detr:
 from deformable_detr import load_detector
@@ -71,12 +71,15 @@ def model_card(config: DetectorConfig, data: ModelCardData) -> str:
     """Return the card as Markdown, with the hub's metadata in YAML before it."""
     metrics = {name: value for name, value in data.metrics.items() if isinstance(value, int | float)}
     license = f"`{_inline(data.license)}`" if data.license != "unknown" else _UNKNOWN_LICENSE
-    loading = _LOADING[data.library].format(source=repr(data.repo_id or "path/to/this/folder"))
+    head = "InstanceSegmentation" if config.masks else "ObjectDetection"
+    loading = _LOADING[data.library].format(source=repr(data.repo_id or "path/to/this/folder"), head=head)
     metric_rows = [f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items()]
+    task = "image-segmentation" if config.masks else "object-detection"
+    kind = "classes of objects and their masks" if config.masks else "classes of objects"
     sections = [
-        f"---\n{_metadata(metrics, data)}\n---\n{_MARK}",
+        f"---\n{_metadata(task, metrics, data)}\n---\n{_MARK}",
         f"# {data.title}",
-        f"Detects {config.num_classes} classes of objects. {_inline(config.summary)} Images are {config.resize_rule}.",
+        f"Detects {config.num_classes} {kind}. {_inline(config.summary)} Images are {config.resize_rule}.",
         f"## Data\n\n{_inline(data.dataset) if data.dataset else 'Not stated.'}",
         f"## Metrics\n\n{_table('| metric | value |', metric_rows) if metrics else 'Not measured.'}",
         f"## Classes\n\n{_class_table(config)}",
@@ -87,8 +90,8 @@ def model_card(config: DetectorConfig, data: ModelCardData) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _metadata(metrics: Mapping[str, float], data: ModelCardData) -> str:
-    task, dataset = "object-detection", data.dataset or "custom data"
+def _metadata(task: str, metrics: Mapping[str, float], data: ModelCardData) -> str:
+    dataset = data.dataset or "custom data"
     card = CardData(license=data.license, library_name=data.library, pipeline_tag=task, tags=[task, "deformable-detr"])
     if metrics:
         card.model_name = data.title
