@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.schema import Config, DataConfig
+from ..data.source import AnnotationCache
 from ..data.split import SPLIT_ISSUES, SplitOptions, ensure_splittable
 from ..data.split import split_dataset as split_images
 from ..data.validate import Report, check_opening
@@ -69,7 +70,8 @@ def split_dataset(data: Path, out: Path, config: Config, options: SplitOptions) 
 
 def _validate(root: Path, data: DataConfig, config: Config) -> Report:
     model = config.model
-    return validate(root, data, model.resize_rule, progress=True, num_queries=model.num_queries)
+    cache = AnnotationCache(masks=True)
+    return validate(root, data, model.resize_rule, progress=True, cache=cache, num_queries=model.num_queries)
 
 
 def _print_issues(data: Path, config: Config, hidden: Sequence[str] = ()) -> Report:

@@ -18,6 +18,8 @@ OVERHANG = 2.0  # pixels that a box may exceed its image by, because tools round
 RARE = 10  # training objects that a class needs
 IMBALANCE = 50  # largest ratio of the objects of two classes
 MAX_TEXT = 400  # characters of the record and of the message in a line
+MASK_BOX_IOU = 0.5  # lowest IoU of the extent of a mask and its box
+CROSSING = 0.1  # largest part of the area of a mask that an outline may cover twice
 CORNERS_SHARE = 0.2  # share of the boxes that must fit only as corners
 
 
@@ -129,6 +131,21 @@ _WARNINGS = {
     "box-outside": ("A box lies outside its image; training skips it", "Correct or remove it"),
     "box-overhang": (f"A box exceeds its image by over {OVERHANG:g} pixels; training clips it", "Correct it"),
     "box-duplicate": ("A box appears twice with the same class", "Keep one"),
+    "mask-broken": (
+        "A mask, or a part of it, is not a polygon of three points or valid run lengths; training skips it",
+        "Correct or remove it",
+    ),
+    "mask-empty": ("A mask has no area, such as a line; training skips it", "Remove it"),
+    "mask-outside": (f"A mask exceeds its image by over {OVERHANG:g} pixels; training clips it", "Correct it"),
+    "mask-crossing": (
+        f"An outline crosses itself, with over {CROSSING:.0%} of its area; loops may count as holes",
+        "Draw it again, or split it into parts",
+    ),
+    "mask-box": (
+        f"The IoU of the extent of a mask and its box is under {MASK_BOX_IOU:g}; training clips the mask to the box",
+        "Correct the one that is wrong",
+    ),
+    "mask-size": ("Run lengths have another size than their image", "Encode the mask at the size of the image"),
     "too-many-objects": (
         "Images have more objects than the model has queries", "Train with more queries: --set model.num_queries=N",
     ),
@@ -140,6 +157,10 @@ _WARNINGS = {
 }  # fmt: skip
 _NOTES = {
     "crowded-images": ("Images have more objects than metrics count and model.predict lists by default", "Set top_k"),
+    "masks-missing": (
+        "Some objects have a box but no mask; they train only the box",
+        "Draw their masks, or leave them",
+    ),
     "image-copy": ("Two files of a split hold the same image", "Keep one"),
     "image-empty": ("An image has no objects and is used as background", "None needed if this is correct"),
     "pixel-origin": ("Whether the pixels of Pascal VOC files count from 0 or 1", "None needed if this is correct"),

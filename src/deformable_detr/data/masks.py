@@ -74,8 +74,10 @@ class OutlinedTarget(Target):
     maps: np.ndarray = field(default_factory=lambda: np.zeros((0, 2, 2)))
 
     def rasterize(self, size: int = MASK_SIZE) -> Target:
-        """Return the target with its masks (N, size, size)."""
-        has_mask = torch.tensor([outline is not None for outline in self.outlines], dtype=torch.bool)
+        """Return the target with its masks (N, size, size).
+
+        An object counts as one without a mask if nothing of its mask is inside its box.
+        """
         masks = np.zeros((len(self.outlines), size, size), dtype=np.uint8)
         boxes = self.boxes.numpy().astype(np.float64)
         sides = np.maximum(boxes[:, 2:], 1e-9)
@@ -86,6 +88,7 @@ class OutlinedTarget(Target):
             if outline is not None:
                 draw = _rle_coverage if isinstance(outline, dict) else _polygon_coverage
                 mask[:] = draw(outline, scale, shift, size)  # pyright: ignore[reportArgumentType]
+        has_mask = torch.from_numpy(masks.any(axis=(1, 2)))
         names = ("labels", "boxes", "image_id", "original_size")
         return Target(**{name: getattr(self, name) for name in names}, masks=torch.from_numpy(masks), has_mask=has_mask)
 

@@ -17,6 +17,7 @@ from .annotations import Split, read_split
 from .boxes import check_boxes, check_crowded
 from .classes import check_classes, class_counts
 from .images import Coverage, Depth, check_images
+from .masks import check_masks, count_masks
 from .outside import check_outside
 
 LINES_PER_TYPE = 5  # on the terminal
@@ -71,6 +72,7 @@ class Report:
                 "format": split.source.format,
                 "images": len(split.images),
                 "objects": len(split.positions),
+                "masks": count_masks(split),
                 "classes": {split.categories[number]: count for number, count in class_counts(split).items()},
             }
             for split in self.splits
@@ -104,7 +106,7 @@ def check_dataset(
         rule: Resize of the model; it decides which objects are tiny.
         depth: "full" decodes every image; "auto" decodes at most `AUTO_IMAGES` in `AUTO_SECONDS`.
         progress: Show a progress bar if standard error is a terminal.
-        cache: Keeps the parsed annotations for other readers.
+        cache: Keeps the parsed annotations for other readers; decides whether masks are checked. Default: no masks.
         num_queries: Queries of the model, the most objects per image that it can find. If omitted, not checked.
 
     Raises:
@@ -120,6 +122,7 @@ def check_dataset(
     for split in splits.values():
         check_boxes(split, rule, issues)
         check_crowded(split, num_queries, issues)
+        check_masks(split, issues)
     check_outside(base, list(splits.values()), data, issues)
     check_classes(list(splits.values()), splits.get(data.train_split), splits.get(data.val_split), issues)
     return Report(base, tuple(splits.values()), issues, coverage, rule.short)

@@ -17,9 +17,12 @@ from ...utils.images import TRANSPOSED_ORIENTATIONS
 from ..discovery import ROBOFLOW
 from ..issues import OVERHANG
 from ..records import ImageRecord, MaskBox, RotatedBox, SwappedBox, is_int64, record_name, repeated_files
+from ..segmentation import Segmentation, read_segmentation
+from ..source import BROKEN_MASK
 from . import Report
 from .annotations import Split
 from .boxes import box_overhang, clip_boxes, object_limits, wrong_unit
+from .mask_repair import clip_mask, resize_rle
 
 # Issue types whose record is dropped. The objects of a dropped image are dropped too.
 DROPPED = {
@@ -32,6 +35,7 @@ SKIPPED_BY_READERS = {
     "annotations-unread", "outside-splits",
 }  # fmt: skip
 CORRECTED_BY_READERS = {"label-name", "label-confidence", "image-name", "box-swapped", "box-rotated", "path-moved"}
+REPAIRED_MASKS = {"mask-broken", "mask-empty", "mask-outside"}
 CHANGES = "changes.jsonl"  # not .json, because the only JSON file of a folder can be read as its annotations
 MAX_ASPECT_CHANGE = 0.02  # above it, an image is not a resized version of the labeled one
 
@@ -80,7 +84,7 @@ def repair(report: Report, out: Path) -> list[Change]:
 
 def write_annotations(folder: Path, content: dict[str, Any]) -> None:
     """Write a COCO dict as the annotation file of a folder; undecodable bytes of file names are escaped."""
-    text = json.dumps(content, ensure_ascii=False)
+    text = json.dumps(content, ensure_ascii=False, default=np.ndarray.tolist)
     (folder / ROBOFLOW).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -91,7 +95,10 @@ class _Repair:
         self.split, self.changes = split, changes
         self.issues = [issue for issue in report.issues if issue.split == split.name]
         self.dropped: dict[str, set[int]] = defaultdict(set)  # positions by section
+        self.mask_codes: dict[int, list[str]] = defaultdict(list)  # issues of masks to repair, by position
         for issue in self.issues:
+            if issue.code in REPAIRED_MASKS:
+                self.mask_codes[issue.position].append(issue.code)
             if issue.code in DROPPED and issue.position >= 0:
                 if issue.position not in self.dropped[issue.section]:
                     self.log(issue.code, f"{issue.section}[{issue.position}]", f"dropped: {issue.message}")
@@ -117,13 +124,18 @@ class _Repair:
         return raw | {"images": images, "annotations": annotations, "categories": categories}
 
     def _raw(self) -> dict[str, Any]:
-        """Return the records that were checked, with the masks of the file."""
+        """Return the records that were checked, with the masks of the file as they are."""
         checked = self.split.content
         if self.split.source.format != "coco":
             return checked
         raw = json.loads(read_regular(self.split.file))
         pairs = zip(raw["annotations"], checked["annotations"], strict=True)
-        annotations = [own | parsed if isinstance(parsed, dict) else parsed for own, parsed in pairs]
+        annotations = [
+            own | {key: value for key, value in parsed.items() if key not in ("segmentation", BROKEN_MASK)}
+            if isinstance(parsed, dict)
+            else parsed
+            for own, parsed in pairs
+        ]
         return raw | {"images": checked["images"], "categories": checked["categories"], "annotations": annotations}
 
     def _ambiguous_ids(self) -> set[int]:
@@ -188,7 +200,7 @@ class _Repair:
         for index, box, reason in zip(kept.tolist(), boxes, reasons, strict=True):
             position = int(split.positions[index])
             name = record_name(split.content["annotations"], position)
-            record = {key: value for key, value in raw[position].items() if key != "where"}
+            record = {key: value for key, value in raw[position].items() if key not in ("where", BROKEN_MASK)}
             record |= {"category_id": int(split.category_ids[index]), "image_id": image_ids[record["image_id"]]}
             if box is None:
                 self.log("box-outside", name, f"dropped: bbox {record['bbox']} has no area inside its image")
@@ -207,12 +219,31 @@ class _Repair:
             if reason:
                 self.log(reason, name, f"bbox {record['bbox']} → {box}")
                 record |= {"bbox": box, "area": box[2] * box[3]}
-                if reason == "image-size" and "segmentation" in record:
-                    image = split.images[split.image_indices[index]]
-                    record["segmentation"] = _transform_polygons(record["segmentation"], image)
+            self._repair_mask(record, index, reason)
             annotations.append(record)
         self._renumber(annotations, raw)
         return annotations
+
+    def _repair_mask(self, record: dict[str, Any], index: int, reason: str) -> None:
+        """Move the mask of a record like its box, clip it to the image, and remove what is not a mask."""
+        split, position = self.split, int(self.split.positions[index])
+        codes = self.mask_codes[position]
+        if not record.get("segmentation") or not (codes or reason in ("image-size", "boxes-normalized")):
+            return
+        mask = split.content["annotations"][position].get("segmentation")
+        mask = mask if mask is not None else read_segmentation(record["segmentation"])[0]
+        limits = object_limits(split)[index]
+        if isinstance(mask, list) and reason == "boxes-normalized" and max(part.max() for part in mask) <= 1:
+            mask = [part * np.tile(limits, len(part) // 2) for part in mask]
+        if mask is not None and reason == "image-size":
+            mask = _transform_mask(mask, split.images[split.image_indices[index]])
+        if mask is not None and "mask-outside" in codes and np.isfinite(limits).all():
+            mask = clip_mask(mask, limits)
+        mask = None if "mask-empty" in codes else mask
+        record["segmentation"] = [part.round(4) for part in mask] if isinstance(mask, list) else mask or []
+        for code in codes:
+            change = "clipped to the image" if code == "mask-outside" else "without the parts that are no mask"
+            self.log(code, record_name(split.content["annotations"], position), change)
 
     def _renumber(self, annotations: list[dict[str, Any]], raw: list[Any]) -> None:
         """Give a new id to each object without an id of its own."""
@@ -280,14 +311,18 @@ def _transform(boxes: np.ndarray, record: ImageRecord) -> np.ndarray | None:
     return boxes * np.array([scale_x, scale_y, scale_x, scale_y])
 
 
-def _transform_polygons(polygons: Any, record: ImageRecord) -> list[list[float]]:
-    """Move polygons as the boxes of their image; run lengths become an empty list."""
+def _transform_mask(mask: Segmentation, record: ImageRecord) -> Segmentation:
+    """Move a mask as the boxes of its image."""
+    assert record.size is not None
+    if isinstance(mask, dict):
+        turned = record.orientation in TRANSPOSED_ORIENTATIONS and record.declared == record.size[::-1]
+        return resize_rle(mask, record.size, record.orientation if turned else None)
     moved = []
-    for polygon in polygons if isinstance(polygons, list) else []:
-        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    for polygon in mask:
+        points = polygon.reshape(-1, 2)
         boxes = _transform(np.concatenate([points, np.zeros_like(points)], axis=1), record)
         assert boxes is not None  # the boxes of this image were moved
-        moved.append(boxes[:, :2].round(4).reshape(-1).tolist())
+        moved.append(boxes[:, :2].reshape(-1))
     return moved
 
 
