@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from deformable_detr.model.mask_ops import MaskLogits, content_ratios, select_masks
-from deformable_detr.model.postprocess import postprocess, to_detections
+from deformable_detr.model.postprocess import postprocess, to_detections, topk_boxes
 from deformable_detr.structures import Category
 from deformable_detr.utils.rle import decode_masks, encode_masks
 
@@ -96,7 +96,10 @@ def test_only_masks_over_the_threshold_are_computed(monkeypatch, factored):
     counts = [len(scored.masks.logits) for scored in selected]
     assert counts == [int((scored.scores >= 0.4).sum()) for scored in everything]
     assert counts[0] > counts[1] > 0
-    assert [len(scored.masks.logits) for scored in everything] == [27, 27]
+    queries = topk_boxes(outputs["pred_logits"], outputs["pred_boxes"], torch.tensor(sizes), 100)[3]
+    expected = select_masks(outputs, queries)
+    assert all(torch.allclose(scored.masks.logits, masks) for scored, masks in zip(everything, expected, strict=True))
+    assert not torch.allclose(*expected)
     for a, b, size in zip(everything, selected, sizes, strict=True):
         assert to_detections(a, size, 0.4, categories).to_dict() == to_detections(b, size, 0.4, categories).to_dict()
     boxes = {key: outputs[key] for key in ("pred_logits", "pred_boxes")}
