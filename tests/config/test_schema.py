@@ -37,6 +37,8 @@ def test_yaml_round_trip(name):
         ({"model": {"two_stage": True}}, ["two_stage requires refine"]),
         ({"model": {"class_names": ["a"]}}, ["class_names has 1 entries, but num_classes is 91"]),
         ({"model": {"num_classes": 2, "category_ids": [1, 1]}}, ["category_ids has duplicates"]),
+        ({"train": {"dice_weight": 1}}, ["train.dice_weight is not used without model.masks: true"]),
+        ({"model": {"masks": True}, "train": {"mask_points": 4}}, ["train.mask_points", "greater than or equal to 8"]),
         ({"train": {"epochs": 0, "lr": 0}}, ["train.epochs", "(and 1 more)"]),
     ],
 )

@@ -29,8 +29,11 @@ def tiny_config(**train: Any) -> Config:
     return Config.from_dict({"preset": "small", "model": model.model_dump(), "data": data, "train": {**base, **train}})
 
 
-def write_dataset(root: Path, train: int = 8, val: int = 4, seed: int = 0, empty: int = 0) -> Path:
-    """Write colored rectangles as COCO JSON with gaps in the ids; the first `empty` images have no objects."""
+def write_dataset(root: Path, train: int = 8, val: int = 4, seed: int = 0, empty: int = 0, mask_every: int = 0) -> Path:
+    """Write colored rectangles as COCO JSON with gaps in the ids; the first `empty` images have no objects.
+
+    Of every `mask_every` objects, the last has a mask, the polygon of its rectangle; 0: none.
+    """
     random = np.random.default_rng(seed)
     for split, count in (("train", train), ("valid", val)):
         folder = root / split
@@ -47,6 +50,9 @@ def write_dataset(root: Path, train: int = 8, val: int = 4, seed: int = 0, empty
                     "id": len(annotations) + 1, "image_id": 100 + number, "category_id": 10 * (color + 1),
                     "bbox": [x, y, int(width), int(height)], "area": int(width * height), "iscrowd": 0,
                 })  # fmt: skip
+                if mask_every and len(annotations) % mask_every == 0:
+                    corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
+                    annotations[-1]["segmentation"] = [[int(value) for corner in corners for value in corner]]
             name = f"{number}.png"
             Image.fromarray(pixels).save(folder / name)
             images.append({"id": 100 + number, "file_name": name, "width": 64, "height": 64})

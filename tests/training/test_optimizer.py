@@ -132,3 +132,11 @@ def test_learning_rate_scales_with_the_total_batch_size(settings, processes, bat
     lr, note = scaled_lr(config, batch)
     assert lr == pytest.approx(rate)
     assert note.startswith(f"{rate:.3g}")
+
+
+def test_the_mask_head_learns_at_the_full_rate():
+    config = tiny_config(backbone_lr_mult=0.1, sampling_lr_mult=0.1).updated({"model": {"masks": True}})
+    groups = {group["name"]: group for group in parameter_groups(DeformableDETR(config.model), config.train)}
+    names = [name for name in groups["base"]["names"] if name.startswith("mask_head.")]
+    assert len(names) == 16
+    assert not any("mask_head" in name for group in ("backbone", "sampling") for name in groups[group]["names"])

@@ -138,6 +138,8 @@ def test_embedded_config_is_ignored_after_changes_in_transformers(native_model, 
         ({"box_eps": (1e-3, 1e-3)}, "official", "box_eps"),
         ({"position_encoding": "dino"}, "transformers", "position_encoding: dino"),
         ({"finest_stride": 4}, "official", "finest_stride: 4"),
+        ({"masks": True}, "official", "masks: True; fine-tune as --preset"),
+        ({"masks": True}, "transformers", "masks: True; fine-tune as --preset small-portable"),
         ({}, "official", "no backbone 'test_resnet'"),
         ({"backbone": "resnet50"}, "official", "hidden_dim of 256"),
         ({"activation": "gelu"}, "official", "activation: gelu"),
@@ -194,8 +196,9 @@ def test_without_transformers_only_the_tensors_are_verified(native_model, native
 def test_portability_note_for_unsupported_networks():
     for name, preset in presets.PRESETS.items():
         note = portability_note(preset())
-        assert (note is None) == (name != "small" and not name.startswith("dino"))
+        assert (note is None) == (name not in ("small", "small-masks") and not name.startswith("dino"))
         assert note is None or "--preset small-portable" in note
+        assert note is None or ("without masks" in note) == preset().masks
 
 
 def test_existing_files_are_not_overwritten(native_folder, tmp_path):

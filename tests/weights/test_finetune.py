@@ -264,3 +264,55 @@ def test_print_config_includes_the_network_of_the_weights(source, capsys):
     assert (config["model"]["hidden_dim"], config["model"]["image_size"]) == (model.config.hidden_dim, 96)
     cli.main(["train", "--weights", str(folder), "--preset", "refine", "--print-config"])
     assert yaml.safe_load(capsys.readouterr().out)["model"]["hidden_dim"] == 256
+
+
+def test_boxes_to_masks_and_back(source, tmp_path):
+    model, folder = source
+    lines = []
+    masks = new_model(masks=True, num_classes=3, class_names=model.config.class_names)
+    initial = {name: value.clone() for name, value in masks.state_dict().items()}
+    report = transfer(masks, folder, lines.append)
+    assert list(report.initialized) == [name for name in initial if name.startswith("mask_head.")]
+    for name, value in masks.state_dict().items():
+        expected = initial if name in report.initialized else model.state_dict()
+        assert torch.equal(value, expected[name]), name
+    assert any("new: mask_head." in line and "not in the source" in line for line in lines)
+
+    masks.save_pretrained(tmp_path / "masks")
+    loaded = DeformableDETR.from_pretrained(tmp_path / "masks")
+    assert loaded.config.masks
+    assert all(torch.equal(value, masks.state_dict()[name]) for name, value in loaded.state_dict().items())
+    boxes, lines = new_model(num_classes=3, class_names=model.config.class_names), []
+    report = transfer(boxes, tmp_path / "masks", lines.append)
+    assert not report.initialized
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in boxes.state_dict().items())
+    assert any("unused: mask_head." in line and "not in this model" in line for line in lines)
+
+
+def test_masks_are_inherited_and_can_be_changed(source, tmp_path, capsys):
+    import yaml
+
+    from deformable_detr import cli
+
+    def masks(*options):
+        cli.main(["train", *options, "--print-config"])
+        return yaml.safe_load(capsys.readouterr().out)["model"]["masks"]
+
+    _, folder = source
+    new_model(masks=True).save_pretrained(tmp_path / "masks")
+    assert not masks("--weights", str(folder))
+    assert masks("--weights", str(folder), "--masks")
+    assert masks("--weights", str(tmp_path / "masks"))
+    assert not masks("--weights", str(tmp_path / "masks"), "--no-masks")
+    assert not masks()
+    assert masks("--masks")
+    assert masks("--preset", "single-scale", "--masks")
+    assert masks("--preset", "small-masks")
+
+
+def test_small_masks_is_the_preset_of_a_small_network_with_masks(tmp_path):
+    options = {"backbone_weights": "none", "num_classes": 3}
+    DeformableDETR(presets.small_masks(**options)).save_pretrained(tmp_path / "masks")
+    assert finetune_config(tmp_path / "masks").preset == "small-masks"
+    DeformableDETR(presets.small(**options)).save_pretrained(tmp_path / "boxes")
+    assert finetune_config(tmp_path / "boxes").preset == "small"

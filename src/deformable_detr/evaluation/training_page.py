@@ -12,7 +12,17 @@ from .gallery import read_gallery, read_json_lines
 
 PAGE = "training.html"
 MAX_POINTS = 400  # per curve; more are averaged in groups
-TRAIN_CURVES = ("loss", "loss_class", "loss_bbox", "loss_giou", "lr", "images_per_second", "grad_norm")
+TRAIN_CURVES = (
+    "loss",
+    "loss_class",
+    "loss_bbox",
+    "loss_giou",
+    "loss_mask",
+    "loss_dice",
+    "lr",
+    "images_per_second",
+    "grad_norm",
+)
 EVALUATION_CURVES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "best_AP")
 
 

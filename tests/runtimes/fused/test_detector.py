@@ -109,6 +109,42 @@ def test_outputs_match_the_model(variant):
     assert reference.backbone.body is not optimized.backbone
 
 
+MASKED = [name for name, (preset, changes) in VARIANTS.items() if presets.PRESETS[preset](**changes).masks]
+
+
+@pytest.mark.parametrize("variant", MASKED)
+@torch.no_grad()
+def test_masks_match_the_model(variant):
+    name, changes = VARIANTS[variant]
+    reference = model(name, **changes)
+    assert reference.mask_head is not None
+    for parameter in reference.mask_head.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    optimized = reference.optimize()
+    for size, padded in ((1, False), (3, True)):
+        expected, outputs = reference(*batch(size, padded)), optimized(*batch(size, padded))
+        assert outputs.keys() == expected.keys() & outputs.keys()
+        difference = (expected["mask_features"] - outputs["mask_features"]).abs().max()
+        assert difference <= 1e-4
+        # Queries with almost equal scores may swap places; each has its own mask.
+        distance = torch.cdist(expected["mask_embeddings"], outputs["mask_embeddings"], p=torch.inf)
+        assert distance.amin(-1).max() <= 1e-4
+        assert expected["mask_embeddings"].abs().mean() > 0.1
+    optimized.mask_head.pointwise.bias += 0.01
+    wrong = optimized(*batch(1, False))["mask_features"]
+    assert (reference(*batch(1, False))["mask_features"] - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(not onednn.has_bf16(), reason="the processor has no bf16 instructions")
+@torch.no_grad()
+def test_masks_in_bf16():
+    reference = model("single-scale", masks=True)
+    expected, outputs = reference(*batch(2, True)), reference.optimize("bf16")(*batch(2, True))
+    for name in ("mask_features", "mask_embeddings"):
+        assert outputs[name].dtype == torch.float32
+        assert (outputs[name] - expected[name]).abs().max() < 0.1 * expected[name].abs().max()
+
+
 @torch.no_grad()
 def test_comparison_detects_other_weights():
     reference, pixels = model(), batch(1, False)[0]

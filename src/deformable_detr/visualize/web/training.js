@@ -24,7 +24,8 @@
   curve("ap", "evaluation", [["AP", "AP", 0, "AP"], ["AP50", "AP50", 1], ["AP75", "AP75", 2], ["mask_AP", "mask AP", 3]]);
   curve("sizes", "evaluation", [["AP_small", "small", 0, "AP"], ["AP_medium", "medium", 1], ["AP_large", "large", 2]]);
   curve("loss", "train", [["loss", "loss", 0]]);
-  curve("parts", "train", [["loss_class", "class", 0, "loss"], ["loss_bbox", "boxes (L1)", 1], ["loss_giou", "boxes (GIoU)", 2]]);
+  curve("parts", "train", [["loss_class", "class", 0, "loss"], ["loss_bbox", "boxes (L1)", 1], ["loss_giou", "boxes (GIoU)", 2],
+    ["loss_mask", "masks (cross-entropy)", 3], ["loss_dice", "masks (dice)", 4]]);
   curve("lr", "train", [["lr", "learning rate", 0]]);
   curve("speed", "train", [["images_per_second", "images per second", 0]]);
 }
