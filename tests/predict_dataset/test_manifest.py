@@ -172,6 +172,23 @@ def test_damaged_results_are_predicted_again(tmp_path):
     assert read_rows(tmp_path) == original_rows
 
 
+def test_results_with_a_flipped_bit_are_predicted_again(tmp_path, caplog):
+    """Whatever the bit means: pixels of a box, a count, the schema or the checksum itself."""
+    store = OutputFolder(str(tmp_path))
+    plan = create(store, source_ranges(10), 4)
+    write_unit(store, plan, 0)
+    content = (tmp_path / part_name(0)).read_bytes()
+    assert finished_units(store, plan) == {0: ImageCounts(4, 4)}
+    assert not caplog.records
+    positions = {*range(0, len(content), 7), *range(content.rindex(b"deformable_detr.sha256"), len(content))}
+    for position in positions:
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        (tmp_path / part_name(0)).write_bytes(flipped)
+        assert finished_units(store, plan) == {}, position
+    assert f"{part_name(0)} is damaged; its images are predicted again" in caplog.text
+
+
 def test_temporarily_unreadable_results_are_kept(tmp_path, monkeypatch):
     store = OutputFolder(str(tmp_path))
     plan = create(store, source_ranges(10), 4)

@@ -322,6 +322,24 @@ def run_and_signal(model, source, out, number, units):
     return process.returncode, stdout + output
 
 
+def test_signal_handlers_are_kept():
+    """Ray sets one of its own when it starts."""
+    before = signal.getsignal(signal.SIGTERM)
+    with runs._kept_signal_handlers():
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_terminated_run_leaves_no_temporary_file(model, tmp_path):
+    pytest.importorskip("ray")
+    source, out = as_folder(tmp_path / "images", FILES * 20), tmp_path / "out"
+    code, stdout = run_and_signal(model, source, out, signal.SIGTERM, 1)
+    assert code == 128 + signal.SIGTERM
+    assert "units are finished; run the same command to resume" in stdout
+    assert not list(out.glob(".*.tmp"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["playing_cards", "bccd", "coco_mini"])
 def test_killed_and_interrupted_on_real_datasets(model, tmp_path, shared, name):

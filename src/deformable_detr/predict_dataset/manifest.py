@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from .filesystem import OutputFolder
 from .options import RESULT_OPTIONS, PredictDatasetOptions
 from .parquet import ImageCounts, part_name, read_note, read_part, unit_of_part, write_note
 from .sources import SourceRange
+
+log = logging.getLogger(__name__)
 
 FORMAT, VERSION = "deformable-detr predict-dataset", 1
 # Every reader of the folder must see one table. Some read hidden files too, and refuse others than Parquet unless they
@@ -118,6 +121,7 @@ def finished_units(out: OutputFolder, manifest: Manifest) -> dict[int, ImageCoun
     with ThreadPoolExecutor(16) as pool:
         for unit, part in zip(units, pool.map(partial(read_part, out), units), strict=True):
             if part is None:
+                log.warning("%s is damaged; its images are predicted again", out.path(part_name(unit)))
                 out.delete(part_name(unit))
             elif part[0] != manifest.run_id or unit >= manifest.num_units:
                 raise UserError(f"--out {out.root} holds {part_name(unit)} of another run; choose another folder")
@@ -148,12 +152,17 @@ def lock_output(out: OutputFolder) -> Iterator[None]:
         yield
         return
     try:
-        for pattern in (".part-*.parquet.*.tmp", "._*.tmp", "..*.tmp"):  # of a run that was killed
-            for file in root.glob(pattern):
-                file.unlink(missing_ok=True)
+        _delete_temporary_files(root)  # of a run that was killed
         yield
     finally:
+        _delete_temporary_files(root)  # of workers that were stopped
         lock.release()
+
+
+def _delete_temporary_files(root: Path) -> None:
+    for pattern in (".part-*.parquet.*.tmp", "._*.tmp", "..*.tmp"):
+        for file in root.glob(pattern):
+            file.unlink(missing_ok=True)
 
 
 def _default_unit_size(ranges: Iterator[SourceRange]) -> tuple[int, Iterator[SourceRange]]:

@@ -1,5 +1,6 @@
 """The output: Parquet files with one row per image."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -13,6 +14,8 @@ from .filesystem import OutputFolder
 ROW_GROUP_SIZE = 256
 _RUN, _IMAGES, _UNREADABLE = (f"deformable_detr.{key}".encode() for key in ("run", "images", "unreadable"))
 _NOTE = b"deformable_detr.manifest"
+_SHA256, _UNSEALED = b"deformable_detr.sha256", b"0" * 64
+_SEAL = re.compile(re.escape(_SHA256) + rb".{1,8}?([0-9a-f]{64})", re.DOTALL)  # the key and its value in the footer
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -94,14 +97,28 @@ def write_part(
                 images += len(group)
                 unreadable += sum(row["error"] is not None for row in group)
                 writer.write_table(pa.Table.from_pylist(group, columns))
-            writer.add_key_value_metadata({_RUN: run_id, _IMAGES: str(images), _UNREADABLE: str(unreadable)})
+            counts = {_IMAGES: str(images), _UNREADABLE: str(unreadable)}
+            writer.add_key_value_metadata({_RUN: run_id, **counts, _SHA256: _UNSEALED})
+        content = path.read_bytes()
+        path.write_bytes(_with_seal(content, hashlib.sha256(content).hexdigest().encode()))
 
     out.write(part_name(unit), write)
     return ImageCounts(images, unreadable)
 
 
+def _with_seal(content: bytes, seal: bytes) -> bytes:
+    """Return the file with another checksum in its footer, which is that of the file with `_UNSEALED` in this place."""
+    *_, place = _SEAL.finditer(content)
+    return content[: place.start(1)] + seal + content[place.end(1) :]
+
+
+def _is_intact(content: bytes) -> bool:
+    seals = _SEAL.findall(content)
+    return bool(seals) and seals[-1] == hashlib.sha256(_with_seal(content, _UNSEALED)).hexdigest().encode()
+
+
 def read_part(out: OutputFolder, unit: int) -> tuple[str, ImageCounts] | None:
-    """Return the run id and the counts of a part; None: it is missing or damaged.
+    """Return the run id and the counts of a part; None: it is missing or damaged. Only local files are read in full.
 
     Raises UserError if the storage fails, so that the file may be intact.
     """
@@ -110,6 +127,8 @@ def read_part(out: OutputFolder, unit: int) -> tuple[str, ImageCounts] | None:
 
     try:
         with out.open(part_name(unit)) as file:
+            if out.local and not _is_intact(file.read()):
+                return None
             metadata = pq.read_metadata(file).metadata or {}
         return metadata[_RUN].decode(), ImageCounts(int(metadata[_IMAGES]), int(metadata[_UNREADABLE]))
     except (pa.ArrowInvalid, KeyError, ValueError):

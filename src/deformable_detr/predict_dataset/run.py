@@ -3,7 +3,9 @@
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple
 from ..utils.device import pick_device
 from ..utils.errors import UserError, first_line
 from ..utils.files import is_exported
+from ..utils.process import STOP_SIGNALS
+from ..utils.terminal import echo
 from .filesystem import OutputFolder
 from .manifest import SUCCESS, UNITS, create_manifest, finished_units, lock_output
 from .options import PredictDatasetOptions
@@ -40,7 +44,7 @@ def predict_dataset(
     sources: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     options: PredictDatasetOptions | None = None,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = echo,
 ) -> ImageCounts:
     """Detect the objects in all images of the sources and write them as Parquet files.
 
@@ -131,7 +135,7 @@ def _run_units(
         try:
             for unit, counts, failure in _unit_results(ray, job, files, missing, resources):
                 progress.add(unit, counts, failure)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the command line turns signals into the second
             finished = f"{len(progress.finished)} of {manifest.num_units} units are finished"
             report(f"interrupted: {finished}; run the same command to resume")
             raise
@@ -189,7 +193,7 @@ def _ray_cluster(options: PredictDatasetOptions, model_bytes: int) -> Iterator[t
         arguments |= {"include_dashboard": False, "object_store_memory": memory}
     for attempt in range(START_ATTEMPTS):
         try:
-            with _silent_stderr():
+            with _silent_stderr(), _kept_signal_handlers():
                 ray.init(options.address or "local", **arguments)
             break
         except Exception as error:
@@ -202,6 +206,18 @@ def _ray_cluster(options: PredictDatasetOptions, model_bytes: int) -> Iterator[t
         yield ray, not options.address
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Undo that Ray handles SIGTERM: its handler ends the process in the middle of its native code."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
