@@ -142,3 +142,29 @@ def test_check_off_is_read_as_a_string(text, check):
 def test_check_on_is_rejected():
     with pytest.raises(UserError, match=r"data.check"):
         Config().updated(parse_overrides(["data.check=on"]))
+
+
+SIZES = [
+    name for name, field in ModelConfig.model_fields.items()
+    if field.annotation is int or type(field.default) is int or name in ("image_width", "max_size", "category_ids")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_of_foreign_configs_are_bounded(name):
+    """Such a size would fill the memory before any tensor is compared with it."""
+    value = (2**63,) if name == "category_ids" else 2**31
+    with pytest.raises(UserError, match=rf"^config\.json: {name}.*: input should be ") as caught:
+        ModelConfig.from_dict({name: value, "resize": "shortest_edge"}, "config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_sizes_of_the_network_are_tested():
+    assert set(SIZES) >= {"num_classes", "num_queries", "image_size", "hidden_dim", "encoder_layers", "num_heads"}
+
+
+@pytest.mark.parametrize(("field", "value"), [("depths", (2**31,)), ("widths", (2**31,)), ("stem", 2**31)])
+def test_sizes_of_foreign_backbones_are_bounded(field, value):
+    shape = {"depths": (1,), "widths": (8,), field: value}
+    with pytest.raises(UserError, match=rf"backbone_shape\.{field}.*: input should be less than"):
+        ModelConfig.from_dict({"backbone_shape": shape, "backbone_weights": "none"})

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from .image_size import FixedSize, ModelResize, ShortestEdge
-from .section import ConfigSection
+from .section import ConfigSection, Pixels, Size
 
 RGB = tuple[float, float, float]
 
@@ -18,11 +18,11 @@ class DetectorConfig(ConfigSection):
 
     class_names: tuple[str, ...] = ()
     """Class names in label order."""
-    category_ids: tuple[int, ...] = ()
+    category_ids: tuple[Annotated[int, Field(ge=-(2**63), lt=2**63)], ...] = ()
     """The dataset's category id of each label."""
-    num_classes: PositiveInt = 91
+    num_classes: Size = 91
     """Class logits per query."""
-    num_queries: PositiveInt = 300
+    num_queries: Size = 300
     """Object queries per image."""
 
     masks: bool = False
@@ -30,13 +30,13 @@ class DetectorConfig(ConfigSection):
 
     resize: Literal["shortest_edge", "fixed"] = "shortest_edge"
     """shortest_edge: keep the aspect ratio; fixed: stretch images to image_size × image_width."""
-    image_size: PositiveInt = 800
+    image_size: Pixels = 800
     """Short side of the input in pixels; with resize fixed, its height."""
-    image_width: PositiveInt | None = None
+    image_width: Pixels | None = None
     """Resize fixed: width of the input in pixels. If omitted: image_size."""
-    max_size: PositiveInt | None = None
+    max_size: Pixels | None = None
     """Maximum long side of the input in pixels. If omitted: image_size × 1333 / 800."""
-    size_divisor: PositiveInt = 1
+    size_divisor: Pixels = 1
     """Round input sides to multiples of this many pixels."""
     antialias: bool = True
     """Smooth images that are shrunk."""

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from .detector import AdapterConfig, DetectorConfig
-from .section import ConfigSection, merge
+from .section import ConfigSection, Layers, Size, merge
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -32,11 +32,11 @@ class ResNetShape(ConfigSection):
 
     block: Literal["basic", "bottleneck"] = "bottleneck"
     """Kind of residual block."""
-    depths: tuple[PositiveInt, ...] = Field(default=(3, 4, 6, 3), min_length=1)
+    depths: tuple[Layers, ...] = Field(default=(3, 4, 6, 3), min_length=1)
     """Blocks per stage."""
-    widths: tuple[PositiveInt, ...] = (256, 512, 1024, 2048)
+    widths: tuple[Size, ...] = (256, 512, 1024, 2048)
     """Output channels of each stage."""
-    stem: PositiveInt = 64
+    stem: Size = 64
     """Channels of the first convolution."""
     activation: Literal["relu", "gelu", "silu"] = "relu"
     """Activation of the stem and at the end of each block; inside blocks it is ReLU."""
@@ -65,24 +65,24 @@ class ModelConfig(DetectorConfig):
     """Number of frozen leading backbone stages. If omitted: 2 if pretrained, else 0."""
     dilation: bool = False
     """DC5: dilate the last backbone stage, which keeps stride 16."""
-    num_feature_levels: PositiveInt = 4
+    num_feature_levels: Layers = 4
     """1: only the last feature map; more: strides 8, 16, 32, 64, …"""
     finest_stride: Literal[8, 4] = 8
     """Stride of the first level if there are more than 3; 4: strides 4, 8, 16, 32, … (DINO with 5 scales)."""
 
-    hidden_dim: PositiveInt = 256
+    hidden_dim: Size = 256
     """Embedding dimension of the transformer."""
-    num_heads: PositiveInt = 8
+    num_heads: Size = 8
     """Attention heads."""
-    encoder_layers: NonNegativeInt = 6
+    encoder_layers: Annotated[int, Field(ge=0, le=1000)] = 6
     """Encoder layers."""
-    decoder_layers: PositiveInt = 6
+    decoder_layers: Layers = 6
     """Decoder layers."""
-    encoder_points: PositiveInt = 4
+    encoder_points: Size = 4
     """Sampling points per head and level in the encoder."""
-    decoder_points: PositiveInt = 4
+    decoder_points: Size = 4
     """Sampling points per head and level in the decoder."""
-    ffn_dim: PositiveInt = 1024
+    ffn_dim: Size = 1024
     """Hidden dimension of the feed-forward networks."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout probability."""

@@ -2,12 +2,17 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..utils.errors import UserError
+
+# Configs come from strangers too: larger values than any network has would fill the memory.
+Layers = Annotated[int, Field(ge=1, le=1000)]
+Pixels = Annotated[int, Field(ge=1, le=2**15)]
+Size = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class ConfigSection(BaseModel):
