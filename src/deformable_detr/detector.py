@@ -17,6 +17,7 @@ from .model.network import DeformableDETRNetwork
 from .predict.predictor import Detector
 from .utils.errors import UserError
 from .utils.files import is_exported
+from .utils.terminal import echo
 
 if TYPE_CHECKING:
     from .adapters.families import Family
@@ -184,7 +185,7 @@ def finetune_config(source: str | os.PathLike[str], changes: Mapping[str, Any] |
 
 
 def load_for_finetuning(
-    config: DetectorConfig, source: str | os.PathLike[str], log: Callable[[str], object] = print
+    config: DetectorConfig, source: str | os.PathLike[str], log: Callable[[str], object] = echo
 ) -> Detector:
     """Build a detector and initialize it with the weights of another one that fit.
 

@@ -12,6 +12,7 @@ from ..config.detector import AdapterConfig
 from ..config.schema import Config, DataConfig, TrainConfig
 from ..model.heads import PRIOR_LOGIT
 from ..utils.errors import UserError
+from ..utils.terminal import echo
 from ..weights.finetune import TransferReport, matching_classes
 from .detector import TransformersDetector, architecture, family_of, read_config
 from .families import scores_objects
@@ -35,7 +36,7 @@ def finetune_config(source: str | os.PathLike[str]) -> Config:
 
 
 def load_for_finetuning(
-    config: AdapterConfig, source: str | os.PathLike[str], log: Callable[[str], object] = print
+    config: AdapterConfig, source: str | os.PathLike[str], log: Callable[[str], object] = echo
 ) -> TransformersDetector:
     """Build a detector with `config` and copy the weights of `source` that fit.
 

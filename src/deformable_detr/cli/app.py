@@ -16,6 +16,7 @@ from .. import __version__
 from ..distributed.launch import is_local_rank_zero
 from ..utils.errors import UserError
 from ..utils.process import STOP_SIGNALS, limit_primitive_caches, retain_freed_memory, shorten_omp_spin
+from ..utils.terminal import PrintableFormatter
 from .benchmark import benchmark
 from .check import check
 from .convert import convert
@@ -75,11 +76,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _configure_logging(arguments: list[str]) -> list[str]:
-    """Enable logging for --verbose; return the other arguments."""
+    """Enable logging for --verbose; return the other arguments. Other commands log warnings by Python's last resort."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--verbose" in options:
         arguments.remove("--verbose")
-        logging.basicConfig(format="%(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+        logging.basicConfig(handlers=[handler])
         logging.getLogger("deformable_detr").setLevel(logging.INFO)
     return arguments
 

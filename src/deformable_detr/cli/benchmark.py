@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from ..utils.terminal import echo
 from .options import Device, JsonFile, Positive, PyTorchModel, Split
 
 
@@ -48,9 +49,9 @@ def benchmark(
     detector = load_model(model).to(target)
     machine = describe_machine(target.type)
     rows = benchmark(
-        detector, data, batch_size=batch_size, image_size=size, repeats=repeats, split=split, limit=limit, report=print
+        detector, data, batch_size=batch_size, image_size=size, repeats=repeats, split=split, limit=limit, report=echo
     )
-    print(table(rows))
+    echo(table(rows))
     if json is not None:
         options = {"batch_size": batch_size, "image_size": size, "repeats": repeats, "split": split, "limit": limit}
         write_json(json, {"machine": machine, **options, "rows": [asdict(row) for row in rows]})

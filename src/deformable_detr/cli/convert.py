@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..utils.errors import UserError
+from ..utils.terminal import echo
 from .options import Overrides
 
 
@@ -27,4 +28,4 @@ def convert(
     if changes or not isinstance(stated, dict):
         raise UserError(f"--set {(set_ or [''])[0]}: convert only takes keys of the model, such as model.num_heads=8")
     for line in convert_model(source, to, out, stated):
-        print(line)
+        echo(line)

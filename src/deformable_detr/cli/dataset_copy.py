@@ -14,6 +14,7 @@ from ..data.validate.repair import CHANGES, Change, new_copy, repair
 from ..data.validate.report_page import render_report
 from ..utils.errors import UserError
 from ..utils.files import prepare_files, write_json, write_text
+from ..utils.terminal import echo
 
 
 def check_dataset(data: Path, config: Config, fix: Path | None, report: Path | None, json: Path | None) -> bool:
@@ -59,12 +60,12 @@ def split_dataset(data: Path, out: Path, config: Config, options: SplitOptions) 
         changes = repair(issues, out)
         images, groups = split_images(issues, out, config.data, options)
     if groups < images or options.group is not None:
-        print(f"{images} images in {groups} groups; no group is split")
+        echo(f"{images} images in {groups} groups; no group is split")
     usable = _check_copy("split", issues, out, changes, config)
     if usable:
         names = {"train_split": train, "val_split": val}
         sets = [f" --set data.{key}={name}" for key, name in names.items() if name != getattr(DataConfig(), key)]
-        print(f"Next: deformable-detr train {shlex.quote(str(out))} --out runs/NAME{''.join(sets)}")
+        echo(f"Next: deformable-detr train {shlex.quote(str(out))} --out runs/NAME{''.join(sets)}")
     return usable
 
 
@@ -80,9 +81,9 @@ def _print_issues(data: Path, config: Config, hidden: Sequence[str] = ()) -> Rep
     if not report.errors:
         check_opening(report, config.data)
     for line in report.lines(without=hidden):
-        print(line)
+        echo(line)
     if not hidden:
-        print(report.summary)
+        echo(report.summary)
     return report
 
 
@@ -91,7 +92,7 @@ def _write_reports(issues: Report, report: Path | None, json: Path | None) -> No
         write_json(json, issues.to_dict())
     if report is not None:
         write_text(report, render_report(issues))
-        print(f"report with images: {report}")
+        echo(f"report with images: {report}")
 
 
 def _check_copy(kind: str, issues: Report, copy: Path, changes: list[Change], config: Config) -> bool:
@@ -99,13 +100,13 @@ def _check_copy(kind: str, issues: Report, copy: Path, changes: list[Change], co
     data = config.data.replace(images=None, annotations=None, val_images=None, val_annotations=None)
     remaining = _validate(copy, data, config)
     (images, objects), (images_left, objects_left) = _counts(issues), _counts(remaining)
-    print(
+    echo(
         f"{copy}: {kind} copy with {images_left} of {images} images and {objects_left} of {objects} objects; "
         f"{copy / CHANGES} lists {len(changes)} changes"
     )
     for line in remaining.lines(limit=1):
-        print(f"remaining: {line}")
-    print(remaining.summary)
+        echo(f"remaining: {line}")
+    echo(remaining.summary)
     return not remaining.errors
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
+from ..utils.terminal import echo, printable_name
 from .options import DataOverrides, Dataset, Device, JsonFile, Model, NonNegative, Positive, Precision, Split
 from .options import format_metric as fmt
 
@@ -46,14 +47,14 @@ def evaluate(
         models, data, split, data_config, device, precision, batch_size=batch_size, workers=workers
     )
     if compare is not None:
-        print(", ".join(f"{letter}: {result.name}" for letter, result in zip("AB", results, strict=True)))
-    print(metrics_table(*(result.metrics for result in results)))
+        echo(", ".join(f"{letter}: {result.name}" for letter, result in zip("AB", results, strict=True)))
+    echo(metrics_table(*(result.metrics for result in results)))
     if json is not None:
         write_json(json, compare_metrics(results))
     if report is not None:
         from ..evaluation.report import write_report
 
-        print(f"report: {write_report(report, results, data.resolve().name, split)}")
+        echo(f"report: {write_report(report, results, data.resolve().name, split)}")
 
 
 def metrics_table(metrics: dict[str, Any], other: dict[str, Any] | None = None) -> str:
@@ -73,6 +74,6 @@ def metrics_table(metrics: dict[str, Any], other: dict[str, Any] | None = None) 
 
 def _rows(metrics: dict[str, Any]) -> list[tuple[str, float | None]]:
     rows = [(name, value) for name, value in metrics.items() if isinstance(value, float) or value is None]
-    rows += [(f"AP of {name}", value) for name, value in metrics.get("per_class", {}).items()]
+    rows += [(f"AP of {printable_name(name)}", value) for name, value in metrics.get("per_class", {}).items()]
     masks = _rows(metrics["segm"]) if "segm" in metrics else []
     return rows + [(f"mask {name}", value) for name, value in masks]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.errors import UserError
 from ..utils.files import prepare_files, write_json, write_text
+from ..utils.terminal import echo, printable_name
 from .options import Device, JsonFile, Positive, PyTorchModel, Threshold
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def explain(
         explanation.save(out, layer_index)
     if json is not None:
         write_json(json, explanation.to_dict())
-    print("\n".join([*_summary(explanation), f"wrote {out}" + (f" and {json}" if json else "")]))
+    echo("\n".join([*_summary(explanation), f"wrote {out}" + (f" and {json}" if json else "")]))
 
 
 def _parse_point(text: str) -> tuple[float, float]:
@@ -85,7 +86,7 @@ def _summary(explanation: DetectionExplanation | PointExplanation) -> list[str]:
     """The figures of an explanation as lines for a terminal."""
     from ..explanation import PointExplanation
 
-    lines = [explanation.title]
+    lines = [printable_name(explanation.title)]
     if isinstance(explanation, PointExplanation):
         tokens = zip(explanation.spatial_shapes, explanation.token_centers.tolist(), strict=True)
         return lines + [

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ..utils.terminal import echo
 from .options import Flag, Positive, PyTorchModel, Split
 
 
@@ -38,5 +39,5 @@ def export(
     from ..export.graph import parse_size
 
     options = ExportOptions(precision, parse_size(image_size), post_processing, sampling, data, split, limit)
-    export_model(load_model(model), out, to, options, report=print)
-    print(f"{out} is verified. Next: deformable-detr predict {out} IMAGE --out pictures")
+    export_model(load_model(model), out, to, options, report=echo)
+    echo(f"{out} is verified. Next: deformable-detr predict {out} IMAGE --out pictures")

@@ -13,6 +13,7 @@ from cyclopts.validators import Number
 
 from ..config import presets
 from ..config.resolve import DEFAULT_PRESET
+from ..utils.terminal import printable
 
 Flag = Parameter(negative=())
 Model = Annotated[
@@ -91,7 +92,7 @@ def _without_constraints(annotation: Any) -> Any:
 
 def print_error(message: str) -> None:
     """Print an error as one line to standard error."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def format_metric(value: float | None) -> str:

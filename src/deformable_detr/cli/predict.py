@@ -16,6 +16,7 @@ from cyclopts import Parameter
 from ..utils.errors import UserError
 from ..utils.files import prepare_files, prepare_folder, write_json
 from ..utils.packages import need
+from ..utils.terminal import echo, printable_name
 from .options import Device, JsonFile, Model, NonNegative, Positive, Precision, Split, Threshold, print_error
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def predict_split(model: Detector, data: Path, options: PredictOptions) -> None:
     left_out = (
         f"; {others} of classes that it does not list are left out" if (others := len(results) - len(rows)) else ""
     )
-    print(f"{options.coco}: {len(rows)} detections in {count} images of {dataset.annotation_file}{left_out}")
+    echo(f"{options.coco}: {len(rows)} detections in {count} images of {dataset.annotation_file}{left_out}")
 
 
 def _in_file_ids(dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -182,7 +183,7 @@ def predict_files(
     model: Detector,
     files: Sequence[Path],
     options: PredictOptions,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = echo,
     report_error: Callable[[str], None] = print_error,
 ) -> int:
     """Detect objects in images and videos, draw them, and write the detections as JSON.
@@ -283,7 +284,7 @@ def _predict_image(results: Iterator[Detections | UserError], source: Source, ou
         except UserError as error:
             problem = str(error)
     scores = zip(detections.names, detections.scores.tolist(), strict=True)
-    best = _first_entries([f"{name} {score:.2f}" for name, score in scores])
+    best = _first_entries([f"{printable_name(name)} {score:.2f}" for name, score in scores])
     line = f"{len(detections)} objects: {best}" if len(detections) else "no objects"
     return replace(detections, image=source).to_dict(), line, problem, len(detections)
 
@@ -297,7 +298,10 @@ def _predict_video(model: Detector, source: Source, out: Path, options: PredictO
         return None, None, summary.problem, 0
     record = {"video": str(source), "frames": summary.frames, "annotated": str(out), "lines": str(lines)}
     problem = None if summary.problem is None else f"{summary.problem}; the readable frames are in {out}"
-    counts = _first_entries([f"{name} {count}×" for name, count in summary.counts.most_common()]) or "no objects"
+    counts = (
+        _first_entries([f"{printable_name(name)} {count}×" for name, count in summary.counts.most_common()])
+        or "no objects"
+    )
     return record, f"{summary.frames} frames, {counts}; {out}, {lines.name}", problem, summary.most
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..utils.errors import UserError
+from ..utils.terminal import echo
 from .options import Dataset, Flag, Overrides, Preset, config_options, format_metric
 
 
@@ -80,5 +81,5 @@ def train(
     if "segm" in metrics:
         summary += f", mask AP {format_metric(metrics['segm']['AP'])}"
     best = f"best {'mask AP' if 'segm' in metrics else 'AP'}, {format_metric(metrics['best_AP']).strip()}"
-    print(f"{summary} at the end; the model with the {best}, is in {out}")
-    print(f"Next: deformable-detr predict {shlex.quote(str(out))} IMAGE --out pictures")
+    echo(f"{summary} at the end; the model with the {best}, is in {out}")
+    echo(f"Next: deformable-detr predict {shlex.quote(str(out))} IMAGE --out pictures")

@@ -344,9 +344,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     """Read a data.yaml, with all scalars as text."""
     try:
         content = read_yaml(file, _TextLoader)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}); make it readable") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: not valid YAML ({str(error)[:200]}); correct it") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: lacks the keys 'names', 'train' and 'val' of a YOLO dataset; add them")

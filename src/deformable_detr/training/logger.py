@@ -17,6 +17,7 @@ from ..config.schema import TrainConfig
 from ..utils.errors import UserError
 from ..utils.files import replace_file
 from ..utils.packages import need
+from ..utils.terminal import printable
 from .step import StepMetrics
 
 _log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class TrainingLogger:
     def print(self, line: str) -> None:
         """Print a line above the progress bar."""
         if self.enabled:
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(printable(line), file=sys.stderr)
 
     def show_progress(self, state: TrainState, progress: float) -> None:
         """Update the progress bar, which is shown only on a terminal."""

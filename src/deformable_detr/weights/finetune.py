@@ -14,6 +14,7 @@ from ..config.schema import Config, ModelConfig
 from ..model.heads import PRIOR_LOGIT
 from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError
+from ..utils.terminal import echo
 from .checkpoint import STATED, Checkpoint, UntoldFieldsError
 from .load import read_checkpoint
 from .resize import resize_state
@@ -75,7 +76,7 @@ def finetune_config(source: str | os.PathLike[str], changes: Mapping[str, Any] |
 def load_for_finetuning(
     config: ModelConfig,
     source: str | os.PathLike[str],
-    log: Callable[[str], object] = print,
+    log: Callable[[str], object] = echo,
     network_class: type[NetworkT] = DeformableDETRNetwork,
 ) -> NetworkT:
     """Build a network with `config` and initialize it with `transfer_weights`, whose report is logged.

@@ -1,0 +1,29 @@
+"""Print texts that can contain names from files, whose control characters a terminal would obey."""
+
+import logging
+import re
+
+# C0 without tab and line feed, DEL, C1, and the characters that reverse the direction of a line.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters escaped, such as \\x1b, except tabs and line feeds."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def printable_name(name: str) -> str:
+    """Return a name as `printable` does, on one line."""
+    return printable(name).replace("\n", "\\n")
+
+
+def echo(text: str) -> None:
+    """Print a text to standard output with its control characters escaped."""
+    print(printable(text))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Format log records with their control characters escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
