@@ -197,9 +197,7 @@ class YoloSource(Source):
             return
         extra: list[int] = []
         swapped: list[int] = []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+        for number, line in ((number, text) for number, text in enumerate(lines, start=1) if text.strip()):
             try:
                 label, box, polygon = read_row(line, len(self.names), self.keypoints)
             except ValueError as error:
