@@ -8,6 +8,7 @@ import pytest
 
 from deformable_detr.config.image_size import ShortestEdge
 from deformable_detr.config.schema import DataConfig
+from deformable_detr.data import coco, source
 from deformable_detr.data.dataset import open_dataset
 from deformable_detr.data.source import AnnotationCache, remap_category_ids
 from deformable_detr.data.validate import check_for_training
@@ -23,14 +24,15 @@ def reads(monkeypatch):
     def counted(function):
         def wrapper(path, *args, **options):
             content = function(path, *args, **options)  # raises for an image without a label file
+            path = path if isinstance(path, Path) else path.name
             if Path(path).suffix in (".json", ".xml", ".txt") and "ImageSets" not in str(path):
                 counts[str(path)] += 1
             return content
 
         return wrapper
 
-    for name in ("read_bytes", "read_text"):
-        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+    for module in (coco, source):
+        monkeypatch.setattr(module, "read_regular", counted(module.read_regular))
     monkeypatch.setattr(defusedxml.ElementTree, "parse", counted(defusedxml.ElementTree.parse))
     return counts
 
