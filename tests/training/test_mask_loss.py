@@ -233,6 +233,22 @@ def test_more_objects_than_queries():
     assert outputs["mask_features"].grad.isfinite().all()
 
 
+def test_objects_that_no_query_is_left_for_have_no_mask_loss():
+    outputs, (target,), packed = batch((9,))
+    matched = torch.arange(QUERIES).expand(LAYERS, -1)
+    matches = Matches(torch.zeros_like(matched), matched, matched)  # object 6 and later have no query
+    tables = []
+    for number in (None, 3, 6):
+        masks = target.masks.clone()
+        if number is not None:
+            masks[number] = 255 - masks[number]
+        changed = PackedTargets.pack([replace(target, masks=masks)])
+        tables.append(MaskCriterion(CONFIG).losses(outputs, changed, matches, None)[0])
+    assert {3, 6} <= set(packed.masked.tolist())
+    assert torch.equal(tables[0], tables[2])
+    assert not torch.allclose(tables[0], tables[1])
+
+
 @pytest.mark.parametrize("name", ["mask_features", "layer_mask_embeddings"])
 def test_non_finite_masks_name_their_image(name):
     outputs, _, packed = batch((2, 1))
