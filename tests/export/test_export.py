@@ -335,3 +335,33 @@ def test_full_size(kind, sampling, preset, tmp_path):
 
         kinds = Counter(node.op_type for node in onnx.load(path).graph.node)
         assert (kinds["GridSample"] == 0) == (sampling == "gather")
+
+
+def test_onnx_dimensions_have_readable_names(tmp_path):
+    import onnx
+
+    export_model(tiny(), tmp_path / "model.onnx", "onnx", ExportOptions(post_processing=True))
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    dims = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in [*graph.input, *graph.output]
+    }
+    assert dims == {
+        "pixels": ["batch", 3, "height", "width"], "padding_mask": ["batch", "height", "width"],
+        "original_sizes": ["batch", 2], "pred_logits": ["batch", "queries", 3], "pred_boxes": ["batch", "queries", 4],
+        "boxes": ["batch", "detections", 4], "scores": ["batch", "detections"], "labels": ["batch", "detections"],
+    }  # fmt: skip
+
+
+def test_pt2_reads_narrow_images(tmp_path):
+    """A side of 20 pixels is one pixel of the map."""
+    model = tiny()
+    export_model(model, tmp_path / "model.pt2", "torch")
+    exported = load_exported(tmp_path / "model.pt2", "cpu")
+    for height, width in ((600, 20), (20, 600), (10, 200)):
+        pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+        mask = torch.zeros(2, height, width, dtype=torch.bool)
+        mask[1, height // 2 :] = True
+        expected, actual = model(pixels, mask), exported(pixels, mask)
+        for name, value in actual.items():
+            torch.testing.assert_close(value, expected[name].detach(), atol=1e-4, rtol=1e-4)
