@@ -20,14 +20,18 @@ from ..utils.packages import need
 from .formats import convert_to_onnx, write_file
 from .graph import InferenceGraph, Sampling, trace
 from .quantization import CalibrationImages, import_nncf, quantize
-from .verify import BOX_TOLERANCE, LOGIT_TOLERANCE, VerifiedCase, verify
+from .verify import BOX_TOLERANCE, LOGIT_TOLERANCE, MASK_IOU, VerifiedCase, verify
 
 Format = Literal["onnx", "openvino", "torch"]
 Precision = Literal["fp32", "fp16", "int8"]
 MAX_AP_LOSS = 0.005  # of fp16 and int8
-# Of logits and boxes. fp16 and int8 may select other proposals as queries, so only shapes and finite values are checked
-# here; the AP decides.
-TOLERANCES = {"fp32": (LOGIT_TOLERANCE, BOX_TOLERANCE), "fp16": (1e3, 1.0), "int8": (1e3, 1.0)}
+# Of logits, boxes and the IoU of masks. fp16 and int8 may select other proposals as queries, so only shapes and finite
+# values are checked here; the AP decides.
+TOLERANCES = {
+    "fp32": (LOGIT_TOLERANCE, BOX_TOLERANCE, MASK_IOU),
+    "fp16": (1e3, 1.0, 0.0),
+    "int8": (1e3, 1.0, 0.0),
+}
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
 
 
@@ -124,18 +128,25 @@ class _Exporter:
         self.report("traced")
         converted = program if self.to == "torch" else convert_to_onnx(program, self.metadata)
         ap_before = None if options.data is None else self._evaluate(self.model)
-        aps: list[float] = []
+        aps: list[list[float]] = []
         for name, variant in self._variants(converted):
             exported, cases = self._write_and_verify(variant, folder / self.name, name)
             if ap_before is None:
                 return cases, None, None
             aps.append(self._evaluate(exported))
-            self.report(f"AP {ap_before:.4f} before, {aps[-1]:.4f} after")
-            if aps[-1] >= ap_before - MAX_AP_LOSS:
-                return cases, ap_before, aps[-1]
+            before, after = ap_before, aps[-1]
+            text = "; ".join(
+                f"{kind} {old:.4f} before, {new:.4f} after"
+                for kind, old, new in zip(("AP", "mask AP"), before, after, strict=False)
+            )
+            self.report(text)
+            if _loss(before, after)[0] <= MAX_AP_LOSS:
+                return cases, before[0], after[0]
+        assert ap_before is not None
+        _, kind, old, new = min(_loss(ap_before, values) for values in aps)
         raise UserError(
-            f"refused: {options.precision} lowers AP from {ap_before:.4f} to {max(aps):.4f}, by more than "
-            f"{MAX_AP_LOSS}; nothing was written, use fp32"
+            f"refused: {options.precision} lowers {kind} from {old:.4f} to {new:.4f}, by more than {MAX_AP_LOSS}; "
+            "nothing was written, use fp32"
         )
 
     def _variants(self, converted: Any) -> Iterator[tuple[str, Any]]:
@@ -158,14 +169,22 @@ class _Exporter:
             self.report(f"verified {case}")
         return exported, cases
 
-    def _evaluate(self, detector: Detector) -> float:
+    def _evaluate(self, detector: Detector) -> list[float]:
+        """Return the AP of boxes and, if model and dataset have masks, of masks."""
         from ..evaluation import evaluate
 
         data = cast(Path, self.options.data)
-        ap = evaluate(detector, data, split=self.options.split, batch_size=1, limit=self.options.limit)["AP"]
-        if ap is None:
+        metrics = evaluate(detector, data, split=self.options.split, batch_size=1, limit=self.options.limit)
+        aps = [metrics["AP"], *([metrics["segm"]["AP"]] if "segm" in metrics else [])]
+        if None in aps:
             raise UserError(f"--data {data}: its {self.options.split} split has no objects, so AP cannot be measured")
-        return ap
+        return aps
+
+
+def _loss(before: list[float], after: list[float]) -> tuple[float, str, float, float]:
+    """Return the largest loss of the APs of boxes and masks, which it is of, and the AP before and after."""
+    rows = zip(("AP", "mask AP"), before, after, strict=False)
+    return max((old - new, kind, old, new) for kind, old, new in rows)
 
 
 def _check_options(path: Path, to: str, options: ExportOptions) -> None:

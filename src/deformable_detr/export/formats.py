@@ -9,7 +9,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from ..runtimes.metadata import NAMESPACE, ExportMetadata
 from ..utils.packages import need, quiet_exporter
-from .graph import INPUTS, OUTPUTS
+from .graph import INPUTS
 
 OPSET = 20
 _DIMENSIONS = {
@@ -47,14 +47,13 @@ def write_file(to: str, graph: Any, path: Path, metadata: ExportMetadata) -> Non
 
 def convert_to_onnx(program: ExportedProgram, metadata: ExportMetadata) -> Any:
     """Return a traced program as an ONNX model with metadata and named dimensions."""
-    count = None if metadata.post_processing else 2
     with quiet_exporter():
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=INPUTS[:count],
-            output_names=OUTPUTS[:count],
+            input_names=INPUTS[: None if metadata.post_processing else 2],
+            output_names=metadata.outputs,
             verbose=False,
         )
     assert exported is not None

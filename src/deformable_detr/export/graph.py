@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim, ExportedProgram
 
+from ..model.mask_ops import select_masks
 from ..model.postprocess import clip_boxes_to_image, topk_boxes
 from ..ops import use_backend
 from ..predict.predictor import Detector
+from ..runtimes.metadata import output_names
 from ..utils.errors import UserError, first_line
 from ..utils.packages import quiet_exporter
 
 Sampling = Literal["grid_sample", "gather"]
 INPUTS = ("pixels", "padding_mask", "original_sizes")
-OUTPUTS = ("pred_logits", "pred_boxes", "boxes", "scores", "labels")
 TOP_K = 100  # detections per image with post-processing
 EXAMPLE = (3, 203, 267)  # batch, height and width; no other dimension has these sizes
 
@@ -42,9 +43,10 @@ class InferenceGraph(nn.Module):
                 module.set_submodule(name, DynamicSameConv2d(cast(nn.Conv2d, layer)))
         self.model = module.to(dtype)
         self.post_processing, self.dtype = post_processing, dtype
+        self.outputs = output_names(model.config, post_processing)
 
     def forward(self, pixels: Tensor, padding_mask: Tensor, original_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Compute `OUTPUTS`.
+        """Compute `outputs`.
 
         Args:
             pixels: (B, 3, H, W), normalized RGB.
@@ -52,16 +54,20 @@ class InferenceGraph(nn.Module):
             original_sizes: (B, 2) int64, (height, width) in pixels, with post-processing only.
 
         Returns:
-            pred_logits (B, Q, K) and pred_boxes (B, Q, 4) as the model returns them. With post-processing also boxes
-            (B, k, 4), xyxy in pixels clipped to the original images, scores (B, k) and labels (B, k) int64, in
-            descending order of score; k is `TOP_K` or Q·K if that is less.
+            pred_logits (B, Q, K) and pred_boxes (B, Q, 4) as the model returns them, with masks also its outputs for
+            them. With post-processing also boxes (B, k, 4), xyxy in pixels clipped to the original images, scores
+            (B, k) and labels (B, k) int64, in descending order of score, and mask logits (B, k, h, w) on the canvas; k
+            is `TOP_K` or Q·K if that is less.
         """
         out = self.model(pixels.to(self.dtype), padding_mask)
-        logits, boxes = out["pred_logits"].float(), out["pred_boxes"].float()
-        if original_sizes is None:
-            return logits, boxes
-        corners, scores, labels, _ = topk_boxes(logits, boxes, original_sizes.float(), TOP_K)
-        return logits, boxes, clip_boxes_to_image(corners, original_sizes), scores, labels
+        outputs = {name: out[name].float() for name in self.outputs if name in out}
+        if original_sizes is not None:
+            logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+            corners, scores, labels, queries = topk_boxes(logits, boxes, original_sizes.float(), TOP_K)
+            outputs |= {"boxes": clip_boxes_to_image(corners, original_sizes), "scores": scores, "labels": labels}
+            if "masks" in self.outputs:
+                outputs["masks"] = select_masks(outputs, queries)
+        return tuple(outputs[name] for name in self.outputs)
 
 
 class DynamicSameConv2d(nn.Module):

@@ -275,7 +275,7 @@ def forward(model: Detector, batch: Any, **options: Any) -> dict[str, Any]:
     mean, std = model.pixel_mean, model.pixel_std
     batch = batch.to(mean.device, non_blocking=True).normalize(mean, std)
     outputs = model(batch.pixels, batch.padding_mask, **options)
-    if has_masks(outputs):
+    if has_masks(outputs) and "content_ratios" not in outputs:  # an exported file may have a larger canvas
         outputs["content_ratios"] = content_ratios(batch.padding_mask)
     return outputs
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.image_size import ResizeRule
+from ..model.mask_ops import content_ratios
 from ..predict.predictor import Detector
 from ..utils.errors import UserError
 from .files import RUNTIMES, Runtime
-from .metadata import ExportMetadata
+from .metadata import ExportMetadata, output_names
 
 
 class ExportedDetector(Detector):
@@ -28,7 +29,7 @@ class ExportedDetector(Detector):
         self.register_buffer("pixel_std", torch.tensor(self.config.pixel_std, device=device), persistent=False)
 
     def forward(self, pixels: Tensor, padding_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Return `pred_logits` and `pred_boxes` as `DeformableDETRNetwork.forward` does.
+        """Return the outputs of the model: `pred_logits`, `pred_boxes` and those of masks with their "content_ratios".
 
         Raises UserError if the pixels exceed the exported size.
         """
@@ -37,8 +38,8 @@ class ExportedDetector(Detector):
         inputs = list(pad_to_canvas(pixels, padding_mask, self.canvas))
         if self.metadata.post_processing:
             inputs.append(torch.tensor([inputs[0].shape[2:]] * len(pixels)))
-        logits, boxes = self.runtime(inputs)[:2]
-        return {"pred_logits": logits, "pred_boxes": boxes}
+        outputs = dict(zip(output_names(self.config, False), self.runtime(inputs), strict=False))
+        return {**outputs, "content_ratios": content_ratios(inputs[1])} if self.config.masks else outputs
 
     @property
     def resize_rule(self) -> ResizeRule:

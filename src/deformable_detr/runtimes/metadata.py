@@ -17,6 +17,13 @@ NAMESPACE = "deformable_detr"  # prefix of the keys in .pt2 files and in OpenVIN
 REQUIRED_KEYS = ("format", "version", "model", "image_size", "precision", "sampling", "post_processing")
 
 
+def output_names(config: DetectorConfig, post_processing: bool) -> tuple[str, ...]:
+    """Return the names of a file's outputs in order: those of the model, then those of the post-processing."""
+    own = ("pred_masks",) if isinstance(config, AdapterConfig) else ("mask_embeddings", "mask_features")
+    names = ("pred_logits", "pred_boxes", *(own if config.masks else ()))
+    return (*names, "boxes", "scores", "labels", *(("masks",) if config.masks else ())) if post_processing else names
+
+
 @dataclass(frozen=True)
 class ExportMetadata:
     """The model's config, including its normalization, and the options of its export (see `export.ExportOptions`)."""
@@ -26,6 +33,11 @@ class ExportMetadata:
     precision: str
     sampling: str
     post_processing: bool
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the file's outputs in order; see `output_names`."""
+        return output_names(self.config, self.post_processing)
 
     @property
     def resize_rule(self) -> ResizeRule:
