@@ -1,42 +1,39 @@
 """ASGI middleware for access control, response headers and metrics."""
 
-import asyncio
 import hmac
 import ipaddress
 import logging
 import re
 import time
 from collections.abc import Set
-from contextlib import suppress
 from typing import Any
 
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from .engine import Engine
+from .protocol import client_log
 
 _log = logging.getLogger(__name__)
-
-_CONTENT_SECURITY_POLICY = (
-    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-    b"media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_HEADERS = (
-    (b"content-security-policy", _CONTENT_SECURITY_POLICY),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"permissions-policy", b"camera=(self), microphone=(), geolocation=()"),
-    (b"cache-control", b"no-store"),
-)
-_DRAIN_SECONDS = 3.0
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+    "cache-control": "no-store",
+}
+_HOST = re.compile(r"(\[[0-9a-f]*:[0-9a-f:.]+\]|[a-z0-9.-]+)(:[0-9]*)?")  # an IPv6 address or a name, and a port
 
 
 class AccessMiddleware:
-    """Check token, host and origin, add security headers, count requests, and let clients read early responses.
+    """Check token, host and origin, add security headers, count requests and log the errors of clients.
 
     Args:
         app: The ASGI application.
-        engine: Provides the limits, the metrics and whether the server is about to shut down.
+        engine: Provides the metrics and whether the server is about to shut down.
         token: Required for /v1 and /metrics as `Authorization: Bearer TOKEN`. If None, only requests to localhost are
             served, so that no web page can reach the server through a host name of its own (DNS rebinding).
         origins: Sites whose pages may send requests without a token; "*": all.
@@ -47,22 +44,55 @@ class AccessMiddleware:
         self._token = None if token is None else token.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            await _RequestHandler(self, scope, receive, send).run()
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status = time.perf_counter(), 0
 
-    def refusal(self, scope: Any, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        async def send_with_headers(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status, headers = message["status"], MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+                if self.engine.draining:
+                    headers["connection"] = "close"
+            await send(message)
+
+        async def refuse(code: int, detail: str) -> None:
+            headers = {"www-authenticate": "Bearer"} if code == 401 else None
+            await JSONResponse({"detail": detail}, code, headers)(scope, receive, send_with_headers)
+
+        try:
+            if refusal := self._refusal(scope):
+                await refuse(*refusal)
+            else:
+                await self.app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            pass  # counted as 499
+        except Exception:
+            _log.exception("%s %s failed", scope["method"], _route(scope))
+            if not status:  # otherwise the response is incomplete, and uvicorn closes the connection
+                await refuse(500, "internal error; see the server's log")
+        finally:
+            if 400 <= status < 499:
+                client, path = scope["client"] or ("-",), scope["raw_path"][:80].decode("latin-1")
+                client_log.info("%s: %s %s: %d", client[0], scope["method"], path, status)
+            self.engine.metrics.requests.labels(_route(scope), str(status or 499)).inc()
+            self.engine.metrics.request_seconds.labels(_route(scope)).observe(time.perf_counter() - start)
+
+    def _refusal(self, scope: Any) -> tuple[int, str] | None:
         """Return status and reason if the request is not allowed."""
-        path: str = scope["path"]
+        path, headers = scope["path"], dict(scope["headers"])
         if self._token is not None:
-            if not (path.startswith("/v1/") or path == "/metrics"):
-                return None
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-            valid = hmac.compare_digest(token.strip(), self._token)
-            return None if valid and scheme.lower() == b"bearer" else (401, "send Authorization: Bearer TOKEN")
+            if hmac.compare_digest(token.strip(), self._token) and scheme.lower() == b"bearer":
+                scope["trusted"] = True  # its connection is dropped last
+            elif path.startswith("/v1/") or path == "/metrics":
+                return 401, "send Authorization: Bearer TOKEN"
+            return None
         host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
-        if not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
+        name = _HOST.fullmatch(host)
+        if name is None or not is_loopback(name[1].strip("[]")):
             return 421, "this server answers only to localhost; start it with a token to use other host names"
         cross_site = bool(origin) and origin.partition("://")[2] != host and not self.origins & {origin, "*"}
         if cross_site and scope["method"] not in ("GET", "HEAD"):
@@ -70,77 +100,14 @@ class AccessMiddleware:
         return None
 
 
-class _RequestHandler:
-    """One request and its response."""
-
-    def __init__(self, middleware: AccessMiddleware, scope: Any, receive: Any, send: Any) -> None:
-        self.middleware, self.scope, self._receive, self._send = middleware, scope, receive, send
-        self.headers = dict(scope["headers"])
-        self.unread = b"transfer-encoding" in self.headers or self.headers.get(b"content-length", b"0") != b"0"
-        self.status = 0
-
-    async def run(self) -> None:
-        start = time.perf_counter()
-        try:
-            refusal = self.middleware.refusal(self.scope, self.headers)
-            if refusal is None:
-                await self.middleware.app(self.scope, self.receive, self.send)
-            else:
-                await self._refuse(*refusal)
-        except Exception:
-            _log.exception("%s %s failed", self.scope["method"], self._path)
-            if self.status:  # the response has begun, so the connection must be closed
-                raise
-            await self._refuse(500, "internal error; see the server's log")
-        finally:
-            metrics = self.middleware.engine.metrics
-            metrics.requests.labels(self._path, str(self.status or 499)).inc()
-            metrics.request_seconds.labels(self._path).observe(time.perf_counter() - start)
-
-    @property
-    def _path(self) -> str:
-        """The path of the route; clients can request any number of others."""
-        return getattr(self.scope.get("route"), "path", "other")
-
-    async def receive(self) -> Any:
-        message = await self._receive()
-        if not message.get("more_body", False):
-            self.unread = False
-        return message
-
-    async def send(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            present = {name for name, _ in message["headers"]}
-            extra = [header for header in _HEADERS if header[0] not in present]
-            if self.unread or self.middleware.engine.draining:
-                extra.append((b"connection", b"close"))
-            message = {**message, "headers": [*message["headers"], *extra]}
-        elif self.unread and not message.get("more_body", False):
-            # Closing a connection with unread data would make the client's system discard the response.
-            await self._send({**message, "more_body": True})
-            await self._discard_body()
-            message = {"type": "http.response.body", "body": b""}
-        await self._send(message)
-
-    async def _discard_body(self) -> None:
-        """Read and drop what the client still sends, within limits."""
-        if b"expect" in self.headers:  # the client waits for "100 Continue" before it sends
-            return
-        remaining = 4 * self.middleware.engine.limits.body_bytes
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_DRAIN_SECONDS):
-                while self.unread and remaining > 0:
-                    remaining -= len((await self.receive()).get("body", b""))
-
-    async def _refuse(self, status: int, detail: str) -> None:
-        headers = {"www-authenticate": "Bearer"} if status == 401 else None
-        await JSONResponse({"detail": detail}, status, headers)(self.scope, self.receive, self.send)
+def _route(scope: Any) -> str:
+    """The path of the route; clients can request any number of others."""
+    return getattr(scope.get("route"), "path", "other")
 
 
 def is_loopback(host: str) -> bool:
     """Return whether a host name or address is localhost."""
-    if host.lower().rstrip(".") == "localhost":
+    if host.lower() in ("localhost", "localhost."):
         return True
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

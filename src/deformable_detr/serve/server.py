@@ -23,7 +23,7 @@ from .app import create_app
 from .engine import Engine
 from .limits import Limits
 from .middleware import is_loopback
-from .protocol import protocol_class
+from .protocol import Connection, client_log
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,15 @@ class Server(uvicorn.Server):
         limits = engine.limits
         config = uvicorn.Config(
             app,
-            http=protocol_class(limits),
+            http=type("Connection", (Connection,), {"limits": limits}),
             ws="none",
             loop="asyncio",
             lifespan="on",
-            log_level="warning",
+            log_level="error",  # its warnings are about clients, which `client_log` counts
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            backlog=16,  # connections that asyncio accepts before it continues with others
             h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
             timeout_keep_alive=math.ceil(limits.stall_timeout),
             timeout_graceful_shutdown=math.ceil(limits.timeout),
@@ -59,6 +60,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(2048)  # more connections may wait
         print(self.message)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
@@ -163,12 +166,27 @@ def serve(
         raise KeyboardInterrupt
 
 
+class RateLimit(logging.Filter):
+    """Passes `limit` records per minute."""
+
+    limit, _count, _minute = 20, 0, 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        minute = int(record.created // 60)
+        self._count, self._minute = self._count + 1 if minute == self._minute else 1, minute
+        if self._count == self.limit:
+            record.msg += " (further errors in this minute are not logged)"
+        return self._count <= self.limit
+
+
 def _configure_process(limits: Limits) -> None:
     """Change settings of the whole process, which belongs to the server."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # malformed forms are no problem of the server
+    client_log.setLevel(logging.INFO)
+    client_log.addFilter(RateLimit())
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # malformed forms are no problem of the server
     Image.MAX_IMAGE_PIXELS = limits.pixels  # a second check, for frames that are larger than their image
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about the images of clients
     try:
         import resource
     except ImportError:
