@@ -126,14 +126,6 @@ def test_stop_finishes_submitted_payloads():
     run(scenario)
 
 
-def test_start_raises_the_error_of_begin():
-    def begin():
-        raise ValueError("no model")
-
-    with pytest.raises(ValueError, match="no model"):
-        Batcher(lambda payloads: payloads, 1, 0.0, begin).start()
-
-
 def test_many_payloads_get_their_own_results():
     async def scenario(batcher, work):
         numbers = list(range(500))

@@ -1,9 +1,12 @@
 """Parsing of request bodies and cleaning of file names."""
 
+import time
+
 import pytest
 from starlette.exceptions import HTTPException
 
-from deformable_detr.serve.uploads import BodyBudget, clean_text, parse_uploads
+from deformable_detr.serve.limits import Shares
+from deformable_detr.serve.uploads import clean_text, parse_uploads
 
 KIND = "multipart/form-data; boundary=b"
 
@@ -67,6 +70,28 @@ def test_malformed_forms(body, status):
     assert len(parse_uploads(KIND, bytearray(part() * 2 + b"--b--\r\n"), 2)) == 2
 
 
+@pytest.mark.parametrize(
+    ("start", "repeated", "statuses"),
+    [
+        (part(b"")[:-4] + b"A: ", b"b", {400}),  # the parser limits the headers of a part
+        (part(b"")[:-4], b"A: b\r\n", {400}),
+        (part(b""), b"\r\n--c", {200}),  # almost a boundary
+        (b"", b"\r\n", {200, 400}),
+    ],
+)
+def test_large_forms_take_linear_time(start, repeated, statuses):
+    begin = time.process_time()
+    try:
+        parse_uploads(
+            KIND, bytearray(start + repeated * (10_000_000 // len(repeated)) + b"\r\n" + part() + b"--b--"), 2
+        )
+        status = 200
+    except HTTPException as error:
+        status = error.status_code
+    assert status in statuses
+    assert time.process_time() - begin < 5
+
+
 def test_form_without_a_boundary():
     assert rejection_status("multipart/form-data", part() + b"--b--\r\n") == 400
     assert rejection_status("multipart/form-data; boundary=" + "x" * 5000, part() + b"--b--\r\n") == 400
@@ -80,12 +105,17 @@ def test_clean_text():
     assert len(clean_text(b"x" * 5000)) == 100
 
 
-def test_budget_is_limited():
-    budget = BodyBudget(10)
-    budget.add(10)
-    with pytest.raises(HTTPException, match="too much data") as caught:
-        budget.add(1)
-    assert caught.value.status_code == 503
-    assert caught.value.headers == {"retry-after": "2"}
-    budget.used -= 10
-    budget.add(10)
+def test_shares():
+    """One client may hold three quarters, or one request if that is more."""
+    shares = Shares(8)
+    assert shares.allows("a", 6)
+    assert not shares.allows("a", 7)
+    shares.add("a", 4)
+    assert shares.allows("a", 2)
+    assert not shares.allows("a", 3)
+    assert shares.allows("b", 4)
+    assert not shares.allows("b", 5)
+    shares.add("a", -4)
+    assert shares == {}
+    assert Shares(8, 9).allows("a", 9)
+    assert not Shares(8, 9).allows("a", 10)

@@ -18,8 +18,9 @@ from .. import __version__
 from . import schemas
 from .decoding import FORMATS
 from .engine import Engine, run_in
+from .limits import Shares
 from .middleware import AccessMiddleware
-from .uploads import FIELD, BodyBudget, Upload, parse_uploads, read_body
+from .uploads import FIELD, Upload, parse_uploads, read_body
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Problem, "description": description}
@@ -38,14 +39,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _PAGES = {
-    "/": ("deformable_detr.serve", "page.html", "text/html"),
-    "/page.css": ("deformable_detr.serve", "page.css", "text/css"),
-    "/page.js": ("deformable_detr.serve", "page.js", "text/javascript"),
-    "/style.css": ("deformable_detr.visualize.web", "style.css", "text/css"),
-    "/viewer.css": ("deformable_detr.visualize.web", "viewer.css", "text/css"),
-    "/viewer.js": ("deformable_detr.visualize.web", "viewer.js", "text/javascript"),
-    "/masks.js": ("deformable_detr.visualize.web", "masks.js", "text/javascript"),
-    "/elements.js": ("deformable_detr.visualize.web", "elements.js", "text/javascript"),
+    "deformable_detr.serve": ("page.html", "page.css", "page.js"),
+    "deformable_detr.visualize.web": ("style.css", "viewer.css", "viewer.js", "masks.js", "elements.js"),
 }
 
 
@@ -84,37 +79,38 @@ def create_app(engine: Engine, token: str | None = None, name: str = "model", or
     security = [] if token is None else [Depends(HTTPBearer(scheme_name="token", auto_error=False))]
     app.include_router(_api_routes(engine, name), dependencies=security)
     app.include_router(_status_routes(engine))
-    _add_error_handlers(app)
-    for path, (package, file, media_type) in _PAGES.items():
-        response = Response(resources.files(package).joinpath(file).read_bytes(), media_type=media_type)
-        app.add_route(path, lambda _, response=response: response, include_in_schema=False)
+    app.add_exception_handler(RequestValidationError, _invalid_parameter)
+    for file, package in ((file, package) for package, files in _PAGES.items() for file in files):
+        kind = "javascript" if file.endswith(".js") else file.partition(".")[2]
+        page: Any = Response(resources.files(package).joinpath(file).read_bytes(), media_type=f"text/{kind}")
+        app.add_route("/" if file == "page.html" else f"/{file}", page, ["GET"], include_in_schema=False)
     return app
 
 
 def _api_routes(engine: Engine, name: str) -> APIRouter:
     router = APIRouter(prefix="/v1", responses=_ERRORS)
-    limits, budget = engine.limits, BodyBudget(engine.limits.total_body_bytes)
+    limits, memory = engine.limits, Shares(engine.limits.total_body_bytes)
 
     @router.post("/detect", response_model=schemas.Detected, openapi_extra=_describe_body(limits.images))
     async def detect(request: Request, parameters: Annotated[schemas.DetectParameters, Query()]) -> Response:
         """Detect objects in one image (the body) or in several (a form)."""
 
-        async def work(uploads: list[Upload]) -> Callable[[], Any]:
-            results = await engine.detect(uploads, parameters.threshold, parameters.top_k)
+        async def work(uploads: list[Upload], client: str) -> Callable[[], Any]:
+            results = await engine.detect(uploads, parameters.threshold, parameters.top_k, client)
             engine.metrics.images.inc(len(uploads))
             pairs = list(zip(results, uploads, strict=True))
             return lambda: {"images": [schemas.detected_image(result, upload.filename) for result, upload in pairs]}
 
-        return await _process(request, engine, budget, limits.images, work)
+        return await _process(request, engine, memory, limits.images, work)
 
     async def explain(request: Request, parameters: Annotated[schemas.ExplainParameters, Query()]) -> Response:
         """Explain the detections in one image: what each decoder layer sampled."""
 
-        async def work(uploads: list[Upload]) -> Callable[[], Any]:
-            traced = await engine.explain(uploads[0], parameters.threshold, parameters.top_k)
+        async def work(uploads: list[Upload], client: str) -> Callable[[], Any]:
+            traced = await engine.explain(uploads[0], parameters.threshold, parameters.top_k, client)
             return lambda: schemas.explained_image(traced, uploads[0].filename)
 
-        return await _process(request, engine, budget, 1, work)
+        return await _process(request, engine, memory, 1, work)
 
     if engine.model.explains:
         router.post("/explain", response_model=schemas.Explained, openapi_extra=_describe_body(1))(explain)
@@ -169,31 +165,30 @@ def _status_routes(engine: Engine) -> APIRouter:
 async def _process(
     request: Request,
     engine: Engine,
-    budget: BodyBudget,
+    memory: Shares,
     max_images: int,
-    work: Callable[[list[Upload]], Coroutine[Any, Any, Callable[[], Any]]],
+    work: Callable[[list[Upload], str], Coroutine[Any, Any, Callable[[], Any]]],
 ) -> Response:
     """Read the images of a request and answer with the JSON of what `work` returns, within the timeout."""
-    engine.check_capacity()
+    client = request.scope["client"][0]
+    engine.check_capacity(client)
 
     async def answer(body: bytearray) -> Response:
         content_type = request.headers.get("content-type", "")
         uploads = await run_in(engine.readers, parse_uploads, content_type, body, max_images)
-        content = await work(uploads)
+        content = await work(uploads, client)
         return await run_in(engine.writer, lambda: JSONResponse(content()))
 
-    async with read_body(request, engine.limits, budget) as body:
+    async with read_body(request, engine.limits, memory) as body:
         return await _with_timeout(request, answer(body), engine.limits.timeout)
 
 
 async def _with_timeout(request: Request, work: Coroutine[Any, Any, Response], seconds: float) -> Response:
     """The result. The work is canceled after the timeout (HTTPException 504) or when the client leaves."""
-
-    async def wait_for_disconnect() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
+    working, leaving = (
+        asyncio.ensure_future(work),
+        asyncio.ensure_future(request.receive()),
+    )  # after the body: http.disconnect
     try:
         await asyncio.wait({working, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -204,16 +199,9 @@ async def _with_timeout(request: Request, work: Coroutine[Any, Any, Response], s
         leaving.cancel()
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def invalid_parameter(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        detail = f"{'.'.join(map(str, first['loc'][1:]))[:60]}: {first['msg'][:200]}"
-        return JSONResponse({"detail": detail}, 422)
-
-    @app.exception_handler(ClientDisconnect)
-    async def client_disconnected(_: Request, __: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # only the metrics see it
+async def _invalid_parameter(_: Request, error: Any) -> Response:
+    first = error.errors()[0]
+    return JSONResponse({"detail": f"{'.'.join(map(str, first['loc'][1:]))[:60]}: {first['msg'][:200]}"}, 422)
 
 
 def _describe_body(max_images: int) -> dict[str, Any]:

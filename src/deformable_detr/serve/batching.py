@@ -28,27 +28,18 @@ class Batcher:
         run: Returns one result per payload, or raises: then every payload of the batch fails with that error.
         max_batch_size: Maximum payloads per batch.
         wait: How many seconds the oldest payload waits for others with its key. A full batch does not wait.
-        begin: Called first in the thread.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Sequence[Any]], Sequence[Any]],
-        max_batch_size: int,
-        wait: float,
-        begin: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._run, self._max_batch_size, self._wait, self._begin = run, max_batch_size, wait, begin
+    def __init__(self, run: Callable[[Sequence[Any]], Sequence[Any]], max_batch_size: int, wait: float) -> None:
+        self._run, self._max_batch_size, self._wait = run, max_batch_size, wait
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopping = False
-        self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     def start(self) -> None:
-        """Start the thread and wait for `begin`; raise its error."""
+        """Start the thread."""
         self._thread.start()
-        self._started.result()
 
     def stop(self) -> None:
         """Finish the submitted payloads and end the thread."""
@@ -82,11 +73,6 @@ class Batcher:
             self._jobs.remove(job)
 
     def _work(self) -> None:
-        try:
-            self._started.set_result(self._begin())
-        except BaseException as error:
-            self._started.set_exception(error)
-            return
         while self._run_next_batch():
             pass
 

@@ -19,7 +19,7 @@ _SIGNATURES = {
     "BMP": rb"BM",
     "GIF": rb"GIF8[79]a",
 }
-LARGE_IMAGE = 12_000_000  # pixels; larger images are decoded one at a time
+LARGE_IMAGE = 13_000_000  # pixels, over those of a 12-megapixel camera; larger images are decoded one at a time
 # Every scan of a progressive JPEG passes over all pixels. Encoders write about ten; a decompression bomb has thousands.
 MAX_SCANS, MAX_SEGMENTS = 100, 10_000
 _JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # without restart markers and stuffed bytes

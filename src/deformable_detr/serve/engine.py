@@ -6,12 +6,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from PIL import Image
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from ..structures import Detections
 from ..utils.process import malloc_trim
 from .batching import Batcher
 from .decoding import LARGE_IMAGE, decode, open_image
-from .limits import Limits
+from .limits import Limits, Shares
 from .metrics import Metrics
 from .uploads import Upload
 
@@ -74,20 +75,24 @@ class Engine:
         self.detector = model if detector is None else detector
         self.categories = model_categories(self.config)
         self._resize = self.model.resize_rule
-        self._batcher = Batcher(self._run, limits.max_batch_size, limits.batch_wait, self._warm_up)
-        self._accepted, self._explaining = 0, asyncio.Semaphore(limits.max_explanations)
+        self._batcher = Batcher(self._run, limits.max_batch_size, limits.batch_wait)
+        self._images = Shares(limits.max_queue, limits.images)
+        self._large_images = Shares(limits.max_queue, limits.images * (limits.pixels // LARGE_IMAGE))
+        self._explaining = asyncio.Semaphore(limits.max_explanations)
         self._seconds_per_image = 0.1  # moving average
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.readers = ThreadPoolExecutor(min(8, max(2, processors)), "read", _use_one_thread)
         self._large_reader = ThreadPoolExecutor(1, "read-large", _use_one_thread)
         self.writer = ThreadPoolExecutor(1, "write", _use_one_thread)
         self.metrics.queued.set_function(lambda: len(self._batcher))
-        self.metrics.accepted.set_function(lambda: self._accepted)
+        self.metrics.accepted.set_function(lambda: self._images.total() + self._large_images.total())
         self.metrics.ready.set_function(lambda: self.alive and not self.draining)
 
     def start(self) -> None:
         """Start the threads and run the model once, so that the first request is not slow."""
         self._batcher.start()
+        pixels = torch.zeros(3, *typical_input_size(self._resize), dtype=torch.uint8)
+        self._batcher.submit(_DetectJob(pixels, (pixels.shape[1], pixels.shape[2]), 0.0, 100), None).result()
 
     def stop(self) -> None:
         """Finish the current work and end the threads."""
@@ -100,61 +105,69 @@ class Engine:
         """Whether the thread of the model runs."""
         return self._batcher.alive
 
-    def check_capacity(self, images: int = 1) -> None:
-        """Raise HTTPException (503) if the queue has no room for this many more images."""
-        if self._accepted + images > self.limits.max_queue:
+    def check_capacity(self, client: str) -> None:
+        """Raise HTTPException (503) if the queue has no room for an image of this client."""
+        if not self._images.allows(client, 1):
             raise self._overloaded("the queue is full")
 
-    async def detect(self, uploads: Sequence[Upload], threshold: float, top_k: int) -> list[Detections]:
-        """Return the detections of each image. Raises HTTPException if one cannot be read."""
+    async def detect(self, uploads: Sequence[Upload], threshold: float, top_k: int, client: str) -> list[Detections]:
+        """Return the detections of each image. Raises HTTPException if one cannot be read or the queue is full."""
 
         def resized(pixels: Tensor) -> _DetectJob:
             small = resize(pixels, self._resize)
             return _DetectJob(small, (pixels.shape[1], pixels.shape[2]), threshold, top_k)
 
-        with self._reserve(len(uploads)):
-            jobs = await _gather([self._decode(upload, resized) for upload in uploads])
-            results = await _gather([self._submit(job, self._batch_key(job)) for job in jobs])
+        images = await _gather([self._open(upload) for upload in uploads])
+        with self._reserve(client, images):
+            opened = zip(images, uploads, strict=True)
+            jobs = await _gather([self._decode(image, upload.label, resized) for image, upload in opened])
+            any_size = isinstance(self._resize, FitInside)  # the model pads all images to one size anyway
+            futures = [self._batcher.submit(job, any_size or job.pixels.shape) for job in jobs]
+            results = await _gather([asyncio.wrap_future(future) for future in futures])
             pairs = list(zip(results, jobs, strict=True))
             return await run_in(  # masks take time to encode
                 self.writer,
                 lambda: [to_detections(boxes, job.image_size, threshold, self.categories) for boxes, job in pairs],
             )
 
-    async def explain(self, upload: Upload, threshold: float, top_k: int) -> Trace:
-        """Return the trace of an image. Raises HTTPException if it cannot be read."""
+    async def explain(self, upload: Upload, threshold: float, top_k: int, client: str) -> Trace:
+        """Return the trace of an image. Raises HTTPException if it cannot be read or the queue is full."""
         if self._explaining.locked():
             raise self._overloaded("too many explanations in progress")
         async with self._explaining:
-            with self._reserve(1):
-                job = await self._decode(upload, lambda pixels: _ExplainJob(pixels, threshold, top_k))
-                return await self._submit(job, id(job))
+            with self._reserve(client, [image := await self._open(upload)]):
+                job = await self._decode(image, upload.label, lambda pixels: _ExplainJob(pixels, threshold, top_k))
+                return await asyncio.wrap_future(self._batcher.submit(job, id(job)))
 
     @contextmanager
-    def _reserve(self, images: int) -> Iterator[None]:
-        self.check_capacity(images)
-        self._accepted += images
+    def _reserve(self, client: str, images: Sequence[Image.Image]) -> Iterator[None]:
+        """Hold places. Large images take places of their own, by their pixels, so that others pass them."""
+        large = [math.prod(image.size) // LARGE_IMAGE for image in images if math.prod(image.size) > LARGE_IMAGE]
+        demand = ((self._images, len(images) - len(large)), (self._large_images, sum(large)))
+        if not all(queue.allows(client, places) for queue, places in demand if places):
+            raise self._overloaded("the queue is full")
+        for queue, places in demand:
+            queue.add(client, places)
         try:
             yield
         finally:
-            self._accepted -= images
+            for queue, places in demand:
+                queue.add(client, -places)
 
     def _overloaded(self, reason: str) -> HTTPException:
-        seconds = math.ceil(min(max(self._accepted * self._seconds_per_image, 1), 30))
+        seconds = math.ceil(min(max(self._images.total() * self._seconds_per_image, 1), 30))
         return HTTPException(503, f"{reason}; try again in {seconds} s", headers={"retry-after": str(seconds)})
 
-    def _submit(self, job: Any, key: Hashable) -> asyncio.Future[Any]:
-        return asyncio.wrap_future(self._batcher.submit(job, key))
+    async def _open(self, upload: Upload) -> Image.Image:
+        return await run_in(self.readers, open_image, upload.data, upload.label, self.limits.pixels)
 
-    async def _decode(self, upload: Upload, convert: Callable[[Tensor], T]) -> T:
-        """Decode an image and return convert(pixels). Large images are decoded one at a time."""
-        start = time.perf_counter()
-        image = await run_in(self.readers, open_image, upload.data, upload.label, self.limits.pixels)
-        is_large = image.width * image.height > LARGE_IMAGE
+    async def _decode(self, image: Image.Image, name: str, convert: Callable[[Tensor], T]) -> T:
+        """Return convert(pixels). Large images are decoded one at a time."""
+        start, is_large = time.perf_counter(), math.prod(image.size) > LARGE_IMAGE
 
         def work() -> T:
             try:
-                return convert(decode(image, upload.label))
+                return convert(decode(image, name))
             finally:
                 image.close()
                 if is_large:  # its buffers have hundreds of MiB, which the allocator would keep
@@ -163,16 +176,6 @@ class Engine:
         result = await run_in(self._large_reader if is_large else self.readers, work)
         self.metrics.read_seconds.observe(time.perf_counter() - start)
         return result
-
-    def _batch_key(self, job: "_DetectJob") -> Hashable:
-        """Images with equal keys share batches: all if the model pads them to one size anyway."""
-        return None if isinstance(self._resize, FitInside) else job.pixels.shape
-
-    def _warm_up(self) -> None:
-        pixels = torch.zeros(3, *typical_input_size(self._resize), dtype=torch.uint8)
-        start = time.perf_counter()
-        self._detect([_DetectJob(pixels, (pixels.shape[1], pixels.shape[2]), 0.0, 100)])
-        self._seconds_per_image = time.perf_counter() - start
 
     def _run(self, jobs: Sequence[Any]) -> Sequence[Any]:
         """Process a batch in the thread of the model."""
@@ -183,9 +186,6 @@ class Engine:
             torch.cuda.empty_cache()
             _log.exception("out of device memory for a batch of %d", len(jobs))
             raise HTTPException(503, "out of device memory; try again", headers={"retry-after": "2"}) from None
-        except Exception:
-            _log.exception("a batch of %d failed", len(jobs))
-            raise
         seconds = time.perf_counter() - start
         self._seconds_per_image += 0.2 * (seconds / len(jobs) - self._seconds_per_image)
         self.metrics.model_seconds.observe(seconds)

@@ -11,7 +11,7 @@ from python_multipart.multipart import FormParser, parse_options_header
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from .limits import Limits
+from .limits import Limits, Shares
 
 FIELD = "images"  # the name of the form parts
 HOW = f"send an image as the body with its Content-Type (image/jpeg, …), or multipart/form-data with parts '{FIELD}'"
@@ -26,34 +26,22 @@ class Upload(NamedTuple):
     filename: str | None
 
 
-class BodyBudget:
-    """Counts the bytes of all request bodies in memory."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
-
-    def add(self, count: int) -> None:
-        """Raise HTTPException (503) if the budget does not allow this many more bytes."""
-        if self.used + count > self.limit:
-            raise HTTPException(503, "the server is receiving too much data; try again", headers={"retry-after": "2"})
-        self.used += count
-
-
 @asynccontextmanager
-async def read_body(request: Request, limits: Limits, budget: BodyBudget) -> AsyncIterator[bytearray]:
-    """Read the body of a Starlette request; it counts against the budget until the block ends.
+async def read_body(request: Request, limits: Limits, memory: Shares) -> AsyncIterator[bytearray]:
+    """Read the body of a Starlette request; it holds a share of the memory until the block ends.
 
     Raises:
-        HTTPException: 413 as soon as it is too large, 408 if it is too slow, 415 if compressed, 503 over the budget.
+        HTTPException: 413 as soon as it is too large, 408 if it is too slow, 415 if compressed, 503 if memory is full.
         ClientDisconnect: The client left.
     """
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
         raise HTTPException(415, "compressed bodies are not supported; send the image as it is")
     too_large = HTTPException(413, f"request bodies may have up to {limits.body_bytes / 1e6:g} MB")
+    busy = HTTPException(503, "the server is receiving too much data; try again", headers={"retry-after": "2"})
     content_length = request.headers.get("content-length", "")
     if content_length.isdecimal() and int(content_length[:20]) > limits.body_bytes:
         raise too_large
-    body, now = bytearray(), asyncio.get_running_loop().time
+    body, now, client = bytearray(), asyncio.get_running_loop().time, request.scope["client"][0]
     deadline = now() + limits.body_timeout
     try:
         try:
@@ -62,13 +50,15 @@ async def read_body(request: Request, limits: Limits, budget: BodyBudget) -> Asy
                     timer.reschedule(min(deadline, now() + limits.stall_timeout))
                     if len(body) + len(chunk) > limits.body_bytes:
                         raise too_large
-                    budget.add(len(chunk))
+                    if not memory.allows(client, len(chunk)):
+                        raise busy
+                    memory.add(client, len(chunk))
                     body += chunk
         except TimeoutError:
             raise HTTPException(408, "the request body did not arrive in time") from None
         yield body
     finally:
-        budget.used -= len(body)
+        memory.add(client, -len(body))
 
 
 def parse_uploads(content_type: str, body: bytearray, max_images: int) -> list[Upload]:
