@@ -22,7 +22,9 @@ from tests.support.models import tiny
 
 def small_model(**changes):
     """Return a model for 64-pixel images with 12 queries and scores around 0.5."""
-    model = tiny(image_size=64, max_size=128, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = tiny(image_size=64, max_size=128, **changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "class" in name and name.endswith("bias"):
