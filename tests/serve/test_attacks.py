@@ -216,7 +216,7 @@ def other_client(client, address):
 def test_small_images_pass_large_ones(monkeypatch):
     monkeypatch.setattr("deformable_detr.serve.engine.LARGE_IMAGE", 48 * 64)
     gate, large, small = threading.Event(), encode_image(height=96, width=96), encode_image()  # 3 places, 1 place
-    with running_server(max_queue=12, images=3, pixels=96 * 96) as client, ThreadPoolExecutor(4) as pool:
+    with running_server(max_queue=9, images=3, pixels=96 * 96) as client, ThreadPoolExecutor(4) as pool:
         client.engine._large_reader.submit(gate.wait, 60)
         try:
             waiting = pool.submit(client.post, "/v1/detect", files=multipart(large, large, large))
@@ -235,7 +235,7 @@ def test_small_images_pass_large_ones(monkeypatch):
 
 def test_one_client_cannot_fill_the_queue():
     model, gate = small_model(), threading.Event()
-    with running_server(model, max_queue=8, images=4) as client, ThreadPoolExecutor(12) as pool:
+    with running_server(model, max_queue=6, images=4) as client, ThreadPoolExecutor(12) as pool:
         model.register_forward_pre_hook(lambda *_: gate.wait(60) and None)
         try:
             first = [pool.submit(post_image, client, encode_image()) for _ in range(6)]

@@ -33,7 +33,7 @@ def serve(
         token: Required from clients as `Authorization: Bearer TOKEN`. Prefer the environment variable
             DEFORMABLE_DETR_TOKEN, which process lists do not show.
         max_batch_size: Maximum images per pass of the model.
-        max_queue: Maximum images accepted and not answered yet; further requests get 503.
+        max_queue: Maximum images of one address accepted and not answered yet; further requests get 503.
         timeout: Seconds from the end of a request to its response; then the request gets 504.
         shutdown_delay: Seconds after SIGTERM during which requests are still accepted while /readyz answers 503.
         allow_origin: Site whose pages may use the API (CORS), such as https://example.org, or * for all. May be

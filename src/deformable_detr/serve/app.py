@@ -89,7 +89,7 @@ def create_app(engine: Engine, token: str | None = None, name: str = "model", or
 
 def _api_routes(engine: Engine, name: str) -> APIRouter:
     router = APIRouter(prefix="/v1", responses=_ERRORS)
-    limits, memory = engine.limits, Shares(engine.limits.total_body_bytes)
+    limits, memory = engine.limits, Shares(engine.limits.total_body_bytes * 3 // 4)
 
     @router.post("/detect", response_model=schemas.Detected, openapi_extra=_describe_body(limits.images))
     async def detect(request: Request, parameters: Annotated[schemas.DetectParameters, Query()]) -> Response:

@@ -76,8 +76,8 @@ class Engine:
         self.categories = model_categories(self.config)
         self._resize = self.model.resize_rule
         self._batcher = Batcher(self._run, limits.max_batch_size, limits.batch_wait)
-        self._images = Shares(limits.max_queue, limits.images)
-        self._large_images = Shares(limits.max_queue, limits.images * (limits.pixels // LARGE_IMAGE))
+        self._images = Shares(max(limits.max_queue, limits.images))
+        self._large_images = Shares(max(limits.max_queue, limits.images * (limits.pixels // LARGE_IMAGE)))
         self._explaining = asyncio.Semaphore(limits.max_explanations)
         self._seconds_per_image = 0.1  # moving average
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,9 +12,7 @@ class Limits:
     total_body_bytes: int = 320_000_000  # of all requests in memory
     pixels: int = 50_000_000  # width × height of an image, from its header
     images: int = 16  # per request
-    max_queue: int = (
-        64  # images accepted and not answered yet, and as many places for large ones; then requests get 503
-    )
+    max_queue: int = 64  # images of a client not answered yet, and as many places for large ones; then it gets 503
     max_explanations: int = 4  # in progress, each of which holds a whole image
     max_batch_size: int = 8  # images per pass of the model
     batch_wait: float = 0.004  # of the first image of a batch for others
@@ -27,11 +25,11 @@ class Limits:
 
 
 class Shares(Counter[str]):
-    """What each client holds of a limited amount: at most three quarters of it, but always room for one request."""
+    """What each client holds of a limited amount: at most a share. All clients together may hold a third more."""
 
-    def __init__(self, limit: int, request: int = 0) -> None:
+    def __init__(self, share: int) -> None:
         super().__init__()
-        self.limit, self.share = max(limit, request), max(limit * 3 // 4, request)
+        self.share, self.limit = share, share * 4 // 3
 
     def allows(self, client: str, amount: int) -> bool:
         """Return whether the client may hold this much more."""
