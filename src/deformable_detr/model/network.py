@@ -117,8 +117,9 @@ class DeformableDETRNetwork(nn.Module):
             queries, memory, features, attn_mask, return_attention
         )
         if self.mask_head is not None and stride4 is not None:
-            outputs["mask_features"] = self.mask_head.features(stride4, memory, features.spatial_shapes[0])
-            outputs |= self._mask_embeddings(normed, extra)
+            finest, ratios = features.spatial_shapes[0], features.valid_ratios[:, 0]
+            outputs["mask_features"] = self.mask_head.features(stride4, memory, finest, ratios)
+            outputs |= self._mask_embeddings(normed, boxes, extra)
         if denoising_queries is not None:
             outputs |= {"denoising_logits": logits[:, :, :extra], "denoising_boxes": boxes[:, :, :extra]}
             logits, boxes = logits[:, :, extra:], boxes[:, :, extra:]
@@ -128,12 +129,12 @@ class DeformableDETRNetwork(nn.Module):
             outputs |= {"decoder_reference_points": reference_points, "spatial_shapes": features.spatial_shapes}
         return outputs
 
-    def _mask_embeddings(self, normed: list[Tensor], extra: int) -> dict[str, Tensor]:
-        """Mask embeddings of the decoder's normed outputs, whose first `extra` queries are denoising queries."""
+    def _mask_embeddings(self, normed: list[Tensor], boxes: Tensor, extra: int) -> dict[str, Tensor]:
+        """Mask embeddings of the decoder's normed outputs and boxes, whose first `extra` queries are denoising queries."""
         assert self.mask_head is not None
         if not self.training:
-            return {"mask_embeddings": self.mask_head.embeddings(normed[-1][:, extra:])}
-        embeddings = self.mask_head.embeddings(torch.stack(normed))
+            return {"mask_embeddings": self.mask_head.embeddings(normed[-1][:, extra:], boxes[-1][:, extra:])}
+        embeddings = self.mask_head.embeddings(torch.stack(normed), boxes)
         own = embeddings[:, :, extra:]
         outputs = {"mask_embeddings": own[-1], "layer_mask_embeddings": own}
         return {**outputs, "denoising_mask_embeddings": embeddings[:, :, :extra]} if extra else outputs

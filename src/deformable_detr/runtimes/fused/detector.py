@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...config.schema import ModelConfig
 from ...model.backbone import InputProjection
+from ...model.mask_head import mask_embeddings
 from ...model.network import DeformableDETRNetwork, learned_queries
 from ...predict.predictor import Detector
 from ...utils.errors import UserError
@@ -131,11 +132,12 @@ class OptimizedDetector(OptimizedCopy):
             )
         outputs = {}
         if self.mask_head is not None and stride4 is not None:
-            outputs["mask_features"] = self.mask_head.features(stride4, memory, positional.spatial_shapes[0])
+            finest, ratios = positional.spatial_shapes[0], positional.valid_ratios[:, 0]
+            outputs["mask_features"] = self.mask_head.features(stride4, memory, finest, ratios)
         del memory
         logits, boxes, normed = self.decoder(queries, position, reference_points, values, positional)
         if self.mask_head is not None:
-            outputs["mask_embeddings"] = self.mask_head.embed(normed)
+            outputs["mask_embeddings"] = mask_embeddings(self.mask_head.embed(normed), boxes)
         return {"pred_logits": logits, "pred_boxes": boxes, **outputs}
 
 

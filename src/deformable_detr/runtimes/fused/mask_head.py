@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...model.mask_head import MaskHead
+from ...model.mask_head import MaskHead, add_positions
 from .onednn import PackedConv2d, fusable_activation
 from .transformer import WeightPacking
 
@@ -20,12 +20,12 @@ class FusedMaskHead(nn.Module):
         self.depthwise = PackedConv2d(head.depthwise, fusable_activation(relu), packing.dtype, packing.packed)
         self.pointwise = packing.linear(head.pointwise)
 
-    def features(self, stride4: Tensor, memory: Tensor, finest: tuple[int, int]) -> Tensor:
-        """Return the pixel features (B, D, h, w) in fp32 of a map (B, channels, h, w) and the memory (B, S, C)."""
+    def features(self, stride4: Tensor, memory: Tensor, finest: tuple[int, int], valid_ratios: Tensor) -> Tensor:
+        """Return the pixel features (B, D, h, w) in fp32, as `MaskHead.features` does."""
         x = self.memory_proj(memory[:, : finest[0] * finest[1]]).unflatten(1, finest)
         if stride4.shape[2:] != finest:
             x = F.interpolate(x.permute(0, 3, 1, 2), size=stride4.shape[2:], mode="bilinear", align_corners=False)
             x = x.permute(0, 2, 3, 1)
         x = self.lateral(stride4.permute(0, 2, 3, 1).contiguous(), x.contiguous())
         x = self.depthwise(self.norm(x).relu().permute(0, 3, 1, 2))
-        return self.pointwise(x.permute(0, 2, 3, 1).contiguous()).float().permute(0, 3, 1, 2)
+        return add_positions(self.pointwise(x.permute(0, 2, 3, 1).contiguous()).float(), valid_ratios)
