@@ -58,15 +58,15 @@ def test_masks_have_stride_4(name, changes):
     model = build(name, masks=True, **changes).eval()
     with torch.no_grad():
         outputs = model(pixels())
-    assert outputs["mask_features"].shape == (2, 16, 17, 24)  # 66 × 96 pixels
-    assert outputs["mask_embeddings"].shape == (2, 20, 16)
+    assert outputs["mask_features"].shape == (2, 21, 17, 24)  # 66 × 96 pixels
+    assert outputs["mask_embeddings"].shape == (2, 20, 21)
     assert select_masks(outputs, torch.tensor([[3, 1], [0, 2]])).shape == (2, 2, 17, 24)
 
 
 def test_a_resnet_of_any_shape():
     model = tiny(masks=True)
     with torch.no_grad():
-        assert model(pixels(1))["mask_features"].shape == (1, 8, 17, 24)
+        assert model(pixels(1))["mask_features"].shape == (1, 13, 17, 24)
 
 
 @pytest.mark.parametrize("name", ["small", "single-scale"])
@@ -76,29 +76,45 @@ def test_both_inputs_reach_the_masks(name):
     assert head is not None
     stride4 = torch.randn(1, head.lateral.in_features, 16, 24)
     memory = torch.randn(1, 8 * 12 + 24, 32)
-    features = head.features(stride4, memory, (8, 12))
-    assert not torch.equal(features, head.features(stride4 + 1, memory, (8, 12)))
-    assert not torch.equal(features, head.features(stride4, memory + torch.randn(32), (8, 12)))
+    whole = (8, 12), torch.ones(1, 2)
+    features = head.features(stride4, memory, *whole)
+    assert not torch.equal(features, head.features(stride4 + 1, memory, *whole))
+    assert not torch.equal(features, head.features(stride4, memory + torch.randn(32), *whole))
     coarse = memory.clone()
     coarse[:, 96:] = 0
-    assert torch.equal(features, head.features(stride4, coarse, (8, 12))), "only the finest level"
+    assert torch.equal(features, head.features(stride4, coarse, *whole)), "only the finest level"
 
 
-def test_masks_start_with_a_low_prior():
+def test_masks_start_as_ellipses_in_their_boxes():
     model = build("small", masks=True).eval()
+    padding = torch.zeros(2, 64, 96, dtype=torch.bool)
+    padding[1, 32:] = padding[1, :, 64:] = True
+    head = model.mask_head
+    assert head is not None
     with torch.no_grad():
-        outputs = model(pixels())
+        outputs = model(pixels(height=64), padding)
+        boxes = outputs["pred_boxes"]
         logits = select_masks(outputs, torch.arange(20).expand(2, -1))
-    assert float(logits.mean()) == pytest.approx(-2.0, abs=0.2)
-    assert float(logits.std()) < 0.5
+    for image, (height, width) in enumerate([(16, 24), (8, 16)]):  # cells of the image
+        y, x = ((torch.arange(side) + 0.5) / side for side in (height, width))
+        cx, cy, w, h = boxes[image, :, :, None, None].unbind(1)
+        expected = 1.2 - ((x - cx) / (w / 2)) ** 2 - ((y[:, None] - cy) / (h / 2)) ** 2
+        torch.testing.assert_close(logits[image, :, :height, :width], expected, atol=1e-2, rtol=1e-3)
+
+
+def test_boxes_get_no_gradient_from_masks():
+    boxes = torch.rand(3, 4, requires_grad=True)
+    embeddings = build("small", masks=True).mask_head.embeddings(torch.randn(3, 32), boxes)
+    assert embeddings.requires_grad
+    assert torch.autograd.grad(embeddings.sum(), boxes, allow_unused=True) == (None,)
 
 
 def test_training_returns_the_embeddings_of_all_layers():
     model = build("small", masks=True).train()
     queries = DenoisingQueries(torch.randn(2, 6, 32), torch.full((2, 6, 4), 0.4), torch.zeros(26, 26, dtype=torch.bool))
     outputs = model(pixels(), denoising_queries=queries)
-    assert outputs["layer_mask_embeddings"].shape == (2, 2, 20, 16)
-    assert outputs["denoising_mask_embeddings"].shape == (2, 2, 6, 16)
+    assert outputs["layer_mask_embeddings"].shape == (2, 2, 20, 21)
+    assert outputs["denoising_mask_embeddings"].shape == (2, 2, 6, 21)
     assert torch.equal(outputs["mask_embeddings"], outputs["layer_mask_embeddings"][-1])
     assert "denoising_mask_embeddings" not in model(pixels())
 

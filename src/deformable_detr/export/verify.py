@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config.image_size import FixedSize
-from ..model.mask_ops import has_masks, select_masks
+from ..model.mask_ops import MASK_OUTPUTS, has_masks, select_masks
 from ..model.postprocess import clip_boxes_to_image, topk_boxes
 from ..predict.predictor import Detector
 from ..runtimes.detector import ExportedDetector
@@ -77,10 +77,13 @@ def verify(
 def max_differences(expected: dict[str, Tensor], outputs: dict[str, Tensor]) -> tuple[float, ...]:
     """Return the maximum differences of logits and boxes, inf if the shapes differ, and with masks the minimum IoU.
 
-    Queries are matched first, because proposals with almost equal scores may swap places.
+    Queries are matched first, because proposals with almost equal scores may swap places. Other outputs of a model
+    are ignored.
     """
     from scipy.optimize import linear_sum_assignment
 
+    keys = ("pred_logits", "pred_boxes")
+    expected = {name: expected[name] for name in (*keys, *MASK_OUTPUTS) if name in expected}
     different = (float("inf"), float("inf"), 0.0)[: 3 if has_masks(expected) else 2]
     if any(name not in outputs or value.shape != outputs[name].shape for name, value in expected.items()):
         return different
@@ -88,7 +91,6 @@ def max_differences(expected: dict[str, Tensor], outputs: dict[str, Tensor]) -> 
     if not all(bool(torch.isfinite(value).all()) for value in outputs.values()):
         return different
     orders, maxima = [], [0.0, 0.0]
-    keys = ("pred_logits", "pred_boxes")
     pairs = zip(*(expected[key] for key in keys), *(outputs[key] for key in keys), strict=True)
     for logits, boxes, out_logits, out_boxes in pairs:
         order = torch.arange(len(logits))

@@ -130,7 +130,7 @@ class DeformableDETRNetwork(nn.Module):
         return outputs
 
     def _mask_embeddings(self, normed: list[Tensor], boxes: Tensor, extra: int) -> dict[str, Tensor]:
-        """Mask embeddings of the decoder's normed outputs and boxes, whose first `extra` queries are denoising queries."""
+        """Mask embeddings from the decoder's normed outputs and boxes; the first `extra` queries are for denoising."""
         assert self.mask_head is not None
         if not self.training:
             return {"mask_embeddings": self.mask_head.embeddings(normed[-1][:, extra:], boxes[-1][:, extra:])}

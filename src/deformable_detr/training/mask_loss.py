@@ -26,6 +26,7 @@ from .matcher import Matches, PackedTargets
 MASK_LOSS_NAMES = ("loss_mask", "loss_dice")
 OVERSAMPLING, IMPORTANT = 3, 0.75  # candidates per point; the part of the points that are the most uncertain candidates
 AREA = 1.5  # side of the area where an object's own points are, relative to its box
+MIN_LOGIT = -8.0  # far outside of its box, a mask is not to be learned: the box is wrong
 _CHUNK = 32  # objects whose candidates are sampled together
 
 
@@ -73,7 +74,7 @@ class MaskCriterion:
             turn = torch.arange(len(near), device=boxes.device) % objects
             points = torch.cat([anywhere, _near_boxes(near[:, None], boxes[turn])[:, 0]])[None]
             features = _sample(outputs, points, masked.new_tensor([image]))[0]  # (P, D)
-            logits = upcast(embeddings[:, image]) @ features.T  # (layers, Q, P)
+            logits = (upcast(embeddings[:, image]) @ features.T).clamp(min=MIN_LOGIT)  # (layers, Q, P)
             values = mask_values(targets.masks[mine], boxes, points.expand(objects, -1, -1))  # (objects, P)
             mask, dice = _pairwise(logits, values.to(logits))
             costs[masked] = (self.config.mask_cost * mask + self.config.dice_cost * dice).permute(2, 0, 1)
@@ -110,6 +111,7 @@ class MaskCriterion:
         points = self._points(outputs, targets, predictions[0][-1].detach())
         features = _sample(outputs, points, image)  # (M, P, D)
         logits = upcast(torch.cat(predictions)).transpose(0, 1) @ features.transpose(1, 2)  # (M, K, P)
+        logits = logits.clamp(min=MIN_LOGIT)
         values = mask_values(targets.masks, targets.boxes[masked], points)[:, None].to(logits)
         losses = torch.stack([_cross_entropy(logits, values), _dice(logits, values)])  # (2, M, K)
         own = (losses[..., :layers] * matched.T).sum(1)
