@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from deformable_detr import DeformableDETR
+from deformable_detr import DeformableDETR, load_detector
 from deformable_detr.config import presets
+from deformable_detr.evaluation.evaluator import evaluate_dataset, open_eval_dataset
 from deformable_detr.export import ExportOptions, export_model, load_exported
 from deformable_detr.export.verify import MASK_IOU, max_differences, verify
 from deformable_detr.model.mask_ops import select_masks
@@ -12,6 +13,8 @@ from deformable_detr.predict.predictor import forward
 from deformable_detr.runtimes.detector import pad_to_canvas
 from deformable_detr.structures import ImageBatch
 from deformable_detr.utils.errors import UserError
+from tests.support.training import write_dataset
+from tests.support.transformers_models import write_repository
 
 TARGETS = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 PACKAGES = {"onnx": ("onnxscript", "onnxruntime"), "openvino": ("onnxscript", "openvino"), "torch": ()}
@@ -128,3 +131,23 @@ def test_differences_of_masks():
     assert max_differences(expected, {**expected, "pred_masks": expected["pred_masks"][:, :, :9]})[2] == 0.0
     missing = {name: value for name, value in expected.items() if name != "pred_masks"}
     assert max_differences(expected, missing)[0] == float("inf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_rf_detr_in_a_file(target, tmp_path):
+    """The file is verified, and `evaluate` compares its masks."""
+    pytest.importorskip("transformers")
+    for package in PACKAGES[target]:
+        pytest.importorskip(package)
+    write_repository(tmp_path / "model", "rf_detr masks", names=["a", "b", "c"])
+    data = write_dataset(tmp_path / "data", mask_every=1)
+    model, path = load_detector(tmp_path / "model", "cpu"), tmp_path / TARGETS[target]
+    result = export_model(model, path, target, ExportOptions(), print)
+    assert all(case.mask_iou >= MASK_IOU for case in result.cases)
+    expected = evaluate_dataset(model, open_eval_dataset(model, data), workers=0, progress=False)
+    exported = load_exported(path, "cpu")
+    metrics = evaluate_dataset(exported, open_eval_dataset(exported, data), workers=0, progress=False).metrics
+    assert metrics["segm"]["AP"] == pytest.approx(expected.metrics["segm"]["AP"], abs=1e-6)
+    assert len(expected.results) > 100
+    assert all("segmentation" in row for row in expected.results)
