@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -92,9 +93,7 @@ def _is_rotated(shape: "Element") -> bool:
 def shape_extent(shape: "Element") -> list[float] | None:
     """Return the xywh box around a shape, None if its coordinates are not valid."""
 
-    def numbers(*keys: str) -> list[float] | None:
-        return _numbers(shape, *keys)
-
+    numbers = partial(_numbers, shape)
     if shape.tag == "box":
         if values := numbers("xtl", "ytl", "xbr", "ybr", "rotation"):
             x0, y0, x1, y1, degrees = values

@@ -46,6 +46,16 @@ def crop_masks(rles: Sequence[Mapping[str, Any]], boxes: Tensor) -> tuple[Rle, .
     return tuple(cropped)
 
 
+def resize_mask(rle: Mapping[str, Any], size: tuple[int, int]) -> Rle:
+    """Return a mask of another `size` (height, width), with the nearest pixels."""
+    height, width = rle["size"]
+    pixels = decode_masks([rle], (height, width))[0].numpy()
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(pixels.shape, size, strict=True)
+    )
+    return encode_masks(pixels[rows][:, columns][None])[0]
+
+
 def thumbnail(
     mask: Mapping[str, Any] | Sequence[Any], longest_side: int, image_size: Sequence[int] | None = None
 ) -> Rle:
@@ -66,8 +76,4 @@ def thumbnail(
         polygons = [(np.asarray(polygon) * scale).tolist() for polygon in mask]
         row = hotcoco.mask.merge(hotcoco.mask.fr_py_objects(polygons, height, width))
         return {"size": [height, width], "counts": row["counts"].decode("ascii")}
-    pixels = hotcoco.mask.decode(hotcoco_rows([mask])[0])
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(pixels.shape, (height, width), strict=True)
-    )
-    return encode_masks(pixels[rows][:, columns][None])[0]
+    return resize_mask(mask, (height, width))

@@ -40,12 +40,7 @@ def clip_polygon(points: np.ndarray, limits: np.ndarray) -> np.ndarray:
     return points
 
 
-def resize_rle(rle: Rle, size: tuple[int, int], orientation: int | None = None) -> Rle:
-    """Turn a mask by an EXIF orientation (5 to 8), or resize it to (height, width) with the nearest pixels."""
+def turn_mask(rle: Rle, orientation: int) -> Rle:
+    """Turn a mask by an EXIF orientation (5 to 8)."""
     pixels = decode_masks([rle], tuple(rle["size"])).numpy()[0]
-    if orientation is not None:
-        return encode_masks(np.ascontiguousarray(TURNS[orientation](pixels))[None])[0]
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, pixels.shape, strict=True)
-    )
-    return encode_masks(pixels[rows][:, columns][None])[0]
+    return encode_masks(np.ascontiguousarray(TURNS[orientation](pixels))[None])[0]

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...utils.rle import hotcoco_rows
 from ..issues import CROSSING, MASK_BOX_IOU, OVERHANG, Issues
 from ..segmentation import Segmentation
 from ..source import BROKEN_MASK
@@ -108,7 +109,7 @@ def measure(masks: Sequence[Any]) -> MaskSizes:
     extents, areas, crossings = np.zeros((len(masks), 4)), np.zeros(len(masks)), np.zeros(len(masks))
     runs = [number for number, mask in enumerate(masks) if isinstance(mask, dict)]
     if runs:
-        rles = [{**masks[number], "counts": masks[number]["counts"].encode("ascii")} for number in runs]
+        rles = hotcoco_rows([masks[number] for number in runs])
         boxes = hotcoco.mask.to_bbox(rles)
         extents[runs] = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
         areas[runs] = hotcoco.mask.area(rles)

@@ -14,6 +14,7 @@ import numpy as np
 from ...utils.errors import UserError
 from ...utils.files import read_regular, write_text
 from ...utils.images import TRANSPOSED_ORIENTATIONS
+from ...utils.rle import resize_mask
 from ..discovery import ROBOFLOW
 from ..issues import OVERHANG
 from ..records import ImageRecord, MaskBox, RotatedBox, SwappedBox, is_int64, record_name, repeated_files
@@ -22,7 +23,7 @@ from ..source import BROKEN_MASK
 from . import Report
 from .annotations import Split
 from .boxes import box_overhang, clip_boxes, object_limits, wrong_unit
-from .mask_repair import clip_mask, resize_rle
+from .mask_repair import clip_mask, turn_mask
 
 # Issue types whose record is dropped. The objects of a dropped image are dropped too.
 DROPPED = {
@@ -316,7 +317,7 @@ def _transform_mask(mask: Segmentation, record: ImageRecord) -> Segmentation:
     assert record.size is not None
     if isinstance(mask, dict):
         turned = record.orientation in TRANSPOSED_ORIENTATIONS and record.declared == record.size[::-1]
-        return resize_rle(mask, record.size, record.orientation if turned else None)
+        return turn_mask(mask, record.orientation) if turned else resize_mask(mask, record.size)
     moved = []
     for polygon in mask:
         points = polygon.reshape(-1, 2)
