@@ -1,8 +1,5 @@
 """The analysis compared with slow reference implementations, and TIDE with its authors' package."""
 
-import sys
-from unittest.mock import MagicMock
-
 import numpy as np
 import pytest
 
@@ -10,6 +7,7 @@ from deformable_detr.evaluation import coco_metrics
 from deformable_detr.evaluation.analysis import analyze, best_f1, match
 from deformable_detr.evaluation.metrics import run_coco_eval
 from tests.support.detections import synthetic_detections
+from tests.support.tide import tide_reference
 
 # Percentages of tidecv 1.0.1 on `synthetic_detections(seed=1)`, for when the package is not installed.
 TIDE_AP50 = 48.601852072199954
@@ -151,28 +149,6 @@ def test_confusion_matrix_matches_its_definition(case):
     for number, annotation in enumerate(truth["annotations"]):
         matrix[rows[annotation["category_id"]], 4] += number not in expected
     assert analysis["confusion"]["matrix"] == matrix.tolist()
-
-
-def tide_reference(truth, results, monkeypatch):
-    """Return tidecv's AP50 and gains in percent, with its plotting libraries mocked."""
-    pytest.importorskip("pycocotools")
-    for name in ("cv2", "seaborn", "pandas", "appdirs", "matplotlib.pyplot"):
-        monkeypatch.setitem(sys.modules, name, MagicMock())
-    tidecv = pytest.importorskip("tidecv", reason="needs tidecv, the reference of TIDE", exc_type=ImportError)
-    objects, detections = tidecv.Data("truth"), tidecv.Data("detections")
-    for category in truth["categories"]:
-        objects.add_class(category["id"], category["name"])
-    for image in truth["images"]:
-        objects.add_image(image["id"], str(image["id"]))
-    for record in truth["annotations"]:
-        add = objects.add_ignore_region if record["iscrowd"] else objects.add_ground_truth
-        add(record["image_id"], record["category_id"], record["bbox"])
-    for result in results:
-        detections.add_detection(result["image_id"], result["category_id"], result["score"], result["bbox"])
-    run = tidecv.TIDE()
-    run.evaluate(objects, detections, mode=tidecv.TIDE.BOX)
-    errors = run.get_all_errors()
-    return next(iter(run.runs.values())).ap, errors["main"]["detections"], errors["special"]["detections"]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

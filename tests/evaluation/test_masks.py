@@ -5,7 +5,6 @@ import copy
 import io
 import json
 import re
-import sys
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -31,6 +30,7 @@ from deformable_detr.utils.errors import UserError
 from tests.support.detections import page_data
 from tests.support.mask_scenes import compressed, decoded, masked_scene, uncompressed
 from tests.support.red_box import RedBoxFinder
+from tests.support.tide import tide_reference
 
 METRICS = [
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -179,30 +179,6 @@ def test_damaged_masks_are_reported(change, message):
         coco_metrics(ground_truth, results, masks=True)
 
 
-def tide_reference(truth, results, monkeypatch):
-    """Return tidecv's AP50 and gains of masks in percent, with its plotting libraries mocked."""
-    for name in ("cv2", "seaborn", "pandas", "appdirs", "matplotlib.pyplot"):
-        monkeypatch.setitem(sys.modules, name, MagicMock())
-    tidecv = pytest.importorskip("tidecv", reason="needs tidecv, the reference of TIDE", exc_type=ImportError)
-    objects, detections = tidecv.Data("truth"), tidecv.Data("detections")
-    for category in truth["categories"]:
-        objects.add_class(category["id"], category["name"])
-    for image in truth["images"]:
-        objects.add_image(image["id"], str(image["id"]))
-    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
-    for row in truth["annotations"]:
-        rle = compressed(decoded(row["segmentation"], sizes[row["image_id"]]))
-        add = objects.add_ignore_region if row["iscrowd"] else objects.add_ground_truth
-        add(row["image_id"], row["category_id"], row["bbox"], rle)
-    for row in results:
-        identity = row["image_id"], row["category_id"], row["score"]
-        detections.add_detection(*identity, row["bbox"], row["segmentation"])
-    run = tidecv.TIDE()
-    run.evaluate(objects, detections, mode=tidecv.TIDE.MASK)
-    errors = run.get_all_errors()
-    return next(iter(run.runs.values())).ap, errors["main"]["detections"], errors["special"]["detections"]
-
-
 def tide_scene(seed):
     """Return a scene without ties of scores, whose order is tidecv's own, without empty masks and without crowds."""
     truth, results = masked_scene(seed, objects=40, spurious=30)
@@ -219,7 +195,7 @@ def tide_scene(seed):
 @pytest.mark.parametrize("seed", [3, 4, 8])  # tidecv rounds recalls such as 0.29 differently, so 20 objects differ
 def test_tide_matches_the_package_of_its_authors(seed, monkeypatch):
     truth, results = tide_scene(seed)
-    ap, gains, special = tide_reference(truth, results, monkeypatch)
+    ap, gains, special = tide_reference(truth, results, monkeypatch, masks=True)
     errors = analyze(run_coco_eval(truth, results, "segm"))["errors"]
     assert 100 * errors["AP50"] == pytest.approx(ap, abs=1e-9)
     for error in errors["types"]:
