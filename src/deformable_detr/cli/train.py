@@ -23,6 +23,7 @@ from .options import Dataset, Flag, Overrides, Preset, config_options, format_me
     "train.lr",
     "train.precision",
     "train.device",
+    "data.repeat_threshold",
     "data.workers",
     "train.seed",
     "data.check",

@@ -188,6 +188,8 @@ class DataConfig(ConfigSection):
     """Disable mosaic after this fraction of the training."""
     aspect_ratio_grouping: bool = False
     """Training: batch images of similar size and shape, which reduces padding."""
+    repeat_threshold: Fraction = 0.0
+    """Training: show images of classes that are in a smaller share of the images more often (LVIS); 0: off."""
     workers: NonNegativeInt = 2
     """Processes that load images; 0: load in the main process."""
     check: Annotated[

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..structures import ImageBatch, Target
 from ..utils.errors import UserError
 from ..utils.process import STOP_SIGNALS, malloc_trim
+from .sampling import READ_TOGETHER, EpochSampling
 
 Sample = tuple[Tensor, Target]
 Batch = tuple[ImageBatch, list[Target]]
@@ -49,6 +50,7 @@ class LoaderOptions:
         world_size: Number of processes.
         aspect_ratio_grouping: Let images of similar size share a step. Needs a dataset with `sizes` and a
             `TrainTransform`.
+        sampling: With `shuffle`, how often an epoch shows each sample. Default: each once.
     """
 
     batch_size: int
@@ -59,6 +61,7 @@ class LoaderOptions:
     rank: int = 0
     world_size: int = 1
     aspect_ratio_grouping: bool = False
+    sampling: EpochSampling | None = None
 
 
 def pad_images(images: Sequence[Tensor]) -> ImageBatch:
@@ -137,22 +140,23 @@ class DetectionLoader(DataLoader):
 
 
 class SampleKey(NamedTuple):
-    """One sample to load: its epoch, its index, and whether it may be a mosaic."""
+    """One sample to load: its epoch, its index, whether it may be a mosaic, and how often it was already shown."""
 
     epoch: int
     index: int
     mosaic: bool = False
+    copy: int = 0
 
 
 class DistributedBatchSampler(Sampler[list[SampleKey]]):
     """Divide each optimizer step among processes and micro-batches; resumable at any step.
 
-    A step takes the next `total_batch_size` images; the last step of an epoch takes the rest. They are divided evenly
+    A step takes the next `total_batch_size` samples; the last step of an epoch takes the rest. They are divided evenly
     among the processes, and there into micro-batches of at most `batch_size`. Every process has the same number of
     micro-batches per step; some may be empty.
 
     Args:
-        length: Images in the dataset.
+        length: Samples in the dataset.
         options: See `LoaderOptions`.
         sample_size: Gives the final (height, width) of a sample, to group images of similar size.
     """
@@ -160,9 +164,10 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
     def __init__(
         self, length: int, options: LoaderOptions, sample_size: Callable[[SampleKey], tuple[int, int]] | None = None
     ) -> None:
-        self.length, self.options, self.sample_size = length, options, sample_size
+        sampling = options.sampling
+        self.length, self.options, self.sample_size = len(sampling) if sampling else length, options, sample_size
         self.total_batch_size = options.total_batch_size or options.batch_size * options.world_size
-        self.num_steps = math.ceil(length / self.total_batch_size)
+        self.num_steps = math.ceil(self.length / self.total_batch_size)
         self.epoch, self.start_step, self.step_stride, self.mosaic = 0, 0, 1, False
 
     def set_epoch(self, epoch: int, start_step: int = 0, step_stride: int = 1, mosaic: bool = False) -> None:
@@ -175,11 +180,7 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
         return max(1, math.ceil(math.ceil(images / self.options.world_size) / self.options.batch_size))
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        order = torch.arange(self.length)
-        if self.options.shuffle:
-            generator = torch.Generator().manual_seed(mix_seeds(self.options.seed, self.epoch))
-            order = torch.randperm(self.length, generator=generator)
-        keys = [SampleKey(self.epoch, index, self.mosaic) for index in order.tolist()]
+        keys = self._epoch_keys()
         start_step, stride = self.start_step, self.step_stride
         size, rank, world_size = self.options.batch_size, self.options.rank, self.options.world_size
         for step in range(start_step, self.num_steps, stride):
@@ -197,6 +198,20 @@ class DistributedBatchSampler(Sampler[list[SampleKey]]):
     def __len__(self) -> int:
         """Return the number of batches of this process in the epoch."""
         return sum(self.micro_batches(step) for step in range(self.start_step, self.num_steps, self.step_stride))
+
+    def _epoch_keys(self) -> list[SampleKey]:
+        """Return all samples of the epoch in their order."""
+        options = self.options
+        if options.shuffle and options.sampling is not None:
+            together = min(READ_TOGETHER, self.total_batch_size // 2)  # a step shows at least two files
+            drawn = options.sampling.draw(options.seed, self.epoch, together)
+            pairs = zip(*(numbers.tolist() for numbers in drawn), strict=True)
+            return [SampleKey(self.epoch, index, self.mosaic, copy) for index, copy in pairs]
+        order = torch.arange(self.length)
+        if options.shuffle:
+            generator = torch.Generator().manual_seed(mix_seeds(options.seed, self.epoch))
+            order = torch.randperm(self.length, generator=generator)
+        return [SampleKey(self.epoch, index, self.mosaic) for index in order.tolist()]
 
     def _group_by_size(self, pool: list[SampleKey], first_step: int) -> list[SampleKey]:
         """Reorder a pool into steps of similar images, in random order; an incomplete step stays last."""
@@ -251,7 +266,8 @@ def _seeded(seed: int, key: SampleKey) -> Iterator[None]:
     """Seed PyTorch's CPU generator for one sample and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed the GPUs, which fork_rng does not restore here.
-        torch.default_generator.manual_seed(mix_seeds(seed, key.epoch, key.index))
+        copy = (key.copy,) if key.copy else ()
+        torch.default_generator.manual_seed(mix_seeds(seed, key.epoch, key.index, *copy))
         yield
 
 

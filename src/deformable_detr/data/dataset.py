@@ -136,6 +136,12 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         return len(self._labels)
 
     @property
+    def objects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images (N,), labels (N,) and xyxy boxes in pixels (N, 4) of these objects."""
+        images = np.repeat(np.arange(len(self)), np.diff(self._starts))
+        return images, self._labels, self._boxes
+
+    @property
     def num_masks(self) -> int:
         """How many of these objects have a mask; 0 if the dataset was opened without masks."""
         return self._outlines.num_masks if self.masks else 0

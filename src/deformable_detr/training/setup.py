@@ -47,6 +47,16 @@ def check_masks(dataset: CocoDataset) -> str | None:
     return None
 
 
+def sampling_note(config: Config, samples: int, images: int) -> str | None:
+    """Return a line about an epoch that shows this many samples of the training images, None if it shows each once."""
+    if not (threshold := config.data.repeat_threshold):
+        return None
+    name = f"data.repeat_threshold={threshold:g}"
+    if samples == images:
+        return f"{name} repeats nothing: every class is in at least {threshold:.2%} of the images"
+    return f"{name}: an epoch shows {samples} images instead of {images}"
+
+
 def resolve_auto(config: Config, images: int) -> tuple[Config, str | None]:
     """Replace "auto" settings by numbers for this many training images; return a line that names them, or None."""
     train, chosen = config.train, {}

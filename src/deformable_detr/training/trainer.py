@@ -20,6 +20,7 @@ from ..data.dataloader import Batch, LoaderOptions, build_dataloader, mix_seeds
 from ..data.dataset import CocoDataset, ensure_distinct_splits, open_dataset
 from ..data.mosaic import MosaicDataset
 from ..data.multi_scale import MultiScaleBatches
+from ..data.sampling import epoch_sampling
 from ..data.source import AnnotationCache
 from ..data.transforms import EvalTransform, train_transform
 from ..data.validate import check_for_training
@@ -73,11 +74,14 @@ def train_model(
 
 def _prepare(
     data: str | os.PathLike[str], run_dir: RunDir, config: Config, resume: bool, context: DistributedContext
-) -> tuple[Trainer, str | None]:
-    """Return the trainer of a new or resumed run and a line to print first."""
+) -> tuple[Trainer, str]:
+    """Return the trainer of a new or resumed run and what to print first."""
     train_set, val_set = _open_datasets(data, config, resume, context)
     with context.sync_errors():
-        config, note = setup.resolve_auto(setup.with_classes(config, train_set), len(train_set))
+        samples = len(epoch_sampling(train_set, config.data.repeat_threshold) or train_set)
+        config, note = setup.resolve_auto(setup.with_classes(config, train_set), samples)
+        lines = (setup.sampling_note(config, samples, len(train_set)), note)
+        note = "\n".join(line for line in lines if line)
     restore = run_dir.checkpoints.restore
     checkpoint = context.on_rank_zero(lambda: restore(config, train_set.fingerprint) if resume else None)
     resumed = checkpoint is not None
@@ -145,6 +149,7 @@ class Trainer:
             train.batch_size, config.data.workers, shuffle=True, seed=train.seed,
             total_batch_size=self.total_batch_size, rank=self.context.rank, world_size=self.context.world_size,
             aspect_ratio_grouping=config.data.aspect_ratio_grouping,
+            sampling=epoch_sampling(train_set, config.data.repeat_threshold),
         )  # fmt: skip
         mosaic_prob = config.data.mosaic_prob
         self.loader = build_dataloader(MosaicDataset(train_set, mosaic_prob) if mosaic_prob else train_set, options)
@@ -156,7 +161,7 @@ class Trainer:
         self.state = TrainState()
         self.shutdown = GracefulShutdown()
 
-    def run(self, note: str | None = None) -> dict[str, Any]:
+    def run(self, note: str = "") -> dict[str, Any]:
         """Train to the end and return the summary of the run; print `note` first."""
         state, logger = self.state, self.logger
         if note:

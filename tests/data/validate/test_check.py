@@ -101,3 +101,19 @@ def test_more_objects_than_queries(tmp_path):
     lines = check_for_training(root, DataConfig(), RULE, num_queries=50)
     assert any(line.startswith("warning too-many-objects") for line in lines)
     assert not any("too-many" in line for line in check_for_training(root, DataConfig(), RULE, num_queries=96))
+
+
+def imbalance_hint(root, ratio, common=30):
+    """Return the hint for one image with a dog among images with `ratio` cats in total, `common` of them with cats."""
+    cats = {f"{n:03}": [(0, (4, 2, 16, 10))] * (ratio // common) for n in range(common)}
+    write_coco_dataset(root, {"train": {**cats, "dog": [(1, (4, 2, 16, 10))]}, "val": OBJECTS["val"]})
+    [issue] = [issue for issue in check_report(root).issues if issue.code == "class-imbalance"]
+    return issue.hint
+
+
+def test_imbalance_suggests_a_repeat_threshold(tmp_path):
+    # √(30 · 1) / 31 of the images: the dog's image is shown √(0.18 / 0.032) = 2.4 times
+    hint = imbalance_hint(tmp_path / "rare", 60)
+    assert hint == ("label more of the rare class, or show its images more often: train with --repeat-threshold 0.2")
+    # Repetition does not help where cats are many, but in few images.
+    assert imbalance_hint(tmp_path / "crowded", 60, common=3) == "label more of the rare class"

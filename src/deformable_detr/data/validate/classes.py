@@ -3,9 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..issues import IMBALANCE, RARE, Issues
 from .annotations import Split
 from .boxes import clip_boxes, object_limits, wrong_unit
+
+MIN_REPEAT = 1.5  # repeat factor of the rarest class from which on repetition is suggested
 
 
 def class_counts(split: Split) -> dict[int, int]:
@@ -44,7 +48,18 @@ def check_classes(splits: Sequence[Split], train: Split | None, val: Split | Non
             f"has {present[most]} objects of {train.categories[most]!r}, but {present[least]} of "
             f"{train.categories[least]!r}, a ratio of {present[most] / present[least]:.0f}"
         )
-        issues.add("class-imbalance", train.file, "", message, split=train.name)
+        issues.add("class-imbalance", train.file, "", message, _repeat_hint(train), split=train.name)
+
+
+def _repeat_hint(split: Split) -> str:
+    """Return how to train with more images of rare classes; "" if images with them are about as common as others."""
+    objects = np.stack([split.image_indices, split.category_ids])[:, ~split.crowds]
+    _, counts = np.unique(np.unique(objects, axis=1)[1], return_counts=True)  # images with each class
+    ratio = counts.max() / counts.min()
+    if ratio < MIN_REPEAT**4:  # the factor of the rarest class is its fourth root
+        return ""
+    threshold = (counts.max() * counts.min()) ** 0.5 / len(split.images)
+    return f"label more of the rare class, or show its images more often: train with --repeat-threshold {threshold:.1g}"
 
 
 def _check_unused(splits: Sequence[Split], issues: Issues) -> None:

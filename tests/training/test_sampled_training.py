@@ -1,0 +1,92 @@
+"""Complete runs whose epochs do not show each image once: schedule and exact resume."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from deformable_detr.training.checkpoint import load_checkpoint
+from deformable_detr.training.run_dir import run_config
+from deformable_detr.training.signals import TrainingInterrupted
+from deformable_detr.training.step import TrainStep
+from deformable_detr.training.trainer import train_model
+from tests.support.training import tiny_config, write_dataset
+
+
+def sampled_config(**data):
+    return tiny_config(total_batch_size=4, batch_size=2).updated({"data": data})
+
+
+def rename_most_objects(root):
+    """Give all objects but the first the class of the last."""
+    path = root / "train/_annotations.coco.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"][1:]:
+        annotation["category_id"] = 30
+    content["annotations"][0]["category_id"] = 10
+    path.write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return rename_most_objects(write_dataset(tmp_path_factory.mktemp("set"), train=10))
+
+
+@pytest.fixture(scope="module", params=[{"repeat_threshold": 0.5}])
+def finished(request, data, tmp_path_factory):
+    """The settings of data, the folder of an uninterrupted run and its metrics."""
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    return request.param, out, train_model(data, out, sampled_config(**request.param))
+
+
+def train_lines(out):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == "train"]
+
+
+def model_weights(out):
+    return load_checkpoint(out / "checkpoints" / "last")[0]["model"]
+
+
+def test_schedule_counts_the_samples_of_an_epoch(finished):
+    _, out, metrics = finished
+    # One of ten images has the rare class: √(0.5 / 0.1) = 2.24, so 12 samples, rounded up.
+    assert (metrics["step"], metrics["images_seen"], metrics["epoch"]) == (6, 24, 2)
+    assert [record["epoch"] for record in train_lines(out)] == [0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("stop_after", [2, 5])
+def test_resumed_run_equals_an_uninterrupted_one(data, finished, tmp_path, monkeypatch, stop_after):
+    settings, reference, reference_metrics = finished
+    out, original, calls = tmp_path / "run", TrainStep.step, []
+
+    def step(*arguments, **options):
+        calls.append(1)
+        if len(calls) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainStep, "step", step)
+        with pytest.raises(TrainingInterrupted):
+            train_model(data, out, sampled_config(**settings))
+    metrics = train_model(data, out, run_config(out), resume=True)
+    assert {**metrics, "seconds": 0, "images_per_second": 0} == {
+        **reference_metrics, "seconds": 0, "images_per_second": 0
+    }  # fmt: skip
+    first, second = model_weights(reference), model_weights(out)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert [record["loss"] for record in train_lines(out)] == [record["loss"] for record in train_lines(reference)]
+
+
+def test_run_names_the_samples_of_an_epoch(data, tmp_path, capsys):
+    config = sampled_config(repeat_threshold=0.5).updated({"train": {"epochs": 1}})
+    train_model(data, tmp_path / "run", config)
+    assert "data.repeat_threshold=0.5: an epoch shows 12 images instead of 10" in capsys.readouterr().err
+    train_model(data, tmp_path / "other", config.updated({"data": {"repeat_threshold": 0.05}}))
+    assert "data.repeat_threshold=0.05 repeats nothing: every class is in at least 5.00% of the images" in (
+        capsys.readouterr().err
+    )
