@@ -109,6 +109,8 @@ class Detections:
         image: The image as passed to `predict` (path, PIL image, array or tensor), on which `save` draws.
         segmentations: N masks as COCO's compressed RLE, {"size": [height, width], "counts": text}. None: the model has
             no masks.
+        track_ids: (N,) int64, the same for an object in every frame; −1: not confirmed by the tracker yet. None: no
+            tracking.
     """
 
     boxes: Tensor
@@ -119,6 +121,7 @@ class Detections:
     image_size: tuple[int, int]
     image: Any = field(default=None)
     segmentations: tuple[Rle, ...] | None = None
+    track_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -139,6 +142,20 @@ class Detections:
         """The masks (N, H, W) bool at the size of the image, decoded at each access; None without masks."""
         return None if self.segmentations is None else decode_masks(self.segmentations, self.image_size)
 
+    def select(self, index: Tensor) -> Detections:
+        """Return a copy with the detections that an index (K,) int64 or a mask (N,) bool selects, in that order."""
+        rows: list[int] = torch.arange(len(self))[index].tolist()
+        return replace(
+            self,
+            boxes=self.boxes[index],
+            scores=self.scores[index],
+            labels=self.labels[index],
+            category_ids=self.category_ids[index],
+            names=tuple(self.names[row] for row in rows),
+            segmentations=None if self.segmentations is None else tuple(self.segmentations[row] for row in rows),
+            track_ids=None if self.track_ids is None else self.track_ids[index],
+        )
+
     def crop_masks(self) -> Detections:
         """Return a copy whose masks have only the pixels inside their boxes; itself without masks.
 
@@ -152,13 +169,20 @@ class Detections:
         """Return plain numbers and strings, ready for JSON.
 
         {"image": path or None, "height", "width", "detections": [{"box": [x1, y1, x2, y2] in pixels, "score", "label",
-        "category_id", "name"}, …]}; with masks, each detection also has its RLE as "mask".
+        "category_id", "name"}, …]}; with masks, each detection also has its RLE as "mask"; with tracking, its
+        "track_id", null if it is not confirmed yet.
         """
         keys = ("box", "score", "label", "category_id", "name")
         columns = (x.tolist() for x in (self.boxes, self.scores, self.labels, self.category_ids))
         records: list[dict[str, Any]] = [
             dict(zip(keys, row, strict=True)) for row in zip(*columns, self.names, strict=True)
         ]
+        if self.track_ids is not None:
+            numbers = self.track_ids.tolist()
+            records = [
+                {**record, "track_id": None if number < 0 else number}
+                for record, number in zip(records, numbers, strict=True)
+            ]
         height, width = self.image_size
         detections = self._with_masks(records, "mask")
         return {"image": self.path, "height": height, "width": width, "detections": detections}
@@ -183,7 +207,7 @@ class Detections:
     def to_supervision(self) -> supervision.Detections:
         """Return `supervision.Detections`: class_id is the label; data has "class_name" and "category_id".
 
-        With masks, `mask` is (N, height, width) bool.
+        With masks, `mask` is (N, height, width) bool; with tracking, `tracker_id` is `track_ids`.
         """
         import numpy as np
 
@@ -196,6 +220,7 @@ class Detections:
             mask=None if masks is None else masks.numpy(),
             confidence=self.scores.numpy(),
             class_id=self.labels.numpy(),
+            tracker_id=None if self.track_ids is None else self.track_ids.numpy(),
             data={"class_name": np.array(self.names, dtype=str), "category_id": self.category_ids.numpy()},
         )
 

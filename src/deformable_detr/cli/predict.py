@@ -17,7 +17,7 @@ from ..utils.errors import UserError
 from ..utils.files import prepare_files, prepare_folder, write_json
 from ..utils.packages import need
 from ..utils.terminal import echo, printable_name
-from .options import Device, JsonFile, Model, NonNegative, Positive, Precision, Split, Threshold, print_error
+from .options import Device, Flag, JsonFile, Model, NonNegative, Positive, Precision, Split, Threshold, print_error
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
@@ -41,6 +41,7 @@ class PredictOptions:
         json: JSON file for the detections of all sources.
         batch_size: Video frames per batch.
         camera: Number of a camera, from 0. Press Ctrl-C to stop.
+        track: Follow objects through a video: each gets a number and a color.
         top_k: Maximum number of detections per image. Default: the model's number of queries, at least 100.
         coco: JSON file for COCO results, which pycocotools reads with `loadRes`. If SOURCES is one dataset (folder or
             COCO JSON), the images are those of --split with their ids; else they are numbered and named in the file.
@@ -52,6 +53,7 @@ class PredictOptions:
     threshold: Threshold | None = None
     batch_size: Positive = 4
     camera: NonNegative | None = None
+    track: Annotated[bool, Flag] = False
     top_k: Positive | None = None
     coco: Annotated[Path | None, Parameter(name="--coco")] = None
     split: Split | None = None
@@ -212,6 +214,10 @@ def predict_files(
         if options.coco is not None:
             raise UserError("--coco is for images: leave out videos and --camera")
         need("av", "video")
+        if options.track:
+            need("trackers", "track")
+    elif options.track:
+        raise UserError("--track is for videos: name one, or a camera with --camera")
     folder = None if options.out is None else prepare_folder(options.out, "--out")
     outputs = _output_paths([source for source in sources if folder or source in videos], videos, folder)
     _reject_overwriting(files, [*outputs.values(), *(_lines_path(outputs[video]) for video in videos)], options)
@@ -293,7 +299,7 @@ def _predict_video(model: Detector, source: Source, out: Path, options: PredictO
     from ..predict.video import predict_video
 
     lines = _lines_path(out)
-    summary = predict_video(model, source, out, lines, options.min_score, options.batch_size, top_k)
+    summary = predict_video(model, source, out, lines, options.min_score, options.batch_size, top_k, options.track)
     if not summary.frames:
         return None, None, summary.problem, 0
     record = {"video": str(source), "frames": summary.frames, "annotated": str(out), "lines": str(lines)}
@@ -302,7 +308,8 @@ def _predict_video(model: Detector, source: Source, out: Path, options: PredictO
         _first_entries([f"{printable_name(name)} {count}×" for name, count in summary.counts.most_common()])
         or "no objects"
     )
-    return record, f"{summary.frames} frames, {counts}; {out}, {lines.name}", problem, summary.most
+    tracks = "" if summary.tracks is None else f" in {summary.tracks} track{'s' * (summary.tracks != 1)}"
+    return record, f"{summary.frames} frames, {counts}{tracks}; {out}, {lines.name}", problem, summary.most
 
 
 def _first_entries(entries: list[str], limit: int = 5) -> str:

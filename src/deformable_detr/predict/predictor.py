@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -27,6 +28,7 @@ from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..structures import Category, Detections
 from ..utils.errors import UserError
 from ..utils.images import read_image
+from .track import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -156,17 +158,29 @@ def default_top_k(model: Detector) -> int:
 
 
 def predict_iter(
-    model: Detector, sources: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
+    model: Detector,
+    sources: Any,
+    threshold: float = 0.5,
+    top_k: int = 100,
+    batch_size: int = 1,
+    track: bool = False,
+    frame_rate: float | Fraction = 30.0,
 ) -> Iterator[Detections]:
     """Detect the objects in any number of images in constant memory; see `predict`.
 
     Args:
         sources: The path of a folder, or an iterable of single images as for `predict`, which may be endless.
+        track: The images are the frames of a video: set `Detections.track_ids`. See `track.Tracker`.
+        frame_rate: Frames per second, for `track`.
 
     Yields:
         The `Detections` of each image. Files are read ahead in threads while the model runs.
     """
-    return _raise_errors(predict_each(model, sources, threshold, top_k, batch_size))
+    if not track:
+        return _raise_errors(predict_each(model, sources, threshold, top_k, batch_size))
+    tracker = Tracker(threshold, frame_rate)
+    results = predict_each(model, sources, tracker.min_score, top_k, batch_size)
+    return _raise_errors(r if isinstance(r, UserError) else tracker.update(r) for r in results)
 
 
 def _raise_errors(results: Generator[Detections | UserError, None, None]) -> Iterator[Detections]:

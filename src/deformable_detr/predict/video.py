@@ -19,6 +19,7 @@ from ..utils.files import temporary_path
 from ..utils.packages import need
 from ..visualize.draw import draw_on, enlargement
 from .predictor import predict_iter
+from .track import Tracker
 
 VIDEO_SUFFIXES = frozenset(
     {".3g2", ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
@@ -194,6 +195,7 @@ class VideoSummary(NamedTuple):
     counts: Counter[str]  # drawn objects per class, over all frames
     problem: str | None  # one line about damage to the source
     most: int = 0  # largest number of objects in a frame
+    tracks: int | None = None  # number of tracked objects; None: no tracking
 
 
 def predict_video(
@@ -204,6 +206,7 @@ def predict_video(
     threshold: float = 0.5,
     batch_size: int = 4,
     top_k: int = 100,
+    track: bool = False,
 ) -> VideoSummary:
     """Detect objects in every frame; write an annotated video and one JSON line per frame.
 
@@ -217,6 +220,7 @@ def predict_video(
         threshold: Minimum score, 0..1.
         batch_size: Frames per batch.
         top_k: Maximum number of detections per frame.
+        track: Follow objects from frame to frame: each detection has a "track_id", see `Tracker`.
 
     Raises:
         UserError: The source cannot be opened or an output cannot be written.
@@ -233,6 +237,8 @@ def predict_video(
         tqdm(total=reader.total, unit="frame", desc=reader.name, disable=None) as progress,
     ):
         pending: deque[Frame] = deque()
+        tracker = Tracker(threshold, reader.rate) if track else None
+        min_score = threshold if tracker is None else tracker.min_score
 
         def images() -> Iterator[np.ndarray]:
             for frame in reader:
@@ -240,8 +246,10 @@ def predict_video(
                 yield frame.pixels
 
         try:
-            for detections in predict_iter(model, images(), threshold, top_k, batch_size):
+            for detections in predict_iter(model, images(), min_score, top_k, batch_size):
                 frame = pending.popleft()
+                if tracker is not None:
+                    detections = tracker.update(detections, frame.seconds)
                 writer.add(_draw(frame.pixels, detections), frame.seconds)
                 record = {"video": reader.name, "frame": frame.number, "time": round(frame.seconds, 4)}
                 record |= detections.to_dict()
@@ -255,7 +263,7 @@ def predict_video(
             if isinstance(source, Path):
                 raise
         problem = reader.problem if num_frames else reader.problem or f"{reader.name}: contains no frames"
-    return VideoSummary(num_frames, counts, problem, most)
+    return VideoSummary(num_frames, counts, problem, most, tracker and tracker.count)
 
 
 @contextmanager

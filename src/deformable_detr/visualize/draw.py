@@ -19,12 +19,13 @@ from ..utils.errors import UserError
 from ..utils.files import write_files
 from ..utils.images import read_image
 from .fonts import legible
-from .masks import HALO, draw_masks, shade
+from .masks import HALO, draw_masks, shade, tint
 
 if TYPE_CHECKING:
     from ..structures import Detections
 
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+NO_TRACK = "#BBBBBB"  # of detections that the tracker has not confirmed
 MIN_LONG_SIDE = 320  # pixels; smaller images are enlarged to make room for text
 MIN_FONT_SIZE = 11
 SMALL = 16  # labels avoid masks whose boxes have less than this times the font size squared
@@ -59,14 +60,22 @@ def enlargement(size: tuple[int, int]) -> int:
 def draw_on(image: Image.Image, detections: Detections, factor: int = 1) -> Image.Image:
     """Draw on an RGB image in place and return it; the boxes are multiplied by `factor`."""
     boxes = detections.boxes.numpy() * factor
-    colors = [PALETTE[label % len(PALETTE)] for label in detections.labels.tolist()]
+    colors = _colors(detections)
     if detections.segmentations is None:
         _draw_boxes(image, boxes, colors)
     else:
-        colors = shade(colors, boxes)
         draw_masks(image, detections.segmentations, boxes, colors, factor)
     _draw_labels(image, boxes, detections, colors)
     return image
+
+
+def _colors(detections: Detections) -> list[str]:
+    """Return the color of each class, of each object if there are masks, or of each track."""
+    if detections.track_ids is not None:  # shades that depend on the place would change as objects move
+        ids, n = detections.track_ids.tolist(), len(PALETTE)
+        return [NO_TRACK if track < 0 else tint(PALETTE[track % n], track // n) for track in ids]
+    colors = [PALETTE[label % len(PALETTE)] for label in detections.labels.tolist()]
+    return colors if detections.segmentations is None else shade(colors, detections.boxes.numpy())
 
 
 def image_format(path: Path) -> str:
@@ -100,7 +109,7 @@ def _draw_boxes(image: Image.Image, boxes: np.ndarray, colors: list[str]) -> Non
 
 
 def _draw_labels(image: Image.Image, boxes: np.ndarray, detections: Detections, colors: list[str]) -> None:
-    """Draw a label "name 0.93" per detection; the best is placed first and drawn last."""
+    """Draw a label "name 0.93" per detection, with tracks "#7 name 0.93"; the best is placed first, drawn last."""
     size = _font_size(image, len(boxes))
     has_masks = detections.segmentations is not None
     is_small = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) < SMALL * size**2
@@ -110,11 +119,12 @@ def _draw_labels(image: Image.Image, boxes: np.ndarray, detections: Detections, 
     share = 1.0 if len(boxes) < CROWDED else max(0.15, CROWDED_WIDTH * (CROWDED / len(boxes)) ** 0.3)
     max_width = min(max(int(share * image.width), 8 * size), image.width) - 2 * padding
     texts, places, room = [], [], MAX_LABELED * image.width * image.height
-    columns = (detections.names, detections.category_ids.tolist(), detections.scores.tolist(), boxes)
-    for name, category, score, box in zip(*columns, strict=True):
+    tracks = [-1] * len(boxes) if detections.track_ids is None else detections.track_ids.tolist()
+    columns = (detections.names, detections.category_ids.tolist(), detections.scores.tolist(), boxes, tracks)
+    for name, category, score, box, track in zip(*columns, strict=True):
         name, file = legible(name, f"class {category}")
         font = _font(file, size)
-        text = _shorten(name, f"{score:.2f}", max_width, pen, font)
+        text = _shorten("" if track < 0 else f"#{track} ", name, f"{score:.2f}", max_width, pen, font)
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font, anchor="ls")
         # The same height for all labels, unless a letter exceeds it.
         top, bottom = math.floor(min(top, -0.92 * size)), math.ceil(max(bottom, 0.26 * size))
@@ -159,14 +169,15 @@ def _overlaps(places: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _shorten(
-    name: str, score: str, max_width: int, pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> str:
-    """Return the label, its name shortened to fit the width; the score alone if nothing else fits."""
+    start: str, name: str, score: str, max_width: int, pen: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> str:  # fmt: skip
+    """Return the label, its name shortened to fit the width; without the name if nothing else fits."""
     for length in range(len(name), 0, -1):
-        label = f"{name[:length].rstrip()}{'…' if length < len(name) else ''} {score}"
+        label = f"{start}{name[:length].rstrip()}{'…' if length < len(name) else ''} {score}"
         if pen.textlength(label, font=font) <= max_width:
             return label
-    return score
+    return start + score
 
 
 def _scale(image: Image.Image) -> float:

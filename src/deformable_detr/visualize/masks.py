@@ -26,11 +26,16 @@ def shade(colors: Sequence[str], boxes: np.ndarray) -> list[str]:
     order: list[int] = boxes[:, [0, 2]].sum(axis=1).argsort(kind="stable").tolist()
     for index in order:
         color = colors[index]
-        target, share = SHADES[counts[color] % len(SHADES)]
-        channels = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-        shades[index] = "#" + "".join(f"{round(value + share * (target - value)):02X}" for value in channels)
+        shades[index] = tint(color, counts[color])
         counts[color] += 1
     return shades
+
+
+def tint(color: str, number: int) -> str:
+    """Return one of the three shades of a "#RRGGBB" color."""
+    target, share = SHADES[number % len(SHADES)]
+    channels = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(value + share * (target - value)):02X}" for value in channels)
 
 
 def draw_masks(
