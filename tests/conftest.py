@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for subprocesses
 
-from tests.support.browser import browse  # noqa: E402, F401
+from tests.support.browser import browse, open_page  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,13 @@ def encode_image(kind="PNG", height=48, width=64, seed=0, **options):
     return file.getvalue()
 
 
+def write_photo(folder, name="a photo.png", seed=0):
+    """Write an image of 128 × 96 pixels and return its path."""
+    path = folder / name
+    path.write_bytes(encode_image("PNG", 96, 128, seed=seed))
+    return path
+
+
 def multipart(*images):
     return [("images", (f"{number}.png", data, "image/png")) for number, data in enumerate(images)]
 

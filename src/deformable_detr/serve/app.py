@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from .. import __version__
+from ..visualize.web.html import read_asset
 from . import schemas
 from .decoding import FORMATS
 from .engine import Engine, run_in
@@ -38,10 +39,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "no response before the timeout",
     }.items()
 }
-_PAGES = {
-    "deformable_detr.serve": ("page.html", "page.css", "page.js"),
-    "deformable_detr.visualize.web": ("style.css", "viewer.css", "viewer.js", "masks.js", "elements.js"),
-}
+_PAGE_FILES = ("page.html", "page.css", "page.js", "results.js", "zoom.js", "example.jpg")
+_SHARED_FILES = ("style.css", "viewer.css", "viewer.js", "masks.js", "labels.js", "elements.js")
+_MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "jpg": "image/jpeg"}
 
 
 def create_app(engine: Engine, token: str | None = None, name: str = "model", origins: Sequence[str] = ()) -> FastAPI:
@@ -80,10 +80,10 @@ def create_app(engine: Engine, token: str | None = None, name: str = "model", or
     app.include_router(_api_routes(engine, name), dependencies=security)
     app.include_router(_status_routes(engine))
     app.add_exception_handler(RequestValidationError, _invalid_parameter)
-    for file, package in ((file, package) for package, files in _PAGES.items() for file in files):
-        kind = "javascript" if file.endswith(".js") else file.partition(".")[2]
-        page: Any = Response(resources.files(package).joinpath(file).read_bytes(), media_type=f"text/{kind}")
-        app.add_route("/" if file == "page.html" else f"/{file}", page, ["GET"], include_in_schema=False)
+    files = {name: resources.files(__package__).joinpath(name).read_bytes() for name in _PAGE_FILES}
+    for name, content in (files | {name: read_asset(name).encode() for name in _SHARED_FILES}).items():
+        response: Any = Response(content, media_type=_MEDIA_TYPES[name.split(".")[1]])
+        app.add_route("/" if name == "page.html" else f"/{name}", response, ["GET"], include_in_schema=False)
     return app
 
 
@@ -185,10 +185,8 @@ async def _process(
 
 async def _with_timeout(request: Request, work: Coroutine[Any, Any, Response], seconds: float) -> Response:
     """The result. The work is canceled after the timeout (HTTPException 504) or when the client leaves."""
-    working, leaving = (
-        asyncio.ensure_future(work),
-        asyncio.ensure_future(request.receive()),
-    )  # after the body: http.disconnect
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(request.receive())  # after the body: http.disconnect
     try:
         await asyncio.wait({working, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if working.done():

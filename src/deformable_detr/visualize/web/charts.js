@@ -106,64 +106,43 @@ function sortableTable(table, columns, rows) {
   return { filter: (test) => { matches = test; render(); return count; } };
 }
 
-// Returns the text, shortened with "…" to fit `room` pixels.
-const FONT = "12px system-ui, sans-serif";
-const ruler = document.createElement("canvas").getContext("2d");
-function textWidth(text, font = FONT) {
-  ruler.font = font;
-  return ruler.measureText(text).width;
-}
-function fitted(text, room, font = FONT) {
-  if (textWidth(text, font) <= room) return text;
-  const letters = [...text];
-  while (letters.length && textWidth(letters.join("") + "…", font) > room) letters.pop();
-  return letters.join("") + "…";
-}
-
 // An image with boxes [{x, y, w, h, color, dash, ground, label, score, title, quiet, mask, opacity}], the most important
 // last. Labels keep their size on the screen; a label without room shows while its box is hovered. A mask has a fill of
 // `opacity`, 0 to 255, and a thin box.
 function boxedImage(image, boxes) {
-  const { width, height } = image, area = (box) => box.w * box.h, BOLD = `600 ${FONT}`, LINE = 16, PAD = 4;
+  const { width, height } = image, area = (box) => box.w * box.h;
   const view = svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "xMidYMid meet" });
   if (image.image) view.append(svg("image", { href: image.image, width, height }));
   else view.append(svg("rect", { width, height, fill: "var(--soft)" }));
   const masks = boxes.filter((box) => box.mask);
   if (masks.length) {
     const [h, w] = masks[0].mask.size, canvas = el("canvas", { width: w, height: h });
-    paintMasks(canvas, masks.map(({ mask, color, opacity = FILL }) => ({ mask, color: rgb(color), opacity })));
+    paintMasks(canvas, masks.map(({ mask, color, opacity = OPACITY }) => ({ mask, color: rgb(color), opacity })));
     view.append(svg("image", { href: canvas.toDataURL(), width, height, "pointer-events": "none" }));
   }
   const labels = svg("g"), hovered = svg("g");
   let scale = 1; // image pixels per screen pixel
-  const label = ([text, box, [x, y, w]]) => svg("g", { class: "label", "pointer-events": "none" },
-    svg("rect", { x: x * scale, y: y * scale, width: w * scale, height: LINE * scale, fill: box.ground, "fill-opacity": 0.88 }),
-    svg("text", { x: (x + PAD) * scale, y: (y + 12) * scale, "font-size": 12 * scale, style: "fill:#fff;font-weight:600" }, text));
-  const place = (box, taken) => {
-    const [right, bottom] = [width / scale, height / scale], [x1, y1, x2, y2] = [box.x, box.y, box.x + box.w, box.y + box.h].map((v) => v / scale);
-    const score = box.score === undefined ? "" : ` ${box.score}`;
-    const text = fitted(box.label, right - 2 * PAD - textWidth(score, BOLD), BOLD) + score, w = Math.min(right, textWidth(text, BOLD) + 2 * PAD);
-    const corners = [y1 - LINE, y1, y2 - LINE, y2].flatMap((y) => [x1, x2 - w].map((x) => [
-      Math.max(0, Math.min(x, right - w)), Math.max(0, Math.min(y, bottom - LINE)), w]));
-    const free = corners.find(([x, y]) => taken.every(([a, b, c]) => x >= a + c || a >= x + w || y >= b + LINE || b >= y + LINE));
-    return [text, box, free];
+  const place = ({ x, y, w, h, label, score, ground }, taken) => {
+    const sides = [x, y, x + w, y + h].map((side) => side / scale), area = [0, 0, width / scale, height / scale];
+    return { ...placeLabel(label, score === undefined ? "" : ` ${score}`, sides, area, taken), ground };
   };
+  const draw = (label) => labelElement(label, label.ground, "#fff", scale);
   const redraw = () => {
     if (!view.clientWidth) return;
     scale = Math.max(width / view.clientWidth, height / view.clientHeight);
-    const taken = [], placed = [];
+    const placed = [];
     let room = (0.3 * width * height) / scale ** 2; // labels cover at most this area
     for (const box of [...boxes].reverse().filter((one) => !one.quiet)) {
-      const found = place(box, taken), used = found[2] ? LINE * found[2][2] : Infinity;
-      if (used <= room) { room -= used; taken.push(found[2]); placed.push(found); }
+      const label = place(box, placed.map((one) => one.place)), used = label.place ? LINE * (label.place[2] - label.place[0]) : Infinity;
+      if (used <= room) { room -= used; placed.push(label); }
     }
-    labels.replaceChildren(...placed.map(label));
+    labels.replaceChildren(...placed.map(draw));
   };
   for (const box of [...boxes].sort((a, b) => area(b) - area(a))) { // small boxes on top, so that they can be hovered inside large ones
     const sides = { x: box.x, y: box.y, width: Math.max(box.w, 0.5), height: Math.max(box.h, 0.5), class: "box" };
     view.append(svg("rect", { ...sides, stroke: "#111", "stroke-width": box.mask ? 2 : 3.6, "stroke-opacity": 0.75, "pointer-events": "none" }));
     view.append(svg("rect", { ...sides, stroke: box.color, "stroke-width": box.mask ? 1 : 2, "stroke-dasharray": box.dash,
-      onpointerenter: () => hovered.replaceChildren(label(place(box, []))), onpointerleave: () => hovered.replaceChildren() }, svg("title", {}, box.title || box.label)));
+      onpointerenter: () => hovered.replaceChildren(draw(place(box, []))), onpointerleave: () => hovered.replaceChildren() }, svg("title", {}, box.title || box.label)));
   }
   view.append(labels, hovered);
   new ResizeObserver(redraw).observe(view);

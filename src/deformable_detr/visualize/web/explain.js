@@ -74,8 +74,8 @@ function addToggles(id, labels, icon = () => null) {
   byId(id).append(
     ...labels.map((label, index) => button({ "data-index": index,
       onclick: change(() => members.has(index) ? members.delete(index) : members.add(index)) }, icon(index), label)),
-    button({ onclick: change(() => labels.forEach((_, index) => members.add(index))) }, "all"),
-    button({ onclick: change(() => members.clear()) }, "none"));
+    button({ class: "link", onclick: change(() => labels.forEach((_, index) => members.add(index))) }, "all"),
+    button({ class: "link", onclick: change(() => members.clear()) }, "none"));
 }
 
 const isPoint = data.items[0].kind === "point";

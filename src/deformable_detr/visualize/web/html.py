@@ -11,9 +11,18 @@ from typing import Any
 
 from PIL import Image
 
+from ..draw import PALETTE
+from ..masks import HALO, OPACITY, SHADES
+
+_DRAWING = {"PALETTE": PALETTE, "HALO": HALO, "OPACITY": OPACITY, "SHADES": SHADES}  # pages draw as Python does
+
 
 def render_page(
-    name: str, title: str, data: Any, styles: Sequence[str] = (), libraries: Sequence[str] = ("masks.js", "charts.js")
+    name: str,
+    title: str,
+    data: Any,
+    styles: Sequence[str] = (),
+    libraries: Sequence[str] = ("masks.js", "labels.js", "charts.js"),
 ) -> str:
     """Return a page: page.html with a title, styles, scripts and data.
 
@@ -48,5 +57,6 @@ def jpeg_data_uri(image: Image.Image, longest_side: int, quality: int = 85) -> s
 
 
 def read_asset(name: str) -> str:
-    """Return the text of a file in this folder."""
-    return resources.files("deformable_detr.visualize.web").joinpath(name).read_text(encoding="utf-8")
+    """Return the text of a file in this folder, with the constants of drawings in place of __DRAWING__."""
+    text = resources.files("deformable_detr.visualize.web").joinpath(name).read_text(encoding="utf-8")
+    return text.replace("__DRAWING__", json.dumps(_DRAWING))

@@ -1,5 +1,5 @@
 // Masks over an image, from COCO's compressed RLE: a translucent fill, an outline of the same color and a dark rim.
-const RIM = [26, 26, 26], FILL = 110, SHADES = [[0, 0], [255, 0.5], [0, 0.3]]; // as in visualize/masks.py
+const { PALETTE, HALO, OPACITY, SHADES } = __DRAWING__; // inserted by html.py
 
 const rgb = (hex) => [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
 
@@ -60,7 +60,7 @@ function paintMasks(canvas, items, line = 2) {
   context.clearRect(0, 0, w, h);
   if (!items.length || !w || !h) return;
   const picture = context.createImageData(w, h), pixels = new Uint32Array(picture.data.buffer);
-  const pixel = (color, alpha) => new Uint32Array(Uint8Array.of(...color, alpha).buffer)[0], rim = pixel(RIM, 255);
+  const pixel = (color, alpha) => new Uint32Array(Uint8Array.of(...color, alpha).buffer)[0], rim = pixel(rgb(HALO), 255);
   const masks = items.map((item) => ({ ...item, ...resizeMask(item.mask, w, h, line) }));
   masks.sort((a, b) => !a.opacity - !b.opacity || b.area - a.area);
   for (const { cells, left, right, top, bottom, color, opacity } of masks) {

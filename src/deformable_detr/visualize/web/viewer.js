@@ -68,11 +68,11 @@ class Viewer {
     return Math.max(this.area.width / Math.max(clientWidth, 1), this.area.height / Math.max(clientHeight, 1));
   }
 
-  // items: [{ index, box: [x1, y1, x2, y2], color }]. Small boxes are on top, so that each can be reached.
+  // items: [{ index, box: [x1, y1, x2, y2], color, dash }]. Small boxes are on top, so that each can be reached.
   setBoxes(items) {
     const size = ({ box: [x1, y1, x2, y2] }) => (x2 - x1) * (y2 - y1);
-    this.boxes.replaceChildren(...[...items].sort((a, b) => size(b) - size(a)).map(({ index, box, color }) =>
-      selectable(svg("g", { class: "hit", "data-item": index }, rectangle(box, { fill: "transparent" }), ...outline(box, color, 2)),
+    this.boxes.replaceChildren(...[...items].sort((a, b) => size(b) - size(a)).map(({ index, box, color, dash }) =>
+      selectable(svg("g", { class: "hit", "data-item": index }, rectangle(box, { fill: "transparent" }), ...outline(box, color, 2, dash)),
         index, this.actions)));
   }
 
