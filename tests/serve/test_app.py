@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -418,7 +419,9 @@ def test_page_is_self_contained(client):
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for path in ("/", "/page.css", "/page.js", "/style.css", "/viewer.css", "/viewer.js", "/elements.js"):
+    files = re.findall(r'(?:src|href)="([\w.]+)"', page.text)
+    assert {"page.js", "results.js", "zoom.js", "labels.js", "masks.js", "style.css"} <= set(files)
+    for path in ("/", *(f"/{file}" for file in files)):
         text = client.get(path).text.replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text
         assert "https:" not in text

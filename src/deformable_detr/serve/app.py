@@ -80,7 +80,7 @@ def create_app(engine: Engine, token: str | None = None, name: str = "model", or
     app.include_router(_api_routes(engine, name), dependencies=security)
     app.include_router(_status_routes(engine))
     app.add_exception_handler(RequestValidationError, _invalid_parameter)
-    files = {name: resources.files(__package__).joinpath(name).read_bytes() for name in _PAGE_FILES}
+    files = {name: resources.files("deformable_detr.serve").joinpath(name).read_bytes() for name in _PAGE_FILES}
     for name, content in (files | {name: read_asset(name).encode() for name in _SHARED_FILES}).items():
         response: Any = Response(content, media_type=_MEDIA_TYPES[name.split(".")[1]])
         app.add_route("/" if name == "page.html" else f"/{name}", response, ["GET"], include_in_schema=False)
@@ -155,9 +155,8 @@ def _status_routes(engine: Engine) -> APIRouter:
 
     @router.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        return Response(
-            await run_in(engine.writer, generate_latest, engine.metrics.registry), media_type=CONTENT_TYPE_LATEST
-        )
+        text = await run_in(engine.writer, generate_latest, engine.metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     return router
 

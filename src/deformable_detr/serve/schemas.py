@@ -139,12 +139,8 @@ def explained_image(traced: Trace, name: str | None) -> dict[str, Any]:
 
 def _points(layer: DecoderLayerSampling) -> list[list[float]]:
     """[x, y, weight, level, head] of each sampling point, in the order M, L, P, without those that fill up a level."""
-    locations = layer.locations.clamp(-1e6, 1e6).tolist()
-    weights = layer.weights.tolist()
-    return [
-        [round(x, 1), round(y, 1), round(weight, 5), level, head]
-        for head, levels in enumerate(locations)
-        for level, points in enumerate(levels)
-        for (x, y), weight in zip(points, weights[head][level], strict=True)
-        if weight > 0
-    ]
+    used = layer.weights > 0
+    heads, levels, _ = used.nonzero().T.tolist()
+    xs, ys = layer.locations[used].clamp(-1e6, 1e6).T.tolist()
+    rows = zip(xs, ys, layer.weights[used].tolist(), levels, heads, strict=True)
+    return [[round(x, 1), round(y, 1), round(weight, 5), level, head] for x, y, weight, level, head in rows]

@@ -158,9 +158,8 @@ def serve(
             engine.start()
         except Exception as error:  # runtimes and devices raise many types of errors
             raise UserError(f"{source} fails on its first image, so it is not served: {first_line(error)}") from None
-        server = Server(
-            create_app(engine, token, name, origins), engine, f"serving {name} at {url} - press Ctrl-C to stop"
-        )
+        app = create_app(engine, token, name, origins)
+        server = Server(app, engine, f"serving {name} at {url} - press Ctrl-C to stop")
         server.run([listener])
     if server.interrupted:
         raise KeyboardInterrupt
