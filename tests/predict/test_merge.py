@@ -120,6 +120,16 @@ def test_a_small_object_in_front_of_a_large_one_of_its_class_stays():
     Oracle([[200, 200, 1800, 1800], [600, 600, 640, 650], [900, 900, 960, 930]], smallest=200).assert_once_each()
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_cluster_in_the_whole_image_gives_way_unless_tiles_show_its_pieces(shown):
+    windows = [*tile_grid(SIZE, SIZE, TILE), Window(0, 0, SIZE, SIZE)]
+    cluster, small = [100, 100, 700, 400], [[120, 120, 160, 160], [300, 300, 330, 340], [400, 150, 440, 190]]
+    boxes = np.array([*small, cluster, [100, 100, 640, 400]][: 4 + shown])
+    views = np.array([0, 0, 0, len(windows) - 1, 0][: 4 + shown])
+    groups = merge_views(boxes, np.linspace(0.9, 0.7, 5)[: 4 + shown], np.zeros(4 + shown, int), views, windows)
+    assert groups == ([[0], [1], [2], [3]] if shown else [[0], [1], [2]])
+
+
 def test_classes_are_merged_separately():
     Oracle([[480, 480, 560, 560]] * 2, [0, 1]).assert_once_each()
 

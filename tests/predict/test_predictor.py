@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from deformable_detr.config.schema import ModelConfig
-from deformable_detr.predict import predictor
+from deformable_detr.predict import inputs, predictor
 from deformable_detr.predict.predictor import model_categories, predict, predict_each, predict_iter
 from deformable_detr.structures import Detections
 from deformable_detr.utils.errors import UserError
@@ -272,7 +272,7 @@ def test_files_are_prefetched_within_a_limit(tmp_path, monkeypatch):
     for number in range(60):
         Image.fromarray(make_image()).save(tmp_path / f"{number:02}.png")
     read, threads, done = [], set(), threading.Event()
-    original = predictor.read_image
+    original = inputs.read_image
 
     def record_read(source):
         if source.stem == "00":
@@ -283,7 +283,7 @@ def test_files_are_prefetched_within_a_limit(tmp_path, monkeypatch):
             done.set()
         return original(source)
 
-    monkeypatch.setattr(predictor, "read_image", record_read)
+    monkeypatch.setattr(inputs, "read_image", record_read)
     max_prefetched = 2 * 8 + 2  # twice the threads, plus one batch
     order = []
     for result in predict_iter(RedBoxFinder(), tmp_path):

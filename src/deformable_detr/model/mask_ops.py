@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..utils.dtype import upcast
-from ..utils.rle import Rle, encode_masks
+from ..utils.rle import Rle, encode_part
+from ..utils.tiles import Window
 
 MASK_OUTPUTS = ("mask_embeddings", "mask_features", "pred_masks")
 
@@ -35,33 +36,51 @@ class MaskLogits:
     def __getitem__(self, index: Any) -> "MaskLogits":
         return MaskLogits(self.logits[index], self.content)
 
-    def to_rle(self, size: tuple[int, int]) -> tuple[Rle, ...]:
-        """Return the masks of an image of `size` (height, width) in pixels."""
-        return tuple(rle for logits in self.logits for rle in encode_masks(self._resize(logits, size)[None]))
+    def to_rle(self, size: tuple[int, int], window: Window | None = None) -> tuple[Rle, ...]:
+        """Return the masks of an image of `size` (height, width) in pixels, or of a window of it."""
+        top, left, height, width = window or Window(0, 0, *size)
+        parts = (self._resize(logits, (height, width)) for logits in self.logits)
+        return tuple(encode_part(part.numpy(), (top + y, left + x), size) for part, (y, x) in parts)
 
-    def _resize(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Interpolate (h, w) logits bilinearly, as far as they can be positive, and return the mask (H, W) bool."""
-        mask = torch.zeros(size, dtype=torch.bool)
+    def _resize(self, logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Interpolate (h, w) logits bilinearly, as far as they can be positive.
+
+        Returns the mask of this part, bool, and its top and left in an image of `size`.
+        """
         window, pixels, positions = [], [], []
         for axis in (0, 1):
             cells = torch.nonzero((logits > 0).any(dim=1 - axis))[:, 0]
             if not len(cells):
-                return mask
+                return torch.zeros(0, 0, dtype=torch.bool), (0, 0)
             count, scale = logits.shape[axis], logits.shape[axis] * self.content[axis] / size[axis]
             low, high = max(0, int(cells[0]) - 1), min(count, int(cells[-1]) + 2)
             # A pixel's center lies at this many cells: (pixel + 0.5) · scale − 0.5.
             first = max(0, math.floor((low + 0.5) / scale - 0.5) if low else 0)
             last = min(size[axis], math.ceil((high - 0.5) / scale - 0.5) + 1 if high < count else size[axis])
             window.append(slice(low, high))
-            pixels.append(slice(first, last))
+            pixels.append(first)
             centers = (torch.arange(first, last, dtype=torch.float32) + 0.5) * scale - low
             positions.append(centers * 2 / (high - low) - 1)
         y, x = positions
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
         part = logits[window[0], window[1]].float()
         values = F.grid_sample(part[None, None], grid[None], padding_mode="border", align_corners=False)
-        mask[pixels[0], pixels[1]] = values[0, 0] > 0
-        return mask
+        return values[0, 0] > 0, (pixels[0], pixels[1])
+
+
+@dataclass(frozen=True)
+class EncodedMasks:
+    """The masks of k detections of one image as `MaskLogits.to_rle` returns them."""
+
+    rles: tuple[Rle, ...]
+
+    def __getitem__(self, index: Any) -> "EncodedMasks":
+        chosen = torch.arange(len(self.rles))[index]
+        return EncodedMasks(tuple(self.rles[number] for number in chosen.tolist()))
+
+    def to_rle(self, size: tuple[int, int]) -> tuple[Rle, ...]:
+        """Return the masks of the image, which is of `size` (height, width)."""
+        return self.rles
 
 
 def has_masks(outputs: Mapping[str, Any]) -> bool:

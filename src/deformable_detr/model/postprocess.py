@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..structures import Category, Detections
 from ..utils.dtype import upcast
-from .mask_ops import MASK_OUTPUTS, MaskLogits, has_masks, select_masks
+from .mask_ops import MASK_OUTPUTS, EncodedMasks, MaskLogits, has_masks, select_masks
 
 
 class ScoredBoxes(NamedTuple):
@@ -23,7 +23,7 @@ class ScoredBoxes(NamedTuple):
     boxes: Tensor
     scores: Tensor
     labels: Tensor
-    masks: MaskLogits | None = None
+    masks: MaskLogits | EncodedMasks | None = None
 
     def select(self, index: Any) -> "ScoredBoxes":
         """Return the pairs that a slice or bool mask (k,) selects."""

@@ -3,7 +3,7 @@
 A view is a tile, or the whole image. What one view detects are different objects; only detections of different views,
 with the same class, are compared. The best ones stay, in this order:
 
-1. Objects that a tile shows whole, and those that only the whole image shows whole.
+1. Objects that a tile shows whole, and those that only the whole image shows whole; except clusters of the former.
 2. Objects that the whole image shows whole and a tile too, in more pixels.
 3. Pieces: they touch an edge of their tile inside the image. Pieces of an object that no view shows whole are joined.
 """
@@ -46,6 +46,7 @@ def merge_views(
     gone = _replaces(boxes, ranks, _slack(views, frames), better, worse)
     gone &= ~pieces & (scores[better] >= MIN_SCORE_RATIO * scores[worse])
     dropped = _suppress(better[gone], worse[gone], position)
+    dropped[_clusters(boxes, scores, views, frames, better, worse, np.where(dropped, -1, ranks))] = True
 
     joinable = pieces & ~dropped[better] & ~dropped[worse]
     joinable[joinable] = _agree(boxes, views, frames, better[joinable], worse[joinable])
@@ -104,6 +105,27 @@ def _replaces(
     same = shared >= SAME_IOU * (total - shared)
     # A piece can contain a small object, which does not replace it.
     return np.choose(ranks[worse], [same, covered >= OVERLAP * small, covered >= OVERLAP * areas[worse]])
+
+
+def _clusters(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    views: np.ndarray,
+    frames: np.ndarray,
+    better: np.ndarray,
+    worse: np.ndarray,
+    ranks: np.ndarray,
+) -> np.ndarray:
+    """Return the detections of the whole image that are several small objects: tiles show these, and no piece of it."""
+    whole = len(frames) - 1
+    pairs = np.concatenate([np.stack([better, worse]), np.stack([worse, better])], axis=1)
+    large, other = pairs[:, (views[pairs[0]] == whole) & (ranks[pairs[0]] == 0)]
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    inside = _shared_area(boxes[large], boxes[other]) >= OVERLAP * areas[other]
+    inside &= (ranks[other] == 0) & (scores[other] >= OVERLAP * scores[large])
+    seen = _agree(boxes, views, frames, large, other)
+    several, shown = (np.bincount(large[pairs], minlength=len(boxes)) for pairs in (inside, seen))
+    return np.flatnonzero((several > 1) & (shown == 0))
 
 
 def _grow(boxes: np.ndarray, pixels: np.ndarray) -> np.ndarray:

@@ -3,16 +3,13 @@
 import logging
 import os
 import re
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +19,13 @@ from ..config.image_size import FixedSize, ResizeRule
 from ..data.dataloader import pad_images
 from ..data.discovery import describe_unread, is_hidden, is_unread_image
 from ..data.matching import IMAGE_SUFFIXES
-from ..data.transforms import resize
 from ..model.mask_ops import content_ratios, has_masks
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..structures import Category, Detections
 from ..utils.errors import UserError
-from ..utils.images import read_image
+from ..utils.tiles import DEFAULT_OVERLAP, TileOptions, Tiling, check_tiling
+from .inputs import InputImage, batches, read_ahead
+from .tiles import TiledImage, detect_tiles
 from .track import Tracker
 
 log = logging.getLogger(__name__)
@@ -111,23 +109,38 @@ class Detector(nn.Module):
             raise UserError(f"--image-size {given}: this model needs H,W{multiples}")
         return size
 
-    def predict(self, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1) -> Any:
+    def predict(
+        self,
+        source: Any,
+        threshold: float = 0.5,
+        top_k: int = 100,
+        batch_size: int = 1,
+        tile: int | None = None,
+        tile_overlap: float = DEFAULT_OVERLAP,
+    ) -> Any:
         """Detect objects.
 
         Args:
             source: An image as a path, PIL image, HWC array or CHW tensor; a list of images, or the path of a folder.
             threshold: Minimum score, 0 to 1.
-            top_k: Maximum number of detections per image.
-            batch_size: Images per forward pass.
+            top_k: Maximum number of detections per image, or per tile.
+            batch_size: Images or tiles per forward pass.
+            tile, tile_overlap: Cut larger images into tiles; see `predict`.
 
         Returns:
             `Detections` for an image, a list of them for a list or a folder.
         """
-        return predict(self, source, threshold, top_k, batch_size)
+        return predict(self, source, threshold, top_k, batch_size, tile, tile_overlap)
 
 
 def predict(
-    model: Detector, source: Any, threshold: float = 0.5, top_k: int = 100, batch_size: int = 1
+    model: Detector,
+    source: Any,
+    threshold: float = 0.5,
+    top_k: int = 100,
+    batch_size: int = 1,
+    tile: int | None = None,
+    tile_overlap: float = DEFAULT_OVERLAP,
 ) -> Detections | list[Detections]:
     """Detect the objects in one or more images.
 
@@ -136,9 +149,14 @@ def predict(
         source: A path, PIL image, RGB array (H, W, 3) uint8 or RGB tensor (3, H, W) uint8. A list or tuple of these,
             or the path of a folder, returns a list.
         threshold: Minimum score, 0..1.
-        top_k: Maximum number of detections per image.
-        batch_size: Images per batch. They are padded to the largest, and group normalization sees the padding: scores
-            of differently shaped images can differ by up to 0.1 from those at batch_size 1.
+        top_k: Maximum number of detections per image; with tiles, per tile and in the whole image at its usual size,
+            so that an image may have more.
+        batch_size: Images or tiles per batch. Images are padded to the largest, and group normalization sees the
+            padding: scores of differently shaped images can differ by up to 0.1 from those at batch_size 1.
+        tile: Side in pixels of the tiles that larger images are cut into, beside the whole image, to find small
+            objects. TIFF files of any size are then read in parts. Default: no tiles.
+        tile_overlap: Minimum overlap of neighboring tiles as a share of their side, 0..0.9. It should exceed the
+            objects that only tiles show well.
 
     Returns:
         `Detections` in pixels of the original image, or a list of them in the order of the source; those of a folder
@@ -148,7 +166,8 @@ def predict(
         UserError: A setting is out of range or an image cannot be read.
     """
     many = isinstance(source, list | tuple) or _is_folder(source)
-    results = list(predict_iter(model, source if many else [source], threshold, top_k, batch_size))
+    sources = source if many else [source]
+    results = list(predict_iter(model, sources, threshold, top_k, batch_size, tile=tile, tile_overlap=tile_overlap))
     return results if many else results[0]
 
 
@@ -165,6 +184,7 @@ def predict_iter(
     batch_size: int = 1,
     track: bool = False,
     frame_rate: float | Fraction = 30.0,
+    **tiles: Unpack[TileOptions],
 ) -> Iterator[Detections]:
     """Detect the objects in any number of images in constant memory; see `predict`.
 
@@ -172,14 +192,16 @@ def predict_iter(
         sources: The path of a folder, or an iterable of single images as for `predict`, which may be endless.
         track: The images are the frames of a video: set `Detections.track_ids`. See `track.Tracker`.
         frame_rate: Frames per second, for `track`.
+        **tiles: `tile` and `tile_overlap` of `predict`.
 
     Yields:
         The `Detections` of each image. Files are read ahead in threads while the model runs.
     """
+    tiling = check_tiling(**tiles, batch_size=batch_size)
     if not track:
-        return _raise_errors(predict_each(model, sources, threshold, top_k, batch_size))
+        return _raise_errors(predict_each(model, sources, threshold, top_k, batch_size, tiling=tiling))
     tracker = Tracker(threshold, frame_rate)
-    results = predict_each(model, sources, tracker.min_score, top_k, batch_size)
+    results = predict_each(model, sources, tracker.min_score, top_k, batch_size, tiling=tiling)
     return _raise_errors(r if isinstance(r, UserError) else tracker.update(r) for r in results)
 
 
@@ -198,12 +220,14 @@ def predict_each(
     top_k: int = 100,
     batch_size: int = 1,
     keep_pixels: bool = False,
+    tiling: Tiling | None = None,
 ) -> Generator[Detections | UserError, None, None]:
     """Like `predict_iter`, but yield the `UserError` of an image that cannot be read and continue.
 
     Args:
         keep_pixels: Set `Detections.image` to the decoded image (3, H, W) instead of the source, so that drawing it
-            does not decode it again.
+            does not decode it again. Not for an image that is larger than memory.
+        tiling: How larger images are cut.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold}: must be from 0 to 1")
@@ -211,65 +235,57 @@ def predict_each(
         if value < 1:
             raise UserError(f"{name} {value}: must be 1 or more")
     images = iter(folder_images(Path(sources)) if _is_folder(sources) else sources)
-    return _predictions(model, _read_ahead(model, images, batch_size, keep_pixels), threshold, top_k, batch_size)
-
-
-class _InputImage(NamedTuple):
-    """An image on its way to the model."""
-
-    image: Any  # for `Detections.image`
-    size: tuple[int, int]  # (height, width) as read
-    pixels: Tensor | UserError  # resized, (3, H, W) uint8
+    inputs = read_ahead(model.resize_rule, images, batch_size, keep_pixels, tiling)
+    return _predictions(model, inputs, threshold, top_k, batch_size)
 
 
 def _predictions(
-    model: Detector, inputs: Generator[_InputImage, None, None], threshold: float, top_k: int, batch_size: int
+    model: Detector, inputs: Generator[InputImage, None, None], threshold: float, top_k: int, batch_size: int
 ) -> Generator[Detections | UserError, None, None]:
     categories = model_categories(model.config)
     with closing(inputs):
-        while batch := list(islice(inputs, batch_size)):
+        for batch in batches(inputs, batch_size):
             readable = [(item.pixels, item.size) for item in batch if isinstance(item.pixels, Tensor)]
             results = iter(_detect(model, readable, threshold, top_k) if readable else ())
-            for image, size, pixels in batch:
-                if isinstance(pixels, UserError):
-                    yield pixels
+            for item in batch:
+                scored = _scored_boxes(model, item.pixels, results, threshold, top_k)
+                if isinstance(scored, UserError):
+                    yield scored
                 else:
-                    yield to_detections(next(results), size, threshold, categories, image)
-            del batch, readable  # before the next batch is read
+                    yield to_detections(scored, item.size, threshold, categories, item.image)
+            del batch, readable, item  # before the next batch is read
 
 
-def _read_ahead(
-    model: Detector, sources: Iterator[Any], batch_size: int, keep_pixels: bool
-) -> Generator[_InputImage, None, None]:
-    """Read and resize the images in order: files in threads, a bounded number ahead; others only when requested."""
-    rule = model.resize_rule
-
-    def read(source: Any) -> _InputImage:
+def _scored_boxes(
+    model: Detector, pixels: Any, results: Iterator[ScoredBoxes], threshold: float, top_k: int
+) -> ScoredBoxes | UserError:
+    """Return the detections of an `InputImage`: the next of `results`, unless it has tiles; or its error."""
+    if isinstance(pixels, TiledImage):
         try:
-            image = read_image(source)
-        except UserError as error:
-            return _InputImage(source, (0, 0), error)
-        resized = resize(image, rule)
-        return _InputImage(image if keep_pixels else source, (image.shape[1], image.shape[2]), resized)
+            return detect_tiled(model, pixels, threshold, top_k)
+        except UserError as error:  # a part of the file is damaged
+            return error
+    return next(results) if isinstance(pixels, Tensor) else pixels
 
-    threads = min(8, max(1, (os.cpu_count() or 1) // 2))
-    limit = max(batch_size, threads if keep_pixels else 2 * threads)
-    pending: deque[Future[_InputImage]] = deque()
-    pool = ThreadPoolExecutor(threads, "read-image")
-    try:
-        for source in sources:
-            if not isinstance(source, str | os.PathLike):
-                while pending:
-                    yield pending.popleft().result()
-                yield read(source)
-                continue
-            pending.append(pool.submit(read, source))
-            if len(pending) > limit:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+def detect_tiled(model: Detector, image: TiledImage, threshold: float = 0.0, top_k: int = 100) -> ScoredBoxes:
+    """Detect the objects in an image with tiles, in at most `top_k` query and class pairs per tile, and close it.
+
+    Logs a warning if tiles have this maximum of detections at a threshold over 0.
+    """
+    full = 0
+
+    def detect(pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[ScoredBoxes]:
+        nonlocal full
+        results = _detect(model, list(zip(pixels, sizes, strict=True)), threshold, top_k)
+        full += sum(len(scored.scores) == top_k and bool(scored.scores[-1] >= threshold) for scored in results)
+        return results
+
+    with closing(image):
+        scored = detect_tiles(image, detect, threshold)
+    if full and threshold > 0 and top_k < model.config.num_queries * model.config.num_classes:
+        log.warning("%s: %d detections in %d tiles, the maximum; allow more with top_k", image.name, top_k, full)
+    return scored
 
 
 def _detect(

@@ -64,7 +64,7 @@ def read_image(source: ImageSource) -> Tensor:
         hint = "; open it with PIL.Image.open" if hasattr(source, "read") else ""
         raise UserError(f"an image must be a path, PIL image, array or tensor, not {type(source).__name__}{hint}")
     name = os.fspath(source)
-    with _open_file(name) as file:
+    with open_file(name) as file:
         return _read(file, name)
 
 
@@ -81,7 +81,7 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def read_header(path: str | os.PathLike[str]) -> tuple[tuple[int, int], int, int]:
     """Return the size as `read_size` does, the orientation, 1 to 8, and the bits per sample; 8 stands for fewer too."""
     name = os.fspath(path)
-    with _open_file(name) as file, _one_line_errors(name, file):
+    with open_file(name) as file, one_line_errors(name, file):
         if layout := read_layout(file):
             if not _pillow_opens(file, layout):
                 require_tifffile(layout, name)
@@ -101,7 +101,8 @@ def refuse_address(name: str) -> None:
         raise UserError(f"{address[1]}//{address[2]}: addresses are not read; {hint}")
 
 
-def _open_file(name: str) -> IO[bytes]:
+def open_file(name: str) -> IO[bytes]:
+    """Open an image file. Raises UserError if it is missing or cannot be read."""
     if not os.path.exists(name):
         refuse_address(name)
         raise UserError(f"{name}: no such image file; add the file or remove its entry")
@@ -123,12 +124,16 @@ def _valid(orientation: Any) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
+def is_large(width: int, height: int) -> bool:
+    """Return whether an image has more pixels than are read at once."""
+    return Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS
+
+
 def _check_size(name: str, width: int, height: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
+    if is_large(width, height):
         raise UserError(
-            f"{name}: {width} × {height} pixels exceed the limit of {limit / 1e6:.0f} megapixels; "
-            "cut it into tiles or downscale it first"
+            f"{name}: {width} × {height} pixels exceed the limit of {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} "
+            "megapixels; cut it into tiles or downscale it first"
         )
     if not width or not height:
         raise UserError(f"{name}: an image without pixels ({width} × {height}); replace or remove it")
@@ -157,7 +162,7 @@ def _refuse_vector_graphics(image: Image.Image) -> None:
 
 
 def _read(file: IO[bytes], name: str) -> Tensor:
-    with _one_line_errors(name, file):
+    with one_line_errors(name, file):
         layout = read_layout(file)
         if layout:
             _check_size(name, *layout.size)
@@ -168,7 +173,7 @@ def _read(file: IO[bytes], name: str) -> Tensor:
 
 
 def _decode(image: Image.Image, name: str) -> Tensor:
-    with _one_line_errors(name):
+    with one_line_errors(name):
         _check_size(name, *image.size)
         _refuse_vector_graphics(image)
         tags, file = getattr(image, "tag_v2", None), getattr(image, "fp", None)
@@ -187,6 +192,11 @@ def _decode(image: Image.Image, name: str) -> Tensor:
 
 def _read_tiff(file: IO[bytes], layout: TiffLayout, name: str, page: int = 0) -> Tensor:
     pixels = read_page(file, layout, page, name)
+    return from_tiff(pixels, layout)
+
+
+def from_tiff(pixels: np.ndarray, layout: TiffLayout) -> Tensor:
+    """Return values as `tiff.as_colors` returns them as upright uint8 RGB (3, H, W)."""
     levels = to_uint8(pixels, layout.value_bits, layout.nodata, invert=layout.photometric == 0)
     return _to_tensor(_to_rgb(_rotate(Image.fromarray(levels), _valid(layout.orientation))))
 
@@ -196,7 +206,7 @@ def _rotate(image: Image.Image, orientation: int) -> Image.Image:
 
 
 @contextmanager
-def _one_line_errors(name: str, file: IO[bytes] | None = None) -> Iterator[None]:
+def one_line_errors(name: str, file: IO[bytes] | None = None) -> Iterator[None]:
     """Raise UserError for any exception; decoders raise any for damaged data."""
     try:
         yield

@@ -19,6 +19,30 @@ def encode_masks(masks: Tensor | np.ndarray) -> tuple[Rle, ...]:
     return tuple({"size": list(row["size"]), "counts": row["counts"].decode("ascii")} for row in rows)
 
 
+def encode_part(mask: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> Rle:
+    """Encode a mask of `size` (height, width) of which only a part (h, w) bool at `corner` (top, left) is not 0."""
+    import hotcoco
+
+    (height, width), (top, left) = size, corner
+    changes = np.diff(np.pad(mask.T.astype(np.int8), ((0, 0), (1, 1))), axis=1)  # down the columns, as COCO counts
+    runs = [(left + column) * height + top + row for column, row in map(np.nonzero, (changes > 0, changes < 0))]
+    bounds = np.stack(runs, axis=1).ravel()
+    joined = np.flatnonzero(np.diff(bounds) == 0)  # from the bottom of a column to the top of the next
+    bounds = np.delete(bounds, [*joined, *(joined + 1)])
+    counts = np.diff(bounds, prepend=0, append=height * width).tolist()
+    counts = counts[:-1] if counts[-1] == 0 else counts
+    row: Any = hotcoco.mask.fr_py_objects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": row["counts"].decode("ascii")}
+
+
+def unite_masks(rles: Sequence[Mapping[str, Any]]) -> Rle:
+    """Return the pixels that any of the masks covers."""
+    import hotcoco
+
+    row = hotcoco.mask.merge(hotcoco_rows(rles))
+    return {"size": list(row["size"]), "counts": row["counts"].decode("ascii")}
+
+
 def decode_masks(rles: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> Tensor:
     """Decode masks of images of `size` (height, width) to (N, H, W) bool."""
     import hotcoco

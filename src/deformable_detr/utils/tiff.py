@@ -126,6 +126,11 @@ def read_page(file: IO[bytes], layout: TiffLayout, page: int, name: str) -> np.n
             raise ValueError(f"{layout}, too many bands")
         pixels = part.asarray()
     pixels = pixels.reshape(part.shaped)[:, 0]  # (planes, H, W, samples)
+    return as_colors(pixels, layout)
+
+
+def as_colors(pixels: np.ndarray, layout: TiffLayout) -> np.ndarray:
+    """Return stored values (planes, H, W, samples) as `read_page` does."""
     pixels = np.moveaxis(pixels[..., 0], 0, -1) if layout.planar and layout.samples > 1 else pixels[0]
     if layout.photometric == 5:
         full = 1 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max

@@ -1,7 +1,7 @@
 """Overlapping tiles of a large image."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from .errors import UserError
 
@@ -22,6 +22,37 @@ class Window(NamedTuple):
     def box(self) -> tuple[int, int, int, int]:
         """x1, y1, x2, y2."""
         return self.left, self.top, self.left + self.width, self.top + self.height
+
+
+class Tiling(NamedTuple):
+    """How large images are cut: side of a tile in pixels, minimum overlap as a share of it, and tiles per batch."""
+
+    tile: int
+    overlap: float = DEFAULT_OVERLAP
+    batch_size: int = 1
+
+    def divides(self, height: int, width: int) -> bool:
+        """Return whether an image has more than one tile."""
+        return max(height, width) > self.tile
+
+    def windows(self, height: int, width: int) -> list[Window]:
+        """Return the tiles of an image; see `tile_grid`."""
+        return tile_grid(height, width, self.tile, self.overlap)
+
+
+class TileOptions(TypedDict, total=False):
+    """The settings of tiles, as in `predict`."""
+
+    tile: int | None
+    tile_overlap: float
+
+
+def check_tiling(tile: int | None = None, tile_overlap: float = DEFAULT_OVERLAP, batch_size: int = 1) -> Tiling | None:
+    """Return the settings, or None without `tile`. Raises UserError if one is out of range."""
+    if tile is None:
+        return None
+    check_tiles(tile, tile_overlap)
+    return Tiling(tile, tile_overlap, batch_size)
 
 
 def tile_grid(height: int, width: int, tile: int, overlap: float = DEFAULT_OVERLAP) -> list[Window]:
