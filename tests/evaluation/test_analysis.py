@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from deformable_detr.evaluation import coco_metrics
-from deformable_detr.evaluation.analysis import analyze, best_f1, match
+from deformable_detr.evaluation.analysis import BACKGROUND_IOU, ERROR_TYPES, SCORES, analyze, best_f1, f1_curve, match
 from deformable_detr.evaluation.metrics import run_coco_eval
 from tests.support.detections import synthetic_detections
+from tests.support.mask_scenes import masked_scene
 from tests.support.tide import tide_reference
 
 # Percentages of tidecv 1.0.1 on `synthetic_detections(seed=1)`, for when the package is not installed.
@@ -169,6 +170,48 @@ def test_tide_matches_recorded_values(case):
     assert {error["type"]: 100 * error["gain"] for error in errors["types"]} == pytest.approx(TIDE_GAINS)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+def test_error_counts_are_those_of_the_filtered_detections(masks, case):
+    """The false positives are those of `match`, and all types those of an evaluation of these detections alone."""
+    truth, results = masked_scene(3, objects=40, spurious=30) if masks else case
+    kind = "segm" if masks else "bbox"
+    evaluation = run_coco_eval(truth, results, kind)
+    analysis, matches = analyze(evaluation), match(evaluation)
+    thresholds = [analysis["best"]["threshold"], *SCORES]
+    assert [row["threshold"] for row in analysis["error_counts"]] == thresholds
+    for threshold, row in zip(thresholds, analysis["error_counts"], strict=True):
+        counts = dict(zip(ERROR_TYPES, row["counts"], strict=True))
+        kept = [result for result in results if result["score"] >= threshold]
+        alone = run_coco_eval(truth, kept, kind).evaluator.tide_errors(0.5, BACKGROUND_IOU)["counts"]
+        assert counts == alone
+        selected = matches.counted & (evaluation.detections[:, 5] >= threshold)
+        assert sum(row["counts"]) - counts["Miss"] == (selected & ~matches.hits).sum()
+    totals = [sum(row["counts"][:5]) for row in analysis["error_counts"][1:]]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] > totals[-1]
+
+
+def test_f1_curve_equals_the_definition(case):
+    truth, results = case
+    evaluation = run_coco_eval(truth, results)
+    analysis, matches = analyze(evaluation), match(evaluation)
+    assert len(analysis["f1"]) == 5
+    scores, classes = evaluation.detections[:, 5], evaluation.detections[:, 6]
+    for number, curve in enumerate(analysis["f1"]):
+        chosen = classes == number if number else classes > 0
+        objects = sum(number in (0, evaluation.categories[one["category_id"]]) for one in truth["annotations"])
+        for k, value in enumerate(curve):
+            kept = chosen & (scores >= k / 100)
+            hits = (kept & matches.hits).sum()
+            precision, recall = hits / max(kept.sum(), 1), hits / objects
+            f1 = 2 * precision * recall / (precision + recall) if hits else 0
+            assert value == round(1000 * f1)
+    best = analysis["best"]
+    assert max(analysis["f1"][0]) <= 1000 * best["f1"] + 0.5
+    assert f1_curve(np.array([0.5]), np.array([True]), 1) == [1000] * 51 + [0] * 50
+    assert f1_curve(np.array([0.5]), np.array([False]), 0) is None
+
+
 @pytest.mark.parametrize("scenario", ["no detections", "no objects", "empty", "one class"])
 def test_degenerate_inputs(scenario):
     truth, results = synthetic_detections(images=3, classes=1)
@@ -179,5 +222,6 @@ def test_degenerate_inputs(scenario):
     analysis = analyze(run_coco_eval(truth, results))
     assert (analysis["best"] is None) == (scenario != "one class")
     assert len(analysis["curves"]) == 2
-    assert len(analysis["errors"]["types"]) == 6
+    assert len(analysis["errors"]["types"]) == len(analysis["error_counts"][0]["counts"]) == 6
+    assert len(analysis["f1"]) == 2
     assert (analysis["metrics"]["AP"] is None) == (scenario in ("no objects", "empty"))

@@ -24,6 +24,7 @@ COLORS = {
     "truth": (86, 180, 233),
     "right": (44, 199, 154),
     "wrong": (255, 138, 61),
+    "missed": (240, 228, 66),
     "crowd": (187, 187, 187),
 }
 LONG = "a class with a very long name that does not fit, Straßenverkehrsschild"
@@ -149,7 +150,7 @@ def test_masks_are_painted(browse, pages):
     """The ground truth has outlines, detections have fills."""
     driver = browse(pages["masked"])
     objects, detections = painted_colors(driver)
-    assert objects == {("rim", 255), ("truth", 255), ("wrong", 255), ("crowd", 255)}
+    assert objects == {("rim", 255), ("truth", 255), ("missed", 255), ("crowd", 255)}
     assert detections == {("rim", 255), ("right", 255), ("right", 110), ("wrong", 255), ("wrong", 110)}
     assert driver.get_log("browser") == []
     driver.get(pages["masked run"].as_uri())
@@ -207,8 +208,60 @@ def test_report_interactions(browse, pages):
     assert (
         find("id", "matrix-readout").text == f"{matrix[2][2]} of {sum(matrix[2])} “class 2” were detected as “class 2”"
     )
-    gains = [element.text.split(",")[0] for element in find_all("css selector", "#errors-bars .value")]
+    gains = [element.text for element in find_all("css selector", "#errors-bars .value")]
     assert gains == [f"{error['gain']:.3f}" for error in page_json["errors"]["types"]]
+
+
+def rows_of(driver, name):
+    rows = driver.find_elements("css selector", f"#{name} tr")
+    return [[cell.text for cell in row.find_elements("css selector", "th, td")] for row in rows]
+
+
+def test_errors_and_f1_by_minimum_score(browse, pages):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.ui import Select
+
+    page_json = page_data(pages["one"].read_text(encoding="utf-8"))["models"][0]
+    driver = browse(pages["one"])
+    heads, *rows = rows_of(driver, "errors-table")
+    assert heads == ["", f"{page_json['best']['threshold']:.2f} (best F1)", "0.1", "0.3", "0.5", "0.7", "0.9"]
+    counts = [[f"{count:,}" for count in column["counts"]] for column in page_json["error_counts"]]
+    assert [row[1:] for row in rows] == [list(row) for row in zip(*counts, strict=True)]
+    assert [row[0] for row in rows][::5] == ["Classification", "Missed"]
+    for index in (0, 3):
+        Select(driver.find_element("id", "curve-class")).select_by_index(index)
+        chart = driver.find_element("css selector", "#f1 svg[role=img]")
+        ActionChains(driver).move_to_element(chart).perform()
+        readout = driver.find_element("css selector", "#f1 .readout").text
+        score = float(readout.split(":")[0].split()[-1])
+        assert 0.3 < score < 0.7
+        assert readout.endswith(f"F1 {page_json['f1'][index][round(100 * score)] / 1000:.3g}")
+    two = page_data(pages["two"].read_text(encoding="utf-8"))["models"]
+    driver.get(pages["two"].as_uri())
+    heads, *rows = rows_of(driver, "errors-table")
+    assert heads[1] == "best F1"
+    assert [row[0] for row in rows][::6] == ["A: Classification", "B: Classification"]
+    assert [row[1] for row in rows] == [f"{count:,}" for model in two for count in model["error_counts"][0]["counts"]]
+    driver.get(pages["none"].as_uri())
+    assert rows_of(driver, "errors-table")[0][1] == "all"
+
+
+def test_short_curves_have_markers(browse, pages):
+    driver = browse(pages["run"])
+    script = "return document.querySelectorAll(`#${arguments[0]} .marker`).length"
+    assert driver.execute_script(script, "ap") == 6  # AP and AP50 of three evaluations
+    assert driver.execute_script(script, "loss") == 0  # of 30 steps
+    driver.get(pages["one"].as_uri())
+    assert driver.execute_script("return document.querySelectorAll('.marker').length") == 0
+
+
+def test_legends_name_the_ground_truth(browse, pages):
+    driver = browse(pages["one"])
+    texts = driver.find_element("id", "images-legend").text
+    for text in ("ground truth, detected", "ground truth, missed", "correct detection", "wrong detection", "crowd"):
+        assert text in texts
+    driver.get(pages["run"].as_uri())
+    assert driver.find_element("id", "legend").text.split("\n") == ["ground truth", "detection"]
 
 
 def test_selecting_the_second_model(browse, pages):

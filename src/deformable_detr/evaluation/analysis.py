@@ -3,16 +3,18 @@
 hotcoco matches and counts; this module converts its results to plain numbers for JSON.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .metrics import AREAS, MAX_DETECTIONS, CocoEvaluation, mean_or_none, precision_recall, summarize
+from .metrics import AREAS, MAX_DETECTIONS, CocoEvaluation, evaluate_above, mean_or_none, precision_recall, summarize
 
 IOU_THRESHOLD = 0.5  # wherever a single threshold is used
 BACKGROUND_IOU = 0.1  # TIDE: a detection that overlaps no object more than this is background
 ERROR_TYPES = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")  # in the order of the TIDE paper
 CALIBRATION_BINS = 10
+SCORES = (0.1, 0.3, 0.5, 0.7, 0.9)  # minimum scores at which errors are counted
 
 
 class Matches(NamedTuple):
@@ -32,10 +34,14 @@ def analyze(evaluation: CocoEvaluation) -> dict[str, Any]:
     - "best": the best threshold for all classes together, as `best_f1`.
     - "curves": precision in thousandths (or None) at recalls 0, 0.01, …, 1, for IoU "50", "75" and the "mean"; the
       first entry is over all classes, the others per class.
-    - "errors", "calibration", "confusion": see `tide`, `calibration` and `confusion`, at the best threshold.
+    - "f1": F1 in thousandths (or None) at IoU 0.5 and minimum scores 0, 0.01, …, 1; entries as in "curves".
+    - "errors": see `tide`; "error_counts": see `error_counts`, at the best threshold and at `SCORES`.
+    - "calibration", "confusion": see `calibration` and `confusion`, at the best threshold.
     """
     matches = match(evaluation)
-    best = _best_threshold(evaluation, matches)
+    best = best_f1(*_scores_and_hits(evaluation, matches))
+    threshold = best["threshold"] if best else 0.0
+    classes = range(1, len(evaluation.names) + 1)
     return {
         "metrics": {name: value for name, value in summarize(evaluation).items() if name != "per_class"},
         "objects": int(matches.objects.sum()),
@@ -43,9 +49,11 @@ def analyze(evaluation: CocoEvaluation) -> dict[str, Any]:
         "classes": _classes(evaluation, matches),
         "best": best,
         "curves": _curves(evaluation),
+        "f1": [f1_curve(*_scores_and_hits(evaluation, matches, number)) for number in (None, *classes)],
         "errors": tide(evaluation),
+        "error_counts": error_counts(evaluation, [threshold, *SCORES]),
         "calibration": calibration(evaluation),
-        "confusion": confusion(evaluation, best["threshold"] if best else 0.0),
+        "confusion": confusion(evaluation, threshold),
     }
 
 
@@ -84,19 +92,42 @@ def best_f1(scores: np.ndarray, hits: np.ndarray, num_objects: int) -> dict[str,
     return {name: float(value) for name, value in point.items()}
 
 
+def f1_curve(scores: np.ndarray, hits: np.ndarray, num_objects: int) -> list[int] | None:
+    """Return F1 in thousandths with the scores (N,) of at least 0, 0.01, …, 1. None without objects."""
+    if not num_objects:
+        return None
+    thresholds = np.arange(101) / 100
+    selected, correct = (
+        len(values) - np.searchsorted(np.sort(values), thresholds) for values in (scores, scores[hits])
+    )
+    return (2000 * correct / (selected + num_objects)).round().astype(int).tolist()
+
+
 def tide(evaluation: CocoEvaluation) -> dict[str, Any]:
     """Return TIDE's error types (Bolya et al., 2020): how much AP50 would gain without the errors of one type.
 
-    {"AP50", "types": [{"type", "gain", "count"}], "false_positives", "false_negatives"}; no objects: None
+    {"AP50", "types": [{"type", "gain"}], "false_positives", "false_negatives"}; no objects: None
     """
     result = evaluation.evaluator.tide_errors(IOU_THRESHOLD, BACKGROUND_IOU)
-    gains, counts = result["delta_ap"], result["counts"]
+    gains = result["delta_ap"]
     return {
         "AP50": result["ap_base"],
-        "types": [{"type": name, "gain": gains[name], "count": counts[name]} for name in ERROR_TYPES],
+        "types": [{"type": name, "gain": gains[name]} for name in ERROR_TYPES],
         "false_positives": gains["FP"],
         "false_negatives": gains["FN"],
     }
+
+
+def error_counts(evaluation: CocoEvaluation, thresholds: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the errors of each of TIDE's types among the detections with scores of at least each threshold.
+
+    [{"threshold", "counts": one per type of `ERROR_TYPES`}]
+    """
+    rows = []
+    for threshold in thresholds:
+        result = evaluate_above(evaluation, threshold, IOU_THRESHOLD).tide_errors(IOU_THRESHOLD, BACKGROUND_IOU)
+        rows.append({"threshold": threshold, "counts": [result["counts"][name] for name in ERROR_TYPES]})
+    return rows
 
 
 def calibration(evaluation: CocoEvaluation) -> dict[str, Any]:
@@ -126,15 +157,15 @@ def _rows(status: dict[int, Any]) -> np.ndarray:
     return np.fromiter(status, dtype=np.int64, count=len(status)) - 1
 
 
-def _best_threshold(
+def _scores_and_hits(
     evaluation: CocoEvaluation, matches: Matches, class_number: int | None = None
-) -> dict[str, float] | None:
-    """Return `best_f1` of one class, or of all classes together."""
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the arguments of `best_f1` for one class, or for all classes together."""
     counted, objects = matches.counted, matches.objects
     if class_number is not None:
         counted = counted & (evaluation.detections[:, 6] == class_number)
         objects = objects & (evaluation.objects["category_ids"] == class_number)
-    return best_f1(evaluation.detections[counted, 5], matches.hits[counted], int(objects.sum()))
+    return evaluation.detections[counted, 5], matches.hits[counted], int(objects.sum())
 
 
 def _classes(evaluation: CocoEvaluation, matches: Matches) -> list[dict[str, Any]]:
@@ -147,7 +178,7 @@ def _classes(evaluation: CocoEvaluation, matches: Matches) -> list[dict[str, Any
         row: dict[str, Any] = {"name": name, "objects": int(counts[k + 1]), "AP": mean_or_none(table[:, :, 0])}
         row |= {"AP50": mean_or_none(table[0, :, 0]), "AP75": mean_or_none(table[5, :, 0])}
         row |= {f"AP_{area}": mean_or_none(table[:, :, a]) for a, area in enumerate(AREAS) if a}
-        rows.append(row | {"best": _best_threshold(evaluation, matches, k + 1)})
+        rows.append(row | {"best": best_f1(*_scores_and_hits(evaluation, matches, k + 1))})
     return rows
 
 

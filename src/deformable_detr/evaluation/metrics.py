@@ -102,6 +102,21 @@ def run_coco_eval(
     return CocoEvaluation(evaluator, images, categories, names, objects, table, shapes, rles)
 
 
+def evaluate_above(evaluation: CocoEvaluation, threshold: float, iou: float) -> hotcoco.COCOeval:
+    """Match only the detections with scores of at least the threshold, at one IoU and for all sizes together."""
+    import hotcoco
+
+    kept = evaluation.detections[:, 5] >= threshold
+    masks = evaluation.detected_masks and [evaluation.detected_masks[row] for row in np.flatnonzero(kept).tolist()]
+    truth = evaluation.evaluator.coco_gt
+    detections = truth.load_res(evaluation.detections[kept], segmentation=masks)
+    evaluator = hotcoco.COCOeval(truth, detections, "bbox" if evaluation.detected_masks is None else "segm")
+    evaluator.params.max_dets, evaluator.params.iou_thrs = list(MAX_DETECTIONS), [iou]
+    evaluator.params.area_rng, evaluator.params.area_rng_lbl = evaluator.params.area_rng[:1], list(AREAS[:1])
+    evaluator.evaluate()
+    return evaluator
+
+
 def precision_recall(evaluation: CocoEvaluation) -> tuple[np.ndarray, np.ndarray]:
     """Return precision (T, R, K, areas, limits) and recall (T, K, areas, limits); -1 without ground truth.
 

@@ -1,5 +1,6 @@
 // Line charts, tables and images with boxes for the report pages. Charts are redrawn when their width changes, so that
 // text keeps its size.
+const MAX_MARKERS = 15; // a shorter curve shows its points
 const color = (number) => `var(--c${number % 7})`;
 const whole = (value) => value.toLocaleString("en"); // 34,197
 const figure = (value, digits = 3) => (value === null || value === undefined ? "—" : value.toFixed(digits));
@@ -61,8 +62,9 @@ function lineChart(host, { series, x, y, height = 280, extra = null, wording = n
         pen = true;
       }
       chart.append(svg("path", { d: path, fill: "none", stroke: one.color, "stroke-width": 2, "stroke-dasharray": one.dash, "stroke-linejoin": "round" }));
-      const only = one.points.filter((point) => point[1] !== null && point[1] !== undefined);
-      if (only.length === 1) chart.append(svg("circle", { cx: px(only[0][0]), cy: py(only[0][1]), r: 3.5, fill: one.color }));
+      const points = one.points.filter((point) => point[1] !== null && point[1] !== undefined);
+      if (points.length <= MAX_MARKERS && one.color !== "none") chart.append(...points.map(([a, b]) =>
+        svg("circle", { class: "marker", cx: px(a), cy: py(Math.min(Math.max(b, y.low), y.high)), r: 3.5, fill: one.color })));
     }
     const mark = svg("line", { class: "mark", y1: top, y2: top + h, visibility: "hidden" });
     chart.append(mark);

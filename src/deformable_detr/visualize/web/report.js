@@ -84,8 +84,11 @@ function table(host, heads, rows) {
       const line = model.curves[+choice.value][key];
       if (line) series.push({ name: second ? `${label(m)}, ${name}` : name, color: color(k), dash: DASH[m], points: line.map((value, r) => [r / 100, value / 1000]) });
     }));
+    byId("f1").replaceChildren();
     if (!series.length) { byId("curve").replaceChildren(el("p", {}, "This class has no objects.")); return; }
     lineChart(byId("curve"), { series, x: { low: 0, high: 1, label: "recall" }, y: { low: 0, high: 1, label: "precision" } });
+    const f1 = models.map((model, m) => ({ name: second ? label(m) : "F1", color: color(m), dash: DASH[m], points: model.f1[+choice.value].map((value, k) => [k / 100, value / 1000]) }));
+    lineChart(byId("f1"), { series: f1, x: { low: 0, high: 1, label: "minimum score" }, y: { low: 0, high: 1, label: "F1 at IoU 0.50" } });
   };
   choice.addEventListener("change", render);
   render();
@@ -100,12 +103,16 @@ function table(host, heads, rows) {
   const largest = Math.max(0.01, ...entries.flatMap((entry) => entry.slice(2).map((one) => one.gain || 0)));
   for (const [name, meaning, ...values] of entries) {
     const bars = values.map((one, m) => el("div", { class: "bar", style: `width:${(100 * Math.max(0, one.gain || 0)) / largest}%;background:${color(m)}` }));
-    const texts = values.map((one, m) => el("div", {}, `${second ? label(m) + " " : ""}${figure(one.gain)}${one.count === null ? "" : `, ${whole(one.count)}×`}`));
+    const texts = values.map((one, m) => el("div", {}, `${second ? label(m) + " " : ""}${figure(one.gain)}`));
     byId("errors-bars").append(el("div", {}, name), el("div", { title: meaning }, ...bars), el("div", { class: "value" }, ...texts));
   }
-  byId("errors").append(el("p", { class: "below" }, `Each line shows the possible gain in AP50 and the number of errors. AP50 now: ${perModel("AP50")}. Gain without false positives: ${perModel("false_positives")}; `
+  byId("errors-note").textContent = `Each bar shows the possible gain in AP50. AP50 now: ${perModel("AP50")}. Gain without false positives: ${perModel("false_positives")}; `
     + `without missed objects: ${perModel("false_negatives")}. `
-    + Object.values(words).map(([name, meaning]) => `${name}: ${meaning}`).join("; ") + "."));
+    + Object.values(words).map(([name, meaning]) => `${name}: ${meaning}`).join("; ") + ".";
+  const rows = models.flatMap((model, m) => entries.map(([name], k) =>
+    [second ? `${label(m)}: ${name}` : name, ...model.error_counts.map(({ counts }) => whole(counts[k]))]));
+  const heads = first.error_counts.map(({ threshold }, k) => (k ? threshold : second ? "best F1" : first.best ? `${threshold.toFixed(2)} (best F1)` : "all"));
+  table(byId("errors-table"), ["", ...heads], rows);
 }
 
 // --- calibration ---
@@ -184,16 +191,17 @@ models.forEach((model, m) => {
   const GROUND = { right: "#00664b", wrong: "#a84300", truth: "#005a8c" };
   const RIGHT = { color: "#2cc79a", ground: GROUND.right, dash: null }, WRONG = { color: "#ff8a3d", ground: GROUND.wrong, dash: "6 3" };
   const TRUTH = { color: "#56b4e9", ground: GROUND.truth, dash: null }, CROWD = { color: "#bbbbbb", ground: "#444444", dash: "2 3" };
+  const MISSED = { color: "#f0e442", ground: "#6b6300", dash: "6 3" };
   const thresholds = models.map((model) => (model.best ? model.best.threshold : 0.5).toFixed(3));
   byId("images-note").textContent = worst.length
     ? `The ${worst.length} images with the most wrong detections and missed objects${second ? " of A" : ""}: ground truth beside detections with scores of at least ${thresholds.join(" and ")}. Hover over a box, or tap it, to see its name.`
     : "No image has an error at the best threshold.";
   byId("gallery").classList.toggle("three", Boolean(second));
-  if (worst.length) byId("images-legend").append(legendEntry("detected object", TRUTH),
-    legendEntry("missed object or wrong detection", WRONG), legendEntry("correct detection", RIGHT), legendEntry("crowd", CROWD));
+  if (worst.length) byId("images-legend").append(legendEntry("ground truth, detected", TRUTH), legendEntry("ground truth, missed", MISSED),
+    legendEntry("correct detection", RIGHT), legendEntry("wrong detection", WRONG), legendEntry("crowd", CROWD));
   for (const image of worst) {
     const [one] = image.models;
-    const objects = image.objects.map(([x, y, w, h, k, crowd, mask], place) => ({ x, y, w, h, label: names[k], mask, opacity: 0, ...(crowd ? CROWD : one.found[place] ? TRUTH : WRONG),
+    const objects = image.objects.map(([x, y, w, h, k, crowd, mask], place) => ({ x, y, w, h, label: names[k], mask, opacity: 0, ...(crowd ? CROWD : one.found[place] ? TRUTH : MISSED),
       title: names[k] + (crowd ? ", crowd" : one.found[place] ? "" : ", missed") }));
     const panels = [el("figure", {}, boxedImage(image, objects), el("figcaption", {}, "ground truth"))];
     image.models.forEach((model, m) => {

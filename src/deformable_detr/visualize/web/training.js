@@ -34,6 +34,7 @@
   if (!gallery || !gallery.evaluations.length) byId("gallery-section").hidden = true;
   else {
     const DETECTED = { color: "#ff8a3d", ground: "#a84300", dash: null }, TRUTH = { color: "#56b4e9", ground: "#005a8c", dash: "5 4" };
+    byId("legend").append(legendEntry("ground truth", TRUTH), legendEntry("detection", DETECTED));
     slider.max = gallery.evaluations.length - 1;
     slider.value = slider.max;
     const render = () => {
