@@ -11,7 +11,7 @@ from PIL import Image
 
 from deformable_detr.cli import main
 from deformable_detr.cli.predict import PredictOptions, find_sources, predict_files
-from deformable_detr.predict.video import Video
+from deformable_detr.predict.frames import Video
 from deformable_detr.utils.errors import UserError
 from tests.support.training import tiny_config
 from tests.support.videos import Finder, read_lines, write_video

@@ -1,8 +1,10 @@
 """Tracks: the ids are the tracker's own, classes do not share them, and every output has them."""
 
 import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,3 +276,28 @@ def test_settings_out_of_range():
         predict_iter(ClipDetector([moving(0)]), [FRAME], 1.5, track=True)
     with pytest.raises(UserError, match="batch_size 0"):
         predict_iter(ClipDetector([moving(0)]), [FRAME], batch_size=0, track=True)
+
+
+def test_the_counting_example_of_the_docs(tmp_path, monkeypatch, capsys):
+    """Three cars go down over the line, one goes up, one stays above it, and two are in the left half."""
+    pytest.importorskip("av", reason="needs PyAV")
+    page = (Path(__file__).parents[2] / "docs/video.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    lefts, tops, steps = [50, 400, 460, 520, 200], [100, 80, 60, 380, 60], [5, 5, 5, -5, 0]
+    clip = [
+        (
+            [[x, y + n * d, x + 40, y + n * d + 40] for x, y, d in zip(lefts, tops, steps, strict=True)],
+            [0.9] * 5,
+            [0] * 5,
+        )
+        for n in range(50)
+    ]
+    clip = [(np.array(boxes), *rest) for boxes, *rest in clip]
+    write_video(tmp_path / "street.mp4", frames=50, size=SIZE[::-1])
+    detector = ClipDetector(clip)
+    detector.optimize = lambda: detector
+    monkeypatch.setattr("deformable_detr.load_detector", lambda _: detector)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/video.md", "exec"), {})
+    counts = capsys.readouterr().out.strip()
+    assert counts in ("3 in, 1 out, 2 in the zone", "1 in, 3 out, 2 in the zone")

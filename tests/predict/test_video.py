@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deformable_detr.predict import stream
 from deformable_detr.predict import video as module
-from deformable_detr.predict.video import Video, VideoWriter, _output_files, is_video, predict_video
+from deformable_detr.predict.frames import VIDEO_SUFFIXES, Video
+from deformable_detr.predict.video import VideoWriter, _output_files, predict_video
 from deformable_detr.utils.errors import UserError
 from deformable_detr.utils.rle import decode_masks
 from tests.support.masks import with_masks
@@ -78,7 +80,7 @@ DISPLAY = {
 @pytest.mark.parametrize("kind", DISPLAY)
 def test_frames_are_upright(tmp_path, kind, suffix):
     source = write_video(tmp_path / f"film.{suffix}", frames=2)
-    assert is_video(source)
+    assert source.suffix in VIDEO_SUFFIXES
     with Video(source) as video:
         stored = next(iter(video)).pixels
     (a, b, c, d), transform = DISPLAY[kind]
@@ -160,7 +162,7 @@ def test_memory_is_independent_of_the_length(tmp_path):
 
 def test_camera_runs_until_interrupted(tmp_path, monkeypatch, capsys):
     source = write_video(tmp_path / "camera-source.mp4", frames=20)
-    monkeypatch.setattr(module, "_camera", lambda number: (str(source), None))
+    monkeypatch.setattr(stream, "_camera", lambda number: (str(source), None))
     monkeypatch.setattr(module, "draw_on", interrupt_at(8))
     monkeypatch.chdir(tmp_path)
     result = predict_video(Finder(), 0, tmp_path / "camera.mp4", tmp_path / "camera.jsonl", 0.3, batch_size=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import suppress
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 ANNOTATIONS = {".json", ".jsonl", ".yaml", ".yml", ".xml", ".csv", ".tsv", ".parquet"}
 
-Source = Path | int  # an image or video file, or the number of a camera
+Source = Path | str | int  # an image or video file, the address of a video or stream, or the number of a camera
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,17 @@ class PredictOptions:
 
 def predict(
     model: Model,
-    sources: Annotated[list[Path] | None, Parameter(negative=())] = None,
+    sources: Annotated[list[str] | None, Parameter(negative=())] = None,
     /,
     *,
     options: Annotated[PredictOptions | None, Parameter(name="*")] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
-    """Detect objects in images, videos or a camera stream.
+    """Detect objects in images, videos, a live stream or a camera.
 
     Args:
-        sources: Image and video files, and folders of them.
+        sources: Image and video files, folders of them, or the address of a stream: rtsp://… or http://….
         precision: fp32, or bf16 if the processor or GPU supports it.
     """
     from ..detector import load_detector
@@ -84,7 +85,7 @@ def predict(
     options = options or PredictOptions()
     if not sources and options.camera is None:
         raise UserError("nothing to predict: name images, videos or folders, or a camera with --camera")
-    one = sources[0] if options.coco is not None and sources and len(sources) == 1 else None
+    one = Path(sources[0]) if options.coco is not None and sources and len(sources) == 1 else None
     if one is not None and find_dataset(one, options.split):
         predict_split(load_detector(model, device, precision), one, options)
         return
@@ -160,19 +161,23 @@ def _in_file_ids(dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> lis
     return rows
 
 
-def find_sources(sources: Sequence[Path]) -> list[Path]:
-    """Return the given images and videos, and those directly inside the given folders, without duplicates.
+def find_sources(sources: Sequence[Path | str]) -> list[Path | str]:
+    """Return the given files and addresses, and the images and videos directly inside the given folders, each once.
 
     Raises:
-        UserError: A source does not exist, or a folder has no images or videos.
+        UserError: A source does not exist, a folder has no images or videos, or an address is that of an image.
     """
     from ..data.matching import IMAGE_SUFFIXES
+    from ..predict.frames import VIDEO_SUFFIXES, is_address, public_name
     from ..predict.predictor import folder_images
-    from ..predict.video import VIDEO_SUFFIXES
     from ..utils.images import refuse_address
 
-    files: list[Path] = []
+    files: list[Path | str] = []
     for source in sources:
+        if is_address(source) and Path(public_name(source)).suffix.lower() not in IMAGE_SUFFIXES:
+            files.append(source)
+            continue
+        source = Path(source)
         if not os.path.exists(source):  # Path.exists raises for a name that is too long
             refuse_address(os.fspath(source))
             raise UserError(f"{source}: no such image, video or folder")
@@ -183,7 +188,7 @@ def find_sources(sources: Sequence[Path]) -> list[Path]:
 
 def predict_files(
     model: Detector,
-    files: Sequence[Path],
+    files: Sequence[Path | str],
     options: PredictOptions,
     report: Callable[[str], None] = echo,
     report_error: Callable[[str], None] = print_error,
@@ -206,10 +211,11 @@ def predict_files(
             first source.
     """
     from ..predict.predictor import default_top_k, predict_each
-    from ..predict.video import is_video
 
     sources: list[Source] = [*files] if options.camera is None else [*files, options.camera]
-    videos = {source for source in sources if is_video(source)}
+    videos = {source for source in sources if _is_video(source)}
+    if len(live := [source for source in sources if not isinstance(source, Path)]) > 1:
+        raise UserError(f"{len(live)} streams or cameras: run one command for each, because they do not end")
     if videos:
         if options.coco is not None:
             raise UserError("--coco is for images: leave out videos and --camera")
@@ -240,7 +246,7 @@ def predict_files(
             report_error(problem)
         if record is not None:
             records.append(record)
-            report(f"{source}: {line}")
+            report(f"{_name(source)}: {line}")
         full += [source] * (most == top_k)
     _write_results(options, records, report)
     _warn_of_limit(model, [] if options.coco else full, top_k)
@@ -258,7 +264,7 @@ def _write_results(options: PredictOptions, records: list[dict[str, Any]], repor
 def _warn_of_limit(model: Detector, full: Sequence[Source], top_k: int) -> None:
     if full and top_k < model.config.num_queries * model.config.num_classes:
         others = f" and {len(full) - 1} more" if full[1:] else ""
-        log.warning("%s%s: %d detections, the maximum; allow more with --top-k", full[0], others, top_k)
+        log.warning("%s%s: %d detections, the maximum; allow more with --top-k", _name(full[0]), others, top_k)
 
 
 def _coco_results(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -272,6 +278,13 @@ def _coco_results(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for detection in record["detections"]
         for x1, y1, x2, y2 in [detection["box"]]
     ]  # fmt: skip
+
+
+def _is_video(source: Source) -> bool:
+    """Return whether a source is an address, a camera or a file with the suffix of a video."""
+    from ..predict.frames import VIDEO_SUFFIXES
+
+    return not isinstance(source, Path) or source.suffix.lower() in VIDEO_SUFFIXES
 
 
 # JSON record, summary, problem, largest number of detections in an image
@@ -302,14 +315,22 @@ def _predict_video(model: Detector, source: Source, out: Path, options: PredictO
     summary = predict_video(model, source, out, lines, options.min_score, options.batch_size, top_k, options.track)
     if not summary.frames:
         return None, None, summary.problem, 0
-    record = {"video": str(source), "frames": summary.frames, "annotated": str(out), "lines": str(lines)}
+    record = {"video": _name(source), "frames": summary.frames, "annotated": str(out), "lines": str(lines)}
     problem = None if summary.problem is None else f"{summary.problem}; the readable frames are in {out}"
     counts = (
         _first_entries([f"{printable_name(name)} {count}×" for name, count in summary.counts.most_common()])
         or "no objects"
     )
     tracks = "" if summary.tracks is None else f" in {summary.tracks} track{'s' * (summary.tracks != 1)}"
-    return record, f"{summary.frames} frames, {counts}{tracks}; {out}, {lines.name}", problem, summary.most
+    dropped = f" ({summary.dropped} dropped)" if summary.dropped else ""
+    line = f"{summary.frames} frames{dropped}, {counts}{tracks}; {out}, {lines.name}"
+    return record, line, problem, summary.most
+
+
+def _name(source: Source) -> str:
+    from ..predict.frames import public_name
+
+    return str(source) if isinstance(source, int) else public_name(source)
 
 
 def _first_entries(entries: list[str], limit: int = 5) -> str:
@@ -325,7 +346,7 @@ def _output_paths(sources: Sequence[Source], videos: Set[Source], out: Path | No
     paths: dict[Source, Path] = {}
     used: set[Path] = set()
     for source in sources:
-        stem = f"camera-{source}" if isinstance(source, int) else source.stem
+        stem = source.stem if isinstance(source, Path) else _stream_stem(source)
         stem += "-detected" if out is None else ""
         jpeg = isinstance(source, Path) and source.suffix.lower() in {".jpg", ".jpeg"}
         suffix = ".mp4" if source in videos else ".jpg" if jpeg else ".png"
@@ -338,10 +359,19 @@ def _output_paths(sources: Sequence[Source], videos: Set[Source], out: Path | No
     return paths
 
 
-def _reject_overwriting(files: Sequence[Path], outputs: Sequence[Path], options: PredictOptions) -> None:
+def _stream_stem(source: str | int) -> str:
+    """Return a file name for a camera or an address: host and path."""
+    if isinstance(source, int):
+        return f"camera-{source}"
+    return re.sub(r"[^\w.-]+", "-", _name(source).partition("//")[2]).strip("-.")[:80]
+
+
+def _reject_overwriting(files: Sequence[Path | str], outputs: Sequence[Path], options: PredictOptions) -> None:
     """Raise UserError if an output is the same file as a source."""
     inputs: dict[tuple[int, int], Path] = {}
     for file in files:
+        if isinstance(file, str):
+            continue
         with suppress(OSError):  # reported when it is read
             status = os.stat(file)
             inputs[status.st_dev, status.st_ino] = file

@@ -1,14 +1,13 @@
-"""Videos and cameras: frames in, an annotated video and one JSON line per frame out, in constant memory."""
+"""Videos, streams and cameras: frames in, an annotated video and one JSON line per frame out, in constant memory."""
 
 import json
 import os
-import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,140 +17,25 @@ from ..utils.errors import UserError
 from ..utils.files import temporary_path
 from ..utils.packages import need
 from ..visualize.draw import draw_on, enlargement
+from .frames import Frame, reason
 from .predictor import predict_iter
+from .stream import open_video
 from .track import Tracker
 
-VIDEO_SUFFIXES = frozenset(
-    {".3g2", ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"}
-    | {".webm", ".wmv"}
-)
 ENCODERS = {"libx264": {"crf": "20", "preset": "veryfast"}, "libopenh264": {}, "mpeg4": {"qscale": "3"}}
 TICKS_PER_SECOND = 60000  # of written videos; MPEG-4 allows at most 65535
-DEFAULT_FRAME_RATE = Fraction(25)
-MAX_MISSING = 0.02  # fraction of a video that may be missing at its end without a report
-
-
-def is_video(source: Path | int) -> bool:
-    """Return whether a source is a camera or has the suffix of a video."""
-    return isinstance(source, int) or source.suffix.lower() in VIDEO_SUFFIXES
-
-
-class Frame(NamedTuple):
-    """A frame of a video."""
-
-    number: int  # from 0
-    seconds: float  # since the first frame
-    pixels: np.ndarray  # (H, W, 3) uint8 RGB, upright
-
-
-class Video:
-    """Iterate over the frames of a file or a camera.
-
-    Args:
-        source: Video file, or number of a camera.
-
-    Attributes:
-        total: Number of frames, if the file states it.
-        problem: After the iteration: one line about damage to the file, or None.
-
-    Raises:
-        UserError: The source cannot be opened or has no video stream.
-    """
-
-    def __init__(self, source: Path | int) -> None:
-        av = self._av = need("av", "video")
-        self.name = str(source) if isinstance(source, Path) else f"camera {source}"
-        self.problem: str | None = None
-        try:
-            if isinstance(source, Path):
-                if not source.is_file():
-                    raise UserError(f"{source}: no such video")
-                self._container = av.open(str(source))
-            else:
-                device, input_format = _camera(source)
-                self._container = av.open(device, format=input_format)
-        except (av.FFmpegError, OSError, ValueError) as error:
-            hint = "it is damaged or not a video" if isinstance(source, Path) else "is it connected and not in use?"
-            raise UserError(f"{self.name} cannot be opened: {_reason(error)}; {hint}") from None
-        if not self._container.streams.video:
-            self._container.close()
-            raise UserError(f"{self.name}: contains no video stream")
-        self._stream = self._container.streams.video[0]
-        self._stream.thread_type = "AUTO"
-        self.total: int | None = self._stream.frames or None
-        self.rate: Fraction = self._stream.average_rate or self._stream.guessed_rate or DEFAULT_FRAME_RATE
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._container.close()
-
-    def __iter__(self) -> Iterator[Frame]:
-        number, damaged, start, seconds, read_error = 0, 0, None, -1.0, None
-        packets = self._container.demux(self._stream)
-        while True:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                break
-            except (self._av.FFmpegError, OSError) as error:
-                read_error = _reason(error)
-                break
-            try:
-                decoded = packet.decode()
-            except self._av.FFmpegError:
-                damaged += 1
-                continue
-            for frame in decoded:
-                time = number / float(self.rate) if frame.time is None else frame.time
-                start = time if start is None else start
-                seconds = time - start
-                yield Frame(number, seconds, _upright(frame))
-                number += 1
-        self.problem = self._describe_damage(number, damaged, seconds, read_error)
-
-    def _describe_damage(self, frames: int, damaged: int, seconds: float, read_error: str | None) -> str | None:
-        """Describe what was wrong with a file that ended after `frames` frames, the last one at `seconds`."""
-        duration = self._duration()
-        too_short = duration is not None and seconds + 2 / float(self.rate) < duration * (1 - MAX_MISSING)
-        if read_error or too_short:
-            total = "" if duration is None else f" of {duration:.1f}"
-            position = f"{frames} frames, {max(seconds, 0):.1f}{total} seconds"
-            return f"{self.name}: damaged or cut off after {position}{f' ({read_error})' if read_error else ''}"
-        if damaged:
-            return f"{self.name}: skipped {damaged} damaged packets"
-        return None
-
-    def _duration(self) -> float | None:
-        """Return the duration of the video stream in seconds, if the file states it."""
-        stream, container = self._stream, self._container
-        if stream.duration is not None and stream.time_base is not None:
-            return float(stream.duration * stream.time_base)
-        if container.duration is not None and len(container.streams) == 1:
-            return container.duration / self._av.time_base
-        return None
-
-
-def _upright(frame: Any) -> np.ndarray:
-    """Return the RGB pixels of a PyAV frame, rotated and mirrored by its display matrix."""
-    pixels, side_data = frame.to_ndarray(format="rgb24"), frame.side_data.get("DISPLAYMATRIX")
-    if side_data is not None:
-        a, b, _, c, d = np.frombuffer(bytes(side_data), np.int32, 5).astype(int)  # x' = ax + cy, y' = bx + dy
-        if abs(b) + abs(c) > abs(a) + abs(d):
-            pixels, a, d = pixels.transpose(1, 0, 2), c, b
-        pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
-    return np.ascontiguousarray(pixels)
 
 
 class VideoWriter:
     """Write an H.264 file, or MPEG-4 without such an encoder, with frames at given times.
 
-    All frames get the size of the first one. Without frames, no file is written.
+    All frames get the size of the first one. Without frames, no file is written. With `fragments`, the file's index is
+    in parts, so that memory does not grow with its length.
     """
 
-    def __init__(self, path: Path, rate: Fraction) -> None:
+    def __init__(self, path: Path, rate: Fraction, fragments: bool = False) -> None:
         self.path, self.rate = path, rate
+        self._options = {"movflags": "frag_keyframe+delay_moov+default_base_moof"} if fragments else {}
         self._av = need("av", "video")
         self._container: Any = None
         self._stream: Any = None
@@ -181,7 +65,7 @@ class VideoWriter:
         if encoder is None:
             raise UserError(f"{self.path}: this PyAV has none of the encoders {', '.join(ENCODERS)}")
         self._size = size
-        self._container = self._av.open(str(self.path), "w", format="mp4")
+        self._container = self._av.open(str(self.path), "w", format="mp4", options=self._options)
         self._stream = self._container.add_stream(encoder, rate=self.rate, options=ENCODERS[encoder])
         self._stream.width, self._stream.height = (side + side % 2 for side in size)  # 4:2:0 needs even sides
         self._stream.pix_fmt = "yuv420p"
@@ -196,11 +80,12 @@ class VideoSummary(NamedTuple):
     problem: str | None  # one line about damage to the source
     most: int = 0  # largest number of objects in a frame
     tracks: int | None = None  # number of tracked objects; None: no tracking
+    dropped: int = 0  # number of frames of a live stream that were not processed
 
 
 def predict_video(
     model: Any,
-    source: Path | int,
+    source: Path | str | int,
     video: Path,
     lines: Path,
     threshold: float = 0.5,
@@ -211,14 +96,15 @@ def predict_video(
     """Detect objects in every frame; write an annotated video and one JSON line per frame.
 
     A line is {"video", "frame" from 0, "time" in seconds, "height", "width", "detections"}, see `Detections.to_dict`.
-    Both files are complete up to the last readable frame, also after an interruption. A camera runs until Ctrl-C.
+    Both files are complete up to the last readable frame, also after an interruption. A live stream or camera runs
+    until Ctrl-C; frames that the model is too slow for are dropped, see `LiveStream`.
 
     Args:
-        source: Video file, or number of a camera.
+        source: Path or address of a video, address of a stream, or number of a camera.
         video: Path of the annotated video.
         lines: Path of the JSON lines.
         threshold: Minimum score, 0..1.
-        batch_size: Frames per batch.
+        batch_size: Frames per batch; 1 for live streams.
         top_k: Maximum number of detections per frame.
         track: Follow objects from frame to frame: each detection has a "track_id", see `Tracker`.
 
@@ -230,26 +116,16 @@ def predict_video(
     counts: Counter[str] = Counter()
     num_frames = most = 0
     with (
-        Video(source) as reader,
+        open_video(source) as reader,
         _output_files(video, lines) as (temporary_video, temporary_lines),
         open(temporary_lines, "w", encoding="utf-8") as file,
-        closing(VideoWriter(temporary_video, reader.rate)) as writer,
+        closing(VideoWriter(temporary_video, reader.rate, fragments=reader.live)) as writer,
         tqdm(total=reader.total, unit="frame", desc=reader.name, disable=None) as progress,
     ):
-        pending: deque[Frame] = deque()
         tracker = Tracker(threshold, reader.rate) if track else None
-        min_score = threshold if tracker is None else tracker.min_score
-
-        def images() -> Iterator[np.ndarray]:
-            for frame in reader:
-                pending.append(frame)
-                yield frame.pixels
-
+        results = _detect(model, reader, threshold, 1 if reader.live else batch_size, top_k, tracker)
         try:
-            for detections in predict_iter(model, images(), min_score, top_k, batch_size):
-                frame = pending.popleft()
-                if tracker is not None:
-                    detections = tracker.update(detections, frame.seconds)
+            for frame, detections in results:
                 writer.add(_draw(frame.pixels, detections), frame.seconds)
                 record = {"video": reader.name, "frame": frame.number, "time": round(frame.seconds, 4)}
                 record |= detections.to_dict()
@@ -260,10 +136,27 @@ def predict_video(
                 num_frames += 1
                 progress.update()
         except KeyboardInterrupt:
-            if isinstance(source, Path):
+            if not reader.live:
                 raise
         problem = reader.problem if num_frames else reader.problem or f"{reader.name}: contains no frames"
-    return VideoSummary(num_frames, counts, problem, most, tracker and tracker.count)
+    return VideoSummary(num_frames, counts, problem, most, tracker and tracker.count, reader.dropped)
+
+
+def _detect(
+    model: Any, frames: Iterable[Frame], threshold: float, batch_size: int, top_k: int, tracker: Tracker | None
+) -> Iterator[tuple[Frame, Detections]]:
+    """Yield every frame with its detections, and their tracks if there is a tracker."""
+    pending: deque[Frame] = deque()
+
+    def images() -> Iterator[np.ndarray]:
+        for frame in frames:
+            pending.append(frame)
+            yield frame.pixels
+
+    min_score = threshold if tracker is None else tracker.min_score
+    for detections in predict_iter(model, images(), min_score, top_k, batch_size):
+        frame = pending.popleft()
+        yield frame, detections if tracker is None else tracker.update(detections, frame.seconds)
 
 
 @contextmanager
@@ -283,7 +176,7 @@ def _output_files(*paths: Path) -> Iterator[list[Path]]:
                 if complete and temporary.exists() and temporary.stat().st_size:
                     os.replace(temporary, path)
     except write_errors as error:
-        raise UserError(f"{' or '.join(map(str, paths))} cannot be written: {_reason(error)}") from None
+        raise UserError(f"{' or '.join(map(str, paths))} cannot be written: {reason(error)}") from None
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
@@ -296,17 +189,3 @@ def _draw(pixels: np.ndarray, detections: Detections) -> Image.Image:
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     return draw_on(image, detections, factor) if len(detections) else image
-
-
-def _camera(number: int) -> tuple[str, str]:
-    """Return FFmpeg's name of a camera and its input format."""
-    if sys.platform == "darwin":
-        return str(number), "avfoundation"
-    if sys.platform == "win32":
-        return f"video_device_number={number}", "vfwcap"
-    return f"/dev/video{number}", "v4l2"
-
-
-def _reason(error: BaseException) -> str:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(reason).split())
