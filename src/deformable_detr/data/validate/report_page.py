@@ -3,8 +3,10 @@
 import os
 import warnings
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ...utils.errors import UserError
@@ -18,6 +20,7 @@ from .classes import class_counts
 MAX_LINES = 100  # per type
 MAX_IMAGES = 12  # per type
 MAX_CLASSES = 40  # per split
+SIDES = (8, 16, 32, 64, 128, 256, 512)  # pixels; bounds between the bars of box sizes
 LONGEST_SIDE = 440  # of an image, in pixels
 
 Box = tuple[float, ...]
@@ -33,15 +36,17 @@ def render_report(report: Report) -> str:
     )
     verdict = "Training cannot use this dataset yet." if report.errors else "Training can use this dataset."
     links = "".join(f'<a href="#{code}">{code} ({len(group)})</a>' for code, group in groups.items())
+    links = f'{links or "No issues found."}<a href="#classes">Classes and box sizes</a>'
     title = f"Check of {escape(report.root.name)}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{read_asset('style.css')}</style></head><body>"
         f"<header><h1>{title}</h1><p>{escape(report.summary)}.</p><p><b>{verdict}</b></p></header>"
-        f'<nav aria-label="Issues">{links or "No issues found."}</nav><main><div class="tiles">{tiles}</div>'
+        f'<nav aria-label="Sections">{links}</nav><main><div class="tiles">{tiles}</div>'
         f"{''.join(_section(code, group, boxes) for code, group in groups.items())}"
-        f"<h2>Classes</h2>{''.join(_class_bars(split) for split in report.splits)}</main></body></html>\n"
+        f'<section id="classes"><h2>Classes and box sizes</h2>{"".join(map(_overview, report.splits))}</section>'
+        "</main></body></html>\n"
     )
 
 
@@ -120,18 +125,37 @@ def _boxes_by_path(report: Report) -> dict[Path, list[Box]]:
     return boxes
 
 
-def _class_bars(split: Split) -> str:
-    counts = sorted(class_counts(split).items(), key=lambda item: -item[1])
-    largest = max((count for _, count in counts), default=0) or 1
-    rows = "".join(
-        f'<div>{_breakable(split.categories[category_id])}</div><div><div class="bar" '
-        f'style="width:{100 * count / largest:.1f}%;background:var(--c0)"></div></div><div class="value">{count}</div>'
-        for category_id, count in counts[:MAX_CLASSES]
+def _overview(split: Split) -> str:
+    """Return bars of the objects per class and per box size of a split."""
+    labels, images = split.category_ids[~split.crowds], split.image_indices[~split.crowds]
+    rows = []
+    for category_id, count in sorted(class_counts(split).items(), key=lambda item: -item[1])[:MAX_CLASSES]:
+        in_images = len(np.unique(images[labels == category_id]))
+        rows.append((split.categories[category_id], count, f"{count} in {in_images} image{'s' * (in_images != 1)}"))
+    others = len(split.categories) - len(rows)
+    more = f"<p>… and {others} more classes</p>" if others else ""
+    extents = split.boxes[~split.crowds, 2:].clip(min=0)
+    sides = np.sqrt(extents.prod(axis=1))
+    counts = np.bincount(np.searchsorted(SIDES, sides, side="right"), minlength=len(SIDES) + 1).tolist()
+    names = [f"under {SIDES[0]}", *(f"{a} to {b}" for a, b in pairwise(SIDES)), f"{SIDES[-1]} and more"]
+    median = f", median {np.median(sides):.0f}" if len(sides) else ""
+    sizes = [(name, count, str(count)) for name, count in zip(names, counts, strict=True)]
+    return (
+        f"<h3>{escape(split.name)}: {len(split.images)} images, {len(split.positions)} objects</h3>"
+        f'<div class="pair"><div><p>Objects per class</p>{_bars(rows)}{more}</div>'
+        f"<div><p>Objects per box size, √(width × height) in pixels{median}</p>{_bars(sizes)}</div></div>"
     )
-    more = f"<p>… and {len(counts) - MAX_CLASSES} more classes</p>" if len(counts) > MAX_CLASSES else ""
-    title = f"{escape(split.name)}: {len(split.images)} images, {len(split.positions)} objects"
-    columns = "grid-template-columns:minmax(0,1fr) 2fr max-content"
-    return f'<h3>{title}</h3><div class="bars" style="{columns}">{rows}</div>{more}'
+
+
+def _bars(rows: list[tuple[str, int, str]]) -> str:
+    """Return horizontal bars of (name, value, text)."""
+    largest = max((value for _, value, _ in rows), default=0) or 1
+    cells = "".join(
+        f'<div>{_breakable(name)}</div><div><div class="bar" style="width:{100 * value / largest:.1f}%;'
+        f'background:var(--c0)"></div></div><div class="value">{text}</div>'
+        for name, value, text in rows
+    )
+    return f'<div class="bars" style="grid-template-columns:minmax(0,1fr) 2fr max-content">{cells}</div>'
 
 
 def _breakable(text: str) -> str:

@@ -111,7 +111,7 @@ function table(host, heads, rows) {
     + Object.values(words).map(([name, meaning]) => `${name}: ${meaning}`).join("; ") + ".";
   const rows = models.flatMap((model, m) => entries.map(([name], k) =>
     [second ? `${label(m)}: ${name}` : name, ...model.error_counts.map(({ counts }) => whole(counts[k]))]));
-  const heads = first.error_counts.map(({ threshold }, k) => (k ? threshold : second ? "best F1" : first.best ? `${threshold.toFixed(2)} (best F1)` : "all"));
+  const heads = first.error_counts.map(({ threshold }, k) => (k ? threshold : first.best || second?.best ? "best F1" : "all"));
   table(byId("errors-table"), ["", ...heads], rows);
 }
 
