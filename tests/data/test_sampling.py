@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deformable_detr.data.dataloader import DistributedBatchSampler, LoaderOptions, SampleKey, build_dataloader
-from deformable_detr.data.sampling import EpochSampling, epoch_sampling, repeat_factors
+from deformable_detr.data.sampling import EpochSampling, repeat_factors
 from tests.support.plain_images import PlainImages, target
 
 FREQUENCIES = np.array([1.0, 1.0, 2.0, 1.25, 3.5, 0.4, 0.0, 1.1, 2.75])
@@ -128,7 +128,3 @@ def test_copies_are_augmented_differently():
     keys, (images, _) = next(iter(loader.sampler)), next(iter(loader))
     assert sorted(keys) == [SampleKey(0, 0, copy=0), SampleKey(0, 0, copy=1), SampleKey(0, 0, copy=2), SampleKey(0, 1)]
     assert len({tuple(image.flatten().tolist()) for image in images.pixels}) == 4
-
-
-def test_threshold_zero_keeps_the_plain_order():
-    assert epoch_sampling(PlainImages(4), 0.0) is None

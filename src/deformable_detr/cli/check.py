@@ -7,7 +7,7 @@ from typing import Any
 from .options import Dataset, JsonFile, Overrides, config_options
 
 
-@config_options("model.image_size")
+@config_options("model.image_size", "data.tile")
 def check(
     data: Dataset,
     *,

@@ -23,6 +23,7 @@ from .options import Dataset, Flag, Overrides, Preset, config_options, format_me
     "train.lr",
     "train.precision",
     "train.device",
+    "data.tile",
     "data.repeat_threshold",
     "data.workers",
     "train.seed",
@@ -83,4 +84,5 @@ def train(
         summary += f", mask AP {format_metric(metrics['segm']['AP'])}"
     best = f"best {'mask AP' if 'segm' in metrics else 'AP'}, {format_metric(metrics['best_AP']).strip()}"
     echo(f"{summary} at the end; the model with the {best}, is in {out}")
-    echo(f"Next: deformable-detr predict {shlex.quote(str(out))} IMAGE --out pictures")
+    tile = "" if resolved.data.tile is None else f" --tile {resolved.data.tile}"
+    echo(f"Next: deformable-detr predict {shlex.quote(str(out))} IMAGE --out pictures{tile}")

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..utils.tiles import MIN_TILE
 from .detector import AdapterConfig, DetectorConfig
 from .section import ConfigSection, Layers, Size, merge
 
@@ -188,6 +189,10 @@ class DataConfig(ConfigSection):
     """Disable mosaic after this fraction of the training."""
     aspect_ratio_grouping: bool = False
     """Training: batch images of similar size and shape, which reduces padding."""
+    tile: Annotated[int, Field(ge=MIN_TILE)] | None = None
+    """Train on tiles of this side in pixels, cut from larger images; evaluations during training also use tiles."""
+    empty_tile_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Tiles: share of the samples that are tiles without objects."""
     repeat_threshold: Fraction = 0.0
     """Training: show images of classes that are in a smaller share of the images more often (LVIS); 0: off."""
     workers: NonNegativeInt = 2

@@ -23,6 +23,7 @@ from .formats import find_source
 from .issues import raise_error
 from .masks import MaskTable, OutlinedTarget
 from .records import Records, TextId, area_of, clip_corners, read_records
+from .sampling import EpochSampling, repeat_factors
 from .source import (
     BROKEN_MASK,
     AnnotationCache,
@@ -140,6 +141,13 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         """Images (N,), labels (N,) and xyxy boxes in pixels (N, 4) of these objects."""
         images = np.repeat(np.arange(len(self)), np.diff(self._starts))
         return images, self._labels, self._boxes
+
+    def sampling(self, repeat_threshold: float = 0.0) -> EpochSampling | None:
+        """Return how often an epoch of training shows each image; None: once. See `repeat_factors`."""
+        if not repeat_threshold:
+            return None
+        images, labels, _ = self.objects
+        return EpochSampling(repeat_factors(images, labels, np.ones(len(self)), repeat_threshold))
 
     @property
     def num_masks(self) -> int:

@@ -14,6 +14,7 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 TINY_SIDE = 4.0  # pixels after the resize: half a cell of the finest feature map, which has stride 8
+SMALL_SIDE = 16.0  # pixels after the resize: two cells of the finest feature map
 OVERHANG = 2.0  # pixels that a box may exceed its image by, because tools round
 RARE = 10  # training objects that a class needs
 IMBALANCE = 50  # largest ratio of the objects of two classes
@@ -151,7 +152,11 @@ _WARNINGS = {
     ),
     "tiny-objects": (
         f"Objects have a side under {TINY_SIDE:g} pixels after the resize, half a cell of the finest feature map",
-        "Use a larger --image-size, or cut the images into tiles",
+        "Use a larger --image-size, or tiles: --tile N",
+    ),
+    "small-objects": (
+        f"The median training object has under {SMALL_SIDE:g} pixels after the resize",
+        "Train and predict with --tile N",
     ),
     "no-objects": ("A split other than the training split has no usable objects", "Label its images"),
 }  # fmt: skip

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from ..structures import Target
 from .dataset import CocoDataset, Transform
 from .masks import merge_objects, move_objects
+from .tiles import TiledDataset
 from .transforms import MIN_SIDE
 
 FILL = 114  # gray level of uncovered pixels
@@ -23,7 +24,7 @@ class MosaicDataset(Dataset[tuple[Tensor, Target]]):
     their own, seeded from PyTorch's: the transform afterwards draws the same numbers with and without a mosaic.
     """
 
-    def __init__(self, dataset: CocoDataset, mosaic_prob: float) -> None:
+    def __init__(self, dataset: CocoDataset | TiledDataset, mosaic_prob: float) -> None:
         self.dataset, self.mosaic_prob = dataset, mosaic_prob
 
     @property
@@ -33,7 +34,7 @@ class MosaicDataset(Dataset[tuple[Tensor, Target]]):
 
     @property
     def sizes(self) -> np.ndarray:
-        """Height and width of each image, (len, 2); see `CocoDataset.sizes`."""
+        """Height and width of each sample, (len, 2); see `CocoDataset.sizes`."""
         return self.dataset.sizes
 
     def __len__(self) -> int:
@@ -44,7 +45,8 @@ class MosaicDataset(Dataset[tuple[Tensor, Target]]):
         image, target = self.dataset.load(index)
         generator = torch.Generator().manual_seed(torch.default_generator.initial_seed())
         if mosaic_allowed and torch.rand((), generator=generator).item() < self.mosaic_prob:
-            others = torch.randint(len(self), (3,), generator=generator).tolist()
+            tiled = self.dataset if isinstance(self.dataset, TiledDataset) else None
+            others = tiled.draw(3, generator) if tiled else torch.randint(len(self), (3,), generator=generator).tolist()
             samples = [(image, target), *map(self.dataset.load, others)]
             order = torch.randperm(4, generator=generator).tolist()
             low, high = CENTER_RANGE

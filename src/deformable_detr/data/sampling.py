@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from .dataset import CocoDataset
 
 READ_TOGETHER = 4  # most samples of one file that follow each other
 
@@ -59,14 +55,6 @@ class EpochSampling:
         if self.files is not None and together > 1:
             order = order[_bundle(self.files[samples[order]], together, random)]
         return samples[order], copies[order]
-
-
-def epoch_sampling(dataset: CocoDataset, repeat_threshold: float) -> EpochSampling | None:
-    """Return the sampling of a training set; None if an epoch shows each image once. See `repeat_factors`."""
-    if not repeat_threshold:
-        return None
-    images, labels, _ = dataset.objects
-    return EpochSampling(repeat_factors(images, labels, np.ones(len(dataset)), repeat_threshold))
 
 
 def repeat_factors(samples: np.ndarray, labels: np.ndarray, weights: np.ndarray, threshold: float) -> np.ndarray:

@@ -7,7 +7,8 @@ import math
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from ..config.schema import Config
+from ..config.schema import Config, DataConfig
+from ..data.tiles import TiledDataset
 from ..utils.errors import UserError
 from ..utils.failures import explain_machine_errors
 from .checkpoint import generations
@@ -47,17 +48,25 @@ def check_masks(dataset: CocoDataset) -> str | None:
     return None
 
 
-def sampling_note(config: Config, samples: int, images: int) -> str | None:
-    """Return a line about an epoch that shows this many samples of the training images, None if it shows each once."""
-    if not (threshold := config.data.repeat_threshold):
-        return None
-    name = f"data.repeat_threshold={threshold:g}"
-    if samples == images:
-        return f"{name} repeats nothing: every class is in at least {threshold:.2%} of the images"
-    return f"{name}: an epoch shows {samples} images instead of {images}"
+def training_samples(dataset: CocoDataset, config: Config) -> CocoDataset | TiledDataset:
+    """Return the samples of a training: images, or with `data.tile` tiles of large ones."""
+    data, rule = config.data, config.model.resize_rule
+    return dataset if data.tile is None else TiledDataset(dataset, data.tile, data.empty_tile_share, rule)
 
 
-def resolve_auto(config: Config, images: int) -> tuple[Config, str | None]:
+def sampling_note(samples: CocoDataset | TiledDataset, data: DataConfig) -> tuple[int, str]:
+    """Return the number of samples per epoch, and a line about them; "" if an epoch shows each image once."""
+    sampling = samples.sampling(data.repeat_threshold)
+    if sampling is None:
+        return len(samples), ""
+    count, once = len(sampling), len(samples.sampling() or samples)
+    settings = {"tile": data.tile, "repeat_threshold": data.repeat_threshold or None}
+    names = ", ".join(f"data.{name}={value:g}" for name, value in settings.items() if value is not None)
+    repeated = f", {count - once} of them repeated" if data.repeat_threshold else ""
+    return count, f"{names}: an epoch has {count} samples{repeated}"
+
+
+def resolve_auto(config: Config, images: int, unit: str = "training images") -> tuple[Config, str | None]:
     """Replace "auto" settings by numbers for this many training images; return a line that names them, or None."""
     train, chosen = config.train, {}
     epochs = train.epochs
@@ -69,7 +78,7 @@ def resolve_auto(config: Config, images: int) -> tuple[Config, str | None]:
     if not chosen:
         return config, None
     settings = ", ".join(f"train.{name}={value}" for name, value in chosen.items())
-    return config.updated({"train": chosen}), f"for {images} training images: {settings}"
+    return config.updated({"train": chosen}), f"for {images} {unit}: {settings}"
 
 
 def fix_batch_size(config: Config, total: int) -> Config:

@@ -20,8 +20,8 @@ from ..data.dataloader import Batch, LoaderOptions, build_dataloader, mix_seeds
 from ..data.dataset import CocoDataset, ensure_distinct_splits, open_dataset
 from ..data.mosaic import MosaicDataset
 from ..data.multi_scale import MultiScaleBatches
-from ..data.sampling import epoch_sampling
 from ..data.source import AnnotationCache
+from ..data.tiles import TiledDataset
 from ..data.transforms import EvalTransform, train_transform
 from ..data.validate import check_for_training
 from ..distributed.context import DistributedContext
@@ -78,10 +78,11 @@ def _prepare(
     """Return the trainer of a new or resumed run and what to print first."""
     train_set, val_set = _open_datasets(data, config, resume, context)
     with context.sync_errors():
-        samples = len(epoch_sampling(train_set, config.data.repeat_threshold) or train_set)
-        config, note = setup.resolve_auto(setup.with_classes(config, train_set), samples)
-        lines = (setup.sampling_note(config, samples, len(train_set)), note)
-        note = "\n".join(line for line in lines if line)
+        samples = setup.training_samples(train_set, config)
+        count, line = setup.sampling_note(samples, config.data)
+        unit = "samples per epoch" if line else "training images"
+        config, note = setup.resolve_auto(setup.with_classes(config, train_set), count, unit)
+        note = "\n".join(text for text in (line, note) if text)
     restore = run_dir.checkpoints.restore
     checkpoint = context.on_rank_zero(lambda: restore(config, train_set.fingerprint) if resume else None)
     resumed = checkpoint is not None
@@ -92,7 +93,7 @@ def _prepare(
 
     torch.manual_seed(config.train.seed)
     model = context.local_rank_zero_first(lambda: setup.build_model(config, resumed, context.is_rank_zero))
-    datasets, data_name = (train_set, val_set), Path(data).resolve().name
+    datasets, data_name = (samples, val_set), Path(data).resolve().name
     trainer = Trainer(config, model.to(context.device), datasets, run_dir, data_name, context)
     if checkpoint is not None:
         trainer.load_checkpoint(*checkpoint)
@@ -132,7 +133,7 @@ class Trainer:
         self,
         config: Config,
         model: Detector,
-        datasets: tuple[CocoDataset, CocoDataset],
+        datasets: tuple[CocoDataset | TiledDataset, CocoDataset],
         run_dir: RunDir,
         data_name: str,
         context: DistributedContext,
@@ -149,7 +150,7 @@ class Trainer:
             train.batch_size, config.data.workers, shuffle=True, seed=train.seed,
             total_batch_size=self.total_batch_size, rank=self.context.rank, world_size=self.context.world_size,
             aspect_ratio_grouping=config.data.aspect_ratio_grouping,
-            sampling=epoch_sampling(train_set, config.data.repeat_threshold),
+            sampling=train_set.sampling(config.data.repeat_threshold),
         )  # fmt: skip
         mosaic_prob = config.data.mosaic_prob
         self.loader = build_dataloader(MosaicDataset(train_set, mosaic_prob) if mosaic_prob else train_set, options)

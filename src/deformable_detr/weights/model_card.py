@@ -73,13 +73,17 @@ def model_card(config: DetectorConfig, data: ModelCardData) -> str:
     license = f"`{_inline(data.license)}`" if data.license != "unknown" else _UNKNOWN_LICENSE
     head = "InstanceSegmentation" if config.masks else "ObjectDetection"
     loading = _LOADING[data.library].format(source=repr(data.repo_id or "path/to/this/folder"), head=head)
+    tile = None if data.config is None else data.config.data.tile
+    if tile is not None:
+        loading = loading.replace('predict("image.jpg")', f'predict("image.jpg", tile={tile})')
+    trained = f" Trained on tiles of {tile} pixels." if tile is not None else ""
     metric_rows = [f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items()]
     task = "image-segmentation" if config.masks else "object-detection"
     kind = "classes of objects and their masks" if config.masks else "classes of objects"
     sections = [
         f"---\n{_metadata(task, metrics, data)}\n---\n{_MARK}",
         f"# {data.title}",
-        f"Detects {config.num_classes} {kind}. {_inline(config.summary)} Images are {config.resize_rule}.",
+        f"Detects {config.num_classes} {kind}. {_inline(config.summary)} Images are {config.resize_rule}.{trained}",
         f"## Data\n\n{_inline(data.dataset) if data.dataset else 'Not stated.'}",
         f"## Metrics\n\n{_table('| metric | value |', metric_rows) if metrics else 'Not measured.'}",
         f"## Classes\n\n{_class_table(config)}",

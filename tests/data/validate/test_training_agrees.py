@@ -76,7 +76,7 @@ def test_every_issue_type_has_a_case():
     assert len(FILES) + len(IMAGES) >= 70
     assert len(CASES) >= 250
     covered = {kind for _, _, expected in CASES.values() for kind in expected}
-    tested_elsewhere = {"leak", "image-copy", "image-missing", "dataset-rejected", "too-many-objects"}
+    tested_elsewhere = {"leak", "image-copy", "image-missing", "dataset-rejected", "too-many-objects", "small-objects"}
     tested_elsewhere |= {code for code in ISSUE_TYPES if code.startswith("mask")}  # test_mask_checks.py
     assert ISSUE_TYPES.keys() - covered - ALWAYS_REPORTED - tested_elsewhere == set(), "issue types without a case"
 

@@ -102,7 +102,7 @@ def check_dataset(
 
     Args:
         root: Folder or annotation file of the dataset.
-        data: Data settings.
+        data: Data settings; with tiles, objects are measured in them.
         rule: Resize of the model; it decides which objects are tiny.
         depth: "full" decodes every image; "auto" decodes at most `AUTO_IMAGES` in `AUTO_SECONDS`.
         progress: Show a progress bar if standard error is a terminal.
@@ -120,8 +120,8 @@ def check_dataset(
             splits[name] = split
     coverage = check_images(list(splits.values()), depth, issues, progress)
     for split in splits.values():
-        check_boxes(split, rule, issues)
-        check_crowded(split, num_queries, issues)
+        check_boxes(split, rule, issues, data.tile, train=split.name == data.train_split)
+        check_crowded(split, num_queries, issues, data.tile)
         check_masks(split, issues)
     check_outside(base, list(splits.values()), data, issues)
     check_classes(list(splits.values()), splits.get(data.train_split), splits.get(data.val_split), issues)

@@ -5,16 +5,21 @@ from typing import Any
 import numpy as np
 
 from ...config.image_size import ModelResize
-from ..issues import CORNERS_SHARE, OVERHANG, TINY_SIDE, Issues
+from ...utils.tiles import MIN_TILE, tile_grid
+from ..issues import CORNERS_SHARE, OVERHANG, SMALL_SIDE, TINY_SIDE, Issues
 from ..records import clip_corners
 from ..transforms import MIN_SIDE
 from .annotations import Split
 
+MIN_TILES_PER_SIDE = 1.5  # long side of an image, relative to a tile, from which on tiles are suggested
 LISTED = 100  # detections per image that COCO metrics and `model.predict` keep by default
 
 
-def check_boxes(split: Split, rule: ModelResize, issues: Issues) -> None:
-    """Add the issues of a split's boxes; image sizes are those of the files, if these were read."""
+def check_boxes(split: Split, rule: ModelResize, issues: Issues, tile: int | None = None, train: bool = False) -> None:
+    """Add the issues of a split's boxes; image sizes are those of the files, if these were read.
+
+    `tile` is the side of the tiles that larger images are cut into. For the training split, small objects are an issue.
+    """
     kept = np.flatnonzero(~split.crowds)
     boxes, limits = split.boxes[kept], object_limits(split)[kept]
     if split.source.format != "yolo" and (unit := wrong_unit(boxes, limits)):
@@ -40,23 +45,23 @@ def check_boxes(split: Split, rule: ModelResize, issues: Issues) -> None:
     for first, index in _duplicates(split, kept):
         message = f"has the box and class of {split.object_name(first)}"
         issues.add("box-duplicate", split.file, split.object_name(index), message, **split.locate(index))
-    _check_tiny(split, kept[inside], corners[inside], limits[inside], rule, issues)
+    known = inside & np.isfinite(limits).all(axis=1)
+    sides, limits = corners[known, 2:] - corners[known, :2], limits[known]
+    resized = sides * _scales(limits, rule, tile)
+    _check_tiny(split, kept[known], resized, rule, issues)
+    if train and known.any():
+        _check_small(split, sides, limits, resized, rule, issues)
 
 
-def check_crowded(split: Split, num_queries: int | None, issues: Issues) -> None:
-    """Add an issue if images have more objects than the model has queries, or than are listed by default."""
+def check_crowded(split: Split, num_queries: int | None, issues: Issues, tile: int | None = None) -> None:
+    """Add an issue if images or their tiles have more objects than the model has queries, or than are listed."""
     counts = np.bincount(split.image_indices[~split.crowds], minlength=len(split.images))
     highest = int(counts.max(initial=0))
     if not highest > min(num_queries or highest, LISTED):
         return
     name = split.images[int(counts.argmax())].name
     if num_queries is not None and highest > num_queries:
-        message = (
-            f"has {np.count_nonzero(counts > num_queries)} images with more objects than the model's {num_queries} "
-            f"queries, at most {highest} ({name!r}); it cannot find all of them"
-        )
-        hint = f"train with --set model.num_queries={-(-highest * 3 // 200) * 100}"
-        issues.add("too-many-objects", split.file, "", message, hint, split=split.name)
+        _report_few_queries(split, counts, num_queries, tile, issues)
     if highest > LISTED:
         message = (
             f"has {np.count_nonzero(counts > LISTED)} images with more than {LISTED} objects, at most {highest} "
@@ -64,6 +69,33 @@ def check_crowded(split: Split, num_queries: int | None, issues: Issues) -> None
         )
         hint = f"set their top_k to {-(-highest // 100) * 100}; the metrics have no such option"
         issues.add("crowded-images", split.file, "", message, hint, split=split.name)
+
+
+def _report_few_queries(split: Split, counts: np.ndarray, num_queries: int, tile: int | None, issues: Issues) -> None:
+    """Add an issue if images, or with `tile` their tiles, have more objects than queries; `counts` (images,)."""
+    views = counts.copy()
+    for index in np.flatnonzero(counts > num_queries) if tile else ():
+        views[index] = _most_per_tile(split, int(index), tile or 0)
+    highest, name = int(views.max()), split.images[int(views.argmax())].name
+    if highest <= num_queries:
+        return
+    message = (
+        f"has {np.count_nonzero(views > num_queries)} images with more objects than the model's {num_queries} "
+        f"queries, at most {highest} ({name!r}{' in a tile' if tile else ''}); it cannot find all of them"
+    )
+    hint = f"train with --set model.num_queries={-(-highest * 3 // 200) * 100}"
+    issues.add("too-many-objects", split.file, "", message, hint, split=split.name)
+
+
+def _most_per_tile(split: Split, image: int, tile: int) -> int:
+    """Return how many objects have their center in the fullest tile of an image."""
+    objects = np.flatnonzero(~split.crowds & (split.image_indices == image))
+    boxes, (width, height) = split.boxes[objects], object_limits(split)[objects[0]]
+    if not np.isfinite(width):
+        return len(objects)
+    centers = boxes[:, :2] + boxes[:, 2:] / 2
+    frames = np.array([window.box for window in tile_grid(int(height), int(width), tile)])[:, None]
+    return int(((centers >= frames[..., :2]) & (centers < frames[..., 2:])).all(-1).sum(-1).max())
 
 
 def object_limits(split: Split) -> np.ndarray:
@@ -117,16 +149,17 @@ def _report_unit(split: Split, unit: str, example: int, issues: Issues) -> None:
         issues.add("boxes-corners", split.file, "", message, **location)
 
 
-def _check_tiny(
-    split: Split, indices: np.ndarray, corners: np.ndarray, limits: np.ndarray, rule: ModelResize, issues: Issues
-) -> None:
-    """Add an issue per image with objects that are tiny after the resize."""
-    known = np.isfinite(limits).all(axis=1)
-    indices, corners = indices[known], corners[known]
-    sizes, groups = np.unique(limits[known].astype(np.int64), axis=0, return_inverse=True)
-    resized = [rule(height, width)[::-1] for width, height in sizes.tolist()]
-    scales = (np.array(resized, dtype=np.float64).reshape(-1, 2) / sizes)[groups.reshape(-1)]
-    sides = np.min((corners[:, 2:] - corners[:, :2]) * scales, axis=1, initial=np.inf)
+def _scales(limits: np.ndarray, rule: ModelResize, tile: int | None) -> np.ndarray:
+    """Return the scale (x, y) of the resize of each image, or of its tiles, for their (width, height) (N, 2)."""
+    sizes, groups = np.unique(limits.astype(np.int64), axis=0, return_inverse=True)
+    views = np.minimum(sizes, tile) if tile else sizes
+    resized = [rule(height, width)[::-1] for width, height in views.tolist()]
+    return (np.array(resized, dtype=np.float64).reshape(-1, 2) / views)[groups.reshape(-1)]
+
+
+def _check_tiny(split: Split, indices: np.ndarray, resized: np.ndarray, rule: ModelResize, issues: Issues) -> None:
+    """Add an issue per image with objects that are tiny after the resize, when they are `resized` (N, 2) pixels."""
+    sides = resized.min(axis=1, initial=np.inf)
     images = split.image_indices[indices]
     totals = np.bincount(images, minlength=len(split.images))
     tiny = np.flatnonzero(sides < TINY_SIDE)
@@ -139,6 +172,28 @@ def _check_tiny(
         )
         location = split.locate(int(indices[smallest])) | split.locate_image(record)
         issues.add("tiny-objects", split.file, f"images[{record.position}]", message, **location)
+
+
+def _check_small(
+    split: Split, sides: np.ndarray, limits: np.ndarray, resized: np.ndarray, rule: ModelResize, issues: Issues
+) -> None:
+    """Add an issue if the median object is small after the resize.
+
+    The suggested tile keeps the image's resolution if the median object has `SMALL_SIDE` to twice as many pixels there.
+    Otherwise, the tile is enlarged or reduced to the nearest of these sizes.
+    """
+    median = float(np.median(np.sqrt(resized.prod(axis=1))))
+    if median >= SMALL_SIDE:
+        return
+    pixels = float(np.median(np.sqrt(sides.prod(axis=1))))
+    smallest, largest = rule.short * pixels / (2 * SMALL_SIDE), rule.short * pixels / SMALL_SIDE
+    tile = max(2 * MIN_TILE, int(min(max(rule.short, smallest), largest)) // 32 * 32)
+    if np.median(limits.max(axis=1)) >= MIN_TILES_PER_SIDE * tile:
+        hint = f"train, evaluate and predict with --tile {tile}"
+    else:
+        hint = f"train with --image-size {-(-int(rule.short * SMALL_SIDE / median) // 32) * 32}"
+    message = f"has objects of {median:.1f} pixels at image size {rule.short} (median of √(width · height))"
+    issues.add("small-objects", split.file, "", message, hint, split=split.name)
 
 
 def _size_text(limit: np.ndarray) -> str:
