@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from deformable_detr.export import ExportOptions, export_model
@@ -27,7 +28,7 @@ def run_recipe(model_file, image, threshold, capsys):
     return scope["detect"](image), capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["any size", "fixed size", "stretched"])
+@pytest.mark.parametrize("kind", ["any size", "fixed size", "stretched", "without duplicates"])
 def test_recipe_equals_predict(model, exported, tmp_path, capsys, kind):
     file = exported.path
     if kind == "fixed size":
@@ -40,12 +41,23 @@ def test_recipe_equals_predict(model, exported, tmp_path, capsys, kind):
         with pytest.raises(UserError, match="--image-size 96,96: the model takes 96,128"):
             export_model(model, file, "onnx", ExportOptions(image_size=(96, 96)))
         export_model(model, file, "onnx")
+    elif kind == "without duplicates":
+        model = copy.deepcopy(model)
+        model.config = model.config.replace(nms_iou=0.3)
+        with torch.no_grad():
+            for head in model.decoder.heads.boxes:
+                head.layers[-1].bias[2:] += 1.5  # large boxes, so that they overlap
+        file = tmp_path / "distinct.onnx"
+        export_model(model, file, "onnx")
     detector = load_exported(file)
     for number, (width, height) in enumerate(SIZES):
         coarse = np.random.default_rng(number).integers(0, 256, (9, 11, 3), dtype=np.uint8)
         path = tmp_path / f"{number}.png"
         Image.fromarray(coarse).resize((width, height)).save(path)
-        best = detector.predict(path, threshold=0).scores[:10].numpy()
+        detections = detector.predict(path, threshold=0)
+        if kind == "without duplicates":
+            assert len(detections) < model.config.num_queries * model.config.num_classes
+        best = detections.scores[:10].numpy()
         cut = 1 + int((best[1:-1] - best[2:]).argmax())  # at the largest gap, so that rounding decides nothing
         threshold = float(best[cut : cut + 2].mean())
         expected = (detector if kind == "fixed size" else model).predict(path, threshold)

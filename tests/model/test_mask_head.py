@@ -113,8 +113,8 @@ def test_training_returns_the_embeddings_of_all_layers():
     model = build("small", masks=True).train()
     queries = DenoisingQueries(torch.randn(2, 6, 32), torch.full((2, 6, 4), 0.4), torch.zeros(26, 26, dtype=torch.bool))
     outputs = model(pixels(), denoising_queries=queries)
-    assert outputs["layer_mask_embeddings"].shape == (2, 2, 20, 21)
-    assert outputs["denoising_mask_embeddings"].shape == (2, 2, 6, 21)
+    assert outputs["layer_mask_embeddings"].shape == (3, 2, 20, 21)  # two decoder layers and the RoI head
+    assert outputs["denoising_mask_embeddings"].shape == (3, 2, 6, 21)
     assert torch.equal(outputs["mask_embeddings"], outputs["layer_mask_embeddings"][-1])
     assert "denoising_mask_embeddings" not in model(pixels())
 
@@ -126,7 +126,8 @@ def test_the_head_reads_the_normed_outputs(name):
     assert model.mask_head is not None
     model.mask_head.embed.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     normed = []
-    model.decoder.norm.register_forward_hook(lambda _, __, output: normed.append(output))
+    last = model.decoder.norm if model.roi_head is None else model.roi_head
+    last.register_forward_hook(lambda _, __, output: normed.append(output))
     with torch.no_grad():
         model(pixels())
     assert torch.equal(read[0], normed[-1])

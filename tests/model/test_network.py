@@ -47,7 +47,7 @@ def test_output_shapes_and_finite_gradients_for_every_parameter(variant):
     out = model(pixels, mask)
     assert out["pred_logits"].shape == (2, 12, 5)
     assert out["pred_boxes"].shape == (2, 12, 4)
-    assert out["layer_logits"].shape == (2, 2, 12, 5)
+    assert out["layer_logits"].shape == (2 + bool(model.config.roi_grid), 2, 12, 5)
     assert torch.equal(out["layer_boxes"][-1], out["pred_boxes"])
     assert ((out["pred_boxes"] >= 0) & (out["pred_boxes"] <= 1)).all()
     differentiable = [out["layer_logits"], out["layer_boxes"]]

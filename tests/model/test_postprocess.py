@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deformable_detr.model.postprocess import clip_boxes_to_image, postprocess
+from deformable_detr.model.postprocess import clip_boxes_to_image, non_maximum_suppression, postprocess
 
 
 def outputs(B=2, Q=7, K=3, seed=0):
@@ -31,7 +31,7 @@ def reference_detections(out, image, size, top_k):
 @pytest.mark.parametrize("top_k", [1, 10, 21])
 def test_postprocess_matches_reference(top_k):
     out, sizes = outputs(), [(480, 640), (1000, 33)]
-    for image, (boxes, scores, labels, _) in enumerate(postprocess(out, sizes, top_k)):
+    for image, (boxes, scores, labels, *_) in enumerate(postprocess(out, sizes, top_k)):
         expected = reference_detections(out, image, sizes[image], top_k)
         assert labels.tolist() == [label for _, _, label, _ in expected]
         assert scores.tolist() == pytest.approx([score for score, *_ in expected], abs=1e-6)
@@ -62,7 +62,7 @@ def test_postprocess_matches_transformers():
             expected = processor.post_process_object_detection(
                 transformers_outputs, 0.0, torch.tensor(sizes), top_k=top_k
             )
-            for item, (boxes, scores, labels, _) in zip(expected, postprocess(out, sizes, top_k), strict=True):
+            for item, (boxes, scores, labels, *_) in zip(expected, postprocess(out, sizes, top_k), strict=True):
                 assert torch.equal(item["boxes"], boxes)
                 assert torch.equal(item["scores"], scores)
                 assert torch.equal(item["labels"], labels)
@@ -93,3 +93,45 @@ def test_labels_are_exact_with_20000_classes():
     (detections,) = postprocess({"pred_logits": logits, "pred_boxes": torch.rand(1, 2, 4)}, [(10, 10)], top_k=1)
     assert detections.labels.tolist() == [19999]
     assert detections.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("iou", [0.3, 0.7])
+def test_nms_equals_torchvisions(iou):
+    from torchvision.ops import batched_nms, box_convert
+
+    torch.manual_seed(0)
+    boxes = torch.rand(8, 120, 4) * torch.tensor([0.5, 0.5, 0.3, 0.3]) + 0.1
+    labels = torch.randint(0, 3, (8, 120))
+    kept = non_maximum_suppression(boxes, labels, iou)
+    assert 0 < kept.sum() < kept.numel()
+    for image, mask in enumerate(kept):
+        scores = torch.arange(120, 0, -1).float()
+        expected = batched_nms(box_convert(boxes[image], "cxcywh", "xyxy"), scores, labels[image], iou)
+        assert mask.nonzero().flatten().tolist() == sorted(expected.tolist())
+
+
+def test_nms_keeps_the_better_of_two_and_other_classes():
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.21], [0.2, 0.2, 0.1, 0.1]]])
+    logits = torch.tensor([[[1.0, 0.5], [2.0, -5.0], [0.0, -6.0]]])
+    outputs = {"pred_logits": logits, "pred_boxes": boxes}
+    [detections] = postprocess(outputs, [(10, 10)], nms_iou=0.7)
+    assert list(zip(detections.queries.tolist(), detections.labels.tolist(), strict=True)) == [
+        (1, 0), (0, 1), (2, 0), (2, 1)
+    ]  # fmt: skip
+    assert [
+        len(postprocess(outputs, [(10, 10)])[0].scores),
+        len(postprocess(outputs, [(10, 10)], top_k=2)[0].scores),
+    ] == [6, 2]
+    assert postprocess(outputs, [(10, 10)], top_k=2, nms_iou=0.7)[0].queries.tolist() == [1, 0]
+
+
+def test_nms_of_a_graph_equals_nms():
+    class Graph(torch.nn.Module):
+        def forward(self, boxes, labels):
+            return non_maximum_suppression(boxes, labels, 0.5)
+
+    torch.manual_seed(0)
+    boxes = torch.rand(4, 100, 4) * torch.tensor([0.5, 0.5, 0.3, 0.3]) + 0.1
+    labels = torch.randint(0, 3, (4, 100))
+    graph = torch.export.export(Graph(), (boxes, labels)).module()
+    assert torch.equal(graph(boxes, labels), non_maximum_suppression(boxes, labels, 0.5))

@@ -54,13 +54,14 @@ def small(**changes: Any) -> ModelConfig:
     """For CPUs and small datasets: a light backbone, half the width, fewer layers, faster convergence.
 
     Two-stage with class-aware proposals and queries initialized from the encoder's tokens (DINO, RT-DETR), positions
-    that follow the boxes (DAB-DETR) and look forward twice (DINO).
+    that follow the boxes (DAB-DETR) and look forward twice (DINO). An RoI head refines the last layer's predictions.
     """
     base = {"backbone": "tf_efficientnet_lite0", "image_size": 480, "num_queries": 100, "dropout": 0.0}
     base["size_divisor"] = 32  # feature maps that overhang a small image shift its boxes
     base |= {"hidden_dim": 128, "num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512}
     base |= {"class_aware_proposals": True, "query_init": "encoder", "iterative_query_pos": True}
-    return two_stage(**{**base, "look_forward_twice": True, **changes})
+    base |= {"look_forward_twice": True, "roi_grid": 5, "nms_iou": 0.7, "frozen_stages": 0}
+    return two_stage(**{**base, **changes})
 
 
 def small_masks(**changes: Any) -> ModelConfig:
@@ -71,6 +72,7 @@ def small_masks(**changes: Any) -> ModelConfig:
 def small_portable(**changes: Any) -> ModelConfig:
     """`small` limited to what transformers supports: the paper's proposals, queries and query positions."""
     base = {"class_aware_proposals": False, "query_init": "box", "iterative_query_pos": False}
+    base |= {"roi_grid": 0, "nms_iou": None}
     return small(**{**base, **changes})
 
 
@@ -102,7 +104,7 @@ def config(name: str) -> Config:
         epochs="auto",
         eval_every="auto",
         lr=1e-3,
-        backbone_lr_mult=0.2,
+        backbone_lr_mult=0.5,
         lr_schedule="cosine",
         warmup_steps=100,
         sampling_lr_mult=1.0,

@@ -109,6 +109,9 @@ class ModelConfig(DetectorConfig):
     box_eps: tuple[PositiveFloat, PositiveFloat] = (1e-5, 1e-5)
     """Distance from 0 and 1 that boxes keep when deltas are added to them: for the predicted boxes, and for the next
     layer's reference boxes (DINO: 1e-3)."""
+    roi_grid: Annotated[int, Field(ge=0, le=32)] = 0
+    """Refine: after the decoder, refine classes and boxes from this many × this many points of the backbone's stride-4
+    map in each box (RoIAlign). 0: no such stage."""
     look_forward_twice: bool = False
     """Refine: the box loss of a layer also trains the previous layer (DINO)."""
     gradient_checkpointing: bool = False
@@ -129,6 +132,7 @@ class ModelConfig(DetectorConfig):
             (max(self.box_eps) >= 0.5, "box_eps must be less than 0.5"),
             (self.finest_stride == 4 and self.num_feature_levels < 4, "finest_stride 4 needs num_feature_levels: 4"),
             (self.look_forward_twice and not refine, "look_forward_twice requires refine: true"),
+            (self.roi_grid and not refine, "roi_grid requires refine: true"),
             (self.backbone_shape and timm_only, "backbone_shape requires backbone_weights: none and dilation: false"),
             (self.dilation and self.num_feature_levels != 1, "dilation (DC5) requires num_feature_levels: 1"),
         )
@@ -136,6 +140,11 @@ class ModelConfig(DetectorConfig):
             if violated:
                 raise ValueError(message)
         return self
+
+    @property
+    def reads_stride4(self) -> bool:
+        """Whether a head reads the backbone's stride-4 map, which need not be a feature level."""
+        return self.masks or bool(self.roi_grid)
 
     @property
     def summary(self) -> str:

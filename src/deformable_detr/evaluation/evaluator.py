@@ -207,7 +207,8 @@ def detect_images(
     with evaluating(model), tqdm(total=count, unit="image", desc="evaluate", disable=None if progress else True) as bar:
         for batch, targets in batches:
             start = time.perf_counter()
-            detections = postprocess(forward(model, batch), [target.original_size for target in targets], top_k)
+            sizes = [target.original_size for target in targets]
+            detections = postprocess(forward(model, batch), sizes, top_k, nms_iou=model.config.nms_iou)
             # The model can have more class logits than the dataset has classes.
             listed = [scored.select(scored.labels < len(category_ids)) for scored in detections]
             rows = [_coco_rows(*pair, category_ids) for pair in zip(targets, listed, strict=True)]
@@ -220,7 +221,7 @@ def detect_images(
 
 def _coco_rows(target: Target, scored: ScoredBoxes, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """Return the COCO results of one image; boxes are not clipped to it."""
-    boxes, scores, labels, masks = scored
+    boxes, scores, labels, _, masks = scored
     boxes[:, 2:] -= boxes[:, :2]
     rows: list[dict[str, Any]] = [
         {"image_id": target.image_id, "category_id": category_ids[label], "bbox": box, "score": score}

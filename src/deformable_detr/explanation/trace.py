@@ -173,10 +173,7 @@ def trace(model: Detector, image: Any, threshold: float = 0.5, top_k: int = 100)
     batch = pad_images([resized])
     with evaluating(model):
         outputs = forward(model, batch, return_attention=True)
-        selection = postprocess(outputs, [image_size], top_k)[0]
-        # The query of each (query, class) pair that `postprocess` chose.
-        pairs = outputs["pred_logits"].float().sigmoid().flatten(1).topk(len(selection.scores), dim=1).indices[0]
-        queries = (pairs // config.num_classes).cpu()
+        selection = postprocess(outputs, [image_size], top_k, nms_iou=config.nms_iou)[0]
     detections = to_detections(selection, image_size, threshold, model_categories(config), image)
     masks = [resize_mask(batch.padding_mask, shape) for shape in outputs["spatial_shapes"]]
     return Trace(
@@ -184,7 +181,7 @@ def trace(model: Detector, image: Any, threshold: float = 0.5, top_k: int = 100)
         pixels=pixels,
         threshold=threshold,
         detections=detections,
-        queries=queries[selection.scores >= threshold],
+        queries=selection.queries[selection.scores >= threshold],
         best_score=selection.scores[0].item() if len(selection.scores) else math.nan,
         outputs=tree_map_only(Tensor, lambda tensor: tensor.cpu(), outputs),
         valid_ratios=get_valid_ratios(masks, torch.float32)[0],

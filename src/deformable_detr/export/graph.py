@@ -43,6 +43,7 @@ class InferenceGraph(nn.Module):
                 module.set_submodule(name, DynamicSameConv2d(cast(nn.Conv2d, layer)))
         self.model = module.to(dtype)
         self.post_processing, self.dtype = post_processing, dtype
+        self.nms_iou = model.config.nms_iou
         self.outputs = output_names(model.config, post_processing)
 
     def forward(self, pixels: Tensor, padding_mask: Tensor, original_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -56,15 +57,16 @@ class InferenceGraph(nn.Module):
         Returns:
             pred_logits (B, Q, K) and pred_boxes (B, Q, 4) as the model returns them, with masks also its outputs for
             them. With post-processing also boxes (B, k, 4), xyxy in pixels clipped to the original images, scores
-            (B, k) and labels (B, k) int64, in descending order of score, and mask logits (B, k, h, w) on the canvas; k
-            is `TOP_K` or Q·K if that is less.
+            (B, k; 0: removed by NMS) and labels (B, k) int64, in descending order of score, and mask logits
+            (B, k, h, w) on the canvas; k is `TOP_K` or Q·K if that is less.
         """
         out = self.model(pixels.to(self.dtype), padding_mask)
         outputs = {name: out[name].float() for name in self.outputs if name in out}
         if original_sizes is not None:
             logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-            corners, scores, labels, queries = topk_boxes(logits, boxes, original_sizes.float(), TOP_K)
-            outputs |= {"boxes": clip_boxes_to_image(corners, original_sizes), "scores": scores, "labels": labels}
+            corners, scores, labels, queries = topk_boxes(logits, boxes, original_sizes.float(), TOP_K, self.nms_iou)
+            clipped = clip_boxes_to_image(corners, original_sizes)
+            outputs |= {"boxes": clipped, "scores": scores.clamp(min=0), "labels": labels}
             if "masks" in self.outputs:
                 outputs["masks"] = select_masks(outputs, queries)
         return tuple(outputs[name] for name in self.outputs)

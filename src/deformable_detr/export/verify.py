@@ -152,7 +152,11 @@ def _verify_detections(exported: ExportedDetector, pixels: Tensor, mask: Tensor,
     sizes = torch.tensor([[101 + 7 * index, 203 - 5 * index] for index in range(len(pixels))])
     outputs = dict(zip(exported.metadata.outputs, exported.runtime([pixels, mask, sizes]), strict=True))
     logits, boxes, corners, scores, labels = (outputs[name] for name in _DETECTIONS)
-    expected_corners, expected_scores, expected_labels, queries = topk_boxes(logits, boxes, sizes.float(), TOP_K)
+    nms_iou = exported.config.nms_iou
+    expected_corners, expected_scores, expected_labels, queries = topk_boxes(
+        logits, boxes, sizes.float(), TOP_K, nms_iou
+    )
+    expected_scores = expected_scores.clamp(min=0)
     expected_corners = clip_boxes_to_image(expected_corners, sizes)
     # Ranks whose score no other detection has; the last one may have an equal that was not returned.
     differs = torch.nn.functional.pad(expected_scores.diff().abs() >= 1e-6, (1, 1), value=True)

@@ -22,7 +22,7 @@ def backbone_strides(config: ModelConfig) -> tuple[int, ...]:
 class Backbone(nn.Module):
     """Feature maps (B, channels[l], H_l, W_l) of a timm model, or of a ResNet with the config's `backbone_shape`.
 
-    With masks, the first map has stride 4, also if it is not the map of a level.
+    With masks or an RoI head, the first map has stride 4, also if it is not the map of a level.
     Raises UserError if timm has no such model, the model lacks maps at these strides, or its weights are missing or do
     not fit.
     """
@@ -101,8 +101,8 @@ def pixel_statistics(config: ModelConfig) -> tuple[tuple[float, ...], tuple[floa
 
 
 def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[Any, list[dict[str, Any]]]:
-    """Create the backbone with outputs at `strides`, with masks also at 4, and its weights; also return timm's list of
-    all its stages.
+    """Create the backbone with outputs at `strides`, also at 4 if a head reads it, and its weights; also return timm's
+    list of all its stages.
     """
     import timm
 
@@ -111,7 +111,7 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
         if len(strides) > 1 and depth < 4:
             raise UserError(f"backbone_shape has {depth} stages; num_feature_levels > 1 needs 4")
         indices = {depth} if len(strides) == 1 else set(range(5 - len(strides), 5))
-        body = ResNet(config.backbone_shape, tuple(sorted(indices | {1} if config.masks else indices)))
+        body = ResNet(config.backbone_shape, tuple(sorted(indices | {1} if config.reads_stride4 else indices)))
         return body, body.feature_info.info
     name, source = config.backbone, config.backbone_weights
     if not timm.is_model(name):
@@ -133,7 +133,7 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
     if len(strides) == 1:
         strides = (max(by_stride),)
     levels = len(strides)
-    if config.masks:
+    if config.reads_stride4:
         strides = tuple(sorted({4, *strides}))
     if not by_stride.keys() >= set(strides):
         raise UserError(f"backbone '{name}' has maps at strides {sorted(by_stride)}; needed are {list(strides)}")

@@ -138,7 +138,8 @@ class Decoder(nn.Module):
         self.decoder_norm, self.box_eps = config.decoder_norm, config.box_eps
         self.norm = nn.LayerNorm(config.hidden_dim) if config.pre_norm or config.decoder_norm else nn.Identity()
         self.heads = heads
-        self.refine, self.look_forward_twice, self.masks = config.refine, config.look_forward_twice, config.masks
+        self.refine, self.look_forward_twice = config.refine, config.look_forward_twice
+        self.keep_normed = config.reads_stride4  # for the heads after the decoder
         self.position_head = QueryPosition(config) if config.iterative_query_pos else None
         self.gradient_checkpointing = config.gradient_checkpointing
 
@@ -160,8 +161,8 @@ class Decoder(nn.Module):
             return_attention: Also return where each layer sampled.
 
         Returns:
-            Logits (layers, B, Q, K), boxes (layers, B, Q, 4), each layer's normed output (B, Q, C) if there is a mask
-            head, each layer's input reference points, and each layer's `SamplingDetails`.
+            Logits (layers, B, Q, K), boxes (layers, B, Q, 4), each layer's normed output (B, Q, C) if a mask or
+            RoI head reads it, each layer's input reference points, and each layer's `SamplingDetails`.
         """
         content, position, reference_points = queries
         all_logits, all_boxes, all_normed, all_references, all_details = [], [], [], [], []
@@ -183,7 +184,7 @@ class Decoder(nn.Module):
             boxes = refine_boxes(deltas, base_references, self.box_eps[0])
             all_logits.append(logits)
             all_boxes.append(boxes)
-            if self.masks:
+            if self.keep_normed:
                 all_normed.append(normed)
             all_references.append(reference_points)
             all_details.append(details)

@@ -16,12 +16,15 @@ PRIOR_LOGIT = -math.log(99)  # class bias for an initial probability of 1% (foca
 class DetectionHeads(nn.Module):
     """A class head and a box head, shared by all layers, or one pair per layer with iterative refinement.
 
-    A two-stage model has one more pair, the last, for the encoder's proposals.
+    A two-stage model has one more pair, for the encoder's proposals, and a model with an RoI head one more, the last.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        pairs = config.decoder_layers + int(config.two_stage) if config.refine else 1
+        extra = int(config.two_stage) + bool(config.roi_grid)
+        pairs = config.decoder_layers + extra if config.refine else 1
+        self.proposals = config.decoder_layers  # index of their pair
+        self.last = pairs - 1 if config.roi_grid else config.decoder_layers - 1  # index of the pair that predicts
         class_head = nn.Linear(config.hidden_dim, config.num_classes)
         nn.init.constant_(class_head.bias, PRIOR_LOGIT)
         box_head = MLP(config.hidden_dim, config.hidden_dim, 4, layers=3)
@@ -39,7 +42,7 @@ class DetectionHeads(nn.Module):
     def forward(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Predict logits (…, K) and box deltas (…, 4) in logit space from (…, C), in at least fp32.
 
-        layer: The decoder layer, or −1 for the encoder's proposals.
+        layer: The decoder layer, `self.proposals`, or `self.last` for the RoI head.
         """
         index = layer if len(self.classes) > 1 else 0
         return upcast(self.classes[index](x)), self.deltas(x, layer)

@@ -20,11 +20,12 @@ from .attention import DeformableAttention
 from .backbone import Backbone, InputProjection, backbone_strides, pixel_statistics
 from .decoder import Decoder, DenoisingQueries, Queries
 from .encoder import Encoder
-from .geometry import FlattenedFeatures, get_valid_ratios
+from .geometry import FlattenedFeatures, get_valid_ratios, refine_boxes
 from .heads import DetectionHeads
 from .layers import resize_mask
 from .mask_head import MaskHead
 from .position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
+from .roi_head import RoIHead
 from .two_stage import TwoStageProposals
 
 NetworkT = TypeVar("NetworkT", bound="DeformableDETRNetwork")
@@ -54,7 +55,8 @@ class DeformableDETRNetwork(nn.Module):
             self.reference_points = nn.Linear(C, 2)
         self.decoder = Decoder(config, heads)
         self._reset_parameters()
-        # Last, so that all other parameters start as without masks.
+        # Last, so that all other parameters start as without them.
+        self.roi_head = RoIHead(config, self.backbone.channels[0]) if config.roi_grid else None
         self.mask_head = MaskHead(config, self.backbone.channels[0]) if config.masks else None
         mean, std = pixel_statistics(config)
         self.register_buffer("pixel_mean", torch.tensor(mean), persistent=False)
@@ -96,8 +98,9 @@ class DeformableDETRNetwork(nn.Module):
 
         Returns:
             A dict with
-            pred_logits (B, Q, K) and pred_boxes (B, Q, 4): the last decoder layer's predictions;
-            layer_logits (layers, B, Q, K) and layer_boxes (layers, B, Q, 4): those of all decoder layers;
+            pred_logits (B, Q, K) and pred_boxes (B, Q, 4): the last layer's predictions;
+            layer_logits (layers, B, Q, K) and layer_boxes (layers, B, Q, 4): those of all decoder layers, and of the
+            RoI head as one more layer;
             encoder_logits (B, S, K) and encoder_boxes (B, S, 4), two-stage only: the proposals. Column 0 of the logits
             means "object"; with class_aware_proposals, each column is its class;
             denoising_logits and denoising_boxes, with denoising_queries: like layer_logits and layer_boxes;
@@ -116,6 +119,8 @@ class DeformableDETRNetwork(nn.Module):
         logits, boxes, normed, reference_points, decoder_attention = self.decoder(
             queries, memory, features, attn_mask, return_attention
         )
+        if self.roi_head is not None and stride4 is not None:
+            logits, boxes = self._refine_by_roi(stride4, padding_mask, logits, boxes, normed, features.valid_ratios)
         if self.mask_head is not None and stride4 is not None:
             finest, ratios = features.spatial_shapes[0], features.valid_ratios[:, 0]
             outputs["mask_features"] = self.mask_head.features(stride4, memory, finest, ratios)
@@ -129,6 +134,19 @@ class DeformableDETRNetwork(nn.Module):
             outputs |= {"decoder_reference_points": reference_points, "spatial_shapes": features.spatial_shapes}
         return outputs
 
+    def _refine_by_roi(
+        self, stride4: Tensor, padding_mask: Tensor | None, logits: Tensor, boxes: Tensor, normed: list[Tensor],
+        valid_ratios: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Append the RoI head's predictions to the layers', and its queries to their normed outputs."""
+        assert self.roi_head is not None
+        shape, heads = (stride4.shape[2], stride4.shape[3]), self.decoder.heads
+        mask = None if padding_mask is None else resize_mask(padding_mask, shape)
+        normed.append(self.roi_head(stride4, mask, normed[-1], boxes[-1], valid_ratios[:, 0]))
+        last_logits, deltas = heads(normed[-1], heads.last)
+        refined = refine_boxes(deltas, boxes[-1].detach(), self.config.box_eps[0])
+        return torch.cat([logits, last_logits[None]]), torch.cat([boxes, refined[None]])
+
     def _mask_embeddings(self, normed: list[Tensor], boxes: Tensor, extra: int) -> dict[str, Tensor]:
         """Mask embeddings from the decoder's normed outputs and boxes; the first `extra` queries are for denoising."""
         assert self.mask_head is not None
@@ -140,11 +158,11 @@ class DeformableDETRNetwork(nn.Module):
         return {**outputs, "denoising_mask_embeddings": embeddings[:, :, :extra]} if extra else outputs
 
     def _flatten(self, pixels: Tensor, padding_mask: Tensor | None) -> tuple[FlattenedFeatures, Tensor | None]:
-        """Pixels to the tokens of all levels, level after level and row by row; with masks also the stride-4 map."""
+        """Pixels to the tokens of all levels, level after level and row by row; also the stride-4 map if it is read."""
         if padding_mask is None:
             padding_mask = pixels.new_zeros(pixels.shape[0], *pixels.shape[2:], dtype=torch.bool)
         maps = self.backbone(pixels.masked_fill(padding_mask[:, None], 0.0))
-        stride4 = None if self.mask_head is None else maps[0]
+        stride4 = maps[0] if self.config.reads_stride4 else None
         maps = self.projections(maps[-self.own_levels :])
         spatial_shapes = tuple((x.shape[2], x.shape[3]) for x in maps)
         masks = [resize_mask(padding_mask, shape) for shape in spatial_shapes]

@@ -53,7 +53,7 @@ class TwoStageProposals(nn.Module):
         anchors, valid = proposal_anchors(features.spatial_shapes, features.valid_ratios, features.padding_mask)
         tokens = memory.masked_fill(~valid[..., None], 0.0)
         tokens = self.memory_norm(self.memory_proj(tokens))
-        logits, deltas = heads(tokens, -1)
+        logits, deltas = heads(tokens, heads.proposals)
         box_logits = deltas + anchors
         count = torch.sym_min(self.num_queries, memory.shape[1])  # `min` would fix S in an exported graph
         scores = logits.amax(-1) if self.class_aware_proposals else logits[..., 0]

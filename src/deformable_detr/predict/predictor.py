@@ -294,7 +294,7 @@ def _detect(
     """Run the model on a batch of resized images with their original sizes."""
     pixels, sizes = zip(*images, strict=True)
     with evaluating(model):
-        return postprocess(forward(model, pad_images(pixels)), sizes, top_k, threshold)
+        return postprocess(forward(model, pad_images(pixels)), sizes, top_k, threshold, model.config.nms_iou)
 
 
 def forward(model: Detector, batch: Any, **options: Any) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def place(scored: ScoredBoxes, window: Window, size: tuple[int, int], threshold:
 
 def merge(parts: Sequence[ScoredBoxes], windows: Sequence[Window]) -> ScoredBoxes:
     """Merge the detections of an image's views, in pixels of the image; see `merge_views`. Pieces are united."""
-    boxes, scores, labels = (torch.cat(column) for column in list(zip(*parts, strict=True))[:3])
+    boxes, scores, labels, queries = (torch.cat(column) for column in list(zip(*parts, strict=True))[:4])
     views = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part.scores) for part in parts]))
     groups = merge_views(boxes.numpy(), scores.numpy(), labels.numpy(), views.numpy(), windows)
     for group in (group for group in groups if len(group) > 1):
@@ -136,4 +136,4 @@ def merge(parts: Sequence[ScoredBoxes], windows: Sequence[Window]) -> ScoredBoxe
     if parts[0].masks is not None:
         rles = [rle for part in parts if isinstance(part.masks, EncodedMasks) for rle in part.masks.rles]
         masks = EncodedMasks(tuple(unite_masks([rles[index] for index in group]) for group in groups))
-    return ScoredBoxes(boxes[best], scores[best], labels[best], masks)
+    return ScoredBoxes(boxes[best], scores[best], labels[best], queries[best], masks)

@@ -53,7 +53,7 @@ class ExportMetadata:
         values: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": config.model_dump(mode="json")}
         repeated = (
             "class_names", "category_ids", "pixel_mean", "pixel_std", "resize", "antialias", "long_side",
-            "size_divisor",
+            "size_divisor", "nms_iou",
         )  # fmt: skip
         values |= {"short_side": config.resize_rule.short} | {key: getattr(config, key) for key in repeated}
         options = ("image_size", "precision", "sampling", "post_processing")

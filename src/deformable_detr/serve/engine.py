@@ -195,8 +195,9 @@ class Engine:
     def _detect(self, jobs: Sequence[_DetectJob]) -> list[ScoredBoxes]:
         with evaluating(self.detector):
             outputs = forward(self.detector, pad_images([job.pixels for job in jobs]))
-            sizes, top_k = [job.image_size for job in jobs], max(job.top_k for job in jobs)
-            results = postprocess(outputs, sizes, top_k, min(job.threshold for job in jobs))
+            sizes, nms_iou = [job.image_size for job in jobs], self.detector.config.nms_iou
+            top_k, threshold = max(job.top_k for job in jobs), min(job.threshold for job in jobs)
+            results = postprocess(outputs, sizes, top_k, threshold, nms_iou)
         # Results are sorted by score, so the first ones are those of a smaller top_k.
         return [boxes.select(slice(job.top_k)) for job, boxes in zip(jobs, results, strict=True)]
 

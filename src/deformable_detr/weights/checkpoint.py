@@ -26,6 +26,8 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
     "position_encoding": ("sine", "learned"),
     "finest_stride": (8,),
     "masks": (False,),
+    "roi_grid": (0,),
+    "nms_iou": (None,),
 }
 
 

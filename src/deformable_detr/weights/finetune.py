@@ -156,9 +156,10 @@ def _backbone(config: ModelConfig) -> object:
 
 
 def _assign_heads(state: Mapping[str, Tensor], config: ModelConfig, target: ModelConfig) -> dict[str, Tensor]:
-    """Rename the heads to the target's: one pair per decoder layer or a shared one, and the encoder's.
+    """Rename the heads to the target's: one pair per decoder layer or a shared one, the encoder's and the RoI head's.
 
-    Each layer of the target gets the source's shared pair; a shared pair of the target gets the last layer's.
+    Each layer of the target gets the source's shared pair; a shared pair of the target gets the last layer's. A new RoI
+    head gets the classes of the last layer, and starts without changing its boxes.
     """
     last = config.decoder_layers - 1 if config.refine else 0
     if target.refine:
@@ -168,10 +169,15 @@ def _assign_heads(state: Mapping[str, Tensor], config: ModelConfig, target: Mode
         sources = {0: last}
     if target.two_stage and config.two_stage:
         sources[target.decoder_layers] = config.decoder_layers
+    roi = target.decoder_layers + int(target.two_stage) if target.roi_grid else None
+    if roi is not None:
+        sources[roi] = config.decoder_layers + int(config.two_stage) if config.roi_grid else last
     assigned = {name: value for name, value in state.items() if not _HEAD.match(name)}
     for name, value in state.items():
         if match := _HEAD.match(name):
             layers = [layer for layer, source in sources.items() if source == int(match[2])]
+            if match[1] == "boxes" and not config.roi_grid:
+                layers = [layer for layer in layers if layer != roi]
             assigned |= {f"decoder.heads.{match[1]}.{layer}.{match[3]}": value for layer in layers}
     return assigned
 

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from ...config.schema import ModelConfig
 from ...model.backbone import InputProjection
+from ...model.geometry import refine_boxes
+from ...model.layers import resize_mask
 from ...model.mask_head import mask_embeddings
 from ...model.network import DeformableDETRNetwork, learned_queries
 from ...predict.predictor import Detector
 from ...utils.errors import UserError
 from .folding import example_pixels, inference_copy
 from .fusion import fuse_backbone
-from .mask_head import FusedMaskHead
+from .heads import FusedMaskHead, FusedRoIHead
 from .onednn import CHUNK_ROWS, PackedConv2d, has_bf16, is_available
 from .positional_inputs import PositionalInputCache, PositionalInputs
 from .transformer import FusedDecoder, FusedEncoder, FusedProposals, WeightPacking
@@ -82,7 +84,11 @@ class OptimizedDetector(OptimizedCopy):
         self.encoder = FusedEncoder(source.encoder.layers, source.encoder.norm, source.decoder, packing)
         self.decoder = FusedDecoder(source.decoder, self.config, packing)
         self.own_levels = source.own_levels
+        self.roi_head = None if source.roi_head is None else FusedRoIHead(source.roi_head, packing)
         self.mask_head = None if source.mask_head is None else FusedMaskHead(source.mask_head, packing)
+        heads = source.decoder.heads
+        self.classes = heads.classes[heads.last if len(heads.classes) > 1 else 0]
+        self.roi_boxes = heads.boxes[heads.last] if self.config.roi_grid else None
         self.eval().requires_grad_(False)
         if compile:
             self.features = torch.compile(self.features, dynamic=True)
@@ -105,18 +111,23 @@ class OptimizedDetector(OptimizedCopy):
         if padding_mask is not None:
             pixels = pixels.masked_fill(padding_mask[:, None], 0.0)
         maps, stride4 = self.features(pixels)
+        mask = None
+        if padding_mask is not None and stride4 is not None:
+            mask = resize_mask(padding_mask, (stride4.shape[2], stride4.shape[3]))
         shapes = tuple((x.shape[1], x.shape[2]) for x in maps)
         positional = self.positional_inputs((pixels.shape[2], pixels.shape[3]), shapes, padding_mask)
-        return self.detect(maps, stride4, positional)
+        return self.detect(maps, stride4, mask, positional)
 
     def features(self, pixels: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Return the projected maps of all levels, (B, H_l, W_l, C); with masks also the backbone's stride-4 map."""
+        """Return the projected maps of all levels, (B, H_l, W_l, C); also the backbone's stride-4 map if it is read."""
         pixels = pixels.to(self.dtype).contiguous(memory_format=torch.channels_last)
         maps = list(self.backbone(pixels))
-        stride4 = None if self.mask_head is None else maps[0]
+        stride4 = maps[0] if self.config.reads_stride4 else None
         return self.projections(maps[-self.own_levels :]), stride4
 
-    def detect(self, maps: list[Tensor], stride4: Tensor | None, positional: PositionalInputs) -> dict[str, Tensor]:
+    def detect(
+        self, maps: list[Tensor], stride4: Tensor | None, stride4_mask: Tensor | None, positional: PositionalInputs
+    ) -> dict[str, Tensor]:
         """Return the outputs from the maps of all levels; the list is emptied to free their memory."""
         B = len(maps[0])
         tokens = torch.cat([x.flatten(1, 2) for x in maps], dim=1)
@@ -135,10 +146,13 @@ class OptimizedDetector(OptimizedCopy):
             finest, ratios = positional.spatial_shapes[0], positional.valid_ratios[:, 0]
             outputs["mask_features"] = self.mask_head.features(stride4, memory, finest, ratios)
         del memory
-        logits, boxes, normed = self.decoder(queries, position, reference_points, values, positional)
+        boxes, normed = self.decoder(queries, position, reference_points, values, positional)
+        if self.roi_head is not None and self.roi_boxes is not None and stride4 is not None:
+            normed = self.roi_head(stride4, stride4_mask, normed, boxes, positional.valid_ratios[:, 0])
+            boxes = refine_boxes(self.roi_boxes(normed), boxes, self.config.box_eps[0])
         if self.mask_head is not None:
             outputs["mask_embeddings"] = mask_embeddings(self.mask_head.embed(normed), boxes)
-        return {"pred_logits": logits, "pred_boxes": boxes, **outputs}
+        return {"pred_logits": self.classes(normed), "pred_boxes": boxes, **outputs}
 
 
 def checked_dtype(precision: str, device: torch.device) -> torch.dtype:

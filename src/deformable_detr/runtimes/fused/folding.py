@@ -23,9 +23,10 @@ def inference_copy(model: NetworkT) -> NetworkT:
     with torch.no_grad():
         fold_batch_norms(body, example_pixels(body, model.config, model.get_buffer("pixel_mean"), (64, 64)))
     classes = model.decoder.heads.classes
-    if len(classes) > 1:  # inference reads the classes of the last layer and of the proposals only
-        for layer in range(model.config.decoder_layers - 1):
-            classes[layer] = classes[model.config.decoder_layers - 1]
+    if len(classes) > 1:  # inference reads the classes of the last layer or RoI head, and of the proposals only
+        last = model.decoder.heads.last
+        for layer in range(min(last, model.config.decoder_layers)):
+            classes[layer] = classes[last]
     return model
 
 

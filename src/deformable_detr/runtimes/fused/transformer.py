@@ -203,12 +203,11 @@ class FusedProposals(nn.Module):
         self.stage = stage
         self.chunk_rows, self.dtype = packing.chunk_rows, packing.dtype
         self.project, self.norm = packing.linear(stage.memory_proj), stage.memory_norm
-        index = -1 if len(heads.classes) > 1 else 0
-        scorer: Any = heads.classes[index]
+        scorer: Any = heads.classes[heads.proposals]
         classes = slice(None) if stage.class_aware_proposals else slice(0, 1)
         self.register_buffer("weight", scorer.weight[classes].float().clone(), persistent=False)
         self.register_buffer("bias", scorer.bias[classes].float().clone(), persistent=False)
-        self.boxes = heads.boxes[index]
+        self.boxes = heads.boxes[heads.proposals]
 
     def forward(self, memory: Tensor, positional: PositionalInputs) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return queries (B, Q, C), their position (B, Q, C) or None, and boxes (B, Q, 4) of the memory (B, S, C)."""
@@ -278,23 +277,21 @@ class FusedDecoderLayer(nn.Module):
 
 
 class FusedDecoder(nn.Module):
-    """The decoder layers and their box heads; classes are computed after the last layer only."""
+    """The decoder layers and their box heads; classes are computed after the last layer only, or by the RoI head."""
 
     def __init__(self, decoder: Decoder, config: ModelConfig, packing: WeightPacking) -> None:
         super().__init__()
         self.layers = nn.ModuleList(FusedDecoderLayer(layer, packing) for layer in decoder.layers)  # type: ignore[arg-type]
         self.norm, self.position_head, self.refine = decoder.norm, decoder.position_head, config.refine
         self.decoder_norm, self.box_eps = config.decoder_norm, config.box_eps
-        last = config.decoder_layers - 1
         boxes = decoder.heads.boxes
-        self.boxes = nn.ModuleList(boxes[index if len(boxes) > 1 else 0] for index in range(last + 1))
-        self.classes = decoder.heads.classes[last if len(decoder.heads.classes) > 1 else 0]
+        self.boxes = nn.ModuleList(boxes[index if len(boxes) > 1 else 0] for index in range(config.decoder_layers))
 
     def forward(
         self, queries: Tensor, position: Tensor | None, reference_points: Tensor, values: list[Tensor],
         positional: PositionalInputs,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return logits (B, Q, K), boxes (B, Q, 4) and the normed output (B, Q, C) of the last layer.
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return boxes (B, Q, 4) and the normed output (B, Q, C) of the last layer.
 
         queries, position: (B, Q, C). reference_points: (B, Q, 2 or 4). values: (B, S, M, D) per layer.
         """
@@ -310,5 +307,4 @@ class FusedDecoder(nn.Module):
                 normalized = queries if self.decoder_norm and not is_last else self.norm(queries)
                 eps = self.box_eps[0 if is_last else 1]
                 reference_points = refine_boxes(self.boxes[index](normalized), reference_points, eps)
-        queries = self.norm(queries)
-        return self.classes(queries), reference_points, queries
+        return reference_points, self.norm(queries)

@@ -1,9 +1,14 @@
-"""The mask head for inference: the pixel features from packed layers."""
+"""The heads that read the stride-4 map, for inference: packed layers."""
 
+from dataclasses import replace
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model.mask_head import MaskHead, add_positions
+from ...model.roi_head import RoIHead
 from .onednn import PackedConv2d, fusable_activation
 from .transformer import WeightPacking
 
@@ -29,3 +34,15 @@ class FusedMaskHead(nn.Module):
         x = self.lateral(stride4.permute(0, 2, 3, 1).contiguous(), x.contiguous())
         x = self.depthwise(self.norm(x).relu().permute(0, 3, 1, 2))
         return add_positions(self.pointwise(x.permute(0, 2, 3, 1).contiguous()).float(), valid_ratios)
+
+
+class FusedRoIHead(RoIHead):
+    """`RoIHead` with packed layers, for channels-last maps. The map is in half precision, the queries are fp32."""
+
+    def __init__(self, head: RoIHead, packing: WeightPacking) -> None:
+        nn.Module.__init__(self)
+        self.grid, self.norm = head.grid, head.norm
+        self.lateral = packing.linear(head.lateral)
+        exact = replace(packing, dtype=torch.float32)
+        layers: list[Any] = list(head.mlp.layers)
+        self.mlp = nn.Sequential(exact.linear(layers[0], activation=nn.ReLU()), exact.linear(layers[1]))
