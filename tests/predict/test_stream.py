@@ -22,7 +22,7 @@ from deformable_detr.predict.frames import Video, is_address, public_name
 from deformable_detr.predict.predictor import predict
 from deformable_detr.predict.stream import LiveStream, open_video
 from deformable_detr.utils.errors import UserError
-from tests.support.streams import Event, StreamServer, frame_number
+from tests.support.streams import Event, StreamServer, frame_number, serve_elsewhere
 from tests.support.videos import Finder, read_lines, write_video
 
 pytest.importorskip("av", reason="needs PyAV")
@@ -46,15 +46,15 @@ class Shown:
 
     def __init__(self, server, seconds, monkeypatch):
         self.rows, self._server = [], server
-        self._end = server.camera.start + seconds
+        self._end = server.start + seconds
         monkeypatch.setattr(video, "_draw", self._note)
         self._draw = video._draw
 
     def _note(self, pixels, detections):
         now, number = time.monotonic(), frame_number(pixels)
-        age = now - self._server.camera.captured[number]
+        age = now - self._server.start - number / 1000
         memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-        self.rows.append((now - self._server.camera.start, number, age, memory))
+        self.rows.append((now - self._server.start, number, age, memory))
         if now > self._end:
             raise KeyboardInterrupt
         return Image.fromarray(pixels)
@@ -76,11 +76,11 @@ class Shown:
         return np.array([row[3] for row in self.rows])
 
 
-def watch(events, seconds, folder, monkeypatch, path="ts"):
+def watch(events, seconds, folder, monkeypatch, path="ts", serve=StreamServer):
     """Predict a stream until Ctrl-C; return what was shown, the summary and the JSON lines."""
     model = SlowFinder()
     predict(model, np.zeros((64, 160, 3), np.uint8))  # the first call imports and allocates
-    with StreamServer(events) as server:
+    with serve(events) as server:
         shown = Shown(server, seconds, monkeypatch)
         summary = video.predict_video(model, server.address(path), folder / "out.mp4", folder / "out.jsonl")
     return shown, summary, read_lines(folder / "out.jsonl")
@@ -138,7 +138,7 @@ def test_ten_minutes(tmp_path, monkeypatch, caplog):
         start = 60.0 * minute
         events += [Event("backlog", start + 10, 3), Event("stall", start + 20, 3), Event("cut", start + 30, 2)]
         events += [Event("stall", start + 42, 7)] if minute % 2 else []
-    shown, summary, records = watch(events, 600.0, tmp_path, monkeypatch)
+    shown, summary, records = watch(events, 600.0, tmp_path, monkeypatch, serve=serve_elsewhere)
     assert shown.ages.max() < 1
     assert summary.frames == len(records) > 1500
     late = [shown.memory[shown.seconds > start][:200].mean() for start in (120, 550)]

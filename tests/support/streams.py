@@ -1,18 +1,23 @@
 """A live stream over HTTP whose frames say when they were captured, with cuts and stalls."""
 
 import io
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-BITS, BLOCK = 20, 8  # a frame number is a row of white and black blocks
+BITS, BLOCK = 20, 8  # a frame shows the milliseconds since the server's start as a row of white and black blocks
 SIZE = (64, BITS * BLOCK)  # (height, width)
 
 
@@ -29,13 +34,11 @@ class Event(NamedTuple):
 
 
 class Camera:
-    """A clock, the events, and the time of each frame: number → seconds of `time.monotonic`."""
+    """The events and their clock, `time.monotonic`, which all processes of a machine share."""
 
     def __init__(self, events: Sequence[Event], rate: float):
         self.events, self.rate, self.start = events, rate, time.monotonic()
-        self.captured: dict[int, float] = {}
         self.closed = False
-        self._lock = threading.Lock()
 
     def during(self, kind: str) -> bool:
         now = time.monotonic() - self.start
@@ -44,12 +47,12 @@ class Camera:
     def frames(self) -> Iterator[tuple[float, np.ndarray]]:
         """Yield (seconds since the start, pixels) until a cut, at uneven times."""
         pauses = np.random.default_rng(0).uniform(0.5, 1.5, 1000) / self.rate
-        while not (self.closed or self.during("cut")):
-            with self._lock:
-                number = len(self.captured) + 1
-                self.captured[number] = now = time.monotonic()
-            yield now - self.start, numbered_frame(number)
-            time.sleep(pauses[number % 1000])
+        for pause in cycle(pauses.tolist()):
+            if self.closed or self.during("cut"):
+                return
+            seconds = time.monotonic() - self.start
+            yield seconds, numbered_frame(round(seconds * 1000))
+            time.sleep(pause)
             while self.during("stall") and not self.closed:
                 time.sleep(0.02)
 
@@ -141,6 +144,10 @@ class StreamServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.camera = Camera(events, rate)
 
+    @property
+    def start(self):
+        return self.camera.start
+
     def address(self, path):
         return f"http://127.0.0.1:{self.server_address[1]}/{path}"
 
@@ -152,3 +159,33 @@ class StreamServer(ThreadingHTTPServer):
         self.camera.closed = True
         self.shutdown()
         self.server_close()
+
+
+class RemoteServer(NamedTuple):
+    """A `StreamServer` in another process."""
+
+    start: float  # `time.monotonic`
+    port: int
+
+    def address(self, path):
+        return f"http://127.0.0.1:{self.port}/{path}"
+
+
+@contextmanager
+def serve_elsewhere(events):
+    """Run a server in another process, so that this one has the memory of the client only."""
+    command = [sys.executable, "-m", "tests.support.streams", json.dumps(events)]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        start, port = process.stdout.readline().split()
+        try:
+            yield RemoteServer(float(start), int(port))
+        finally:
+            process.kill()
+
+
+if __name__ == "__main__":
+    with StreamServer([Event(*event) for event in json.loads(sys.argv[1])]) as server:
+        print(server.camera.start, server.server_address[1], flush=True)
+        time.sleep(3600)

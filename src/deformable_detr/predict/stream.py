@@ -1,5 +1,6 @@
 """Live streams and cameras: the newest frames, however slow the model is, and a new connection after a cut."""
 
+import gc
 import logging
 import math
 import sys
@@ -137,6 +138,8 @@ class LiveStream:
         try:
             while connection is not None:
                 cause = self._read(connection)
+                connection = None
+                gc.collect()  # PyAV's containers are reference cycles with megabytes of buffers
                 connection = None if self._stop.is_set() else self._reconnect(cause)
         except BaseException as error:  # the caller's thread raises it
             self._failure = error
