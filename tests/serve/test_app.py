@@ -16,6 +16,7 @@ from PIL import Image
 
 from deformable_detr.explanation import trace
 from deformable_detr.serve import schemas
+from deformable_detr.utils.tiles import Tiling
 from tests.support.masks import with_masks
 from tests.support.models import NAMES
 from tests.support.server import delayed, encode_image, multipart, post_image, running_server, small_model, wait_until
@@ -115,6 +116,33 @@ def test_concurrent_requests_equal_serial_prediction(client, model):
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(send, range(60)))
     assert client.engine.metrics.batch_images._sum.get() - before == 60
+
+
+def test_tiles(client, model):
+    data, small = encode_image("PNG", 150, 230), encode_image("PNG", 50, 60)
+    query = "?threshold=0.4&tile=96&tile_overlap=0.25&top_k=9"
+    response = client.post(f"/v1/detect{query}", files=multipart(data, small))
+    assert response.status_code == 200, response.text
+    options = {"threshold": 0.4, "top_k": 9, "tile": 96, "tile_overlap": 0.25}
+    expected = [predict(model, image, **options) for image in (data, small)]
+    assert len(expected[0]) > 9
+    for result, detections in zip(response.json()["images"], expected, strict=True):
+        assert_same(result, detections)
+
+
+def test_too_many_or_too_small_tiles(client):
+    data = encode_image("PNG", 800, 800)
+    response = post_image(client, data, "/v1/detect?tile=32&tile_overlap=0.5")
+    assert response.status_code == 422
+    assert response.json() == {"detail": "the image: 2401 tiles; an image may have 256: use larger ones"}
+    assert post_image(client, data, "/v1/detect?tile=31").status_code == 422
+    assert post_image(client, data, "/v1/detect?tile=64&tile_overlap=1").status_code == 422
+
+
+def test_tiles_by_default_of_the_server(model):
+    data = encode_image("PNG", 150, 230)
+    with running_server(model, tiling=Tiling(96, 0.25)) as client:
+        assert_same(post_image(client, data).json()["images"][0], predict(model, data, tile=96, tile_overlap=0.25))
 
 
 def test_exif_orientation(client, model):

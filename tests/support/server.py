@@ -33,10 +33,10 @@ def small_model(**changes):
 
 
 @contextmanager
-def running_server(model=None, token=None, origins=(), **limits):
+def running_server(model=None, token=None, origins=(), tiling=None, **limits):
     """Yield an httpx client of a running server, with attributes `server`, `engine` and `port`."""
     limits = Limits(**{"shutdown_delay": 0.0, **limits})
-    engine = Engine(small_model() if model is None else model, limits)
+    engine = Engine(small_model() if model is None else model, limits, tiling=tiling)
     server = Server(create_app(engine, token, "tiny", origins), engine, "serving")
     listener = listen("127.0.0.1", 0, token)
     port = listener.getsockname()[1]

@@ -5,7 +5,20 @@ from typing import Any
 
 from ..utils.errors import UserError
 from ..utils.terminal import echo, printable_name
-from .options import DataOverrides, Dataset, Device, JsonFile, Model, NonNegative, Positive, Precision, Split
+from ..utils.tiles import DEFAULT_OVERLAP
+from .options import (
+    DataOverrides,
+    Dataset,
+    Device,
+    JsonFile,
+    Model,
+    NonNegative,
+    Positive,
+    Precision,
+    Split,
+    Tile,
+    TileOverlap,
+)
 from .options import format_metric as fmt
 
 
@@ -20,6 +33,8 @@ def evaluate(
     workers: NonNegative = 2,
     device: Device = "auto",
     precision: Precision | None = None,
+    tile: Tile = None,
+    tile_overlap: TileOverlap = DEFAULT_OVERLAP,
     set_: DataOverrides = None,
     json: JsonFile = None,
 ) -> None:
@@ -28,7 +43,7 @@ def evaluate(
     Args:
         report: HTML file for precision-recall curves, error types, calibration and the worst images.
         compare: Second model to evaluate and compare with.
-        batch_size: Images per batch.
+        batch_size: Images or tiles per batch.
         workers: Processes that load images; 0: load in the main process.
         precision: fp32 or bf16 of the optimized model, as in predict. Default: the model as trained.
     """
@@ -44,8 +59,9 @@ def evaluate(
     models = [model] if compare is None else [model, compare]
     data_config = resolve_config(overrides=set_ or ()).data
     results = evaluate_models(
-        models, data, split, data_config, device, precision, batch_size=batch_size, workers=workers
-    )
+        models, data, split, data_config, device, precision, batch_size=batch_size, workers=workers, tile=tile,
+        tile_overlap=tile_overlap,
+    )  # fmt: skip
     if compare is not None:
         echo(", ".join(f"{letter}: {result.name}" for letter, result in zip("AB", results, strict=True)))
     echo(metrics_table(*(result.metrics for result in results)))

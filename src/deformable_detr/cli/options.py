@@ -14,6 +14,7 @@ from cyclopts.validators import Number
 from ..config import presets
 from ..config.resolve import DEFAULT_PRESET
 from ..utils.terminal import printable
+from ..utils.tiles import MAX_OVERLAP, MIN_TILE
 
 Flag = Parameter(negative=())
 Model = Annotated[
@@ -36,6 +37,19 @@ Precision = Literal["fp32", "bf16"]
 Threshold = Annotated[float, Parameter(validator=Number(gte=0, lte=1), help="Minimum score of a detection, 0 to 1.")]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 NonNegative = Annotated[int, Parameter(validator=Number(gte=0))]
+Tile = Annotated[
+    int | None,
+    Parameter(
+        validator=Number(gte=MIN_TILE),
+        help="Cut larger images into tiles of this many pixels to find small objects, beside the whole image.",
+    ),
+]
+TileOverlap = Annotated[
+    float,
+    Parameter(
+        validator=Number(gte=0, lte=MAX_OVERLAP), help="Minimum overlap of neighboring tiles as a share of their side."
+    ),
+]
 JsonFile = Annotated[Path | None, Parameter(name="--json", help="JSON file for the results.")]
 Overrides = Annotated[
     list[str] | None,

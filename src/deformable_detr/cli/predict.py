@@ -18,7 +18,21 @@ from ..utils.errors import UserError
 from ..utils.files import prepare_files, prepare_folder, write_json
 from ..utils.packages import need
 from ..utils.terminal import echo, printable_name
-from .options import Device, Flag, JsonFile, Model, NonNegative, Positive, Precision, Split, Threshold, print_error
+from ..utils.tiles import DEFAULT_OVERLAP, Tiling, check_tiling
+from .options import (
+    Device,
+    Flag,
+    JsonFile,
+    Model,
+    NonNegative,
+    Positive,
+    Precision,
+    Split,
+    Threshold,
+    Tile,
+    TileOverlap,
+    print_error,
+)
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
@@ -40,10 +54,11 @@ class PredictOptions:
         out: Folder for the images and videos with drawn boxes and masks. Default: videos are written to the current
             folder as NAME-detected.mp4 with NAME-detected.jsonl, which has one line per frame; images are not drawn.
         json: JSON file for the detections of all sources.
-        batch_size: Video frames per batch.
+        batch_size: Video frames or tiles per batch.
         camera: Number of a camera, from 0. Press Ctrl-C to stop.
         track: Follow objects through a video: each gets a number and a color.
-        top_k: Maximum number of detections per image. Default: the model's number of queries, at least 100.
+        top_k: Maximum number of detections per image, or per tile. Default: the model's number of queries, at least
+            100.
         coco: JSON file for COCO results, which pycocotools reads with `loadRes`. If SOURCES is one dataset (folder or
             COCO JSON), the images are those of --split with their ids; else they are numbered and named in the file.
         split: Split of a dataset, for --coco. Default: val.
@@ -58,6 +73,13 @@ class PredictOptions:
     top_k: Positive | None = None
     coco: Annotated[Path | None, Parameter(name="--coco")] = None
     split: Split | None = None
+    tile: Tile = None
+    tile_overlap: TileOverlap = DEFAULT_OVERLAP
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How larger images are cut."""
+        return check_tiling(self.tile, self.tile_overlap, self.batch_size)
 
     @property
     def min_score(self) -> float:
@@ -128,15 +150,19 @@ def predict_split(model: Detector, data: Path, options: PredictOptions) -> None:
     Raises:
         UserError: An option is for other sources, or the dataset or the file cannot be used.
     """
-    from ..evaluation.evaluator import BATCH_SIZE, TOP_K, WORKERS, detect_images, open_eval_dataset
+    from ..evaluation import evaluator
 
     if option := next((name for name in ("out", "json", "camera") if getattr(options, name) is not None), None):
         raise UserError(f"--{option} is not for a dataset: name image files or folders, or leave it out")
     assert options.coco is not None
     prepare_files({"--coco": options.coco})
-    dataset = open_eval_dataset(model, data, options.split or "val")
-    top_k, count = options.top_k or TOP_K, len(dataset)
-    results = detect_images(model, dataset, count, BATCH_SIZE, WORKERS, progress=True, top_k=top_k)[0]
+    dataset = evaluator.open_eval_dataset(model, data, options.split or "val")
+    top_k, count, tiling = options.top_k or evaluator.TOP_K, len(dataset), options.tiling
+    if tiling is not None and evaluator.has_tiles(dataset, count, tiling):
+        results = evaluator.detect_in_tiles(model, dataset, count, tiling, True, top_k=top_k)[0]
+    else:
+        sizes = evaluator.BATCH_SIZE, evaluator.WORKERS
+        results = evaluator.detect_images(model, dataset, count, *sizes, progress=True, top_k=top_k)[0]
     results = [result for result in results if result["score"] >= options.min_score]
     rows = _in_file_ids(dataset, results)
     write_json(options.coco, rows)
@@ -219,6 +245,8 @@ def predict_files(
     if videos:
         if options.coco is not None:
             raise UserError("--coco is for images: leave out videos and --camera")
+        if options.tile is not None:
+            raise UserError("--tile is for images: leave out videos and --camera")
         need("av", "video")
         if options.track:
             need("trackers", "track")
@@ -230,7 +258,7 @@ def predict_files(
     prepare_files({"--json": options.json, "--coco": options.coco})
     top_k = options.top_k or default_top_k(model)
     images = [source for source in sources if source not in videos]
-    results = predict_each(model, images, options.min_score, top_k, keep_pixels=folder is not None)
+    results = predict_each(model, images, options.min_score, top_k, 1, folder is not None, options.tiling)
     records: list[dict[str, Any]] = []
     failures, full = 0, []  # full: sources with the maximum of detections, so that some may be missing
     for source in sources:
@@ -247,7 +275,7 @@ def predict_files(
         if record is not None:
             records.append(record)
             report(f"{_name(source)}: {line}")
-        full += [source] * (most == top_k)
+        full += [source] * (most == top_k and options.tile is None)
     _write_results(options, records, report)
     _warn_of_limit(model, [] if options.coco else full, top_k)
     return failures

@@ -6,7 +6,8 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from ..utils.packages import need
-from .options import Device, Model, Positive
+from ..utils.tiles import DEFAULT_OVERLAP, check_tiling
+from .options import Device, Model, Positive, Tile, TileOverlap
 
 Port = Annotated[int, Parameter(validator=Number(gte=0, lte=65535))]
 Seconds = Annotated[float, Parameter(validator=Number(gte=0, lte=86400))]
@@ -23,6 +24,8 @@ def serve(
     max_queue: Positive = 64,
     timeout: Seconds = 30.0,
     shutdown_delay: Seconds = 1.0,
+    tile: Tile = None,
+    tile_overlap: TileOverlap = DEFAULT_OVERLAP,
     allow_origin: Annotated[list[str] | None, Parameter(negative=())] = None,
 ) -> None:
     """Serve a model over HTTP, with a web page. Only this machine can reach it unless --host is set.
@@ -48,4 +51,4 @@ def serve(
         images=min(Limits.images, max_queue), max_queue=max_queue, max_batch_size=max_batch_size, timeout=timeout,
         shutdown_delay=shutdown_delay,
     )  # fmt: skip
-    run(model, host, port, token, device, limits, allow_origin or ())
+    run(model, host, port, token, device, limits, allow_origin or (), check_tiling(tile, tile_overlap))

@@ -15,9 +15,10 @@ from ..config.schema import DataConfig
 from ..data.discovery import split_aliases
 from ..detector import load_detector
 from ..model.postprocess import ScoredBoxes, postprocess
-from ..predict.predictor import Detector, evaluating, forward, model_categories
+from ..predict.predictor import Detector, detect_image, evaluating, forward, model_categories
 from ..utils.errors import UserError
 from ..utils.failures import explain_machine_errors
+from ..utils.tiles import DEFAULT_OVERLAP, Tiling, check_tiling
 from .masks import has_mask
 from .metrics import CocoEvaluation, Metrics, coco_metrics, run_coco_eval, summarize
 
@@ -41,6 +42,8 @@ class EvalOptions(TypedDict, total=False):
     workers: int  # data loader processes, 0 loads in the main process; default: 2
     limit: int | None  # evaluate only the first images, at most this many; default: all
     progress: bool  # show a progress bar if standard error is a terminal; default: True
+    tile: int | None  # side in pixels of the tiles that larger images are cut into; default: no tiles
+    tile_overlap: float  # minimum overlap of tiles as a share of their side; default: 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +104,11 @@ def evaluate_models(
     detectors = [model if isinstance(model, Detector) else load_detector(model, device, precision) for model in models]
     datasets = [open_eval_dataset(detector, data, split, data_config) for detector in detectors]
     names = [type(model).__name__ if isinstance(model, Detector) else os.fspath(model) for model in models]
+    tile, overlap = options.pop("tile", None), options.pop("tile_overlap", DEFAULT_OVERLAP)
+    tiling = check_tiling(tile, overlap, options.get("batch_size", BATCH_SIZE))
     with explain_machine_errors(options.get("batch_size", BATCH_SIZE), options.get("workers", WORKERS)):
         return [
-            evaluate_dataset(detector, dataset, name=name, **options)
+            evaluate_dataset(detector, dataset, name=name, tiling=tiling, **options)
             for detector, dataset, name in zip(detectors, datasets, names, strict=True)
         ]
 
@@ -122,24 +127,32 @@ def evaluate_dataset(
     limit: int | None = None,
     progress: bool = True,
     name: str = "model",
+    tiling: Tiling | None = None,
 ) -> EvaluationResult:
-    """Evaluate a model on an open dataset with the evaluation transform; for options see `EvalOptions`."""
+    """Evaluate a model on an open dataset with the evaluation transform; for options see `EvalOptions`.
+
+    With `tiling`, images that are larger than a tile are cut, and AP counts more than 100 detections per class.
+    """
     for option, value, minimum in (("batch_size", batch_size, 1), ("limit", limit, 1), ("workers", workers, 0)):
         if value is not None and value < minimum:
             raise UserError(f"{option} {value}: must be at least {minimum}")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     start = time.perf_counter()
-    results, image_ids, model_seconds = detect_images(model, dataset, count, batch_size, workers, progress)
+    if tiling is not None and has_tiles(dataset, count, tiling):
+        results, image_ids, model_seconds = detect_in_tiles(model, dataset, count, tiling, progress)
+    else:
+        results, image_ids, model_seconds = detect_images(model, dataset, count, batch_size, workers, progress)
     seconds = time.perf_counter() - start
 
     ground_truth = dataset.ground_truth
     if count < len(dataset):
         images = [image for image in ground_truth["images"] if image["id"] in image_ids]
         ground_truth = {**ground_truth, "images": images}
-    coco, coco_masks = run_coco_eval(ground_truth, results), None
+    tiled = tiling is not None
+    coco, coco_masks = run_coco_eval(ground_truth, results, tiled=tiled), None
     metrics = summarize(coco)
     if _compares_masks(model, dataset):
-        coco_masks = run_coco_eval(ground_truth, results, "segm")
+        coco_masks = run_coco_eval(ground_truth, results, "segm", tiled)
         metrics["segm"] = summarize(coco_masks)
     metrics |= {"images": count, "images_per_second": count / seconds}
     paths = {int(image_id): dataset.path(index) for index, image_id in enumerate(dataset.image_ids[:count])}
@@ -154,6 +167,7 @@ def evaluate_distributed(
     workers: int,
     context: DistributedContext,
     on_results: Callable[[CocoDataset, list[dict[str, Any]]], object] = lambda dataset, results: None,
+    tiling: Tiling | None = None,
 ) -> Metrics:
     """Return the metrics of `evaluate` in every process. All processes call it with the same model.
 
@@ -163,7 +177,10 @@ def evaluate_distributed(
     start = time.perf_counter()
     with context.sync_errors():
         shard = (context.rank, context.world_size)
-        part = detect_images(model, dataset, len(dataset), batch_size, workers, progress=False, shard=shard)[0]
+        if tiling is not None and has_tiles(dataset, len(dataset), tiling):
+            part = detect_in_tiles(model, dataset, len(dataset), tiling, False, shard)[0]
+        else:
+            part = detect_images(model, dataset, len(dataset), batch_size, workers, progress=False, shard=shard)[0]
     parts = context.all_gather_object(part)
     seconds = time.perf_counter() - start
 
@@ -171,7 +188,7 @@ def evaluate_distributed(
         order = {int(image_id): index for index, image_id in enumerate(dataset.image_ids)}
         results = sorted((row for rows in parts for row in rows), key=lambda row: order[row["image_id"]])
         on_results(dataset, results)
-        metrics = coco_metrics(dataset.ground_truth, results, _compares_masks(model, dataset))
+        metrics = coco_metrics(dataset.ground_truth, results, _compares_masks(model, dataset), tiling is not None)
         return {**metrics, "images": len(dataset), "images_per_second": len(dataset) / seconds}
 
     return context.on_rank_zero(metrics_of_all_parts)
@@ -217,6 +234,42 @@ def detect_images(
             results.extend(itertools.chain.from_iterable(rows))
             bar.update(len(targets))
     return results, image_ids, model_seconds
+
+
+def has_tiles(dataset: CocoDataset, count: int, tiling: Tiling) -> bool:
+    """Return whether one of the first `count` images may be larger than a tile: by its record, which may not say."""
+    sizes = dataset.sizes[:count]
+    return not bool(((sizes > 1) & (sizes <= tiling.tile)).all())
+
+
+def detect_in_tiles(
+    model: Detector,
+    dataset: CocoDataset,
+    count: int,
+    tiling: Tiling,
+    progress: bool,
+    shard: tuple[int, int] = (0, 1),
+    top_k: int = TOP_K,
+) -> tuple[list[dict[str, Any]], set[Any], float]:
+    """Detect objects in the first `count` images, the larger of which are cut into tiles; see `detect_images`.
+
+    `top_k` is the maximum of a tile. `shard` selects images instead of batches. The seconds include reading.
+    """
+    from tqdm import tqdm
+
+    from ..structures import Target
+
+    category_ids = [category.id for category in dataset.categories]
+    results: list[dict[str, Any]] = []
+    image_ids: set[Any] = set()
+    start = time.perf_counter()
+    indices = range(shard[0], count, shard[1])
+    for index in tqdm(indices, unit="image", desc="evaluate", disable=None if progress else True):
+        scored, size = detect_image(model, dataset.path(index), tiling, top_k)
+        target = Target.empty(int(dataset.image_ids[index]), size)
+        results += _coco_rows(target, scored.select(scored.labels < len(category_ids)), category_ids)
+        image_ids.add(target.image_id)
+    return results, image_ids, time.perf_counter() - start
 
 
 def _coco_rows(target: Target, scored: ScoredBoxes, category_ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     import hotcoco
 
 MAX_DETECTIONS = (1, 10, 100)  # per image and class, best scores first
+MAX_TILED_DETECTIONS = 10_000  # the same for images with tiles
 AREAS = ("all", "small", "medium", "large")  # up to 32² pixels, up to 96² pixels, above
 
 IouType = Literal["bbox", "segm"]
 Metrics = dict[str, Any]
 
 
-def coco_metrics(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], masks: bool = False) -> Metrics:
+def coco_metrics(
+    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], masks: bool = False, tiled: bool = False
+) -> Metrics:
     """Return the 12 COCO metrics and the AP of each class, all in 0..1.
 
     Args:
@@ -40,6 +43,7 @@ def coco_metrics(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str,
             in pycocotools, detections of a category that the ground truth does not list are ignored.
         masks: Whether to add "segm", the metrics of the masks. Sizes are those of masks, also of detected ones, as in
             detectron2. An object without a mask counts as a crowd that fills its box.
+        tiled: See `run_coco_eval`.
 
     Returns:
         {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium",
@@ -50,8 +54,8 @@ def coco_metrics(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str,
         UserError: A box or score is not finite, an id is used twice, a detection is of an unknown image or lacks its
             mask, or a mask is damaged or of another size than its image.
     """
-    metrics = summarize(run_coco_eval(ground_truth, results))
-    return {**metrics, "segm": summarize(run_coco_eval(ground_truth, results, "segm"))} if masks else metrics
+    metrics = summarize(run_coco_eval(ground_truth, results, tiled=tiled))
+    return {**metrics, "segm": summarize(run_coco_eval(ground_truth, results, "segm", tiled))} if masks else metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +73,15 @@ class CocoEvaluation:
 
 
 def run_coco_eval(
-    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType = "bbox"
+    ground_truth: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    iou_type: IouType = "bbox",
+    tiled: bool = False,
 ) -> CocoEvaluation:
-    """Match the boxes or masks of detections to the ground truth; arguments and errors as in `coco_metrics`."""
+    """Match the boxes or masks of detections to the ground truth; arguments and errors as in `coco_metrics`.
+
+    Of `tiled` images, AP counts more than 100 detections per class: `MAX_TILED_DETECTIONS`.
+    """
     import hotcoco
 
     images = _number_ids((image["id"] for image in ground_truth["images"]), "image")
@@ -96,7 +106,7 @@ def run_coco_eval(
     if rles:
         detections.update_anns(ids=np.arange(1, len(rles) + 1), area=areas)
     evaluator = hotcoco.COCOeval(truth, detections, iou_type)
-    evaluator.params.max_dets = list(MAX_DETECTIONS)
+    evaluator.params.max_dets = [*MAX_DETECTIONS, *([MAX_TILED_DETECTIONS] if tiled else [])]
     evaluator.evaluate()
     evaluator.accumulate()
     return CocoEvaluation(evaluator, images, categories, names, objects, table, shapes, rles)
@@ -120,7 +130,8 @@ def evaluate_above(evaluation: CocoEvaluation, threshold: float, iou: float) -> 
 def precision_recall(evaluation: CocoEvaluation) -> tuple[np.ndarray, np.ndarray]:
     """Return precision (T, R, K, areas, limits) and recall (T, K, areas, limits); -1 without ground truth.
 
-    T are the IoU thresholds 0.50, 0.55, …, 0.95; R the recalls 0, 0.01, …, 1; limits `MAX_DETECTIONS`.
+    T are the IoU thresholds 0.50, 0.55, …, 0.95; R the recalls 0, 0.01, …, 1; limits `MAX_DETECTIONS`, then
+    that of tiled images.
     """
     result = evaluation.evaluator.eval
     assert result is not None

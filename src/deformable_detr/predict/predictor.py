@@ -268,6 +268,20 @@ def _scored_boxes(
     return next(results) if isinstance(pixels, Tensor) else pixels
 
 
+def detect_image(model: Detector, source: Any, tiling: Tiling, top_k: int) -> tuple[ScoredBoxes, tuple[int, int]]:
+    """Detect the objects in one image, with tiles if it is larger than one.
+
+    Returns the detections and the image's (height, width). Raises UserError if it cannot be read.
+    """
+    with closing(read_ahead(model.resize_rule, iter([source]), 1, False, tiling)) as inputs:
+        _, size, pixels = next(inputs)
+    if isinstance(pixels, UserError):
+        raise pixels
+    if isinstance(pixels, TiledImage):
+        return detect_tiled(model, pixels, 0.0, top_k), size
+    return _detect(model, [(pixels, size)], 0.0, top_k)[0], size
+
+
 def detect_tiled(model: Detector, image: TiledImage, threshold: float = 0.0, top_k: int = 100) -> ScoredBoxes:
     """Detect the objects in an image with tiles, in at most `top_k` query and class pairs per tile, and close it.
 

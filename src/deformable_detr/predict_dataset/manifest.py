@@ -81,7 +81,7 @@ def create_manifest(
             "format": FORMAT,
             "version": VERSION,
             "model": model_hash,
-            "settings": {name: getattr(options, name) for name in RESULT_OPTIONS},
+            "settings": options.result_settings,
             "source": {"files": num_files, "images": num_images, "listing": listing_hash},
             "units": num_units,
             **({"masks": True} if masks else {}),
@@ -225,7 +225,11 @@ def _reject_different_run(out: OutputFolder, previous: dict[str, Any], current: 
     if _hash(previous) == _hash(current):
         return
     old, new = previous["settings"], current["settings"]
-    changes = [f"--{key.replace('_', '-')} {old[key]}, now {new[key]}" for key in new if old[key] != new[key]]
+    changes = [
+        f"--{key.replace('_', '-')} {old.get(key)}, now {new.get(key)}"
+        for key in {**new, **old}
+        if old.get(key) != new.get(key)
+    ]
     if previous["model"] != current["model"]:
         changes.insert(0, "another model")
     if (had_masks := "masks" in previous) != ("masks" in current):

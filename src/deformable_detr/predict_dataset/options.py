@@ -2,21 +2,22 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..utils.errors import UserError
+from ..utils.tiles import DEFAULT_OVERLAP, check_tiling
 
 RESULT_OPTIONS = ("format", "threshold", "top_k", "batch_size", "unit_size", "image_column", "id_column")
 
 
 @dataclass(frozen=True)
 class PredictDatasetOptions:
-    """Options of `predict_dataset`. Those of `RESULT_OPTIONS` affect the results; the others may change on resume.
+    """Options of `predict_dataset`. Those of `result_settings` affect the results; others may change on resume.
 
     Attributes:
         threshold: Minimum score of a detection, 0 to 1.
-        top_k: Maximum number of detections per image.
-        batch_size: Maximum number of images of one size per batch.
+        top_k: Maximum number of detections per image, or per tile.
+        batch_size: Maximum number of images of one size, or of tiles, per batch.
         format: Format of the sources; auto: detect it.
         image_column: Parquet column with image bytes. Default: "image", or the only column with bytes.
         id_column: Parquet column for the `key` column of the results.
@@ -24,6 +25,9 @@ class PredictDatasetOptions:
         concurrency: Number of workers. Default: as many as fit.
         num_cpus: Processors per worker; may be a fraction.
         num_gpus: GPUs per worker; may be a fraction. Default: 1 if there are GPUs.
+        tile: Side in pixels of the tiles that larger images are cut into, beside the whole image, to find small
+            objects. Default: no tiles.
+        tile_overlap: Minimum overlap of neighboring tiles as a share of their side.
         device: auto (cuda if there are GPUs), cpu, cuda or mps.
         readers: Threads per worker that decode images.
         address: Running Ray cluster, HOST:PORT or auto. Default: start one on this machine.
@@ -44,6 +48,14 @@ class PredictDatasetOptions:
     readers: int = 2
     address: str | None = None
     object_store_memory: int = 256
+    tile: int | None = None
+    tile_overlap: float = DEFAULT_OVERLAP
+
+    @property
+    def result_settings(self) -> dict[str, Any]:
+        """What affects the results: `RESULT_OPTIONS`, and the tiles if there are any."""
+        tiles = ("tile", "tile_overlap") if self.tile is not None else ()
+        return {name: getattr(self, name) for name in (*RESULT_OPTIONS, *tiles)}
 
     def validate(self) -> None:
         """Raise UserError for an option that is out of range."""
@@ -53,6 +65,7 @@ class PredictDatasetOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+        check_tiling(self.tile, self.tile_overlap)
         if self.object_store_memory < 80:
             raise UserError(f"--object-store-memory {self.object_store_memory}: Ray needs at least 80 MiB")
         if self.num_cpus is not None and not 0 < self.num_cpus < math.inf:

@@ -9,7 +9,7 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from tarfile import EOFHeaderError, HeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ..data.matching import IMAGE_SUFFIXES
 from ..utils.errors import UserError, first_line
 from ..utils.files import open_regular
 from ..utils.images import decode_image, read_image
+from ..utils.large_tiff import read_or_name
 from .filesystem import is_local, resolve_url, to_url, walk_files
 from .options import PredictDatasetOptions
 
@@ -51,13 +52,13 @@ class SourceImage(NamedTuple):
     Attributes:
         image: Path or URL; in a shard followed by "#" and the member's name, or the row counted from 0.
         key: Its name in the shard.
-        load: Reads it; raises UserError. None: see `error`.
+        load: Reads it, or names a TIFF that is larger than memory; raises UserError. None: see `error`.
         error: Why it cannot be read.
     """
 
     image: str
     key: str | None
-    load: Callable[[], Tensor] | None
+    load: Callable[[], Tensor | Path] | None
     error: str | None = None
 
 
@@ -87,7 +88,8 @@ def read_range(source_range: SourceRange, options: PredictDatasetOptions) -> Ite
     """Yield the images of a range. A damaged shard yields its readable images, then one with the error."""
     system, path = resolve_url(source_range.file)
     if options.format == "images":
-        load = partial(read_image, path) if is_local(system) else partial(_read_remote, source_range.file)
+        read_local = read_image if options.tile is None else read_or_name
+        load = partial(read_local, path) if is_local(system) else partial(_read_remote, source_range.file)
         yield SourceImage(source_range.file, None, load)
         return
     try:

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..predict.predictor import predict_iter
+from ..predict.predictor import predict_each
 from ..structures import Detections
 from ..utils.errors import UserError, first_line
+from ..utils.tiles import check_tiling
 from .filesystem import OutputFolder
 from .manifest import read_unit
 from .options import PredictDatasetOptions
 from .parquet import read_part, result_row, write_part
 from .sources import SourceImage, read_range
+
+Pixels = Tensor | Path | str  # (3, H, W) uint8, a TIFF that is larger than memory, or an error
 
 
 @dataclass(frozen=True)
@@ -117,20 +120,20 @@ class UnitPredictor:
         """Yield a row per image in the order of the source. Batches never span units, so that rows are reproducible."""
         options = self.job.options
         images = (image for source in read_unit(self.out, unit) for image in read_range(source, options))
-        batch: list[tuple[SourceImage, Tensor | str]] = []
+        batch: list[tuple[SourceImage, Pixels]] = []
         readable = 0
         for image, pixels in self._decoded(images):
             batch.append((image, pixels))
-            readable += isinstance(pixels, Tensor)
+            readable += not isinstance(pixels, str)
             if readable == options.batch_size or len(batch) >= 64 * options.batch_size:
                 yield from self._predicted(batch)
                 batch, readable = [], 0
         yield from self._predicted(batch)
 
-    def _decoded(self, images: Iterator[SourceImage]) -> Iterator[tuple[SourceImage, Tensor | str]]:
+    def _decoded(self, images: Iterator[SourceImage]) -> Iterator[tuple[SourceImage, Pixels]]:
         """Yield each image with its pixels (3, H, W) uint8, or an error; decode at most one batch ahead."""
         limit = self.job.options.readers + self.job.options.batch_size
-        pending: deque[tuple[SourceImage, Future[Tensor | str]]] = deque()
+        pending: deque[tuple[SourceImage, Future[Pixels]]] = deque()
         while True:
             submitted = ((image, self.readers.submit(_decode, image)) for image in images)
             pending.extend(islice(submitted, limit - len(pending)))
@@ -139,23 +142,26 @@ class UnitPredictor:
             image, pixels = pending.popleft()
             yield image, pixels.result()
 
-    def _predicted(self, batch: list[tuple[SourceImage, Tensor | str]]) -> Iterator[dict[str, Any]]:
+    def _predicted(self, batch: list[tuple[SourceImage, Pixels]]) -> Iterator[dict[str, Any]]:
         """Yield the rows of a batch. Only images of one size share a forward pass: padding would change scores."""
         options = self.job.options
-        indices_by_size: dict[torch.Size, list[int]] = {}
+        indices_by_size: dict[Any, list[int]] = {}
         for index, (_, pixels) in enumerate(batch):
-            if isinstance(pixels, Tensor):
-                indices_by_size.setdefault(pixels.shape, []).append(index)
-        results: dict[int, Detections] = {}
+            if not isinstance(pixels, str):
+                size = pixels.shape if isinstance(pixels, Tensor) else pixels
+                indices_by_size.setdefault(size, []).append(index)
+        results: dict[int, Detections | UserError] = {}
         for indices in indices_by_size.values():
             pixels = [batch[index][1] for index in indices]
-            detections = predict_iter(self.model, pixels, options.threshold, options.top_k, options.batch_size)
+            size, tiling = options.batch_size, check_tiling(options.tile, options.tile_overlap, options.batch_size)
+            detections = predict_each(self.model, pixels, options.threshold, options.top_k, size, tiling=tiling)
             results.update(zip(indices, detections, strict=True))
         for index, (image, pixels) in enumerate(batch):
-            yield result_row(image.image, image.key, pixels if isinstance(pixels, str) else results[index])
+            result = pixels if isinstance(pixels, str) else results[index]
+            yield result_row(image.image, image.key, str(result) if isinstance(result, UserError) else result)
 
 
-def _decode(image: SourceImage) -> Tensor | str:
+def _decode(image: SourceImage) -> Pixels:
     if image.load is None:
         return image.error or "cannot be read"
     try:

@@ -92,11 +92,12 @@ def _api_routes(engine: Engine, name: str) -> APIRouter:
     limits, memory = engine.limits, Shares(engine.limits.total_body_bytes * 3 // 4)
 
     @router.post("/detect", response_model=schemas.Detected, openapi_extra=_describe_body(limits.images))
-    async def detect(request: Request, parameters: Annotated[schemas.DetectParameters, Query()]) -> Response:
+    async def detect(request: Request, parameters: Annotated[schemas.TileParameters, Query()]) -> Response:
         """Detect objects in one image (the body) or in several (a form)."""
 
         async def work(uploads: list[Upload], client: str) -> Callable[[], Any]:
-            results = await engine.detect(uploads, parameters.threshold, parameters.top_k, client)
+            limits = parameters.threshold, parameters.top_k
+            results = await engine.detect(uploads, *limits, client, parameters.tiling)
             engine.metrics.images.inc(len(uploads))
             pairs = list(zip(results, uploads, strict=True))
             return lambda: {"images": [schemas.detected_image(result, upload.filename) for result, upload in pairs]}

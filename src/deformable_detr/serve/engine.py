@@ -22,8 +22,10 @@ from ..data.transforms import resize
 from ..explanation import Trace, trace
 from ..model.postprocess import ScoredBoxes, postprocess, to_detections
 from ..predict.predictor import Detector, evaluating, forward, model_categories
+from ..predict.tiles import TiledImage, merge, place
 from ..structures import Detections
 from ..utils.process import malloc_trim
+from ..utils.tiles import Tiling, Window
 from .batching import Batcher
 from .decoding import LARGE_IMAGE, decode, open_image
 from .limits import Limits, Shares
@@ -60,6 +62,7 @@ class Engine:
         model: A detector from `load_detector`. The engine sets it to evaluation mode.
         limits: The limits of the server.
         detector: Detects instead of the model, with the same outputs, such as `model.optimize()`. Default: the model.
+        tiling: How larger images are cut unless a request says otherwise. Default: not at all.
 
     Attributes:
         readers, writer: Threads that parse requests and decode images, and a thread that builds responses.
@@ -67,9 +70,11 @@ class Engine:
             connection.
     """
 
-    def __init__(self, model: Detector, limits: Limits, detector: Detector | None = None) -> None:
+    def __init__(
+        self, model: Detector, limits: Limits, detector: Detector | None = None, tiling: Tiling | None = None
+    ) -> None:
         self.model = model.eval()
-        self.limits, self.metrics = limits, Metrics()
+        self.limits, self.metrics, self._tiling = limits, Metrics(), tiling
         self.draining = False
         self.config = self.model.config
         self.detector = model if detector is None else detector
@@ -79,6 +84,7 @@ class Engine:
         self._images = Shares(max(limits.max_queue, limits.images))
         self._large_images = Shares(max(limits.max_queue, limits.images * (limits.pixels // LARGE_IMAGE)))
         self._explaining = asyncio.Semaphore(limits.max_explanations)
+        self._cutting = asyncio.Semaphore(limits.max_explanations)
         self._seconds_per_image = 0.1  # moving average
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.readers = ThreadPoolExecutor(min(8, max(2, processors)), "read", _use_one_thread)
@@ -110,25 +116,70 @@ class Engine:
         if not self._images.allows(client, 1):
             raise self._overloaded("the queue is full")
 
-    async def detect(self, uploads: Sequence[Upload], threshold: float, top_k: int, client: str) -> list[Detections]:
-        """Return the detections of each image. Raises HTTPException if one cannot be read or the queue is full."""
+    async def detect(
+        self, uploads: Sequence[Upload], threshold: float, top_k: int, client: str, tiling: Tiling | None = None
+    ) -> list[Detections]:
+        """Return the detections of each image. Raises HTTPException if one cannot be read or the queue is full.
 
-        def resized(pixels: Tensor) -> _DetectJob:
-            small = resize(pixels, self._resize)
-            return _DetectJob(small, (pixels.shape[1], pixels.shape[2]), threshold, top_k)
-
+        With `tiling`, default that of the engine, larger images are cut into tiles, with `top_k` detections each.
+        """
+        tiling = tiling or self._tiling
         images = await _gather([self._open(upload) for upload in uploads])
+        opened = list(zip(images, uploads, strict=True))
         with self._reserve(client, images):
-            opened = zip(images, uploads, strict=True)
+            if tiling is not None and any(tiling.divides(*image.size) for image in images):
+                self._check_tiles(opened, tiling)
+                async with self._cutting:  # each holds a whole image
+                    return [await self._detect_tiles(*pair, tiling, threshold, top_k) for pair in opened]
+
+            def resized(pixels: Tensor) -> _DetectJob:
+                small = resize(pixels, self._resize)
+                return _DetectJob(small, (pixels.shape[1], pixels.shape[2]), threshold, top_k)
+
             jobs = await _gather([self._decode(image, upload.label, resized) for image, upload in opened])
-            any_size = isinstance(self._resize, FitInside)  # the model pads all images to one size anyway
-            futures = [self._batcher.submit(job, any_size or job.pixels.shape) for job in jobs]
-            results = await _gather([asyncio.wrap_future(future) for future in futures])
-            pairs = list(zip(results, jobs, strict=True))
+            pairs = list(zip(await self._submit(jobs), jobs, strict=True))
             return await run_in(  # masks take time to encode
                 self.writer,
                 lambda: [to_detections(boxes, job.image_size, threshold, self.categories) for boxes, job in pairs],
             )
+
+    def _check_tiles(self, opened: Sequence[tuple[Image.Image, Upload]], tiling: Tiling) -> None:
+        for image, upload in opened:
+            if (count := tiling.count(*image.size)) > self.limits.tiles:
+                reason = f"{upload.label}: {count} tiles; an image may have {self.limits.tiles}: use larger ones"
+                raise HTTPException(422, reason)
+        if self._cutting.locked():
+            raise self._overloaded("too many images with tiles in progress")
+
+    async def _detect_tiles(
+        self, image: Image.Image, upload: Upload, tiling: Tiling, threshold: float, top_k: int
+    ) -> Detections:
+        """Return the detections of one image; its tiles enter the queue a batch at a time, between other images."""
+        pixels = await self._decode(image, upload.label, lambda pixels: pixels)
+        size = pixels.shape[1], pixels.shape[2]
+        view = TiledImage(pixels, tiling, self._resize)
+        windows, step, parts = view.windows, self.limits.max_batch_size, []
+        if not tiling.divides(*size):
+            windows = windows[-1:]
+
+        def jobs_of(chosen: Sequence[Window]) -> list[_DetectJob]:
+            return [
+                _DetectJob(view.pixels(window), (window.height, window.width), threshold, top_k) for window in chosen
+            ]
+
+        def placed(results: Sequence[ScoredBoxes], chosen: Sequence[Window]) -> list[ScoredBoxes]:
+            return [place(*pair, size, threshold) for pair in zip(results, chosen, strict=True)]
+
+        for start in range(0, len(windows), step):
+            chosen = windows[start : start + step]
+            results = await self._submit(await run_in(self.readers, jobs_of, chosen))
+            parts += await run_in(self.writer, placed, results, chosen)
+        return await run_in(self.writer, lambda: to_detections(merge(parts, windows), size, threshold, self.categories))
+
+    async def _submit(self, jobs: Sequence[_DetectJob]) -> list[ScoredBoxes]:
+        any_size = isinstance(self._resize, FitInside)  # the model pads all images to one size anyway
+        futures = [self._batcher.submit(job, any_size or job.pixels.shape) for job in jobs]
+        return await _gather([asyncio.wrap_future(future) for future in futures])
 
     async def explain(self, upload: Upload, threshold: float, top_k: int, client: str) -> Trace:
         """Return the trace of an image. Raises HTTPException if it cannot be read or the queue is full."""

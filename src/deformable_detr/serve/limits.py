@@ -13,7 +13,8 @@ class Limits:
     pixels: int = 50_000_000  # width × height of an image, from its header
     images: int = 16  # per request
     max_queue: int = 64  # images of a client not answered yet, and as many places for large ones; then it gets 503
-    max_explanations: int = 4  # in progress, each of which holds a whole image
+    max_explanations: int = 4  # in progress, each of which holds a whole image; likewise requests with tiles
+    tiles: int = 256  # per image
     max_batch_size: int = 8  # images per pass of the model
     batch_wait: float = 0.004  # of the first image of a batch for others
     timeout: float = 30.0  # from the end of the request body to the response; then the request gets 504

@@ -7,8 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..explanation import Trace
 from ..explanation.explanation import DecoderLayerSampling
 from ..structures import Detections
+from ..utils.tiles import DEFAULT_OVERLAP, MAX_OVERLAP, MIN_TILE, Tiling, check_tiling
 
 _BOX = "x1, y1, x2, y2 in pixels of the upright image"
+_TILE = "side in pixels of the tiles that larger images are cut into; top_k applies to each; default: the server's"
+_OVERLAP = "minimum overlap of neighboring tiles as a share of their side; only with tile"
 Point = Annotated[list[float], Field(min_length=2, max_length=2, description="x, y in pixels of the upright image")]
 Box = Annotated[list[float], Field(min_length=4, max_length=4, description=_BOX)]
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -21,6 +24,18 @@ class DetectParameters(BaseModel):
     model_config = ConfigDict(extra="forbid")
     threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="minimum score")] = 0.5
     top_k: Annotated[int, Field(ge=1, le=1000, description="maximum detections per image")] = 100
+
+
+class TileParameters(DetectParameters):
+    tile: Annotated[int | None, Field(ge=MIN_TILE, le=8192, description=_TILE)] = None
+    tile_overlap: Annotated[float, Field(ge=0, le=MAX_OVERLAP, allow_inf_nan=False, description=_OVERLAP)] = (
+        DEFAULT_OVERLAP
+    )
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """The tiles that the client asks for."""
+        return check_tiling(self.tile, self.tile_overlap)
 
 
 class ExplainParameters(DetectParameters):
@@ -89,6 +104,7 @@ class RequestLimits(BaseModel):
     body_bytes: Annotated[int, Field(description="per request")]
     pixels: Annotated[int, Field(description="per image")]
     images: Annotated[int, Field(description="per request")]
+    tiles: Annotated[int, Field(description="per image")]
     timeout: Annotated[float, Field(description="seconds from the end of the request to the response")]
 
 

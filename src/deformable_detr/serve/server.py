@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..detector import load_detector
 from ..utils.errors import UserError, first_line
+from ..utils.tiles import Tiling
 from .app import create_app
 from .engine import Engine
 from .limits import Limits
@@ -132,7 +133,14 @@ def check_origins(origins: Sequence[str], token: str | None) -> None:
 
 
 def serve(
-    source: Path, host: str, port: int, token: str | None, device: str, limits: Limits, origins: Sequence[str] = ()
+    source: Path,
+    host: str,
+    port: int,
+    token: str | None,
+    device: str,
+    limits: Limits,
+    origins: Sequence[str] = (),
+    tiling: Tiling | None = None,
 ) -> None:
     """Serve a model until a signal arrives and print one line when it accepts requests.
 
@@ -141,6 +149,7 @@ def serve(
         port: Port to listen on. 0: any free port.
         token: Required from clients, and by hosts other than localhost. Default: `TOKEN_VARIABLE`, if it is set.
         origins: See `create_app`.
+        tiling: See `Engine`.
 
     Raises:
         UserError: An argument is wrong, or the model cannot be loaded or run.
@@ -153,7 +162,7 @@ def serve(
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         model = load_detector(source, device)
         _configure_process(limits)
-        engine = Engine(model, limits, model.optimize())
+        engine = Engine(model, limits, model.optimize(), tiling)
         try:
             engine.start()
         except Exception as error:  # runtimes and devices raise many types of errors

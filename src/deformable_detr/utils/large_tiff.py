@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -34,6 +35,15 @@ def open_image(source: ImageSource) -> "Tensor | LargeTiff":
                 return LargeTiff(file, layout, name)
         file.close()
     return read_image(source)
+
+
+def read_or_name(path: str) -> Tensor | Path:
+    """Read an image as `read_image` does; return the path of one that `open_image` opens as `LargeTiff`."""
+    image = open_image(path)
+    if isinstance(image, Tensor):
+        return image
+    image.close()
+    return Path(path)
 
 
 class LargeTiff:

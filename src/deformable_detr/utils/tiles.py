@@ -35,6 +35,10 @@ class Tiling(NamedTuple):
         """Return whether an image has more than one tile."""
         return max(height, width) > self.tile
 
+    def count(self, height: int, width: int) -> int:
+        """Return the number of tiles of an image."""
+        return math.prod(_gaps(side, self.tile, self.overlap) + 1 for side in (height, width))
+
     def windows(self, height: int, width: int) -> list[Window]:
         """Return the tiles of an image; see `tile_grid`."""
         return tile_grid(height, width, self.tile, self.overlap)
@@ -70,7 +74,7 @@ def tile_grid(height: int, width: int, tile: int, overlap: float = DEFAULT_OVERL
         UserError: A setting is out of range, or there would be more than `MAX_TILES` tiles.
     """
     check_tiles(tile, overlap)
-    if (count := math.prod(_gaps(side, tile, overlap) + 1 for side in (height, width))) > MAX_TILES:
+    if (count := Tiling(tile, overlap).count(height, width)) > MAX_TILES:
         raise UserError(f"tile {tile}: {width} × {height} pixels have {count} tiles; use larger ones")
     tops, lefts = _starts(height, tile, overlap), _starts(width, tile, overlap)
     return [Window(top, left, min(tile, height), min(tile, width)) for top in tops for left in lefts]
