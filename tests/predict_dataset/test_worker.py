@@ -4,8 +4,10 @@ import io
 import os
 import tarfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deformable_detr.detector import DeformableDETR, load_detector
 from deformable_detr.export.verify import max_differences
@@ -34,14 +36,14 @@ def model(tmp_path_factory):
     return folder
 
 
-def predict_units(model, source, out, batch_size=1, unit_size=5, masks=False):
+def predict_units(model, source, out, batch_size=1, unit_size=5, masks=False, **changes):
     """Process all units of a source with one worker in this process; return the worker and its reports."""
     files, digest, _ = pack_model(str(model))
     store = OutputFolder(str(out))
     store.system.makedirs(store.root, exist_ok=True)
     id_column = "name" if str(source).endswith(".parquet") else None
     kind, ranges = find_ranges([str(source)], Options(id_column=id_column))
-    options = Options(THRESHOLD, 7, batch_size, kind, None, id_column, unit_size)
+    options = Options(THRESHOLD, 7, batch_size, kind, None, id_column, unit_size, **changes)
     plan = create_manifest(store, digest, [str(source)], ranges, options, masks)
     predictor = UnitPredictor(WorkerJob(str(out), plan.run_id, plan.options, "cpu", 1), files)
     return predictor, predictor({"unit": range(plan.num_units)})
@@ -260,3 +262,23 @@ def test_transformers_model_keeps_its_image_processor(name, tmp_path):
     write_repository(tmp_path, name)
     files, _, _ = pack_model(str(tmp_path))
     assert unpack_model(files, "cpu", 1).config == load_detector(tmp_path, "cpu").config
+
+
+def test_tiles_and_files_larger_than_memory(model, tmp_path, monkeypatch):
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    source = tmp_path / "in"
+    source.mkdir()
+    Image.fromarray(pixels[:150, :230]).save(source / "a.png")
+    for name in ("b.tif", "c.tif"):
+        tifffile.imwrite(source / name, pixels, tile=(64, 64), compression="zlib", photometric="rgb", metadata=None)
+    (source / "c.tif").write_bytes((source / "c.tif").read_bytes()[:-100])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    predict_units(model, source, tmp_path / "out", tile=96)
+    rows = {os.path.basename(image): row for image, row in read_rows(tmp_path / "out").items()}
+    detector = DeformableDETR.from_pretrained(model).optimize()
+    for name in ("a.png", "b.tif"):
+        detections = detector.predict(source / name, THRESHOLD, 7, tile=96)
+        assert len(detections) > 7
+        assert rows[name]["boxes"] == detections.boxes.tolist()
+    assert "truncated" in rows["c.tif"]["error"]

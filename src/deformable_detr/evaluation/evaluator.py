@@ -104,11 +104,12 @@ def evaluate_models(
     detectors = [model if isinstance(model, Detector) else load_detector(model, device, precision) for model in models]
     datasets = [open_eval_dataset(detector, data, split, data_config) for detector in detectors]
     names = [type(model).__name__ if isinstance(model, Detector) else os.fspath(model) for model in models]
-    tile, overlap = options.pop("tile", None), options.pop("tile_overlap", DEFAULT_OVERLAP)
+    rest: dict[str, Any] = dict(options)
+    tile, overlap = rest.pop("tile", None), rest.pop("tile_overlap", DEFAULT_OVERLAP)
     tiling = check_tiling(tile, overlap, options.get("batch_size", BATCH_SIZE))
     with explain_machine_errors(options.get("batch_size", BATCH_SIZE), options.get("workers", WORKERS)):
         return [
-            evaluate_dataset(detector, dataset, name=name, tiling=tiling, **options)
+            evaluate_dataset(detector, dataset, name=name, tiling=tiling, **rest)
             for detector, dataset, name in zip(detectors, datasets, names, strict=True)
         ]
 

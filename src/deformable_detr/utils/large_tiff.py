@@ -130,7 +130,8 @@ class LargeTiff:
         if count := page.databytecounts[index]:
             handle = page.parent.filehandle
             handle.seek(page.dataoffsets[index])
-            segment = page.decode(handle.read(count), index, jpegtables=page.jpegtables)[0]
+            data = handle.read(count)  # before `decode` is built, which reads the file too
+            segment = page.decode(data, index, jpegtables=page.jpegtables)[0]
             if segment is not None:
                 return segment[0]
         missing = self.layout.nodata or 0
