@@ -85,17 +85,12 @@ def test_shards_of_an_evaluation_find_what_one_process_finds(tmp_path):
     assert sorted(whole, key=str) == sorted([row for part in rest for row in part], key=str)
 
 
-@pytest.fixture(scope="module", params=["native", "adapter", "onnx"])
+@pytest.fixture(scope="module", params=["native", "adapter"])
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     if request.param == "adapter":
         write_repository(folder, "rt_detr")
         return folder
-    if request.param == "onnx":
-        from deformable_detr.export import ExportOptions, export_model
-
-        export_model(tiny(), folder / "tiny.onnx", "onnx", ExportOptions(), lambda line: None)
-        return folder / "tiny.onnx"
     tiny().save_pretrained(folder)
     return folder
 
