@@ -370,7 +370,7 @@ def test_pt2_reads_narrow_images(tmp_path):
 def test_tiles(model, exported):
     image = np.random.default_rng(0).integers(0, 256, (150, 230, 3), dtype=np.uint8)
     expected = model.predict(image, 0.01, tile=96, tile_overlap=0.25)
-    detections = load_detector(exported.path, "cpu").predict(image, 0.01, tile=96, tile_overlap=0.25)
+    detections = load_exported(exported.path).predict(image, 0.01, tile=96, tile_overlap=0.25)
     assert len(detections) == len(expected) > model.config.num_queries
     torch.testing.assert_close(detections.scores, expected.scores, atol=1e-4, rtol=0)
     torch.testing.assert_close(detections.boxes, expected.boxes, atol=0.05, rtol=0)
