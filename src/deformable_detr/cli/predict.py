@@ -35,13 +35,10 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..data.dataset import CocoDataset
     from ..predict.predictor import Detector
     from ..structures import Detections
 
 log = logging.getLogger(__name__)
-
-ANNOTATIONS = {".json", ".jsonl", ".yaml", ".yml", ".xml", ".csv", ".tsv", ".parquet"}
 
 Source = Path | str | int  # an image or video file, the address of a video or stream, or the number of a camera
 
@@ -107,6 +104,8 @@ def predict(
     options = options or PredictOptions()
     if not sources and options.camera is None:
         raise UserError("nothing to predict: name images, videos or folders, or a camera with --camera")
+    from .predict_split import find_dataset, predict_split
+
     one = Path(sources[0]) if options.coco is not None and sources and len(sources) == 1 else None
     if one is not None and find_dataset(one, options.split):
         predict_split(load_detector(model, device, precision), one, options)
@@ -116,75 +115,6 @@ def predict(
     files = find_sources(sources or [])
     if predict_files(load_detector(model, device, precision), files, options):
         sys.exit(2)
-
-
-def find_dataset(source: Path, split: str | None) -> bool:
-    """Return whether a source is a dataset with the split (default: val). Other folders and images are not.
-
-    Raises:
-        UserError: It is an annotation file that is not one, or a folder with the option --split or without images
-            directly in it.
-    """
-    from ..config.schema import DataConfig
-    from ..data.discovery import is_image
-    from ..data.formats import find_source
-
-    described = source.suffix.lower() in ANNOTATIONS or (split is not None and source.is_dir())
-    if not described and not source.is_dir():
-        return False
-    try:
-        find_source(source, split or "val", DataConfig())
-    except UserError:
-        if described:
-            raise
-        with suppress(OSError):
-            if any(is_image(name) for name in os.listdir(source)):
-                return False
-        raise
-    return True
-
-
-def predict_split(model: Detector, data: Path, options: PredictOptions) -> None:
-    """Write COCO results for one split of a dataset: the detections that `evaluate` counts.
-
-    Raises:
-        UserError: An option is for other sources, or the dataset or the file cannot be used.
-    """
-    from ..evaluation import evaluator
-
-    if option := next((name for name in ("out", "json", "camera") if getattr(options, name) is not None), None):
-        raise UserError(f"--{option} is not for a dataset: name image files or folders, or leave it out")
-    assert options.coco is not None
-    prepare_files({"--coco": options.coco})
-    dataset = evaluator.open_eval_dataset(model, data, options.split or "val")
-    top_k, count, tiling = options.top_k or evaluator.TOP_K, len(dataset), options.tiling
-    if tiling is not None and evaluator.has_tiles(dataset, count, tiling):
-        results = evaluator.detect_in_tiles(model, dataset, count, tiling, True, top_k=top_k)[0]
-    else:
-        sizes = evaluator.BATCH_SIZE, evaluator.WORKERS
-        results = evaluator.detect_images(model, dataset, count, *sizes, progress=True, top_k=top_k)[0]
-    results = [result for result in results if result["score"] >= options.min_score]
-    rows = _in_file_ids(dataset, results)
-    write_json(options.coco, rows)
-    left_out = (
-        f"; {others} of classes that it does not list are left out" if (others := len(results) - len(rows)) else ""
-    )
-    echo(f"{options.coco}: {len(rows)} detections in {count} images of {dataset.annotation_file}{left_out}")
-
-
-def _in_file_ids(dataset: CocoDataset, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return COCO results with the ids of the annotation file; with the file names too if it has no ids."""
-    from ..data.records import TextId
-
-    images = {record["id"]: record for record in dataset.ground_truth["images"]}
-    categories = dict(dataset.file_category_ids)
-    rows = []
-    for result in results:
-        image = images[result["image_id"]]
-        name = {} if dataset.source.format == "coco" else {"file_name": image["file_name"]}
-        if (category := categories.get(result["category_id"])) is not None:
-            rows.append({**result, "image_id": TextId.in_file(image["id"]), **name, "category_id": category})
-    return rows
 
 
 def find_sources(sources: Sequence[Path | str]) -> list[Path | str]:
@@ -243,10 +173,8 @@ def predict_files(
     if len(live := [source for source in sources if not isinstance(source, Path)]) > 1:
         raise UserError(f"{len(live)} streams or cameras: run one command for each, because they do not end")
     if videos:
-        if options.coco is not None:
-            raise UserError("--coco is for images: leave out videos and --camera")
-        if options.tile is not None:
-            raise UserError("--tile is for images: leave out videos and --camera")
+        if option := next((name for name in ("coco", "tile") if getattr(options, name) is not None), None):
+            raise UserError(f"--{option} is for images: leave out videos and --camera")
         need("av", "video")
         if options.track:
             need("trackers", "track")
