@@ -27,6 +27,7 @@ from ..data.validate import check_for_training
 from ..distributed.context import DistributedContext
 from ..distributed.launch import restarted
 from ..utils.errors import UserError
+from ..utils.tiles import check_tiling
 from . import setup
 from .checkpoint import random_state, restore_random_state, update_state
 from .logger import TrainingLogger, TrainState
@@ -353,11 +354,12 @@ class Trainer:
         from ..evaluation.gallery import add_to_gallery
 
         batch_size, workers = self.config.train.batch_size, self.config.data.workers
+        tiling = check_tiling(self.config.data.tile, batch_size=batch_size)
         gallery = partial(add_to_gallery, self.run_dir.path, self.state.step, self.state.epoch)
         try:
             self.shutdown.immediate = True  # everything is saved: a signal need not wait for the evaluation
             self.shutdown.raise_if_received()
-            return evaluate_distributed(model, self.val_set, batch_size, workers, self.context, gallery)
+            return evaluate_distributed(model, self.val_set, batch_size, workers, self.context, gallery, tiling)
         except TrainingInterrupted:
             self._print_interrupted()
             raise
