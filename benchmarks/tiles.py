@@ -4,7 +4,8 @@
     python benchmarks/tiles.py runs/cells DATA --tile 320 --scales 0.3,1,3 --sahi --json tiles.json
 
 The validation images of DATA, scaled by the factors, fill canvases. All three use the same model and score threshold;
-SAHI runs with its defaults (GREEDYNMM, overlap over the smaller area, 0.5) and its own pass over the whole image.
+SAHI runs with its defaults and its own pass over the whole image. Below a threshold of 0.1 it merges by NMS and IoU,
+above by GREEDYNMM and the overlap over the smaller area.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def write_canvases(data: Path, folder: Path, count: int, side: int, scales: list
                         }
                     )  # fmt: skip
                 left, height = left + size[0] + GAP, max(height, size[1])
-            top += (height or side) + GAP
+            top += height + GAP if height else side // 8  # too large for the rest of the canvas
         path = folder / f"{number}.png"
         canvas.save(path)
         truth["images"].append({"id": number, "file_name": str(path), "height": side, "width": side})
