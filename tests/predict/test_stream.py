@@ -22,6 +22,7 @@ from deformable_detr.predict.frames import Video, is_address, public_name
 from deformable_detr.predict.predictor import predict
 from deformable_detr.predict.stream import LiveStream, open_video
 from deformable_detr.utils.errors import UserError
+from tests.support.rtsp import RtspServer
 from tests.support.streams import Event, StreamServer, frame_number, serve_elsewhere
 from tests.support.videos import Finder, read_lines, write_video
 
@@ -117,6 +118,19 @@ def test_frames_are_new(tmp_path, monkeypatch, caplog, fast_clock, path):
         frames = list(written)
     assert [frame_number(frame.pixels) for frame in frames] == shown.numbers[: len(times)]
     assert [frame.seconds for frame in frames] == pytest.approx(times, abs=1e-3)
+
+
+def test_rtsp(tmp_path, monkeypatch, caplog, fast_clock):
+    av = pytest.importorskip("av")
+    if "libx264" not in av.codecs_available:
+        pytest.skip("the test's server needs libx264")
+    shown, summary, records = watch([Event("cut", 5.0, 1.0)], 10.0, tmp_path, monkeypatch, "live", RtspServer)
+    assert shown.ages.max() < 1
+    assert (shown.seconds < 5).any()
+    assert (shown.seconds > 6).any()
+    assert summary.problem is None
+    assert {record["video"][:7] for record in records} == {"rtsp://"}
+    assert any("connecting again in" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("broken", ["QUEUE", "MAX_AGE"])
@@ -234,6 +248,19 @@ def test_clocks_may_drift():
         clock.add(0.999 * now, now)
         late = max(late, now - clock.captured(0.999 * now))
     assert late < 0.1
+
+
+def test_frames_of_a_buffer_are_not_shown():
+    """Two seconds of old frames arrive at first, 0.1 seconds at a time; then frames arrive as they are captured."""
+    clock, shown = module._Clock(100.0), []
+    for number in range(100):
+        stamp = number * 0.1
+        now = max(102.0 + number * 0.05, 100.0 + stamp)
+        clock.add(stamp, now)
+        if now > clock.ready:
+            shown.append(now - 100.0 - stamp)
+    assert len(shown) > 40
+    assert max(shown) < 0.06
 
 
 def test_failures_of_the_thread_are_raised(monkeypatch):

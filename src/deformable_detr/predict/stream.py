@@ -28,7 +28,8 @@ from .frames import (
 
 QUEUE = 2  # decoded frames that wait for the model; a new one replaces the oldest
 MAX_AGE = 0.5  # seconds when the model takes a frame; older ones are dropped, so that none is shown after a second
-SETTLE = 0.5  # seconds after connecting, whose frames may come from a buffer; they are dropped
+SETTLE = 0.5  # seconds after connecting, and after frames that came from a buffer; frames are dropped until then
+CATCHING_UP = 0.05  # seconds by which the delay falls while a buffer is read faster than frames are captured
 CLOCK_WINDOW = 30.0  # seconds
 JUMP = 10.0  # seconds by which the times of frames may run ahead of the clock
 FIRST_DELAY, MAX_DELAY = 0.5, 8.0  # seconds before connecting again; doubled at each failure
@@ -243,6 +244,8 @@ class _Clock:
         self._last = (stamp, now)
         if now - self._window > CLOCK_WINDOW:
             self._least, self._least_before, self._window = math.inf, self._least, now
+        if now - stamp < min(self._least, self._least_before) - CATCHING_UP:
+            self.ready = now + SETTLE
         self._least = min(self._least, now - stamp)
 
     def captured(self, stamp: float) -> float:
