@@ -64,9 +64,9 @@ def write_canvases(data: Path, folder: Path, count: int, side: int, scales: list
 
 def sahi_predictor(model: Any, options: argparse.Namespace) -> Callable[[str], list[dict[str, Any]]]:
     """Return a function from a file to COCO results by SAHI around the detector."""
-    from sahi.models.base import DetectionModel
-    from sahi.predict import get_sliced_prediction
-    from sahi.prediction import ObjectPrediction
+    from sahi.models.base import DetectionModel  # pyright: ignore[reportMissingImports]
+    from sahi.predict import get_sliced_prediction  # pyright: ignore[reportMissingImports]
+    from sahi.prediction import ObjectPrediction  # pyright: ignore[reportMissingImports]
 
     class Wrapped(DetectionModel):
         def load_model(self) -> None:
