@@ -163,6 +163,8 @@ def test_memory_is_independent_of_the_length(tmp_path):
 def test_camera_runs_until_interrupted(tmp_path, monkeypatch, capsys):
     source = write_video(tmp_path / "camera-source.mp4", frames=20)
     monkeypatch.setattr(stream, "_camera", lambda number: (str(source), None))
+    for name, value in {"SETTLE": 0.0, "CATCHING_UP": 1e9}.items():  # a file is read faster than a camera
+        monkeypatch.setattr(stream, name, value)
     monkeypatch.setattr(module, "draw_on", interrupt_at(8))
     monkeypatch.chdir(tmp_path)
     result = predict_video(Finder(), 0, tmp_path / "camera.mp4", tmp_path / "camera.jsonl", 0.3, batch_size=1)

@@ -135,11 +135,13 @@ def test_results_equal_those_of_single_images(model, tmp_path):
 
 def test_batches_contain_valid_images_of_one_size(model, tmp_path, monkeypatch):
     """Invalid images take no place in a batch."""
-    batches, predict_iter = [], worker.predict_iter
+    batches, predict_each = [], worker.predict_each
     monkeypatch.setattr(
         worker,
-        "predict_iter",
-        lambda model, images, *rest: batches.append(len(images)) or predict_iter(model, images, *rest),
+        "predict_each",
+        lambda model, images, *rest, **tiling: (
+            batches.append(len(images)) or predict_each(model, images, *rest, **tiling)
+        ),
     )
     files = [
         ("0.png", FILES[0][1]),
@@ -202,7 +204,7 @@ def test_failures_are_reported_and_leave_no_file(model, tmp_path, monkeypatch):
         (torch.OutOfMemoryError("GPU"), "out of GPU memory: lower --batch-size"),
         (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
     ):
-        monkeypatch.setattr(worker, "predict_iter", _raise(error))
+        monkeypatch.setattr(worker, "predict_each", _raise(error))
         (failure,) = predictor({"unit": [0]})["failure"]
         assert failure.startswith(message)
         assert sorted(path.name[:5] for path in (tmp_path / "out").iterdir()) == [".mani", ".unit", "part-", "part-"]
@@ -212,7 +214,7 @@ def test_failures_are_reported_and_leave_no_file(model, tmp_path, monkeypatch):
 
 
 def _raise(error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     return fail
