@@ -287,9 +287,9 @@ def test_signals_complete_the_files(tmp_path, number, code):
         root = Path(__file__).parents[2]
         process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
-        while not any((tmp_path / "out").glob(".*")) and time.monotonic() < deadline:
+        while not any((tmp_path / "out").glob(".*.mp4.*")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(4)
+        time.sleep(2)
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, "secret" in output + errors, "Traceback" in errors) == (code, False, False), errors

@@ -1,6 +1,7 @@
 """Videos: every frame once and at its time, damage reported in one line, constant memory."""
 
 import errno
+import gc
 import struct
 import tracemalloc
 from fractions import Fraction
@@ -160,10 +161,24 @@ def test_memory_is_independent_of_the_length(tmp_path):
     assert peaks[2] < peaks[1] + 20 * 96 * 64 * 3  # far less than the 70 additional frames
 
 
+def test_frames_are_freed_without_the_garbage_collector(tmp_path):
+    """Buffers of decoded frames are megabytes; PyAV's `side_data` keeps them until a collection."""
+    source = write_video(tmp_path / "street.mp4", frames=30)
+    gc.collect()
+    gc.disable()
+    try:
+        with Video(source) as frames:
+            assert sum(1 for _ in frames) == 30
+        kept = [item for item in gc.get_objects() if type(item).__name__ == "VideoFrame"]
+    finally:
+        gc.enable()
+    assert len(kept) <= 2  # the first one, and the last one
+
+
 def test_camera_runs_until_interrupted(tmp_path, monkeypatch, capsys):
     source = write_video(tmp_path / "camera-source.mp4", frames=20)
     monkeypatch.setattr(stream, "_camera", lambda number: (str(source), None))
-    for name, value in {"SETTLE": 0.0, "CATCHING_UP": 1e9}.items():  # a file is read faster than a camera
+    for name, value in {"SETTLE": -1.0, "QUEUE": 100, "MAX_AGE": 100.0}.items():  # a file arrives at once
         monkeypatch.setattr(stream, name, value)
     monkeypatch.setattr(module, "draw_on", interrupt_at(8))
     monkeypatch.chdir(tmp_path)

@@ -84,7 +84,7 @@ class Video:
         self._container.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        number, damaged, start, seconds, read_error = 0, 0, None, -1.0, None
+        number, damaged, start, seconds, read_error, matrix = 0, 0, None, -1.0, None, None
         packets = self._container.demux(self._stream)
         while True:
             try:
@@ -103,7 +103,8 @@ class Video:
                 time = number / float(self.rate) if frame.time is None else frame.time
                 start = time if start is None else start
                 seconds = time - start
-                yield Frame(number, seconds, upright(frame))
+                matrix = display_matrix(frame) if number == 0 else matrix
+                yield Frame(number, seconds, upright(frame, matrix))
                 number += 1
         self.problem = self._describe_damage(number, damaged, seconds, read_error)
 
@@ -129,11 +130,20 @@ class Video:
         return None
 
 
-def upright(frame: Any) -> np.ndarray:
-    """Return the RGB pixels of a PyAV frame, rotated and mirrored by its display matrix."""
-    pixels, side_data = frame.to_ndarray(format="rgb24"), frame.side_data.get("DISPLAYMATRIX")
-    if side_data is not None:
-        a, b, _, c, d = np.frombuffer(bytes(side_data), np.int32, 5).astype(int)  # x' = ax + cy, y' = bx + dy
+def display_matrix(frame: Any) -> np.ndarray | None:
+    """Return how a PyAV frame is rotated and mirrored: (a, b, _, c, d) with x' = ax + cy, y' = bx + dy.
+
+    Ask the first frame of a video only: `side_data` is a reference cycle, which keeps the frame's buffer in memory.
+    """
+    data = frame.side_data.get("DISPLAYMATRIX")
+    return None if data is None else np.frombuffer(bytes(data), np.int32, 5).astype(int)
+
+
+def upright(frame: Any, matrix: np.ndarray | None) -> np.ndarray:
+    """Return the RGB pixels of a PyAV frame, rotated and mirrored by a display matrix."""
+    pixels = frame.to_ndarray(format="rgb24")
+    if matrix is not None:
+        a, b, _, c, d = matrix
         if abs(b) + abs(c) > abs(a) + abs(d):
             pixels, a, d = pixels.transpose(1, 0, 2), c, b
         pixels = pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

@@ -1,6 +1,5 @@
 """Live streams and cameras: the newest frames, however slow the model is, and a new connection after a cut."""
 
-import gc
 import logging
 import math
 import sys
@@ -20,6 +19,7 @@ from .frames import (
     READ_TIMEOUT,
     Frame,
     Video,
+    display_matrix,
     is_address,
     public_name,
     reason,
@@ -114,9 +114,10 @@ class LiveStream:
             self._thread.join(READ_TIMEOUT + 1)
 
     def __iter__(self) -> Iterator[Frame]:
-        number = 0
+        number, matrix = 0, None
         while (arrival := self._next()) is not None:
-            yield Frame(number, arrival.seconds, upright(arrival.frame))
+            matrix = display_matrix(arrival.frame) if number == 0 else matrix
+            yield Frame(number, arrival.seconds, upright(arrival.frame, matrix))
             number += 1
         if self._failure is not None:
             raise self._failure
@@ -139,8 +140,6 @@ class LiveStream:
         try:
             while connection is not None:
                 cause = self._read(connection)
-                connection = None
-                gc.collect()  # PyAV's containers are reference cycles with megabytes of buffers
                 connection = None if self._stop.is_set() else self._reconnect(cause)
         except BaseException as error:  # the caller's thread raises it
             self._failure = error
