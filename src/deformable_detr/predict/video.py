@@ -29,13 +29,12 @@ TICKS_PER_SECOND = 60000  # of written videos; MPEG-4 allows at most 65535
 class VideoWriter:
     """Write an H.264 file, or MPEG-4 without such an encoder, with frames at given times.
 
-    All frames get the size of the first one. Without frames, no file is written. With `fragments`, the file's index is
-    in parts, so that memory does not grow with its length.
+    All frames get the size of the first one. Without frames, no file is written. The file's index takes about 90 bytes
+    of memory per frame.
     """
 
-    def __init__(self, path: Path, rate: Fraction, fragments: bool = False) -> None:
+    def __init__(self, path: Path, rate: Fraction) -> None:
         self.path, self.rate = path, rate
-        self._options = {"movflags": "frag_keyframe+delay_moov+default_base_moof"} if fragments else {}
         self._av = need("av", "video")
         self._container: Any = None
         self._stream: Any = None
@@ -65,7 +64,7 @@ class VideoWriter:
         if encoder is None:
             raise UserError(f"{self.path}: this PyAV has none of the encoders {', '.join(ENCODERS)}")
         self._size = size
-        self._container = self._av.open(str(self.path), "w", format="mp4", options=self._options)
+        self._container = self._av.open(str(self.path), "w", format="mp4")
         self._stream = self._container.add_stream(encoder, rate=self.rate, options=ENCODERS[encoder])
         self._stream.width, self._stream.height = (side + side % 2 for side in size)  # 4:2:0 needs even sides
         self._stream.pix_fmt = "yuv420p"
@@ -119,7 +118,7 @@ def predict_video(
         open_video(source) as reader,
         _output_files(video, lines) as (temporary_video, temporary_lines),
         open(temporary_lines, "w", encoding="utf-8") as file,
-        closing(VideoWriter(temporary_video, reader.rate, fragments=reader.live)) as writer,
+        closing(VideoWriter(temporary_video, reader.rate)) as writer,
         tqdm(total=reader.total, unit="frame", desc=reader.name, disable=None) as progress,
     ):
         tracker = Tracker(threshold, reader.rate) if track else None
