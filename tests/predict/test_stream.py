@@ -139,8 +139,8 @@ def test_old_frames_without_the_defenses(tmp_path, monkeypatch, broken):
     monkeypatch.setattr(module, "MAX_AGE", math.inf)
     if broken == "QUEUE":
         monkeypatch.setattr(module, "QUEUE", 10**6)
-    events = [Event("backlog", 2.0, 2.0)] if broken == "MAX_AGE" else []
-    shown, *_ = watch(events, 5.0, tmp_path, monkeypatch)
+    events = [Event("backlog", 4.0, 2.0)] if broken == "MAX_AGE" else []
+    shown, *_ = watch(events, 8.0, tmp_path, monkeypatch)
     assert shown.ages.max() > 1
 
 
@@ -159,7 +159,7 @@ def test_ten_minutes(tmp_path, monkeypatch, caplog):
     assert summary.frames == len(records) > 1500
     assert late[1] - late[0] < 8  # MiB
     gaps = np.diff(shown.seconds)
-    assert gaps.max() < 25
+    assert gaps.max() < 40  # a stall, and an attempt to connect that takes its whole time limit
     assert len(caplog.records) < 100
 
 

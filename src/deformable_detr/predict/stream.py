@@ -30,7 +30,7 @@ QUEUE = 2  # decoded frames that wait for the model; a new one replaces the olde
 MAX_AGE = 0.5  # seconds when the model takes a frame; older ones are dropped, so that none is shown after a second
 SETTLE = 0.5  # seconds after connecting, and after frames that came from a buffer; frames are dropped until then
 CATCHING_UP = 0.05  # seconds by which the delay falls while a buffer is read faster than frames are captured
-CLOCK_WINDOW = 30.0  # seconds
+CLOCK_WINDOW = 10.0  # seconds
 JUMP = 10.0  # seconds by which the times of frames may run ahead of the clock
 FIRST_DELAY, MAX_DELAY = 0.5, 8.0  # seconds before connecting again; doubled at each failure
 GIVE_UP = 600.0  # seconds without a frame
@@ -223,7 +223,7 @@ class _Arrival(NamedTuple):
 class _Clock:
     """Relate the times of a connection's frames to `time.monotonic`, and so tell which ones arrive late.
 
-    The least delay of the last 30 to 60 seconds counts as none, because the clocks of cameras drift.
+    The least delay of the last 10 to 20 seconds counts as none, because the clocks of cameras drift.
     """
 
     def __init__(self, now: float) -> None:
