@@ -1,8 +1,8 @@
 """Compare what detectors learn from small datasets, at equal images or equal minutes, with the same backbone weights.
 
 Ours, torchvision's Faster R-CNN and FCOS, and transformers' RT-DETR and D-FINE see the same batches: our loader, our
-augmentation, the same order. Peers have their own losses, AdamW, linear warm-up, cosine decay, the same frozen stages
-and frozen batch norms. `--lr` is their learning rate; choose it per peer and dataset from 2.5e-4, 5e-4 and 1e-3.
+augmentation, the same order. Peers have their own losses, AdamW, linear warm-up, cosine decay, two frozen stages and
+frozen batch norms. `--lr` is their learning rate; choose it per peer and dataset from 2.5e-4, 5e-4 and 1e-3.
 
     python benchmarks/small_sets.py DATA… --backbone-weights WEIGHTS --out small_sets.json
     python benchmarks/small_sets.py DATA… --backbone-weights WEIGHTS --minutes 13 --methods ours --out small_sets.json
@@ -169,7 +169,7 @@ def train_family(options: argparse.Namespace, data: str, method: str, seed: int)
 
 
 def initial_backbone(weights: str) -> Any:
-    """Let transformers' models start with ImageNet weights and the stages frozen that ours freezes."""
+    """Let transformers' models start with ImageNet weights and the peers' frozen stages."""
     from unittest import mock
 
     from safetensors.torch import load_file
@@ -192,13 +192,14 @@ def initial_backbone(weights: str) -> Any:
 
 
 def backbone_config(weights: str, levels: int) -> Any:
-    """Return the config of our backbone with 3 (strides 8 to 32) or 4 maps (strides 4 to 32)."""
+    """Return the config of the peers' backbone with 3 (strides 8 to 32) or 4 maps (strides 4 to 32)."""
     finest = {"finest_stride": 4} if levels == 4 else {}
-    return presets.small(backbone_weights=weights, num_feature_levels=levels, **finest)
+    own = {"frozen_stages": 2, "roi_grid": 0}
+    return presets.small(backbone_weights=weights, num_feature_levels=levels, **own, **finest)
 
 
 class PyramidBackbone(nn.Module):
-    """Our backbone with the feature pyramid of torchvision's detectors."""
+    """The backbone with the feature pyramid of torchvision's detectors."""
 
     def __init__(self, weights: str, levels: int, extra: Any) -> None:
         super().__init__()
