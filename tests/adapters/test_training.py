@@ -1,13 +1,11 @@
 """Training of transformers' detectors: loss, exact resume, kept classes, and the commands on the result."""
 
-import os
-import signal
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.training import write_dataset
+from tests.support.training import train_until_signal, write_dataset
 from tests.support.transformers_models import CONFIGS, write_repository
 
 from deformable_detr import UserError
@@ -22,7 +20,6 @@ from deformable_detr.data.transforms import EvalTransform
 from deformable_detr.detector import load_detector
 from deformable_detr.training.optimizer import parameter_groups, scaled_lr
 from deformable_detr.training.run_dir import run_config
-from deformable_detr.training.signals import TrainingInterrupted
 from deformable_detr.training.step import BatchStats, TrainStep
 from deformable_detr.training.trainer import train_model
 
@@ -60,24 +57,13 @@ def weights_of(run):
 
 def test_resumed_run_equals_an_uninterrupted_one(data, repository, tmp_path, monkeypatch):
     reference, run = tmp_path / "reference", tmp_path / "run"
-    original, calls = TrainStep.step, []
     draw, drawn = MultiScaleBatches.size, []
     monkeypatch.setattr(MultiScaleBatches, "size", lambda scales, step: drawn.append(draw(scales, step)) or drawn[-1])
 
     expected = train_model(data, reference, tiny(repository))
     sizes = drawn.copy()
 
-    def step(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainStep, "step", step)
-        with pytest.raises(TrainingInterrupted):
-            train_model(data, run, tiny(repository))
-    assert len(calls) == 3
+    train_until_signal(monkeypatch, data, run, tiny(repository), 3)
     metrics = train_model(data, run, run_config(run), resume=True)
     assert metrics["step"] == expected["step"] == 4
     assert drawn[len(sizes) :] == sizes

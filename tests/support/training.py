@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from deformable_detr.config.schema import Config, ModelConfig
 from deformable_detr.structures import Target
+from deformable_detr.training.signals import TrainingInterrupted
+from deformable_detr.training.step import TrainStep
+from deformable_detr.training.trainer import train_model
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
 
@@ -102,3 +108,34 @@ def random_outputs(
         outputs["encoder_logits"] = torch.randn(images, tokens, classes, generator=generator)
         outputs["encoder_boxes"] = random_boxes(images, tokens, generator=generator)
     return {name: value.requires_grad_() for name, value in outputs.items()}
+
+
+def train_until_signal(
+    monkeypatch: pytest.MonkeyPatch,
+    data: Path,
+    out: Path,
+    config: Config,
+    stop_after: int,
+    number: int = signal.SIGTERM,
+) -> int:
+    """Train until a signal that arrives in step `stop_after` ends it; return the exit code."""
+    original, calls = TrainStep.step, []
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == stop_after:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainStep, "step", step)
+        with pytest.raises(TrainingInterrupted) as caught:
+            train_model(data, out, config)
+    assert len(calls) == stop_after
+    return caught.value.code
+
+
+def metric_lines(out: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Return the records of one kind in a run's metrics.jsonl."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]

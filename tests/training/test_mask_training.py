@@ -1,9 +1,6 @@
 """Complete runs with masks: log, resume, and training sets with few or no masks."""
 
-import json
 import logging
-import os
-import signal
 
 import pytest
 import torch
@@ -11,10 +8,8 @@ import torch
 from deformable_detr import DeformableDETR, UserError
 from deformable_detr.training.checkpoint import load_checkpoint
 from deformable_detr.training.run_dir import run_config
-from deformable_detr.training.signals import TrainingInterrupted
-from deformable_detr.training.step import TrainStep
 from deformable_detr.training.trainer import train_model
-from tests.support.training import tiny_config, write_dataset
+from tests.support.training import metric_lines, tiny_config, train_until_signal, write_dataset
 
 
 def mask_config(**train):
@@ -33,13 +28,8 @@ def finished(data, tmp_path_factory):
     return out, train_model(data, out, mask_config())
 
 
-def train_lines(out):
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "train"]
-
-
 def test_the_log_has_the_mask_losses_of_all_layers(finished):
-    first = train_lines(finished[0])[0]
+    first = metric_lines(finished[0])[0]
     names = {f"{name}{suffix}" for name in ("loss_mask", "loss_dice") for suffix in ("", "_0", "_denoising")}
     assert names <= first.keys()
     assert all(0 < first[name] < 10 for name in names)
@@ -59,23 +49,12 @@ def test_the_model_of_the_run_predicts_masks(finished, data):
 def test_resumed_run_equals_an_uninterrupted_one(data, finished, tmp_path, monkeypatch, stop_after):
     """The points of the losses come from the generator that the checkpoint restores."""
     out, config = tmp_path / "run", mask_config()
-    original, calls = TrainStep.step, []
-
-    def step(*arguments, **options):
-        calls.append(1)
-        if len(calls) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainStep, "step", step)
-        with pytest.raises(TrainingInterrupted):
-            train_model(data, out, config)
+    train_until_signal(monkeypatch, data, out, config, stop_after)
     train_model(data, out, run_config(out), resume=True)
     folders = [folder / "checkpoints" / "last" for folder in (finished[0], out)]
     first, second = (load_checkpoint(folder)[0]["model"] for folder in folders)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    losses = [[record["loss_mask"] for record in train_lines(folder)] for folder in (finished[0], out)]
+    losses = [[record["loss_mask"] for record in metric_lines(folder)] for folder in (finished[0], out)]
     assert losses[0] == losses[1]
 
 
@@ -93,10 +72,10 @@ def test_objects_without_a_mask_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train_model(data, tmp_path / "run", mask_config(epochs=1))
     assert "6 of 12 training objects have a mask; the others train their box only" in caplog.text
-    assert train_lines(tmp_path / "run")[0]["loss_mask"] > 0
+    assert metric_lines(tmp_path / "run")[0]["loss_mask"] > 0
 
 
 def test_boxes_only_runs_read_no_masks(data, tmp_path):
     train_model(data, tmp_path / "run", tiny_config(epochs=1))
-    assert not any("mask" in name or "dice" in name for name in train_lines(tmp_path / "run")[0])
+    assert not any("mask" in name or "dice" in name for name in metric_lines(tmp_path / "run")[0])
     assert DeformableDETR.from_pretrained(tmp_path / "run").mask_head is None

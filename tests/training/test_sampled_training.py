@@ -1,8 +1,6 @@
 """Complete runs whose epochs do not show each image once: schedule and exact resume."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -11,11 +9,9 @@ from deformable_detr.detector import load_detector
 from deformable_detr.evaluation import evaluator
 from deformable_detr.training.checkpoint import load_checkpoint
 from deformable_detr.training.run_dir import run_config
-from deformable_detr.training.signals import TrainingInterrupted
-from deformable_detr.training.step import TrainStep
 from deformable_detr.training.trainer import train_model
 from tests.support.commands import run_command
-from tests.support.training import tiny_config, write_dataset
+from tests.support.training import metric_lines, tiny_config, train_until_signal, write_dataset
 
 
 def sampled_config(**data):
@@ -54,11 +50,6 @@ def finished(request, data, tmp_path_factory):
     return settings, out, metrics
 
 
-def train_lines(out):
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "train"]
-
-
 def model_weights(out):
     return load_checkpoint(out / "checkpoints" / "last")[0]["model"]
 
@@ -66,25 +57,15 @@ def model_weights(out):
 @pytest.mark.parametrize("stop_after", [2, 5])
 def test_resumed_run_equals_an_uninterrupted_one(data, finished, tmp_path, monkeypatch, stop_after):
     settings, reference, reference_metrics = finished
-    out, original, calls = tmp_path / "run", TrainStep.step, []
-
-    def step(*arguments, **options):
-        calls.append(1)
-        if len(calls) == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainStep, "step", step)
-        with pytest.raises(TrainingInterrupted):
-            train_model(data, out, sampled_config(**settings))
+    out = tmp_path / "run"
+    train_until_signal(monkeypatch, data, out, sampled_config(**settings), stop_after)
     metrics = train_model(data, out, run_config(out), resume=True)
     assert {**metrics, "seconds": 0, "images_per_second": 0} == {
         **reference_metrics, "seconds": 0, "images_per_second": 0
     }  # fmt: skip
     first, second = model_weights(reference), model_weights(out)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert [record["loss"] for record in train_lines(out)] == [record["loss"] for record in train_lines(reference)]
+    assert [record["loss"] for record in metric_lines(out)] == [record["loss"] for record in metric_lines(reference)]
 
 
 def test_run_names_the_samples_of_an_epoch(data, tmp_path, capsys):

@@ -15,7 +15,7 @@ from deformable_detr.training.signals import NonFiniteLoss, TrainingInterrupted
 from deformable_detr.training.step import TrainStep
 from deformable_detr.training.trainer import TrainState, train_model
 from deformable_detr.utils.errors import UserError
-from tests.support.training import tiny_config, write_dataset
+from tests.support.training import metric_lines, tiny_config, train_until_signal, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,6 @@ def finished(data, tmp_path_factory):
     """A run of two epochs and its returned metrics."""
     out = tmp_path_factory.mktemp("runs") / "reference"
     return out, train_model(data, out, tiny_config())
-
-
-def lines(out, kind):
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == kind]
 
 
 def model_weights(folder):
@@ -76,7 +71,7 @@ def test_model_keeps_the_classes_of_the_dataset(finished):
 
 def test_metrics_log_has_steps_and_evaluations(finished):
     out, metrics = finished
-    train, evaluations = lines(out, "train"), lines(out, "evaluation")
+    train, evaluations = metric_lines(out), metric_lines(out, "evaluation")
     assert [record["step"] for record in train] == [1, 2, 3, 4]
     assert [record["images_seen"] for record in train] == [4, 8, 12, 16]
     assert {"epoch", "lr", "grad_norm", "seconds", "images_per_second", "loss", "loss_class", "loss_bbox_0",
@@ -113,19 +108,7 @@ def test_resuming_a_finished_run_reports_it(data, finished, capsys):
 def test_resumed_run_equals_an_uninterrupted_one(data, finished, tmp_path, monkeypatch, stop_after, number, workers):
     """A signal within an epoch (1, 3) or at its end (2) must not change the weights."""
     out, config = tmp_path / "run", tiny_config().updated({"data": {"workers": workers}})
-    original, calls = TrainStep.step, []
-
-    def step(*arguments, **options):
-        calls.append(1)
-        if len(calls) == stop_after:
-            os.kill(os.getpid(), number)
-        return original(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainStep, "step", step)
-        with pytest.raises(TrainingInterrupted) as caught:
-            train_model(data, out, config)
-    assert caught.value.code == 128 + number
+    assert train_until_signal(monkeypatch, data, out, config, stop_after, number) == 128 + number
     assert load_checkpoint(out / "checkpoints" / "last")[1]["train_state"]["step"] == stop_after
 
     metrics = train_model(data, out, run_config(out), resume=True)
@@ -134,7 +117,7 @@ def test_resumed_run_equals_an_uninterrupted_one(data, finished, tmp_path, monke
     assert metrics["AP"] == reference_metrics["AP"]
     first, second = (model_weights(folder / "checkpoints" / "last") for folder in (reference, out))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    losses = [[record["loss"] for record in lines(folder, "train")] for folder in (reference, out)]
+    losses = [[record["loss"] for record in metric_lines(folder)] for folder in (reference, out)]
     assert losses[0] == losses[1]
 
 
@@ -166,7 +149,7 @@ def test_run_killed_during_evaluation_evaluates_on_resume(data, tmp_path, monkey
     assert "resume with --resume" in capsys.readouterr().err
     metrics = train_model(data, out, run_config(out), resume=True)
     assert metrics["step"] == 2
-    assert len(lines(out, "evaluation")) == 1
+    assert len(metric_lines(out, "evaluation")) == 1
 
 
 @pytest.mark.parametrize("name", ["TrainingLogger.log_evaluation", "update_state", "TrainingLogger.print_epoch"])
@@ -177,7 +160,7 @@ def test_run_killed_after_its_evaluation_logs_it_once(data, tmp_path, monkeypatc
         with pytest.raises(ZeroDivisionError):
             train_model(data, out, tiny_config(epochs=1, eval_every=1))
     train_model(data, out, run_config(out), resume=True)
-    assert [record["step"] for record in lines(out, "evaluation")] == [2]
+    assert [record["step"] for record in metric_lines(out, "evaluation")] == [2]
     assert (out / "training.html").is_file()
 
 
@@ -208,7 +191,7 @@ def test_resume_keeps_log_averages(data, tmp_path, monkeypatch, capsys):
     assert printed() == [expected[0], expected[2]]  # the signal came before the line of epoch 2
     times = ("seconds", "images_per_second")
     records = [
-        [{key: value for key, value in record.items() if key not in times} for record in lines(tmp_path / out, "train")]
+        [{key: value for key, value in record.items() if key not in times} for record in metric_lines(tmp_path / out)]
         for out in ("reference", "run")
     ]
     assert records[0] == records[1]
@@ -243,8 +226,8 @@ def test_time_limit_ends_with_an_evaluation(data, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.time, "perf_counter", lambda: float(next(clock)))  # each call advances one second
     metrics = train_model(data, tmp_path / "run", tiny_config(epochs=None, minutes=5 / 60, eval_every=100))
     assert (metrics["step"], metrics["seconds"]) == (5, 5.0)
-    assert [record["step"] for record in lines(tmp_path / "run", "evaluation")] == [5]
-    assert [record["progress"] for record in lines(tmp_path / "run", "train")] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert [record["step"] for record in metric_lines(tmp_path / "run", "evaluation")] == [5]
+    assert [record["progress"] for record in metric_lines(tmp_path / "run")] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
 
 
 def test_nan_loss_stops_with_an_intact_checkpoint(data, tmp_path, monkeypatch):
@@ -357,7 +340,7 @@ def test_gradient_accumulation_equals_one_large_batch(data, finished, tmp_path):
     for name, train in (("full", {"batch_size": 8}), ("accumulated", {"batch_size": 3, "total_batch_size": 8})):
         metrics = train_model(data, tmp_path / name, frozen.updated({"train": train}))
         assert (metrics["step"], metrics["images_seen"]) == (1, 8)
-    full, accumulated = (lines(tmp_path / name, "train")[0] for name in ("full", "accumulated"))
+    full, accumulated = (metric_lines(tmp_path / name)[0] for name in ("full", "accumulated"))
     for name in ("loss", "grad_norm", "cardinality_error"):
         assert accumulated[name] == pytest.approx(full[name], rel=1e-4)
 
