@@ -140,6 +140,9 @@ def test_old_frames_without_the_defenses(tmp_path, monkeypatch, broken):
     if broken == "QUEUE":
         monkeypatch.setattr(module, "QUEUE", 10**6)
     events = [Event("backlog", 4.0, 2.0)] if broken == "MAX_AGE" else []
+    decode = module._Connection.decode
+    # Slow enough that the model takes a frame before the whole backlog is read, and faster than the stream.
+    monkeypatch.setattr(module._Connection, "decode", lambda *packet: time.sleep(0.01) or decode(*packet))
     shown, *_ = watch(events, 8.0, tmp_path, monkeypatch)
     assert shown.ages.max() > 1
 

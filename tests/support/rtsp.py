@@ -1,11 +1,10 @@
 """A small RTSP server: H.264 from FFmpeg's RTP muxer, sent over the RTSP connection."""
 
 import socket
-import threading
 from fractions import Fraction
-from socketserver import StreamRequestHandler, ThreadingTCPServer
+from socketserver import StreamRequestHandler
 
-from tests.support.streams import SIZE, Camera
+from tests.support.streams import SIZE, CameraServer
 
 SDP = """v=0
 o=- 0 0 IN IP4 127.0.0.1
@@ -68,27 +67,7 @@ class _Handler(StreamRequestHandler):
                     return
 
 
-class RtspServer(ThreadingTCPServer):
-    """Serve /live until the end of the `with` block."""
+class RtspServer(CameraServer):
+    """Serve /live."""
 
-    daemon_threads = True
-
-    def __init__(self, events=()):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.camera = Camera(events, 25.0)
-
-    @property
-    def start(self):
-        return self.camera.start
-
-    def address(self, path):
-        return f"rtsp://127.0.0.1:{self.server_address[1]}/{path}"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.camera.closed = True
-        self.shutdown()
-        self.server_close()
+    scheme, handler = "rtsp", _Handler

@@ -12,6 +12,7 @@ from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import NamedTuple
 
 import numpy as np
@@ -135,13 +136,15 @@ class _HeldFile:
         return len(data)
 
 
-class StreamServer(ThreadingHTTPServer):
-    """Serve /ts (MPEG-TS) and /mjpeg until the end of the `with` block."""
+class CameraServer(ThreadingTCPServer):
+    """Serve a camera until the end of the `with` block."""
 
     daemon_threads = True
+    scheme: str
+    handler: type[BaseRequestHandler]
 
     def __init__(self, events=(), rate=25.0):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), self.handler)
         self.camera = Camera(events, rate)
 
     @property
@@ -149,7 +152,7 @@ class StreamServer(ThreadingHTTPServer):
         return self.camera.start
 
     def address(self, path):
-        return f"http://127.0.0.1:{self.server_address[1]}/{path}"
+        return f"{self.scheme}://127.0.0.1:{self.server_address[1]}/{path}"
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -159,6 +162,12 @@ class StreamServer(ThreadingHTTPServer):
         self.camera.closed = True
         self.shutdown()
         self.server_close()
+
+
+class StreamServer(CameraServer, ThreadingHTTPServer):
+    """Serve /ts (MPEG-TS) and /mjpeg."""
+
+    scheme, handler = "http", _Handler
 
 
 class RemoteServer(NamedTuple):
