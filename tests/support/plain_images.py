@@ -31,3 +31,6 @@ class PlainImages(torch.utils.data.Dataset):
         height, width = self.sizes[index].tolist()
         image = torch.full((3, height, width), index % 256, dtype=torch.uint8)
         return image, target([0.5, 0.5, 0.3, 0.3])
+
+    def draw(self, count, generator):
+        return torch.randint(len(self), (count,), generator=generator).tolist()

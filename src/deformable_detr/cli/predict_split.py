@@ -59,12 +59,9 @@ def predict_split(model: Detector, data: Path, options: PredictOptions) -> None:
     assert options.coco is not None
     prepare_files({"--coco": options.coco})
     dataset = evaluator.open_eval_dataset(model, data, options.split or "val")
-    top_k, count, tiling = options.top_k or evaluator.TOP_K, len(dataset), options.tiling
-    if tiling is not None and evaluator.has_tiles(dataset, count, tiling):
-        results = evaluator.detect_in_tiles(model, dataset, count, tiling, True, top_k=top_k)[0]
-    else:
-        sizes = evaluator.BATCH_SIZE, evaluator.WORKERS
-        results = evaluator.detect_images(model, dataset, count, *sizes, progress=True, top_k=top_k)[0]
+    top_k, count = options.top_k or evaluator.TOP_K, len(dataset)
+    sizes = evaluator.BATCH_SIZE, evaluator.WORKERS
+    results = evaluator.detect(model, dataset, count, options.tiling, *sizes, True, top_k=top_k)[0]
     results = [result for result in results if result["score"] >= options.min_score]
     rows = _in_file_ids(dataset, results)
     write_json(options.coco, rows)

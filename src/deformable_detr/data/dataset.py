@@ -149,6 +149,10 @@ class CocoDataset(Dataset[tuple[Tensor, Target]]):
         images, labels, _ = self.objects
         return EpochSampling(repeat_factors(images, labels, np.ones(len(self)), repeat_threshold))
 
+    def draw(self, count: int, generator: torch.Generator) -> list[int]:
+        """Draw images for mosaics."""
+        return torch.randint(len(self), (count,), generator=generator).tolist()
+
     @property
     def num_masks(self) -> int:
         """How many of these objects have a mask; 0 if the dataset was opened without masks."""

@@ -45,9 +45,7 @@ class MosaicDataset(Dataset[tuple[Tensor, Target]]):
         image, target = self.dataset.load(index)
         generator = torch.Generator().manual_seed(torch.default_generator.initial_seed())
         if mosaic_allowed and torch.rand((), generator=generator).item() < self.mosaic_prob:
-            tiled = self.dataset if isinstance(self.dataset, TiledDataset) else None
-            others = tiled.draw(3, generator) if tiled else torch.randint(len(self), (3,), generator=generator).tolist()
-            samples = [(image, target), *map(self.dataset.load, others)]
+            samples = [(image, target), *map(self.dataset.load, self.dataset.draw(3, generator))]
             order = torch.randperm(4, generator=generator).tolist()
             low, high = CENTER_RANGE
             center = low + (high - low) * torch.rand(2, generator=generator)

@@ -139,10 +139,7 @@ def evaluate_dataset(
             raise UserError(f"{option} {value}: must be at least {minimum}")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     start = time.perf_counter()
-    if tiling is not None and has_tiles(dataset, count, tiling):
-        results, image_ids, model_seconds = detect_in_tiles(model, dataset, count, tiling, progress)
-    else:
-        results, image_ids, model_seconds = detect_images(model, dataset, count, batch_size, workers, progress)
+    results, image_ids, model_seconds = detect(model, dataset, count, tiling, batch_size, workers, progress)
     seconds = time.perf_counter() - start
 
     ground_truth = dataset.ground_truth
@@ -178,10 +175,7 @@ def evaluate_distributed(
     start = time.perf_counter()
     with context.sync_errors():
         shard = (context.rank, context.world_size)
-        if tiling is not None and has_tiles(dataset, len(dataset), tiling):
-            part = detect_in_tiles(model, dataset, len(dataset), tiling, False, shard)[0]
-        else:
-            part = detect_images(model, dataset, len(dataset), batch_size, workers, progress=False, shard=shard)[0]
+        part = detect(model, dataset, len(dataset), tiling, batch_size, workers, False, shard=shard)[0]
     parts = context.all_gather_object(part)
     seconds = time.perf_counter() - start
 
@@ -193,6 +187,25 @@ def evaluate_distributed(
         return {**metrics, "images": len(dataset), "images_per_second": len(dataset) / seconds}
 
     return context.on_rank_zero(metrics_of_all_parts)
+
+
+def detect(
+    model: Detector,
+    dataset: CocoDataset,
+    count: int,
+    tiling: Tiling | None,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+    **options: Any,
+) -> tuple[list[dict[str, Any]], set[Any], float]:
+    """Detect objects with `detect_in_tiles` if an image is larger than a tile, else with `detect_images`.
+
+    `options` are the other arguments of both.
+    """
+    if tiling is not None and has_tiles(dataset, count, tiling):
+        return detect_in_tiles(model, dataset, count, tiling, progress, **options)
+    return detect_images(model, dataset, count, batch_size, workers, progress, **options)
 
 
 def detect_images(

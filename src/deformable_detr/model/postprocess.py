@@ -11,8 +11,8 @@ from ..utils.dtype import upcast
 from .box_ops import box_iou
 from .mask_ops import MASK_OUTPUTS, EncodedMasks, MaskLogits, has_masks, select_masks
 
-NMS_CANDIDATES = 300  # or top_k if that is more
-GRAPH_ROUNDS = 16
+NMS_CANDIDATES = 300  # query and class pairs that NMS compares, or top_k if that is more
+GRAPH_ROUNDS = 16  # of NMS in an exported graph
 
 
 class ScoredBoxes(NamedTuple):
@@ -84,8 +84,7 @@ def topk_boxes(
     """Return boxes (B, k, 4) xyxy in pixels, scores, labels and queries (B, k) of the best pairs, best first.
 
     logits: (B, Q, K). boxes: (B, Q, 4). original_sizes: (B, 2) float (height, width) in pixels.
-    nms_iou: Pairs that overlap a better one of their class by more get the score −1. It looks at the
-        `NMS_CANDIDATES` best pairs.
+    nms_iou: Of the `NMS_CANDIDATES` best pairs, those that overlap a better one of their class by more get score −1.
     """
     from torchvision.ops import box_convert
 
@@ -111,7 +110,7 @@ def non_maximum_suppression(boxes: Tensor, labels: Tensor, iou: float) -> Tensor
     same = labels[:, :, None] == labels[:, None]
     overlaps = (same & (box_iou(boxes[:, :, None], boxes[:, None]) > iou)).triu(1).to(boxes.dtype)  # (B, better, worse)
     keep = torch.ones_like(labels, dtype=torch.bool)
-    # Each round settles the boxes whose better ones are settled. Chains are short; a graph has a fixed number.
+    # A round settles the boxes whose better ones are settled. A graph has a fixed number: chains are short.
     for _ in range(GRAPH_ROUNDS if torch.compiler.is_exporting() else labels.shape[1]):
         before = keep
         keep = (before[:, None].to(boxes.dtype) @ overlaps)[:, 0] < 0.5

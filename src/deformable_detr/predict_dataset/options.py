@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..utils.errors import UserError
-from ..utils.tiles import DEFAULT_OVERLAP, check_tiling
+from ..utils.tiles import DEFAULT_OVERLAP, Tiling, check_tiling
 
 RESULT_OPTIONS = ("format", "threshold", "top_k", "batch_size", "unit_size", "image_column", "id_column")
 
@@ -56,6 +56,11 @@ class PredictDatasetOptions:
         """What affects the results: `RESULT_OPTIONS`, and the tiles if there are any."""
         tiles = ("tile", "tile_overlap") if self.tile is not None else ()
         return {name: getattr(self, name) for name in (*RESULT_OPTIONS, *tiles)}
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How larger images are cut. Raises UserError if an option is out of range."""
+        return check_tiling(self.tile, self.tile_overlap, self.batch_size)
 
     def validate(self) -> None:
         """Raise UserError for an option that is out of range."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..predict.predictor import predict_each
 from ..structures import Detections
 from ..utils.errors import UserError, first_line
-from ..utils.tiles import check_tiling
 from .filesystem import OutputFolder
 from .manifest import read_unit
 from .options import PredictDatasetOptions
@@ -151,10 +150,10 @@ class UnitPredictor:
                 size = pixels.shape if isinstance(pixels, Tensor) else pixels
                 indices_by_size.setdefault(size, []).append(index)
         results: dict[int, Detections | UserError] = {}
+        settings = options.threshold, options.top_k, options.batch_size
         for indices in indices_by_size.values():
             pixels = [batch[index][1] for index in indices]
-            size, tiling = options.batch_size, check_tiling(options.tile, options.tile_overlap, options.batch_size)
-            detections = predict_each(self.model, pixels, options.threshold, options.top_k, size, tiling=tiling)
+            detections = predict_each(self.model, pixels, *settings, tiling=options.tiling)
             results.update(zip(indices, detections, strict=True))
         for index, (image, pixels) in enumerate(batch):
             result = pixels if isinstance(pixels, str) else results[index]

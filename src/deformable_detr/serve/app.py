@@ -96,8 +96,7 @@ def _api_routes(engine: Engine, name: str) -> APIRouter:
         """Detect objects in one image (the body) or in several (a form)."""
 
         async def work(uploads: list[Upload], client: str) -> Callable[[], Any]:
-            limits = parameters.threshold, parameters.top_k
-            results = await engine.detect(uploads, *limits, client, parameters.tiling)
+            results = await engine.detect(uploads, parameters.threshold, parameters.top_k, client, parameters.tiling)
             engine.metrics.images.inc(len(uploads))
             pairs = list(zip(results, uploads, strict=True))
             return lambda: {"images": [schemas.detected_image(result, upload.filename) for result, upload in pairs]}

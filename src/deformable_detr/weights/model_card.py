@@ -23,7 +23,7 @@ _LOADING = {
 from deformable_detr import DeformableDETR
 
 model = DeformableDETR.from_pretrained({source})
-detections = model.predict("image.jpg")""",
+detections = model.predict("image.jpg"{tile})""",
     "transformers": """\
 from transformers import AutoImageProcessor, AutoModelFor{head}
 
@@ -33,7 +33,7 @@ model = AutoModelFor{head}.from_pretrained({source})
 # Or with deformable-detr:
 from deformable_detr import load_detector
 
-detections = load_detector({source}).predict("image.jpg")""",
+detections = load_detector({source}).predict("image.jpg"{tile})""",
 }
 
 
@@ -72,11 +72,10 @@ def model_card(config: DetectorConfig, data: ModelCardData) -> str:
     metrics = {name: value for name, value in data.metrics.items() if isinstance(value, int | float)}
     license = f"`{_inline(data.license)}`" if data.license != "unknown" else _UNKNOWN_LICENSE
     head = "InstanceSegmentation" if config.masks else "ObjectDetection"
-    loading = _LOADING[data.library].format(source=repr(data.repo_id or "path/to/this/folder"), head=head)
     tile = None if data.config is None else data.config.data.tile
-    if tile is not None:
-        loading = loading.replace('predict("image.jpg")', f'predict("image.jpg", tile={tile})')
-    trained = f" Trained on tiles of {tile} pixels." if tile is not None else ""
+    option, trained = ("", "") if tile is None else (f", tile={tile}", f" Trained on tiles of {tile} pixels.")
+    source = repr(data.repo_id or "path/to/this/folder")
+    loading = _LOADING[data.library].format(source=source, head=head, tile=option)
     metric_rows = [f"| {_inline(name)} | {value:.4g} |" for name, value in metrics.items()]
     task = "image-segmentation" if config.masks else "object-detection"
     kind = "classes of objects and their masks" if config.masks else "classes of objects"
