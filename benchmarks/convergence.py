@@ -49,7 +49,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "with-whole-crops": {"min_visibility": 0.3},
     "with-lower-lr": {"lr": 5e-4},
     "with-higher-lr": {"lr": 2e-3},
-    "with-faster-backbone": {"backbone_lr_mult": 0.5},
     "with-weight-decay": {"weight_decay": 1e-2},
 }
 OURS = ("default", "paper", *ABLATION)
