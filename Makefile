@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format docs clean
 
 demo: $(READY)  ## create a small dataset, train on it, evaluate, draw the detections
 	$(BIN)/deformable-detr demo
@@ -28,6 +28,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(READY)  ## the docs site in site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
 clean:  ## remove the environment
 	rm -rf .venv
 
@@ -39,5 +42,5 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@test -x $(BIN)/uv || $(PYTHON) -m venv .venv || $(PYTHON) -m venv --clear --without-pip .venv
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv 2>/dev/null \
 	    || $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --editable '.[demo,dev]' --constraint constraints.txt
+	$(BIN)/uv pip install --python $(BIN)/python --editable '.[demo,dev,docs]' --constraint constraints.txt
 	@touch $@
