@@ -52,7 +52,7 @@ def test_image_suffixes(tmp_path, suffix):
 
 
 def test_image_suffixes_are_documented():
-    page = (Path(__file__).parents[2] / "docs/check.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/formats.md").read_text()
     listed = page.partition("finds these suffixes: ")[2].partition("\n\n")[0]
     assert set(re.findall(r"`(\.\w+)`", listed)) == IMAGE_SUFFIXES
 

@@ -178,7 +178,7 @@ def test_timeout_kills_all_processes(tmp_path):
 def documented_commands():
     """Return the words of every torchrun command in README and docs, with variables filled in."""
     commands = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = re.sub(r"\\\n\s*", "", path.read_text())
         text = text.replace("$resume", "--resume").replace("$SLURM_NNODES", "4").replace("$first", "node0")
         for line in text.splitlines():

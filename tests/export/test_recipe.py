@@ -1,4 +1,4 @@
-"""The program in docs/export.md that needs only ONNX Runtime, NumPy and Pillow."""
+"""The program in docs/export/onnx.md that needs only ONNX Runtime, NumPy and Pillow."""
 
 import copy
 from pathlib import Path
@@ -12,7 +12,7 @@ from deformable_detr.export import ExportOptions, export_model
 from deformable_detr.runtimes.detector import load_exported
 from deformable_detr.utils.errors import UserError
 
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs" / "export" / "onnx.md"
 SIZES = [(64, 48), (97, 131), (300, 40), (40, 300), (96, 96), (640, 427), (33, 35)]  # width, height
 
 
