@@ -212,7 +212,10 @@ def test_text_contrast_on_every_color():
         high, low = sorted([luminance(a), luminance(b)], reverse=True)
         return (high + 0.05) / (low + 0.05)
 
-    assert min(contrast(color, drawing._ink(color)) for color in PALETTE) >= 4.5
+    colors = [drawing._color(label) for label in range(21)]
+    assert len(set(colors)) == 21
+    assert drawing._color(21) == colors[0] == PALETTE[0]
+    assert min(contrast(color, drawing._ink(color)) for color in colors) >= 4.5
     assert min(contrast(color, "#FFFFFF") for color in PALETTE) < 4.5
     assert len(set(PALETTE)) == 7
 

@@ -71,11 +71,17 @@ def draw_on(image: Image.Image, detections: Detections, factor: int = 1) -> Imag
 
 def _colors(detections: Detections) -> list[str]:
     """Return the color of each class, of each object if there are masks, or of each track."""
-    if detections.track_ids is not None:  # shades that depend on the place would change as objects move
-        ids, n = detections.track_ids.tolist(), len(PALETTE)
-        return [NO_TRACK if track < 0 else tint(PALETTE[track % n], track // n) for track in ids]
-    colors = [PALETTE[label % len(PALETTE)] for label in detections.labels.tolist()]
-    return colors if detections.segmentations is None else shade(colors, detections.boxes.numpy())
+    if detections.track_ids is not None:
+        return [NO_TRACK if track < 0 else _color(track) for track in detections.track_ids.tolist()]
+    labels = detections.labels.tolist()
+    if detections.segmentations is None:
+        return [_color(label) for label in labels]
+    return shade([PALETTE[label % len(PALETTE)] for label in labels], detections.boxes.numpy())
+
+
+def _color(number: int) -> str:
+    """Return one of 21 colors: after seven, their lighter shades, then their darker ones."""
+    return tint(PALETTE[number % len(PALETTE)], number // len(PALETTE))
 
 
 def image_format(path: Path) -> str:
