@@ -162,7 +162,7 @@ def test_ten_minutes(tmp_path, monkeypatch, caplog):
     assert summary.frames == len(records) > 1500
     assert late[1] - late[0] < 8  # MiB
     gaps = np.diff(shown.seconds)
-    assert gaps.max() < 40  # a stall, and an attempt to connect that takes its whole time limit
+    assert gaps.max() < 12  # a stall of 7 s, after which the stream is opened again
     assert len(caplog.records) < 100
 
 
