@@ -27,7 +27,8 @@ def write_report(path: Path, results: Sequence[EvaluationResult], data: str, spl
     Args:
         path: The file to write.
         results: One result per model, from `evaluate_models`.
-        data, split: Names of the dataset and of the split, to show in the page.
+        data: Name of the dataset, to show in the page.
+        split: Name of the split, to show in the page.
 
     Raises:
         UserError: The models were evaluated on different images or classes, or the file cannot be written.

@@ -125,7 +125,8 @@ class Detector(nn.Module):
             threshold: Minimum score, 0 to 1.
             top_k: Maximum number of detections per image, or per tile.
             batch_size: Images or tiles per forward pass.
-            tile, tile_overlap: Cut larger images into tiles; see `predict`.
+            tile: Cut larger images into tiles of this many pixels, beside the whole image.
+            tile_overlap: Minimum overlap of neighboring tiles as a share of their side.
 
         Returns:
             `Detections` for an image, a list of them for a list or a folder.
