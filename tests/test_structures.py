@@ -1,5 +1,6 @@
 """Image batches, targets, and detections in common formats."""
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from PIL import Image
 from deformable_detr import UserError
 from deformable_detr.structures import Detections, ImageBatch
 from deformable_detr.utils.rle import decode_masks, encode_masks
+from deformable_detr.visualize.draw import NOTEBOOK_SIDE, draw
 
 
 def detections(image=None, count=2):
@@ -146,3 +148,26 @@ def test_masks_outside_their_boxes_are_cropped_to_nothing():
     assert not moved.crop_masks().masks.any()
     degenerate = replace(result, boxes=torch.tensor([[30.0, 30.0, 30.0, 30.0]]))
     assert not degenerate.crop_masks().masks.any()
+
+
+def shown(detections):
+    """Return the picture that a notebook shows, or None."""
+    data = detections._repr_png_()
+    return data and Image.open(io.BytesIO(data))
+
+
+def test_notebooks_show_the_picture(tmp_path):
+    image = np.full((100, 200, 3), 90, np.uint8)
+    picture = shown(detections(image))
+    assert picture.format == "PNG"
+    assert np.array_equal(picture.convert("RGB"), draw(detections(image)))
+    assert not np.array_equal(picture.convert("RGB").resize((200, 100)), image)
+    assert shown(detections()) is None  # no image to draw on
+    large = replace(detections(np.zeros((3000, 6000, 3), np.uint8)), image_size=(3000, 6000))
+    assert shown(large).size == (NOTEBOOK_SIDE, NOTEBOOK_SIDE // 2)
+
+
+def test_notebooks_say_why_there_is_no_picture(tmp_path, caplog):
+    assert shown(detections(tmp_path / "moved.png")) is None
+    assert len(caplog.messages) == 1
+    assert "moved.png" in caplog.messages[0]

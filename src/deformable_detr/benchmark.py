@@ -20,12 +20,14 @@ import torch
 
 from .config.image_size import typical_input_size
 from .evaluation import evaluate
+from .evaluation.evaluator import EvalOptions
 from .export import ExportOptions, export_model, load_exported
 from .ops.native import library
 from .predict.predictor import Detector
 from .runtimes.fused.onednn import has_bf16
 from .utils.errors import UserError
 from .utils.process import malloc_trim
+from .utils.progress import progress_bar
 
 K = TypeVar("K")
 PAUSE = 0.1  # seconds before each call: threads of the previous runtime stop spinning, and OpenVINO is a fifth faster
@@ -62,7 +64,7 @@ def benchmark(
     repeats: int = 7,
     split: str = "val",
     limit: int | None = None,
-    report: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] | None = None,
 ) -> list[BenchmarkRow]:
     """Measure a model as eager, optimized, bf16, ONNX Runtime, OpenVINO and int8, as far as they are available.
 
@@ -76,8 +78,9 @@ def benchmark(
         repeats: Rounds after the first one.
         split: Split that AP is measured on.
         limit: Number of images that AP is measured on.
-        report: Called with one line per finished step.
+        report: Called with one line per finished step; steps that run are shown too. If omitted, nothing is shown.
     """
+    progress, report = report is not None, report or (lambda line: None)
     device = model.get_buffer("pixel_mean").device
     height, width = (image_size and model.export_size(image_size)) or typical_input_size(model.resize_rule)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,18 +92,20 @@ def benchmark(
             variants["optimized", "bf16"] = model.optimize("bf16")
         if device.type == "cpu":
             fixed = None if model.exports_any_size else (height, width)
-            options = ExportOptions(image_size=fixed, data=data, split=split, limit=limit)
-            variants |= _exported_variants(model, Path(folder), options, report)
+            export = ExportOptions(image_size=fixed, data=data, split=split, limit=limit)
+            variants |= _exported_variants(model, Path(folder), export, report, progress)
         pixels = torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
         mask = torch.zeros(batch_size, height, width, dtype=torch.bool, device=device)
         calls = {variant: partial(detector, pixels, mask) for variant, detector in variants.items()}
         with torch.inference_mode():
-            timings = time_interleaved(calls, repeats)
+            with progress_bar(repeats + 1, "rounds", "time", progress, keep=False) as bar:
+                timings = time_interleaved(calls, repeats, bar.update)
             measurable = [variant for variant in calls if variant[0] in ("eager", "optimized")]
             peaks = {variant: peak_memory_mib(calls[variant], device.type) for variant in measurable}
         report("timed")
+        options = EvalOptions(batch_size=1, limit=limit, progress=progress)
         aps = {
-            variant: None if data is None else evaluate(detector, data, split=split, batch_size=1, limit=limit)["AP"]
+            variant: None if data is None else evaluate(detector, data, split=split, **options)["AP"]
             for variant, detector in variants.items()
         }
         calls.clear()  # with `variants`, closes the files, which Windows cannot delete while they are open
@@ -116,7 +121,7 @@ def benchmark(
 
 
 def _exported_variants(
-    model: Detector, folder: Path, options: ExportOptions, report: Callable[[str], None]
+    model: Detector, folder: Path, options: ExportOptions, report: Callable[[str], None], progress: bool
 ) -> dict[tuple[str, str], Any]:
     """Export the model to each installed runtime and open the files."""
     variants: dict[tuple[str, str], Any] = {}
@@ -131,7 +136,7 @@ def _exported_variants(
             path = folder / f"{precision}{'.onnx' if to == 'onnx' else '.xml'}"
             chosen = replace(options, precision=precision, data=options.data if precision == "int8" else None)
             try:
-                export_model(model, path, to, chosen)
+                export_model(model, path, to, chosen, progress=progress)
             except UserError as error:
                 report(f"{to} {precision} is not measured: {error}")
                 continue
@@ -153,8 +158,13 @@ def table(rows: Sequence[BenchmarkRow]) -> str:
     return "\n".join(lines)
 
 
-def time_interleaved(calls: Mapping[K, Callable[[], object]], repeats: int) -> dict[K, Timing]:
-    """Run every call once per round, so that other load on the machine affects all of them alike."""
+def time_interleaved(
+    calls: Mapping[K, Callable[[], object]], repeats: int, on_round: Callable[[], object] = lambda: None
+) -> dict[K, Timing]:
+    """Run every call once per round, so that other load on the machine affects all of them alike.
+
+    `on_round` is called after each of the `repeats` + 1 rounds.
+    """
     times: dict[K, list[float]] = {name: [] for name in calls}
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     gc.collect()
@@ -170,6 +180,7 @@ def time_interleaved(calls: Mapping[K, Callable[[], object]], repeats: int) -> d
                 synchronize()
                 if turn:
                     times[name].append((time.perf_counter() - start) * 1e3)
+            on_round()
     finally:
         gc.unfreeze()
     return {name: Timing(statistics.median(ms), sorted(ms)[round(0.95 * (len(ms) - 1))]) for name, ms in times.items()}

@@ -19,6 +19,7 @@ from PIL import Image, ImageFilter
 from .config import presets
 from .config.schema import Config
 from .utils.errors import UserError
+from .utils.progress import progress_bar
 
 MIN_AP50 = 0.70
 MARKER = "demo.json"  # identifies a folder that the demo may overwrite
@@ -140,15 +141,17 @@ def _write_split(
 ) -> None:
     rng = np.random.default_rng(seed)
     images, annotations = [], []
-    for image_id in range(1, count + 1):
-        picture = _background(photos[rng.integers(len(photos))], rng)
-        height, width = picture.shape[:2]
-        for index, (x, y, w, h) in _place_digits(picture, glyphs, rng):
-            annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(values[index]) + 1}
-            annotations.append({**annotation, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
-        name = f"{image_id:05d}.jpg"
-        Image.fromarray(picture.round().astype(np.uint8)).save(folder / name, quality=92)
-        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+    with progress_bar(count, "images", f"generate {folder.name}", keep=False) as bar:
+        for image_id in range(1, count + 1):
+            picture = _background(photos[rng.integers(len(photos))], rng)
+            height, width = picture.shape[:2]
+            for index, (x, y, w, h) in _place_digits(picture, glyphs, rng):
+                annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(values[index]) + 1}
+                annotations.append({**annotation, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+            name = f"{image_id:05d}.jpg"
+            Image.fromarray(picture.round().astype(np.uint8)).save(folder / name, quality=92)
+            images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+            bar.update()
     categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "_annotations.coco.json").write_text(json.dumps(content), encoding="utf-8")

@@ -132,6 +132,12 @@ class Detections:
         listing += ", …" if len(self) > 5 else ""
         return f"Detections({len(self)} in {self.path or 'an image'}{': ' + listing if listing else ''})"
 
+    def _repr_png_(self) -> bytes | None:
+        """Return the picture that a notebook shows; None without an image."""
+        from .visualize.draw import draw, png_for_notebook
+
+        return None if self.image is None else png_for_notebook(lambda: draw(self))
+
     @property
     def path(self) -> str | None:
         """The path of the image, or None if it was not passed as a path."""

@@ -1,5 +1,6 @@
 """The report shows the metrics of the evaluation and the images with the most errors."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -180,3 +181,16 @@ def test_images_have_masks(tmp_path, size):
         without, crowd = objects[2].pop(), objects[3].pop()
         assert not any(same_shape(rle, mask) for rle, mask in ((without, masks[1]), (crowd, masks[0])))
     assert content["worst"] == plain["worst"]
+
+
+def test_notebooks_show_the_report(models):
+    one, _, data = models
+    (result,) = evaluate_models([one], data, device="cpu", workers=0)
+    frame = re.fullmatch(r'<iframe srcdoc="([^"]*)" .*</iframe>', result._repr_html_(), re.DOTALL)
+    assert frame
+    page = html.unescape(frame[1])
+    assert page == render_report([result], "data", "val")
+    assert page_data(page)["models"][0]["metrics"]["AP"] == result.metrics["AP"]
+    assert repr(result) == f"EvaluationResult({one} on 6 images: AP {result.metrics['AP']:.3f}, " + (
+        f"AP50 {result.metrics['AP50']:.3f})"
+    )

@@ -1,5 +1,6 @@
 """Figures and animations: points are drawn at their positions at any image size."""
 
+import io
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from deformable_detr import Detections, UserError, explain
 from deformable_detr.explanation.explanation import DecoderLayerSampling, DetectionExplanation
+from deformable_detr.visualize.draw import NOTEBOOK_SIDE
 from tests.support.explanations import random_image, random_model
 
 
@@ -171,3 +173,12 @@ def test_attention_inside_box():
     explanation = make_explanation(image, [points], weights=[0.1, 0.4, 0.2, 0.3])
     for box, share in [((0, 0, 10, 4), 0.3), ((0, 0, 99, 99), 1.0), ((2, 2, 4, 4), 0.0)]:
         assert explanation.attention_inside_box(torch.tensor(box)).tolist() == pytest.approx([share])
+
+
+def test_notebooks_show_the_figure():
+    explanation = make_explanation(np.full((150, 200, 3), 90, np.uint8), [[(60.0, 50.0)], [(80.0, 60.0)]])
+    picture = Image.open(io.BytesIO(explanation._repr_png_() or b""))
+    drawn = explanation.draw()
+    drawn.thumbnail((NOTEBOOK_SIDE, NOTEBOOK_SIDE), Image.Resampling.LANCZOS)
+    assert np.array_equal(picture.convert("RGB"), drawn)
+    assert max(picture.size) <= NOTEBOOK_SIDE

@@ -150,3 +150,23 @@ def test_shared_efficientnet_weights_load(shared):
 def test_invalid_backbone_is_reported(changes, message):
     with pytest.raises(UserError, match=message):
         backbone(**changes)
+
+
+def test_downloads_are_announced(monkeypatch, capsys):
+    """Only for weights from the hub that are not in its cache."""
+    import huggingface_hub
+    import timm
+
+    create, cached = timm.create_model, []
+
+    def without_download(name, pretrained=False, pretrained_cfg_overlay=None, **options):
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, file: cached and cached[0])
+    backbone(backbone_weights="hub")
+    assert capsys.readouterr().err == "download the backbone weights of resnet10t (timm/resnet10t.c3_in1k)\n"
+    cached.append("/cache/model.safetensors")
+    backbone(backbone_weights="hub")
+    backbone(backbone_weights="none")
+    assert capsys.readouterr().err == ""

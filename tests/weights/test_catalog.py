@@ -24,7 +24,7 @@ def requests(monkeypatch, shared_repo):
 
     names = []
 
-    def fetch(name, revision=None, allow_patterns=None):
+    def fetch(name, revision=None, allow_patterns=None, **_):
         names.append((name, revision))
         return str(shared_repo)
 

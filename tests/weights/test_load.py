@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from deformable_detr import DeformableDETR, UserError
 from deformable_detr.config import presets
+from deformable_detr.utils import progress
 from tests.support.parity import batch
 from tests.support.weights import edit_json, equal_weights, load_error, read_tensors, tiny_model, write_tensors
 
@@ -59,7 +60,7 @@ def test_hub_id(shared_repo, monkeypatch):
 
     requests = []
 
-    def fetch(name, revision=None, allow_patterns=None):
+    def fetch(name, revision=None, allow_patterns=None, **_):
         requests.append((name, revision))
         return str(shared_repo)
 
@@ -135,3 +136,24 @@ def test_invalid_overrides_are_rejected(native_folder):
     ):
         with pytest.raises(UserError, match=message):
             DeformableDETR.from_pretrained(native_folder, **overrides)
+
+
+def test_downloads_from_the_hub_report_their_progress(shared_repo, monkeypatch, capsys):
+    """On a terminal the hub's client has its own bars; elsewhere it has none."""
+    import huggingface_hub
+
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+
+    def fetch(name, tqdm_class=None, **_):
+        if tqdm_class is not None:
+            options = {"unit": "B", "unit_scale": True, "initial": 0, "bar_format": "{bar}"}  # as the client does
+            with tqdm_class(desc="Downloading bytes", total=4_000_000, **options) as bar:
+                bar.update(1_000_000)
+        return str(shared_repo)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    DeformableDETR.from_pretrained("someone/some-model")
+    assert "Downloading bytes: 1.00M of 4.00M B" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    DeformableDETR.from_pretrained("someone/some-model")
+    assert capsys.readouterr().err == ""

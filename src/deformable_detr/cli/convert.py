@@ -27,5 +27,5 @@ def convert(
     stated = changes.pop("model", {})
     if changes or not isinstance(stated, dict):
         raise UserError(f"--set {(set_ or [''])[0]}: convert only takes keys of the model, such as model.num_heads=8")
-    for line in convert_model(source, to, out, stated):
+    for line in convert_model(source, to, out, stated, progress=True):
         echo(line)

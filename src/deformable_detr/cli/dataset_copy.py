@@ -35,7 +35,7 @@ def check_dataset(data: Path, config: Config, fix: Path | None, report: Path | N
     with new_copy(data, fix, "--fix"):
         issues = _print_issues(data, config)
         _write_reports(issues, report, json)
-        changes = repair(issues, fix)
+        changes = repair(issues, fix, progress=True)
     return _check_copy("repaired", issues, fix, changes, config)
 
 
@@ -57,7 +57,7 @@ def split_dataset(data: Path, out: Path, config: Config, options: SplitOptions) 
         issues = _print_issues(data, config, hidden=SPLIT_ISSUES)
         if train not in {split.name for split in issues.splits}:
             raise UserError(next(e.line for e in issues.errors if e.split == train and e.code == "file-unreadable"))
-        changes = repair(issues, out)
+        changes = repair(issues, out, progress=True)
         images, groups = split_images(issues, out, config.data, options)
     if groups < images or options.group is not None:
         echo(f"{images} images in {groups} groups; no group is split")

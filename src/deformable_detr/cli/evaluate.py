@@ -69,8 +69,12 @@ def evaluate(
         write_json(json, compare_metrics(results))
     if report is not None:
         from ..evaluation.report import write_report
+        from ..utils.progress import stage_bar
 
-        echo(f"report: {write_report(report, results, data.resolve().name, split)}")
+        with stage_bar("report", 1) as bar:
+            bar.stage(f"write {report.name}")
+            write_report(report, results, data.resolve().name, split)
+        echo(f"report: {report}")
 
 
 def metrics_table(metrics: dict[str, Any], other: dict[str, Any] | None = None) -> str:

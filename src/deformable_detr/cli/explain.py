@@ -48,14 +48,20 @@ def explain(
     from ..detector import load_detector
     from ..explanation import trace
     from ..explanation.html import page
+    from ..utils.progress import stage_bar
 
-    traced = trace(load_detector(model, device), image, threshold)
-    explanation = traced.detection((detection or 1) - 1) if position is None else traced.point(*position)
-    layer_index = None if layer is None else layer - 1
-    if out.suffix.lower() in PAGE_SUFFIXES:
-        write_text(out, page(traced, explanation, layer_index))
-    else:
-        explanation.save(out, layer_index)
+    with stage_bar("explain", 3) as bar:
+        bar.stage("load the model")
+        detector = load_detector(model, device)
+        bar.stage(f"find what it looks at in {image.name}")
+        traced = trace(detector, image, threshold)
+        explanation = traced.detection((detection or 1) - 1) if position is None else traced.point(*position)
+        layer_index = None if layer is None else layer - 1
+        bar.stage(f"write {out.name}")
+        if out.suffix.lower() in PAGE_SUFFIXES:
+            write_text(out, page(traced, explanation, layer_index))
+        else:
+            explanation.save(out, layer_index)
     if json is not None:
         write_json(json, explanation.to_dict())
     echo("\n".join([*_summary(explanation), f"wrote {out}" + (f" and {json}" if json else "")]))

@@ -39,5 +39,5 @@ def export(
     from ..export.graph import parse_size
 
     options = ExportOptions(precision, parse_size(image_size), post_processing, sampling, data, split, limit)
-    export_model(load_model(model), out, to, options, report=echo)
+    export_model(load_model(model), out, to, options, report=echo, progress=True)
     echo(f"{out} is verified. Next: deformable-detr predict {out} IMAGE --out pictures")

@@ -13,7 +13,7 @@ from cyclopts.validators import Number
 
 from ..config import presets
 from ..config.resolve import DEFAULT_PRESET
-from ..utils.terminal import printable
+from ..utils.terminal import above_bars, printable
 from ..utils.tiles import MAX_OVERLAP, MIN_TILE
 
 Flag = Parameter(negative=())
@@ -106,7 +106,8 @@ def _without_constraints(annotation: Any) -> Any:
 
 def print_error(message: str) -> None:
     """Print an error as one line to standard error."""
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    with above_bars():
+        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def format_metric(value: float | None) -> str:

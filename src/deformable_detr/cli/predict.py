@@ -167,6 +167,7 @@ def predict_files(
             first source.
     """
     from ..predict.predictor import default_top_k, predict_each
+    from ..utils.progress import progress_bar
 
     sources: list[Source] = [*files] if options.camera is None else [*files, options.camera]
     videos = {source for source in sources if _is_video(source)}
@@ -189,21 +190,23 @@ def predict_files(
     results = predict_each(model, images, options.min_score, top_k, 1, folder is not None, options.tiling)
     records: list[dict[str, Any]] = []
     failures, full = 0, []  # full: sources with the maximum of detections, so that some may be missing
-    for source in sources:
-        try:
-            if source in videos:
-                record, line, problem, most = _predict_video(model, source, outputs[source], options, top_k)
-            else:
-                record, line, problem, most = _predict_image(results, source, outputs.get(source))
-        except UserError as error:
-            record, line, problem, most = None, None, str(error), 0
-        if problem is not None:
-            failures += 1
-            report_error(problem)
-        if record is not None:
-            records.append(record)
-            report(f"{_name(source)}: {line}")
-        full += [source] * (most == top_k and options.tile is None)
+    with progress_bar(len(sources), "files", "predict", show=len(sources) > 1, keep=False) as bar:
+        for source in sources:
+            try:
+                if source in videos:
+                    record, line, problem, most = _predict_video(model, source, outputs[source], options, top_k)
+                else:
+                    record, line, problem, most = _predict_image(results, source, outputs.get(source))
+            except UserError as error:
+                record, line, problem, most = None, None, str(error), 0
+            if problem is not None:
+                failures += 1
+                report_error(problem)
+            if record is not None:
+                records.append(record)
+                report(f"{_name(source)}: {line}")
+            full += [source] * (most == top_k and options.tile is None)
+            bar.update()
     _write_results(options, records, report)
     _warn_of_limit(model, [] if options.coco else full, top_k)
     return failures

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -18,9 +18,12 @@ from ..model.postprocess import ScoredBoxes, postprocess
 from ..predict.predictor import Detector, detect_image, evaluating, forward, model_categories
 from ..utils.errors import UserError
 from ..utils.failures import explain_machine_errors
+from ..utils.progress import progress_bar
 from ..utils.tiles import DEFAULT_OVERLAP, Tiling, check_tiling
+from ..visualize.web.html import embed_page
 from .masks import has_mask
 from .metrics import CocoEvaluation, Metrics, coco_metrics, run_coco_eval, summarize
+from .report import render_report
 
 if TYPE_CHECKING:
     from ..data.dataset import CocoDataset
@@ -41,7 +44,7 @@ class EvalOptions(TypedDict, total=False):
     batch_size: int  # images per batch; default: 4
     workers: int  # data loader processes, 0 loads in the main process; default: 2
     limit: int | None  # evaluate only the first images, at most this many; default: all
-    progress: bool  # show a progress bar if standard error is a terminal; default: True
+    progress: bool  # show a progress bar; default: True
     tile: int | None  # side in pixels of the tiles that larger images are cut into; default: no tiles
     tile_overlap: float  # minimum overlap of tiles as a share of their side; default: 0.2
 
@@ -58,6 +61,16 @@ class EvaluationResult:
     device: str
     name: str = "model"  # the model's path, or the name of its class
     coco_masks: CocoEvaluation | None = None  # None: the model or the dataset has no masks
+    data: str = "the dataset"  # its name
+    split: str = "val"
+
+    def __repr__(self) -> str:
+        figures = [f"{name} {'—' if (ap := self.metrics[name]) is None else f'{ap:.3f}'}" for name in ("AP", "AP50")]
+        return f"EvaluationResult({self.name} on {self.metrics['images']} images: {', '.join(figures)})"
+
+    def _repr_html_(self) -> str:
+        """Return the report, which a notebook shows."""
+        return embed_page(render_report([self], self.data, self.split))
 
 
 def evaluate(
@@ -108,10 +121,11 @@ def evaluate_models(
     tile, overlap = rest.pop("tile", None), rest.pop("tile_overlap", DEFAULT_OVERLAP)
     tiling = check_tiling(tile, overlap, options.get("batch_size", BATCH_SIZE))
     with explain_machine_errors(options.get("batch_size", BATCH_SIZE), options.get("workers", WORKERS)):
-        return [
+        results = [
             evaluate_dataset(detector, dataset, name=name, tiling=tiling, **rest)
             for detector, dataset, name in zip(detectors, datasets, names, strict=True)
         ]
+    return [replace(result, data=Path(data).resolve().name, split=split) for result in results]
 
 
 def compare_metrics(results: Sequence[EvaluationResult]) -> dict[str, Any]:
@@ -224,7 +238,6 @@ def detect_images(
     that the model and its postprocessing took.
     """
     from torch.utils.data import Subset
-    from tqdm import tqdm
 
     from ..data.dataloader import LoaderOptions, build_dataloader
 
@@ -235,7 +248,7 @@ def detect_images(
     results: list[dict[str, Any]] = []
     image_ids: set[Any] = set()
     model_seconds = 0.0
-    with evaluating(model), tqdm(total=count, unit="image", desc="evaluate", disable=None if progress else True) as bar:
+    with evaluating(model), progress_bar(count, "images", "evaluate", progress) as bar:
         for batch, targets in batches:
             start = time.perf_counter()
             sizes = [target.original_size for target in targets]
@@ -269,8 +282,6 @@ def detect_in_tiles(
 
     `top_k` is the maximum of a tile. `shard` selects images instead of batches. The seconds include reading.
     """
-    from tqdm import tqdm
-
     from ..structures import Target
 
     category_ids = [category.id for category in dataset.categories]
@@ -278,11 +289,13 @@ def detect_in_tiles(
     image_ids: set[Any] = set()
     start = time.perf_counter()
     indices = range(shard[0], count, shard[1])
-    for index in tqdm(indices, unit="image", desc="evaluate", disable=None if progress else True):
-        scored, size = detect_image(model, dataset.path(index), tiling, top_k)
-        target = Target.empty(int(dataset.image_ids[index]), size)
-        results += _coco_rows(target, scored.select(scored.labels < len(category_ids)), category_ids)
-        image_ids.add(target.image_id)
+    with progress_bar(len(indices), "images", "evaluate", progress) as bar:
+        for index in indices:
+            scored, size = detect_image(model, dataset.path(index), tiling, top_k)
+            target = Target.empty(int(dataset.image_ids[index]), size)
+            results += _coco_rows(target, scored.select(scored.labels < len(category_ids)), category_ids)
+            image_ids.add(target.image_id)
+            bar.update()
     return results, image_ids, time.perf_counter() - start
 
 

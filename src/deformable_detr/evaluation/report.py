@@ -1,8 +1,10 @@
 """The evaluation report: one self-contained web page of one model, or of two models side by side."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -13,8 +15,10 @@ from ..utils.images import read_image
 from ..utils.rle import thumbnail
 from ..visualize.web.html import jpeg_data_uri, render_page
 from .analysis import Matches, analyze, match
-from .evaluator import EvaluationResult
 from .metrics import CocoEvaluation
+
+if TYPE_CHECKING:
+    from .evaluator import EvaluationResult
 
 MAX_IMAGES = 16
 LONGEST_SIDE = 640  # of an image in the page, in pixels

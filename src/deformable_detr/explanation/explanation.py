@@ -18,7 +18,7 @@ from torch import Tensor
 from ..structures import Detections
 from ..utils.errors import UserError
 from ..utils.images import read_image
-from ..visualize.draw import image_format, save_image
+from ..visualize.draw import image_format, png_for_notebook, save_image
 from ..visualize.fonts import legible
 from . import plot
 from .viewport import Viewport, close_up
@@ -79,6 +79,10 @@ class Explanation:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.title}; {len(self.layers)} layers)"
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the picture that a notebook shows."""
+        return png_for_notebook(self.draw)
 
     def check_layer(self, layer: int) -> None:
         """Raise UserError if there is no layer with this index, counted from 0."""

@@ -17,6 +17,7 @@ from ..utils.errors import UserError
 from ..utils.failures import explain_machine_errors
 from ..utils.files import EXPORT_SUFFIXES, prepare_files
 from ..utils.packages import need
+from ..utils.progress import stage_bar
 from .formats import convert_to_onnx, write_file
 from .graph import InferenceGraph, Sampling, trace
 from .quantization import CalibrationImages, import_nncf, quantize
@@ -74,6 +75,7 @@ def export_model(
     to: Format,
     options: ExportOptions | None = None,
     report: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
 ) -> ExportResult:
     """Write a model as a file for another runtime, unless its outputs (fp32) or AP (fp16, int8) differ too much.
 
@@ -83,6 +85,7 @@ def export_model(
         to: Format of the file.
         options: Default: fp32, any image size.
         report: Called with one line per finished step.
+        progress: Show the current step while it runs.
 
     Raises:
         UserError: An option is invalid, the model cannot be exported, the file cannot be written, its outputs differ,
@@ -96,6 +99,7 @@ def export_model(
         import_nncf()
     exporter = _Exporter(model, path.name, to, options, report)
     with (
+        stage_bar("export", exporter.num_stages, progress) as exporter.bar,
         explain_machine_errors(1, 0, "choose a smaller --image-size"),
         tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder,
     ):
@@ -114,9 +118,16 @@ class _Exporter:
             raise UserError("--precision int8: not supported for this model; use fp32 or fp16")
         self.model = copy.deepcopy(model).cpu().float().eval()
         self.name, self.to, self.options, self.report = name, to, options, report
+        self.bar = stage_bar("export", None, show=False)
         self.metadata = ExportMetadata(
             config, options.image_size, options.precision, options.sampling, options.post_processing
         )
+
+    @property
+    def num_stages(self) -> int | None:
+        """Number of steps; None for int8, which tries several forms."""
+        steps = 3 + (self.to != "torch") + 2 * (self.options.data is not None)
+        return None if self.options.precision == "int8" else steps
 
     def run(self, folder: Path) -> tuple[list[VerifiedCase], float | None, float | None]:
         """Write a verified file in `folder`. Return the verified cases and the AP of the model and of the file."""
@@ -124,9 +135,14 @@ class _Exporter:
         # OpenVINO stores fp16 weights, but the device decides on the precision of computations.
         half = options.precision == "fp16" and self.to != "openvino"
         graph = InferenceGraph(self.model, options.post_processing, torch.half if half else torch.float32)
+        self.bar.stage("trace the model")
         program = trace(graph, options.image_size, options.sampling)
         self.report("traced")
-        converted = program if self.to == "torch" else convert_to_onnx(program, self.metadata)
+        if self.to == "torch":
+            converted = program
+        else:
+            self.bar.stage("convert to ONNX")
+            converted = convert_to_onnx(program, self.metadata)
         ap_before = None if options.data is None else self._evaluate(self.model)
         aps: list[list[float]] = []
         for name, variant in self._variants(converted):
@@ -157,13 +173,16 @@ class _Exporter:
         images = CalibrationImages(self.metadata, cast(Path, self.options.data))
         self.report(f"calibrating on {len(images)} training images")
         for name, modules in self.model.int8_modules.items():
+            self.bar.stage(f"quantize {name}")
             yield f", int8 in {name}", quantize(converted, images, modules, per_channel=self.to == "openvino")
 
     def _write_and_verify(self, graph: Any, path: Path, name: str) -> tuple[ExportedDetector, list[VerifiedCase]]:
+        self.bar.stage(f"write {self.name}")
         write_file(self.to, graph, path, self.metadata)
         size = sum(file.stat().st_size for file in path.parent.iterdir()) / 2**20
         self.report(f"written, {size:.1f} MiB{name}")
         exported = load_exported(path, "cpu")
+        self.bar.stage(f"verify {self.name}")
         cases = verify(self.model, exported, TOLERANCES[self.options.precision])
         for case in cases:
             self.report(f"verified {case}")
@@ -174,7 +193,11 @@ class _Exporter:
         from ..evaluation import evaluate
 
         data = cast(Path, self.options.data)
-        metrics = evaluate(detector, data, split=self.options.split, batch_size=1, limit=self.options.limit)
+        self.bar.stage("measure AP")
+        show = not self.bar.disable
+        metrics = evaluate(
+            detector, data, split=self.options.split, batch_size=1, limit=self.options.limit, progress=show
+        )
         aps = [metrics["AP"], *([metrics["segm"]["AP"]] if "segm" in metrics else [])]
         if None in aps:
             raise UserError(f"--data {data}: its {self.options.split} split has no objects, so AP cannot be measured")

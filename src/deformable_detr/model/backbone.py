@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config.schema import ModelConfig
 from ..utils.errors import UserError, first_line
 from ..utils.packages import quiet_loggers
+from ..utils.progress import write_line
 from .frozen_norm import freeze_batch_norms
 from .resnet import ResNet
 
@@ -130,8 +131,7 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
         feature = "dilated feature maps (DC5)" if config.dilation else "feature maps"
         raise UserError(f"backbone '{name}' does not support {feature}: {first_line(error)}") from None
     by_stride = {stage["reduction"]: index for index, stage in enumerate(stages)}  # the deepest per stride
-    if len(strides) == 1:
-        strides = (max(by_stride),)
+    strides = (max(by_stride),) if len(strides) == 1 else strides
     levels = len(strides)
     if config.reads_stride4:
         strides = tuple(sorted({4, *strides}))
@@ -147,6 +147,7 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
         with torch.random.fork_rng(devices=[]):
             random_state = timm.create_model(name, **options).state_dict()
         options["pretrained_cfg_overlay"] = {"file": source}
+    _announce_download(name, source, probe.pretrained_cfg)
     try:
         with quiet_loggers("timm", "huggingface_hub"):
             body = timm.create_model(name, pretrained=True, **options)
@@ -160,6 +161,15 @@ def _feature_extractor(config: ModelConfig, strides: tuple[int, ...]) -> tuple[A
         if value.ndim > 1 and torch.equal(value, loaded[key]):
             raise UserError(f"backbone weights {source} do not fit timm's '{name}': no values for {key}")
     return (swin.SwinFeatures(body, levels) if is_swin else body), stages
+
+
+def _announce_download(name: str, source: str, settings: dict[str, Any]) -> None:
+    """Say that timm will download the weights, unless they are a file or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository = settings.get("hf_hub_id")
+    if source == "hub" and repository and not try_to_load_from_cache(repository, "model.safetensors"):
+        write_line(f"download the backbone weights of {name} ({repository})")
 
 
 def _freeze_stages(body: nn.Module, stages: list[dict], count: int, name: str) -> None:

@@ -16,6 +16,7 @@ from ..structures import Detections
 from ..utils.errors import UserError
 from ..utils.files import temporary_path
 from ..utils.packages import need
+from ..utils.progress import progress_bar
 from ..visualize.draw import draw_on, enlargement
 from .frames import Frame, reason
 from .predictor import predict_iter
@@ -110,8 +111,6 @@ def predict_video(
     Raises:
         UserError: The source cannot be opened or an output cannot be written.
     """
-    from tqdm import tqdm
-
     counts: Counter[str] = Counter()
     num_frames = most = 0
     with (
@@ -119,7 +118,7 @@ def predict_video(
         _output_files(video, lines) as (temporary_video, temporary_lines),
         open(temporary_lines, "w", encoding="utf-8") as file,
         closing(VideoWriter(temporary_video, reader.rate)) as writer,
-        tqdm(total=reader.total, unit="frame", desc=reader.name, disable=None) as progress,
+        progress_bar(reader.total, "frames", reader.name) as progress,
     ):
         tracker = Tracker(threshold, reader.rate) if track else None
         results = _detect(model, reader, threshold, 1 if reader.live else batch_size, top_k, tracker)

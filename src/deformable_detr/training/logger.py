@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..config.schema import TrainConfig
 from ..utils.errors import UserError
 from ..utils.files import replace_file
 from ..utils.packages import need
-from ..utils.terminal import printable
+from ..utils.progress import ProgressBar, progress_bar, write_line
 from .step import StepMetrics
 
 _log = logging.getLogger(__name__)
@@ -69,7 +66,7 @@ class TrainingLogger:
     def __init__(self, config: TrainConfig, folder: Path, enabled: bool = True) -> None:
         self.config, self.folder, self.enabled = config, folder, enabled
         self.path = folder / "metrics.jsonl"
-        self._bar: tqdm | None = None
+        self._bar: ProgressBar | None = None
         self._board: Any = None
         self._history: defaultdict[str, list[float]] = defaultdict(list)  # step metrics since the last line
         self._logged = (0, 0.0)  # images and seconds at that line
@@ -91,7 +88,8 @@ class TrainingLogger:
                     writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step)
                     self._board = stack.enter_context(writer)
                 layout = "{percentage:3.0f}%|{bar:20}| {elapsed}{postfix}"
-                bar = tqdm(total=1.0, bar_format=layout, disable=None, dynamic_ncols=True, file=sys.stderr)
+                line = "train: {percentage:.0f}%, {elapsed}{postfix}"
+                bar = progress_bar(1.0, "", "train", bar_format=layout, line_format=line)
                 self._bar = stack.enter_context(bar)
             yield
 
@@ -160,10 +158,10 @@ class TrainingLogger:
     def print(self, line: str) -> None:
         """Print a line above the progress bar."""
         if self.enabled:
-            tqdm.write(printable(line), file=sys.stderr)
+            write_line(line)
 
     def show_progress(self, state: TrainState, progress: float) -> None:
-        """Update the progress bar, which is shown only on a terminal."""
+        """Update the progress bar."""
         if self._bar is None or self._bar.disable:
             return
         name = "mask AP" if "segm" in (state.metrics or {}) else "AP"
@@ -185,7 +183,7 @@ class TrainingLogger:
             else:
                 line += f", best AP {_figure(state.best_ap)}"
         speed = state.images_seen / max(state.seconds, 1e-9)
-        trained, left = tqdm.format_interval(state.seconds), _remaining(state, progress)
+        trained, left = ProgressBar.format_interval(state.seconds), _remaining(state, progress)
         self.print(f"{line}, {speed:.1f} images/s, {trained} trained, {left} left")
 
     def _epoch(self, epoch: int) -> str:
@@ -193,7 +191,7 @@ class TrainingLogger:
 
 
 def _remaining(state: TrainState, progress: float) -> str:
-    return tqdm.format_interval(state.seconds * (1 - progress) / progress) if progress else "?"
+    return ProgressBar.format_interval(state.seconds * (1 - progress) / progress) if progress else "?"
 
 
 def _figure(value: float | None) -> str:

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import sys
+from contextlib import AbstractContextManager, nullcontext
 
 # C0 without tab and line feed, DEL, C1, and the characters that reverse the direction of a line.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -18,8 +20,15 @@ def printable_name(name: str) -> str:
 
 
 def echo(text: str) -> None:
-    """Print a text to standard output with its control characters escaped."""
-    print(printable(text))
+    """Print a text to standard output with its control characters escaped, above the progress bars."""
+    with above_bars():
+        print(printable(text))
+
+
+def above_bars() -> AbstractContextManager[None]:
+    """Return a context that hides the progress bars on a terminal, so that lines can be printed above them."""
+    tqdm = sys.modules.get("tqdm")  # not imported: there are no bars
+    return nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode()
 
 
 class PrintableFormatter(logging.Formatter):

@@ -7,7 +7,10 @@ of Okabe and Ito, which are distinct for people with any color vision.
 
 from __future__ import annotations
 
+import io
+import logging
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from ..structures import Detections
 
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+NOTEBOOK_SIDE = 1000  # pixels; the longest side of a picture that a notebook shows
 NO_TRACK = "#BBBBBB"  # of detections that the tracker has not confirmed
 MIN_LONG_SIDE = 320  # pixels; smaller images are enlarged to make room for text
 MIN_FONT_SIZE = 11
@@ -33,6 +37,7 @@ MAX_LABELED = 0.15  # with masks, labels cover at most this part of the image, s
 CROWDED, CROWDED_WIDTH = 8, 0.4  # from 8 boxes on, labels take at most this share of the image width
 
 Rectangle = tuple[int, int, int, int]
+_log = logging.getLogger(__name__)
 
 
 def draw(detections: Detections) -> Image.Image:
@@ -99,6 +104,19 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
         options = {"quality": 95, "subsampling": 0, **options}  # text stays sharp
     write_files(path.parent, {path.name: lambda temporary: image.save(temporary, kind, **options)})
     return path
+
+
+def png_for_notebook(paint: Callable[[], Image.Image]) -> bytes | None:
+    """Return a picture as PNG, at most `NOTEBOOK_SIDE` pixels long; None, with a warning, if it cannot be drawn."""
+    try:
+        image = paint()
+    except UserError as error:
+        _log.warning("no picture: %s", error)
+        return None
+    image.thumbnail((NOTEBOOK_SIDE, NOTEBOOK_SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def _draw_boxes(image: Image.Image, boxes: np.ndarray, colors: list[str]) -> None:

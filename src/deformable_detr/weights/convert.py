@@ -13,6 +13,7 @@ from ..config.schema import ModelConfig
 from ..model.network import DeformableDETRNetwork
 from ..utils.errors import UserError
 from ..utils.files import FileContent, write_files
+from ..utils.progress import stage_bar
 from . import native, official_format, transformers_format, verify
 from .checkpoint import STATED, SUPPORTED, check_supported
 from .image_processor import PREPROCESSOR, PROCESSOR
@@ -24,7 +25,11 @@ _FILES = (native.CONFIG, native.WEIGHTS, PREPROCESSOR, official_format.FILE)
 
 
 def convert(
-    source: str | os.PathLike[str], to: Format, out: str | os.PathLike[str], stated: Mapping[str, Any] | None = None
+    source: str | os.PathLike[str],
+    to: Format,
+    out: str | os.PathLike[str],
+    stated: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> list[str]:
     """Write a model into a folder in another format.
 
@@ -34,6 +39,7 @@ def convert(
             classes) or "official" (checkpoint.pth for the paper authors' code).
         out: The folder; it must not hold a model.
         stated: Fields of `ModelConfig` that a `.pth` without settings does not tell, such as "num_heads".
+        progress: Show the current step while it runs.
 
     Returns:
         Lines for the user: where the model is, how to load it, what the format cannot express.
@@ -48,8 +54,11 @@ def convert(
         raise UserError(f"--out {folder} already has {existing[0]}; choose another folder")
     if unknown := [name for name in stated or {} if name not in STATED]:
         raise UserError(f"--set model.{unknown[0]}: convert only takes {', '.join(STATED)}, where a .pth lacks them")
-    model = load_pretrained(source, **(stated or {}))
-    return [*read_checkpoint(source, stated).notes, *write(model, to, folder)]
+    with stage_bar("convert", 2, progress) as bar:
+        bar.stage("read the model")
+        model = load_pretrained(source, **(stated or {}))
+        bar.stage("write the files and verify them")
+        return [*read_checkpoint(source, stated).notes, *write(model, to, folder)]
 
 
 def write(model: DeformableDETRNetwork, to: Format, folder: Path, card_data: ModelCardData | None = None) -> list[str]:

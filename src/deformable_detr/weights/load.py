@@ -14,6 +14,7 @@ import torch
 from ..model.network import DeformableDETRNetwork, NetworkT
 from ..utils.errors import UserError, first_line
 from ..utils.files import is_exported, read_json
+from ..utils.progress import bar_class, in_notebook, write_line
 from . import catalog, native, official_format, transformers_format
 from .checkpoint import STATED, Checkpoint
 from .resize import resize_state
@@ -136,7 +137,8 @@ def _download_pretrained(model: catalog.PretrainedModel, revision: str) -> Path:
         return _download(hub_id, f"{model.name} ({hub_id})")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(model.source, str(path), progress=sys.stderr.isatty())
+        write_line(f"download {model.source}")
+        torch.hub.download_url_to_file(model.source, str(path), progress=sys.stderr.isatty() or in_notebook())
     except Exception as error:  # from the network or the disk
         raise UserError(f"model {model.name}: the download of {model.source} failed: {first_line(error)}") from None
     return path
@@ -150,12 +152,15 @@ def _tell(notice: str) -> None:
 
 def _download(hub_id: str, shown: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import are_progress_bars_disabled
 
     name, _, revision = hub_id.partition("@")
     folder = Path()
+    shows_own = sys.stderr.isatty() or are_progress_bars_disabled()  # the hub's client has bars for terminals only
+    options = {} if shows_own else {"tqdm_class": bar_class()}
     for patterns in _HUB_FILES:
         try:
-            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns), **options))
         except Exception as error:  # from the hub's client, the network or the disk
             raise UserError(f"model {shown}: no such folder, and the download failed: {first_line(error)}") from None
         if any(file.suffix in _WEIGHT_SUFFIXES for file in folder.iterdir()):

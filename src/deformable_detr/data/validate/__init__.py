@@ -10,6 +10,7 @@ from ...config.image_size import ModelResize
 from ...config.schema import DataConfig
 from ...structures import Category
 from ...utils.errors import UserError
+from ...utils.progress import stage_bar
 from ..formats import find_source
 from ..issues import ISSUE_TYPES, SEVERITIES, Issue, Issues
 from ..source import AnnotationCache, Source, distinct_val_hint, same_split, split_command_hint
@@ -105,7 +106,7 @@ def check_dataset(
         data: Data settings; with tiles, objects are measured in them.
         rule: Resize of the model; it decides which objects are tiny.
         depth: "full" decodes every image; "auto" decodes at most `AUTO_IMAGES` in `AUTO_SECONDS`.
-        progress: Show a progress bar if standard error is a terminal.
+        progress: Show the progress.
         cache: Keeps the parsed annotations for other readers; decides whether masks are checked. Default: no masks.
         num_queries: Queries of the model, the most objects per image that it can find. If omitted, not checked.
 
@@ -114,17 +115,21 @@ def check_dataset(
     """
     base, issues, cache = Path(root).expanduser(), Issues(), cache or AnnotationCache()
     splits: dict[str, Split] = {}
-    for name, source in find_splits(base, data, issues).items():
-        categories = splits[data.train_split].category_list if data.train_split in splits else None
-        if (split := read_split(source, name, categories, issues, cache)) is not None:
-            splits[name] = split
-    coverage = check_images(list(splits.values()), depth, issues, progress)
-    for split in splits.values():
-        check_boxes(split, rule, issues, data.tile, train=split.name == data.train_split)
-        check_crowded(split, num_queries, issues, data.tile)
-        check_masks(split, issues)
-    check_outside(base, list(splits.values()), data, issues)
-    check_classes(list(splits.values()), splits.get(data.train_split), splits.get(data.val_split), issues)
+    with stage_bar("check", 3, progress) as bar:
+        bar.stage("read the annotations")
+        for name, source in find_splits(base, data, issues).items():
+            categories = splits[data.train_split].category_list if data.train_split in splits else None
+            if (split := read_split(source, name, categories, issues, cache)) is not None:
+                splits[name] = split
+        bar.stage("read the images")
+        coverage = check_images(list(splits.values()), depth, issues, progress)
+        bar.stage("check the objects and classes")
+        for split in splits.values():
+            check_boxes(split, rule, issues, data.tile, train=split.name == data.train_split)
+            check_crowded(split, num_queries, issues, data.tile)
+            check_masks(split, issues)
+        check_outside(base, list(splits.values()), data, issues)
+        check_classes(list(splits.values()), splits.get(data.train_split), splits.get(data.val_split), issues)
     return Report(base, tuple(splits.values()), issues, coverage, rule.short)
 
 
@@ -141,7 +146,7 @@ def check_for_training(
     """
     if data.check == "off":
         return ()
-    report = check_dataset(root, data, rule, data.check, cache=cache, num_queries=num_queries)
+    report = check_dataset(root, data, rule, data.check, progress=True, cache=cache, num_queries=num_queries)
     used = [issue for issue in report.issues if issue.split in (data.train_split, data.val_split)]
     report = replace(report, issues=Issues(used))
     if errors := report.errors:

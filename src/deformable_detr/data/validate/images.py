@@ -16,6 +16,7 @@ from typing import Literal
 from ...utils.errors import UserError
 from ...utils.files import open_regular, read_regular
 from ...utils.images import TRANSPOSED_ORIENTATIONS, read_header, read_image
+from ...utils.progress import progress_bar
 from ..discovery import other_annotations
 from ..issues import Issue, Issues
 from ..records import ImageRecord
@@ -78,7 +79,6 @@ def _run(
     tasks: list[Task], work: Callable[[ImageRecord], None], seconds: float, progress: bool, unit: str, issues: Issues
 ) -> int:
     """Do the work in threads until the time is over; return the number of images. Decoders release the GIL."""
-    from tqdm import tqdm
 
     def attempt(task: Task) -> UserError | None:
         try:
@@ -89,7 +89,7 @@ def _run(
 
     reported = {issue.file for issue in issues if issue.code == "image-unreadable"}  # by the reader of the labels
     end = time.monotonic() + seconds
-    bar = tqdm(total=len(tasks), unit="image", desc=f"check {unit}", disable=None if progress else True, leave=False)
+    bar = progress_bar(len(tasks), "images", f"check {unit}", progress, keep=False)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool, bar:
         for start in range(0, len(tasks), CHUNK):
             chunk = tasks[start : start + CHUNK]

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from ...utils.errors import UserError
 from ...utils.files import read_regular, write_text
 from ...utils.images import TRANSPOSED_ORIENTATIONS
+from ...utils.progress import progress_bar
 from ...utils.rle import resize_mask
 from ..discovery import ROBOFLOW
 from ..issues import OVERHANG
@@ -69,7 +70,7 @@ def new_copy(data: Path, out: Path, option: str) -> Iterator[None]:
         raise UserError(f"{option} {out}: cannot be written: {error.strerror or error}") from None
 
 
-def repair(report: Report, out: Path) -> list[Change]:
+def repair(report: Report, out: Path, progress: bool = False) -> list[Change]:
     """Write the repaired copy and its changes.jsonl into the empty folder `out`, and return the changes.
 
     Images are hard links if the file system supports them, otherwise copies.
@@ -78,7 +79,8 @@ def repair(report: Report, out: Path) -> list[Change]:
     for split in report.splits:
         folder = out / split.name
         folder.mkdir(parents=True)
-        write_annotations(folder, _Repair(report, split, changes).content(folder))
+        with progress_bar(len(split.images), "images", f"copy {split.name}", progress, keep=False) as bar:
+            write_annotations(folder, _Repair(report, split, changes, bar.update).content(folder))
     write_text(out / CHANGES, "".join(json.dumps(change, ensure_ascii=False) + "\n" for change in changes))
     return changes
 
@@ -92,8 +94,10 @@ def write_annotations(folder: Path, content: dict[str, Any]) -> None:
 class _Repair:
     """The repair of one split; appends each change to `changes`."""
 
-    def __init__(self, report: Report, split: Split, changes: list[Change]) -> None:
-        self.split, self.changes = split, changes
+    def __init__(
+        self, report: Report, split: Split, changes: list[Change], on_image: Callable[[], object] = lambda: None
+    ) -> None:
+        self.split, self.changes, self.on_image = split, changes, on_image
         self.issues = [issue for issue in report.issues if issue.split == split.name]
         self.dropped: dict[str, set[int]] = defaultdict(set)  # positions by section
         self.mask_codes: dict[int, list[str]] = defaultdict(list)  # issues of masks to repair, by position
@@ -171,6 +175,7 @@ class _Repair:
 
     def _image(self, record: ImageRecord, raw: dict[str, Any], folder: Path, names: set[str]) -> dict[str, Any]:
         position = f"images[{record.position}]"
+        self.on_image()
         if raw["file_name"] != record.name:
             self.log("image-name", position, f"{raw['file_name']!r} → {record.name!r}")
         image = raw | {"file_name": _link_image(record.path, folder, _unique_name(record, names))}

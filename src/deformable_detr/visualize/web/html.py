@@ -46,6 +46,12 @@ def render_page(
     return re.sub("__(TITLE|STYLE|BODY|SCRIPT|DATA)__", lambda match: parts[match[1]], read_asset("page.html"))
 
 
+def embed_page(page: str, height: int = 640) -> str:
+    """Return HTML that shows a page inside of another one, such as a notebook; height in pixels."""
+    style = "width: 100%; border: 1px solid #ccc; border-radius: 4px"
+    return f'<iframe srcdoc="{html.escape(page)}" height="{height}" style="{style}" loading="lazy"></iframe>'
+
+
 def jpeg_data_uri(image: Image.Image, longest_side: int, quality: int = 85) -> str:
     """Return an image as the data URI of a JPEG, downscaled if a side is longer than `longest_side` pixels."""
     if max(image.size) > longest_side:
