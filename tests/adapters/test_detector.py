@@ -9,6 +9,7 @@ import pytest
 import torch
 from packaging.version import Version
 from tests.support.commands import run_command
+from tests.support.special_files import needs_pipes, replace_by_pipe
 from tests.support.training import write_dataset
 from tests.support.transformers_models import CONFIGS, NAMES, pictures, write_repository
 from tests.support.weights import tiny_model
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from deformable_detr import DeformableDETR, UserError
 from deformable_detr.adapters import families
+from deformable_detr.adapters.config_checks import check_config
 from deformable_detr.adapters.detector import TransformersDetector
 from deformable_detr.config.image_size import FixedSize, ShortestEdge
 from deformable_detr.data.dataloader import pad_images
@@ -285,6 +287,7 @@ def test_broken_repositories(rt_detr, tmp_path, kind, message):
         ({"num_labels": 10**9, "id2label": None}, "num_labels 1000000000 is more than 2048"),
         ({"decoder_layers": 10**5}, r"decoder_layers 100000 is more than \d+"),
         ({"d_model": 10**9}, "d_model 1000000000"),
+        ({"anchor_image_size": [10**6, 640]}, "anchor_image_size 1000000 is more than 32768"),
         ({"encoder_in_channels": [16, 24, 10**9]}, "encoder_in_channels 1000000000"),
         ({"backbone_config": {"model_type": "rt_detr_resnet", "depths": [1, 1, 9999, 1]}}, "backbone_config.depths"),
         ({"id2label": {"0": "a", "2": "b", "5": "c"}}, "id2label must map the labels 0, 1, …"),
@@ -308,6 +311,17 @@ def test_configs_that_transformers_is_not_to_build(rt_detr, tmp_path, changes, m
         load_detector(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert "\n" not in str(error.value)
+
+
+@needs_pipes
+def test_configs_beside_other_weights_and_pipes(tmp_path):
+    path = tmp_path / "config.json"
+    check_config({"d_model": 100_000}, path)
+    with pytest.raises(UserError, match="d_model 100001 is more than 100000"):
+        check_config({"d_model": 100_001}, path)
+    replace_by_pipe(tmp_path / "preprocessor_config.json")
+    with pytest.raises(UserError, match=r"preprocessor_config\.json cannot be read: not a regular file"):
+        check_config({}, path)
 
 
 @pytest.mark.parametrize("native", [False, True])

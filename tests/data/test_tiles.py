@@ -111,6 +111,20 @@ def test_targets_fit_the_pixels_of_their_tile(root):
     assert len(places) > 100, "tiles are at another place each time"
 
 
+def test_a_shifted_tile_keeps_one_of_its_objects(tmp_path):
+    """The object reaches two pixels into the second tile, which is shifted by up to six pixels."""
+    left = tile_grid(TILE, 300, TILE)[1].left
+    samples = tiled(write_images(tmp_path, {(TILE, 300): [(left + TILE - 2, 20, SIDE, SIDE)]}))
+    lefts = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        image, target = samples[2]  # after the whole image and the first tile
+        assert len(target.labels) == 1
+        lefts.add(int(image[0].max(0).values.argmax()))
+    assert min(lefts) < TILE - 4
+    assert max(lefts) == TILE - 2
+
+
 def test_views_of_an_epoch(root):
     samples = tiled(root)
     sizes, shown = [tuple(size) for size in samples.sizes.tolist()], always(samples)
