@@ -97,17 +97,13 @@ def benchmark(
         pixels = torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
         mask = torch.zeros(batch_size, height, width, dtype=torch.bool, device=device)
         calls = {variant: partial(detector, pixels, mask) for variant, detector in variants.items()}
-        with torch.inference_mode():
-            with progress_bar(repeats + 1, "rounds", "time", progress, keep=False) as bar:
-                timings = time_interleaved(calls, repeats, bar.update)
+        with torch.inference_mode(), progress_bar(repeats + 1, "rounds", "time", progress, keep=False) as bar:
+            timings = time_interleaved(calls, repeats, bar.update)
             measurable = [variant for variant in calls if variant[0] in ("eager", "optimized")]
             peaks = {variant: peak_memory_mib(calls[variant], device.type) for variant in measurable}
         report("timed")
         options = EvalOptions(batch_size=1, limit=limit, progress=progress)
-        aps = {
-            variant: None if data is None else evaluate(detector, data, split=split, **options)["AP"]
-            for variant, detector in variants.items()
-        }
+        aps = {variant: _measure_ap(detector, data, split, options) for variant, detector in variants.items()}
         calls.clear()  # with `variants`, closes the files, which Windows cannot delete while they are open
         variants.clear()
     eager_ms = timings["eager", "fp32"].median_ms
@@ -118,6 +114,10 @@ def benchmark(
         )
         for variant, timing in timings.items()
     ]  # fmt: skip
+
+
+def _measure_ap(detector: Any, data: str | os.PathLike[str] | None, split: str, options: EvalOptions) -> float | None:
+    return None if data is None else evaluate(detector, data, split=split, **options)["AP"]
 
 
 def _exported_variants(
