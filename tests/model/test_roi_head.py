@@ -1,11 +1,12 @@
 """The RoI head: what it samples, what it refines, and that padding does not reach it."""
 
 import torch
-from torchvision.ops import roi_align
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import box_convert, roi_align
 
 from deformable_detr import DeformableDETR
 from deformable_detr.config import presets
-from deformable_detr.model.roi_head import grid_points, sample
+from deformable_detr.model.roi_head import MAX_LOG_SCALE, STEP, grid_points, refine_in_box, sample
 
 from .test_network import TINY, batch, perturbed, tiny
 
@@ -20,6 +21,17 @@ def test_samples_equal_roi_align_with_one_sample_per_cell():
     maps = value.permute(0, 3, 1, 2).contiguous()
     theirs = roi_align(maps, list(corners), 5, sampling_ratio=1, aligned=True).view(2, 2, 6, 5, 5)
     assert torch.allclose(ours, theirs.permute(0, 1, 3, 4, 2), atol=1e-5)
+
+
+def test_boxes_are_refined_as_in_r_cnn():
+    torch.manual_seed(0)
+    boxes, deltas = torch.rand(50, 4) + 0.01, 3 * torch.randn(50, 4)
+    deltas[0, 2:] = 100.0  # no infinite boxes
+    coder = BoxCoder((1 / STEP, 1 / STEP, 0.5 / STEP, 0.5 / STEP), bbox_xform_clip=MAX_LOG_SCALE)
+    expected = coder.decode_single(deltas, box_convert(boxes, "cxcywh", "xyxy"))
+    refined = refine_in_box(deltas, boxes)
+    assert torch.allclose(refined, box_convert(expected, "xyxy", "cxcywh").clamp(0, 1), atol=1e-5)
+    assert (refined < 1).float().mean() > 0.8
 
 
 def test_padding_changes_nothing():

@@ -20,12 +20,12 @@ from .attention import DeformableAttention
 from .backbone import Backbone, InputProjection, backbone_strides, pixel_statistics
 from .decoder import Decoder, DenoisingQueries, Queries
 from .encoder import Encoder
-from .geometry import FlattenedFeatures, get_valid_ratios, refine_boxes
+from .geometry import FlattenedFeatures, get_valid_ratios
 from .heads import DetectionHeads
 from .layers import resize_mask
 from .mask_head import MaskHead
 from .position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
-from .roi_head import RoIHead
+from .roi_head import RoIHead, refine_in_box
 from .two_stage import TwoStageProposals
 
 NetworkT = TypeVar("NetworkT", bound="DeformableDETRNetwork")
@@ -144,7 +144,7 @@ class DeformableDETRNetwork(nn.Module):
         mask = None if padding_mask is None else resize_mask(padding_mask, shape)
         normed.append(self.roi_head(stride4, mask, normed[-1], boxes[-1], valid_ratios[:, 0]))
         last_logits, deltas = heads(normed[-1], heads.last)
-        refined = refine_boxes(deltas, boxes[-1].detach(), self.config.box_eps[0])
+        refined = refine_in_box(deltas, boxes[-1].detach())
         return torch.cat([logits, last_logits[None]]), torch.cat([boxes, refined[None]])
 
     def _mask_embeddings(self, normed: list[Tensor], boxes: Tensor, extra: int) -> dict[str, Tensor]:

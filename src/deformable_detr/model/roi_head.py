@@ -12,6 +12,8 @@ from ..config.schema import ModelConfig
 from .layers import MLP
 
 CHANNELS = 48  # of the map that the grid reads
+STEP = 0.2  # of a box's size that a delta of 1 moves it; R-CNN divides its targets by 0.1 and 0.2
+MAX_LOG_SCALE = 4.0
 
 
 class RoIHead(nn.Module):
@@ -42,6 +44,18 @@ class RoIHead(nn.Module):
             value = value.masked_fill(padding_mask[..., None], 0.0)
         locations = grid_points(boxes.detach(), self.grid) * valid_ratios[:, None, None]
         return self.norm(queries + self.mlp(sample(value, locations).to(queries.dtype)))
+
+
+def refine_in_box(deltas: Tensor, boxes: Tensor) -> Tensor:
+    """Move and scale boxes (…, 4) cxcywh in 0..1 by deltas (…, 4) relative to their size, as R-CNN does (appendix C).
+
+    The grid is relative to the box too, so that small and large boxes need the same deltas. In logit space, as in the
+    decoder, the same delta moves a small box by many times its size.
+    """
+    sizes = boxes[..., 2:]
+    centers = boxes[..., :2] + STEP * deltas[..., :2] * sizes
+    sizes = sizes * (2 * STEP * deltas[..., 2:]).clamp(max=MAX_LOG_SCALE).exp()
+    return torch.cat([centers, sizes], dim=-1).clamp(0, 1)
 
 
 def grid_points(boxes: Tensor, grid: int) -> Tensor:

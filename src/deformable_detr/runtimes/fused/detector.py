@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ...config.schema import ModelConfig
 from ...model.backbone import InputProjection
-from ...model.geometry import refine_boxes
 from ...model.layers import resize_mask
 from ...model.mask_head import mask_embeddings
 from ...model.network import DeformableDETRNetwork, learned_queries
+from ...model.roi_head import refine_in_box
 from ...predict.predictor import Detector
 from ...utils.errors import UserError
 from .folding import example_pixels, inference_copy
@@ -149,7 +149,7 @@ class OptimizedDetector(OptimizedCopy):
         boxes, normed = self.decoder(queries, position, reference_points, values, positional)
         if self.roi_head is not None and self.roi_boxes is not None and stride4 is not None:
             normed = self.roi_head(stride4, stride4_mask, normed, boxes, positional.valid_ratios[:, 0])
-            boxes = refine_boxes(self.roi_boxes(normed), boxes, self.config.box_eps[0])
+            boxes = refine_in_box(self.roi_boxes(normed), boxes)
         if self.mask_head is not None:
             outputs["mask_embeddings"] = mask_embeddings(self.mask_head.embed(normed), boxes)
         return {"pred_logits": self.classes(normed), "pred_boxes": boxes, **outputs}
