@@ -137,7 +137,7 @@ def test_bar_in_a_notebook(monkeypatch, capsys):
     assert len(kernel.outputs) == 1
     (text,) = kernel.outputs[0].values()
     assert text.startswith("work: 100%")
-    assert "3/3" in text
+    assert "█| 3/3" in text
     assert len(text) <= progress.NOTEBOOK_WIDTH
     captured = capsys.readouterr()
     assert captured.out == "line 0\nline 1\nline 2\nepoch 1\n"

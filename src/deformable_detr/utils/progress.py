@@ -28,8 +28,8 @@ class _NotebookBar(ProgressBar):
 
     def __init__(self, **options: Any) -> None:
         self._handle: Any = None
-        options |= {"file": io.StringIO(), "ncols": NOTEBOOK_WIDTH, "dynamic_ncols": False, "mininterval": 0.5}
-        super().__init__(**options | {"leave": True})
+        options |= {"file": io.StringIO(), "ascii": False, "ncols": NOTEBOOK_WIDTH, "dynamic_ncols": False}
+        super().__init__(**options | {"mininterval": 0.5, "leave": True})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         from IPython.display import display  # pyright: ignore[reportMissingImports]
