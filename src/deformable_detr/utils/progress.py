@@ -80,7 +80,8 @@ def progress_bar(
         line_format: Layout of the lines where there is neither a terminal nor a notebook.
     """
     kind = bar_class()
-    options = {"line_format": line_format} if kind is _Lines else {"bar_format": bar_format, "dynamic_ncols": True}
+    options: dict[str, Any] = {"bar_format": bar_format, "dynamic_ncols": True}
+    options = {"line_format": line_format} if kind is _Lines else options
     return kind(total=total, unit=unit, desc=printable_name(name), disable=not show, leave=keep, **options)
 
 
