@@ -5,6 +5,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou, sigmoid_f
 
 from deformable_detr.config.schema import TrainConfig
 from deformable_detr.structures import Target
+from deformable_detr.training import criterion
 from deformable_detr.training.criterion import SetCriterion, cardinality_error
 from deformable_detr.training.matcher import HungarianMatcher, PackedTargets, Predictions
 from tests.support.training import random_boxes, random_outputs, random_targets
@@ -185,3 +186,89 @@ def test_cardinality_error_counts_scores_above_0_5():
     logits = torch.full((2, 5, 3), -4.0)
     logits[0, :3, 1] = 4.0
     assert cardinality_error(logits, torch.tensor([1, 2])) == 2.0
+
+
+def pairwise_iou(boxes, others):
+    return box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(others, "cxcywh", "xyxy"))
+
+
+def roi_case(sizes, seed=3):
+    """Return outputs whose last layer overlaps the objects, and the targets."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = random_targets(sizes, 5, generator)
+    outputs = random_outputs(3, len(sizes), 8, 5, generator)
+    with torch.no_grad():
+        for image, target in enumerate(targets):
+            for query in range(6 if len(target.labels) else 0):  # two queries are left alone
+                noise = 0.12 * torch.randn(2, 4, generator=generator)
+                near = target.boxes[query % len(target.labels)] * (1 + noise)
+                outputs["layer_boxes"][1:, image, query] = near.clamp(0.01, 0.99)
+    return outputs, targets
+
+
+@pytest.mark.parametrize("class_loss", ["focal", "mal"])
+def test_roi_head_learns_every_query_that_overlaps_an_object(class_loss):
+    config = CONFIG.replace(class_loss=class_loss)
+    outputs, targets = roi_case([3, 0, 2])
+    result = SetCriterion(config, one_to_many_roi=True)(outputs, PackedTargets.pack(targets))
+    plain = SetCriterion(config)(outputs, PackedTargets.pack(targets))
+    layers = Predictions(outputs["layer_logits"], outputs["layer_boxes"])
+    matches = HungarianMatcher(config)([layers], PackedTargets.pack(targets))[0][0]
+    expected, pairs, first = torch.zeros(3), 0, 0
+    for image, target in enumerate(targets):
+        logits, boxes = outputs["layer_logits"][-1, image], outputs["layer_boxes"][-1, image]
+        count = len(target.labels)
+        assigned = dict.fromkeys(range(8))
+        if count:
+            iou = pairwise_iou(outputs["layer_boxes"][-2, image], target.boxes)  # (8, count)
+            assigned = {q: int(row.argmax()) if row.max() >= 0.6 else None for q, row in enumerate(iou)}
+        for index in (matches.image[-1] == image).nonzero()[:, 0].tolist():
+            assigned[int(matches.query[-1, index])] = int(matches.target[-1, index]) - first
+        chosen = {q: o for q, o in assigned.items() if o is not None}
+        losses, one_hot, positive = torch.zeros(3), torch.zeros(8, 5), torch.zeros(8, 5, dtype=torch.bool)
+        for query, index in chosen.items():
+            overlap = pairwise_iou(boxes[query][None], target.boxes[index][None])[0, 0]
+            positive[query, target.labels[index]] = True
+            one_hot[query, target.labels[index]] = 1 if class_loss == "focal" else overlap.detach() ** 1.5
+            losses[1] += (boxes[query] - target.boxes[index]).abs().sum()
+            corners = box_convert(torch.stack([boxes[query], target.boxes[index]]), "cxcywh", "xyxy")
+            losses[2] += 1 - generalized_box_iou(corners[:1], corners[1:])[0, 0]
+        if class_loss == "focal":
+            losses[0] = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2, reduction="sum")
+        else:
+            entropy = binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
+            losses[0] = entropy.where(positive, logits.sigmoid() ** 1.5 * entropy).sum()
+        expected += losses * (count / len(chosen) if count else 1)
+        pairs, first = pairs + len(chosen), first + count
+    assert pairs > 5 + 2
+    for name, value in zip(("loss_class", "loss_bbox", "loss_giou"), expected / 5, strict=True):
+        torch.testing.assert_close(result.parts[name], value.detach())
+        assert not torch.isclose(plain.parts[name], value)
+    assert all(torch.equal(result.parts[name], plain.parts[name]) for name in result.parts if name[-2:] in ("_0", "_1"))
+    result.total.backward()
+    assert outputs["layer_boxes"].grad[-1].abs().sum() > 0
+
+
+def test_roi_head_without_overlaps_or_objects_learns_one_to_one(monkeypatch):
+    for sizes in ([3, 0, 2], [0, 0]):
+        monkeypatch.setattr(criterion, "ROI_IOU", 1.1)
+        outputs, targets = roi_case(sizes)
+        many = SetCriterion(CONFIG, one_to_many_roi=True)(outputs, PackedTargets.pack(targets))
+        one = SetCriterion(CONFIG)(outputs, PackedTargets.pack(targets))
+        for name, value in one.parts.items():
+            torch.testing.assert_close(many.parts[name], value)
+        gradients = [torch.autograd.grad(loss.total, list(outputs.values())) for loss in (many, one)]
+        for mine, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_roi_losses_of_a_batch_are_the_sum_of_those_of_its_images():
+    """So they do not depend on the number of processes or of accumulated batches."""
+    outputs, targets = roi_case([3, 0, 2])
+    many = SetCriterion(CONFIG, one_to_many_roi=True)
+    whole = many(outputs, PackedTargets.pack(targets), num_boxes=5.0).total
+    parts = [
+        many({k: v[:, i : i + 1] for k, v in outputs.items()}, PackedTargets.pack([target]), num_boxes=5.0).total
+        for i, target in enumerate(targets)
+    ]
+    torch.testing.assert_close(whole, sum(parts))

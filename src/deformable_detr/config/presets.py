@@ -60,7 +60,7 @@ def small(**changes: Any) -> ModelConfig:
     base["size_divisor"] = 32  # feature maps that overhang a small image shift its boxes
     base |= {"hidden_dim": 128, "num_heads": 4, "encoder_layers": 2, "decoder_layers": 3, "ffn_dim": 512}
     base |= {"class_aware_proposals": True, "query_init": "encoder", "iterative_query_pos": True}
-    base |= {"look_forward_twice": True, "roi_grid": 5, "nms_iou": 0.7, "frozen_stages": 0}
+    base |= {"look_forward_twice": True, "roi_grid": 5, "nms_iou": 0.6, "frozen_stages": 0}
     return two_stage(**{**base, **changes})
 
 

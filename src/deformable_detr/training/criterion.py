@@ -1,6 +1,7 @@
 """The set criterion: class loss (focal or matchability-aware), L1 and GIoU loss, for all layers at once; mask losses.
 
-Sources: section 5 (focal loss) and DETR, sections 3.1 (box losses) and 3.2 (losses of each layer).
+Sources: section 5 (focal loss) and DETR, sections 3.1 (box losses) and 3.2 (losses of each layer). An RoI head whose
+duplicates NMS removes learns as in R-CNN: from every query that overlaps an object, not only from the matched one.
 
 Dimensions as in `matcher`: B images, Q queries, K classes, N objects of the whole batch, "pairs" matched per layer.
 """
@@ -21,6 +22,7 @@ from .matcher import HungarianMatcher, Matches, PackedTargets, Predictions, foca
 
 LOSS_NAMES = ("loss_class", "loss_bbox", "loss_giou")
 MAL_GAMMA = 1.5  # γ of the matchability-aware loss (DEIM, equation 4)
+ROI_IOU = 0.6  # IoU of a query's box with an object from which on the RoI head learns the object
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class LossOutput:
 class SetCriterion:
     """Match the outputs of the model with the objects and compute the losses."""
 
-    def __init__(self, config: TrainConfig, class_aware_proposals: bool = False) -> None:
-        self.config, self.class_aware_proposals = config, class_aware_proposals
+    def __init__(self, config: TrainConfig, class_aware_proposals: bool = False, one_to_many_roi: bool = False) -> None:
+        self.config, self.class_aware_proposals, self.one_to_many_roi = config, class_aware_proposals, one_to_many_roi
         self.matcher, self.masks = HungarianMatcher(config), MaskCriterion(config)
 
     def __call__(
@@ -83,6 +85,8 @@ class SetCriterion:
         with torch.autocast(decoder.logits.device.type, enabled=False):
             pairs = zip(predictions, matches_of_each, strict=True)
             losses = [layer_losses(item, targets, matches, config) / num_boxes for item, matches in pairs]
+            if self.one_to_many_roi and any(targets.host_counts):
+                losses[0][:, -1] = roi_losses(outputs, targets, matches_of_each[0], config) / num_boxes
             table = torch.cat(losses, dim=1)  # (3, decoder layers + encoder)
             sums = table.sum(dim=1)
             parts = _named_losses(table.detach(), len(decoder.logits))
@@ -140,6 +144,42 @@ def layer_losses(predictions: Predictions, targets: PackedTargets, matches: Matc
     negative = negative_class_loss(matched_logits, config)
     class_loss = negative_class_loss(logits, config).flatten(1).sum(1) + (positive - negative).sum(1)
     return torch.stack([class_loss, l1_loss, giou_loss])
+
+
+def roi_losses(outputs: Mapping[str, Tensor], targets: PackedTargets, matches: Matches, config: TrainConfig) -> Tensor:
+    """Return the (3,) class, L1 and GIoU loss of the last layer, the RoI head, learned one-to-many.
+
+    Like those of `layer_losses`. A query learns the object that the box before the head overlaps most, if their IoU is
+    at least `ROI_IOU`, and the matched queries learn their objects. The losses of an image are divided by the number of
+    such queries per object, so that they stay comparable with those of the other layers.
+
+    targets: At least one object.
+    matches: Of all layers; those of the last one count.
+    """
+    logits, boxes = upcast(outputs["layer_logits"][-1]), upcast(outputs["layer_boxes"][-1])
+    objects = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=boxes.device)  # (B, Q)
+    positive = torch.zeros_like(objects, dtype=torch.bool)
+    first, inputs = 0, upcast(outputs["layer_boxes"][-2].detach())
+    for image, count in enumerate(targets.host_counts):
+        if count:
+            iou = box_iou(inputs[image], targets.boxes[first : first + count, None])  # (count, Q)
+            best, index = iou.max(dim=0)
+            objects[image], positive[image] = index + first, best >= ROI_IOU
+            first += count
+    matched = matches.image[-1], matches.query[-1]
+    objects[matched], positive[matched] = matches.target[-1], True
+
+    weights = targets.counts.clamp(min=1) / positive.sum(dim=1).clamp(min=1)  # (B,)
+    positive = positive * weights[:, None]  # (B, Q)
+    target_boxes = targets.boxes[objects]
+    object_logits = logits.gather(2, targets.labels[objects][..., None])[..., 0]
+    l1_loss = (boxes - target_boxes).abs().sum(dim=2)
+    giou_loss = 1 - generalized_box_iou(boxes, target_boxes)
+    iou = None if config.class_loss == "focal" else box_iou(boxes.detach(), target_boxes)
+    corrections = positive_class_loss(object_logits, iou, config) - negative_class_loss(object_logits, config)
+    class_loss = negative_class_loss(logits, config).sum(dim=(1, 2)) * weights
+    sums = [(losses * positive).sum() for losses in (corrections, l1_loss, giou_loss)]
+    return torch.stack([class_loss.sum() + sums[0], *sums[1:]])
 
 
 def positive_class_loss(logits: Tensor, iou: Tensor | None, config: TrainConfig) -> Tensor:

@@ -33,7 +33,8 @@ class SetObjective(nn.Module):
                 raise UserError("train.num_denoising needs model.two_stage: true; set train.num_denoising=0")
             device = model.pixel_mean.device
             self.denoising = Denoising(config, model.config.num_classes, model.config.hidden_dim).to(device)
-        self.criterion = SetCriterion(config, model.config.class_aware_proposals)
+        one_to_many = bool(model.config.roi_grid) and model.config.nms_iou is not None
+        self.criterion = SetCriterion(config, model.config.class_aware_proposals, one_to_many)
 
     def forward(
         self, images: ImageBatch, targets: PackedTargets, max_objects: int, rng: BatchConsistentRng | None
