@@ -157,7 +157,7 @@ def _download(hub_id: str, shown: str) -> Path:
     name, _, revision = hub_id.partition("@")
     folder = Path()
     shows_own = sys.stderr.isatty() or are_progress_bars_disabled()  # the hub's client has bars for terminals only
-    options = {} if shows_own else {"tqdm_class": bar_class()}
+    options: dict[str, Any] = {} if shows_own else {"tqdm_class": bar_class()}
     for patterns in _HUB_FILES:
         try:
             folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns), **options))
