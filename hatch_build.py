@@ -1,6 +1,7 @@
 """Build hook that compiles the CPU kernels into the wheel.
 
-Without a compiler or on an unsupported platform the wheel is pure Python, and the package falls back to plain PyTorch.
+The library is plain C++ loaded by ctypes: one wheel per platform fits every Python. Without a compiler or on an
+unsupported platform the wheel is pure Python, and the package falls back to plain PyTorch.
 DEFORMABLE_DETR_NATIVE=require turns a failed build into an error (for releases); =skip skips it.
 """
 
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from packaging.tags import platform_tags
 
 PACKAGE = "deformable_detr/ops/native"
 
@@ -24,6 +26,14 @@ def _builder(root: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _platform() -> str:
+    """Return the platform tag of the wheel; cibuildwheel and cross builds state it in _PYTHON_HOST_PLATFORM."""
+    name = os.environ.get("_PYTHON_HOST_PLATFORM") or sysconfig.get_platform()
+    if "universal2" in name:  # Python runs on both processors, the library on one
+        name = next(platform_tags())
+    return name.replace("-", "_").replace(".", "_")
 
 
 class NativeBuildHook(BuildHookInterface):
@@ -49,8 +59,7 @@ class NativeBuildHook(BuildHookInterface):
         if not editable:
             build_data["force_include"][str(library)] = f"{PACKAGE}/{library.name}"
             build_data["pure_python"] = False
-            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-            build_data["tag"] = f"py3-none-{platform}"
+            build_data["tag"] = f"py3-none-{_platform()}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         if hasattr(self, "_temporary"):

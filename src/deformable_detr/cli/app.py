@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not _stdout_is_broken():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest of the output
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + 13)  # SIGPIPE, which Windows lacks
 
 
 def _configure_logging(arguments: list[str]) -> list[str]:

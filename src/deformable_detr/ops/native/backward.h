@@ -170,20 +170,17 @@ static void backward(const msda_call* c) {
   describe(g, c);
   const int64_t S = c->S, Q = c->Q, image = S * c->M * c->D, lines = map_rows(c), pieces = (S + 511) / 512;
   const int parts = c->weight_scratch ? c->L : 1, step = g.samples / parts, D = whole_vectors(c->D), row = 2 * D;
-#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
   for (int64_t b = 0; b < c->B; b++) {
     const T* value = (const T*)c->value + b * image;
     T* result = (T*)c->grad_value + b * image;
     if (c->scratch) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t k = 0; k < lines; k++) pack(c, value, c->scratch, g.bordered, row, k);
+      parallel_for(c->threads, lines, [&](int64_t k) { pack(c, value, c->scratch, g.bordered, row, k); });
     } else {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t k = 0; k < pieces; k++)
+      parallel_for(c->threads, pieces, [&](int64_t k) {
         memset(result + k * 512 * c->M * D, 0, sizeof(T) * (k * 512 + 512 < S ? 512 : S - k * 512) * c->M * D);
+      });
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t k = 0; k < c->M * parts; k++) {
+    parallel_for(c->threads, c->M * parts, [&](int64_t k) {
       const int m = (int)(k % c->M), first = (int)(k / c->M) * step;
       if (c->scratch) {
         float* mine = c->scratch + m * g.bordered * row;
@@ -192,15 +189,13 @@ static void backward(const msda_call* c) {
         backward_head<false, T>(c, g, (const float*)value + m * D, (float*)result + m * D, c->M * D, b, m, first,
                                 first + step);
       }
-    }
-    if (c->weight_scratch) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t k = 0; k < Q; k += 512) finish_queries(c, g, b, k, k + 512 < Q ? k + 512 : Q);
-    }
-    if (c->scratch) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t k = 0; k < lines; k++) unpack(c, c->scratch, result, g.bordered, row, D, k);
-    }
+    });
+    if (c->weight_scratch)
+      parallel_for(c->threads, (Q + 511) / 512, [&](int64_t k) {
+        finish_queries(c, g, b, k * 512, k * 512 + 512 < Q ? k * 512 + 512 : Q);
+      });
+    if (c->scratch)
+      parallel_for(c->threads, lines, [&](int64_t k) { unpack(c, c->scratch, result, g.bordered, row, D, k); });
   }
 }
 

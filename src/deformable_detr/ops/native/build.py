@@ -2,10 +2,12 @@
 
     python -m deformable_detr.ops.native.build
 
-Needs a C and a C++ compiler with GNU vectors (GCC 12 or Clang 16, or newer), but no torch or Python headers. OpenMP is
-compiled in but not linked: the library shares the copy, and thus the thread pool, that torch has loaded.
+Needs a C and a C++ compiler with GNU vectors (GCC 12 or Clang 16, or newer), but no torch, Python or OpenMP headers.
+CC and CXX choose the compilers, also for another platform: CC="zig cc -target aarch64-macos". Where neither is set and
+no compiler is installed, and on Windows, the package ziglang is used, which brings one.
 """
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -16,11 +18,12 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
-LIBRARY = "libdeformable_attention.so"
-FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
-CPP_FLAGS = [
-    *FLAGS, "-std=c++17", "-fno-exceptions", "-fno-rtti", "-fopenmp", "-ffp-contract=fast",
-]  # fmt: skip
+_SUFFIXES = {"linux": ".so", "darwin": ".dylib", "win32": ".dll"}
+_SYSTEMS = {"linux": "linux", "darwin": "darwin", "macos": "darwin", "mingw": "win32", "windows": "win32"}  # in triples
+_NAME = "libdeformable_attention"
+LIBRARY = _NAME + _SUFFIXES.get(sys.platform, ".so")
+FLAGS = ["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+CPP_FLAGS = [*FLAGS, "-std=c++17", "-fno-exceptions", "-fno-rtti", "-ffp-contract=fast"]
 X86_SETS = {
     "msda_base": [],
     "msda_avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mtune=znver3"],
@@ -37,10 +40,15 @@ class BuildError(Exception):
 def _compiler(variable: str, *names: str) -> list[str]:
     if command := os.environ.get(variable):
         return shlex.split(command)
-    for name in names:
+    # GCC for Windows aligns stacks to 16 bytes, where AVX needs 32; Clang for Windows needs Visual Studio.
+    for name in names if sys.platform != "win32" else ():
         if path := shutil.which(name):
             return [path]
-    raise BuildError(f"no compiler found ({' or '.join(names)}); set {variable} to one")
+    if importlib.util.find_spec("ziglang"):
+        zig = [sys.executable, "-m", "ziglang", {"CC": "cc", "CXX": "c++"}[variable]]
+        systems = {"win32": "x86_64-windows-gnu", "linux": f"{platform.machine()}-linux-gnu"}
+        return [*zig, "-target", systems[sys.platform]] if sys.platform in systems else zig
+    raise BuildError(f"no compiler found ({' or '.join(names)}); set {variable} to one or install the package ziglang")
 
 
 def _run(command: list[str]) -> None:
@@ -53,28 +61,50 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} failed: {lines[0]}")
 
 
+def _target(compiler: list[str]) -> tuple[str, str]:
+    """Return the processor and the system (a `sys.platform`) that a compiler builds for."""
+    try:
+        triple = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError as error:
+        raise BuildError(f"cannot run {compiler[0]}: {error}") from error
+    machine, _, rest = triple.partition("-")
+    for word, system in (
+        ("linux", "linux"),
+        ("mingw", "win32"),
+        ("windows", "win32"),
+        ("darwin", "darwin"),
+        ("macos", "darwin"),
+    ):
+        if word in rest:
+            return machine, system
+    raise BuildError(f"the CPU library supports Linux, macOS and Windows; {compiler[0]} builds for {triple or '?'}")
+
+
 def build(folder: Path, extra_flags: tuple[str, ...] = ()) -> Path:
     """Compile the library into `folder` and return its path. Raises BuildError if that is not possible."""
-    if sys.platform != "linux":
-        raise BuildError(f"the CPU library supports only Linux, not {sys.platform}")
     c, cpp = _compiler("CC", "gcc", "clang", "cc"), _compiler("CXX", "g++", "clang++", "c++")
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    sets = X86_SETS if x86 else {"msda_base": []}
+    machine, system = _target(c)
+    flags = [*extra_flags, *([] if system == "win32" else ["-fPIC"])]
+    sets = X86_SETS if machine == "x86_64" else {"msda_base": []}
+    library = folder / (_NAME + _SUFFIXES[system])
     with tempfile.TemporaryDirectory() as temporary:
         objects = []
-        for name, flags in sets.items():
+        for name, set_flags in sets.items():
             objects.append(f"{temporary}/{name}.o")
             source = [f"-DMSDA_NS={name}", "-c", str(SOURCES / "kernels.cpp"), "-o", objects[-1]]
-            _run([*cpp, *CPP_FLAGS, *flags, *extra_flags, *source])
-        objects.append(f"{temporary}/dispatch.o")
-        target = ["-DMSDA_X86"] if x86 else []
-        _run([*c, *FLAGS, *target, *extra_flags, "-c", str(SOURCES / "dispatch.c"), "-o", objects[-1]])
-        folder.mkdir(parents=True, exist_ok=True)
-        finished = folder / (LIBRARY + ".new")
+            _run([*cpp, *CPP_FLAGS, *set_flags, *flags, *source])
+        for name in ("dispatch", "threads"):
+            objects.append(f"{temporary}/{name}.o")
+            _run([*c, *FLAGS, *flags, "-c", str(SOURCES / f"{name}.c"), "-o", objects[-1]])
+        linked = Path(temporary, library.name)
         # Without -ffast-math, which would disable denormal numbers in the whole process.
-        _run([*c, "-shared", "-s", "-o", str(finished), *objects, *extra_flags, "-lm"])
-        os.replace(finished, folder / LIBRARY)
-    return folder / LIBRARY
+        strip = ["-s"] if system == "linux" else []
+        _run([*c, "-shared", *strip, "-o", str(linked), *objects, *extra_flags])
+        folder.mkdir(parents=True, exist_ok=True)
+        new = library.with_name(library.name + ".new")  # a running process may use the old file
+        shutil.copyfile(linked, new)
+        os.replace(new, library)
+    return library
 
 
 if __name__ == "__main__":

@@ -3,9 +3,15 @@
 #pragma once
 #include <stdint.h>
 
-#define MSDA_ABI 4
+#define MSDA_ABI 5
 #define MSDA_MAX_SAMPLES 64    // L * P
 #define MSDA_MAX_CHANNELS 256  // D
+
+#ifdef _WIN32
+#define API __declspec(dllexport)
+#else
+#define API __attribute__((visibility("default")))
+#endif
 
 typedef struct {
   // Inputs. `value`, `grad_output` and `output` share one dtype; offsets and logits have their own.

@@ -3,34 +3,52 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include "call.h"
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
+#elif defined(_WIN32)
+#include <malloc.h>
 #endif
 
-#define API __attribute__((visibility("default")))
 typedef void (*kernel)(const msda_call*);
 #define DECLARE(set) void set##_forward(const msda_call*); void set##_backward(const msda_call*); int set##_lanes(void);
 DECLARE(msda_base)
-#ifdef MSDA_X86
+#ifdef __x86_64__
 DECLARE(msda_avx2)
 DECLARE(msda_avx512)
 #endif
 
 static kernel forward_ = msda_base_forward, backward_ = msda_base_backward;
 static int (*lanes_)(void) = msda_base_lanes;
+#ifdef __aarch64__
+static const char* set_ = "neon";
+#else
 static const char* set_ = "base";
+#endif
+
+#ifdef __x86_64__
+// 2: AVX-512; 1: AVX2, FMA and BMI2; 0: neither. By hand, as zig's __builtin_cpu_supports is false for all of them.
+static int supported_level(void) {
+  const unsigned avx512 = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
+  unsigned a, b, c, d, enabled, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE) || !(c & bit_FMA)) return 0;
+  __asm__("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));  // registers that the operating system saves
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (enabled & 0x6) != 0x6 || !(b & bit_AVX2) || !(b & bit_BMI2)) return 0;
+  return (enabled & 0xe6) == 0xe6 && (b & avx512) == avx512 ? 2 : 1;
+}
+#endif
 
 // The environment variable MSDA_ISA=base or avx2 limits it, for tests and comparisons.
 __attribute__((constructor)) static void choose(void) {
-#ifdef MSDA_X86
+#ifdef __x86_64__
   const char* limit = getenv("MSDA_ISA");
-  const int level = !limit ? 2 : limit[0] == 'b' ? 0 : limit[0] == 'a' && limit[3] == '2' ? 1 : 2;
-  __builtin_cpu_init();
-  if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
+  const int allowed = !limit ? 2 : limit[0] == 'b' ? 0 : limit[0] == 'a' && limit[3] == '2' ? 1 : 2;
+  const int supported = supported_level(), level = supported < allowed ? supported : allowed;
+  if (level == 2) {
     forward_ = msda_avx512_forward; backward_ = msda_avx512_backward; lanes_ = msda_avx512_lanes; set_ = "avx512";
-  } else if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("bmi2")) {
+  } else if (level == 1) {
     forward_ = msda_avx2_forward; backward_ = msda_avx2_backward; lanes_ = msda_avx2_lanes; set_ = "avx2";
   }
 #endif
@@ -90,15 +108,24 @@ API int msda_backward(const msda_call* c) {
 
 // Huge pages where available; without them page-table misses took half of the time.
 API void* msda_scratch(int64_t bytes) {
-#ifdef __SANITIZE_ADDRESS__
-  return malloc((size_t)bytes);  // exact size, so that reads past the end are found
-#endif
   const size_t page = (size_t)2 << 20, size = ((size_t)bytes + page - 1) / page * page;
+#if defined(__SANITIZE_ADDRESS__)
+  return malloc((size_t)bytes);  // exact size, so that reads past the end are found
+#elif defined(_WIN32)
+  return _aligned_malloc(size, page);
+#else
   void* p = 0;
   if (posix_memalign(&p, page, size)) return 0;
 #ifdef MADV_HUGEPAGE
   madvise(p, size, MADV_HUGEPAGE);
 #endif
   return p;
+#endif
 }
-API void msda_release(void* p) { free(p); }
+API void msda_release(void* p) {
+#ifdef _WIN32
+  _aligned_free(p);
+#else
+  free(p);
+#endif
+}

@@ -100,24 +100,21 @@ static void forward(const msda_call* c) {
   const int row = whole_vectors(c->D);
   const int64_t limit = c->scratch ? 128 : 16, room = FRAME_FLOATS / (frame_rows(c->reference_size) * g.vectors);
   const int64_t block = limit < room ? limit : room, blocks = (Q + block - 1) / block;
-#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
-  {
-    if (c->scratch) {
-      for (int64_t b = 0; b < c->B; b++) {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t k = 0; k < lines; k++) pack(c, (const T*)c->value + b * image, c->scratch, g.bordered, row, k);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t k = 0; k < blocks; k++)
-          forward_block<true, float, T>(c, g, c->scratch, row, g.bordered * row, b, k * block,
-                                        (k + 1) * block < Q ? (k + 1) * block : Q);
-      }
-    } else {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t k = 0; k < c->B * blocks; k++) {
-        const int64_t b = k / blocks, begin = k % blocks * block, end = begin + block < Q ? begin + block : Q;
-        forward_block<false, T, T>(c, g, (const T*)c->value + b * image, (int64_t)c->M * c->D, c->D, b, begin, end);
-      }
-    }
+  if (!c->scratch) {
+    parallel_for(c->threads, c->B * blocks, [&](int64_t k) {
+      const int64_t b = k / blocks, begin = k % blocks * block, end = begin + block < Q ? begin + block : Q;
+      forward_block<false, T, T>(c, g, (const T*)c->value + b * image, (int64_t)c->M * c->D, c->D, b, begin, end);
+    });
+    return;
+  }
+  for (int64_t b = 0; b < c->B; b++) {
+    parallel_for(c->threads, lines, [&](int64_t k) {
+      pack(c, (const T*)c->value + b * image, c->scratch, g.bordered, row, k);
+    });
+    parallel_for(c->threads, blocks, [&](int64_t k) {
+      forward_block<true, float, T>(c, g, c->scratch, row, g.bordered * row, b, k * block,
+                                    (k + 1) * block < Q ? (k + 1) * block : Q);
+    });
   }
 }
 

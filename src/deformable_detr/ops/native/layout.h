@@ -3,6 +3,7 @@
 // A pixel takes `row` floats: the values, padded to whole vectors, and for the backward pass as many gradient sums.
 #pragma once
 #include "samples.h"
+#include "threads.h"
 
 namespace MSDA_NS {
 

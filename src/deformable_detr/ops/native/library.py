@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ..reference import OpInputs
+from . import openmp
 from .build import LIBRARY, SOURCES
 
-ABI = 4
+ABI = 5
 MAX_SAMPLES = 64  # L · P
 MAX_CHANNELS = 256  # D
 DTYPES = (torch.float32, torch.bfloat16)
 
+_log = logging.getLogger("deformable_detr.ops")
 _pointer, _long, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
@@ -37,12 +40,13 @@ class _Call(ctypes.Structure):
 
 
 def _open() -> ctypes.CDLL:
-    library = ctypes.CDLL(os.fspath(SOURCES / LIBRARY))  # finds OpenMP in the loaded torch
+    library = ctypes.CDLL(os.fspath(SOURCES / LIBRARY))
     if library.msda_abi() != ABI or library.msda_call_size() != ctypes.sizeof(_Call):
         raise OSError(f"{LIBRARY} was built for another version of this package; reinstall it")
     library.msda_instruction_set.restype = ctypes.c_char_p
     library.msda_scratch.restype, library.msda_scratch.argtypes = _pointer, [_long]
     library.msda_release.restype, library.msda_release.argtypes = None, [_pointer]
+    library.msda_use_openmp.restype, library.msda_use_openmp.argtypes = None, [_pointer, _pointer]
     for function in (library.msda_forward, library.msda_backward):
         function.argtypes = [ctypes.POINTER(_Call)]
     for function in (library.msda_plain_allowed, library.msda_scratch_bytes):
@@ -53,14 +57,20 @@ def _open() -> ctypes.CDLL:
 
 @functools.cache
 def status() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library and its instruction set, or None and why it is not available."""
+    """Return the library, its instruction set and threads, or None and why it is not available."""
     if not (SOURCES / LIBRARY).exists():
         return None, "this installation has no compiled library (built without a compiler, or for another platform)"
     try:
         library = _open()
     except OSError as error:
         return None, str(error)
-    return library, f"compiled library, {library.msda_instruction_set().decode()}"
+    detail = f"compiled library, {library.msda_instruction_set().decode()}"
+    addresses = openmp.entry_points()
+    if addresses is None:
+        _log.warning("deformable attention runs on one thread: PyTorch has loaded no OpenMP runtime that it can share")
+        return library, f"{detail}, one thread"
+    library.msda_use_openmp(*addresses)
+    return library, f"{detail}, PyTorch's threads"
 
 
 KEEP = 2  # blocks of scratch memory kept between calls: faulting in huge pages takes longer than the work in them
