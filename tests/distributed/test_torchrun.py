@@ -1,10 +1,8 @@
-"""Runs under torchrun: the documented commands, a restart after a killed process, and SIGTERM."""
+"""Runs under torchrun: a restart after a killed process, and SIGTERM."""
 
 import contextlib
 import json
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.run import get_args_parser
 
-from deformable_detr.cli import app
 from deformable_detr.detector import DeformableDETR
 from deformable_detr.training.checkpoint import load_checkpoint
 from tests.support.distributed_jobs import run_config
@@ -173,51 +169,6 @@ def test_timeout_kills_all_processes(tmp_path):
             run.wait()
         processes = [run.launcher.pid, *run.workers().values()]
     assert not any(Path(f"/proc/{process}").exists() for process in processes)
-
-
-def documented_commands():
-    """Return the words of every torchrun command in README and docs, with variables filled in."""
-    commands = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        text = re.sub(r"\\\n\s*", "", path.read_text())
-        text = text.replace("$resume", "--resume").replace("$SLURM_NNODES", "4").replace("$first", "node0")
-        for line in text.splitlines():
-            if "torchrun " in line and "-m deformable_detr" in line:
-                words = shlex.split(line, comments=True)
-                commands.append(words[words.index("torchrun") + 1 :])
-    return commands
-
-
-def parse(words):
-    """Parse the words as torchrun and our command do; unknown options raise SystemExit or an error."""
-    launcher = get_args_parser().parse_args(words)
-    assert launcher.module
-    assert launcher.training_script == "deformable_detr"
-    command, bound, _ = app.parse_args(launcher.training_script_args, exit_on_error=False, print_error=False)
-    return launcher, command.__name__, bound.arguments
-
-
-def test_documented_commands_parse():
-    commands = documented_commands()
-    assert len(commands) == 4
-    for words in commands:
-        _, verb, options = parse(words)
-        assert verb == "train"
-        assert options["out"]
-    several = [parse(words)[0] for words in commands if "--nnodes" in words]
-    assert [launcher.nnodes for launcher in several] == ["4", "4"]
-    assert all(launcher.rdzv_backend == "c10d" and "29500" in launcher.rdzv_endpoint for launcher in several)
-
-
-@pytest.mark.parametrize("wrong", ["--nproc-per-nod8 8", "--max-restart x"])
-def test_unknown_torchrun_options_are_detected(wrong):
-    with pytest.raises((SystemExit, AssertionError)):
-        parse([*wrong.split(), "-m", "deformable_detr", "train", "DATA", "--out", "x"])
-
-
-def test_unknown_train_options_are_detected():
-    with pytest.raises(Exception, match="effective-bath"):
-        parse(["-m", "deformable_detr", "train", "DATA", "--out", "x", "--effective-bath", "32"])
 
 
 def test_slurm_script_is_valid_shell():

@@ -148,6 +148,7 @@ def test_downloads_from_the_hub_report_their_progress(shared_repo, monkeypatch, 
         if tqdm_class is not None:
             options = {"unit": "B", "unit_scale": True, "initial": 0, "bar_format": "{bar}"}  # as the client does
             with tqdm_class(desc="Downloading bytes", total=4_000_000, **options) as bar:
+                bar.mininterval = 0.0
                 bar.update(1_000_000)
         return str(shared_repo)
 
