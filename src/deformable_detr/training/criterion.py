@@ -86,7 +86,10 @@ class SetCriterion:
             pairs = zip(predictions, matches_of_each, strict=True)
             losses = [layer_losses(item, targets, matches, config) / num_boxes for item, matches in pairs]
             if self.one_to_many_roi and any(targets.host_counts):
-                losses[0][:, -1] = roi_losses(outputs, targets, matches_of_each[0], config) / num_boxes
+                head = Predictions(decoder.logits[-1:], decoder.boxes[-1:])
+                pairs, weights = one_to_many(outputs["layer_boxes"][-2].detach(), targets, matches_of_each[0])
+                many = layer_losses(head, targets, pairs, config, weights) / num_boxes
+                losses[0] = torch.cat([losses[0][:, :-1], many], dim=1)
             table = torch.cat(losses, dim=1)  # (3, decoder layers + encoder)
             sums = table.sum(dim=1)
             parts = _named_losses(table.detach(), len(decoder.logits))
@@ -127,59 +130,61 @@ class SetCriterion:
         return layer_losses(predictions, targets, matches, self.config).sum(dim=1) / groups
 
 
-def layer_losses(predictions: Predictions, targets: PackedTargets, matches: Matches, config: TrainConfig) -> Tensor:
-    """Return the (3, layers) class, L1 and GIoU loss, summed over the batch and not divided by the number of boxes."""
+def layer_losses(
+    predictions: Predictions,
+    targets: PackedTargets,
+    matches: Matches,
+    config: TrainConfig,
+    weights: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return the (3, layers) class, L1 and GIoU loss, summed over the batch and not divided by the number of boxes.
+
+    weights: Of the images (B,) and of the pairs (layers, pairs). If omitted, all are 1.
+    """
     logits, boxes = upcast(predictions.logits), upcast(predictions.boxes)
     layer = torch.arange(len(logits), device=logits.device)[:, None]
     matched = (layer, matches.image, matches.query)
     matched_boxes, target_boxes = boxes[matched], targets.boxes[matches.target]  # (layers, pairs, 4)
     matched_logits = logits[(*matched, predictions.labels(targets)[matches.target])]  # (layers, pairs)
 
-    l1_loss = (matched_boxes - target_boxes).abs().sum(dim=(1, 2))
-    giou_loss = (1 - generalized_box_iou(matched_boxes, target_boxes)).sum(1)
-
+    l1_loss = (matched_boxes - target_boxes).abs().sum(dim=2)
+    giou_loss = 1 - generalized_box_iou(matched_boxes, target_boxes)
     # All logits with target 0, then the matched ones corrected: no (layers, B, Q, K) table of one-hot targets.
     iou = None if config.class_loss == "focal" else box_iou(matched_boxes.detach(), target_boxes)
-    positive = positive_class_loss(matched_logits, iou, config)
-    negative = negative_class_loss(matched_logits, config)
-    class_loss = negative_class_loss(logits, config).flatten(1).sum(1) + (positive - negative).sum(1)
-    return torch.stack([class_loss, l1_loss, giou_loss])
+    correction = positive_class_loss(matched_logits, iou, config) - negative_class_loss(matched_logits, config)
+    background = negative_class_loss(logits, config).flatten(2).sum(2)  # (layers, B)
+    if weights is not None:
+        background = background * weights[0]
+        correction, l1_loss, giou_loss = (loss * weights[1] for loss in (correction, l1_loss, giou_loss))
+    return torch.stack([background.sum(1) + correction.sum(1), l1_loss.sum(1), giou_loss.sum(1)])
 
 
-def roi_losses(outputs: Mapping[str, Tensor], targets: PackedTargets, matches: Matches, config: TrainConfig) -> Tensor:
-    """Return the (3,) class, L1 and GIoU loss of the last layer, the RoI head, learned one-to-many.
+def one_to_many(boxes: Tensor, targets: PackedTargets, matches: Matches) -> tuple[Matches, tuple[Tensor, Tensor]]:
+    """Pair every query with an object, for the RoI head. Return the (1, B·Q) pairs and the weights for `layer_losses`.
 
-    Like those of `layer_losses`. A query learns the object that the box before the head overlaps most, if their IoU is
-    at least `ROI_IOU`, and the matched queries learn their objects. The losses of an image are divided by the number of
-    such queries per object, so that they stay comparable with those of the other layers.
+    A query learns the object that its box overlaps most, if their IoU is at least `ROI_IOU`, and the matched queries
+    learn their objects. The others have weight 0. The losses of an image are divided by the number of queries per
+    object that learn, so that they stay comparable with those of the other layers.
 
-    targets: At least one object.
-    matches: Of all layers; those of the last one count.
+    boxes: (B, Q, 4), those before the head. targets: At least one object. matches: Those of the last layer count.
     """
-    logits, boxes = upcast(outputs["layer_logits"][-1]), upcast(outputs["layer_boxes"][-1])
     objects = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=boxes.device)  # (B, Q)
     positive = torch.zeros_like(objects, dtype=torch.bool)
-    first, inputs = 0, upcast(outputs["layer_boxes"][-2].detach())
+    first = 0
     for image, count in enumerate(targets.host_counts):
         if count:
-            iou = box_iou(inputs[image], targets.boxes[first : first + count, None])  # (count, Q)
+            iou = box_iou(boxes[image], targets.boxes[first : first + count, None])  # (count, Q)
             best, index = iou.max(dim=0)
             objects[image], positive[image] = index + first, best >= ROI_IOU
             first += count
     matched = matches.image[-1], matches.query[-1]
     objects[matched], positive[matched] = matches.target[-1], True
 
+    images, queries = (torch.arange(n, device=boxes.device) for n in objects.shape)
+    pairs = torch.meshgrid(images, queries, indexing="ij")
     weights = targets.counts.clamp(min=1) / positive.sum(dim=1).clamp(min=1)  # (B,)
-    positive = positive * weights[:, None]  # (B, Q)
-    target_boxes = targets.boxes[objects]
-    object_logits = logits.gather(2, targets.labels[objects][..., None])[..., 0]
-    l1_loss = (boxes - target_boxes).abs().sum(dim=2)
-    giou_loss = 1 - generalized_box_iou(boxes, target_boxes)
-    iou = None if config.class_loss == "focal" else box_iou(boxes.detach(), target_boxes)
-    corrections = positive_class_loss(object_logits, iou, config) - negative_class_loss(object_logits, config)
-    class_loss = negative_class_loss(logits, config).sum(dim=(1, 2)) * weights
-    sums = [(losses * positive).sum() for losses in (corrections, l1_loss, giou_loss)]
-    return torch.stack([class_loss.sum() + sums[0], *sums[1:]])
+    flat = Matches(*(index.reshape(1, -1) for index in (*pairs, objects)))
+    return flat, (weights, (positive * weights[:, None]).reshape(1, -1))
 
 
 def positive_class_loss(logits: Tensor, iou: Tensor | None, config: TrainConfig) -> Tensor:
