@@ -111,7 +111,7 @@ def test_without_a_runtime_one_thread_works_and_is_announced(monkeypatch, caplog
         compiled.msda_use_openmp(fork, set_threads)
         library.status.cache_clear()
     assert detail.endswith("one thread")
-    assert [record.getMessage() for record in caplog.records if "one thread" in record.getMessage()].__len__() == 1
+    assert sum("one thread" in record.getMessage() for record in caplog.records) == 1
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 

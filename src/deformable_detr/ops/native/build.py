@@ -63,18 +63,12 @@ def _run(command: list[str]) -> None:
 
 def _target(compiler: list[str]) -> tuple[str, str]:
     """Return the processor and the system (a `sys.platform`) that a compiler builds for."""
-    try:
+    try:  # zig prints the triple, and then fails if it has the version of a libc
         triple = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True, check=False).stdout.strip()
     except OSError as error:
         raise BuildError(f"cannot run {compiler[0]}: {error}") from error
     machine, _, rest = triple.partition("-")
-    for word, system in (
-        ("linux", "linux"),
-        ("mingw", "win32"),
-        ("windows", "win32"),
-        ("darwin", "darwin"),
-        ("macos", "darwin"),
-    ):
+    for word, system in _SYSTEMS.items():
         if word in rest:
             return machine, system
     raise BuildError(f"the CPU library supports Linux, macOS and Windows; {compiler[0]} builds for {triple or '?'}")
