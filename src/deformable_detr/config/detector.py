@@ -28,7 +28,8 @@ class DetectorConfig(ConfigSection):
     masks: bool = False
     """Also predict a mask for each object."""
     nms_iou: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Remove detections that overlap a better one of their class by more than this IoU. If omitted: keep all."""
+    """Remove detections that overlap a better one of their class by more than this IoU. If omitted: keep all. An
+    RoI head learns to rely on it; see `roi_grid`."""
 
     resize: Literal["shortest_edge", "fixed"] = "shortest_edge"
     """shortest_edge: keep the aspect ratio; fixed: stretch images to image_size × image_width."""

@@ -111,7 +111,8 @@ class ModelConfig(DetectorConfig):
     layer's reference boxes (DINO: 1e-3)."""
     roi_grid: Annotated[int, Field(ge=0, le=32)] = 0
     """Refine: after the decoder, refine classes and boxes from this many × this many points of the backbone's stride-4
-    map in each box (RoIAlign). 0: no such stage."""
+    map in each box (RoIAlign). With nms_iou, it learns from every query that overlaps an object, otherwise only from
+    matched ones. 0: no such stage."""
     look_forward_twice: bool = False
     """Refine: the box loss of a layer also trains the previous layer (DINO)."""
     gradient_checkpointing: bool = False
